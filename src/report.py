@@ -18,11 +18,9 @@ class Figures:
     Attributes:
         error: relative rms error of the rewrite's outputs against fp64 (the worst output).
         grad_error: the same for the gradients.
-        saved_before: bytes the original keeps for backward, per token.
-        saved_after: bytes the rewrite keeps for backward, per token.
+        saved_before: bytes that the original keeps for backward, per token; then the rewrite.
         moved_before: bytes the original's forward reads and writes, per token, each operation by
-            itself (weights left out: they are read either way).
-        moved_after: bytes the rewrite's forward reads and writes, per token, counted alike.
+            itself (weights left out: they are read either way); then the rewrite's, counted alike.
     """
 
     error: float | None = None
@@ -85,11 +83,7 @@ class Fallback:
     """An op whose kernel could not be compiled or launched in a call after its verification.
 
     It has computed that call in plain PyTorch, and does so from then on in this process, for all
-    models.
-
-    Attributes:
-        op: name of the library op, ``rms_norm_backward`` for one.
-        reason: the first line of the error.
+    models. ``reason`` is the first line of the error.
     """
 
     op: str
@@ -123,11 +117,9 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
 
     def by_rule(self) -> dict[str, int]:
-        """Count the rewritten sites of each rule.
-
-        A formula that was fused twice counts under both rules: a norm that became part of
-        ``add_rms_norm`` is still a norm that was recognised.
-        """
+        """Count the rewritten sites of each rule."""
+        # a formula that was fused twice counts under both rules: a norm that became part of
+        # ``add_rms_norm`` is still a norm that was recognised
         return dict(Counter(s.rule for s in self.sites if s.status == "rewritten"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,11 +144,10 @@ class Report:
         return cls(**{**_known(cls, data), **lists})
 
     def seconds_saved(self) -> float | None:
-        """Estimate the time saved per token in a training step, in seconds.
+        """Estimate the time saved per token in a training step, in seconds; or None.
 
         The memory traffic that the rewrites avoid, over the device's bandwidth; backward is taken
-        as twice forward. Caches make it less, launches saved make it more: it ranks, no more. None
-        without a bandwidth.
+        as twice forward. Caches make it less, launches saved make it more: it ranks, no more.
         """
         if self.bandwidth is None:
             return None
@@ -179,10 +170,7 @@ class Report:
         )
 
     def table(self) -> list[tuple[str, ...]]:
-        """The rules with their counts and largest errors, as text; the first row is the head.
-
-        Empty when no formula was recognised.
-        """
+        """The rules with their counts and largest errors, as text, below a head; or nothing."""
         return _table(self.sites)
 
     def remarks(self) -> list[tuple[str, str, str]]:

@@ -49,10 +49,8 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
 
 
 def captured(function: Callable[..., Any], session: Session, kind: str) -> Callable[..., Any]:
-    """``torch.compile`` of ``function``, with what ``Session.capturing`` sets for each capture.
-
-    To set it around each call would take as long as to find the graph.
-    """
+    """``torch.compile`` of ``function``, with what ``Session.capturing`` sets for each capture."""
+    # to set it around each call would take as long as to find the graph
     context: Any = torch._dynamo.optimize(backend(session, kind), nopython=kind != "head")
     convert = context.callback
 

@@ -151,11 +151,9 @@ def is_block(module: nn.Module) -> bool:
 class Hooks:
     """The submodules of a region that have hooks, by whose these are.
 
-    Attributes:
-        others: the name of the first one whose hooks must run where they stand, or None.
-        idle: those that have nothing but idle ones.
-        units: those that have nothing but the ones of an engine that shards parameters, by name.
-        divided: what divides the work of ``others`` between processes, or None.
+    ``others`` is the name of the first whose hooks must run where they are, and ``divided`` what
+    divides its work between processes. ``idle`` have nothing but idle hooks, ``units`` nothing but
+    those of an engine that shards parameters, by name.
     """
 
     others: str | None = None

@@ -21,11 +21,7 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class CapturedGraph:
-    """One captured graph: what the rules did in it, and whether gradients were enabled.
-
-    ``number`` counts captures. ``before`` and ``after`` are its code as captured and as it runs, if
-    the session keeps it; else empty.
-    """
+    """One captured graph; its code ``before`` and ``after`` the rules is kept only on request."""
 
     findings: list[Finding]
     grad: bool
@@ -84,11 +80,9 @@ class GraphLog:
         notes: module -> reasons why calls of it ran the original.
         failed: module -> why it could not be captured; it runs the original from then on.
         failed_structures: the structure of such a module -> why others like it are not captured.
-        functions: which modules share a compiled function.
         restored: modules that were restored; a forward of theirs that others have wrapped is idle.
         outer_compile: whether somebody's torch.compile has traced the original model.
         keeps_code: whether each graph's code is kept with it, for people to read.
-        reads: what was read of the model's logits.
     """
 
     graphs: weakref.WeakKeyDictionary[nn.Module, list[CapturedGraph]] = field(

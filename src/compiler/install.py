@@ -34,10 +34,7 @@ _GETSTATE = "__getstate__"
 
 @dataclass(frozen=True)
 class Installed:
-    """What an installed forward knows.
-
-    ``previous`` is the instance's own forward before, or None when the class's was in use.
-    """
+    """What an installed forward knows; ``previous`` is the instance's earlier own one, or None."""
 
     session: Session
     kind: str
@@ -47,8 +44,7 @@ class Installed:
 def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
     """The record of the forward that fusewright put into ``module``, or None.
 
-    With ``wrapped``, also one under wrappers that others have put around it since, as
-    ``Accelerator.prepare`` does.
+    ``wrapped``: also under wrappers put around it since, as ``Accelerator.prepare`` does.
     """
     record = _innermost_record(module.__dict__.get("forward"), wrapped)
     if record is None and wrapped:
@@ -57,10 +53,8 @@ def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
 
 
 def replaced_by(module: nn.Module) -> str | None:
-    """What has taken the place of a forward that fusewright put into ``module``, if anything.
-
-    It may call ours, through a closure or not at all: nothing tells.
-    """
+    """What has taken the place of a forward that fusewright put into ``module``, if anything."""
+    # it may call ours, through a closure or not at all: nothing tells
     if (
         installed(module, wrapped=True) is None
         or replaced_forward(module.forward) is not None

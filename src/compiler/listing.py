@@ -13,10 +13,7 @@ from .install import active
 
 @dataclass(frozen=True)
 class Listing:
-    """One captured graph and the paths, as in ``named_modules()``, of the modules that run it.
-
-    ``before`` is the graph as captured, ``after`` as it runs, both as Python.
-    """
+    """One captured graph, as captured and as it runs, and the paths of the modules that run it."""
 
     kind: str
     modules: tuple[str, ...]
@@ -61,11 +58,8 @@ def listings(model: nn.Module) -> list[Listing]:
 
 
 def find_listing(model: nn.Module, found: Iterable[Listing], wanted: str) -> Listing | None:
-    """The listing of the module ``wanted``, or of the region that it lies in.
-
-    ``wanted`` is a path or the end of one (``model.layers.0.mlp``, ``layers.0``); ``""`` is the
-    model.
-    """
+    """The listing of the module at ``wanted``, a path or the end of one, or of its region."""
+    # ``""`` is the model
     owners = {path: listing for listing in found for path in listing.modules}
     for name, _ in model.named_modules():
         if name == wanted or (wanted and name.endswith(f".{wanted}")):

@@ -62,11 +62,7 @@ class Environment:
 
     @classmethod
     def read(cls) -> Environment:
-        """Read the variables as they are now.
-
-        Raises:
-            ValueError: ``FUSEWRIGHT_FUEL`` is not a number.
-        """
+        """Read the variables as they are now; ValueError for a fuel that is not a number."""
         fuel = os.environ.get("FUSEWRIGHT_FUEL")
         if fuel and not fuel.isdecimal():
             raise ValueError(f"FUSEWRIGHT_FUEL={fuel!r}: the number of rewrites allowed, as in 12")

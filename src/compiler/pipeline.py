@@ -162,8 +162,6 @@ def explain(model: nn.Module) -> Report:
     random state are left untouched. It does not run where it would wait for other processes, in a
     model that is sharded or wrapped for several: that is explained after its first step.
 
-    Returns:
-        The report; ``print`` it, or read its ``sites``.
     """
     places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:

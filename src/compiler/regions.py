@@ -124,11 +124,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def parts(block: nn.Module) -> list[Region]:
-    """The regions inside a block that cannot be captured as one graph.
-
-    These are its children, and the elements of its lists: composite ones as blocks, norms as norms.
-    Lone projections are none.
-    """
+    """The regions inside a block that cannot be captured as one graph."""
+    # its children, and the elements of its lists: composite ones as blocks, norms as norms; lone
+    # projections are none
     regions = []
     for name, child in block.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
@@ -232,10 +230,8 @@ def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, i
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
-    """Tell Dynamo which dimensions of the arguments are batch and sequence.
-
-    The marks are weak: where the code needs a number, the dimension becomes one.
-    """
+    """Tell Dynamo which dimensions of the arguments are batch and sequence."""
+    # the marks are weak: where the code needs a number, the dimension becomes one
     batch, sequence = sizes
     for value in values:
         if isinstance(value, (tuple, list)):

@@ -36,9 +36,6 @@ class Replay:
     they have returned, and finds the random numbers as they have left them: nothing runs, counts,
     writes or draws twice.
 
-    Attributes:
-        is_on: whether the original code runs now.
-        is_labelled: whether the head was called with labels.
     """
 
     def __init__(self, device: torch.device, is_labelled: bool = True) -> None:
@@ -72,15 +69,9 @@ class Replay:
 class Choices:
     """What one ``optimize`` call has decided, and what acts on it.
 
-    Attributes:
-        codegen: ``(choice, reason)`` for the blocks.
-        verifier: verdicts, shared by all graphs.
-        fuel: rewrites left.
-        planner: says what each block keeps for backward.
-        split: called with a module that could not be captured: makes regions of its parts, and
-            returns what undoes that.
-        fake: whether the model has fake tensors for weights: its steps are counted, not computed.
-        decoding: the attention of generation.
+    ``codegen`` is ``(choice, reason)`` for the blocks. ``split``, called with a module that could
+    not be captured, makes regions of its parts, and returns what undoes that. ``fake``: the model's
+    weights are fake tensors: its steps are counted, not computed.
     """
 
     options: Options
@@ -104,16 +95,13 @@ class CallState:
     """The state of the call at hand, and what a call leaves for the next one.
 
     Attributes:
-        region: the module whose region is being called.
-        function: the function that it runs.
+        region: the module whose region is being called; ``function`` is the one that it runs.
         mark: tells TorchDynamo which sizes of its arguments vary, should it be captured.
         in_head: whether the call came through a captured head.
         units: those of its modules whose parameters are sharded.
         replay: what the head at hand has run.
-        watches: what lies below each region, and whether it has changed since the last call.
         no_gradient: the first input of the block at hand, in whose place its graph gets a leaf.
         without_leaf: the blocks that do something else then.
-        started: whether a region was called before.
         preparation: what Inductor needs first, found in the background since the first call.
     """
 
@@ -156,11 +144,9 @@ class Session:
     def compiled(
         self, module: nn.Module, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """The compiled form of ``module``'s function; modules that share the function share it.
-
-        Modules that keep different things for backward do not. A function that was compiled before
-        there was a plan belongs to the level that the plan gave it.
-        """
+        """The compiled form of ``module``'s function; modules that share the function share it."""
+        # Modules that keep different things for backward do not. A function that was compiled
+        # before there was a plan belongs to the level that the plan gave it.
         *source, level = key
         if kind == "block" and level == self.choices.planner.first:
             level = None

@@ -36,12 +36,8 @@ _MAX_GRAPHS = {Stage.CONSTANT: 8, Stage.VARYING: 24, Stage.OWN: 16}
 class SharedFunction:
     """One function, or where each module has its own, the function of one module.
 
-    Attributes:
-        stage: what its graphs share.
-        graphs: how many were captured.
-        compiled: the compiled function, once it is made.
-        sums_gradients: whether one of its graphs adds gradients up that eager mode accumulates one
-            by one, as reentrant checkpoints do.
+    ``graphs`` counts captures. ``sums_gradients``: one of its graphs adds gradients up that eager
+    mode accumulates one by one, as reentrant checkpoints do.
     """
 
     stage: Stage = Stage.CONSTANT
@@ -89,11 +85,9 @@ class HooksOnParameters(TorchDynamoException):
 
 
 def require_no_hooks(region: nn.Module) -> None:
-    """Refuse hooks on the parameters of a region that uses one in a reentrant checkpoint and apart.
-
-    In eager mode the checkpoint accumulates its gradients by itself, and the hooks see them one by
-    one; in a captured graph they are added up first.
-    """
+    """Refuse hooks on parameters of a region that uses one in a reentrant checkpoint and apart."""
+    # in eager mode the checkpoint accumulates its gradients by itself, and the hooks see them one
+    # by one; in a captured graph they are added up first
     if torch.is_grad_enabled() and any(
         p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
         for p in region.parameters()

@@ -62,10 +62,8 @@ def _is_projection(module: nn.Module, region: nn.Module) -> bool:
 
 
 def divided_by(module: nn.Module) -> str | None:
-    """What divides the work of a module between processes, as its hooks say; None: nothing.
-
-    They exchange values before or after its forward, which no captured graph may leave out.
-    """
+    """What divides the work of a module between processes, as its hooks say; None: nothing."""
+    # they exchange values before or after its forward, which no captured graph may leave out
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         place = str(getattr(hook, "__module__", ""))
         for engine, name in _DIVIDING.items():
@@ -98,11 +96,7 @@ _known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 class Units:
-    """The units inside one region, for one call of it.
-
-    Attributes:
-        is_open: whether the parameters are gathered, for the region's graph.
-    """
+    """The units inside one region, for one call; ``is_open``: their parameters are gathered."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
@@ -124,11 +118,9 @@ class Units:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Inside ``hidden``: the original code runs after all.
-
-        It calls the hooks itself, unless they have gathered the parameters already: then it runs
-        with these, so that each process gathers as often as the others.
-        """
+        """Inside ``hidden``: the original code runs after all."""
+        # it calls the hooks itself, unless they have gathered the parameters already: then it runs
+        # with these, so that each process gathers as often as the others
         if self.is_open:
             yield
             return
@@ -147,10 +139,7 @@ class Units:
             module.__dict__.update(hooks)
 
     def before(self, hidden: Tensor) -> Tensor:
-        """Gather the parameters, of a region that computes from ``hidden``, (B, T, H).
-
-        Returns the same values, whose gradient releases the parameters again.
-        """
+        """Gather the parameters; ``hidden`` (B, T, H) comes back: its gradient releases them."""
         self._inputs, self.is_open = [], True
         for module, hooks in zip(self._modules, self._kept, strict=True):
             for key, hook in hooks["_forward_pre_hooks"].items():
@@ -178,11 +167,9 @@ class Units:
 def gathered(
     units: Units, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a region whose units are gathered; the first (B, T, H) are hidden states.
-
-    Where there are none, the gradient of nothing releases the parameters; the engines do at the end
-    of backward.
-    """
+    """The arguments of a region whose units are gathered; the first (B, T, H) are hidden states."""
+    # where there are none, the gradient of nothing releases the parameters; the engines do at the
+    # end of backward
     for i, value in enumerate(args):
         if _is_hidden(value):
             return (*args[:i], units.before(value), *args[i + 1 :]), kwargs

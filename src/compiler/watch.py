@@ -69,11 +69,7 @@ _MAX_ALIKE = 2
 
 
 class Watches:
-    """The watches of one session, and what equal modules have in common.
-
-    Attributes:
-        opaque: makes the copies of forwards that captured graphs are made from.
-    """
+    """The watches of one session, and what equal modules have in common."""
 
     def __init__(self) -> None:
         self.opaque = opaque_copies()
@@ -104,11 +100,9 @@ class Watches:
         return watch
 
     def watch_inlined(self, module: nn.Module) -> None:
-        """Watch also what the graph that is being compiled calls, and ``get`` has not read.
-
-        A head may call parts of its backbone itself. The call at hand keeps its code: what it runs
-        is captured already. ``get`` was called before for ``module``, the region of the graph.
-        """
+        """Watch also what the graph that is being compiled calls, and ``get`` has not read."""
+        # A head may call parts of its backbone itself. The call at hand keeps its code: what it
+        # runs is captured already.
         watch = self._watches[module]
         paths = called_below(module) - watch.paths
         if not paths:
@@ -137,12 +131,7 @@ class Watches:
 
 @dataclass(eq=False)
 class Inlined:
-    """What graphs of one head call below the module that is not captured with it.
-
-    Attributes:
-        paths: of the modules.
-        hooks: that these modules had then: they are in the graphs.
-    """
+    """Paths of modules that a head's graphs call below the one not captured; their hooks then."""
 
     paths: frozenset[str] = frozenset()
     hooks: Sequence[Any] = ()
@@ -152,11 +141,9 @@ _NOTHING = Inlined()
 
 
 def called_below(region: nn.Module) -> set[str]:
-    """The paths of the modules below ``region`` that the graph being compiled has called.
-
-    TorchDynamo reads the hooks of each module that it calls, and notes that as a guard, which it
-    does not check (``skip_nnmodule_hook_guards``).
-    """
+    """The paths of the modules below ``region`` that the graph being compiled has called."""
+    # TorchDynamo reads the hooks of each module that it calls, and notes that as a guard, which it
+    # does not check (``skip_nnmodule_hook_guards``)
     context = torch._guards.TracingContext.try_get()
     if context is None:
         return set()
@@ -179,10 +166,9 @@ class Watch:
 
     Attributes:
         outside: the path, name by name, to a submodule that is not captured with it.
-        paths: of all these modules.
         inlined: those of them that are below the one that is not captured, with their paths.
         classes: those of the region and of all these modules, each once.
-        own_code: the code of forwards that stand in these modules themselves.
+        own_code: the code of forwards that these modules have as instances.
         blocks: those of these modules that run graphs of their own.
         packed: those of these modules that are 4-bit layers.
         copies: of their forwards, for those that call what is captured whole.

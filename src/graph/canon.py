@@ -1,9 +1,8 @@
 """One spelling per operation: the canonical view of a node.
 
-``x * y``, ``torch.mul(x, y)``, ``x.mul(y)`` and ``torch.mul(input=x, other=y)`` are the same
-operation. ``canonical(node)`` gives each the same ``Canon("mul", (x, y))`` with every argument in
-its place and every default filled in, so that patterns never see spelling. The graph itself is not
-changed.
+``x * y``, ``torch.mul(x, y)``, ``x.mul(y)`` and ``torch.mul(input=x, other=y)`` are all
+``Canon("mul", (x, y))``, with every argument in its place and every default filled in, so that
+patterns never see spelling. The graph itself is not changed.
 """
 
 from __future__ import annotations
@@ -25,12 +24,9 @@ from .operations import CASTS, FUNCTIONS, LIBRARY_OPS, METHODS, SPECS, Spec
 
 @dataclass(frozen=True)
 class Canon:
-    """A node, canonically.
+    """A node, canonically: all arguments in order, defaults filled in; fx nodes or constants.
 
-    Attributes:
-        name: the operation.
-        args: all its arguments in order, defaults filled in; fx nodes or constants.
-        via: further nodes that the view looks through; they belong to the operation.
+    ``via`` are further nodes that the view looks through; they belong to the operation.
     """
 
     name: str

@@ -32,10 +32,8 @@ def tensor(node: Any) -> Tensor | None:
 
 
 def real(node: Any) -> Tensor | None:
-    """The tensor behind a placeholder in the call that is being captured, else None.
-
-    TorchDynamo knows it while its backend runs, and forgets it afterwards.
-    """
+    """The tensor behind a placeholder in the call that is being captured, else None."""
+    # TorchDynamo knows it while its backend runs, and forgets it afterwards
     argument = node.meta.get("grapharg") if isinstance(node, fx.Node) else None
     try:
         example = getattr(argument, "example", None)
@@ -48,11 +46,9 @@ _ARGUMENT = re.compile(r"""L\[[^]]+\](\[[^]]+\])*""")
 
 
 def is_argument(node: fx.Node) -> bool:
-    """Whether a placeholder is an argument of the captured call, or an item of one.
-
-    Others are what an object holds: a module's parameter, or its buffer. What TorchDynamo says
-    nothing of is an argument.
-    """
+    """Whether a placeholder is an argument of the captured call, or an item of one."""
+    # others are what an object holds: a module's parameter, or its buffer; what TorchDynamo says
+    # nothing of is an argument
     source = getattr(node.meta.get("grapharg"), "source", None)
     name: Any = getattr(source, "name", None)
     name = name() if callable(name) else name  # torch 2.11 has a method there
@@ -116,10 +112,8 @@ def shape_text(node: Any) -> str:
 
 
 def nested(module: fx.GraphModule, out: Container[Any] = ()) -> Iterator[fx.GraphModule]:
-    """``module`` and every graph inside it (checkpointed bodies and the like), outer first.
-
-    What has left the outer graph or come into ``out``, before its turn comes, is not visited.
-    """
+    """``module`` and every graph inside it (checkpointed bodies and the like), outer first."""
+    # what has left the outer graph or come into ``out``, before its turn comes, is not visited
     yield module
     for node in list(module.graph.nodes):
         inner = body(node)

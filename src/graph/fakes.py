@@ -13,11 +13,8 @@ from ..kernels.cost import like
 
 
 def fake(example: Any, size: Callable[[Any], Any]) -> Any:
-    """What has the shape, the strides and the dtype of ``example``; under a fake mode.
-
-    ``example`` is a tensor, fake or real; a size; or several in tuples and lists. ``size`` gives a
-    symbolic size its number.
-    """
+    """``example`` (a tensor, a size, or several in tuples and lists) as fakes, in a fake mode."""
+    # ``size`` gives a symbolic size its number
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):

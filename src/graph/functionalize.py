@@ -19,14 +19,9 @@ from .opaque.autograd_functions import is_wrapped
 
 
 def require_marked_writes(module: fx.GraphModule) -> None:
-    """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: its gradients would be wrong.
-
-    That version (2.11) also loses the gradient of a function that returns what it has made twice:
-    there, what it has written to is a separate output.
-
-    Raises:
-        NotImplementedError: with the reason.
-    """
+    """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: NotImplementedError."""
+    # Its gradients would be wrong. That version (2.11) also loses the gradient of a function that
+    # returns what it has made twice: there, what it has written to is a separate output.
     if _knows_mark_dirty():
         return
     for inner in facts.nested(module):

@@ -22,13 +22,11 @@ _COPIED = ("reshape", "flatten")
 
 
 def layout_is_read(node: fx.Node) -> str:
-    """How a user of ``node``, or of what takes its layout over, depends on its strides.
+    """How users of ``node`` depend on its strides: ``"exactly"``, ``"for views"``, or ``""``.
 
-    Random numbers are drawn in the order of memory, so the layout says which value gets which. What
-    nothing is known of may read or draw. Who gets a result of the graph is not asked.
-
-    Returns:
-        ``"exactly"``; ``"for views"``, which the contiguous layout does for always; or ``""``.
+    The contiguous layout does for views always. Random numbers are drawn in the order of memory, so
+    the layout says which value gets which. What nothing is known of may read or draw. Who gets a
+    result of the graph is not asked.
     """
     dependence = ""
     seen: set[fx.Node] = set()

@@ -1,7 +1,4 @@
-"""The operations that have a canonical view: their arguments, and who makes them.
-
-A new spelling of a known operation is one entry in ``FUNCTIONS`` or ``METHODS``.
-"""
+"""The operations that have a canonical view; a new spelling is an entry in its two tables."""
 
 from __future__ import annotations
 
@@ -19,11 +16,8 @@ import torch.nn.functional as F
 class Spec:
     """The arguments of one canonical operation.
 
-    Attributes:
-        params: names in order.
-        defaults: values of the trailing parameters that may be left out.
-        commutative: whether the first two arguments may be swapped.
-        aliases: other names of parameters, as methods and functions differ.
+    ``defaults`` are those of the trailing parameters; ``commutative`` says that the first two may
+    be swapped; ``aliases`` are other names, as methods and functions differ.
     """
 
     params: tuple[str, ...]

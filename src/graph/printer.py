@@ -13,10 +13,8 @@ from . import facts
 
 
 def text(module: fx.GraphModule) -> str:
-    """The graph as one line per node, with dtypes and shapes; nested graphs follow.
-
-    The text is stable: names are numbers in graph order, and inputs keep only their last name.
-    """
+    """The graph as one line per node, with dtypes and shapes; nested graphs follow."""
+    # stable: names are numbers in graph order, and inputs keep only their last name
     parts = []
     for inner in facts.nested(module):
         names: dict[fx.Node, str] = {}

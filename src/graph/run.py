@@ -20,10 +20,8 @@ from .opaque.autograd_functions import free_in_backward
 
 
 def eager(module: fx.GraphModule) -> Callable[..., Any]:
-    """Run the graph node by node, under ordinary autograd.
-
-    Checkpointed parts are only tagged in a captured graph; here they are checkpointed for real.
-    """
+    """Run the graph node by node, under ordinary autograd."""
+    # checkpointed parts are only tagged in a captured graph; here they are checkpointed for real
     placeholders = module.graph.find_nodes(op="placeholder")
     _prepare(module, {n for n in placeholders if not facts.is_argument(n)})
     restored_on_error(module)
@@ -85,10 +83,7 @@ def without_advice() -> Iterator[None]:
 
 
 def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
-    """Run the graph as Inductor would divide it into forward and backward, without compiling it.
-
-    What is kept between the two is then the same.
-    """
+    """Run the graph as Inductor would divide it into forward and backward: it keeps the same."""
     import torch._functorch.config as functorch_config
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.partitioners import min_cut_rematerialization_partition

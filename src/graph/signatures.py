@@ -17,13 +17,7 @@ from . import facts
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a signature.
-
-    Attributes:
-        keyword: it is given by its name only.
-        written: the operator writes into it.
-        listed: it is a list.
-    """
+    """One argument of a signature; ``written``: the operator writes into it; ``listed``: a list."""
 
     name: str
     keyword: bool

@@ -11,11 +11,9 @@ from . import facts
 
 
 def fused(inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> float:
-    """Bytes per token that one pass over ``inputs`` and ``outputs`` moves.
-
-    Only what grows with the batch counts: weights are read either way. A token is one element of
-    the symbolic dimensions.
-    """
+    """Bytes per token that one pass over ``inputs`` and ``outputs`` moves."""
+    # only what grows with the batch counts: weights are read either way; a token is one element of
+    # the symbolic dimensions
     return sum(_per_token(n) for n in (*inputs, *outputs))
 
 

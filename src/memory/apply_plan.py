@@ -16,9 +16,7 @@ from .predict import Predicted, setting
 def planned(
     planner: Planner, block: nn.Module, graph: fx.GraphModule, examples: Sequence[Any], choice: str
 ) -> fx.GraphModule:
-    """The rewritten graph, changed to keep for backward what the plan says.
-
-    ``choice`` is what will run it: ``"eager"`` or ``"inductor"``.
+    """The rewritten graph, which ``choice`` will run, changed to keep what the plan says.
 
     Raises:
         OptimizeError: no plan fits into the user's budget.

@@ -14,11 +14,8 @@ GB = 10**9
 class Budget:
     """A parsed ``memory=``.
 
-    Attributes:
-        text: as the user wrote it.
-        mode: ``"speed"`` keeps all, ``"min"`` as little as possible, ``"auto"`` fits into the
-            memory that the device has, ``"bytes"`` into ``bytes``.
-        bytes: the budget in bytes, in mode ``"bytes"``.
+    ``mode``: ``"speed"`` keeps all, ``"min"`` as little as possible, ``"auto"`` fits into the
+    memory that the device has, ``"bytes"`` into ``bytes``.
     """
 
     text: str
@@ -27,11 +24,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read ``"speed"``, ``"auto"``, ``"min"`` or a size such as ``"8GB"`` or ``"7.5 GB"``.
-
-        Raises:
-            ValueError: it is none of them.
-        """
+        """Read a mode, or a size such as ``"8GB"`` or ``"7.5 GB"``; ValueError for anything else."""
         if text in ("speed", "auto", "min"):
             return cls(text, text)  # type: ignore[arg-type]  # 2026-11-25: narrowed by the line above
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None

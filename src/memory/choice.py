@@ -74,11 +74,9 @@ class Scaled:
 
 
 def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs) -> int:
-    """The predicted peak, in bytes, when block i keeps what ``levels[i]`` says.
-
-    Everything that is kept is held when the head runs and when the last block runs backward; what a
-    block needs beyond that exists in one block at a time.
-    """
+    """The predicted peak, in bytes, when block i keeps what ``levels[i]`` says."""
+    # everything that is kept is held when the head runs and when the last block runs backward; what
+    # a block needs beyond that exists in one block at a time
     pairs = zip(usages, levels, strict=True)
     current = [usage for block, level in pairs if (usage := block.get(level)) is not None]
     passing = max((_passing(u) - u.kept for u in current), default=0)

@@ -114,10 +114,7 @@ def is_product(op: Any) -> bool:
 
 
 def accumulates_twice(module: fx.GraphModule, shared: Callable[[], bool]) -> bool:
-    """Whether a parameter is used in a reentrant checkpoint, and in another place.
-
-    ``shared`` tells whether the module of the captured graph is in the model twice.
-    """
+    """Whether a reentrant checkpoint uses a parameter that is used elsewhere or is ``shared``."""
     for inner in facts.nested(module):
         for node in inner.graph.nodes:
             if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
@@ -164,11 +161,9 @@ def why_not(module: fx.GraphModule) -> str | None:
 
 
 def draws_in_vain(module: fx.GraphModule) -> bool:
-    """Whether a checkpoint inside a graph draws random numbers that nothing uses.
-
-    Compiled, they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what
-    has no users at the end of its forward.
-    """
+    """Whether a checkpoint inside a graph draws random numbers that nothing uses."""
+    # compiled, they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what
+    # has no users at the end of its forward
     for inner in facts.nested(module):
         if inner is module:
             continue
@@ -182,11 +177,9 @@ def draws_in_vain(module: fx.GraphModule) -> bool:
 
 
 def writes_into_inputs(module: fx.GraphModule) -> bool:
-    """Whether a graph writes into what it was given.
-
-    Compiled, backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it,
-    and writes into that.
-    """
+    """Whether a graph writes into what it was given."""
+    # compiled, backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for
+    # it, and writes into that
     return next(_writes_into_inputs(module), None) is not None
 
 

@@ -50,10 +50,8 @@ class Kept:
         return _layout(t) == self._layout and t._version == self._version
 
     def leave(self) -> None:
-        """Let go of the device's memory; what reuses it comes after the copy.
-
-        A write in between may have come before the copy had read, as ``get`` says then.
-        """
+        """Let go of the device's memory; what reuses it comes after the copy."""
+        # a write in between may have come before the copy had read, as ``get`` says then
         if self._here is not None and self._here._version == self._version:
             self._transport.wait(self._going, self._device)
             self._here = None
@@ -64,11 +62,7 @@ class Kept:
             self._coming = self._transport.back(self._going.result, self._device)
 
     def get(self) -> Tensor:
-        """The tensor on the device; the block before begins to be fetched.
-
-        Raises:
-            RuntimeError: something wrote into it while it was still there, as autograd would say.
-        """
+        """The tensor on the device, RuntimeError if it was written to; fetch the block before."""
         if self._here is not None and self._here._version != self._version:
             raise RuntimeError(
                 "the input of a block, needed for gradient computation, has been modified by an "
@@ -214,12 +208,7 @@ def _dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A copy under way.
-
-    Attributes:
-        result: where it goes; to be read after ``Transport.wait`` only.
-        done: what the device can wait for.
-    """
+    """A copy under way; ``result`` is to be read after ``Transport.wait`` only."""
 
     result: Tensor
     done: Any = None

@@ -21,11 +21,8 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
     Only in the first step, in a process that trains alone (others would wait for the gradients of
     the step that failed), and only with ``memory="auto"``: the plan is a prediction then. Random
     numbers are drawn again as the first time.
-
     Nothing is repeated if one of ``parameters``, whose gradients ``run`` makes, has a gradient.
-
-    Raises:
-        Exception: whatever ``run`` raises, if it is no such error or nothing can be made leaner.
+    Other errors are raised, and this one if nothing can be made leaner.
     """
     fresh = list(parameters)
     # sums of earlier batches could be put back from copies only, which take memory themselves

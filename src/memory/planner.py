@@ -32,10 +32,7 @@ class Planner:
     """Makes the plan of one session, and keeps its history.
 
     Attributes:
-        budget: the user's ``memory=``.
-        model: the optimized model, as a weak reference.
-        blocks: its blocks, and those of its copies.
-        meter: measures the memory in use.
+        blocks: those of the model, and those of its copies.
         allowed: the levels of blocks that run as this session's do, the fastest first.
         levels: what each block keeps; empty until there is a plan.
         predicted: the peak that the plan was made for, in bytes.
@@ -75,10 +72,8 @@ class Planner:
         self.offload.note = self.note
 
     def level(self, module: nn.Module) -> Level | None:
-        """What ``module`` keeps; None while nothing is planned.
-
-        A part of a block that could not be captured keeps what most blocks do.
-        """
+        """What ``module`` keeps; None while nothing is planned."""
+        # a part of a block that could not be captured keeps what most blocks do
         if self.budget.mode in ("speed", "min"):
             return self.allowed[0] if self.budget.mode == "speed" else "input"
         planned = self.levels.get(module)
@@ -99,10 +94,7 @@ class Planner:
     def plan(self, module: nn.Module, usages: Usages, setting: PlanInputs) -> Level:
         """Make the plan from the first block whose usage is known; the others are taken as like it.
 
-        Returns the level of ``module``, the block that takes ``usages``.
-
-        Raises:
-            OptimizeError: no plan fits into a budget given in bytes.
+        Returns its level. OptimizeError: no plan fits into a budget given in bytes.
         """
         self._known[module] = usages
         if not self.levels:
@@ -130,10 +122,7 @@ class Planner:
             self.levels[block] = level
 
     def outlook(self, factor: float) -> tuple[list[Usages], PlanInputs] | None:
-        """The usages of each block, and the setting, for a batch of ``factor`` times the tokens.
-
-        They are for ``choose`` and ``peak``; None while nothing is planned.
-        """
+        """The usages of each block and the setting, for ``factor`` times the tokens, or None."""
         if self._setting is None:
             return None
         usages: list[Usages] = [Scaled(self._usages(b), factor) for b in self.blocks]
@@ -164,9 +153,8 @@ class Planner:
         The first step has ended when the block that came first is called again and an optimizer has
         changed a parameter since. Its peak is known then.
 
-        Raises:
-            OptimizeError: there are more tokens than before, no plan fits into the budget, and no
-                step has been made.
+        OptimizeError: there are more tokens than before, no plan fits into the budget, and no step
+        has been made.
         """
         if rows > self._rows and self.levels and self._setting is not None:
             self._grow(rows / max(self._rows, 1))

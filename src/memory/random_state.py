@@ -10,13 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """What is drawn next on the host, and on a GPU.
-
-    Attributes:
-        device: the GPU, or any other device.
-        host: the host's state.
-        gpu: that of ``device``; None where it is no GPU.
-    """
+    """The states of random numbers on the host and on a GPU; None where ``device`` is none."""
 
     device: torch.device
     host: Tensor

@@ -45,10 +45,8 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
     """Predict what ``run`` takes in forward and backward.
 
     ``examples`` are inputs, fake or real, like those of ``run``; parameters are told by their
-    class. ``size`` gives a symbolic size its number.
-
-    Raises:
-        Exception: whatever an operation raises that cannot run without contents.
+    class. ``size`` gives a symbolic size its number. Raises what an operation raises that cannot
+    run without contents.
     """
     # out of the tracing context of a compilation that goes on: it has fake tensors of its own
     with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):

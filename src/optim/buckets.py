@@ -82,17 +82,13 @@ def _blockwise_minimum(optimizer: torch.optim.Optimizer) -> int | None:
 class Bucket:
     """Parameters that live side by side in one buffer; each ``p.data`` is a view of it.
 
-    Args:
-        params: of one dtype and device. Their values move here; no copy stays behind.
-        align: elements; each parameter begins at a multiple of it. What is between them is zero,
-            and so is its gradient.
-
-    Attributes:
-        keep: whether the gradient's buffer outlives the step. A GPU's allocator takes it back at
-            no cost; on a CPU, fresh pages cost more than all the copies into them.
+    They have one dtype and device. Their values move here; no copy stays behind. Each begins at a
+    multiple of ``align`` elements; what is between them is zero, and so is its gradient.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], align: int) -> None:
+        # Whether the gradient's buffer outlives the step: a GPU's allocator takes it back at no
+        # cost; on a CPU, fresh pages cost more than all the copies into them.
         self.params, self.keep = list(params), params[0].device.type == "cpu"
         self.starts: list[int] = []
         self.stops: list[int] = []  # with the padding
@@ -145,11 +141,7 @@ class Bucket:
 
 
 class BucketSlice:
-    """The parameters ``first`` to ``last`` (exclusive) of a bucket, as one tensor.
-
-    Attributes:
-        tensor: ``(elements,)``, a view of the bucket; the inner optimizer's parameter.
-    """
+    """The parameters ``first`` to ``last`` (exclusive) of a bucket, as one ``tensor``, a view."""
 
     def __init__(self, bucket: Bucket, first: int, last: int) -> None:
         self.bucket, self.first, self.last = bucket, first, last

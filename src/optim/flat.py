@@ -151,11 +151,8 @@ class FlatOptimizer(Optimizer):
     def release(self) -> Optimizer:
         """Give every parameter its own memory and every state its own tensors again.
 
-        Needed before another ``FlatOptimizer`` is made of the same parameters, which would find
-        that they share their memory.
-
-        Returns:
-            The wrapped optimizer, which continues where this one stopped.
+        Returns the wrapped optimizer, which continues where this one stopped. Needed before another
+        ``FlatOptimizer`` is made of the same parameters, which share their memory otherwise.
         """
         self._scatter()
         for bucket in self._buckets:

@@ -1,7 +1,4 @@
-"""Whether the code that calls captured blocks writes into their inputs.
-
-    for layer in self.layers:
-        x += layer(x)
+"""Whether the code that calls captured blocks writes into their inputs: ``x += layer(x)``.
 
 In low precision eager allows that: a norm keeps its own fp32 copy of x. Our ops, a compiler's and
 a checkpoint keep x itself, and backward would refuse it. So where the code around a block may
@@ -27,10 +24,8 @@ from ...graph.effects import writes
 def with_changed_inputs(
     run: Callable[..., Any], places: Sequence[int], change: Callable[[Tensor], Tensor]
 ) -> Callable[..., Any]:
-    """``run``, a region's graph, with ``change`` applied to its arguments at ``places``.
-
-    At every call: that one step wrote nothing says nothing of the next one.
-    """
+    """``run``, a region's graph, with ``change`` applied to its arguments at ``places``."""
+    # at every call: that one step wrote nothing says nothing of the next one
     if not places:
         return run
 

@@ -50,10 +50,7 @@ class Original:
 def block_forward(
     session: Session, kind: str, original: Original, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The forward of a decoder block, or of a norm outside the blocks (``kind``): one graph.
-
-    There is one ``compiled`` form for each level of what is kept for backward.
-    """
+    """The forward of a block, or of a norm outside (``kind``); one ``compiled`` form per level."""
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     is_inactive = inactive_check(session)
 

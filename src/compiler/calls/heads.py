@@ -49,11 +49,9 @@ class _Signature:
     def fills_unused_cache(
         self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices, fake: bool
     ) -> bool:
-        """Whether a call with labels fills a cache that nobody reads.
-
-        Without labels its caller makes the loss, and may make something of the cache as well.
-        Without a cache, models read values (are the positions packed?): tensors must have them.
-        """
+        """Whether a call with labels fills a cache that nobody reads."""
+        # Without labels its caller makes the loss, and may make something of the cache as well.
+        # Without a cache, models read values (are the positions packed?): tensors must have them.
         fills = kwargs.get("labels") is not None and self.has_cache and uses_cache(head)
         fills = fills and cache_is_unused(kwargs) and not indices.any_in(head)
         return fills and transform_reason((), kwargs, fake) is None
@@ -83,9 +81,7 @@ def head_forward(
     original: Original,
     compiled: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The forward of a causal LM: head, shift and loss in one graph.
-
-    So it is in calls with labels, and in those of a training step whose caller makes the loss.
+    """The forward of a causal LM: head, shift and loss in one graph, in calls of a training step.
 
     ``outside`` is the path, name by name, to the submodule that is not captured with it;
     ``results`` says what the blocks return, where the head calls them itself. ``session_of`` gives
@@ -307,11 +303,9 @@ _CACHES = ("past_key_values", "cache", "cache_params")
 def is_step(
     session: Session, head: nn.Module, outside: Sequence[str], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether a call without labels is a part of training: its caller makes the loss.
-
-    One without gradients (a reference) says that it wants no cache: otherwise it may be generation.
-    In evaluation mode it is one (of a teacher) where the loss of another model is to come.
-    """
+    """Whether a call without labels is a part of training: its caller makes the loss."""
+    # One without gradients (a reference) says that it wants no cache: else it may be generation.
+    # In evaluation mode it is one (of a teacher) where the loss of another model is to come.
     if any(kwargs.get(name) is not None for name in _CACHES):
         return False
     if not head.training:
@@ -320,11 +314,9 @@ def is_step(
 
 
 def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bool:
-    """Whether a call in evaluation mode is compared with another model's logits.
-
-    Logits of a training call of that one wait for their loss. Parameters that are sharded would be
-    gathered once more when they are read, by all processes: such a teacher's logits are made.
-    """
+    """Whether a call in evaluation mode is compared with another model's logits."""
+    # Logits of a training call of that one wait for their loss. Parameters that are sharded would
+    # be gathered once more when they are read, by all processes: such a teacher's logits are made.
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     if not another_awaits(session.log.reads):
@@ -359,11 +351,9 @@ def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect
 def has_cache_switch(
     forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
 ) -> bool:
-    """Whether a causal LM's signature says what ``use_cache`` means, and that it may be left out.
-
-    A call that does not say it means the configuration, and the outputs are a record with named
-    fields: a plain tuple would lose one of its places.
-    """
+    """Whether a causal LM's signature says what ``use_cache`` means, and allows to leave it out."""
+    # a call that does not say it means the configuration, and the outputs are a record with named
+    # fields: a plain tuple would lose one of its places
     switch = parameters.get("use_cache")
     if switch is None or switch.default is not None:
         return False
@@ -394,10 +384,8 @@ def _is_record(kind: Any) -> bool:
 
 
 def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
-    """Whether nobody reads, in this call, the cache that is filled by default.
-
-    Transformers finds packed samples in ``position_ids`` only without a cache.
-    """
+    """Whether nobody reads, in this call, the cache that is filled by default."""
+    # transformers finds packed samples in ``position_ids`` only without a cache
     return (
         kwargs.get("use_cache") is None
         and all(kwargs.get(n) is None for n in _CACHE_ARGUMENTS)

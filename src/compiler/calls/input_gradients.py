@@ -59,10 +59,8 @@ def shown_with_gradient(x: Tensor, around: AbstractContextManager[None]) -> Iter
 
 
 def with_leaf(args: Sequence[Any], x: Tensor) -> list[Any]:
-    """The inputs of a graph, with a leaf of the same values in the place of ``x``.
-
-    The leaf is a copy: ``x`` may be a buffer that is filled again before backward.
-    """
+    """The inputs of a graph, with a leaf of the same values in the place of ``x``."""
+    # a copy: ``x`` may be a buffer that is filled again before backward
     leaf = x.detach().clone().requires_grad_()
     return [leaf if a is x else a for a in args]
 
@@ -76,10 +74,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def input_gradient_reason(module: fx.GraphModule) -> str | None:
-    """Why a block's input must have the gradient that its caller gives it, or None.
-
-    ``module`` is the graph as captured, while it is compiled: the code is known then.
-    """
+    """Why a block's input must have the gradient that its caller gives it, or None."""
+    # the graph is as captured, and still being compiled: the code is known then
     for code in torch._guards.TracingContext.get_traced_code() or ():
         if not code.co_filename.startswith(_TORCH):
             questions = _QUESTIONS.intersection((*code.co_names, *map(str, code.co_consts)))
@@ -143,7 +139,7 @@ def _any_needs(found: Any) -> bool:
 
 
 def require_gradients(module: fx.GraphModule) -> None:
-    """Refuse a graph whose reentrant checkpoint gives other gradients when captured, or writes.
+    """Refuse, with NotImplementedError, a graph whose reentrant checkpoint would differ or writes.
 
     Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
     not tell arguments from what its function closes over, and always gives the gradients. Where an
@@ -154,9 +150,6 @@ def require_gradients(module: fx.GraphModule) -> None:
     such checkpoint before it takes that for zeros.
 
     Inside another checkpoint it runs once more than a captured one does, and counts once more.
-
-    Raises:
-        NotImplementedError: with the reason.
     """
     if not torch.is_grad_enabled():
         return
@@ -188,10 +181,8 @@ def require_gradients(module: fx.GraphModule) -> None:
 
 
 def _may_have_none(node: Any, written: set[int]) -> bool:
-    """Whether an argument that needs a gradient in the end may have needed none in its place.
-
-    A write takes the need for a gradient along, into the example value of what it writes to, too.
-    """
+    """Whether an argument that needs a gradient in the end may have needed none in its place."""
+    # a write takes the need for a gradient along, into the example value of what it writes to, too
     if isinstance(facts.tensor(node), nn.Parameter):
         return True
     real = facts.real(node)
@@ -199,11 +190,9 @@ def _may_have_none(node: Any, written: set[int]) -> bool:
 
 
 def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
-    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone, say.
-
-    Eager mode does not know of them. A compiled graph would call their hooks, with None.
-    ``module`` is the graph as captured: TorchDynamo knows what of it needs a gradient.
-    """
+    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone, say."""
+    # Eager mode does not know of them. A compiled graph would call their hooks, with None. The
+    # graph is as captured: TorchDynamo knows what of it needs a gradient.
     is_known = not any(
         (isinstance(n.target, torch._ops.HigherOrderOperator) and n.target is not CHECKPOINT)
         or is_leaf(n.target)

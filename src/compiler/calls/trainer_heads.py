@@ -33,10 +33,7 @@ _COMPACTS = "_use_triton"
 
 
 def with_our_head(function: Any, reads: Reads) -> Any:
-    """A copy of a forward, wrappers included, that computes log-probabilities in our tiles.
-
-    None if the forward has no such function.
-    """
+    """A copy of a forward, wrappers included, that computes in our tiles; None if it cannot."""
     return _copy(function, frozenset(), reads)
 
 
@@ -157,10 +154,8 @@ class _StandIn:
         self._signature = _without_ctx(original.forward)
 
     def apply(self, *args: Any) -> tuple[Tensor | None, ...]:
-        """Log-probabilities, entropy, log of the sum of squares, mean logit, is it the top class.
-
-        As TRL's ``ChunkedLogProbFunction`` returns them; None where one is not asked for.
-        """
+        """Log-probabilities, entropy, log of the sum of squares, mean logit, is it the top one."""
+        # as TRL's ``ChunkedLogProbFunction`` returns them; None where one is not asked for
         bound = self._signature.bind(*args)
         bound.apply_defaults()
         a = bound.arguments

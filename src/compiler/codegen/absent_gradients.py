@@ -16,16 +16,12 @@ Hook = Callable[[tuple[Any, ...], tuple[Any, ...]], "tuple[Any, ...] | None"]
 
 
 class AbsentGradients:
-    """Finds the inputs that get no gradient in a backward pass of a compiled graph.
+    """Finds the inputs that get no gradient in a backward pass of a compiled graph."""
 
-    AOTAutograd treats a missing gradient of an output as zeros, and returns zeros.
-    """
+    # AOTAutograd treats a missing gradient of an output as zeros, and returns zeros
 
     def __init__(self, inputs: Sequence[frozenset[int]] | None) -> None:
-        """Take the inputs, by number, that each output is made of; None if that is not known.
-
-        They are found (``reach.py``) before ops join the outputs.
-        """
+        """Take the inputs, by number, of each output (from ``reach.py``); None: not known."""
         self._outputs: dict[int, set[int]] = {}
         if inputs is not None and len(set(inputs)) > 1:
             for output, of in enumerate(inputs):
@@ -33,10 +29,8 @@ class AbsentGradients:
                     self._outputs.setdefault(i, set()).add(output)
 
     def hook(self, node: Any, args: Sequence[Any], outputs: Sequence[Any]) -> Hook:
-        """The hook for ``node``, autograd's of a call: it gets gradients of its inputs and outputs.
-
-        Inputs with hooks keep their zeros: the hooks would be called, with None.
-        """
+        """The hook for ``node``, autograd's of a call with these ``args`` and ``outputs``."""
+        # inputs with hooks keep their zeros: the hooks would be called, with None
         if not self._outputs:
             return _none_for_none
         numbers = {

@@ -16,13 +16,10 @@ _MIN_PARAMETERS = 10_000_000
 def choose(
     codegen: str, blocks: Sequence[nn.Module], elsewhere: str | None = None
 ) -> tuple[str, str]:
-    """Decide what runs the leftovers of the blocks' graphs.
+    """``"eager"`` or ``"inductor"`` for the leftovers of the blocks' graphs, and the reason.
 
     ``elsewhere`` is the type of the device that will run them, where they are not on it: the CPU of
     this machine, or a GPU of another one, which is taken to have Triton.
-
-    Returns:
-        ``"eager"`` or ``"inductor"``, and the reason.
     """
     if codegen == "eager":
         return codegen, "as asked"

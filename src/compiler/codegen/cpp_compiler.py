@@ -18,12 +18,10 @@ from ...kernels.native import library as native
 def prepare(module: nn.Module) -> threading.Thread | None:
     """Start what Inductor must have before its first kernel for the CPU, in the background.
 
-    It finds the vector instructions, and compiles the headers that all kernels include: several
-    seconds, which pass during the capture instead of after it.
-
-    Returns:
-        The thread to wait for before Inductor is called, or None if there is nothing to prepare.
+    Returns the thread to wait for before Inductor is called, or None if there is none.
     """
+    # It finds the vector instructions, and compiles the headers that all kernels include: several
+    # seconds, which pass during the capture instead of after it.
     if any(p.device.type != "cpu" for p in module.parameters()):
         return None
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
@@ -74,11 +72,8 @@ def _compile_headers() -> None:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, a call of ``owner.name`` in this thread is one of ``function``.
-
-    Only one thread may be in here for a name. What a version of PyTorch lacks is not replaced.
-    ``function`` is passed the original, and then the arguments.
-    """
+    """While it lasts, a call of ``owner.name`` in this thread is ``function(original, ...)``."""
+    # only one thread may be in here for a name; what a version of PyTorch lacks is not replaced
     original, this_thread = getattr(owner, name, None), threading.get_ident()
     if original is None:
         yield
@@ -149,11 +144,9 @@ def _find_vector_instructions() -> None:
 
 @contextlib.contextmanager
 def kernels_awaited_last() -> Iterator[None]:
-    """While a graph is compiled, let no part of it wait for its C++ kernels; wait at the end.
-
-    Inductor waits for those of forward before it begins with backward. The kernels are compiled by
-    processes of their own. TorchDynamo, whose lock is held here, compiles in one thread at a time.
-    """
+    """While a graph is compiled, let no part of it wait for its C++ kernels; wait at the end."""
+    # Inductor waits for those of forward before it begins with backward. Other processes compile
+    # the kernels. TorchDynamo, whose lock is held here, compiles in one thread at a time.
     from torch._inductor.async_compile import AsyncCompile
 
     postponed: list[Callable[[], None]] = []

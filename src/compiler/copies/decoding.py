@@ -34,10 +34,7 @@ _ORIGINAL = F.scaled_dot_product_attention
 
 
 class Decoding:
-    """The attention of one session's model in calls without gradients that pass a cache.
-
-    ``findings`` holds the result in each region.
-    """
+    """Attention of one session's model in calls that pass a cache; ``findings`` by region."""
 
     def __init__(self, enabled: bool = True, verify: Verify = "first") -> None:
         """Make one; with ``verify="always"``, each kind of input is verified in each region."""

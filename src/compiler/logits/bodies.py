@@ -16,10 +16,8 @@ _CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
 
 
 def logits_chain(node: fx.Node, heads: set[Any] | None) -> list[fx.Node]:
-    """The nodes from the projection to ``node``, or nothing when they are no logits.
-
-    The projection is by one of ``heads``; where these are not known, one to a larger dimension.
-    """
+    """The nodes from the projection to ``node``, or nothing when they are no logits."""
+    # the projection is by one of ``heads``; where these are not known, one to a larger dimension
     chain: list[fx.Node] = []
     while True:
         canon = canonical(node)

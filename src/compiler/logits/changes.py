@@ -116,11 +116,7 @@ def remembered(t: Tensor) -> Remembered:
 
 
 def unchanged(kept: Remembered) -> Tensor:
-    """The tensor that was remembered.
-
-    Raises:
-        RuntimeError: it was written to since, as autograd says of what it has saved.
-    """
+    """The tensor that was remembered; RuntimeError, as autograd's, if it was written to since."""
     t, version = kept
     if version is not None and t._version != version:
         raise RuntimeError(
@@ -158,10 +154,8 @@ class KeptLogits:
         self._pending[values] = is_done
 
     def watch(self, model: nn.Module, operands: Iterable[Any]) -> bool:
-        """Watch those of ``operands`` that are parameters of ``model`` for changes to come.
-
-        Returns whether all of them are watched; a sharded one is not.
-        """
+        """Watch those of ``operands`` that are parameters of ``model``; whether all are watched."""
+        # a sharded one is not
         weights = [t for t in operands if isinstance(t, nn.Parameter)]
         if any(type(t) is not nn.Parameter or hasattr(t, "ds_status") for t in weights):
             return False

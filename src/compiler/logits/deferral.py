@@ -54,10 +54,7 @@ def defer_logits(
     ``before`` is what ``copy_if_loss`` returned before the rules, ``findings`` what they did. With
     ``lazy`` the logits are computed only when they are read. ``model`` gives the model of the
     graph, whose weights may be sharded. ``is_alone``: it is a causal LM's head in a call without
-    labels.
-
-    Returns:
-        How many outputs were joined, or became lazy.
+    labels. Returns how many outputs were joined, or became lazy.
     """
     graph = module.graph
     output = graph.output_node()

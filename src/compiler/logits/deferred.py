@@ -119,12 +119,7 @@ class Lift:
 
 
 class Family:
-    """Logits and their views, which share memory.
-
-    Attributes:
-        writes: how often they were written to.
-        is_shared: whether somebody else has the memory, too, and may write to it.
-    """
+    """Logits and their views, which share memory; ``is_shared``: others may write to it, too."""
 
     def __init__(self) -> None:
         self.writes, self.is_shared = 0, False

@@ -27,7 +27,6 @@ class Plan:
     """What of a loss and its logits is known from the graph.
 
     Attributes:
-        lazy: whether the logits are computed only when they are read.
         keeps: whether the logits' history keeps nothing of their size, so that it may stay.
         inputs: how many inputs the logits have.
         others: how many inputs the loss has besides its logits.
@@ -72,7 +71,6 @@ class HeadCall:
         logits: computes the logits from their inputs.
         loss: computes the loss from the logits and its other inputs, as the model does.
         autocast: (whether it is on, its dtype), as in the forward pass.
-        before: what tells whether an input of the logits was written to since.
         storages: of the inputs, which tell them from what a checkpoint computes in their place.
         is_trained: whether an optimizer may change what the rows are multiplied with.
         model: gives the model that was called, or None once that is gone.

@@ -17,13 +17,8 @@ from ...rewrite.matcher import Trace
 class Operands(NamedTuple):
     """The operands of ``linear_logprob``, with rows already chosen.
 
-    Attributes:
-        x: (N, H), the rows.
-        weight: (V, H).
-        bias: (V,) or None.
-        scale: the factor on the logits before the soft cap: a number, or one that is learnt.
-        softcap: bound of the logits, or None.
-        temperature: what they are divided by after it.
+    ``x``: (N, H), ``weight``: (V, H), ``bias``: (V,). ``scale``, a number or one that is learnt,
+    multiplies the logits before the soft cap; ``temperature`` divides them after it.
     """
 
     x: Tensor
@@ -36,15 +31,9 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadParts:
-    """Which inputs of the logits are what, and the constants between them.
+    """Which inputs of the logits are what, by place, and the constants between them.
 
-    Attributes:
-        x: place of the rows among the inputs.
-        weight: place of the head's weight.
-        bias: place of its bias, or None.
-        factor: place of a scale that is learnt, or None.
-        scale: the constant scale.
-        softcap: bound of the logits, or None.
+    ``factor`` is the place of a scale that is learnt; ``scale`` and ``softcap`` are constants.
     """
 
     x: int
@@ -55,11 +44,7 @@ class HeadParts:
     softcap: float | None
 
     def of(self, inputs: Sequence[Any], index: Tensor | None, factor: float) -> Operands:
-        """The operands in a call.
-
-        ``index`` says which rows, None for all in order. The logits are multiplied by ``factor``,
-        above 0, afterwards.
-        """
+        """The operands for rows ``index`` (None: all); a ``factor`` above 0 comes afterwards."""
         x = inputs[self.x]
         x = x.reshape(-1, x.shape[-1])
         if index is not None:

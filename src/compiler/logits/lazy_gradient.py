@@ -164,11 +164,7 @@ def like(z: Tensor) -> Tensor:
 
 
 def require_unwritten(tensors: Sequence[Any], writes: Sequence[int]) -> None:
-    """Refuse a gradient of a gradient through logits that were written to since.
-
-    Raises:
-        RuntimeError: one of ``tensors`` was written to more often than ``writes`` says.
-    """
+    """Raise RuntimeError if logits under a second derivative were written to since ``writes``."""
     for z, before in zip(tensors, writes, strict=True):
         if not isinstance(z, LazyLogits) or z.writes != before:
             raise RuntimeError(

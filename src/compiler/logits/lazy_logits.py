@@ -40,9 +40,7 @@ class LazyLogits(Tensor):
     mixed-precision wrappers cast every output; so do the copies that wrappers for several
     processes make.
 
-    Attributes:
-        is_written: whether somebody has written to the values.
-        recorded: what is known of them, or None.
+    ``is_written`` says whether somebody has written to the values.
     """
 
     is_written = False

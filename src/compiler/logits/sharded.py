@@ -47,8 +47,7 @@ def call_name(model: nn.Module | None) -> str:
 def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Iterator[None]:
     """While ``values`` are computed with, the parameters of ``model`` among them are whole.
 
-    Raises:
-        RuntimeError: one is not whole, and cannot be gathered; or not all processes read.
+    RuntimeError: one is not whole, and cannot be gathered; or not all processes read.
     """
     engines = [
         _engine(model, value)
@@ -128,8 +127,7 @@ _ALL, _LEFT = "all", "left"
 def all_meet(place: str, group: Any) -> bool:
     """Whether every process of a group comes here within a minute of the first one.
 
-    ``place`` is a name, the same on every process and another one each time. The result is the same
-    on all of them.
+    ``place`` is a name, the same on every process and another one each time; so is the result.
     """
     if not dist.is_initialized() or dist.get_world_size(group) < 2:
         return True

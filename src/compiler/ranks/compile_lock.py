@@ -32,11 +32,9 @@ FOLDER = "fusewright-locks"
 
 @contextlib.contextmanager
 def first_one_compiles(graph: Any, examples: Sequence[Any]) -> Iterator[None]:
-    """While a graph is compiled: wait first for another process that compiles it, if one does.
-
-    The system releases the lock of a process that ends, however it ends. A process that has waited
-    in vain compiles by itself. With one process, nothing is locked.
-    """
+    """While a graph is compiled: wait first for another process that compiles it, if one does."""
+    # The system releases the lock of a process that ends, however it ends. A process that has
+    # waited in vain compiles by itself. With one process, nothing is locked.
     folder = lock_folder() if has_peers() and isinstance(graph, fx.GraphModule) else None
     lock = None if folder is None else _opened(folder / _name(graph, examples))
     if lock is None:

@@ -3,10 +3,8 @@
 Verdicts pass through the key-value store of the process group, as JSON; nothing is written to disk
 and nothing is unpickled. This is no collective: a rank that never reaches the site is not awaited,
 and one that waits in vain verifies by itself. Whatever happens, the ranks agree: who verifies a
-site that has a valid verdict by then takes that one instead.
-
-It works wherever ``torch.distributed`` is initialized with several ranks: in ``fusewright train``
-as in a script of the user's own.
+site that has a valid verdict by then takes that one instead. It works wherever
+``torch.distributed`` has several ranks: in ``fusewright train`` as in a script of the user's own.
 """
 
 from __future__ import annotations
@@ -51,10 +49,8 @@ _NUMBERS = tuple(f.name for f in fields(Figures))
 class SharedVerdicts:
     """The verdicts of all ranks of a job.
 
-    Attributes:
-        patience: seconds to wait for another rank.
-        silent: ranks that were waited for in vain; it is not done again.
-        is_lost: whether the store has failed; every site is verified here from then on.
+    ``silent`` are ranks that were waited for in vain; it is not done again. Once the store has
+    failed (``is_lost``), every site is verified here.
     """
 
     patience: float = field(default_factory=lambda: PATIENCE)
@@ -166,10 +162,8 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
     and the settings that it is verified under), the graph of the replacement, the versions of
     PyTorch and of this package, and the kinds of processor and GPU. Devices are numbered in order
     of appearance: each rank has its own GPU. ``traced``: whether the form that ops have under a
-    compiler is verified, too.
-
-    None if the text would name something that no other process can know, such as a function that
-    was made in a call of another one.
+    compiler is verified, too. None if the text would name something that no other process can know,
+    such as a function that was made in a call of another one.
     """
     rule = type(candidate.rule)
     replacement = [

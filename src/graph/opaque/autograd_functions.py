@@ -32,12 +32,7 @@ def is_captured(target: Any) -> bool:
 
 @dataclass(frozen=True)
 class Forward:
-    """The forward of a captured autograd function with one result.
-
-    Attributes:
-        call: the function's node.
-        result: what it returns, a node of its own graph.
-    """
+    """The forward of a captured autograd function with one result, a node of the inner graph."""
 
     call: fx.Node
     result: fx.Node
@@ -45,10 +40,9 @@ class Forward:
     def outside(
         self, args: Iterable[Any], chain: Iterable[fx.Node]
     ) -> tuple[tuple[Any, ...], tuple[fx.Node, ...]] | None:
-        """What an operation that is the whole forward means in the graph around it.
+        """The arguments ``args`` of an operation and its nodes, in the graph around the function.
 
-        Its arguments are ``args``. Returns these and the nodes in the graph around it; None if the
-        forward does more than it and the nodes of ``chain``, or an argument is made in it.
+        None unless the operation, with its ``chain``, is the whole forward.
         """
         inner = self.result.graph
         parts = {self.result, *chain}

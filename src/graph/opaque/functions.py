@@ -30,14 +30,12 @@ class Convention:
     """A way of calling a scan.
 
     Attributes:
-        name: of the canonical operation.
         params: the names of the arguments, in order; those of the first two are free. The last is
             a tuple of pairs, of all further ones, as far as they say anything.
         known_by: the names that a function with this convention must have.
         time: the dimension of time in the first two arguments, B, C, z and the first output.
         defaults: values of the arguments after the first five (and a chunk size).
-        sizes: of the first five, in a small example.
-        constants: what else has no default.
+        sizes: of the first five, in a small example; ``constants``: what else has no default.
         first: the names of the first five.
         outline: gives the results for fake arguments; None: they are those of one step of time.
         examples: arguments for which a function must give what ``outline`` says.
@@ -175,10 +173,7 @@ def _follows(kind: Convention, names: list[str]) -> bool:
 
 @functools.cache
 def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The leaf of a function that has a convention.
-
-    The registration with TorchDynamo concerns this new object only.
-    """
+    """The leaf of a function that has a convention: a new object, registered with TorchDynamo."""
     kind = convention(function)
     if kind is None:
         raise TypeError(f"{function} is no scan")
@@ -205,11 +200,9 @@ def is_leaf(target: Any) -> bool:
 def bind(
     target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, tuple[Any, ...]] | None:
-    """The canonical name and arguments of a call of a leaf; None for any other target.
-
-    A further argument is left out where it is None or False, where it only chooses among
-    implementations of the same thing (``use_...``), and where the function does not look at it.
-    """
+    """The canonical name and arguments of a call of a leaf; None for any other target."""
+    # a further argument is left out where it is None or False, where it only chooses among
+    # implementations of the same thing (``use_...``), and where the function does not look at it
     function = getattr(target, _MARK, None)
     if function is None:
         return None
@@ -285,12 +278,9 @@ def _outline(
 
 
 def overlooks(function: Callable[..., Any], given: Mapping[str, Any], name: str) -> bool:
-    """Whether ``function`` takes the keyword ``name`` besides ``given``, and never looks at it.
-
-    It is called twice, without the keyword and with a value that tells when somebody looks at it.
-    What can be seen without looking (it is there; it is not None) changes the result, or else
-    nothing.
-    """
+    """Whether ``function`` takes the keyword ``name`` besides ``given``, and never looks at it."""
+    # It is called twice, without the keyword and with a value that tells when somebody looks at it.
+    # What can be seen without looking (it is there; it is not None) changes the result, or nothing.
     value = _Watched()
     try:
         with _disable_current_modes(), torch.no_grad():
@@ -350,11 +340,9 @@ def asks_for_place(function: Any) -> bool:
 
 @functools.cache
 def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does what ``function`` does, and that TorchDynamo can follow further.
-
-    What ``function`` gives for an ordinary parameter is found out by asking it: with a module of
-    the same class that has nothing but a weight.
-    """
+    """A function that does what ``function`` does, and that TorchDynamo can follow further."""
+    # what ``function`` gives for an ordinary parameter is found out by asking it: with a module of
+    # the same class that has nothing but a weight
     strings = (c for c in function.__code__.co_consts if isinstance(c, str) and c.isidentifier())
     attributes = tuple(sorted(n for n in set(strings) - {"weight"} if not hasattr(nn.Module, n)))
     """What the function may ask a module for, by ``hasattr`` and ``getattr``."""

@@ -21,12 +21,7 @@ from .rows import HeadRows
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Log-probabilities that are a real tensor.
-
-    Attributes:
-        tensor: (..., vocabulary), without a gradient.
-        before: its fingerprint when it was recorded.
-    """
+    """Log-probabilities, (..., vocabulary), that are a real tensor without a gradient."""
 
     tensor: Tensor
     before: Fingerprint
@@ -69,8 +64,7 @@ class Shifted(HeadRows):
 class Mixed(HeadRows):
     """The log of a mixture of two distributions, or the two stacked.
 
-    Attributes:
-        parts: both, and what was added to their log-probabilities; the first has the gradient.
+    ``parts`` are both, and what was added to their log-probabilities; the first has the gradient.
     """
 
     parts: tuple[tuple[HeadRows, float], tuple[Side, float]]
@@ -93,14 +87,9 @@ class Mixed(HeadRows):
 class Divergence(HeadRows):
     """Sums of ``exp(target) * (target - input)``, class by class.
 
-    ``index`` counts the rows of both distributions.
-
-    Attributes:
-        first: the one that has the gradient.
-        second: the other.
-        terms: ``"forward"``, KL(second || first); ``"reverse"``, KL(first || second); ``"first"``
-            and ``"second"``, KL(... || mixture) -> its weight in the sum.
-        mixture: of first and second, or None.
+    ``index`` counts the rows of both distributions; the ``first`` has the gradient. ``terms`` are
+    weights in the sum: of ``"forward"``, KL(second || first); ``"reverse"``, KL(first || second);
+    ``"first"`` and ``"second"``, KL(... || mixture).
     """
 
     first: HeadRows

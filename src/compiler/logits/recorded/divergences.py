@@ -105,11 +105,7 @@ def _logaddexp(input: Any, other: Any) -> Any:
 
 
 def recorded_kl_div(made: Any, target: Any, log_target: bool, handlers: Handlers) -> LazyLogits:
-    """``F.kl_div(made, target, reduction="none")``.
-
-    Raises:
-        WrongArguments: it is none of two recorded distributions.
-    """
+    """``F.kl_div(made, target, reduction="none")``; WrongArguments if they are not recorded."""
     if not isinstance(made, Tensor) or not isinstance(target, Tensor) or not made.dim():
         raise WrongArguments
     side, shift = side_of(target, made, "log_probs" if log_target else "probs")

@@ -31,7 +31,6 @@ class Tiled:
     """Something that is computed of logits, or of what was recorded of them.
 
     Attributes:
-        name: for the report.
         compute: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
         formula: computes the same from the values.
         measures: what it is a sum of, or None.
@@ -46,9 +45,7 @@ class Tiled:
 
 
 def compute(z: LazyLogits, tiled: Tiled, rows: HeadRows | None = None) -> Tensor:
-    """The result of ``tiled``, with a history that leads to ``z``.
-
-    Its operands are those of ``rows``; by default those that are recorded of ``z``.
+    """The result of ``tiled`` of ``rows``, by default z's, with a history that leads to ``z``.
 
     Raises:
         WrongArguments: it cannot be computed from the operands of the head now.

@@ -24,11 +24,9 @@ def measure(o: Operands, name: str, targets: Tensor | None = None, **more: Any) 
 
 
 def weighted_sum(o: Operands, weights: Mapping[str, float]) -> Tensor:
-    """A sum of several measures, in one pass over the logits.
-
-    The gradients of a mean logit and of a log-sum-exp nearly cancel: they are added before they
-    are multiplied with the head, by backward, and not as one term of each that forward has made.
-    """
+    """A sum of several measures, in one pass over the logits."""
+    # The gradients of a mean logit and of a log-sum-exp nearly cancel: they are added before they
+    # are multiplied with the head, by backward, and not as one term of each that forward has made.
     names = list(weights)
     outputs = linear_logprob(
         o.x, o.weight, o.bias, None, names, ignore_index=NEVER, temperature=o.temperature,

@@ -29,8 +29,6 @@ class HeadRows:
     """What lazy logits, or what was made of them, consist of.
 
     Attributes:
-        call: the call of the head that they are from.
-        inputs: of its logits.
         handlers: answers functions, by their names.
         index: which rows of the call, in the leading shape; None for all of them.
         kind: ``"logits"``, ``"log_probs"``, ``"probs"``, or a product: ``"p_log_p"``, ``"p_z"``,

@@ -23,11 +23,9 @@ NEVER = -(1 << 31)
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """A sum of outputs of ``linear_logprob``, one number per row.
+    """A sum of outputs of ``linear_logprob`` with these ``weights``, one number per row.
 
-    Attributes:
-        weights: output -> its weight in the sum.
-        targets: (N,), for the log-probability; ``NEVER`` where a row does not count. Or None.
+    ``targets``: (N,), for the log-probability; ``NEVER`` where a row does not count.
     """
 
     weights: dict[str, float]
@@ -36,10 +34,7 @@ class Measures:
 
 @dataclass(frozen=True, eq=False)
 class LatePart:
-    """The gradients of one read: made alone, or ``together`` with others.
-
-    ``grad`` is that of the ``measures`` of ``rows``; ``count`` is how many inputs the logits have.
-    """
+    """The gradients of one read: made alone, or ``together`` with others."""
 
     rows: HeadRows
     measures: Measures
@@ -97,13 +92,7 @@ def together(parts: Sequence[LatePart]) -> list[Any]:
 
 @dataclass(eq=False)
 class _RowsRead:
-    """Rows, and the gradients of what was computed of them.
-
-    Attributes:
-        index: which rows, or None for all of them.
-        columns: output of ``linear_logprob`` -> its gradients, (N,).
-        targets: (N,), for the log-probability, or None.
-    """
+    """Rows, and the gradients (N,) of each output of ``linear_logprob`` that was made of them."""
 
     index: Tensor | None
     columns: dict[str, Tensor]
