@@ -161,11 +161,9 @@ def _written_within(node: fx.Node) -> list[fx.Node]:
         bodies = bodies[:1]  # the other one is its backward, which has other inputs
     memory = set()
     for body in bodies:
-        placeholders = {
-            m for n in body.graph.find_nodes(op="placeholder") for m in facts.memories(n)
-        }
+        inner = {m for n in body.graph.find_nodes(op="placeholder") for m in facts.memories(n)}
         targets = (t for n in body.graph.nodes for t in writes(n))
-        memory |= {m for t in targets for m in facts.memories(t)} & placeholders
+        memory |= {m for t in targets for m in facts.memories(t)} & inner
     inputs = [n for n in node.all_input_nodes if facts.body(n) is None]
     return [n for n in inputs if memory & facts.memories(n)] or (inputs if memory else [])
 

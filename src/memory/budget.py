@@ -24,7 +24,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read a mode, or a size such as ``"8GB"`` or ``"7.5 GB"``; ValueError for anything else."""
+        """Read a mode, or a size such as ``"8GB"`` or ``"7.5 GB"``; ValueError for others."""
         if text in ("speed", "auto", "min"):
             return cls(text, text)  # type: ignore[arg-type]  # 2026-11-25: narrowed by the line above
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None

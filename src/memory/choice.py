@@ -59,18 +59,16 @@ class Scaled:
 
     def get(self, level: Level, /) -> Usage | None:
         """The usage at one level."""
-        predicted = self.usages.get(level)
-        if predicted is None:
+        base = self.usages.get(level)
+        if base is None:
             return None
         larger = {
-            name: int(getattr(predicted, name) * self.factor)
+            name: int(getattr(base, name) * self.factor)
             for name in ("kept", "forward", "flops", "host")
         }
         # the gradients of parameters are as large whatever the batch
-        backward = (
-            int((predicted.backward - predicted.gradients) * self.factor) + predicted.gradients
-        )
-        return replace(predicted, **larger, backward=backward)
+        backward = int((base.backward - base.gradients) * self.factor) + base.gradients
+        return replace(base, **larger, backward=backward)
 
 
 def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs) -> int:

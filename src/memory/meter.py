@@ -64,14 +64,12 @@ def _available() -> int | None:
     """Bytes of memory that are free for use, within the limit of a container."""
     if sys.platform != "linux":
         return None
-    limits = []
+    sizes = []
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(
-            next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024
-        )
+        sizes.append(next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024)
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        limits.append(limit - int((group / "memory.current").read_text()))
-    return min(limits) if limits else None
+        sizes.append(limit - int((group / "memory.current").read_text()))
+    return min(sizes) if sizes else None

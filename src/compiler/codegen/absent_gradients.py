@@ -44,8 +44,8 @@ class AbsentGradients:
         for i, t in enumerate(args):
             if isinstance(t, Tensor) and t.requires_grad:
                 edge = tuple(get_gradient_edge(t)[:2])
-                outputs_of_input = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
-                reached.setdefault(edge, set()).update(outputs_of_input)
+                sources = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
+                reached.setdefault(edge, set()).update(sources)
                 tensors_of.setdefault(edge, []).append(weakref.ref(t))
                 hooked |= {edge} if t._backward_hooks else set()
         edges = node.next_functions
@@ -61,11 +61,9 @@ class AbsentGradients:
                 return _none_for_none(grad_inputs, grad_outputs)
             return tuple(
                 None
-                if of is not None
-                and not of & present
-                and not any(map(_has_hooks, outputs_of_input))
+                if of is not None and not of & present and not any(map(_has_hooks, refs))
                 else g
-                for of, outputs_of_input, g in zip(inputs, tensors, grad_inputs, strict=True)
+                for of, refs, g in zip(inputs, tensors, grad_inputs, strict=True)
             )
 
         return none_for_none

@@ -52,10 +52,8 @@ def _of_node(node: fx.Node, found: dict[fx.Node, _Found]) -> _Found:
         inner, *operands = node.args
         body = facts.body(inner)
         if body is not None and len(body.graph.find_nodes(op="placeholder")) == len(operands):
-            operand_sets = [_of_value(value, found) for value in operands]
-            sets = (
-                frozenset[int]().union(*(operand_sets[i] for i in of)) for of in _of_outputs(body)
-            )
+            each = [_of_value(value, found) for value in operands]
+            sets = (frozenset[int]().union(*(each[i] for i in of)) for of in _of_outputs(body))
             return tuple(sets)
     return _of_value([node.args, node.kwargs], found)
 

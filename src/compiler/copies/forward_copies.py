@@ -178,15 +178,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _function(module: nn.Module) -> Any:
     """The function behind a module's forward; None where it is no method of this module."""
-    instance_forward = module.__dict__.get("forward")
-    if instance_forward is not None:
-        return (
-            instance_forward.__func__
-            if getattr(instance_forward, "__self__", None) is module
-            else None
-        )
-    class_forward = inspect.getattr_static(type(module), "forward", None)
-    return class_forward if isinstance(class_forward, types.FunctionType) else None
+    method = module.__dict__.get("forward")
+    if method is not None:
+        return method.__func__ if getattr(method, "__self__", None) is module else None
+    plain = inspect.getattr_static(type(module), "forward", None)
+    return plain if isinstance(plain, types.FunctionType) else None
 
 
 def names_in(code: types.CodeType) -> set[str]:

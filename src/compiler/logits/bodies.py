@@ -52,9 +52,8 @@ def descendants(node: fx.Node) -> set[fx.Node]:
 def logits_graph(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     """The logits as a graph of their inputs, and these inputs."""
     body = fx.Graph()
-    operands = _own_function(
-        chain[0]
-    )  # an autograd function's, whose numbers are no tensors to save
+    # an autograd function's, whose numbers are no tensors to save
+    operands = _own_function(chain[0])
     first = chain[0].all_input_nodes if operands is None else [a for a in operands if a is not None]
     later = (i for n in chain[1:] for i in n.all_input_nodes if i not in chain)
     inputs = list(dict.fromkeys([*first, *later]))

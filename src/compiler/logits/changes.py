@@ -166,12 +166,10 @@ class KeptLogits:
             weakref.WeakMethod(self.compute_all),
         )
         for module in model.modules():
-            places = [
-                (t, name) for name, p in module._parameters.items() for t in weights if p is t
-            ]
-            if places:
+            uses = [(t, name) for name, p in module._parameters.items() for t in weights if p is t]
+            if uses:
                 self._undo.append(_before_loading(module, compute_all))
-            for weight, name in places:
+            for weight, name in uses:
                 self._watched[id(weight)] = weakref.ref(module), name
                 if weight.requires_grad:
                     self._undo.append(_before_gradient(weight, compute))

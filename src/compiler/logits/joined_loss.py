@@ -114,23 +114,19 @@ class _Loss(torch.autograd.Function):
         # ``inputs``, of the logits, are saved without versions: in eager mode the loss does not
         # need them, and ``join.gradient`` looks at their bytes
         x, weight, bias, labels = operands
-        loss, fused_results = op.found(x, weight, bias, labels, settings, needed)
+        loss, fused = op.found(x, weight, bias, labels, settings, needed)
         ctx.set_materialize_grads(False)
         ctx.join, ctx.needed, ctx.settings = join, needed, settings
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
         ctx.others = len(others)
-        ctx.save_for_backward(*fused_results, *others, *map(_without_version, inputs))
+        ctx.save_for_backward(*fused, *others, *map(_without_version, inputs))
         return loss
 
     @staticmethod
     @differentiable(_loss_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
-        fused_results, others, inputs = (
-            saved[:4],
-            saved[4 : 4 + ctx.others],
-            saved[4 + ctx.others :],
-        )
+        fused, others, inputs = saved[:4], saved[4 : 4 + ctx.others], saved[4 + ctx.others :]
         join, like, needed, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
 
         def values() -> Tensor:
@@ -138,7 +134,7 @@ class _Loss(torch.autograd.Function):
             return result
 
         def part() -> list[Any]:
-            grads = op.scaled(fused_results, grad, like, needed, settings.logit_scale)
+            grads = op.scaled(fused, grad, like, needed, settings.logit_scale)
             return [*grads, *(None for _ in range(join.plan.inputs))]
 
         shape, dtype = join.shape, join.plan.dtype

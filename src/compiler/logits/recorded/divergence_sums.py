@@ -151,11 +151,11 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
         return NotImplemented
     if dim is not None and not is_last(z, dim):
         return NotImplemented
-    out_dtype = result_dtype(lambda t: t.sum(dtype=dtype), z)
+    cast = result_dtype(lambda t: t.sum(dtype=dtype), z)
     each = _each_row(z, rows)
     if dim is None:
-        return each.sum().to(out_dtype)
-    each = each.view(z.shape[:-1]).to(out_dtype)
+        return each.sum().to(cast)
+    each = each.view(z.shape[:-1]).to(cast)
     return each.unsqueeze(-1) if keepdim else each
 
 
@@ -163,12 +163,10 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
 def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if not z.numel():
         return NotImplemented
-    out_dtype = result_dtype(lambda t: t.mean(dtype=dtype), z)
+    cast = result_dtype(lambda t: t.mean(dtype=dtype), z)
     count = z.numel() if dim is None else z.shape[-1]
-    total = _sum(
-        z, dim, keepdim, dtype=torch.float64 if out_dtype is torch.float64 else torch.float32
-    )
-    return NotImplemented if total is NotImplemented else (total / count).to(out_dtype)
+    total = _sum(z, dim, keepdim, dtype=torch.float64 if cast is torch.float64 else torch.float32)
+    return NotImplemented if total is NotImplemented else (total / count).to(cast)
 
 
 def _by_number(name: str) -> Callable[..., Any]:

@@ -74,10 +74,8 @@ def _nll_loss(
     factor, dtype = rows_of(z).weight, _loss_dtype(F.nll_loss, z)
 
     def tiled(o: Operands) -> Tensor:
-        logprob = measure(o, "logprob", target, ignore_index=ignore_index) * factor
-        return (
-            -logprob if reduction == "none" else _reduced(logprob, target, ignore_index, reduction)
-        )
+        terms = measure(o, "logprob", target, ignore_index=ignore_index) * factor
+        return -terms if reduction == "none" else _reduced(terms, target, ignore_index, reduction)
 
     def formula(values: Tensor) -> Tensor:
         return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
@@ -148,16 +146,10 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     def tiled(o: Operands) -> Tensor:
         return weighted_sum(o, weights)
 
-    out_dtype = result_dtype(lambda t: t.sum(-1, dtype=dtype), z)
+    cast = result_dtype(lambda t: t.sum(-1, dtype=dtype), z)
     name = {"p_p": "sum of squared probabilities", "log_probs": "sum of log-probabilities"}
     return _of_rows(
-        z,
-        name.get(kind, "entropy"),
-        tiled,
-        lambda v: v.sum(-1),
-        keepdim,
-        out_dtype,
-        Measures(weights),
+        z, name.get(kind, "entropy"), tiled, lambda v: v.sum(-1), keepdim, cast, Measures(weights)
     )
 
 
