@@ -18,9 +18,11 @@ class Figures:
     Attributes:
         error: relative rms error of the rewrite's outputs against fp64 (the worst output).
         grad_error: the same for the gradients.
-        saved_before: bytes that the original keeps for backward, per token; then the rewrite.
+        saved_before: bytes the original keeps for backward, per token.
+        saved_after: bytes the rewrite keeps for backward, per token.
         moved_before: bytes the original's forward reads and writes, per token, each operation by
-            itself (weights left out: they are read either way); then the rewrite's, counted alike.
+            itself (weights left out: they are read either way).
+        moved_after: bytes the rewrite's forward reads and writes, per token, counted alike.
     """
 
     error: float | None = None
@@ -117,9 +119,11 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
 
     def by_rule(self) -> dict[str, int]:
-        """Count the rewritten sites of each rule."""
-        # a formula that was fused twice counts under both rules: a norm that became part of
-        # ``add_rms_norm`` is still a norm that was recognised
+        """Count the rewritten sites of each rule.
+
+        A formula that was fused twice counts under both rules: a norm that became part of
+        ``add_rms_norm`` is still a norm that was recognised.
+        """
         return dict(Counter(s.rule for s in self.sites if s.status == "rewritten"))
 
     def to_dict(self) -> dict[str, Any]:

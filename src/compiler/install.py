@@ -34,7 +34,7 @@ _GETSTATE = "__getstate__"
 
 @dataclass(frozen=True)
 class Installed:
-    """What an installed forward knows; ``previous`` is the instance's earlier own one, or None."""
+    """What an installed forward knows; ``previous``: the instance's own one before, or None."""
 
     session: Session
     kind: str

@@ -139,7 +139,7 @@ class Units:
             module.__dict__.update(hooks)
 
     def before(self, hidden: Tensor) -> Tensor:
-        """Gather the parameters; ``hidden`` (B, T, H) comes back: its gradient releases them."""
+        """Gather the parameters; returns ``hidden``, (B, T, H), whose gradient releases them."""
         self._inputs, self.is_open = [], True
         for module, hooks in zip(self._modules, self._kept, strict=True):
             for key, hook in hooks["_forward_pre_hooks"].items():

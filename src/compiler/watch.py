@@ -169,7 +169,7 @@ class Watch:
         inlined: those of them that are below the one that is not captured, with their paths.
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that these modules have as instances.
-        blocks: those of these modules that run graphs of their own.
+        blocks: those of these modules that run their own graphs.
         packed: those of these modules that are 4-bit layers.
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.

@@ -104,8 +104,8 @@ _DUNDERS = {"__setitem__", "__delitem__", *(f"__i{name}__" for name in _IN_PLACE
 
 def _named_as_write(node: fx.Node) -> bool:
     """Whether it is ``+=`` or the like, or its name says that it writes into the first argument."""
-    # as that of every method and function of PyTorch with an underscore at its end does, of those
-    # without a schema too (``requires_grad_``, the functions of ``nn.init``)
+    # so does every method and function of PyTorch whose name ends in an underscore, those without a
+    # schema too (``requires_grad_``, the functions of ``nn.init``)
     if node.op == "call_function" and node.target in _OPERATORS:
         return True
     name = name_of(node.target)

@@ -1,4 +1,4 @@
-"""The operations that have a canonical view; a new spelling is an entry in its two tables."""
+"""The operations that have a canonical view; a spelling is in ``FUNCTIONS`` or ``METHODS``."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _prepare(module: fx.GraphModule, held: set[fx.Node]) -> None:
-    """Let what runs them replace checkpoints and autograd functions, in graphs within it too."""
-    # ``held``: those of its placeholders that are values which a module holds
+    """Replace checkpoints and autograd functions in ``module`` and within by what runs them."""
+    # ``held`` are those of its placeholders that are what a module holds
     free_in_backward(module.graph)
     for node in module.graph.nodes:
         is_checkpoint = node.target is torch.ops.higher_order.tag_activation_checkpoint

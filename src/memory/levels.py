@@ -167,10 +167,10 @@ def draws_in_vain(module: fx.GraphModule) -> bool:
     for inner in facts.nested(module):
         if inner is module:
             continue
-        used = set(inner.graph.output_node().all_input_nodes)
+        live = set(inner.graph.output_node().all_input_nodes)
         for node in reversed(inner.graph.nodes):
-            if node in used or writes(node):
-                used.update(node.all_input_nodes)
+            if node in live or writes(node):
+                live.update(node.all_input_nodes)
             elif draws(node):
                 return True
     return False

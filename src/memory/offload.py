@@ -62,7 +62,11 @@ class Kept:
             self._coming = self._transport.back(self._going.result, self._device)
 
     def get(self) -> Tensor:
-        """The tensor on the device, RuntimeError if it was written to; fetch the block before."""
+        """The tensor on the device; the block before begins to be fetched.
+
+        Raises:
+            RuntimeError: something wrote into it while it was still there, as autograd would say.
+        """
         if self._here is not None and self._here._version != self._version:
             raise RuntimeError(
                 "the input of a block, needed for gradient computation, has been modified by an "

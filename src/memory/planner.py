@@ -107,14 +107,14 @@ class Planner:
         blocks = list(self.blocks)
         usages = [self._usages(b) for b in blocks]
         levels = choose(usages, setting)
-        needed = self.predicted = peak(levels, usages, setting)
-        if setting.budget is not None and needed > setting.budget:
+        total = self.predicted = peak(levels, usages, setting)
+        if setting.budget is not None and total > setting.budget:
             if self.budget.bytes is not None and not self.has_stepped:
                 self.levels.clear()
-                raise OptimizeError(self._too_small(setting, needed))
+                raise OptimizeError(self._too_small(setting, total))
             # a run that has got somewhere: better over the budget than not at all
             self.note(
-                f"even the leanest plan may need {gigabytes(needed)}, more than the "
+                f"even the leanest plan may need {gigabytes(total)}, more than the "
                 f"{gigabytes(setting.budget)} that there is"
             )
         self.host = on_host(levels, usages)
@@ -177,7 +177,7 @@ class Planner:
         """What shows whether an optimizer has stepped: fused ones leave no other mark."""
         local = (_local(p) for p in self.trainable()[:16])
         some = (p.reshape(-1) for p in local if p is not None)
-        # a few numbers of each: a copy of a large matrix would be memory of its own
+        # a few numbers of each: a copy of a large matrix would take memory
         sums = [p[:: p.numel() // 64 + 1].float().abs().sum() for p in some]
         # all in one tensor: on a GPU, each number that is read is waited for
         return tuple(torch.stack([s.to(sums[0].device) for s in sums]).tolist()) if sums else ()

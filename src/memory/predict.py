@@ -37,7 +37,7 @@ _HOST = 0.5
 
 _OPERATIONS_PER_BYTE = 5000
 """What a byte copied to the host or back costs, in operations: a link of 20 GB/s (PCIe 4 x16), and
-100 TFLOP/s of the device meanwhile. Assumed: it ranks blocks; copies run beside the work."""
+100 TFLOP/s of the device meanwhile. Assumed: it ranks blocks; copies run during the work."""
 
 
 def compilation_bytes(choice: str) -> int:
@@ -127,7 +127,7 @@ def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:
 def setting(
     planner: Planner, examples: Sequence[Any], choice: str, checkpointed: bool
 ) -> PlanInputs:
-    """What a plan is made for; if the user has asked for checkpoints, no block keeps all."""
+    """What a plan is made for; ``checkpointed``: the user asked for it, so no block keeps all."""
     # a gradient and two states for each: AdamW, and what most others have
     parameters = planner.trainable()
     training = sum((2 + (p.grad is None)) * p.nbytes for p in parameters)

@@ -48,7 +48,7 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
     class. ``size`` gives a symbolic size its number. Raises what an operation raises that cannot
     run without contents.
     """
-    # out of the tracing context of a compilation that goes on: it has fake tensors of its own
+    # out of the tracing context of a compilation that goes on: it has other fake tensors
     with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [fake(e, size) for e in examples]
         run(*inputs)  # what is made once, in the first call, is not counted

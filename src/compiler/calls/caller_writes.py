@@ -98,12 +98,12 @@ def _function_may_write(owner: type, function: Any) -> bool:
     if _writes_by_code(function.__code__):
         return True
     names, scope = function.__code__.co_names, function.__globals__
-    named = (inspect.getattr_static(owner, n, scope.get(n)) for n in names)
+    functions = (inspect.getattr_static(owner, n, scope.get(n)) for n in names)
     return any(
         isinstance(f, types.FunctionType)
         and f.__module__ == function.__module__
         and _writes_by_code(inspect.unwrap(f).__code__)
-        for f in named
+        for f in functions
     )
 
 

@@ -134,7 +134,7 @@ def _level(
     """What tells how much a block keeps for backward; None where nothing is planned."""
     if kind != "block" or not torch.is_grad_enabled():
         return lambda: None
-    if inside_checkpoint():  # of somebody else's: it has a graph of its own there
+    if inside_checkpoint():  # somebody else's: it has another graph there
         return lambda: "outer"
     planner = session.choices.planner
     planner.begin(module, prod(sizes or ()))

@@ -42,9 +42,9 @@ class _Signature:
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """All arguments by name; None where the call is a wrong one."""
-        named = dict(zip(self._positional, args, strict=False))
-        wrong = len(named) < len(args) or named.keys() & kwargs.keys()
-        return None if wrong else {**named, **kwargs}
+        arguments = dict(zip(self._positional, args, strict=False))
+        wrong = len(arguments) < len(args) or arguments.keys() & kwargs.keys()
+        return None if wrong else {**arguments, **kwargs}
 
     def fills_unused_cache(
         self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices, fake: bool
@@ -96,10 +96,10 @@ def head_forward(
         if is_inactive(self):
             return original(self, *args, **kwargs)
         parameters = signatures.of(self)
-        named = parameters.by_name(args, kwargs)
-        if named is None:
+        arguments = parameters.by_name(args, kwargs)
+        if arguments is None:
             return original(self, *args, **kwargs)  # raises the TypeError that it always raised
-        args, kwargs = (), named
+        args, kwargs = (), arguments
         if kwargs.get(ASKED):
             return fused.function(original, self)(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
@@ -137,7 +137,8 @@ _TOKENS = ("labels", "input_ids", "inputs_embeds")
 
 
 def _given(kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The arguments of a call: each set has its own graphs, where a guard on others cannot fail."""
+    """The arguments of a call: each set of them has its own graphs."""
+    # a guard on one that is not there cannot fail
     return tuple(sorted(k for k, v in kwargs.items() if v is not None))
 
 

@@ -1,6 +1,6 @@
 """A head that a trainer puts in the place of a model's forward, computing in our tiles.
 
-TRL's trainers give a model a forward of their own, which runs the backbone and computes
+TRL's trainers give a model their own forward, which runs the backbone and computes
 log-probabilities by an ``autograd.Function``. On an optimized model a copy of that forward runs,
 whose globals hold a replacement of that function: ``linear_logprob``. The library, its modules and
 its forward stay what they are, and ``restore`` puts the forward back.
@@ -126,8 +126,8 @@ def _copy_function(function: types.FunctionType, outer: frozenset[int], reads: R
         if callable(scope.get(_COMPACTS)):
             replacements[_COMPACTS] = lambda device: True
     closure = tuple(
-        cell if copied is None else types.CellType(copied)
-        for cell, copied in zip(cells, inner, strict=True)
+        cell if copy is None else types.CellType(copy)
+        for cell, copy in zip(cells, inner, strict=True)
     )
     result = types.FunctionType(
         function.__code__, {**scope, **replacements} if replacements else scope, function.__name__,

@@ -54,7 +54,8 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _patches(module: fx.GraphModule) -> dict[str, Any]:
-    """Settings with which a graph draws eager's numbers: a checkpoint may run both ways."""
+    """Settings of Inductor with which a graph draws eager's random numbers."""
+    # a checkpointed block may run eager first and compiled again
     number = sum(draws(n) for inner in facts.nested(module) for n in inner.graph.nodes)
     if number < 2:
         return {"fallback_random": True}

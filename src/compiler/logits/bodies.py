@@ -80,13 +80,13 @@ def loss_graph(
     """The loss as a graph of the logits and of nodes that there still are, and their names."""
     body, inside = fx.Graph(), descendants(logits)
     env = {logits: body.placeholder("logits")}
-    needed, queue = {root}, [root]
+    nodes, queue = {root}, [root]
     inputs: list[fx.Node] = []
     while queue:
         for n in queue.pop().all_input_nodes:
-            if n in needed or n is logits:
+            if n in nodes or n is logits:
                 continue
-            needed.add(n)
+            nodes.add(n)
             if n.op == "placeholder" or (n not in inside and n.name in present):
                 inputs.append(n)
             else:
@@ -94,7 +94,7 @@ def loss_graph(
     for i, n in enumerate(inputs):
         env[n] = body.placeholder(f"input_{i}")
     for n in root.graph.nodes:
-        if n in needed and n not in env:
+        if n in nodes and n not in env:
             env[n] = body.node_copy(n, lambda a: env[a])
     body.output(env[root])
     return body, [n.name for n in inputs]

@@ -65,26 +65,26 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @differentiable(_logits_double_backward, always=True)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         model = ctx.join.model()
         if model is not None:
             KeptLogits.of(model).compute()  # an optimizer's step comes next
         stop_waiting(ctx.join.plan.reads)
         if grad is None:
-            return (None,) * len(needed)
+            return (None,) * len(needs)
         if isinstance(grad, LazyGradient) and not grad.is_written:
-            return None, *grad.direct(len(needed) - 1)
+            return None, *grad.direct(len(needs) - 1)
         if isinstance(grad, LazyLogits):
             grad = grad.values()
         if ctx.join.made is None:
             return _logits_double_backward(ctx, grad)
         leaves, edge = ctx.join.made
-        indices = [i for i, need in enumerate(needed[4:]) if need]
+        indices = [i for i, need in enumerate(needs[4:]) if need]
         grads = torch.autograd.grad(
             edge, [leaves[i] for i in indices], grad, retain_graph=True, allow_unused=True
         )
         pairs = dict(zip(indices, grads, strict=True))
-        return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needed) - 4))
+        return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needs) - 4))
 
 
 def _unpacked(logits: Any) -> tuple[Any, ...]:
@@ -127,14 +127,14 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
         fused, others, inputs = saved[:4], saved[4 : 4 + ctx.others], saved[4 + ctx.others :]
-        join, like, needed, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
+        join, like, needs, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
 
         def values() -> Tensor:
             result: Tensor = join.gradient(inputs, others, grad, False)
             return result
 
         def part() -> list[Any]:
-            grads = op.scaled(fused, grad, like, needed, settings.logit_scale)
+            grads = op.scaled(fused, grad, like, needs, settings.logit_scale)
             return [*grads, *(None for _ in range(join.plan.inputs))]
 
         shape, dtype = join.shape, join.plan.dtype
@@ -210,12 +210,12 @@ def loss_and_logits(
         return fused, _without_history(join, rows, inputs)
     operands = op.operands(*arguments[:3])
     returned: Tensor = _Logits.apply(join, *operands, *inputs)  # type: ignore[no-untyped-call]
-    needed = [t is not None and t.requires_grad for t in operands]
+    needs = [t is not None and t.requires_grad for t in operands]
     bare = (*(t if t is None else t.detach() for t in operands), arguments[3])
     settings = op.settings(*arguments[4:])
     with torch.autocast(rows.device.type, enabled=False):
         result: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-            join, returned, needed, bare, settings, inputs, *others
+            join, returned, needs, bare, settings, inputs, *others
         )
     return result, returned
 

@@ -97,12 +97,12 @@ def apply_change(change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogi
 
 
 def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad
+    needs = ctx.needs_input_grad
     if grad is None:
-        return (None,) * len(needed)
+        return (None,) * len(needs)
     require_unwritten(ctx.inputs, ctx.writes)
     real = [z.materialize() if isinstance(z, LazyLogits) else z for z in (grad, *ctx.inputs)]
-    return None, *gradients(ctx.change.function, real[1:], needed[1:], real[:1])
+    return None, *gradients(ctx.change.function, real[1:], needs[1:], real[:1])
 
 
 class _Changed(torch.autograd.Function):
@@ -121,11 +121,11 @@ class _Changed(torch.autograd.Function):
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         if grad is None:
-            return (None,) * len(needed)
-        indices = [i for i, need in enumerate(needed[1:]) if need]
-        grads: list[Any] = [None] * len(needed)
+            return (None,) * len(needs)
+        indices = [i for i, need in enumerate(needs[1:]) if need]
+        grads: list[Any] = [None] * len(needs)
         for i in indices:
             function = functools.partial(_gradient, ctx, i)
             if isinstance(grad, LazyGradient) and not grad.is_written:

@@ -216,7 +216,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         first = args[0] if args else None
         if isinstance(first, LazyLogits):
-            if func is _lift:  # a tensor of its own: its history is another one
+            if func is _lift:  # a separate tensor, with another history
                 return _as_tensor(first).detach()  # type: ignore[no-any-return]
             if func is _add and not kwargs:
                 total = first.plus(args[1])

@@ -39,7 +39,7 @@ class LatePart:
     rows: HeadRows
     measures: Measures
     grad: Tensor
-    count: int
+    count: int  # of the inputs of the logits
 
     @property
     def key(self) -> tuple[int, float]:
