@@ -73,32 +73,27 @@ def _body(code: str) -> str:
 
 @dataclass(eq=False)
 class GraphLog:
-    """The graphs of one session, and the calls that ran without one.
+    """The graphs of one session, and the calls that ran without one."""
 
-    Attributes:
-        graphs: module -> the graphs that it has run.
-        notes: module -> reasons why calls of it ran the original.
-        failed: module -> why it could not be captured; it runs the original from then on.
-        failed_structures: the structure of such a module -> why others like it are not captured.
-        restored: modules that were restored; a forward of theirs that others have wrapped is idle.
-        outer_compile: whether somebody's torch.compile has traced the original model.
-        keeps_code: whether each graph's code is kept with it, for people to read.
-    """
-
+    # module -> the graphs that it has run
     graphs: weakref.WeakKeyDictionary[nn.Module, list[CapturedGraph]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    # module -> reasons why calls of it ran the original
     notes: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    # module -> why it could not be captured; it runs the original from then on
     failed: weakref.WeakKeyDictionary[nn.Module, str] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    # the structure of such a module -> why others like it are not captured
     failed_structures: dict[Any, str] = field(default_factory=dict)
     functions: SharedFunctions = field(default_factory=SharedFunctions)
+    # modules that were restored; a forward of theirs that others have wrapped is idle
     restored: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
-    outer_compile: bool = False
-    keeps_code: bool = False
+    outer_compile: bool = False  # whether somebody's torch.compile has traced the original model
+    keeps_code: bool = False  # whether each graph's code is kept with it, for people to read
     reads: Reads = field(default_factory=Reads)
 
     def record(self, module: nn.Module, graph: CapturedGraph) -> None:

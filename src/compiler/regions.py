@@ -29,23 +29,17 @@ _LOSS_ARGUMENT = "labels"
 
 @dataclass(frozen=True)
 class Region:
-    """One module whose forward is captured.
+    """One module whose forward is captured."""
 
-    Attributes:
-        path: as in ``named_modules()``.
-        kind: ``"block"``, ``"norm"`` or ``"head"``.
-        outside: for a head, the path, name by name, to the submodule that stays outside.
-        backbone: for a head, this submodule; then those inside it that hold all blocks, one of
-            which the head may call in its place. Empty where the head calls the blocks itself.
-        in_head: for a block, whether a head that is captured calls it.
-    """
-
-    path: str
+    path: str  # as in ``named_modules()``
     module: nn.Module
-    kind: str
+    kind: str  # ``"block"``, ``"norm"`` or ``"head"``
+    # for a head, the path, name by name, to the submodule that stays outside
     outside: tuple[str, ...] = ()
+    # for a head, this submodule; then those inside it that hold all blocks, one of which the head
+    # may call in its place. Empty where the head calls the blocks itself.
     backbone: tuple[nn.Module, ...] = ()
-    in_head: bool = False
+    in_head: bool = False  # for a block, whether a head that is captured calls it
 
 
 def find(model: nn.Module) -> list[Region]:

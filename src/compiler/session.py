@@ -92,29 +92,22 @@ class Choices:
 
 @dataclass(eq=False)
 class CallState:
-    """The state of the call at hand, and what a call leaves for the next one.
+    """The state of the call at hand, and what a call leaves for the next one."""
 
-    Attributes:
-        region: the module whose region is being called; ``function`` is the one that it runs.
-        mark: tells TorchDynamo which sizes of its arguments vary, should it be captured.
-        in_head: whether the call came through a captured head.
-        units: those of its modules whose parameters are sharded.
-        replay: what the head at hand has run.
-        no_gradient: the first input of the block at hand, in whose place its graph gets a leaf.
-        without_leaf: the blocks that do something else then.
-        preparation: what Inductor needs first, found in the background since the first call.
-    """
-
+    # the module whose region is being called; ``function`` is the one that it runs
     region: nn.Module | None = None
     function: SharedFunction | None = None
+    # tells TorchDynamo which sizes of its arguments vary, should it be captured
     mark: Callable[[], None] | None = None
-    in_head: bool = False
-    units: Units | None = None
-    replay: Replay | None = None
+    in_head: bool = False  # whether the call came through a captured head
+    units: Units | None = None  # those of its modules whose parameters are sharded
+    replay: Replay | None = None  # what the head at hand has run
     watches: Watches = field(default_factory=Watches)
+    # the first input of the block at hand, in whose place its graph gets a leaf
     no_gradient: Tensor | None = None
-    without_leaf: set[type] = field(default_factory=set)
+    without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
     started: bool = False
+    # what Inductor needs first, found in the background since the first call
     preparation: threading.Thread | None = None
 
     def replayed(self, module: nn.Module) -> tuple[Any] | None:

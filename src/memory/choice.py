@@ -20,30 +20,19 @@ class Usages(Protocol):
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What a plan is made for, besides the blocks.
+    """What a plan is made for, besides the blocks."""
 
-    Attributes:
-        base: bytes in use before the step.
-        training: bytes that come with the first step whatever the plan: gradients of trainable
-            parameters, two states of the optimizer for each, compilation.
-        head: the most bytes that the head and its loss need at one time, without logits.
-        budget: bytes that may be used; None is no limit.
-        allowed: the levels that a block may have, the fastest first.
-        host: bytes that blocks may keep in the memory of the host.
-        logits: bytes of all logits.
-        slack: bytes that the allocator holds besides, for each byte that blocks keep.
-        tiles: bytes of logits that exist at one time, at most.
-    """
-
-    base: int
+    base: int  # bytes in use before the step
+    # bytes that come with the first step whatever the plan: gradients of trainable parameters, two
+    # states of the optimizer for each, compilation
     training: int
-    head: int
-    budget: int | None
-    allowed: tuple[Level, ...]
-    host: int = 0
-    logits: int = 0
-    slack: float = 0.0
-    tiles: int = most_logits(on_cpu=True)
+    head: int  # the most bytes that the head and its loss need at one time, without logits
+    budget: int | None  # bytes that may be used; None is no limit
+    allowed: tuple[Level, ...]  # the levels that a block may have, the fastest first
+    host: int = 0  # bytes that blocks may keep in the memory of the host
+    logits: int = 0  # bytes of all logits
+    slack: float = 0.0  # bytes that the allocator holds besides, for each byte that blocks keep
+    tiles: int = most_logits(on_cpu=True)  # bytes of logits that exist at one time, at most
 
     def scaled(self, factor: float) -> PlanInputs:
         """The same for a batch of ``factor`` times the tokens."""

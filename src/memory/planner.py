@@ -29,36 +29,26 @@ TOLERANCE = 0.1
 
 @dataclass(eq=False)
 class Planner:
-    """Makes the plan of one session, and keeps its history.
-
-    Attributes:
-        blocks: those of the model, and those of its copies.
-        allowed: the levels of blocks that run as this session's do, the fastest first.
-        levels: what each block keeps; empty until there is a plan.
-        predicted: the peak that the plan was made for, in bytes.
-        measured: the peak of the first step, in bytes; None if it is not known.
-        host: the bytes of the host's memory that the plan takes.
-        offload: runs the blocks whose input the plan keeps there.
-        first: the level of the block that the plan was made at.
-        notes: what was decided, and why, for the report.
-        has_stepped: an optimizer step has been made; no plan is too large from then on.
-    """
+    """Makes the plan of one session, and keeps its history."""
 
     budget: Budget
     model: weakref.ref[nn.Module]
-    blocks: weakref.WeakSet[nn.Module]
+    blocks: weakref.WeakSet[nn.Module]  # those of the model, and those of its copies
     meter: Meter
+    # the levels of blocks that run as this session's do, the fastest first
     allowed: tuple[Level, ...]
+    # what each block keeps; empty until there is a plan
     levels: weakref.WeakKeyDictionary[nn.Module, Level] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    predicted: int | None = None
-    measured: int | None = None
-    host: int = 0
+    predicted: int | None = None  # the peak that the plan was made for, in bytes
+    measured: int | None = None  # the peak of the first step, in bytes; None if it is not known
+    host: int = 0  # the bytes of the host's memory that the plan takes
+    # runs the blocks whose input the plan keeps there
     offload: Offload = field(default_factory=Offload)
-    first: Level | None = None
-    notes: list[str] = field(default_factory=list)
-    has_stepped: bool = False
+    first: Level | None = None  # the level of the block that the plan was made at
+    notes: list[str] = field(default_factory=list)  # what was decided, and why, for the report
+    has_stepped: bool = False  # an optimizer step has been made; no plan is too large from then on
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
         default_factory=weakref.WeakKeyDictionary
     )

@@ -22,23 +22,14 @@ from ..kernels.cost import Living
 
 @dataclass(frozen=True)
 class Usage:
-    """What one run of a graph takes.
+    """What one run of a graph takes."""
 
-    Attributes:
-        kept: bytes held between forward and backward, the outputs included, the inputs not.
-        forward: the most bytes held at one time in forward, what it keeps included.
-        backward: the most bytes held at one time in backward, gradients of parameters included.
-        gradients: bytes of the parameters' gradients.
-        flops: floating-point operations of both directions, and what copies cost, in such.
-        host: bytes held in the memory of the host between forward and backward.
-    """
-
-    kept: int
-    forward: int
-    backward: int
-    gradients: int
-    flops: int
-    host: int = 0
+    kept: int  # bytes held between forward and backward, the outputs included, the inputs not
+    forward: int  # the most bytes held at one time in forward, what it keeps included
+    backward: int  # the most bytes held at one time in backward, gradients of parameters included
+    gradients: int  # bytes of the parameters' gradients
+    flops: int  # floating-point operations of both directions, and what copies cost, in such
+    host: int = 0  # bytes held in the memory of the host between forward and backward
 
 
 def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[Any], Any]) -> Usage:

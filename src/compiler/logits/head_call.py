@@ -24,78 +24,53 @@ Body = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a loss and its logits is known from the graph.
-
-    Attributes:
-        keeps: whether the logits' history keeps nothing of their size, so that it may stay.
-        inputs: how many inputs the logits have.
-        others: how many inputs the loss has besides its logits.
-        model: gives a model that the graph is of, or None once that is gone.
-        head: what of the inputs is what; None where the logits are another formula.
-    """
+    """What of a loss and its logits is known from the graph."""
 
     lazy: bool
-    keeps: bool
+    keeps: bool  # whether the logits' history keeps nothing of their size, so that it may stay
     dtype: torch.dtype
-    inputs: int
-    others: int
+    inputs: int  # how many inputs the logits have
+    others: int  # how many inputs the loss has besides its logits
+    # gives a model that the graph is of, or None once that is gone
     model: Callable[[], nn.Module | None]
-    head: HeadParts | None
+    head: HeadParts | None  # what of the inputs is what; None where the logits are another formula
     reads: Reads
 
 
 @dataclass(frozen=True, eq=False)
 class Picks:
-    """Some columns of some rows of one call, as they were given out.
+    """Some columns of some rows of one call, as they were given out."""
 
-    Attributes:
-        key: of the operations that they are of.
-        index: (N,), which rows of the call; None for all of them.
-        columns: (N, K).
-        values: (N, K); None where only the classes were given out.
-        is_top: whether no other column of the row is higher.
-    """
-
-    key: tuple[Any, ...]
-    index: Tensor | None
-    columns: Tensor
-    values: Tensor | None
-    is_top: bool
+    key: tuple[Any, ...]  # of the operations that they are of
+    index: Tensor | None  # (N,), which rows of the call; None for all of them
+    columns: Tensor  # (N, K)
+    values: Tensor | None  # (N, K); None where only the classes were given out
+    is_top: bool  # whether no other column of the row is higher
 
 
 @dataclass(eq=False)
 class HeadCall:
-    """One call: its two formulas, and what they are computed in.
-
-    Attributes:
-        logits: computes the logits from their inputs.
-        loss: computes the loss from the logits and its other inputs, as the model does.
-        autocast: (whether it is on, its dtype), as in the forward pass.
-        storages: of the inputs, which tell them from what a checkpoint computes in their place.
-        is_trained: whether an optimizer may change what the rows are multiplied with.
-        model: gives the model that was called, or None once that is gone.
-        call: names it on every process.
-        reads: how often the logits were computed; it tells the reads of one call apart.
-        made: the inputs of the logits and the history that leads to them, if they were computed.
-        picked: single ones that were given out before they were.
-        is_done: whether something was computed of them in tiles.
-    """
+    """One call: its two formulas, and what they are computed in."""
 
     plan: Plan
-    logits: Body
-    loss: Body
+    logits: Body  # computes the logits from their inputs
+    loss: Body  # computes the loss from the logits and its other inputs, as the model does
     shape: tuple[int, ...]
     device: torch.device
-    autocast: tuple[bool, torch.dtype]
+    autocast: tuple[bool, torch.dtype]  # (whether it is on, its dtype), as in the forward pass
     before: Fingerprint
+    # of the inputs, which tell them from what a checkpoint computes in their place
     storages: list[int | None]
-    is_trained: bool
+    is_trained: bool  # whether an optimizer may change what the rows are multiplied with
+    # gives the model that was called, or None once that is gone
     model: Callable[[], nn.Module | None]
-    call: str
-    reads: int = 0
+    call: str  # names it on every process
+    reads: int = 0  # how often the logits were computed; it tells the reads of one call apart
+    # the inputs of the logits and the history that leads to them, if they were computed
     made: tuple[list[Any], Any] | None = None
+    # single ones that were given out before they were
     picked: list[Picks] = field(default_factory=list)
-    is_done: bool = False
+    is_done: bool = False  # whether something was computed of them in tiles
 
     @contextmanager
     def mode(self, grad: bool) -> Iterator[None]:

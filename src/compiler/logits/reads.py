@@ -17,17 +17,13 @@ _INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
 @dataclass(eq=False)
 class Reads:
-    """The reads of one model's lazy logits.
+    """The reads of one model's lazy logits."""
 
-    Attributes:
-        tiles: what was computed in tiles -> how often.
-        tensors: (what was asked, of which kind of values, by whom) -> how often that made a tensor
-            of rows x vocabulary.
-        heads: a trainer's own fused head that computes in our tiles now -> how often it did.
-    """
-
-    tiles: Counter[str] = field(default_factory=Counter)
+    tiles: Counter[str] = field(default_factory=Counter)  # what was computed in tiles -> how often
+    # (what was asked, of which kind of values, by whom) -> how often that made a tensor of rows x
+    # vocabulary
     tensors: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    # a trainer's own fused head that computes in our tiles now -> how often it did
     heads: Counter[str] = field(default_factory=Counter)
 
     def note_tiles(self, name: str) -> None:

@@ -27,29 +27,22 @@ _MARK = "__fusewright_whole__"
 
 @dataclass(frozen=True)
 class Convention:
-    """A way of calling a scan.
-
-    Attributes:
-        params: the names of the arguments, in order; those of the first two are free. The last is
-            a tuple of pairs, of all further ones, as far as they say anything.
-        known_by: the names that a function with this convention must have.
-        time: the dimension of time in the first two arguments, B, C, z and the first output.
-        defaults: values of the arguments after the first five (and a chunk size).
-        sizes: of the first five, in a small example; ``constants``: what else has no default.
-        first: the names of the first five.
-        outline: gives the results for fake arguments; None: they are those of one step of time.
-        examples: arguments for which a function must give what ``outline`` says.
-    """
+    """A way of calling a scan."""
 
     name: str
+    # the names of the arguments, in order; those of the first two are free. The last is a tuple of
+    # pairs, of all further ones, as far as they say anything.
     params: tuple[str, ...]
-    known_by: frozenset[str]
-    time: int
-    defaults: Mapping[str, Any]
+    known_by: frozenset[str]  # the names that a function with this convention must have
+    time: int  # the dimension of time in the first two arguments, B, C, z and the first output
+    defaults: Mapping[str, Any]  # values of the arguments after the first five (and a chunk size)
+    # of the first five, in a small example; ``constants``: what else has no default
     sizes: tuple[tuple[int, ...], ...]
     constants: Mapping[str, Any]
-    first: tuple[str | None, ...] = (None, None, "A", "B", "C")
+    first: tuple[str | None, ...] = (None, None, "A", "B", "C")  # the names of the first five
+    # gives the results for fake arguments; None: they are those of one step of time
     outline: Callable[[Mapping[str, Any]], Any] | None = None
+    # arguments for which a function must give what ``outline`` says
     examples: Callable[[], list[dict[str, Any]]] = list
 
 

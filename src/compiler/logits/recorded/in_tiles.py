@@ -28,19 +28,14 @@ from .together import LatePart, Measures
 
 @dataclass(frozen=True, eq=False)
 class Tiled:
-    """Something that is computed of logits, or of what was recorded of them.
-
-    Attributes:
-        compute: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
-        formula: computes the same from the values.
-        measures: what it is a sum of, or None.
-        given: the caller's tensors that ``formula`` and ``measures`` read, such as targets.
-    """
+    """Something that is computed of logits, or of what was recorded of them."""
 
     name: str
+    # computes it from the operands of the head; flat, in fp32 (fp64 for fp64)
     compute: Callable[[Operands], Tensor]
-    formula: Callable[[Tensor], Tensor]
-    measures: Measures | None = None
+    formula: Callable[[Tensor], Tensor]  # computes the same from the values
+    measures: Measures | None = None  # what it is a sum of, or None
+    # the caller's tensors that ``formula`` and ``measures`` read, such as targets
     given: tuple[Tensor, ...] = ()
 
 

@@ -26,24 +26,17 @@ Handlers = dict[str, Callable[..., Any]]
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """What lazy logits, or what was made of them, consist of.
-
-    Attributes:
-        handlers: answers functions, by their names.
-        index: which rows of the call, in the leading shape; None for all of them.
-        kind: ``"logits"``, ``"log_probs"``, ``"probs"``, or a product: ``"p_log_p"``, ``"p_z"``,
-            ``"p_p"``.
-        factor: of the logits, after the soft cap and before a softmax.
-        weight: of everything, after it.
-    """
+    """What lazy logits, or what was made of them, consist of."""
 
     call: HeadCall
     inputs: tuple[Any, ...]
-    handlers: Handlers
+    handlers: Handlers  # answers functions, by their names
+    # which rows of the call, in the leading shape; None for all of them
     index: Tensor | None = None
+    # ``"logits"``, ``"log_probs"``, ``"probs"``, or a product: ``"p_log_p"``, ``"p_z"``, ``"p_p"``
     kind: str = "logits"
-    factor: float = 1.0
-    weight: float = 1.0
+    factor: float = 1.0  # of the logits, after the soft cap and before a softmax
+    weight: float = 1.0  # of everything, after it
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What ``func`` returns, where that needs no values; else NotImplemented."""
