@@ -24,9 +24,9 @@ _COPIED = ("reshape", "flatten")
 def layout_is_read(node: fx.Node) -> str:
     """How users of ``node`` depend on its strides: ``"exactly"``, ``"for views"``, or ``""``.
 
-    The contiguous layout does for views always. Random numbers are drawn in the order of memory, so
-    the layout says which value gets which. What nothing is known of may read or draw. Who gets a
-    result of the graph is not asked.
+    For views the contiguous layout always works. Random numbers are drawn in the order of memory,
+    so the layout says which value gets which. What nothing is known of may read or draw. Users of
+    the graph's results are not looked at.
     """
     dependence = ""
     seen: set[fx.Node] = set()
