@@ -67,8 +67,7 @@ def decode_attention(
         (B, H, T, E), in memory (B, T, H, E).
 
     Raises:
-        ValueError: for what ``OP.unsupported`` lists as impossible, or for inputs that need
-            gradients.
+        ValueError: for what ``OP.unsupported`` lists as impossible, or where gradients are needed.
     """
     reasons = _impossible(q, k, v, mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
@@ -88,8 +87,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None)
     for i in range(0, batch, step):
         part = slice(i, i + step)
         hides = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        found = _attend(rows[part], k[part], v[part], scale, hides, heads)
-        out[part].copy_(found.view(-1, heads, time, v.shape[-1]))
+        result = _attend(rows[part], k[part], v[part], scale, hides, heads)
+        out[part].copy_(result.view(-1, heads, time, v.shape[-1]))
     return out
 
 
@@ -161,7 +160,6 @@ def _unsupported(
 
 
 def _example(m: Maker) -> tuple[Any, ...]:
-    """The last position over the keys of all."""
     s = m.sizes
     q, k, v = (m.heads(n).detach() for n in (s.heads, s.kv_heads, s.kv_heads))
     return q[:, :, -1:], k, v, s.head_dim**-0.5

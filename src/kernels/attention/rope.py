@@ -1,7 +1,7 @@
 """Rotary position embedding of several tensors at once (Su et al., "RoFormer", 2021).
 
 The first ``rotary_dim`` features of each head are seen as pairs (x1, x2). ``layout`` says where the
-members of a pair stand:
+members of a pair are:
 
 * ``"halves"``: features i and i + rotary_dim/2 (as in Llama);
 * ``"pairs"``: features 2i and 2i + 1 (as in GPT-J);
@@ -192,7 +192,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     cos, sin = ctx.saved_tensors
     rotary_dim, layout = ctx.options
     # of a rotation, only the shape of what it rotates matters
-    given = [None if g is None else absent(g.shape, g, ctx.dtype) for g in grads]
+    inputs = [None if g is None else absent(g.shape, g, ctx.dtype) for g in grads]
 
     def formula(*tensors: Tensor | None) -> list[Tensor | None]:
         return [
@@ -200,8 +200,8 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             for t in tensors
         ]
 
-    found = gradients(formula, given, ctx.needs_input_grad[4:], grads)
-    return None, None, None, None, *found
+    gradients_of_inputs = gradients(formula, inputs, ctx.needs_input_grad[4:], grads)
+    return None, None, None, None, *gradients_of_inputs
 
 
 class _Rope(torch.autograd.Function):
@@ -256,7 +256,7 @@ def rope(
             dtype. It gets no gradient.
         sin: as ``cos``, of the same dtype; None when ``cos`` is complex, cos + i sin.
         rotary_dim: how many features rotate; even, at most D.
-        layout: where the members of a pair stand, one of ``LAYOUTS``.
+        layout: one of ``LAYOUTS``.
         inverse: rotate by the negative angle.
 
     Returns:
@@ -264,8 +264,7 @@ def rope(
         and ``cos``. Computed in fp32 on a GPU, and rounded once.
 
     Raises:
-        ValueError: ``cos`` or ``sin`` requires a gradient, or the dtypes or ``rotary_dim`` do not
-            fit.
+        ValueError: ``cos`` or ``sin`` requires a gradient, or dtypes or ``rotary_dim`` do not fit.
     """
     if not _fits(tensors, cos, sin, rotary_dim, layout):
         raise ValueError("; ".join(rope_unsupported(tensors, cos, sin, rotary_dim, layout)))

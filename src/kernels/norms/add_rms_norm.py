@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm of the sum, in one pass; both results are wanted."""
+"""Residual add and RMSNorm of the sum, in one pass; both results are returned."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def unsupported(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
     rounding: str = "inner",
 ) -> list[str]:  # fmt: skip
-    """Say why these tensors are not served by the fast implementation of their device."""
+    """Why the fast implementation of their device does not take these tensors."""
     reasons = norm.unsupported(x, weight, eps, offset, rounding)
     if x.shape != residual.shape:
         reasons.append(f"x is {tuple(x.shape)} and the residual {tuple(residual.shape)}")
