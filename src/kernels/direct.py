@@ -25,10 +25,9 @@ _is_profiling, _tracing_state = _C._autograd._profiler_enabled, _C._get_tracing_
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:
-    """``op``, which ``library_op`` has made, called directly where nothing could tell.
+    """``op``, from ``library_op``, called directly where nothing could tell.
 
-    Args:
-        op: is given all of its arguments, by their places.
+    All arguments must be passed by position.
     """
     run, schema = RUNS[op], cast("Any", op)._schema
     # the dispatcher makes floats of integers, of which Triton makes constants
@@ -56,10 +55,9 @@ def is_traced_here() -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether anything would see that an op is called."""
     return (
         torch.compiler.is_compiling()
-        or _grad_is_enabled()  # an op has no gradient of its own: PyTorch says what becomes of it
+        or _grad_is_enabled()  # an op has no gradient here: PyTorch decides what that means
         or _count_modes() > 0
         or _count_function_modes() > 0
         or _are_transforms_active()
@@ -69,7 +67,6 @@ def _is_watched() -> bool:
 
 
 def _are_plain(args: Iterable[Any]) -> bool:
-    """Whether all are constants, and ordinary tensors that hold their values as they are."""
     for a in args:
         kind = type(a)
         if kind is Tensor or kind is torch.nn.Parameter:

@@ -56,14 +56,12 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _QuantLinear(torch.autograd.Function):
-    """Keeps nothing but the packed weight, which is there anyway."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, compute: torch.dtype, dtype: torch.dtype,
         fixed: Any, *tensors: Any,
     ) -> Tensor:  # fmt: skip
-        """``fixed`` and ``tensors`` are the two halves of the weight (``split``)."""
+        # ``fixed`` and ``tensors`` are the two halves of the weight (``split``).
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.fixed, ctx.shape = fixed, x.shape
@@ -74,7 +72,6 @@ class _QuantLinear(torch.autograd.Function):
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Dequantize once more for dX."""
         dx = dbias = None
         tensors = ctx.saved_tensors  # once: a checkpoint does not give them a second time
         kind, compute, bias_kind = ctx.dtypes
@@ -131,7 +128,7 @@ def unsupported(
     compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Say why the op cannot take these arguments, which are those of ``quant_linear``."""
+    """Why the op cannot take these arguments."""
     w = Quantized(*weight)
     out, into = w.shape
     reasons: list[str] = []

@@ -1,7 +1,7 @@
 """Gated linear units: ``activation(gate) * up``, from two tensors or from one packed tensor.
 
 Shazeer, "GLU variants improve transformer", 2020. Backward recomputes the activation from the
-saved gate, so nothing of the size of the activation is kept beside ``gate`` and ``up``:
+saved gate, so nothing of the size of the activation is kept but ``gate`` and ``up``:
 
     d up   = dy * act(gate)
     d gate = dy * up * act'(gate)
@@ -58,11 +58,8 @@ def halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 
 
 def _plain(t: Tensor) -> bool:
-    """Whether ``t`` is an ordinary tensor in eager mode, where writing into views saves passes.
-
-    A tracer gets functional code in its place: Inductor fuses that, and does not fuse writes
-    into the halves of a tensor.
-    """
+    # Writing into views saves passes in eager mode. A tracer gets functional code in its place:
+    # Inductor fuses that, and does not fuse writes into the halves of a tensor.
     return type(t) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -71,10 +68,8 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
-    """Multiply ``grad`` by ``act'(gate)`` in place: no tensor of that size is made.
-
-    These forms have no derivative of their own: autograd refuses a second derivative.
-    """
+    # Multiply ``grad`` by ``act'(gate)`` in place: no tensor of that size is made.
+    # These forms have no derivative of their own: autograd refuses a second derivative.
     match activation:
         case "silu":
             _aten.silu_backward.grad_input(grad, gate, grad_input=grad)
@@ -94,7 +89,6 @@ def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
 def _backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
 ) -> list[Tensor]:
-    """The needed ones of (d gate, d up)."""
     grads = []
     if need_gate:
         grads.append(_gate_gradient_(grad * up, gate, activation))
@@ -104,7 +98,6 @@ def _backward(
 
 
 def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
-    """The gradient (..., 2F) of the packed tensor."""
     gate, up = halves(gate_up, gate_first)
     if not _plain(grad):
         parts = _backward(grad, gate, up, activation, True, True)

@@ -226,8 +226,8 @@ class _SSD(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
         run = _triton_backward if ctx.triton else _backward_op
-        found = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
-        return *(next(found) if needed else None for needed in needs), None, None, None
+        remaining = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
+        return *(next(remaining) if needed else None for needed in needs), None, None, None
 
 
 def ssd(
@@ -270,8 +270,8 @@ def ssd_unsupported(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> list[str]:  # fmt: skip
     """Why ``ssd`` cannot take these inputs; empty when it can."""
-    given = [t for t in (x, dt, A, B, C, D, dt_bias) if t is not None]
-    if any(not t.is_floating_point() for t in given) or len({t.device for t in given}) > 1:
+    tensors = [t for t in (x, dt, A, B, C, D, dt_bias) if t is not None]
+    if any(not t.is_floating_point() for t in tensors) or len({t.device for t in tensors}) > 1:
         return ["an input is not floating-point, or is on another device"]
     if x.ndim != 4 or B.ndim != 4 or x.shape[2] % B.shape[2]:
         return ["x and B have not 4 dimensions, or heads are not a multiple of groups"]
@@ -292,7 +292,6 @@ def _example(m: Maker, groups: int = 1) -> tuple[Any, ...]:
 
 
 def _example_of_groups(m: Maker) -> tuple[Any, ...]:
-    """No skip connection, and steps between limits."""
     *inputs, _, bias, softplus = _example(m, m.sizes.kv_heads)
     return *inputs, None, bias, softplus, (0.01, 1.5)
 
