@@ -1,4 +1,4 @@
-"""What the norms have in common: division by a root, in every spelling."""
+"""Division by a root, in every spelling, for the norms."""
 
 from __future__ import annotations
 

@@ -108,6 +108,7 @@ class ChunkedScan(Rule):
 
 
 def _require_known(m: Match, others: tuple[tuple[str, Any], ...]) -> None:
-    """Decline arguments beyond the convention (packed sequences, say) that ask for something."""
+    # Arguments beyond the convention (packed sequences, say) are declined if they ask for
+    # something.
     names = ", ".join(name for name, _ in others)
     m.require(not others, f"the call also passes {names}", m.root)
