@@ -131,11 +131,9 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
 
 
 def kept_by_hook(t: Tensor) -> Tensor:
-    """What a hook on saved tensors may keep of ``t``, and give back to backward.
-
-    A node that saves its own output would keep itself alive, for good if backward never runs.
-    Parameters are returned as they are: ZeRO-3 frees one by way of its parameter.
-    """
+    """What a hook on saved tensors may keep of ``t``, and give back to backward."""
+    # A node that saves its own output would keep itself alive, for good if backward never runs.
+    # Parameters are returned as they are: ZeRO-3 frees one by way of its parameter.
     return t if t.grad_fn is None else t.detach()
 
 

@@ -45,10 +45,8 @@ def direct(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_traced_here() -> bool:
-    """Whether a compiler traces what this thread does.
-
-    ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
-    """
+    """Whether a compiler traces what this thread does."""
+    # ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.compiler.is_compiling() and _count_modes() > 0

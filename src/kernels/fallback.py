@@ -137,7 +137,6 @@ _NO_DRIVER = "active drivers"
 
 
 def _is_of_device(text: str) -> bool:
-    """Whether it is the message of a runtime or driver, as PyTorch or Triton passes it on."""
     return text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
 
 

@@ -80,12 +80,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def wide_dot_precision(*tensors: Tensor) -> str:
-    """How tiles that were widened to fp32 are multiplied, by the tensors that they came from.
-
-    With fp32 tensors among them, as PyTorch multiplies fp32, which tensor cores do not. From 16
-    bits, by three products of tf32 (on AMD six of bf16), which they do: what these drop is 2^-22
-    of a product, less than fp32 sums lose (Ootomo & Yokota 2022).
-    """
+    """How tiles that were widened to fp32 are multiplied, by the tensors that they came from."""
+    # With fp32 tensors among them, as PyTorch multiplies fp32, which tensor cores do not. From 16
+    # bits, by three products of tf32 (on AMD six of bf16), which they do: what these drop is 2^-22
+    # of a product, less than fp32 sums lose (Ootomo & Yokota 2022).
     if any(t.dtype.itemsize > 2 for t in tensors):
         return dot_precision(torch.float32)
     return "bf16x6" if gpu_of(tensors[0]).hip else "tf32x3"
@@ -108,11 +106,9 @@ class Gpu:
 
     @property
     def multiplies_from_shared(self) -> bool:
-        """Whether tensor cores take their operands from shared memory.
-
-        Those of Hopper and of Blackwell's data-centre cards do. Others take them from registers,
-        of which larger tiles then need more than there are.
-        """
+        """Whether tensor cores take their operands from shared memory."""
+        # Those of Hopper and of Blackwell's data-centre cards do. Others take them from registers,
+        # of which larger tiles then need more than there are.
         return self.generation in (9, 10) and not self.hip
 
 
@@ -136,20 +132,16 @@ def _gpu(index: int) -> Gpu:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How Triton multiplies tiles of ``dtype``: ``"tf32"`` or ``"ieee"``, as PyTorch's products.
-
-    ``torch.backends.cuda.matmul.allow_tf32`` says the same, but raises where the process has set
-    ``fp32_precision``, which is what transformers' ``TrainingArguments(tf32=True)`` sets.
-    """
+    """How Triton multiplies tiles of ``dtype``: ``"tf32"`` or ``"ieee"``, as PyTorch's products."""
+    # ``torch.backends.cuda.matmul.allow_tf32`` says the same, but raises where the process has set
+    # ``fp32_precision``, which is what transformers' ``TrainingArguments(tf32=True)`` sets.
     tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def own(t: Tensor) -> Tensor:
-    """``t``, but no view of another tensor: a model may write into what an op returns.
-
-    Autograd refuses that for a view that was made where it was not watching.
-    """
+    """``t``, but no view of another tensor: a model may write into what an op returns."""
+    # Autograd refuses that for a view that was made where it was not watching.
     return t.new_empty(0).set_(t) if t._is_view() else t  # type: ignore[call-overload]
 
 
@@ -215,11 +207,9 @@ def library_op(
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the device of its first tensor as the current one.
+    """``function`` with the device of its first tensor as the current one."""
 
-    Triton launches on the current device, whatever device its tensors are on.
-    """
-
+    # Triton launches on the current device, whatever device its tensors are on.
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
         tensor = args[0] if isinstance(args[0], Tensor) else next(_tensors(args))

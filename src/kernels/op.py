@@ -166,8 +166,6 @@ class Op:
 
 
 # -- reasons that several ops give -----------------------------------------------------------------
-
-
 def not_floating(name: str, t: Tensor) -> list[str]:
     """The dtype of the tensor that messages call ``name``, where it is no floating-point one."""
     return [] if t.is_floating_point() else [f"{name} is {t.dtype}, not floating-point"]

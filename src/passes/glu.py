@@ -74,12 +74,10 @@ class GLU(Rule):
 
 
 def _is(number: float) -> Callable[[Any], bool]:
-    """Whether a constant is ``number``, to the digits that are usually written."""
     return lambda v: isinstance(v, float) and abs(v - number) < 1e-6
 
 
 def _is_multiple(a: Any, b: Any) -> bool:
-    """Whether ``a`` is ``b``, or ``b`` times a constant."""
     canon = canonical(a)
     if a is b:
         return True

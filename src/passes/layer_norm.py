@@ -83,7 +83,6 @@ class LayerNorm(Rule):
 
 
 def _dims(m: Match) -> int:
-    """Over how many dimensions PyTorch's layer norm goes."""
     operations = (canonical(n) for n in m.nodes)
     return next(
         len(c.args[1]) for c in operations if c is not None and c.name == "torch_layer_norm"

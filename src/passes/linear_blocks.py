@@ -27,8 +27,6 @@ _OWN_INPUT = "an adapter has an input of its own, after dropout"
 
 
 class _OfLinears(Rule):
-    """The base of both rules: weights that may be quantized."""
-
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
     ) -> Tensor | None:

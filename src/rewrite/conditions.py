@@ -20,10 +20,8 @@ def require_calm(
     inputs: tuple[fx.Node, ...],
     order: dict[fx.Node, int],
 ) -> None:
-    """Decline what has effects, or reads or makes a value written to before its last node.
-
-    A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
-    """
+    """Decline what has effects, or reads or makes a value written to before its last node."""
+    # A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
     first, last = order[interior[0]], order[interior[-1]]
     inside = set(interior)
     touched = dict.fromkeys((*inputs, *interior))
@@ -45,10 +43,7 @@ def require_calm(
 def require_one_mode(
     graph: fx.Graph, m: Match, interior: tuple[fx.Node, ...], place: fx.Node
 ) -> tuple[tuple[Any, ...], ...]:
-    """Decline where not all nodes of the formula run in the mode of the place of the new ones.
-
-    Returns the arguments of each autocast that is entered there.
-    """
+    """The autocasts' arguments around ``place``; declines nodes that run in another mode."""
     switches = [n for n in graph.nodes if switches_mode(n)]
     if not switches:
         return ()
@@ -65,10 +60,8 @@ def require_one_mode(
 
 
 def require_own_memory(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:
-    """Decline where an output shares memory with an input, or with another output.
-
-    A rewrite's outputs share none: who writes into one would not reach the other.
-    """
+    """Decline where an output shares memory with an input, or with another output."""
+    # A rewrite's outputs share none: who writes into one would not reach the other.
     owners = {memory: n for n in inputs for memory in facts.memories(n)}
     for node in outputs:
         owner = next((owners[s] for s in facts.memories(node) if s in owners), None)

@@ -67,7 +67,6 @@ def outside(findings: list[Finding], done: Finding) -> list[Finding]:
 
 
 def _around(node: fx.Node, steps: int = 6) -> list[fx.Node]:
-    """``node`` and what is computed from it within a few steps: the possible roots."""
     nodes, edge = [node], [node]
     for _ in range(steps):
         edge = list(dict.fromkeys(u for n in edge for u in n.users if u not in nodes))

@@ -133,10 +133,8 @@ class Emit:
         return node
 
     def computed(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        """Add a call of any function of tensors, as early as its arguments allow.
-
-        So it can be an input of a larger formula. Its example value is worked out at once.
-        """
+        """Add a call of any function of tensors, as early as its arguments allow."""
+        # So it can be an input of a larger formula. Its example value is worked out at once.
         place = self._earliest(args)
         with nullcontext() if place is None else self._graph.inserting_before(place):
             node = self.call(function, *args)

@@ -244,11 +244,10 @@ def _largest(t: Tensor) -> float | None:
 
 
 def draws(inputs: Sequence[Any]) -> tuple[int, ...]:
-    """How many draws are judged together after a single one of ``inputs`` has too large an error.
-
-    The fewer elements a result has, the more its largest error is a matter of luck: where the first
-    number of draws finds that too large, the next one decides. Large ones would only need memory.
-    """
+    """How many draws are judged together after a single one has too large an error."""
+    # The fewer elements a result has, the more its largest error is a matter of luck: where the
+    # first number of draws finds that too large, the next one decides. Large ones would only need
+    # memory.
     elements = sum(t.numel() for t in inputs if isinstance(t, Tensor))
     if elements > 1 << 20:
         return (4,)

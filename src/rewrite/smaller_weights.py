@@ -179,8 +179,6 @@ def _rebuilt(c: Candidate, sizes: Mapping[int, int]) -> Candidate:
     env: dict[fx.Node, fx.Node] = {}
 
     def change(value: Any) -> Any:
-        """``value`` with the new nodes and the small sizes."""
-
         def leaf(v: Any) -> Any:
             if isinstance(v, fx.Node):
                 return env.get(v, v)

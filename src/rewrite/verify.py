@@ -50,18 +50,15 @@ _NOISE = 0.5
 class Verifier:
     """Checks candidates, and remembers the verdicts of equal ones.
 
-    Attributes:
-        always: check every candidate, not only the first of its kind.
-        traced: a compiler will trace the rewrites: the form that ops have then is checked too.
-        shared: called with a candidate, with ``traced``, and with what verifies it here: gives the
-            verdict of another process, or what the latter returns. Not with ``always``.
-        verdicts: (rule, structure, dtypes, device) -> verdict.
+    ``shared`` is called with a candidate, with ``traced``, and with a function that verifies it
+    here: it returns the verdict of another process, or that of the function. Not with ``always``.
     """
 
-    always: bool = False
+    always: bool = False  # check every candidate, not only the first of its kind
+    # a compiler will trace the rewrites: check the form that ops have then, too
     traced: bool = False
     shared: Callable[[Candidate, bool, Callable[[], Verdict]], Verdict] | None = None
-    verdicts: dict[Any, Verdict] = field(default_factory=dict)
+    verdicts: dict[Any, Verdict] = field(default_factory=dict)  # by rule, structure, dtypes, device
 
     def __call__(self, candidate: Candidate) -> Verdict:
         """Return the verdict on ``candidate``, from memory where that is allowed."""
@@ -228,7 +225,6 @@ def _seen_as_traced(traced: bool) -> Iterator[None]:
 
 
 def _figures(ours: Outcome, theirs: Outcome, exact: Outcome, rows: int) -> Figures:
-    """The largest errors, and what is kept for backward per token."""
     worst: list[float | None] = [None, None]
     for kind in range(2):
         triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)

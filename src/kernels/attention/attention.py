@@ -49,9 +49,8 @@ from .unsupported import attention_unsupported, impossible
 
 _aten = torch.ops.aten
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
     mask: Tensor | None = None, window: int | None = None,
@@ -67,8 +66,6 @@ def attention_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 class _Scores:
     # ``exact`` holds the probabilities of the last tile before they were rounded.
     exact: Tensor
@@ -176,8 +173,6 @@ _backward_op = library_op(
 )
 
 # -- triton ----------------------------------------------------------------------------------------
-
-
 _table_op = library_op(
     "attention_mask_table(Tensor mask) -> Tensor",
     "attention.attention:mask_table",
@@ -202,9 +197,8 @@ _triton_backward_op = library_op(
     plain=attention_plain.backward,
 )
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *qkv, mask = ctx.saved_tensors[:4]
     scale, causal, window = ctx.options
@@ -292,8 +286,6 @@ def attention(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def _example(m: Maker, window: int | None = None) -> tuple[Any, ...]:
     q, k, v = (m.heads(n) for n in (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads))
     return q, k, v, m.sizes.head_dim**-0.5, True, None, window

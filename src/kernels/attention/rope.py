@@ -28,9 +28,8 @@ from ..launch import library_op, use_triton
 from ..op import Maker, Op, on_several_devices
 from ..second_order import absent, differentiable, gradients
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def rope_reference(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
     layout: str = "halves", inverse: bool = False,
@@ -66,8 +65,6 @@ def _tables(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def pairs(t: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views (..., R/2) of the first and the second members of all pairs of ``t`` (..., R)."""
     if interleaved:
@@ -155,9 +152,8 @@ def _swap(t: Tensor) -> Tensor:
 
 LAYOUTS = ("halves", "pairs", "pairs_to_halves")
 
+
 # -- triton ----------------------------------------------------------------------------------------
-
-
 def _fake_rotate(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, layout: str,
     transpose: bool, dtype: torch.dtype,
@@ -186,8 +182,6 @@ def _fits_kernel(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
 
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     cos, sin = ctx.saved_tensors
     rotary_dim, layout = ctx.options
@@ -292,8 +286,6 @@ def _fits(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def rope_unsupported(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
     layout: str = "halves", inverse: bool = False,

@@ -21,9 +21,8 @@ from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from .linears import example_of_linear
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def row_norms_reference(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
@@ -43,7 +42,6 @@ def rescaled_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 _TILE = 8 << 20
 """Bytes of a tile; 16 times as many on a GPU, where a launch takes as long as reading them."""
 
@@ -92,12 +90,10 @@ def row_norms(
 
 
 # -- triton ----------------------------------------------------------------------------------------
-
 # None: both are bound by memory, and the products before them have kernels of their own.
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     base, factor = ctx.saved_tensors
     shape, kind, rest_kind, update_kind = ctx.like
@@ -156,13 +152,9 @@ def rescaled(
 ) -> Tensor:  # fmt: skip
     """Compute ``rest + factor·base``, or ``rest + (factor - 1)·base + factor·scale·update``.
 
-    Args:
-        base: (..., out), at least two dimensions.
-        factor: (out,), at least as wide as ``base``.
-        rest: (out,), a bias; with an update (..., out), the base layer's output.
-        update: (..., out), or None.
-        scale: of the update.
-        dtype: of the result (..., out); ``base``'s if None.
+    ``base`` and ``update`` are (..., out), of at least two dimensions; ``factor`` (out,) is at
+    least as wide as ``base``. ``rest`` is a bias (out,), or with an update the base layer's output
+    (..., out). The result (..., out) is in ``dtype``, by default ``base``'s.
     """
     with torch.autocast(base.device.type, enabled=False):
         result: Tensor = _Rescaled.apply(  # type: ignore[no-untyped-call]
@@ -172,8 +164,6 @@ def rescaled(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def row_norms_unsupported(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
 ) -> list[str]:

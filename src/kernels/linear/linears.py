@@ -92,8 +92,9 @@ def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Const
     Four of each linear; the adapters' biases are added to the bases'. Then four more of each
     quantized weight, whose first one is among those before. ``x`` is the linears' input.
 
-    Raises:     ValueError: some of the weights are quantized and some are not, or they differ in
-    ``compute``         or ``dtype``.
+    Raises:
+        ValueError: some of the weights are quantized and some are not, or they differ in
+            ``compute`` or ``dtype``.
     """
     tensors: list[Tensor | None] = []
     first = given[0]

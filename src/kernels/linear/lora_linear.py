@@ -94,8 +94,6 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """One rule for every device: library matmuls, the adapter added to the base's outputs."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, copy: Tensor | None, weight: Tensor, bias: Tensor | None,
@@ -166,16 +164,10 @@ def lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tens
     autocast every operand is cast first, as autocast casts a linear layer's. The gradients of x are
     summed in x's dtype. Backward may run more than once over a retained graph.
 
-    Args:
-        x: (..., in); it is cast to the weight's dtype, and to the adapter's.
-        linear: a plain weight (out, in), and an adapter.
-        x_lora: (..., in), the adapter's own input (x after dropout); any floating dtype.
-
-    Returns:
-        (..., out), in ``linear.dtype``, or else in the weight's.
-
-    Raises:
-        RuntimeError: the shapes do not fit.
+    x (..., in) is cast to the weight's dtype, and to the adapter's; ``x_lora`` (..., in), the
+    adapter's input (x after dropout), may have any floating dtype. The weight (out, in) is a plain
+    one. The result (..., out) is in ``linear.dtype``, or else in the weight's. Raises RuntimeError
+    if shapes do not fit.
     """
     weight, bias, lora_a, lora_b, scale, lora_bias, _, dtype = parts(linear)
     device = x.device.type

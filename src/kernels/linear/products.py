@@ -17,10 +17,8 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
-    """``rows`` (N, M), which nobody else reads, as (..., M) with the leading sizes of ``x``.
-
-    This is no view: one that was made without gradients could not be written to with them.
-    """
+    """``rows`` (N, M), which nobody else reads, as (..., M) with the leading sizes of ``x``."""
+    # This is no view: one that was made without gradients could not be written to with them.
     out: Tensor = _unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
     return out
 
@@ -40,11 +38,9 @@ def accumulated(
 def plus_products(
     total: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> Tensor:
-    """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's, and is used up.
-
-    Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
-    autograd adds up what comes back through casts: rounding the sums too would lose more.
-    """
+    """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's, and is used up."""
+    # Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
+    # autograd adds up what comes back through casts: rounding the sums too would lose more.
     wider, total = total.dtype is not dtype, total.to(dtype)
     for left, right in pairs:
         right = right.contiguous()  # a transposed one costs a quarter of the speed
@@ -158,12 +154,10 @@ def _wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) 
 
 
 def multiplies_as_is(wide: Tensor, narrow: Tensor) -> bool:
-    """Whether a kernel multiplies ``wide`` with a factor in fp32 and is as exact as fp32 products.
-
-    On a GPU: an fp32 number is the sum of three in bf16, whose products tensor cores add up in
-    fp32. Three in fp16 are no such sum where a number is below 1e-4 (gradients are) or above
-    65,504. On a CPU with a C++ compiler the kernel multiplies in fp32.
-    """
+    """Whether a kernel multiplies ``wide`` as it is with fp32, as exactly as fp32 products."""
+    # On a GPU: an fp32 number is the sum of three in bf16, whose products tensor cores add up in
+    # fp32. Three in fp16 are no such sum where a number is below 1e-4 (gradients are) or above
+    # 65,504. On a CPU with a C++ compiler the kernel multiplies in fp32.
     if wide.dtype is not torch.bfloat16 or narrow.dtype is not torch.float32:
         return False
     return use_triton(wide, narrow) or native.available(wide, narrow)
@@ -200,12 +194,10 @@ def is_wide(x: Tensor) -> bool:
 
 
 def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
-    """``x`` in the only dtype in which an op reads it, where that is narrower; else None.
-
-    The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
-    is kept for backward. It is made outside the function, so that what is kept has a history for
-    whoever differentiates the backward pass.
-    """
+    """``x`` in the only dtype in which an op reads it, where that is narrower; else None."""
+    # The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
+    # is kept for backward. It is made outside the function, so that what is kept has a history for
+    # whoever differentiates the backward pass.
     needed = set(dtypes)
     alone = needed.pop() if len(needed) == 1 else x.dtype
     return x.to(alone) if alone.itemsize < x.element_size() else None
@@ -225,11 +217,9 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False)
 
 
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
-    """``tᵀ·z`` (r, in) for t = scale·dY·B.
-
-    On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
-    DDP would not fit it. So is ``gradient_of_b``.
-    """
+    """``tᵀ·z`` (r, in) for t = scale·dY·B."""
+    # On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
+    # DDP would not fit it. So is ``gradient_of_b``.
     if z.dtype is not t.dtype:
         if multiplies_as_is(z, t):
             return _wide_product(z.t(), t, 1.0, True)

@@ -33,9 +33,8 @@ from .products import (
 from .quant_products import product, sum_of_quantized
 from .quantized import Quantized
 
+
 # -- several linears on one input ------------------------------------------------------------------
-
-
 def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
     groups: dict[torch.dtype, list[int]] = {}
     for i, t in enumerate(given):
@@ -123,10 +122,8 @@ def returned(
     need_x: bool,
     needs: Sequence[Grads],
 ) -> Returned:
-    """Pass the upstream gradients through the B's, as far as ``needs`` asks for it.
-
-    One after the other: where fp32 adapters need each cast, the copy goes.
-    """
+    """Pass the upstream gradients through the B's, as far as ``needs`` asks for it."""
+    # One after the other: where fp32 adapters need each cast, the copy goes.
     ts: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
     lows: list[Tensor | None] = []

@@ -34,9 +34,8 @@ from .quantized import Quantized
 KEEPS = ("all", "input")
 """What may be kept for backward: the input and the rank-wide products, or the input alone."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def reference(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:
     """Define the op: each linear by itself, PEFT's casts included."""
     return tuple(projection(x, linear) for linear in given)
@@ -56,16 +55,13 @@ def projection(x: Tensor, linear: Linear) -> Tensor:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # ``projections.narrow``, ``widen`` and ``backward``: matmuls of the libraries.
 
 # -- triton ----------------------------------------------------------------------------------------
-
 # The rank update of ``lora_linear``, through ``projections``.
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     shape, dtype, read_dtype, constants, _ = ctx.options
     x, *saved = ctx.saved_tensors
@@ -134,7 +130,7 @@ class _QKVBlock(torch.autograd.Function):
 
 
 def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:
-    """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` for each i.
+    """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` (..., outᵢ) for each i, of x (..., in).
 
     x, adapters and bases may differ in dtype, as in ``lora_linear``; under autocast every operand
     is cast as autocast casts a linear layer's (over quantized weights, the adapter's alone, as in
@@ -143,11 +139,8 @@ def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Te
 
     Args:
         x: (..., in).
-        given: the linears (out_i, in), all quantized or none, of one ``compute`` and one ``dtype``.
+        given: the linears (outᵢ, in), all quantized or none, of one ``compute`` and one ``dtype``.
         keep: ``"all"`` keeps x and the rank-wide ``x·Aᵢᵀ`` for backward, ``"input"`` x alone.
-
-    Returns:
-        One (..., out_i) for each linear.
 
     Raises:
         ValueError: an unknown ``keep``, or linears that differ in what they must have in common.
@@ -165,8 +158,6 @@ def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Te
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def unsupported(x: Tensor, given: Sequence[Linear], keep: str = "all") -> list[str]:
     """Why the op cannot take these arguments."""
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]

@@ -90,23 +90,12 @@ def quant_linear(
     compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute ``x·dequantize(W)ᵀ + bias`` with a frozen W.
+    """Compute ``x·dequantize(W)ᵀ + bias`` (..., out) with a frozen W.
 
-    x and W are rounded to ``compute``; autocast does not change that. Backward may run more than
-    once over a retained graph.
-
-    Args:
-        x: (..., in), of any floating-point dtype.
-        weight: (out, in), a ``Quantized`` or a tuple of its fields.
-        bias: (out,) in ``compute``, or None.
-        compute: in which the product runs; None is x's dtype.
-        dtype: of the result, at least as wide; None is ``compute``.
-
-    Returns:
-        (..., out), in ``dtype``.
-
-    Raises:
-        RuntimeError: the shapes do not fit, or ``bias`` has another dtype.
+    x (..., in), of any floating-point dtype, and W (out, in) are rounded to ``compute``, by default
+    x's dtype; autocast does not change that. The bias (out,) is in ``compute``. The result is in
+    ``dtype``, at least as wide; by default ``compute``. Backward may run more than once over a
+    retained graph. Raises RuntimeError if shapes do not fit or the bias has another dtype.
     """
     w = Quantized(*weight)
     fixed, tensors = split(w)

@@ -129,16 +129,9 @@ def quant_lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -
     adapter are computed in its dtype. Autocast casts the adapter's operands, as it does for linear
     layers, and leaves the base alone. Backward may run more than once over a retained graph.
 
-    Args:
-        x: (..., in).
-        linear: a quantized weight (out, in), a bias in ``compute`` or None, and an adapter.
-        x_lora: (..., in), the adapter's own input (x after dropout), or None.
-
-    Returns:
-        (..., out), in ``linear.dtype``, or else in ``compute``.
-
-    Raises:
-        RuntimeError: the shapes do not fit, or the bias has another dtype.
+    x and ``x_lora``, the adapter's input (x after dropout), are (..., in), W is (out, in), and the
+    bias is in ``compute`` or None; the result (..., out) is in ``linear.dtype``, or else in
+    ``compute``. Raises RuntimeError if shapes do not fit or the bias has another dtype.
     """
     weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype = parts(linear)
     w, device, low = Quantized(*weight), x.device.type, compute or x.dtype

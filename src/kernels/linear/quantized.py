@@ -72,10 +72,8 @@ def scales(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) in ``dtype``, in plain PyTorch: it defines the values.
-
-    Value and scale are multiplied in fp32 (fp64 in fp64) and rounded once.
-    """
+    """The matrix (out, in) in ``dtype``, in plain PyTorch: it defines the values."""
+    # Value and scale are multiplied in fp32 (fp64 in fp64) and rounded once.
     wide = torch.promote_types(dtype, torch.float32)
     out, into = w.shape
     if w.kind == "int8":
@@ -155,11 +153,9 @@ _direct_dequantize = direct(_dequantize)
 
 
 def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) in ``dtype``: bit for bit what bitsandbytes makes of it.
-
-    Its compiled CPU kernel, where it is, is the fastest. It has none for odd rows and for large
-    blocks, and would start a compiler there.
-    """
+    """The matrix (out, in) in ``dtype``: bit for bit what bitsandbytes makes of it."""
+    # Its compiled CPU kernel, where it is, is the fastest. It has none for odd rows and for large
+    # blocks, and would start a compiler there.
     if w.kind != "int8" and dtype is not torch.float64 and use_triton(w.absmax):
         rest = (w.absmax_8bit, w.absmax_code, w.absmax_offset)
         result: Tensor = _direct_dequantize(

@@ -22,8 +22,6 @@ from .head_tiles import (
 
 @dataclass(frozen=True)
 class _Loss:
-    """What turns logits into a loss, except for the labels."""
-
     smoothing: float
     softcap: float
     scale: float

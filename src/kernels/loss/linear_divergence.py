@@ -109,7 +109,6 @@ def _flops_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Any, other_x: Tensor,
     other_weight: Tensor | None, *rest: Any,
 ) -> int:  # fmt: skip
-    """Both logits once more, and the gradients of x and of the head."""
     products = weight.numel() * (1 + sum(rest[-1][:2]))
     products += 0 if other_weight is None else other_weight.numel()
     return 2 * x.shape[0] * int(products)

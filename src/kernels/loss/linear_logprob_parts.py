@@ -154,7 +154,6 @@ def _fake_backward(
 
 
 def _flops_backward(grads: Any, picked: Any, x: Tensor, weight: Tensor, *rest: Any) -> int:
-    """The logits once more, and the gradients of x and of the head."""
     products: int = 1 + sum(rest[-1][:2])
     return 2 * x.shape[0] * weight.numel() * products
 

@@ -41,10 +41,8 @@ class LogitStrip:
 
 
 def unit_upstream(name: str, vocabulary: int) -> float:
-    """The upstream gradient for which forward makes an output's gradient term.
-
-    It saves a pass (``logprob``), or is exact in narrow dtypes (``mean_logit``).
-    """
+    """The upstream gradient for which forward makes an output's gradient term."""
+    # It saves a pass (``logprob``), or is exact in narrow dtypes (``mean_logit``).
     if name == "mean_logit":
         return vocabulary / float(1 << (vocabulary.bit_length() - 1))
     return -1.0 if name == "logprob" else 1.0

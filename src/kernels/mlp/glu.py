@@ -34,9 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """The activations by name: what ``activation`` may be."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` as model code writes it (it rounds after the activation)."""
     return ACTIVATIONS[activation](gate) * up
@@ -55,8 +54,6 @@ def halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def _plain(t: Tensor) -> bool:
     # Writing into views saves passes in eager mode. A tracer gets functional code in its place:
     # Inductor fuses that, and does not fuse writes into the halves of a tensor.
@@ -111,8 +108,6 @@ def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first:
 
 
 # -- triton ----------------------------------------------------------------------------------------
-
-
 def _fake_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -150,9 +145,8 @@ _triton_packed_backward = library_op(
 )
 _launch_forward, _launch_backward = direct(_triton_forward), direct(_triton_backward)
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` by the implementation for these tensors, without a gradient."""
     out: Tensor = (_launch_forward if use_triton(gate, up) else _forward)(gate, up, activation)
@@ -226,18 +220,11 @@ class _GluPacked(torch.autograd.Function):
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``activation(gate) * up``; keeps ``gate`` and ``up`` for backward, never the activation.
+    """``activation(gate) * up`` (..., F); keeps only ``gate`` and ``up`` for backward.
 
-    Args:
-        gate: (..., F), floating point, any strides.
-        up: (..., F), of the same shape and dtype; may be a view of the same storage.
-        activation: one of ``ACTIVATIONS``.
-
-    Returns:
-        (..., F) in the inputs' dtype.
-
-    Raises:
-        ValueError: unknown activation, or shapes or dtypes that differ.
+    ``gate`` and ``up`` are (..., F), of one floating-point dtype, with any strides; they may be
+    views of one storage. Raises ValueError for an ``activation`` that is not in ``ACTIVATIONS``, or
+    for shapes or dtypes that differ.
     """
     if activation not in ACTIVATIONS or gate.shape != up.shape or gate.dtype is not up.dtype:
         raise ValueError("; ".join(glu_unsupported(gate, up, activation)))
@@ -245,18 +232,10 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Tensor:
-    """``glu`` of the two halves of one tensor; backward writes one gradient tensor.
+    """``glu`` of the two halves of ``gate_up`` (..., 2F), of which one or the other is the gate.
 
-    Args:
-        gate_up: (..., 2F), floating point, any strides.
-        activation: one of ``ACTIVATIONS``.
-        gate_first: whether the gate is the first half of the last dimension.
-
-    Returns:
-        (..., F) in the input's dtype.
-
-    Raises:
-        ValueError: unknown activation, or a last dimension that is odd.
+    Backward writes one gradient tensor. Raises ValueError for an unknown activation, or a last
+    dimension that is odd.
     """
     if activation not in ACTIVATIONS or gate_up.shape[-1] % 2:
         raise ValueError("; ".join(glu_packed_unsupported(gate_up, activation, gate_first)))
@@ -264,8 +243,6 @@ def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Ten
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def glu_unsupported(gate: Tensor, up: Tensor, activation: str) -> list[str]:
     """Why ``glu`` cannot take these inputs; empty when it can."""
     reasons = []

@@ -46,9 +46,8 @@ KEEPS = ("gate_up", "input")
 LAYOUTS = ("two", "gate first", "up first")
 """Gate and up from two linears, or as the halves of one's output."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def reference(
     x: Tensor,
     given: Sequence[Linear],
@@ -67,7 +66,6 @@ def reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # Matmuls of the libraries, in one piece, which is traced, or in tiles: these are library ops, for a
 # tracer would unroll their loops, and would keep what they are there to forget. On a GPU the
 # kernels of ``glu`` and ``lora_linear`` run, through their functions.
@@ -107,8 +105,6 @@ class Mlp(NamedTuple):
 
 
 # -- in one piece ----------------------------------------------------------------------------------
-
-
 def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The output (N, D) from x (N, D), the first linears' outputs, the narrow products of all."""
     hs = narrow(x, mlp.ins)
@@ -160,8 +156,6 @@ def _through_the_gate(
 
 
 # -- in tiles --------------------------------------------------------------------------------------
-
-
 def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
     """Pieces of the rows, about equal; more of them on a CPU, whose cache holds a piece."""
     wide = sum(layer.weight.shape[0] * layer.dtype.itemsize for layer in mlp.ins)
@@ -273,7 +267,6 @@ def _backward_flops(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
     kinds: list[str], activation: str, layout: str, needed: list[bool], *_: Any,
 ) -> int:  # fmt: skip
-    """Gate and up again, what flows back through the linears, and the gradients of parameters."""
     matrices = _matrices(tensors, sizes, len(scales))
     needs = wanted(needed[1:], len(scales))
     to_gate = needed[0] or any(any(need) for need in needs[:-1])
@@ -336,8 +329,6 @@ def tiled_backward(
 
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, dtype, constants, activation, layout, keep = ctx.options
     x, *saved = ctx.saved_tensors
@@ -454,8 +445,6 @@ def mlp_block(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def unsupported(
     x: Tensor,
     given: Sequence[Linear],

@@ -30,9 +30,8 @@ from ..matmul import addmm, mm
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_kept
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def reference(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
@@ -80,7 +79,6 @@ def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # All products are opaque to a tracer: how many rows an expert has is known only at run time.
 
 _HUGE_PAGES = 14  # MADV_HUGEPAGE
@@ -226,12 +224,10 @@ def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
 
 # -- triton ----------------------------------------------------------------------------------------
-
 _triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
 
+
 # -- both ------------------------------------------------------------------------------------------
-
-
 def grouped_mm(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -271,11 +267,9 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
 
 
 def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
-    """The sum (E, N) of each expert's rows (S, N), at least in fp32.
-
-    On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in fp32
-    the error would grow with the rows.
-    """
+    """The sum (E, N) of each expert's rows (S, N), at least in fp32."""
+    # On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in
+    # fp32 the error would grow with the rows.
     on_cpu = rows.device.type == "cpu"
     wide = torch.float64 if on_cpu else torch.promote_types(rows.dtype, torch.float32)
     place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
@@ -285,19 +279,12 @@ def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 # -- routing ---------------------------------------------------------------------------------------
-
-
 def moe_route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the pairs of a token and an expert by expert.
 
-    Args:
-        ids: (S,), the expert of each pair; pairs of one token are adjacent. A pair whose expert
-            is E or more has none here, and adds nothing.
-        experts: the number E of experts.
-
-    Returns:
-        The pair at each sorted place (S,), the place of each pair (S,), and the end of each
-        expert's places (E,) in int32.
+    ``ids`` (S,) is the expert of each pair, those of one token adjacent. A pair whose expert is
+    ``experts`` or more has none here, and adds nothing. Returns the pair at each sorted place (S,),
+    the place of each pair (S,), and the end of each expert's places (E,) in int32.
     """
     ordered, order = torch.sort(ids, stable=True)
     ends = torch.arange(experts, device=ids.device, dtype=ids.dtype)
@@ -312,8 +299,6 @@ def inverse_permutation(order: Tensor) -> Tensor:
 
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """``grouped_mm`` in plain PyTorch: rows of no expert are zero."""
     ends = offsets.tolist()
@@ -471,8 +456,6 @@ def moe_experts(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def unsupported(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,

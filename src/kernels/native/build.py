@@ -74,7 +74,6 @@ def missing_compiler() -> str:
 
 
 def _identity(compiler: str) -> str:
-    """Tells a compiler from others, and from what it was before an update."""
     status = os.stat(compiler)
     return (
         f"{os.path.realpath(compiler)} {status.st_size} {status.st_mtime_ns} {platform.libc_ver()}"

@@ -15,10 +15,8 @@ _SUMS = 1 << 16
 
 
 def available(wide: Tensor, narrow: Tensor) -> bool:
-    """Whether there is a kernel for these dtypes on the CPU; waits for the compiler if need be.
-
-    TorchDynamo, where it traces the op's own code, cannot find out: it takes the plain form.
-    """
+    """Whether there is a kernel for these dtypes on the CPU; waits for the compiler if need be."""
+    # TorchDynamo, where it traces the op's own code, cannot find out: it takes the plain form.
     return (
         wide.dtype is torch.bfloat16
         and narrow.dtype is torch.float32

@@ -81,7 +81,6 @@ def _pytorch_backward(
 def _parameter_sums(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, (D,) each, summed in fp32 or fp64, a tile at a time."""
     dim = x.shape[-1]
     d_weight = torch.zeros(dim, dtype=mean.dtype) if need_weight else None
     d_bias = torch.zeros(dim, dtype=mean.dtype) if need_bias else None

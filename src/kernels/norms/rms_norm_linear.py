@@ -173,22 +173,10 @@ def rms_norm_linear(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Each result is ``linear(rms_norm(x), weight, bias)``; the normed rows are not kept.
 
-    Under autocast the linears run in its dtype, as they do in eager mode.
-
-    Args:
-        x: (..., D), floating-point, any strides.
-        norm_weight: (D,), or None.
-        eps: added to the mean square.
-        offset: added to the norm weight (1.0 in Gemma); without one, the factor unless 0.
-        rounding: as in ``rms_norm``.
-        weights: one (F_i, D) for each linear.
-        biases: one (F_i,) or None for each linear.
-
-    Returns:
-        One (..., F_i) for each linear.
-
-    Raises:
-        ValueError: if there are not as many biases as weights, or ``rounding`` is unknown.
+    Under autocast the linears run in its dtype, as they do in eager mode. The first arguments are
+    those of ``rms_norm``, for x (..., D). Of each linear there is one of ``weights`` (F_i, D), one
+    of ``biases`` (F_i,) or None, and one result (..., F_i). Raises ValueError if there are not as
+    many biases as weights, or ``rounding`` is unknown.
     """
     outer = norm.is_outer(rounding)
     if len(weights) != len(biases):

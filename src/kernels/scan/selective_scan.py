@@ -28,9 +28,8 @@ from ..launch import library_op, own, use_triton
 from ..op import Maker, Op, misshapen, on_several_devices
 from ..second_order import differentiable, double_backward
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def scan_reference(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
@@ -62,7 +61,6 @@ def output_dtype(u: Tensor, D: Tensor | None, z: Tensor | None) -> torch.dtype:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # Within a chunk of time the decays ``exp(delta A)`` and the states are held for all its steps, as
 # (T, B, N, D): time outermost, so that one step of the recurrence is one fused call over a
 # contiguous slab, and channels innermost, so that all else is long vectors. A chunk's buffers fit
@@ -123,8 +121,6 @@ def prepare(
 
 
 class _Chunk:
-    """The part of the inputs that one chunk reads, and the arithmetic on it."""
-
     def __init__(self, p: Prepared, span: slice) -> None:
         self.p, self.span = p, span
         x, dt = p.x[:, span].transpose(0, 1), p.dt[:, span].transpose(0, 1)
@@ -273,7 +269,6 @@ def _backward(
     grad: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
     z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed of (u, delta, a, b, c, d, z, bias)."""
     every = _fake_gradients(u, delta, a, b, c, d, z, bias)
     du, ddelta, _, db, dc, _, dz, _ = every
     sums: list[Tensor | float] = [0.0, 0.0, 0.0]
@@ -364,7 +359,6 @@ _backward_op = library_op(
 )
 
 # -- triton ----------------------------------------------------------------------------------------
-
 MAX_STATES = 64
 """States per channel that the Triton kernels hold in registers."""
 
@@ -384,9 +378,8 @@ _triton_backward = library_op(
     plain=_backward,
 )
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -448,8 +441,6 @@ def selective_scan(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def scan_unsupported(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,

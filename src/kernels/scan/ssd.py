@@ -33,9 +33,8 @@ CHUNK = 64
 _TILE = 1 << 20
 """Elements of the largest matrices of a tile."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
@@ -62,8 +61,6 @@ def ssd_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def _chunked(t: Tensor) -> Tensor:
     """(L, H, ..) -> (H, K, Q, ..), zero beyond the end."""
     length = t.shape[0]
@@ -118,7 +115,6 @@ def _backward(
     grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
     bias: Tensor | None, softplus: bool, low: float, high: float, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed of (x, dt, a, b, c, d, bias)."""
     step, slope = ssd_chunks.steps(dt, bias, softplus, low, high)
     wide, length = step.dtype, x.shape[1]
     grad = grad.to(wide)
@@ -183,7 +179,6 @@ _backward_op = library_op(
 )
 
 # -- triton ----------------------------------------------------------------------------------------
-
 _triton_forward = library_op(
     f"ssd_triton_forward({_INPUTS}) -> Tensor",
     "scan.ssd:forward",
@@ -199,9 +194,8 @@ _triton_backward = library_op(
     plain=_backward,
 )
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _of_options(*tensors: Any) -> Tensor:
     x, dt, a, b, c, d, bias, softplus, low, high = tensors
     return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
@@ -262,8 +256,6 @@ def ssd(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def ssd_unsupported(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,

@@ -45,8 +45,6 @@ class ScanTile:
 
 
 class _Decays:
-    """The decays between steps of a chunk."""
-
     def __init__(self, exponents: Tensor) -> None:
         s = exponents.cumsum(-1, dtype=torch.float64)
         kind, size = exponents.dtype, exponents.shape[-1]
@@ -80,11 +78,9 @@ def forward(t: ScanTile) -> Tensor:
 
 
 def backward(t: ScanTile, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, exponents, b and c, from that of the outputs.
-
-    The gradient of an exponent is the sum over all pairs of steps between which it lies. It is
-    added up so, and never as the difference of two larger sums.
-    """
+    """The gradients of x, exponents, b and c, from that of the outputs."""
+    # The gradient of an exponent is the sum over all pairs of steps between which it lies. It is
+    # added up so, and never as the difference of two larger sums.
     decays = _Decays(t.exponents)
     before = _states(t, decays)
     bt = t.b.transpose(-1, -2)
