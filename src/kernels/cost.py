@@ -91,7 +91,7 @@ def _formula(packet: Any) -> Any:
 def _of_convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None, **_: Any
 ) -> int:
-    # As many as forward has, for each of both gradients that is wanted.
+    # As many as forward has, for each of both gradients that is needed.
     # PyTorch's counter takes the weight's for that of one group (torch 2.13).
     transposed, mask = rest[4], rest[7]
     forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)

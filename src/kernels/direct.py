@@ -55,7 +55,7 @@ def is_traced_here() -> bool:
 def _is_watched() -> bool:
     return (
         torch.compiler.is_compiling()
-        or _grad_is_enabled()  # an op has no gradient here: PyTorch decides what that means
+        or _grad_is_enabled()  # library ops have no autograd rule: PyTorch must see the call
         or _count_modes() > 0
         or _count_function_modes() > 0
         or _are_transforms_active()

@@ -92,7 +92,7 @@ def _message(name: str, reason: str) -> str:
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is captured: what it would record is not what was asked for."""
+    """Whether a CUDA graph is captured, which would record the plain form."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -113,7 +113,7 @@ _LAUNCHING = (
     "driver version is insufficient",
     "driver combination",
 )
-"""Parts of CUDA's and HIP's messages for loading and launching; others may be of earlier ones."""
+"""CUDA's and HIP's messages of failed loads and launches; others may be of an earlier kernel."""
 
 
 def is_launch_failure(error: Exception) -> bool:

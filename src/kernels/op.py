@@ -147,7 +147,7 @@ class Op:
     reference: Callable[..., Any]  # plain PyTorch definition, same signature as ``call``
     call: Callable[..., Any]  # the differentiable function; a graph node's target
     unsupported: Callable[..., list[str]]  # same signature as ``call``
-    # saved for backward: nothing may write into them; any input may be saved
+    # places of outputs saved for backward: nothing may write into them; any input may be saved
     kept_outputs: tuple[int, ...] = ()
     rule: str | None = ""  # whose rewrites call it, where its name is another; None where none does
     # the arguments of a typical call; every op in this package has one

@@ -24,7 +24,7 @@ class LayerNorm(Rule):
     name = op = "layer_norm"
 
     def patterns(self, p: Builder, x: Pattern, b: Pattern, eps: Pattern) -> Iterable[Any]:
-        """PyTorch's may stand between casts (OLMo); Cohere writes its own, with no bias."""
+        """PyTorch's, perhaps between casts (OLMo), or Cohere's formula, which has no bias."""
         w = p.var("w", lambda node: is_row(node, 2))
         wide = p.maybe_cast(w), p.maybe_cast(b), eps, p.anything
         yield "torch", p.cast(p.torch_layer_norm(p.cast(x), p.anything, *wide))

@@ -19,7 +19,7 @@ from ..rewrite.rule import Emit, Match, Rule
 
 
 class SelectiveScan(Rule):
-    """A call of a selective scan from a zero state, whose last state nobody asks for."""
+    """A call of a selective scan from a zero state, whose last state is not used."""
 
     name = op = "selective_scan"
 
@@ -31,7 +31,7 @@ class SelectiveScan(Rule):
         yield p.scan_call(u, delta, a, b, c, d, z, bias, softplus, last, others)
 
     def check(self, m: Match) -> None:
-        """Nothing asked for that the op does not do."""
+        """No arguments or results that the op does not support."""
         _require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(isinstance(m.softplus, bool), "delta_softplus is not a constant", m.root)
@@ -75,7 +75,7 @@ class ChunkedScan(Rule):
         )
 
     def check(self, m: Match) -> None:
-        """Nothing asked for that the op does not do."""
+        """No arguments or results that the op does not support."""
         _require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(m.first is None, "the scan starts from a given state", m.root)

@@ -98,8 +98,8 @@ def _known(c: Candidate) -> set[int]:
 def _chosen(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
     """Real size -> small size, the largest first, until no weight is large or none can be."""
     sizes = _few_experts(shapes, known)
-    while left := _left(shapes, sizes):
-        size = max(left)
+    while remaining := _left(shapes, sizes):
+        size = max(remaining)
         sizes[size] = _small(size, known | set(sizes.values()))
     return sizes
 
@@ -107,8 +107,8 @@ def _chosen(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
 def _chosen_in_ratio(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
     """The same, where with a size those become smaller that are a half or a third of it."""
     sizes = _few_experts(shapes, known)
-    while left := _left(shapes, sizes):
-        size = max(left)
+    while remaining := _left(shapes, sizes):
+        size = max(remaining)
         used = known | set(sizes.values())
         related = _related(size, known - sizes.keys())
         sizes |= (len(related) > 1 and _scaled(related, used)) or {size: _small(size, used)}

@@ -184,11 +184,11 @@ def _check(site: _Site, given: Iterable[Sequence[Any]], regime: Regime) -> Verdi
         for settings in site.candidate.autocast:
             around.enter_context(torch.autocast(*settings))
         with _seen_as_traced(False):
-            original = runs(site.original, given, setting)
-            rewritten = [runs(site.replacement, given, setting)]
+            theirs = runs(site.original, given, setting)
+            ours = [runs(site.replacement, given, setting)]
         if normal and site.traced:
             with _seen_as_traced(True):
-                rewritten.append(_compiled(runs(site.replacement, given, setting)))
+                ours.append(_compiled(runs(site.replacement, given, setting)))
     inputs = site.candidate.inputs
     wide = (
         [x if n in site.packed else double(x) for n, x in zip(inputs, draw, strict=True)]
@@ -196,14 +196,14 @@ def _check(site: _Site, given: Iterable[Sequence[Any]], regime: Regime) -> Verdi
     )
     with _seen_as_traced(False):
         exact = runs(site.exact, wide, site.setting(False, regime.upstream))
-    for outcome in rewritten:
-        reason = difference(outcome, original, exact, within_range=regime in REGIMES)
+    for outcome in ours:
+        reason = difference(outcome, theirs, exact, within_range=regime in REGIMES)
         if reason:
             return Verdict(reason)
     if not normal:
         return Verdict()
     rows = sum(tokens(draw, site.fixed) for draw in given)
-    return Verdict(None, _figures(rewritten[0], original, exact, rows))
+    return Verdict(None, _figures(ours[0], theirs, exact, rows))
 
 
 def _compiled(outcome: Outcome) -> Outcome:
@@ -254,7 +254,7 @@ def structure(c: Candidate, named: Callable[[Any], str] = str) -> Any:
         return str(fx.node.map_arg(value, lambda n: index.get(n, "?")))
 
     def size(s: Any) -> Any:
-        """A number, or the symbol by the order in which it is met: equal sizes stay equal."""
+        """A number, or the symbol by its first use: equal sizes stay equal."""
         return s if type(s) is int else symbols.setdefault(str(s), f"s{len(symbols)}")
 
     body = tuple(

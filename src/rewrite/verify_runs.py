@@ -62,16 +62,16 @@ def runs(
     fn: Callable[..., Any], draws: Iterable[Sequence[Any]], setting: VerifySettings
 ) -> Outcome:
     """The outcome of ``fn`` for all ``draws`` of inputs: their results stacked, as one tensor."""
-    outcomes = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]
-    if len(outcomes) == 1:
-        return outcomes[0]
+    made = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]
+    if len(made) == 1:
+        return made[0]
     results = tuple(
         [_stacked(tensors) for tensors in zip(*kind, strict=True)]
-        for kind in zip(*(m.results for m in outcomes), strict=True)
+        for kind in zip(*(m.results for m in made), strict=True)
     )
-    traits = frozenset().union(*(m.traits for m in outcomes))
-    random = tuple(s for m in outcomes for s in m.random)
-    return Outcome(results, traits, random, sum(m.kept for m in outcomes), len(outcomes))
+    traits = frozenset().union(*(m.traits for m in made))
+    random = tuple(s for m in made for s in m.random)
+    return Outcome(results, traits, random, sum(m.kept for m in made), len(made))
 
 
 def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -90,7 +90,7 @@ def row_norms(
 
 
 # -- triton ----------------------------------------------------------------------------------------
-# None: both are bound by memory, and the products before them have kernels of their own.
+# None: both are bound by memory, and the products before them have separate kernels.
 
 
 # -- autograd --------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _Rescaled(torch.autograd.Function):
-    """Keeps the base, or its sum with the update, where the factor's gradient is wanted."""
+    """Keeps the base, or its sum with the update, where the factor's gradient is needed."""
 
     @staticmethod
     def forward(

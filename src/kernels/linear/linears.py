@@ -68,7 +68,7 @@ class ResolvedLinear(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """For each tensor of a ``ResolvedLinear`` its gradient, or None; or whether that is wanted."""
+    """The gradient of each tensor of a ``ResolvedLinear``, or None; or whether it is needed."""
 
     weight: Any
     bias: Any

@@ -40,7 +40,7 @@ def plus_products(
 ) -> Tensor:
     """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's, and is used up."""
     # Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
-    # autograd adds up what comes back through casts: rounding the sums too would lose more.
+    # autograd adds up gradients that went through casts: rounding the sums too would lose more.
     wider, total = total.dtype is not dtype, total.to(dtype)
     for left, right in pairs:
         right = right.contiguous()  # a transposed one costs a quarter of the speed
@@ -197,14 +197,14 @@ def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
     """``x`` in the only dtype in which an op reads it, where that is narrower; else None."""
     # The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
     # is kept for backward. It is made outside the function, so that what is kept has a history for
-    # whoever differentiates the backward pass.
+    # a second derivative.
     needed = set(dtypes)
     alone = needed.pop() if len(needed) == 1 else x.dtype
     return x.to(alone) if alone.itemsize < x.element_size() else None
 
 
 def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False) -> Tensor:
-    """``scale·left·right``, left as ``beside`` gives it; on a GPU in the accumulator.
+    """``scale·left·right``, left as returned by ``beside``; on a GPU in the accumulator.
 
     Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
     """
@@ -228,7 +228,7 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
-    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as ``beside`` gives it."""
+    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as returned by ``beside``."""
     if dy.dtype is not h.dtype:
         return _wide_product(dy.t(), h, 1.0, False)
     low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)

@@ -82,8 +82,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dbias, count = ctx.saved_tensors[:4]
-        made, needed = (dx, dweight, dbias, count), ctx.needs_input_grad[:3]
-        return *scaled(made, grad, ctx.like, needed, ctx.chosen[-1]), None, None, None
+        saved, needed = (dx, dweight, dbias, count), ctx.needs_input_grad[:3]
+        return *scaled(saved, grad, ctx.like, needed, ctx.chosen[-1]), None, None, None
 
 
 def linear_cross_entropy(

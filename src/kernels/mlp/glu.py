@@ -66,7 +66,7 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
     # Multiply ``grad`` by ``act'(gate)`` in place: no tensor of that size is made.
-    # These forms have no derivative of their own: autograd refuses a second derivative.
+    # These forms have no derivative: autograd refuses a second one.
     match activation:
         case "silu":
             _aten.silu_backward.grad_input(grad, gate, grad_input=grad)

@@ -12,7 +12,7 @@ from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 3
 _SCORES = 1 << 14
-"""Scores that are worth a thread of their own."""
+"""Scores that are worth another thread."""
 
 
 class _Call(ctypes.Structure):

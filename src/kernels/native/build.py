@@ -104,7 +104,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def _is_private(part: Path) -> bool:
-    """Whether nobody but its user, and root, can put something else in the place of its files."""
+    """Whether only its user and root can replace its files."""
     status = part.stat()
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
     return status.st_uid in (0, os.getuid()) and not writable

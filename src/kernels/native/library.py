@@ -62,7 +62,7 @@ def start() -> Loading:
 
 
 def has_started() -> bool:
-    """Whether anybody has asked for the kernels."""
+    """Whether the kernels have been needed so far."""
     return _loading is not None
 
 

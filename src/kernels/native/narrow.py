@@ -11,7 +11,7 @@ from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 2
 _SUMS = 1 << 16
-"""Products that are worth a thread of their own."""
+"""Products that are worth another thread."""
 
 
 def available(wide: Tensor, narrow: Tensor) -> bool:
