@@ -120,8 +120,8 @@ def _backward(
         return native.backward(grad, q, k, v, scale, causal, mask, window, needs)
     if through_fp32(q):
         qkv = q.float(), k.float(), v.float()
-        gradients = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
-        return [own(d.to(q.dtype)) for d in gradients]
+        wide_grads = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
+        return [own(d.to(q.dtype)) for d in wide_grads]
     need_q, need_k, need_v = needs
     groups, scores = k.shape[1], _Scores(q, k, scale)
     part = scores.wide if q.dtype is torch.float16 else q.dtype
@@ -236,13 +236,13 @@ class _Attention(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         if saved:
             out, stats, table = saved
-            gradients = _triton_backward_op(
+            input_grads = _triton_backward_op(
                 grad, q, k, v, out, stats, scale, causal, mask, table, window, needs
             )
         else:
             mask = _every_row(mask, q)
-            gradients = _backward_op(grad, q, k, v, scale, causal, mask, window, needs)
-        remaining = iter(gradients)
+            input_grads = _backward_op(grad, q, k, v, scale, causal, mask, window, needs)
+        remaining = iter(input_grads)
         return *(next(remaining) if needed else None for needed in needs), None, None, None, None
 
 

@@ -123,10 +123,10 @@ class _QKVBlock(torch.autograd.Function):
             hs = narrow(rows, layers)
         needed = ctx.needs_input_grad
         need_x, needs = needed[0], wanted(needed[4:], count)
-        dx, gradients = backward(rows, layers, hs, grads, need_x, needs, dtype)
+        dx, layer_grads = backward(rows, layers, hs, grads, need_x, needs, dtype)
         rest = [None] * (len(saved) - 5 * count)  # the other halves of quantized weights
         dx = dx if dx is None else dx.view(shape)
-        return dx, None, None, None, *(g for d in gradients for g in d), *rest
+        return dx, None, None, None, *(g for d in layer_grads for g in d), *rest
 
 
 def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:

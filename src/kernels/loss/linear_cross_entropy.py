@@ -71,9 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
         needs = [recording and needed for needed in ctx.needs_input_grad[:3]]
-        loss, gradients = found(x, weight, bias, labels, Settings(*chosen), needs)
+        loss, saved = found(x, weight, bias, labels, Settings(*chosen), needs)
         # x and labels for a second derivative alone
-        ctx.save_for_backward(*gradients, x, weight, bias, labels)
+        ctx.save_for_backward(*saved, x, weight, bias, labels)
         ctx.chosen = chosen
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in (x, weight, bias)]
         return loss

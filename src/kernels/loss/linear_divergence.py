@@ -167,13 +167,13 @@ class _LinearDivergence(torch.autograd.Function):
             dx = (term * (flat / temperature).unsqueeze(1)).to(x.dtype).view(x.shape)
             return dx, None, None, *nothing
         needs = list(ctx.needs_input_grad[:3])
-        gradients = _backward(
+        input_grads = _backward(
             flat, x.reshape(-1, x.shape[-1]), weight, bias,
             other_x.reshape(-1, other_x.shape[-1]), other_weight, other_bias,
             None if targets is None else targets.reshape(-1), kind, beta, temperature,
             ignore_index, needs,
         )  # fmt: skip
-        each = zip(gradients, (x, weight, bias), needs, strict=True)
+        each = zip(input_grads, (x, weight, bias), needs, strict=True)
         return *(t.to(of.dtype).view(of.shape) if need else None for t, of, need in each), *nothing
 
 

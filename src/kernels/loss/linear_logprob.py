@@ -162,12 +162,12 @@ def _projected(
     x, weight, bias, factor, targets, top_classes = saved[:6]
     rows = x.reshape(-1, x.shape[-1])
     flat = {n: g.reshape(rows.shape[0], *g.shape[x.dim() - 1 :]) for n, g in given.items()}
-    gradients = backward_op(
+    input_grads = backward_op(
         [flat.get(name) for name in chosen.outputs], top_classes, rows, weight, bias,
         None if targets is None else targets.reshape(-1), factor, list(chosen.outputs),
         chosen.ignore_index, chosen.temperature, chosen.softcap, chosen.logit_scale, list(wanted),
     )  # fmt: skip
-    for t, of, need in zip(gradients, (x, weight, bias, factor), wanted, strict=True):
+    for t, of, need in zip(input_grads, (x, weight, bias, factor), wanted, strict=True):
         yield t.to(of.dtype).view(of.shape) if need else None
 
 

@@ -193,13 +193,13 @@ def _tiled_backward(
         rows = Rows(x[tile])
         hs = narrow(rows, mlp.ins)
         outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
-        d_rows, gradients = backward(
+        d_rows, tile_grads = backward(
             grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
             wide,
         )  # fmt: skip
         if dx is not None and d_rows is not None:
             dx[tile] = d_rows
-        for i, part in enumerate(gradients):
+        for i, part in enumerate(tile_grads):
             totals[i] = _added(totals[i], part)
     finished = [
         _of_its_own(total.to(t.dtype))
