@@ -18,22 +18,14 @@ TARGETS = (("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32))
 class AotCase:
     """One kernel in one configuration.
 
-    Attributes:
-        name: shown in tests and errors.
-        kernel: the ``@triton.jit`` function.
-        signature: argument name -> Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``), without the
-            constexpr arguments.
-        constants: the constexpr arguments.
-        num_warps: as the launcher passes it.
-        num_stages: as the launcher passes it.
-        divisible: integer arguments that are multiples of 16 in this case, such as a row's
-            length. Triton compiles a variant of its own for them, with wide and asynchronous loads:
-            the one that usually runs. Pointers are always taken as 16-byte aligned, as torch's are.
+    ``divisible`` are integer arguments that are multiples of 16 in this case, such as a row's
+    length. Triton compiles another variant for them, with wide and asynchronous loads: the one that
+    usually runs. Pointers are always taken as 16-byte aligned, as torch's are.
     """
 
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
+    name: str  # shown in tests and errors
+    kernel: Any  # the ``@triton.jit`` function
+    signature: Mapping[str, str]  # argument -> "*bf16", "i32", "fp32", …; without constexpr
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2

@@ -24,29 +24,19 @@ from .launch import TEMPORARY_BYTES
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of an op moves, computes and keeps.
+    """What one call of an op moves, computes and keeps."""
 
-    Attributes:
-        bytes_read: bytes of the tensors that forward is given: what it reads at least.
-        bytes_written: bytes of those that it returns.
-        flops: floating-point operations of forward (a multiply-add is two).
-        bytes_saved: bytes that are kept for backward, parameters not counted. An input counts,
-            though another op may keep it as well.
-    """
-
-    bytes_read: int
-    bytes_written: int
-    flops: int
+    bytes_read: int  # of the tensors that forward is given: what it reads at least
+    bytes_written: int  # of those that it returns
+    flops: int  # of forward; a multiply-add is two
+    # for backward; inputs count, though another op may keep them too; parameters do not
     bytes_saved: int
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of the storages that came into being under it and are still alive.
+    """Counts the bytes of the storages created under it that are still alive, and FLOPs so far.
 
-    Attributes:
-        flops: floating-point operations so far.
-        bytes: of the storages alive now.
-        most: the highest that ``bytes`` has been since it was last set back.
+    ``most`` is the highest that ``bytes`` has been since it was last reset.
     """
 
     supports_higher_order_operators = True
@@ -66,8 +56,8 @@ class Living(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self._count(t.untyped_storage())
         temporary = TEMPORARY_BYTES.get(func)
-        held = 0 if temporary is None else temporary(*args, **kwargs)
-        self.most = max(self.most, self.bytes + held)
+        temporary_bytes = 0 if temporary is None else temporary(*args, **kwargs)
+        self.most = max(self.most, self.bytes + temporary_bytes)
         return out
 
     def exclude(self, tensors: Iterable[Any]) -> None:
@@ -101,10 +91,8 @@ def _formula(packet: Any) -> Any:
 def _of_convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None, **_: Any
 ) -> int:
-    """As many as forward has, for each of both gradients that is wanted.
-
-    PyTorch's counter takes the weight's for that of one group (torch 2.13).
-    """
+    # As many as forward has, for each of both gradients that is needed.
+    # PyTorch's counter takes the weight's for that of one group (torch 2.13).
     transposed, mask = rest[4], rest[7]
     forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)
     return forward * (bool(mask[0]) + bool(mask[1]))
@@ -118,16 +106,13 @@ _SAME = {f"{_FLASH}_for_cpu": _FLASH, f"{_FLASH}_for_cpu_backward": f"{_FLASH}_b
 def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     """Count what ``call(*args, **kwargs)`` costs, without computing it.
 
-    Args:
-        call: takes tensors, nested in tuples and lists or not, and returns tensors.
-        args: tensors of any device, fake or real, and other values.
-        kwargs: likewise.
+    Tensors may be nested in tuples and lists, of any device, fake or real; so may the results.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        known: dict[int, Any] = {}
-        args, kwargs = tree_map(lambda v: known.setdefault(id(v), _fake(v)), (args, kwargs))
-        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        parameters = {_place(t) for t in given if isinstance(t, nn.Parameter)}
+        fakes: dict[int, Any] = {}
+        args, kwargs = tree_map(lambda v: fakes.setdefault(id(v), _fake(v)), (args, kwargs))
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        parameters = {_place(t) for t in tensors if isinstance(t, nn.Parameter)}
         saved: dict[int, Any] = {}
 
         def pack(t: Tensor) -> Tensor:
@@ -138,7 +123,7 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
         with Living() as living, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             results = [t for t in tree_iter(call(*args, **kwargs)) if isinstance(t, Tensor)]
         return Cost(
-            bytes_read=sum(t.nbytes for t in {id(t): t for t in given}.values()),
+            bytes_read=sum(t.nbytes for t in {id(t): t for t in tensors}.values()),
             bytes_written=sum(t.nbytes for t in results),
             flops=living.flops,
             bytes_saved=sum(storage.nbytes() for storage in saved.values()),
@@ -146,11 +131,9 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
 
 
 def kept_by_hook(t: Tensor) -> Tensor:
-    """What a hook on saved tensors may keep of ``t``, and give back to backward.
-
-    A node that saves its own output would keep itself alive, for good if backward never runs.
-    Weights stay what they are: ZeRO-3 frees one by way of its parameter.
-    """
+    """What a hook on saved tensors may keep of ``t``, and give back to backward."""
+    # A node that saves its own output would keep itself alive, for good if backward never runs.
+    # Parameters are returned as they are: ZeRO-3 frees one by way of its parameter.
     return t if t.grad_fn is None else t.detach()
 
 
@@ -159,14 +142,13 @@ def _place(t: Tensor) -> int:
 
 
 def like(t: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """An empty tensor of the dtype and device of ``t`` that wants a gradient where ``t`` does."""
-    made = torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device)
-    return made.requires_grad_(t.requires_grad)
+    """An empty tensor with the dtype, device and ``requires_grad`` of ``t``."""
+    result = torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device)
+    return result.requires_grad_(t.requires_grad)
 
 
 def _fake(value: Any) -> Any:
-    """A fake tensor like ``value``, where it is a tensor; under a fake mode."""
     if not isinstance(value, Tensor):
         return value
-    made = like(value, value.shape, value.stride())
-    return nn.Parameter(made, made.requires_grad) if isinstance(value, nn.Parameter) else made
+    fake = like(value, value.shape, value.stride())
+    return nn.Parameter(fake, fake.requires_grad) if isinstance(value, nn.Parameter) else fake

@@ -25,10 +25,9 @@ _is_profiling, _tracing_state = _C._autograd._profiler_enabled, _C._get_tracing_
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:
-    """``op``, which ``library_op`` has made, called directly where nothing could tell.
+    """``op``, from ``library_op``, called directly where nothing could tell.
 
-    Args:
-        op: is given all of its arguments, by their places.
+    All arguments must be passed by position.
     """
     run, schema = RUNS[op], cast("Any", op)._schema
     # the dispatcher makes floats of integers, of which Triton makes constants
@@ -46,20 +45,17 @@ def direct(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_traced_here() -> bool:
-    """Whether a compiler traces what this thread does.
-
-    ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
-    """
+    """Whether a compiler traces what this thread does."""
+    # ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.compiler.is_compiling() and _count_modes() > 0
 
 
 def _is_watched() -> bool:
-    """Whether anything would see that an op is called."""
     return (
         torch.compiler.is_compiling()
-        or _grad_is_enabled()  # an op has no gradient of its own: PyTorch says what becomes of it
+        or _grad_is_enabled()  # library ops have no autograd rule: PyTorch must see the call
         or _count_modes() > 0
         or _count_function_modes() > 0
         or _are_transforms_active()
@@ -69,7 +65,6 @@ def _is_watched() -> bool:
 
 
 def _are_plain(args: Iterable[Any]) -> bool:
-    """Whether all are constants, and ordinary tensors that hold their values as they are."""
     for a in args:
         kind = type(a)
         if kind is Tensor or kind is torch.nn.Parameter:

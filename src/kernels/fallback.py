@@ -43,7 +43,7 @@ _no_fallback = 0
 def no_fallback() -> Iterator[None]:
     """Raise ``LaunchError`` where a kernel fails, or has failed before: for checks and benchmarks.
 
-    This holds for all threads: the backward pass of a GPU has one of its own.
+    This holds for all threads: the backward pass of a GPU runs in another one.
     """
     global _no_fallback
     _no_fallback += 1
@@ -58,10 +58,7 @@ def with_plain_form(
 ) -> Callable[..., Any]:
     """``run``, or ``plain`` from the first call on whose kernel cannot be compiled or launched.
 
-    Args:
-        name: of the library op.
-        run: launches the kernel.
-        plain: same signature and results, without a kernel.
+    ``name`` is that of the library op; ``plain`` has the same signature and results, and no kernel.
     """
 
     @functools.wraps(run)
@@ -95,7 +92,7 @@ def _message(name: str, reason: str) -> str:
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is captured: what it would record is not what was asked for."""
+    """Whether a CUDA graph is captured, which would record the plain form."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -116,10 +113,7 @@ _LAUNCHING = (
     "driver version is insufficient",
     "driver combination",
 )
-"""Parts of the messages of CUDA and HIP by which a kernel is not loaded or not launched.
-
-Any other may be of a kernel that ran earlier.
-"""
+"""CUDA's and HIP's messages of failed loads and launches; others may be of an earlier kernel."""
 
 
 def is_launch_failure(error: Exception) -> bool:
@@ -143,12 +137,10 @@ _NO_DRIVER = "active drivers"
 
 
 def _is_of_device(text: str) -> bool:
-    """Whether it is the message of a runtime or driver, as PyTorch or Triton passes it on."""
     return text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
 
 
 def _modules(frame: TracebackType | None) -> Iterator[str]:
-    """The modules whose code an error passed through."""
     while frame is not None:
         yield str(frame.tb_frame.f_globals.get("__name__"))
         frame = frame.tb_next
@@ -158,6 +150,6 @@ def _described(error: BaseException) -> str:
     """The class and the first line of what the compiler, or the launch, has to say."""
     while isinstance(error.__cause__, type(error)):  # an error in a function that a kernel calls
         error = error.__cause__
-    said = getattr(error, "error_message", None)  # the message of others begins with the source
-    line = str(said).strip().splitlines()[0] if said else first_line(error)
+    message = getattr(error, "error_message", None)  # the message of others begins with the source
+    line = str(message).strip().splitlines()[0] if message else first_line(error)
     return f"{type(error).__name__}: {line}"

@@ -46,7 +46,7 @@ def _is_on_gpu(labels: Tensor) -> bool:
 def expected(rows: int, ignore_index: int) -> int:
     """How many of ``rows`` labels count, if they are those that were sent, shifted; 0 if unknown.
 
-    It is a guess: nothing says that they are. So a result may depend on it in speed alone.
+    It is a guess: nothing says that they are. So only the speed of a result may depend on it.
     """
     host, arrived = getattr(_LATEST, "labels", None) or (None, None)
     if host is None or _is_capturing():

@@ -32,8 +32,7 @@ RUNS: dict[Any, Callable[..., Any]] = {}
 """Library op -> what a call with real tensors runs: the implementation, or a kernel's launcher."""
 
 LAUNCHES: dict[Any, Callable[..., bool]] = {}
-"""Library op -> whether a call with these arguments launches a Triton kernel, where that is known
-without looking at what it calls."""
+"""Library op -> whether a call launches a Triton kernel, of ops that launch them themselves."""
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,14 +49,10 @@ def interpreting() -> bool:
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
-    """Whether the Triton implementation serves these tensors.
+    """Whether the Triton implementation serves an op's floating-point inputs; None is skipped.
 
-    Args:
-        tensors: the op's floating-point inputs; ``None`` entries are skipped.
-
-    Returns:
-        True when all are on one GPU (or any device under the interpreter), Triton is installed, and
-        no dtype is fp64 (fp64 exists for gradient checks and runs in plain PyTorch).
+    True when all are on one GPU (or any device under the interpreter), Triton is installed, and
+    no dtype is fp64 (fp64 exists for gradient checks and runs in plain PyTorch).
     """
     device = None
     for t in tensors:
@@ -85,12 +80,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def wide_dot_precision(*tensors: Tensor) -> str:
-    """How tiles that were widened to fp32 are multiplied, by the tensors that they came from.
-
-    With fp32 tensors among them, as PyTorch multiplies fp32, which tensor cores do not. From 16
-    bits, by three products of tf32 (on AMD six of bf16), which they do: what these drop is 2^-22
-    of a product, less than fp32 sums lose (Ootomo & Yokota 2022).
-    """
+    """How tiles that were widened to fp32 are multiplied, by the tensors that they came from."""
+    # With fp32 tensors among them, as PyTorch multiplies fp32, which tensor cores do not. From 16
+    # bits, by three products of tf32 (on AMD six of bf16), which they do: what these drop is 2^-22
+    # of a product, less than fp32 sums lose (Ootomo & Yokota 2022).
     if any(t.dtype.itemsize > 2 for t in tensors):
         return dot_precision(torch.float32)
     return "bf16x6" if gpu_of(tensors[0]).hip else "tf32x3"
@@ -99,31 +92,23 @@ def wide_dot_precision(*tensors: Tensor) -> str:
 FP_FUSION = True
 """Whether kernels multiply and add with one rounding, as PyTorch's CUDA kernels do.
 
-Said at each launch: Triton's default changes from 3.9 to 3.10.
+Passed at each launch: Triton's default changes from 3.9 to 3.10.
 """
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What configurations of kernels depend on.
+    """What configurations of kernels depend on."""
 
-    Attributes:
-        generation: the first number of the compute capability.
-        shared: bytes of shared memory that one block of threads may have.
-        hip: whether it is one of AMD's.
-    """
-
-    generation: int
-    shared: int
-    hip: bool = False
+    generation: int  # the first number of the compute capability
+    shared: int  # bytes of shared memory that one block of threads may have
+    hip: bool = False  # whether it is one of AMD's
 
     @property
     def multiplies_from_shared(self) -> bool:
-        """Whether tensor cores take their operands from shared memory.
-
-        Those of Hopper and of Blackwell's data-centre cards do. Others take them from registers,
-        of which larger tiles then need more than there are.
-        """
+        """Whether tensor cores take their operands from shared memory."""
+        # Those of Hopper and of Blackwell's data-centre cards do. Others take them from registers,
+        # of which larger tiles then need more than there are.
         return self.generation in (9, 10) and not self.hip
 
 
@@ -138,26 +123,25 @@ def gpu_of(tensor: Tensor) -> Gpu:
 
 @functools.cache
 def _gpu(index: int) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
-    shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
-    return Gpu(found.major, shared, torch.version.hip is not None)
+    properties = torch.cuda.get_device_properties(index)
+    shared = (
+        getattr(properties, "shared_memory_per_block_optin", 0)
+        or properties.shared_memory_per_block
+    )
+    return Gpu(properties.major, shared, torch.version.hip is not None)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How Triton multiplies tiles of ``dtype``: ``"tf32"`` or ``"ieee"``, as PyTorch's products.
-
-    ``torch.backends.cuda.matmul.allow_tf32`` says the same, but raises where the process has set
-    ``fp32_precision``, which is what transformers' ``TrainingArguments(tf32=True)`` sets.
-    """
+    """How Triton multiplies tiles of ``dtype``: ``"tf32"`` or ``"ieee"``, as PyTorch's products."""
+    # ``torch.backends.cuda.matmul.allow_tf32`` says the same, but raises where the process has set
+    # ``fp32_precision``, which is what transformers' ``TrainingArguments(tf32=True)`` sets.
     tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def own(t: Tensor) -> Tensor:
-    """``t``, but no view of another tensor: a model may write into what an op returns.
-
-    Autograd refuses that for a view that was made where it was not watching.
-    """
+    """``t``, but no view of another tensor: a model may write into what an op returns."""
+    # Autograd refuses that for a view that was made where it was not watching.
     return t.new_empty(0).set_(t) if t._is_view() else t  # type: ignore[call-overload]
 
 
@@ -170,7 +154,7 @@ def library_op(
     launches: Callable[..., bool] | None = None,
     plain: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
+    """Define ``fusewright::NAME``, an opaque op without an autograd rule.
 
     Args:
         schema: ``"rms_norm_forward(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)"``.
@@ -223,11 +207,9 @@ def library_op(
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the device of its first tensor as the current one.
+    """``function`` with the device of its first tensor as the current one."""
 
-    Triton launches on the current device, whatever device its tensors are on.
-    """
-
+    # Triton launches on the current device, whatever device its tensors are on.
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
         tensor = args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
@@ -260,29 +242,26 @@ def _triton(launcher: str) -> Callable[..., Any]:
         if launch is None:
             module = importlib.import_module(f".{module_name}_triton", __package__)
             launch = on_device(getattr(module, function_name))
-        made = launch(*args)
-        if isinstance(made, Tensor):
-            return own(made) if made._is_view() else made
-        return type(made)([own(t) for t in made])
+        result = launch(*args)
+        if isinstance(result, Tensor):
+            return own(result) if result._is_view() else result
+        return type(result)([own(t) for t in result])
 
     return implementation
 
 
 def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``plain`` with results as ``fake`` declares them: a compiler has planned for those.
-
-    What ``fake`` makes empty ``plain`` may return as None.
-    """
-
+    # A compiler has planned for results as ``fake`` declares them. What ``fake`` makes empty,
+    # ``plain`` may return as None.
     def run(*args: Any) -> Any:
         declared = fake(*tree_map_only(Tensor, _on_meta, args))
         device = next(_tensors(args)).device
         # a kernel knows nothing of autograd and autocast
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            made = plain(*args)
+            result = plain(*args)
         if isinstance(declared, Tensor):
-            return _like(made, declared, device)
-        pairs = zip(made, declared, strict=True)
+            return _like(result, declared, device)
+        pairs = zip(result, declared, strict=True)
         return type(declared)([_like(t, as_declared, device) for t, as_declared in pairs])
 
     return run
@@ -293,7 +272,7 @@ def _on_meta(t: Tensor) -> Tensor:
 
 
 def _like(made: Tensor | None, declared: Tensor, device: torch.device) -> Tensor:
-    if made is None:  # what nobody wants
+    if made is None:  # not needed
         return torch.empty_like(declared, device=device)
     if made.dtype is declared.dtype and made.stride() == declared.stride():
         return own(made)

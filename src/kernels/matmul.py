@@ -81,7 +81,7 @@ def _product(bias: Tensor | None, left: Tensor, right: Tensor, out: Tensor | Non
 
 
 def _into(out: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> None:
-    """The same for some rows, a slice of ``right`` at a time."""
+    # As ``_product``, for some rows, a slice of ``right`` at a time.
     inner, columns = right.shape
     if right.stride(0) == 1 and right.stride(1) != 1:  # a transposed weight: its rows are columns
         wide = left.float()

@@ -1,4 +1,4 @@
-"""What an op is: the record that every file in this folder ends with.
+"""The record of an op, with which every op file ends.
 
 An op file has one fixed order, so that a reader who knows one knows them all:
 
@@ -7,7 +7,7 @@ An op file has one fixed order, so that a reader who knows one knows them all:
 2. **cpu**: ``_forward`` and ``_backward``, made of ATen calls only. They run as they are on the
    CPU (and on any device without a Triton kernel), and Inductor can trace and fuse them.
 3. **triton**: opaque library ops (see ``launch.library_op``) that call the twin file
-   ``OP_triton.py`` beside it, which alone imports Triton.
+   ``OP_triton.py``, which alone imports Triton.
 4. **autograd**: one ``torch.autograd.Function`` for all implementations. It computes only the
    gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
    returns an input. Its backward is decorated with what takes its place where it is differentiated
@@ -35,7 +35,7 @@ from .launch import has_triton
 
 @dataclass(frozen=True)
 class Sizes:
-    """What examples are made for: ``batch * seq`` tokens through one decoder layer."""
+    """Sizes of examples: ``batch * seq`` tokens through one decoder layer."""
 
     batch: int = 2
     seq: int = 64
@@ -53,14 +53,10 @@ class Sizes:
 class Maker:
     """Makes the arguments of examples, of one dtype on one device, under whichever mode is active.
 
-    Args:
-        dtype: of activations and weights.
-        device: where they are.
-        sizes: what they are made for.
-        train: whether weights want gradients; activations and adapters always do.
-        adapters: the dtype of adapters, or that of all else.
-        generator: draws the values; without one, all are zero.
-        strided: whether activations and weights have gaps between their elements.
+    ``train`` says whether weights require gradients; activations and adapters always do.
+    ``adapters`` is the dtype of adapters, by default that of all else. ``generator`` draws the
+    values; without one, all are zero. With ``strided``, activations and weights have gaps between
+    their elements.
     """
 
     def __init__(
@@ -115,9 +111,9 @@ class Maker:
 
     def adapter(self, *shape: int) -> nn.Parameter:
         """A matrix of an adapter, which is always trained."""
-        made = self.weight(*shape, dtype=self.adapters)
-        made.requires_grad_()
-        return made
+        parameter = self.weight(*shape, dtype=self.adapters)
+        parameter.requires_grad_()
+        return parameter
 
     def decays(self, *shape: int) -> nn.Parameter:
         """The decays of a scan: negative, in fp32 at least."""
@@ -140,29 +136,23 @@ Example = Callable[[Maker], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Op:
-    """One op: what it means, how it is called, what it cannot take.
+    """One op: its meaning, how it is called, what it cannot take.
 
-    Attributes:
-        name: the op's name, also the rule name in reports.
-        reference: plain PyTorch definition, same signature as ``call``.
-        call: the differentiable function; a graph node's target.
-        unsupported: same signature as ``call`` -> the reasons, a clause each, why the fast
-            implementation for these tensors' device cannot take them. Empty when it can. The
-            engine asks it before every rewrite, with fake tensors: it must not read values.
-        kept_outputs: places of the outputs that it keeps for backward itself: nothing may write
-            into them. Any input may be kept.
-        rule: the rule whose rewrites call it, where that has another name; None where none does.
-        example: the arguments of a typical call. Every op in this package has one.
-        variants: name -> the arguments of calls that run other code than the example.
+    ``unsupported`` returns the reasons, a clause each, why the fast implementation for these
+    tensors' device cannot take them; none when it can. The engine asks it before every rewrite,
+    with fake tensors: it must not read values.
     """
 
-    name: str
-    reference: Callable[..., Any]
-    call: Callable[..., Any]
-    unsupported: Callable[..., list[str]]
+    name: str  # also the rule name in reports
+    reference: Callable[..., Any]  # plain PyTorch definition, same signature as ``call``
+    call: Callable[..., Any]  # the differentiable function; a graph node's target
+    unsupported: Callable[..., list[str]]  # same signature as ``call``
+    # places of outputs saved for backward: nothing may write into them; any input may be saved
     kept_outputs: tuple[int, ...] = ()
-    rule: str | None = ""
+    rule: str | None = ""  # whose rewrites call it, where its name is another; None where none does
+    # the arguments of a typical call; every op in this package has one
     example: Example | None = None
+    # arguments of calls that run other code than the example
     variants: Mapping[str, Example] = field(default_factory=dict)
 
     def examples(self) -> dict[str, Example]:
@@ -171,25 +161,18 @@ class Op:
         return first | {f"{self.name}-{name}": make for name, make in self.variants.items()}
 
     def cost(self, *args: Any, **kwargs: Any) -> Cost:
-        """What one call with these arguments moves, computes and keeps; nothing is computed.
-
-        Args:
-            args: those of ``call``; tensors may be fake or on the ``meta`` device.
-            kwargs: likewise.
-        """
+        """Cost of a call of ``call``; nothing is computed, and tensors may be fake or ``meta``."""
         return cost(self.call, *args, **kwargs)
 
 
 # -- reasons that several ops give -----------------------------------------------------------------
-
-
 def not_floating(name: str, t: Tensor) -> list[str]:
     """The dtype of the tensor that messages call ``name``, where it is no floating-point one."""
     return [] if t.is_floating_point() else [f"{name} is {t.dtype}, not floating-point"]
 
 
 def not_16_bits(t: Tensor) -> list[str]:
-    """As ``not_floating``, and of 16 bits or more."""
+    """As ``not_floating``; dtypes narrower than 16 bits are declined, too."""
     if t.is_floating_point() and t.dtype.itemsize >= 2:
         return []
     return [f"dtype {t.dtype} is not a floating-point dtype of 16 bits or more"]
@@ -217,7 +200,7 @@ def too_narrow(dtype: torch.dtype | None, product: torch.dtype, name: str) -> li
 def misshapen(
     like: str, x: Tensor, expected: Sequence[tuple[Tensor | None, tuple[int, ...]]]
 ) -> list[str]:
-    """The shapes that are not those ``expected`` beside ``x``, which messages call ``like``."""
+    """The shapes that differ from those ``expected`` for ``x``, which messages call ``like``."""
     wrong = (t for t, shape in expected if t is not None and tuple(t.shape) != shape)
     return [f"{tuple(t.shape)} does not fit {like} {tuple(x.shape)}" for t in wrong]
 

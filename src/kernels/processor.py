@@ -1,4 +1,4 @@
-"""What the CPU of this machine is fast at: the one place that choices by processor ask.
+"""What the CPU of this machine is fast at: every choice by processor is made from this record.
 
 A record says what is *chosen*, never what is executed: PyTorch and oneDNN look at the CPU
 themselves, and the C++ kernels are compiled for the one that is there. So any record is safe on any
@@ -23,20 +23,16 @@ from ..errors import FusewrightError
 class Processor:
     """What decides which form of a computation is the fastest.
 
-    Attributes:
-        vectors: the widest vectors of PyTorch's own kernels, as it names them: ``"AVX512"``,
-            ``"AVX2"``, ``"DEFAULT"``, or a name of another architecture's.
-        bfloat16: whether instructions multiply bfloat16, whatever they are called.
-        avx512_bf16: whether those of AVX-512 do.
-        amx: whether there are tiles of bfloat16.
-        slow_products: the 16-bit dtypes whose matrices PyTorch multiplies in plain loops. oneDNN
-            imitates the instructions that are missing on a CPU with AVX-512.
+    ``vectors`` are the widest of PyTorch's own kernels, as it names them: ``"AVX512"``, ``"AVX2"``,
+    ``"DEFAULT"``, or a name of another architecture's. ``slow_products`` are the 16-bit dtypes
+    whose matrices PyTorch multiplies in plain loops; oneDNN imitates the instructions that are
+    missing on a CPU with AVX-512.
     """
 
     vectors: str
-    bfloat16: bool
-    avx512_bf16: bool
-    amx: bool
+    bfloat16: bool  # whether instructions multiply bfloat16, whatever they are called
+    avx512_bf16: bool  # whether those of AVX-512 do
+    amx: bool  # whether there are tiles of bfloat16
     slow_products: tuple[torch.dtype, ...]
 
     def instructions(self) -> list[str]:

@@ -25,12 +25,10 @@ Backward = Callable[..., Gradients]
 def differentiable(again: Backward, always: bool = False) -> Callable[[Backward], Backward]:
     """Decorate the ``backward`` of an autograd function: ``again`` is its differentiable form.
 
+    ``again`` takes and returns what ``backward`` does, and is made of ``gradients`` as a rule.
     Where none of the outputs has a gradient, because a function behind them gives none, the inputs
     have none, as in eager mode: that needs ``ctx.set_materialize_grads(False)`` in ``forward``.
-
-    Args:
-        again: takes and returns what ``backward`` does; made of ``gradients``, as a rule.
-        always: whether they are called where no gradient comes in, too.
+    With ``always`` both forms are called there, too.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -40,14 +38,14 @@ def differentiable(again: Backward, always: bool = False) -> Callable[[Backward]
                 return (None,) * len(ctx.needs_input_grad)
             # a compiler traces the pass itself, and refuses to differentiate what it has made
             fast = is_traced_here() or not (torch.is_grad_enabled() or _batched(grads))
-            chosen = backward if fast else again
+            function = backward if fast else again
             if not torch._C._is_any_autocast_enabled():
-                return chosen(ctx, *grads)
+                return function(ctx, *grads)
             device = next((g.device.type for g in grads if g is not None), "cpu")
             if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
-                return chosen(ctx, *grads)
+                return function(ctx, *grads)
             with torch.autocast(device, enabled=False):  # forward has cast what is to be cast
-                return chosen(ctx, *grads)
+                return function(ctx, *grads)
 
         return run
 
@@ -75,47 +73,41 @@ def gradients(
 ) -> Gradients:
     """The gradients of ``function``, with a history that leads to its inputs and to ``grads``.
 
-    Args:
-        function: plain PyTorch, of ``inputs``; returns a tensor or several.
-        inputs: tensors, as ``ctx.saved_tensors`` gives them, or anything else.
-        needed: whether the gradient of each input is wanted; may have more entries.
-        grads: those of the outputs, None where there is none.
-
-    Returns:
-        One for each entry of ``needed``, None where it is not wanted or zero.
+    ``function`` is plain PyTorch and returns a tensor or several; ``grads`` are those of its
+    outputs, None where there is none. ``inputs`` are tensors, as ``ctx.saved_tensors`` gives them,
+    or anything else. There is one result for each entry of ``needed``, None where it is not needed
+    or zero.
     """
-    # aliases: a parameter that the inputs come from as well is a value of its own here
+    # aliases: a parameter that other inputs come from as well is a separate value here
     with torch.enable_grad():
-        own = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
-        made = function(*own)
-    outputs = made if isinstance(made, (tuple, list)) else (made,)
+        aliases = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
+        result = function(*aliases)
+    outputs = result if isinstance(result, (tuple, list)) else (result,)
     pairs = [
         (out, grad)
         for out, grad in zip(outputs, grads, strict=True)
         if grad is not None and out.requires_grad
     ]
-    wanted = [i for i, t in enumerate(own) if needed[i] and isinstance(t, Tensor)]
-    found: list[Any] = [None] * len(needed)
-    if pairs and wanted:
+    indices = [i for i, t in enumerate(aliases) if needed[i] and isinstance(t, Tensor)]
+    results: list[Any] = [None] * len(needed)
+    if pairs and indices:
         outs, ups = zip(*pairs, strict=True)
-        given = torch.autograd.grad(
+        grads_of_inputs = torch.autograd.grad(
             outs,
-            [own[i] for i in wanted],
+            [aliases[i] for i in indices],
             ups,
             create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )
-        for i, grad in zip(wanted, given, strict=True):
-            found[i] = grad
-    return tuple(found)
+        for i, grad in zip(indices, grads_of_inputs, strict=True):
+            results[i] = grad
+    return tuple(results)
 
 
 def double_backward(reference: Callable[..., Any], inputs: int) -> Backward:
     """The differentiable form of a backward pass: the gradients of ``reference``.
 
-    Args:
-        reference: of the op's tensors, and after them of ``ctx.options``.
-        inputs: how many tensors these are; forward saves them first, in their order.
+    ``reference`` takes the first ``inputs`` tensors that forward has saved, then ``ctx.options``.
     """
 
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -128,28 +120,13 @@ def double_backward(reference: Callable[..., Any], inputs: int) -> Backward:
 
 
 def absent(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What stands for an input that is not kept, because no gradient depends on its values.
-
-    Args:
-        shape: of the input.
-        like: a tensor on its device.
-        dtype: of the input; ``like``'s if None.
-    """
+    """An empty tensor in place of an input that is not kept: no gradient depends on its values."""
     zero = torch.zeros((), dtype=dtype or like.dtype, device=like.device)
     return zero.expand(tuple(shape)).requires_grad_()
 
 
 def require_kept(kept: bool, name: str, why: str) -> None:
-    """Raise where an op has not kept what its second derivative depends on.
-
-    Args:
-        kept: whether it has.
-        name: of the op.
-        why: what is not kept, and for which reason.
-
-    Raises:
-        NotImplementedError: ``kept`` is false.
-    """
+    """Raise NotImplementedError if op ``name`` has not kept what its second derivative needs."""
     if not kept:
         raise NotImplementedError(
             f"the backward pass of fusewright's {name} cannot be differentiated here: {why}. For "

@@ -30,10 +30,8 @@ class DoRALinear(Rule):
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
         scale: Pattern, magnitude: Pattern, dropped: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """The norm is made of the whole of B·A, which is made from an identity matrix.
-
-        GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
-        """
+        """The norm is made of the whole of B·A, which is made from an identity matrix."""
+        # GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``
         columns = p.var("columns", lambda v: isinstance(v, fx.Node))
         rows = p.capture("product", p.addmm(bias, p.reshape(x, p.anything), columns))
         eye = p.eye(*[p.anything] * 6)
@@ -91,9 +89,9 @@ class DoRALinear(Rule):
             return ops.dora(total, factor, m.get("bias"), None, 1.0, kind)
         base = ops.call(F.linear, m.x, weight, m.bias)
         # as wide as in eager: in the base's dtype the second product would cost precision
-        own, read = weight, facts.dtype(m.dropped)
-        if facts.dtype(weight) is not read:
-            own = ops.cast(weight, read)
-        product = ops.call(F.linear, m.dropped, own)
+        cast_weight, dtype = weight, facts.dtype(m.dropped)
+        if facts.dtype(weight) is not dtype:
+            cast_weight = ops.cast(weight, dtype)
+        product = ops.call(F.linear, m.dropped, cast_weight)
         update = ops.call(F.linear, ops.call(F.linear, m.dropped, m.a), m.b)
         return ops.dora(product, factor, base, update, scale, kind)

@@ -74,12 +74,10 @@ class GLU(Rule):
 
 
 def _is(number: float) -> Callable[[Any], bool]:
-    """Whether a constant is ``number``, to the digits that are usually written."""
     return lambda v: isinstance(v, float) and abs(v - number) < 1e-6
 
 
 def _is_multiple(a: Any, b: Any) -> bool:
-    """Whether ``a`` is ``b``, or ``b`` times a constant."""
     canon = canonical(a)
     if a is b:
         return True
@@ -92,7 +90,8 @@ _LINEARS = ("linear", "lora_linear", "quant_linear", "quant_lora_linear")
 
 
 def _projections(side: Any, depth: int = 6, part: Any = None) -> set[tuple[fx.Node, Any]]:
-    """(input, which projection or part of one) of all that ``side`` is element by element."""
+    # (input, which projection or part of one) of all that ``side`` is computed from element by
+    # element.
     canon = canonical(side)
     if canon is None or depth == 0:
         return set()
@@ -102,8 +101,8 @@ def _projections(side: Any, depth: int = 6, part: Any = None) -> set[tuple[fx.No
         return set()
     if canon.name in ("slice", "stride"):
         part = canon.args[1:]
-    found: set[tuple[fx.Node, Any]] = set()
+    results: set[tuple[fx.Node, Any]] = set()
     for arg in canon.args:
         if isinstance(arg, fx.Node):
-            found |= _projections(arg, depth - 1, part)
-    return found
+            results |= _projections(arg, depth - 1, part)
+    return results

@@ -24,20 +24,20 @@ class LayerNorm(Rule):
     name = op = "layer_norm"
 
     def patterns(self, p: Builder, x: Pattern, b: Pattern, eps: Pattern) -> Iterable[Any]:
-        """PyTorch's may stand between casts (OLMo); Cohere writes its own, with no bias."""
+        """PyTorch's, perhaps between casts (OLMo), or Cohere's formula, which has no bias."""
         w = p.var("w", lambda node: is_row(node, 2))
         wide = p.maybe_cast(w), p.maybe_cast(b), eps, p.anything
         yield "torch", p.cast(p.torch_layer_norm(p.cast(x), p.anything, *wide))
         yield "torch", p.cast(p.torch_layer_norm(p.cast(x), p.anything, None, None, *wide[2:]))
         yield "torch", p.torch_layer_norm(x, p.anything, p.var("w"), b, eps, p.anything)
         h = p.maybe_cast(x)
-        both = p.var_mean(h, -1, 0, keepdim=True)
-        mean = p.either(p.mean(h, -1, keepdim=True), p.item(both, 1))
-        again = p.either(p.mean(h, -1, keepdim=True), p.item(both, 1))
+        var_mean = p.var_mean(h, -1, 0, keepdim=True)
+        mean = p.either(p.mean(h, -1, keepdim=True), p.item(var_mean, 1))
+        again = p.either(p.mean(h, -1, keepdim=True), p.item(var_mean, 1))
         var = p.either(
             p.mean(square(p, h - again), -1, keepdim=True),
             p.variance(h, -1, 0, keepdim=True),
-            p.item(both, 0),
+            p.item(var_mean, 0),
         )
         n = over_root(p, h - mean, var + eps)
         shift = p.maybe_cast(p.var("b", lambda node: is_row(node, 2)))
@@ -62,17 +62,15 @@ class LayerNorm(Rule):
             m.require(w.shape == b.shape, "weight and bias have different shapes", m.b)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
-        """One op. PyTorch's is contiguous whatever x is, and later views count on that.
-
-        Where the formula returns more bits than it got, or fewer, there is a cast before or after.
-        """
-        x, given = m.x, facts.tensor(m.x)
-        if m.spelling == "torch" and given is not None and not given.is_contiguous():
+        """One op; a cast before or after it where the formula returns another dtype than x's."""
+        x, example = m.x, facts.tensor(m.x)
+        # PyTorch's result is contiguous whatever x is, and later views count on that
+        if m.spelling == "torch" and example is not None and not example.is_contiguous():
             x = ops.method("contiguous", x)
-        own, out = facts.dtype(m.x), facts.dtype(m.root)
-        wide = torch.promote_types(own, out) if own and out else own
-        made = ops.layer_norm(ops.as_dtype(x, wide), m.get("w"), m.get("b"), float(m.eps))
-        return made if wide is out else ops.cast(made, out)
+        dtype, out = facts.dtype(m.x), facts.dtype(m.root)
+        wide = torch.promote_types(dtype, out) if dtype and out else dtype
+        result = ops.layer_norm(ops.as_dtype(x, wide), m.get("w"), m.get("b"), float(m.eps))
+        return result if wide is out else ops.cast(result, out)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """PyTorch's own that is left, and a root of a variance that no spelling claimed."""
@@ -85,6 +83,7 @@ class LayerNorm(Rule):
 
 
 def _dims(m: Match) -> int:
-    """Over how many dimensions PyTorch's layer norm goes."""
-    found = (canonical(n) for n in m.nodes)
-    return next(len(c.args[1]) for c in found if c is not None and c.name == "torch_layer_norm")
+    operations = (canonical(n) for n in m.nodes)
+    return next(
+        len(c.args[1]) for c in operations if c is not None and c.name == "torch_layer_norm"
+    )

@@ -1,7 +1,7 @@
 """Blocks of linears: the gated MLP as one unit, and the linears that read one input.
 
-They see the ops of the rules before them (``glu``, ``lora_linear``, ``quant_lora_linear``) and
-PyTorch's linears.
+The patterns use the ops of the rules before them (``glu``, ``lora_linear``, ``quant_lora_linear``)
+and PyTorch's linears.
 """
 
 from __future__ import annotations
@@ -27,16 +27,13 @@ _OWN_INPUT = "an adapter has an input of its own, after dropout"
 
 
 class _OfLinears(Rule):
-    """What both have in common: weights that may be quantized."""
-
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
     ) -> Tensor | None:
-        """Bytes and scales of a packed weight."""
         everything = [m.captures, *m.users]
         weights = [v for c in everything for v in c.values() if isinstance(v, tuple)]
-        made = (sample_weight(w, node, generator, shape) for w in weights)
-        return next((t for t in made if t is not None), None)
+        samples = (sample_weight(w, node, generator, shape) for w in weights)
+        return next((t for t in samples if t is not None), None)
 
 
 class MLPBlock(_OfLinears):
@@ -54,7 +51,7 @@ class MLPBlock(_OfLinears):
         yield "packed", _linear(p, packed, "down")
 
     def check(self, m: Match) -> None:
-        """Matrices, no adapter with an input of its own, a gradient that is wanted."""
+        """Matrices, no adapter with a separate input, and a gradient that is needed."""
         linears = [_captured(m, role) for role in _roles(m)]
         _leave_own_inputs(m, linears)  # of down, it is also a use of the MLP's own value
         packed = [isinstance(v["weight"], tuple) for v in linears]
@@ -72,8 +69,8 @@ class MLPBlock(_OfLinears):
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op. What it keeps is chosen later, by the keyword ``keep`` of its node."""
         layout = "two" if m.spelling == "two" else ("gate" if m.gate_first else "up") + " first"
-        given = _records(m.x, [_captured(m, role) for role in _roles(m)])
-        return ops.mlp_block(m.x, given, m.activation, layout, keep="gate_up")
+        linears = _records(m.x, [_captured(m, role) for role in _roles(m)])
+        return ops.mlp_block(m.x, linears, m.activation, layout, keep="gate_up")
 
 
 class QKVBlock(_OfLinears):
@@ -90,8 +87,10 @@ class QKVBlock(_OfLinears):
         for m in super().find(node, trace):
             if not isinstance(m.x, fx.Node):
                 continue
-            found = [own for user in m.x.users for own in super(QKVBlock, self).find(user, Trace())]
-            group = [o for o in found if o.x is m.x and _is_packed(o) == _is_packed(m)]
+            linears = [
+                own for user in m.x.users for own in super(QKVBlock, self).find(user, Trace())
+            ]
+            group = [o for o in linears if o.x is m.x and _is_packed(o) == _is_packed(m)]
             kinds = _kinds(m.x, _captured(m, "one"))
             group = [o for o in group if _kinds(m.x, _captured(o, "one")) == kinds]
             order = {n: i for i, n in enumerate(node.graph.nodes)}
@@ -103,19 +102,18 @@ class QKVBlock(_OfLinears):
             yield Match(node, "", {"x": m.x}, nodes, tuple(g.root for g in group), users)
 
     def check(self, m: Match) -> None:
-        """Matrices, no adapter with an input of its own, and one adapter at least."""
+        """Matrices, no adapter with a separate input, and one adapter at least."""
         m.pass_over(all(user["lora_a"] is None for user in m.users))  # nothing is gained by it
         _leave_own_inputs(m, m.users)
         _check(m, m.x, m.users)
 
     def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, ...]:
         """One op with one output per linear."""
-        made = ops.qkv_block(m.x, _records(m.x, m.users), keep="all")
-        return tuple(ops.item(made, i) for i in range(len(m.users)))
+        block = ops.qkv_block(m.x, _records(m.x, m.users), keep="all")
+        return tuple(ops.item(block, i) for i in range(len(m.users)))
 
 
 def _linear(p: Builder, x: Any, role: str) -> Pattern:
-    """A linear on x, with an adapter or without, whose parts are captured under its role."""
     linear = weight, bias, *_, compute, dtype = [p.var(f"{role}_{f}") for f in Linear._fields]
     x_lora = p.var(f"{role}_x_lora")
     return p.either(
@@ -131,10 +129,8 @@ def _is_packed(m: Match) -> bool:
 
 
 def _kinds(x: Any, linear: Mapping[str, Any]) -> tuple[Any, Any]:
-    """In which dtypes a linear computes and returns; None where the ops know by themselves.
-
-    Only products with quantized weights are told: others run in the weight's, or autocast's.
-    """
+    # The dtypes in which a linear computes and returns; None where the ops know by themselves.
+    # Only products with quantized weights are told: others run in the weight's, or autocast's.
     if not isinstance(linear["weight"], tuple):
         return None, linear["dtype"]
     compute = linear["compute"] or facts.dtype(x)
@@ -150,7 +146,6 @@ def _captured(m: Match, role: str) -> Mapping[str, Any]:
 
 
 def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
-    """The linears as the ops take them; dtypes that they take anyway are left out."""
     compute, dtype = _kinds(x, linears[0])
     dtype = None if dtype is compute else dtype
     compute = None if compute is facts.dtype(x) else compute
@@ -164,12 +159,11 @@ def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
 
 
 def _leave_own_inputs(m: Match, linears: Sequence[Mapping[str, Any]]) -> None:
-    """Leave linears whose adapters read something else than the linears do."""
     m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
 
 
 def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
-    """What both ops ask of their linears."""
+    # The requirements of both ops on their linears.
     for v in linears:
         quantized = isinstance(v["weight"], tuple)  # which its own pattern judged
         matrix = quantized or facts.ndim(v["weight"]) == 2

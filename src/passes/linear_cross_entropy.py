@@ -1,7 +1,6 @@
 """The language-model loss: projection to the vocabulary and cross entropy as one unit.
 
-The logits are then needed only by whoever reads ``outputs.logits``: ``compiler/logits`` sees to
-that.
+Only readers of ``outputs.logits`` need the logits then: ``compiler/logits`` serves them.
 """
 
 from __future__ import annotations
@@ -30,23 +29,22 @@ def _capped_head(p: Builder, x: Pattern, w: Pattern, bias: Pattern, cap: Pattern
 
 
 class _Head(Rule):
-    """The logits alone, without a loss: it only finds them."""
+    """The logits alone, without a loss; only for finding them."""
 
     name = op = "linear_logprob"
 
     def patterns(
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, cap: Pattern
     ) -> Iterable[Any]:
-        """As in the loss."""
         yield p.maybe_cast(_capped_head(p, x, w, bias, cap))
 
 
 HEAD = _Head()
-"""Finds the parts of a head, for whoever reads its logits in another way than by a loss."""
+"""Finds the parts of a head whose logits are not read by a loss."""
 
 
 class LinearCrossEntropy(Rule):
-    """Linear, scale, soft cap, cast, flatten, cross entropy, whatever of them is there.
+    """Linear, scale, soft cap, cast, flatten and cross entropy, as far as there are any.
 
     The nodes up to the logits may also feed ``outputs.logits``: they are kept for it.
     """
@@ -58,12 +56,10 @@ class LinearCrossEntropy(Rule):
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, labels: Pattern,
         ignore: Pattern, reduction: Pattern, smoothing: Pattern, cap: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """Granite divides the logits, Cohere multiplies them, Gemma-2 caps them, OPT copies them.
+        """Granite divides the logits, Cohere multiplies, Gemma-2 caps and OPT copies them."""
 
-        A ``factor`` is a scale that is learnt. Transformers shifts the labels; older code, and much
-        of what comes with checkpoints, cuts off the last logits.
-        """
-
+        # A ``factor`` is a scale that is learnt. Transformers shifts the labels; older code, and
+        # much of what comes with checkpoints, cuts off the last logits.
         def dense(logits: Any) -> Any:
             return p.either(p.contiguous(logits), logits)
 

@@ -23,7 +23,7 @@ from .quant_linear import sample_weight
 class LoRALinear(Rule):
     """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A.
 
-    Where several adapters are active, they are joined: ``adapters.py``.
+    Several active adapters are joined into one.
     """
 
     name = op = "lora_linear"
@@ -33,17 +33,14 @@ class LoRALinear(Rule):
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
         scale: Pattern, lora_bias: Pattern, x_lora: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """A dropped-out input stays a node of its own: random numbers are used as before.
-
-        GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
-        """
+        """A dropped-out input stays a separate node: random numbers are used as before."""
         columns = p.var("columns", lambda v: isinstance(v, fx.Node))
-        read = p.maybe_cast(x)
-        rows = p.capture("product", p.addmm(bias, p.reshape(read, p.anything), columns))
+        cast_x = p.maybe_cast(x)
+        rows = p.capture("product", p.addmm(bias, p.reshape(cast_x, p.anything), columns))
         # bitsandbytes' layers cast by themselves, and PEFT clones what they return
         packed = p.capture("product", p.quant_linear(x, w, bias, p.var("compute"), p.anything))
         base = p.either(
-            p.maybe_cast(p.capture("product", p.linear(read, w, bias))),
+            p.maybe_cast(p.capture("product", p.linear(cast_x, w, bias))),
             p.reshape(rows, p.anything),
             p.clone(p.maybe_cast(packed), p.anything),
             p.maybe_cast(packed),
@@ -60,9 +57,9 @@ class LoRALinear(Rule):
         """Constant scales, a result in the product's dtype or a wider one."""
         for node in m.nodes:
             external_users = [u for u in node.users if u not in m.nodes]
-            shared = node is m.root or not external_users or is_cast_of(node, m.x)
+            may_share = node is m.root or not external_users or is_cast_of(node, m.x)
             m.require(
-                shared,
+                may_share,
                 f"{node.name} inside the formula is also used by "
                 f"{external_users[0].name if external_users else ''}",
                 node,
@@ -132,32 +129,29 @@ def _is_update(node: Any) -> bool:
 
 
 def _sum_of(node: fx.Node) -> fx.Node | None:
-    """The sum of which ``node``, or a multiple of it, is one side."""
+    # The sum of which ``node``, or a multiple of it, is one side.
     for user in node.users:
         canon = canonical(user)
         if canon is None:
             continue
-        found = _sum_of(user) if canon.name in ("mul", "cast") else None
-        found = user if canon.name == "add" else found
-        if found is not None:
-            return found
+        total = _sum_of(user) if canon.name in ("mul", "cast") else None
+        total = user if canon.name == "add" else total
+        if total is not None:
+            return total
     return None
 
 
 def _more_adapters(root: fx.Node) -> bool:
-    """Whether the sum goes into another sum with a scaled low-rank update."""
     sums = [u for u in root.users if (c := canonical(u)) is not None and c.name == "add"]
     return any(_is_scaled_update(side) for s in sums for side in _sides(s) if side is not root)
 
 
 def _is_adapted(total: fx.Node) -> bool:
-    """Whether one side of the sum is itself a sum with a scaled low-rank update."""
     inner = [side for side in _sides(total) if _sides(side)]
     return any(_is_scaled_update(side) for s in inner for side in _sides(s))
 
 
 def _sides(node: Any) -> tuple[Any, ...]:
-    """Both sides of a sum; none of what is no sum."""
     canon = canonical(node)
     return canon.args[:2] if canon is not None and canon.name == "add" else ()
 
@@ -169,38 +163,28 @@ def _is_scaled_update(node: Any) -> bool:
     return canon is not None and canon.name == "mul" and any(_is_update(a) for a in canon.args)
 
 
-# Several LoRA adapters on one linear, as one whose rank is the sum of theirs.
-#
+# -- several adapters on one linear, as one whose rank is the sum of theirs ------------------------
 # Σ scaleᵢ·(x·Aᵢᵀ)·Bᵢᵀ = (x·Aᵀ)·Bᵀ,   A = [A₁; A₂; …],   B = [scale₁·B₁, scale₂·B₂, …]
-
 
 MOST = 8
 """How many adapters on one linear are looked for."""
 
 
 class Adapter(NamedTuple):
-    """The parts of one adapter: nodes, and a constant scale.
+    """The parts of one adapter: nodes, and a constant scale."""
 
-    Attributes:
-        a: (r, in).
-        b: (out, r).
-        scale: of its output.
-        bias: (out,), of B, or None.
-        x: its own input (after dropout), or None.
-    """
-
-    a: Any
-    b: Any
+    a: Any  # (r, in)
+    b: Any  # (out, r)
     scale: Any
-    bias: Any
-    x: Any
+    bias: Any  # (out,), of B, or None
+    x: Any  # the adapter's input (after dropout), or None
 
 
 def with_more(p: Builder, total: Pattern, x: Pattern, count: int) -> Pattern:
     """``total`` and ``count`` further adapters, added one after the other."""
     for i in range(2, count + 2):
-        a, b, scale, bias, own = (p.var(f"{part}_{i}") for part in Adapter._fields)
-        narrow = p.either(p.linear(p.maybe_cast(x), a), p.linear(own, a))
+        a, b, scale, bias, x_lora = (p.var(f"{part}_{i}") for part in Adapter._fields)
+        narrow = p.either(p.linear(p.maybe_cast(x), a), p.linear(x_lora, a))
         total = p.maybe_cast(p.linear(narrow, b, bias) * scale) + total
     return total
 
@@ -208,16 +192,16 @@ def with_more(p: Builder, total: Pattern, x: Pattern, count: int) -> Pattern:
 def adapters(m: Match) -> list[Adapter]:
     """The adapters of a match, in the order in which the model adds them."""
     first = Adapter(m.a, m.b, m.scale, m.lora_bias, m.get("x_lora"))
-    found = [
+    further = [
         Adapter(*(m.get(f"{part}_{i}") for part in Adapter._fields))
         for i in range(2, MOST + 1)
         if m.get(f"a_{i}") is not None
     ]
-    return [first, *found]
+    return [first, *further]
 
 
 def check_adapters(m: Match, given: Sequence[Adapter]) -> None:
-    """What an adapter must be, and several must have in common."""
+    """Decline adapters that the ops cannot take, or that cannot be joined."""
     ranks = 0
     for one in given:
         m.require(isinstance(one.scale, (int, float)), "the scale is not a constant", one.scale)
@@ -230,8 +214,8 @@ def check_adapters(m: Match, given: Sequence[Adapter]) -> None:
     if len(given) > 1:
         kinds = {facts.dtype(t) for one in given for t in (one.a, one.b)}
         m.require(len(kinds) == 1, "the adapters have several dtypes", m.root)
-        own = any(one.x is not None for one in given)
-        m.require(not own, "several adapters have dropout of their own", m.root)
+        have_dropout = any(one.x is not None for one in given)
+        m.require(not have_dropout, "several adapters have dropout of their own", m.root)
 
 
 def joined(given: Sequence[Adapter], ops: Emit) -> Adapter:

@@ -23,8 +23,8 @@ from ..rewrite.sample_inputs import STANDS_FOR
 class MoEExperts(Rule):
     """Sort by expert, gather, project, activate, project, weigh, put back in order, add up.
 
-    The two ends are patterns. What stands between the projections (``m.body``) is whatever it
-    is: a gated unit, with or without clamps, that was rewritten before or not. It is kept.
+    The two ends are patterns. The nodes between the projections (``m.body``) may be anything: a
+    gated unit, with or without clamps, that was rewritten before or not. They are kept.
     """
 
     name = op = "moe_experts"
@@ -74,11 +74,11 @@ class MoEExperts(Rule):
         rows = str(up.shape[0] if (t := facts.tensor(m.source)) is None else t.shape[0])
         inside = {m.source, *m.body}
         for node in m.body:
-            for read in node.all_input_nodes:
-                t = facts.tensor(read)
+            for source in node.all_input_nodes:
+                t = facts.tensor(source)
                 m.require(
-                    read in inside or t is None or t.dim() < 2 or str(t.shape[0]) != rows,
-                    f"{node.name} reads rows of {read.name} between the projections",
+                    source in inside or t is None or t.dim() < 2 or str(t.shape[0]) != rows,
+                    f"{node.name} reads rows of {source.name} between the projections",
                     node,
                 )
             t = facts.tensor(node)
@@ -92,21 +92,19 @@ class MoEExperts(Rule):
         """Route once, project, the nodes between as they were, project and add up."""
         routing = ops.call(moe_route, m.ids, facts.size(m.up, 0))
         order, where, offsets = (ops.item(routing, i) for i in range(3))
-        shared = (order, where, offsets, m.active)
-        new = {m.source: ops.moe_up(m.x, m.up, m.get("up_bias"), *shared)}
+        by_expert = (order, where, offsets, m.active)
+        new = {m.source: ops.moe_up(m.x, m.up, m.get("up_bias"), *by_expert)}
         new[m.source].meta["example_value"] = facts.value(m.source)
         for node, arguments in zip(m.body, m.arguments, strict=True):
             args, kwargs = fx.node.map_arg(arguments, lambda n: new.get(n, n))
             new[node] = ops.copy(node, args, kwargs)
-        return ops.moe_down(new[m.h], m.weights, m.down, m.get("down_bias"), *shared)
+        return ops.moe_down(new[m.h], m.weights, m.down, m.get("down_bias"), *by_expert)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
     ) -> Tensor | None:
-        """Experts by number, and where the formula knows of them, some that are not here.
-
-        Of many experts most have no token. Where few stand for them, a third has none.
-        """
+        """Experts by number; where the formula knows of them, some that are not here."""
+        # of many experts most have no token; of the few in a smaller formula, a third has none
         if node is not m.ids:
             return None
         experts = facts.size(m.up, 0) or 1
@@ -134,7 +132,6 @@ def _sorting(p: Builder, ids: Pattern) -> tuple[Any, Any, Any]:
 
 
 def _first_projection() -> Pattern:
-    """From the tokens to the first projection of their sorted rows."""
     p = Builder()
     order, ordered, offsets = _sorting(p, Var("ids"))
     rows = _kept(p, p.index(Var("x"), p.floordiv(order, Var("active"))), ordered)
@@ -144,14 +141,13 @@ def _first_projection() -> Pattern:
 def _projection(
     p: Builder, x: Any, weight: Pattern, bias: Pattern, ordered: Any, offsets: Any
 ) -> Pattern:
-    """Each expert's rows times its matrix, with a bias or without."""
     product = p.grouped_mm(x, weight, offsets)
     numbers = p.either(p.clamp(ordered, None, p.var("top")), ordered)
     return _kept(p, p.either(product + p.index(bias, numbers), product), ordered)
 
 
 def _kept(p: Builder, rows: Any, ordered: Any) -> Pattern:
-    """``rows``, or those of experts that are not here (expert parallelism) set to zero."""
+    # ``rows``, or those of experts that are not here (expert parallelism) set to zero.
     elsewhere = p.unsqueeze(p.ge(ordered, p.var("limit")), -1)
     return p.either(p.masked_fill(rows, elsewhere, 0.0), rows)
 
@@ -160,17 +156,16 @@ _FIRST = _first_projection()
 
 
 def _first_projections(m: Match, trace: Trace) -> Iterator[tuple[fx.Node, State]]:
-    """The nodes from which ``m.h`` is computed and that are a first projection of its pairs."""
-    known = State({k: v for k, v in m.captures.items() if k in _SHARED})
-    seen, edge = {m.h}, [m.h]
-    while edge and len(seen) < _REACH:
+    captured = State({k: v for k, v in m.captures.items() if k in _SHARED})
+    visited, edge = {m.h}, [m.h]
+    while edge and len(visited) < _REACH:
         node = edge.pop(0)
-        found = next(match(_FIRST, node, known, trace), None)
-        if found is not None:
-            yield node, found
+        projection = next(match(_FIRST, node, captured, trace), None)
+        if projection is not None:
+            yield node, projection
             return
-        fresh = [n for n in node.all_input_nodes if n not in seen and n.op.startswith("call_")]
-        seen.update(fresh)
+        fresh = [n for n in node.all_input_nodes if n not in visited and n.op.startswith("call_")]
+        visited.update(fresh)
         edge += fresh
 
 
@@ -189,10 +184,10 @@ def _between(source: fx.Node, last: fx.Node) -> list[fx.Node]:
             below.add(node)
         if node is last:
             break
-    wanted, edge = set(), [last]
+    nodes, edge = set(), [last]
     while edge:
         node = edge.pop()
-        if node in below and node is not source and node not in wanted:
-            wanted.add(node)
+        if node in below and node is not source and node not in nodes:
+            nodes.add(node)
             edge += node.all_input_nodes
-    return [n for n in source.graph.nodes if n in wanted]
+    return [n for n in source.graph.nodes if n in nodes]

@@ -31,10 +31,8 @@ class QuantLinear(Rule):
         shape: Pattern, blocksize: Pattern, kind: Pattern, absmax_8bit: Pattern,
         absmax_code: Pattern, absmax_offset: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """One node, by itself or inside an autograd function: ``graph/opaque/quantized.py``.
-
-        Where the layer computes in another dtype than its input's, it casts there and back.
-        """
+        """One node, by itself or inside an autograd function: ``graph/opaque/quantized.py``."""
+        # where the layer computes in another dtype than its input's, it casts there and back
         weight = (packed, absmax, shape, blocksize, kind, absmax_8bit, absmax_code, absmax_offset)
         yield "cast", p.cast(p.capture("product", p.quantized_linear(p.cast(x), bias, *weight)))
         yield "plain", p.capture("product", p.quantized_linear(x, bias, *weight))
@@ -82,7 +80,6 @@ class QuantLinear(Rule):
 
 
 def _remark(names: list[str]) -> str:
-    """What is known of the operators that are not taken."""
     if any("int8" in n for n in names):
         return ", which quantizes the input too"
     if any("gemv" in n for n in names):
@@ -105,17 +102,15 @@ def _weight(captures: Any) -> Quantized:
 def sample_weight(
     weight: Iterable[Any], node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
 ) -> Tensor | None:
-    """A random value of ``node`` where it is a part of ``weight``: the fields of a ``Quantized``.
-
-    Storage in a floating-point dtype, as FSDP wants it, gets finite numbers: verification widens
-    its inputs and must be able to narrow them again.
-    """
+    """A random value of ``node`` if it is in ``weight``, the fields of a ``Quantized``."""
+    # Storage in a floating-point dtype, as FSDP wants it, gets finite numbers: verification widens
+    # its inputs and must be able to narrow them again.
     w: Any = Quantized(*weight)
     if node is w.packed:
         dtype = facts.dtype(node) or torch.uint8
         size = (*shape[:-1], shape[-1] * dtype.itemsize)
-        made = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        return ((made & 0xBF) if dtype.is_floating_point else made).view(dtype)
+        values = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        return ((values & 0xBF) if dtype.is_floating_point else values).view(dtype)
     if node is w.absmax_8bit:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     if node is w.absmax or node is w.absmax_offset:

@@ -55,14 +55,11 @@ class RMSNorm(Rule):
             m.require(len(dims) == 1, "normalises over more than the last dimension")
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
-        """One op; the spelling says where it rounds.
-
-        Where the formula returns more bits than it got, or fewer, there is a cast before or after.
-        """
-        own, out = facts.dtype(m.x), facts.dtype(m.root)
-        x = m.x if _returned(m, own) is out else ops.as_dtype(m.x, _wider(own, out))
-        made = self._norm(m, x, ops)
-        return made if _returned(m, facts.dtype(x)) is out else ops.cast(made, out)
+        """One op; the spelling says where it rounds. A cast before or after it adapts the dtype."""
+        dtype, out = facts.dtype(m.x), facts.dtype(m.root)
+        x = m.x if _returned(m, dtype) is out else ops.as_dtype(m.x, _wider(dtype, out))
+        result = self._norm(m, x, ops)
+        return result if _returned(m, facts.dtype(x)) is out else ops.cast(result, out)
 
     def _norm(self, m: Match, x: Any, ops: Emit) -> fx.Node:
         eps = m.eps
@@ -88,7 +85,6 @@ def _wider(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:
 
 
 def _returned(m: Match, kind: torch.dtype | None) -> torch.dtype | None:
-    """The dtype in which the op returns a norm of x in ``kind``."""
     return _wider(kind, facts.dtype(m.w)) if m.spelling == "inner" else kind
 
 
@@ -140,5 +136,5 @@ class RMSNormLinear(Rule):
         """One op with one output per linear."""
         weights = [u["weight"] for u in m.users]
         biases = [u["bias"] for u in m.users]
-        made = ops.rms_norm_linear(m.x, m.w, m.eps, m.offset, m.rounding, weights, biases)
-        return tuple(ops.item(made, i) for i in range(len(weights)))
+        block = ops.rms_norm_linear(m.x, m.w, m.eps, m.offset, m.rounding, weights, biases)
+        return tuple(ops.item(block, i) for i in range(len(weights)))

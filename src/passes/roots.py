@@ -1,4 +1,4 @@
-"""What the norms have in common: division by a root, in every spelling."""
+"""Division by a root, in every spelling, for the norms."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ def over_root(p: Builder, x: Pattern, v: Pattern) -> Pattern:
 
 
 def under_root(node: fx.Node) -> fx.Node | None:
-    """The sum or mean whose root a norm divides by, when ``node`` is such a root.
-
-    A square root may be many things, so it counts only over a mean, a sum or a variance of rows.
-    A reciprocal root always counts, and is its own answer when there is no reduction under it.
-    """
+    """The sum or mean whose root a norm divides by, when ``node`` is such a root."""
+    # A square root may be many things, so it counts only over a mean, a sum or a variance of rows.
+    # A reciprocal root always counts, and is its own answer when there is no reduction under it.
     canon = canonical(node)
     if canon is None:
         return None

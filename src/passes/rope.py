@@ -25,10 +25,7 @@ class Rope(Rule):
     def patterns(
         self, p: Builder, x: Pattern, cos: Pattern, sin: Pattern, freqs: Pattern
     ) -> Iterable[Any]:
-        """Phi-3's kind splits off the part that is not rotated; Llama's has none.
-
-        The first word of a spelling is its layout.
-        """
+        """Phi-3 splits off the part that is not rotated; the spellings begin with their layout."""
         start, stop, end = p.var("start"), p.var("stop"), p.var("end")
         rotary = p.slice(x, -1, start, stop)
 
@@ -39,8 +36,8 @@ class Rope(Rule):
             return p.cat((p.half(part, 1), -p.half(part, 0)), -1)
 
         def pairs(part: Any) -> Any:
-            both = p.stack((-p.every_other(part, 1), p.every_other(part, 0)), -1)
-            return p.reshape(both, p.anything)
+            stacked = p.stack((-p.every_other(part, 1), p.every_other(part, 0)), -1)
+            return p.reshape(stacked, p.anything)
 
         for layout, rotate in (("halves", halves), ("pairs", pairs), ("halves inverse", opposite)):
 
@@ -96,8 +93,8 @@ class Rope(Rule):
         width = m.get("stop", facts.size(m.x, -1))
         tables = (m.freqs, None) if m.get("freqs") is not None else (m.cos, m.sin)
         words = m.spelling.split(" ")
-        made = ops.rope([m.x], *tables, width, words[0], "inverse" in words)
-        rotated, kind = ops.item(made, 0), facts.dtype(m.root)
+        call = ops.rope([m.x], *tables, width, words[0], "inverse" in words)
+        rotated, kind = ops.item(call, 0), facts.dtype(m.root)
         return rotated if kind == _promoted(m) else ops.cast(rotated, kind)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
@@ -148,12 +145,11 @@ class RopePair(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, fx.Node]:
         """One op for both."""
-        made = ops.rope([m.q, m.k], m.cos, m.sin, m.width, m.layout, m.inverse)
-        return ops.item(made, 0), ops.item(made, 1)
+        call = ops.rope([m.q, m.k], m.cos, m.sin, m.width, m.layout, m.inverse)
+        return ops.item(call, 0), ops.item(call, 1)
 
 
 def _promoted(m: Match) -> Any:
-    """The dtype of a product of x and cos, in which the op returns."""
     x, table = facts.dtype(m.x), facts.dtype(m.get("freqs", m.get("cos")))
     if x is None or table is None:
         return None

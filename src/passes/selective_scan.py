@@ -19,7 +19,7 @@ from ..rewrite.rule import Emit, Match, Rule
 
 
 class SelectiveScan(Rule):
-    """A call of a selective scan from a zero state, whose last state nobody asks for."""
+    """A call of a selective scan from a zero state, whose last state is not used."""
 
     name = op = "selective_scan"
 
@@ -31,7 +31,7 @@ class SelectiveScan(Rule):
         yield p.scan_call(u, delta, a, b, c, d, z, bias, softplus, last, others)
 
     def check(self, m: Match) -> None:
-        """Nothing asked for that the op does not do."""
+        """No arguments or results that the op does not support."""
         _require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(isinstance(m.softplus, bool), "delta_softplus is not a constant", m.root)
@@ -75,7 +75,7 @@ class ChunkedScan(Rule):
         )
 
     def check(self, m: Match) -> None:
-        """Nothing asked for that the op does not do."""
+        """No arguments or results that the op does not support."""
         _require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(m.first is None, "the scan starts from a given state", m.root)
@@ -108,6 +108,7 @@ class ChunkedScan(Rule):
 
 
 def _require_known(m: Match, others: tuple[tuple[str, Any], ...]) -> None:
-    """Decline arguments beyond the convention (packed sequences, say) that ask for something."""
+    # Arguments beyond the convention (packed sequences, say) are declined if they ask for
+    # something.
     names = ", ".join(name for name, _ in others)
     m.require(not others, f"the call also passes {names}", m.root)

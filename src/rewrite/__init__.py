@@ -1,1 +1,1 @@
-"""The matcher: patterns built by calling functions on pattern objects, rules, their application."""
+"""Patterns, built by calling functions on pattern objects, rules, and their application."""

@@ -1,4 +1,4 @@
-"""What the engine asks of every match, whatever its rule: no effects, one mode, no lost alias."""
+"""Conditions on every match, whatever its rule: no effects, one mode, no lost alias."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def require_calm(
     inputs: tuple[fx.Node, ...],
     order: dict[fx.Node, int],
 ) -> None:
-    """Decline what has effects, or reads or makes what is written before its last node.
-
-    A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
-    """
+    """Decline what has effects, or reads or makes a value written to before its last node."""
+    # A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
     first, last = order[interior[0]], order[interior[-1]]
     inside = set(interior)
     touched = dict.fromkeys((*inputs, *interior))
@@ -45,11 +43,7 @@ def require_calm(
 def require_one_mode(
     graph: fx.Graph, m: Match, interior: tuple[fx.Node, ...], place: fx.Node
 ) -> tuple[tuple[Any, ...], ...]:
-    """Decline where not all nodes of the formula run in the mode of the place of the new ones.
-
-    Returns:
-        The arguments of each autocast that is entered there.
-    """
+    """The autocasts' arguments around ``place``; declines nodes that run in another mode."""
     switches = [n for n in graph.nodes if switches_mode(n)]
     if not switches:
         return ()
@@ -66,24 +60,22 @@ def require_one_mode(
 
 
 def require_own_memory(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:
-    """Decline where an output lies in the memory of an input, or of another output.
-
-    Of a rewrite, each is memory of its own: who writes into one would not reach the other.
-    """
-    known = {memory: n for n in inputs for memory in facts.memories(n)}
+    """Decline where an output shares memory with an input, or with another output."""
+    # A rewrite's outputs share none: who writes into one would not reach the other.
+    owners = {memory: n for n in inputs for memory in facts.memories(n)}
     for node in outputs:
-        shared = next((known[s] for s in facts.memories(node) if s in known), None)
+        owner = next((owners[s] for s in facts.memories(node) if s in owners), None)
         m.require(
-            shared is None,
-            f"{node.name} lies in the memory of {shared.name if shared else ''}",
+            owner is None,
+            f"{node.name} lies in the memory of {owner.name if owner else ''}",
             node,
         )
-        known |= dict.fromkeys(facts.memories(node), node)
+        owners |= dict.fromkeys(facts.memories(node), node)
 
 
 _backends: Any = torch.backends  # 2026-11-27: torch does not type all of it
 _BACKENDS = _backends, _backends.cuda.matmul, _backends.mkldnn.matmul
-"""What says in which precision products of fp32 are computed."""
+"""Where the precision of fp32 products is set."""
 
 _CASTING = "cpu", "cuda", "xpu", "mps"
 _SUMS = (
@@ -91,11 +83,11 @@ _SUMS = (
     "allow_fp16_reduced_precision_reduction",
     "allow_bf16_reduced_precision_reduction",
 )
-"""What says in which precision a GPU adds up products of 16 bits."""
+"""Settings of the precision in which a GPU adds up products of 16 bits."""
 
 
 def settings_around() -> tuple[Any, ...]:
-    """What changes results in the whole process: autocast, precision, determinism.
+    """The settings of the process that change results: autocast, precision, determinism.
 
     A graph is captured, and its rewrites are verified, under the settings that it runs under.
     """

@@ -1,4 +1,4 @@
-"""What our ops keep for backward, and something writes into afterwards, is copied first.
+"""Copies of tensors that our ops keep for backward and the graph writes into afterwards.
 
 Eager PyTorch often keeps something else: of a norm over bf16 its fp32 copy, of a sigmoid or a relu
 the result. There, model code may write into the norm's input or the gate at once
@@ -20,18 +20,13 @@ from ..graph.signatures import is_builtin
 
 
 def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -> int:
-    """Give each op of ours a copy of what it may keep and the graph writes into later.
+    """Give each op of ours a copy of what it may keep and the graph writes into later, in place.
 
-    An op may keep each of its inputs, and the outputs that ``Op.kept_outputs`` names.
-
-    Args:
-        module: the graph after the rules; it and the graphs nested in it are changed in place.
-        open_to_writes: whoever gets the graph's results may write into them.
-
-    Returns:
-        How many copies are made.
+    An op may keep each of its inputs, and the outputs that ``Op.kept_outputs`` names. Nested graphs
+    are changed too. With ``open_to_writes``, the graph's results may be written into by its caller.
+    Returns how many copies are made.
     """
-    made = 0
+    copies = 0
     for inner in facts.nested(module):
         order = {n: i for i, n in enumerate(inner.graph.nodes)}
         last: dict[int, int] = {}  # memory -> place of the last write into it
@@ -41,19 +36,19 @@ def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -
         if open_to_writes and inner is module:
             output = inner.graph.output_node()
             leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
-            given = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
-            leaving -= {m for n in given for m in facts.memories(n)}
+            placeholders = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
+            leaving -= {m for n in placeholders for m in facts.memories(n)}
             last.update(dict.fromkeys(leaving, order[output]))
         if not last:
             continue
         mode = modes(inner.graph)
         for node in list(order):
             if mode[node][0] and _may_keep(node):
-                made += _copy_inputs(node, last, order[node])
-                made += _copy_outputs(node, last, order[node])
+                copies += _copy_inputs(node, last, order[node])
+                copies += _copy_outputs(node, last, order[node])
         inner.graph.lint()
         inner.recompile()
-    return made
+    return copies
 
 
 def _may_keep(node: fx.Node) -> bool:
@@ -69,26 +64,26 @@ def _needs_grad(node: fx.Node) -> bool:
 
 
 def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
-    found = [n for n in node.all_input_nodes if _is_written_after(n, last, place)]
-    for source in found:
+    sources = [n for n in node.all_input_nodes if _is_written_after(n, last, place)]
+    for source in sources:
         with node.graph.inserting_before(node):
             copy = _copied(source)
         node.replace_input_with(source, copy)
-    return len(found)
+    return len(sources)
 
 
 def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
-    kept = getattr(node.meta.get("fusewright_op"), "kept_outputs", ())
+    indices = getattr(node.meta.get("fusewright_op"), "kept_outputs", ())
     if facts.tensor(node) is None:
-        items = [u for u in node.users if u.target is operator.getitem and u.args[1] in kept]
+        items = [u for u in node.users if u.target is operator.getitem and u.args[1] in indices]
     else:  # it is the only output
-        items = [node] if kept else []
-    found = [u for u in items if _is_written_after(u, last, place)]
-    for source in found:
+        items = [node] if indices else []
+    sources = [u for u in items if _is_written_after(u, last, place)]
+    for source in sources:
         with node.graph.inserting_after(source):
             copy = _copied(source)
         source.replace_all_uses_with(copy, delete_user_cb=functools.partial(operator.is_not, copy))
-    return len(found)
+    return len(sources)
 
 
 def _is_written_after(node: fx.Node, last: dict[int, int], place: int) -> bool:

@@ -28,37 +28,24 @@ from .rule import Declined, Emit, Left, Match, NoMatch, Rule
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the verification says of a candidate.
+    """The result of a candidate's verification."""
 
-    Attributes:
-        reason: None when it may be installed, else why not.
-        figures: its errors, and what original and rewrite keep for backward.
-    """
-
-    reason: str | None = None
+    reason: str | None = None  # None when it may be installed, else why not
+    # its errors, and bytes kept for backward before and after
     figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A match that passed the rule's check and the engine's, ready to be verified.
-
-    Attributes:
-        rule: the rule.
-        match: its match.
-        inputs: the values that the formula reads from outside, in order.
-        interior: the nodes it replaces, in graph order.
-        outputs: the interior nodes whose values are used outside.
-        table: op name -> function, for ``Emit``.
-        autocast: the arguments of each autocast that was entered in the graph around the formula.
-    """
+    """A match that passed the rule's check and the engine's, ready to be verified."""
 
     rule: Rule
     match: Match
-    inputs: tuple[fx.Node, ...]
-    interior: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
-    table: Mapping[str, Callable[..., Any]]
+    inputs: tuple[fx.Node, ...]  # the values that the formula reads from outside, in order
+    interior: tuple[fx.Node, ...]  # the nodes it replaces, in graph order
+    outputs: tuple[fx.Node, ...]  # the interior nodes whose values are used outside
+    table: Mapping[str, Callable[..., Any]]  # op name -> function, for ``Emit``
+    # the arguments of each that was entered around the formula
     autocast: tuple[tuple[Any, ...], ...] = ()
 
     def replacement(self) -> fx.Graph:
@@ -66,7 +53,7 @@ class Candidate:
         return self.emitted()[0]
 
     def emitted(self) -> tuple[fx.Graph, Emit]:
-        """That graph, and what the rule added to it."""
+        """``replacement``, and what the rule added to it."""
         graph = fx.Graph()
         env, emit = _placeholders(graph, self.inputs), self.emit(graph)
         graph.output(_as_tuple(self.rule.rewrite(self.match.mapped(lambda n: env.get(n, n)), emit)))
@@ -82,7 +69,7 @@ class Candidate:
         return graph
 
     def emit(self, graph: fx.Graph) -> Emit:
-        """The rule's way of adding nodes to ``graph``."""
+        """An ``Emit`` by which the rule adds nodes to ``graph``."""
         return Emit(graph, self.table, self.rule.name)
 
 
@@ -109,28 +96,24 @@ def apply(
 ) -> list[Finding]:
     """Apply ``rules`` in order to ``module`` and every graph nested in it, in place.
 
-    Args:
-        module: the captured graph.
-        rules: in the order in which they run; each sees the work of those before it.
-        table: op name -> function, for the rewrites.
-        verify: called for each candidate before it is installed, or None.
-        fuel: the number of rewrites allowed.
-
-    Returns:
-        One finding per formula: rewritten, refused, missed or left.
+    Each rule sees the work of those before it. ``table`` maps op names to functions; ``verify``, if
+    not None, is called for each candidate before it is installed; ``fuel`` limits the number of
+    rewrites. Returns one finding per formula: rewritten, refused, missed or left.
     """
     findings: list[Finding] = []
     settled: set[fx.GraphModule] = set()  # parts of formulas that were found outside of them
     for inner in facts.nested(module, settled):
-        own: list[Finding] = []
+        graph_findings: list[Finding] = []
         with facts.unchanged(inner.graph):
             for rule in rules:
-                own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
-            own += missed(inner.graph, rules, own)
+                graph_findings += _apply_rule(
+                    inner.graph, rule, table, verify, fuel, graph_findings
+                )
+            graph_findings += missed(inner.graph, rules, graph_findings)
         inner.graph.lint()
         inner.recompile()
-        findings += own
-        settled |= facts.bodies(inner.graph, {name for f in own for name in f.claimed})
+        findings += graph_findings
+        settled |= facts.bodies(inner.graph, {name for f in graph_findings for name in f.claimed})
     return findings
 
 
@@ -143,9 +126,9 @@ def _apply_rule(
     before: list[Finding],
 ) -> list[Finding]:
     findings: list[Finding] = []
-    gone: set[fx.Node] = set()
+    erased_nodes: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        if node in gone or node.op not in ("call_function", "call_method"):
+        if node in erased_nodes or node.op not in ("call_function", "call_method"):
             continue
         refusal: Finding | None = None
         for m in rule.find(node, Trace()):
@@ -164,19 +147,19 @@ def _apply_rule(
             if not fuel.take():
                 refusal = _finding(rule, m, "refused", "FUSEWRIGHT_FUEL is used up")
                 break
-            done = _finding(rule, m, "rewritten", "")
-            done.figures = replace(
+            finding = _finding(rule, m, "rewritten", "")
+            finding.figures = replace(
                 verdict.figures,
                 moved_before=traffic.node_by_node(candidate.interior),
                 moved_after=traffic.fused(candidate.inputs, candidate.outputs),
             )
             with facts.changing():
-                erased, made = _splice(graph, candidate)
-            gone |= erased
-            findings = outside(findings, done)
-            done.claimed |= made
-            _absorb(rule, done, before, findings)
-            findings.append(done)
+                erased, names = _splice(graph, candidate)
+            erased_nodes |= erased
+            findings = outside(findings, finding)
+            finding.claimed |= names
+            _absorb(rule, finding, before, findings)
+            findings.append(finding)
             refusal = None
             break
         if refusal is not None and not any(refusal.claimed & f.claimed for f in findings):
@@ -192,7 +175,7 @@ def _candidate(
         rule.check(m)
     except Declined:
         raise
-    except Exception as error:  # of a rule of the user's, most likely: it must not end the capture
+    except Exception as error:  # most likely of a user's rule: it must not end the capture
         raise Declined(f"the rule's check failed: {type(error).__name__}: {error}") from error
     order = {n: i for i, n in enumerate(graph.nodes)}
     interior = tuple(sorted(m.nodes, key=order.__getitem__))
@@ -218,14 +201,13 @@ def _candidate(
 
 
 def _require_support(c: Candidate) -> None:
-    """Decline what the ops that the rewrite calls say they cannot take."""
     try:
         calls = c.emitted()[1].ops
     except Exception:  # verification, which runs the rewrite, says why
         return
     try:
         reasons = "; ".join(dict.fromkeys(unsupported(calls, c.autocast)))
-    except Exception as error:  # of an op of the user's, most likely: it must not end the capture
+    except Exception as error:  # most likely of a user's op: it must not end the capture
         raise Declined(f"its op's check failed: {type(error).__name__}: {error}") from error
     c.match.leave(c.rule.optional and bool(reasons), reasons)
     c.match.require(not reasons, reasons, c.match.root)
@@ -241,13 +223,9 @@ def _place(
 
 
 def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]]:
-    """Put the replacement in at the first output, or after the last input if that is later.
-
-    There it runs in the mode of the formula, and after all writes that the formula came after.
-
-    Returns:
-        The nodes that went, and the names of those that came.
-    """
+    # At the first output, or after the last input if that is later, the replacement runs in the
+    # mode of the formula, and after all writes that the formula came after. Returns the nodes that
+    # went, and the names of those that came.
     order = {n: i for i, n in enumerate(graph.nodes)}
     emit = c.emit(graph)
     with graph.inserting_before(_place(c.outputs, c.inputs, order)):
@@ -267,12 +245,12 @@ def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]
 
 
 def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]) -> None:
-    """Drop from the account the sites whose nodes this rewrite consumed, where the rule says so."""
+    # Drop the findings whose nodes this rewrite consumed, where the rule says so.
     if not rule.absorbs:
         return
-    gone = [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]
-    done.formulas = max(1, sum(f.formulas for f in gone))
-    for f in gone:
+    absorbed = [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]
+    done.formulas = max(1, sum(f.formulas for f in absorbed))
+    for f in absorbed:
         (before if f in before else own).remove(f)
         done.figures = done.figures.after([f.figures])
 
@@ -301,18 +279,15 @@ def _as_tuple(value: Any) -> tuple[fx.Node, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-# Whether the ops that a rewrite calls take the tensors of the site: each op is asked.
+# ------------------------------------------------------- whether ops take the tensors of the site
 
 
 def unsupported(ops: Mapping[fx.Node, Op], autocast: tuple[tuple[Any, ...], ...]) -> list[str]:
     """The reasons of the first of ``ops`` that cannot take its arguments; empty if all can.
 
-    They are asked with fake tensors of the sizes that the graph was captured with, so that no
-    comparison of sizes becomes a guard of the captured graph.
-
-    Args:
-        ops: the calls, nodes of one graph over placeholders with example values.
-        autocast: the arguments of each autocast around them.
+    ``ops`` are nodes of one graph over placeholders with example values. They are asked with fake
+    tensors of the sizes that the graph was captured with, so that no comparison of sizes becomes a
+    guard of the captured graph. ``autocast`` holds the arguments of each autocast around them.
     """
     values: dict[fx.Node, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What the engine found in a graph, and what it nearly found."""
+"""Findings of the engine in a graph, near misses included."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Finding:
 
 def missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[Finding]:
     """The formulas that look like a rule's but that no spelling claimed, with the nearest miss."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     refused = {(f.rule, name) for f in own if f.status == "refused" for name in f.claimed}
     for rule in rules:
         for node, why in rule.suspects(graph):
@@ -47,7 +47,7 @@ def missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[F
             reason = why
             if trace.reason and node in trace.nodes:
                 reason = f"{why}; the nearest spelling stopped: {trace.reason}"
-            found.append(
+            findings.append(
                 Finding(
                     rule.name,
                     rule.op,
@@ -58,18 +58,17 @@ def missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[F
                     claimed=frozenset((node.name,)),
                 )
             )
-    return found
+    return findings
 
 
 def outside(findings: list[Finding], done: Finding) -> list[Finding]:
-    """Without the refusals of what ``done`` has rewritten, matched with a node more around it."""
+    """``findings`` without refusals of ``done``'s formula, matched with another node around it."""
     return [f for f in findings if f.status == "rewritten" or not f.claimed & done.claimed]
 
 
 def _around(node: fx.Node, steps: int = 6) -> list[fx.Node]:
-    """``node`` and what is computed from it within a few steps: the possible roots."""
-    found, edge = [node], [node]
+    nodes, edge = [node], [node]
     for _ in range(steps):
-        edge = list(dict.fromkeys(u for n in edge for u in n.users if u not in found))
-        found += edge
-    return [n for n in found if n.op in ("call_function", "call_method")]
+        edge = list(dict.fromkeys(u for n in edge for u in n.users if u not in nodes))
+        nodes += edge
+    return [n for n in nodes if n.op in ("call_function", "call_method")]

@@ -17,17 +17,11 @@ from .pattern import Anything, Call, Either, Half, Literal, Pattern, Sequence, V
 
 @dataclass(frozen=True)
 class State:
-    """How far a match has come; never changed, only extended.
+    """The captures of a match so far; never changed, only extended."""
 
-    Attributes:
-        captures: name -> node or constant.
-        seen: id of a pattern object -> what it matched.
-        nodes: the interior nodes matched so far.
-    """
-
-    captures: dict[str, Any] = field(default_factory=dict)
-    seen: dict[int, Any] = field(default_factory=dict)
-    nodes: tuple[fx.Node, ...] = ()
+    captures: dict[str, Any] = field(default_factory=dict)  # name -> node or constant
+    seen: dict[int, Any] = field(default_factory=dict)  # id of a pattern object -> what it matched
+    nodes: tuple[fx.Node, ...] = ()  # the interior nodes matched so far
 
     def with_capture(self, name: str, value: Any) -> State:
         """This state with one capture more."""
@@ -45,19 +39,12 @@ class State:
 
 @dataclass
 class Trace:
-    """The nearest miss: the attempt that matched most before it stopped.
+    """The nearest miss: the attempt that matched most before it stopped."""
 
-    Attributes:
-        depth: how many nodes had matched.
-        node: where it stopped.
-        reason: why.
-        nodes: what had matched.
-    """
-
-    depth: int = 0
-    node: Any = None
-    reason: str = ""
-    nodes: tuple[fx.Node, ...] = ()
+    depth: int = 0  # how many nodes had matched
+    node: Any = None  # where it stopped
+    reason: str = ""  # why
+    nodes: tuple[fx.Node, ...] = ()  # what had matched
 
     def note(self, state: State, node: Any, reason: Callable[[], str]) -> None:
         """Keep this attempt when it came further than all before; only then its reason is made."""
@@ -92,8 +79,8 @@ def match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator[
                 state, value, lambda: f"{_text(value)} where {_text(before)} was seen before"
             )
         return
-    for found in _match(pattern, value, state, trace):
-        yield found.with_seen(pattern, value)
+    for state_after in _match(pattern, value, state, trace):
+        yield state_after.with_seen(pattern, value)
 
 
 def _match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator[State]:
@@ -183,8 +170,8 @@ def _match_all(
     if not patterns:
         yield state
         return
-    for found in match(patterns[0], values[0], state, trace):
-        yield from _match_all(patterns[1:], values[1:], found, trace)
+    for state_after in match(patterns[0], values[0], state, trace):
+        yield from _match_all(patterns[1:], values[1:], state_after, trace)
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,6 @@ from ..kernels.op import Op
 
 
 def _records() -> Iterator[Op]:
-    """Every op's record, from the files that end with one."""
     for folder in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         if not folder.ispkg:
             continue

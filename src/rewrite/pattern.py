@@ -51,12 +51,7 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Var(Pattern):
-    """Matches anything and captures it as ``name``; the same name must be the same thing.
-
-    Attributes:
-        name: the capture's name.
-        where: a test of the captured node or constant, or None.
-    """
+    """Matches anything (that passes ``where``) as ``name``; one name must be one thing."""
 
     name: str
     where: Callable[[Any], bool] | None = None
@@ -76,17 +71,11 @@ class Literal(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Call(Pattern):
-    """Matches a canonical operation.
+    """Matches a canonical operation."""
 
-    Attributes:
-        name: the operation, as in ``graph.canon``.
-        args: a pattern for each argument.
-        capture: a name under which the node itself is captured, or None.
-    """
-
-    name: str
-    args: tuple[Pattern, ...]
-    capture: str | None = None
+    name: str  # as in ``graph.canon``
+    args: tuple[Pattern, ...]  # a pattern for each argument
+    capture: str | None = None  # a name under which the node itself is captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +87,11 @@ class Sequence(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Half(Pattern):
-    """Matches the first (0) or second (1) half of ``x`` along its last dimension.
-
-    Attributes:
-        x: the whole.
-        index: which half.
-        pairs: the halves are the even and the odd features, not the first and the last.
-    """
+    """Matches the first (0) or second (1) half of ``x`` along its last dimension."""
 
     x: Pattern
     index: int
-    pairs: bool = False
+    pairs: bool = False  # the halves are the even and the odd features
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +103,10 @@ class Either(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class FanOut(Pattern):
-    """Matches a node all of whose users match one pattern; the users are the match's outputs.
-
-    Attributes:
-        source: the pattern of the node.
-        user: the pattern of each user. Its captures are collected per user in ``m.users``.
-    """
+    """Matches a node all of whose users match one pattern; the users are the match's outputs."""
 
     source: Pattern
-    user: Pattern
+    user: Pattern  # of each user; its captures are collected per user in ``m.users``
 
 
 def roots(pattern: Pattern) -> frozenset[str] | None:
@@ -140,8 +118,8 @@ def roots(pattern: Pattern) -> frozenset[str] | None:
     if isinstance(pattern, FanOut):
         return roots(pattern.source)
     if isinstance(pattern, Either):
-        found = [roots(option) for option in pattern.options]
-        return None if None in found else frozenset().union(*(f for f in found if f))
+        options = [roots(option) for option in pattern.options]
+        return None if None in options else frozenset().union(*(f for f in options if f))
     return None
 
 
@@ -170,8 +148,8 @@ class Builder:
 
     def __getattr__(self, name: str) -> Callable[..., Call]:
         if name not in SPECS:
-            known = "see graph/operations.py; graph.canon.register adds one"
-            raise AttributeError(f"no canonical operation is named {name!r} ({known})")
+            hint = "see graph/operations.py; graph.canon.register adds one"
+            raise AttributeError(f"no canonical operation is named {name!r} ({hint})")
         return lambda *args, **named: call(name, *args, **named)
 
     def cast(self, x: Any, dtype: torch.dtype | None = None) -> Call:
@@ -195,7 +173,7 @@ class Builder:
         return Half(lift(x), index, pairs=True)
 
     def var(self, name: str, where: Callable[[Any], bool] | None = None) -> Var:
-        """A capture beside those in the signature of ``patterns``."""
+        """A capture that is not a parameter of ``patterns``."""
         return Var(name, where)
 
     def capture(self, name: str, pattern: Call) -> Call:

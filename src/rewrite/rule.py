@@ -1,4 +1,4 @@
-"""What a rewrite rule is, and what it is given."""
+"""Rewrite rules, and what they work with: matches, and emitters of new nodes."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ class Match:
         return self.captures.get(name, default)
 
     def own_nodes(self) -> list[fx.Node]:
-        """The nodes without those that it shares with others, such as a cast in another module."""
+        """The nodes that are not shared with others, as is a cast in another module."""
         inside = set(self.nodes)
-        own = [n for n in self.nodes if n in self.outputs or set(n.users) <= inside]
-        return own or list(self.nodes)
+        nodes = [n for n in self.nodes if n in self.outputs or set(n.users) <= inside]
+        return nodes or list(self.nodes)
 
     def require(self, condition: bool | None, reason: str, at: Any = None) -> None:
         """Decline the match with ``reason`` unless ``condition`` holds."""
@@ -103,17 +103,12 @@ class Match:
 
 
 class Emit:
-    """The ``ops`` of ``Rule.rewrite``: ``ops.NAME(...)`` adds a call of the op NAME.
-
-    Attributes:
-        made: the nodes added, in order.
-        ops: those that call an op, and which.
-    """
+    """The ``ops`` of ``Rule.rewrite``: ``ops.NAME(...)`` adds a call of the op NAME."""
 
     def __init__(self, graph: fx.Graph, table: Mapping[str, Callable[..., Any]], rule: str) -> None:
         self._graph, self._table, self._rule = graph, table, rule
-        self.made: list[fx.Node] = []
-        self.ops: dict[fx.Node, Op] = {}
+        self.made: list[fx.Node] = []  # the nodes added, in order
+        self.ops: dict[fx.Node, Op] = {}  # those that call an op, and which
 
     def __getattr__(self, name: str) -> Callable[..., fx.Node]:
         if name.startswith("__") or name not in self._table:
@@ -138,10 +133,8 @@ class Emit:
         return node
 
     def computed(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        """Add a call of any function of tensors; its example value is worked out at once.
-
-        It stands as early as its arguments allow, so that it can be an input of a larger formula.
-        """
+        """Add a call of any function of tensors, as early as its arguments allow."""
+        # So it can be an input of a larger formula. Its example value is worked out at once.
         place = self._earliest(args)
         with nullcontext() if place is None else self._graph.inserting_before(place):
             node = self.call(function, *args)
@@ -149,7 +142,7 @@ class Emit:
         return node
 
     def _earliest(self, args: Any) -> fx.Node | None:
-        """What follows ``args`` and the graph's inputs; None in a graph that writes in place."""
+        # The node after ``args`` and the graph's inputs; None in a graph that writes in place.
         used: set[fx.Node] = set()
         fx.node.map_arg(args, used.add)
         place = None
@@ -185,9 +178,9 @@ class Emit:
 
     def copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """Add ``node`` once more, over other arguments; its example value is taken over."""
-        made = self._keep(self._graph.create_node(node.op, node.target, args, kwargs))
-        made.meta["example_value"] = facts.value(node)
-        return made
+        copy = self._keep(self._graph.create_node(node.op, node.target, args, kwargs))
+        copy.meta["example_value"] = facts.value(node)
+        return copy
 
     def _keep(self, node: fx.Node) -> fx.Node:
         for used in node.all_input_nodes:
@@ -214,8 +207,7 @@ class Rule:
         outputs: names of captured nodes (``p.capture``) that may be used outside the formula; the
             rewrite returns their values after the root's.
         optional: what the op does not take is left as it is, and is no gap: PyTorch is as good.
-        inner_may_stay: nodes inside the formula that are also used outside do not stop the rewrite;
-            they stay and are computed beside it.
+        inner_may_stay: inner nodes that are also used outside do not stop the rewrite; they stay.
         absorbs: names of rules whose sites this one replaces in the report, when it consumes
             their nodes.
     """
@@ -258,8 +250,8 @@ class Rule:
         cached = self.__dict__.get("_compiled")
         if cached is None:
             names = list(inspect.signature(self.patterns).parameters)[1:]
-            made = self.patterns(Builder(), *(Var(n) for n in names))
-            pairs = [m if isinstance(m, tuple) else ("", m) for m in made]
+            patterns = self.patterns(Builder(), *(Var(n) for n in names))
+            pairs = [m if isinstance(m, tuple) else ("", m) for m in patterns]
             cached = [(spelling, pattern, roots(pattern)) for spelling, pattern in pairs]
             self.__dict__["_compiled"] = cached
         return cached
@@ -286,11 +278,11 @@ class Rule:
             users, nodes = [], list(state.nodes)
             results = tuple(result_of(user) for user in node.users)
             for user in results:
-                found = next(match(pattern.user, user, seeded, trace), None)
-                if found is None:
+                end = next(match(pattern.user, user, seeded, trace), None)
+                if end is None:
                     break
-                users.append({k: v for k, v in found.captures.items() if k not in state.captures})
-                nodes += [n for n in found.nodes if n not in nodes]
+                users.append({k: v for k, v in end.captures.items() if k not in state.captures})
+                nodes += [n for n in end.nodes if n not in nodes]
             else:
                 if users:
                     yield Match(

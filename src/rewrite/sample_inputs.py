@@ -20,30 +20,25 @@ from ..graph.fakes import hint
 from .engine import Candidate
 
 _SIZES = (5, 7, 3, 2, 11)
-"""What the symbolic sizes of a graph become, in the order in which they are met."""
+"""Values of a graph's symbolic sizes, in the order of their first use."""
 
 _EVEN = (4, 8, 2, 6, 12)
-"""What they become in the regimes: some errors are of odd sizes only, some of even ones."""
+"""Their values in the regimes: some errors are of odd sizes only, some of even ones."""
 
 
 @dataclass(frozen=True)
 class Regime:
     """How activations are distributed: ``scale`` times a unit normal, plus ``offset``.
 
-    Attributes:
-        name: for reasons; empty for the unit normal.
-        scale: None: so that they are as large as those of the first call, and 16 at least; weights
-            are as large as they are then.
-        offset: their mean.
-        degenerate: the first row is zero, and all features of the second are one number.
-        upstream: how large the gradients are that come from behind.
+    Without a ``scale``, activations are as large as in the first call, and 16 at least, and weights
+    as large as they are then.
     """
 
-    name: str = ""
+    name: str = ""  # for reasons; empty for the unit normal
     scale: float | None = 1.0
     offset: float = 0.0
-    degenerate: bool = False
-    upstream: float = 1.0
+    degenerate: bool = False  # the first row is zero, and the second is constant
+    upstream: float = 1.0  # how large the upstream gradients are
 
 
 NORMAL = Regime()
@@ -53,14 +48,14 @@ REGIMES = (
     Regime("large", None),
     Regime("far below zero", 4.0, -20.0),
 )
-"""What a rewrite is tried with beside the unit normal."""
+"""Regimes in which a rewrite is tried after the unit normal."""
 
 SUBNORMAL = Regime("of unit size, and gradients near zero", upstream=2.0**-16)
 """And in fp16, whose smallest numbers have few digits: a rounding may not be multiplied there."""
 
 
 def regimes(c: Candidate) -> tuple[Regime, ...]:
-    """The regimes in which a candidate is tried beside the unit normal."""
+    """The regimes in which a candidate is tried after the unit normal."""
     has_half = any(facts.dtype(n) is torch.float16 for n in (*c.inputs, *c.interior))
     return (*REGIMES, SUBNORMAL) if has_half else REGIMES
 
@@ -73,15 +68,15 @@ class UnitNormals(dict[Any, Tensor]):
     """``torch.randn`` with fresh generators, which keeps what it drew for the next regime."""
 
     def __call__(self, shape: Sequence[int], generator: torch.Generator, **kind: Any) -> Tensor:
-        """The caller's own memory."""
+        """Unit normals in memory of the caller's."""
         key = generator.initial_seed(), tuple(shape), *kind.values()
-        made = self.get(key)
-        if made is None:
-            made = torch.randn(shape, generator=generator, **kind)
-            if made.numel() > _KEPT:
-                return made
-            self[key] = made
-        return made.clone()
+        values = self.get(key)
+        if values is None:
+            values = torch.randn(shape, generator=generator, **kind)
+            if values.numel() > _KEPT:
+                return values
+            self[key] = values
+        return values.clone()
 
 
 def sample(
@@ -94,24 +89,23 @@ def sample(
         if isinstance(example, Tensor):
             generator = torch.Generator().manual_seed(1000 * draw + i + 1)
             shape = tuple(sizes.of(s) for s in example.shape)
-            made = c.rule.sample(c.match, node, generator, shape)
-            if made is None:
-                made = _random(example, shape, generator, randn)
+            values = c.rule.sample(c.match, node, generator, shape)
+            if values is None:
+                values = _random(example, shape, generator, randn)
                 if example.is_floating_point():
-                    _distribute(made, node, regime)
-            inputs.append(made.to(example.device))
+                    _distribute(values, node, regime)
+            inputs.append(values.to(example.device))
         else:
             inputs.append(sizes.of(example))
     return inputs
 
 
 class Draws:
-    """Draws of inputs, each made when it is asked for: all of them together would need memory."""
+    """Draws of inputs by ``sample``, each when it is needed: together they would need memory."""
 
     def __init__(
         self, candidate: Candidate, small: bool, regime: Regime, count: int, normals: UnitNormals
     ) -> None:
-        """Say how: ``sample``'s arguments."""
         self._made = candidate, small, regime, normals
         self._count = count
 
@@ -140,23 +134,16 @@ def _random(
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory, whatever its sizes.
+    """How a tensor is laid out in memory, whatever its sizes."""
 
-    Attributes:
-        order: its dimensions, the one with the largest stride first.
-        broadcast: the dimensions along which each element is the same memory.
-        parts: those that are a part of a wider one: there are gaps.
-        apart: whether the elements of the innermost dimension lie apart.
-    """
-
-    order: tuple[int, ...]
-    broadcast: frozenset[int]
-    parts: frozenset[int]
-    apart: bool
+    order: tuple[int, ...]  # its dimensions, the one with the largest stride first
+    broadcast: frozenset[int]  # dimensions along which each element is the same memory
+    parts: frozenset[int]  # dimensions that are a part of a wider one: there are gaps
+    apart: bool  # whether the innermost dimension has gaps between elements
 
 
 def layout(t: Tensor) -> Layout:
-    """The layout of ``t``, by the numbers that its sizes were met with."""
+    """The layout of ``t``, by the hints of its symbolic sizes."""
     strides, extent = [hint(s) for s in t.stride()], [hint(s) for s in t.shape]
     order = tuple(sorted(range(t.dim()), key=lambda d: -strides[d]))
     real = [d for d in order if strides[d] and extent[d] > 1]
@@ -192,25 +179,25 @@ def _drawn(dtype: torch.dtype) -> torch.dtype:
 
 def _distribute(values: Tensor, node: fx.Node, regime: Regime) -> None:
     """Turn unit normals into values of ``regime``, in place: once each where they are broadcast."""
-    held = values[tuple(slice(0, 1) if s == 0 else slice(None) for s in values.stride())]
-    known = facts.real(node) if regime.scale is None else None
+    distinct = values[tuple(slice(0, 1) if s == 0 else slice(None) for s in values.stride())]
+    first_value = facts.real(node) if regime.scale is None else None
     if is_weight(node):
-        largest = None if known is None else _largest(known)
-        if largest is not None and known is not None and known.numel() == 1:
-            held.copy_(known.detach())
+        largest = None if first_value is None else _largest(first_value)
+        if largest is not None and first_value is not None and first_value.numel() == 1:
+            distinct.copy_(first_value.detach())
         elif largest is not None:
-            held.mul_(largest / _PEAK)
+            distinct.mul_(largest / _PEAK)
         elif values.dim() == 2:
-            held.div_(values.shape[-1] ** 0.5)  # keep the products near one
+            distinct.div_(values.shape[-1] ** 0.5)  # keep the products near one
         return
     scale = _magnitude(node) / _PEAK if regime.scale is None else regime.scale
-    if regime.degenerate and held.dim() > 1:
-        held.select(-2, 0).zero_()
-        if held.shape[-2] > 1:
-            row = held.select(-2, 1)
+    if regime.degenerate and distinct.dim() > 1:
+        distinct.select(-2, 0).zero_()
+        if distinct.shape[-2] > 1:
+            row = distinct.select(-2, 1)
             row.copy_(row[..., :1].sign())
     if (scale, regime.offset) != (1.0, 0.0):
-        held.mul_(scale).add_(regime.offset)
+        distinct.mul_(scale).add_(regime.offset)
 
 
 STANDS_FOR = "stands_for"
@@ -224,7 +211,7 @@ _LARGE = 16.0
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Whether a node stands for a weight: a parameter, or a matrix or vector of known sizes."""
+    """Whether a node is taken for a weight: a parameter, or a matrix or vector of known sizes."""
     t = facts.tensor(node)
     if t is None or isinstance(t, nn.Parameter):
         return t is not None
@@ -234,21 +221,19 @@ def is_weight(node: fx.Node) -> bool:
 def _magnitude(node: fx.Node) -> float:
     """How large an activation may be: as the largest input of its graph at the first call."""
     node = node.meta.get(STANDS_FOR, node)
-    own = facts.real(node)
-    others = [] if own is not None else node.graph.find_nodes(op="placeholder")
-    given = [own, *(facts.real(n) for n in others if not is_weight(n))]
-    found = (_largest(t) for t in given if t is not None)
-    largest = max((x for x in found if x is not None), default=0.0)
+    real = facts.real(node)
+    placeholders = [] if real is not None else node.graph.find_nodes(op="placeholder")
+    tensors = [real, *(facts.real(n) for n in placeholders if not is_weight(n))]
+    magnitudes = (_largest(t) for t in tensors if t is not None)
+    largest = max((x for x in magnitudes if x is not None), default=0.0)
     dtype = facts.dtype(node) or torch.float32
     return min(max(largest, _LARGE), torch.finfo(dtype).max / 4)
 
 
 def _largest(t: Tensor) -> float | None:
-    """The largest absolute value of ``t``, rounded up to a power of two; None if there is none.
-
-    What is as large as the dtype's numbers go stands for infinity: a mask says nothing of how large
-    activations are. One host synchronisation, at the first call only.
-    """
+    # The largest absolute value of ``t``, rounded up to a power of two; None if there is none. A
+    # value near the dtype's limit means infinity: a mask says nothing of how large activations are.
+    # One host synchronisation, at the first call only.
     if not t.is_floating_point() or not t.numel() or t.dtype.itemsize < 2 or t.is_meta:
         return None
     low, high = torch.aminmax(t.detach())
@@ -259,11 +244,10 @@ def _largest(t: Tensor) -> float | None:
 
 
 def draws(inputs: Sequence[Any]) -> tuple[int, ...]:
-    """How many draws judge together what a single one of such ``inputs`` has found too large.
-
-    The fewer elements a result has, the more its largest error is a matter of luck: where the first
-    number of draws finds that too large, the next one decides. Large ones would only need memory.
-    """
+    """How many draws are judged together after a single one has too large an error."""
+    # The fewer elements a result has, the more its largest error is a matter of luck: where the
+    # first number of draws finds that too large, the next one decides. Large ones would only need
+    # memory.
     elements = sum(t.numel() for t in inputs if isinstance(t, Tensor))
     if elements > 1 << 20:
         return (4,)
@@ -276,7 +260,7 @@ def is_static(t: Tensor) -> bool:
 
 
 class Sizes:
-    """Gives each symbolic size of a graph one number: a small one, or the one it was met with."""
+    """Gives each symbolic size of a graph one number: a small one, or its hint."""
 
     def __init__(self, small: bool, even: bool = False) -> None:
         self.small = small
@@ -297,7 +281,7 @@ class Sizes:
         hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
         expression = env.simplify(s.node.expr)
         for symbol in sorted(expression.free_symbols, key=str):
-            # what was met with one size is one size: rows of x and of the labels must agree
+            # sizes with one hint are one size: rows of x and of the labels must agree
             hint = hints.get(symbol, symbol)
             if hint not in self.by_hint:
                 self.by_hint[hint] = self.numbers[len(self.by_hint) % len(self.numbers)]
@@ -309,11 +293,9 @@ class Sizes:
 def tokens(inputs: Sequence[Any], fixed: Container[tuple[int, ...]] = ()) -> int:
     """How many rows the sampled inputs had: the largest product of leading sizes.
 
-    Args:
-        inputs: sampled ones.
-        fixed: the shapes of weights, which have no tokens.
+    ``fixed`` are the shapes of weights, which have no tokens.
     """
-    held = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
-    held = [t for t in held if tuple(t.shape) not in fixed]
-    rows = [t.shape[0] * t.shape[-2] for t in held if t.dim() > 2]
-    return max(rows or [len(t) for t in held if t.dim() == 2], default=1)
+    activations = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+    activations = [t for t in activations if tuple(t.shape) not in fixed]
+    rows = [t.shape[0] * t.shape[-2] for t in activations if t.dim() > 2]
+    return max(rows or [len(t) for t in activations if t.dim() == 2], default=1)

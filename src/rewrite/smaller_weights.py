@@ -55,19 +55,19 @@ def in_ratio(c: Candidate) -> Candidate | None:
 
 
 def is_large(c: Candidate) -> bool:
-    """Whether the weights are too large to be drawn, and copied in fp64, beside a run."""
+    """Whether the weights are too large to be drawn, and copied in fp64, during a run."""
     return sum(t.numel() for t in _weights(c)) > _TOO_LARGE
 
 
 def enlargement(c: Candidate) -> dict[int, float]:
     """Small size -> how many times as large the real one is; empty for a formula in real sizes."""
-    found: dict[int, float] = {}
+    factors: dict[int, float] = {}
     for node in (*c.inputs, *c.interior):
         small, real = facts.tensor(node), facts.tensor(node.meta.get(STANDS_FOR))
         if small is not None and real is not None:
             pairs = zip(small.shape, real.shape, strict=True)
-            found |= {a: b / a for a, b in pairs if type(a) is type(b) is int and a != b}
-    return found
+            factors |= {a: b / a for a, b in pairs if type(a) is type(b) is int and a != b}
+    return factors
 
 
 def _made(c: Candidate, choose: _Choice) -> Candidate | None:
@@ -91,7 +91,6 @@ def _is_fixed(t: Tensor) -> bool:
 
 
 def _known(c: Candidate) -> set[int]:
-    """All the static sizes of the formula."""
     tensors = (facts.tensor(n) for n in (*c.inputs, *c.interior))
     return {s for t in tensors if t is not None for s in t.shape if type(s) is int}
 
@@ -99,8 +98,8 @@ def _known(c: Candidate) -> set[int]:
 def _chosen(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
     """Real size -> small size, the largest first, until no weight is large or none can be."""
     sizes = _few_experts(shapes, known)
-    while left := _left(shapes, sizes):
-        size = max(left)
+    while remaining := _left(shapes, sizes):
+        size = max(remaining)
         sizes[size] = _small(size, known | set(sizes.values()))
     return sizes
 
@@ -108,11 +107,11 @@ def _chosen(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
 def _chosen_in_ratio(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
     """The same, where with a size those become smaller that are a half or a third of it."""
     sizes = _few_experts(shapes, known)
-    while left := _left(shapes, sizes):
-        size = max(left)
-        taken = known | set(sizes.values())
+    while remaining := _left(shapes, sizes):
+        size = max(remaining)
+        used = known | set(sizes.values())
         related = _related(size, known - sizes.keys())
-        sizes |= (len(related) > 1 and _scaled(related, taken)) or {size: _small(size, taken)}
+        sizes |= (len(related) > 1 and _scaled(related, used)) or {size: _small(size, used)}
     return sizes
 
 
@@ -120,23 +119,20 @@ _Choice = Callable[[list[tuple[int, ...]], set[int]], dict[int, int]]
 
 
 def _left(shapes: list[tuple[int, ...]], sizes: Mapping[int, int]) -> set[int]:
-    """The large sizes of large weights that have not become small."""
     now = [[(s, sizes.get(s, s)) for s in shape] for shape in shapes]
     large = [shape for shape in now if math.prod(n for _, n in shape) > LARGE]
     return {s for shape in large for s, n in shape if s == n and s > _SMALL}
 
 
 def _few_experts(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
-    """How many experts large weights are of -> a few; the number of the last one changes with it.
-
-    A number of experts that is a number of features, too, stays.
-    """
+    # Real number of experts -> a few; the number of the last one changes with it. A number of
+    # experts that is a number of features, too, stays.
     sizes: dict[int, int] = {}
     large = [s for s in shapes if len(s) == 3 and math.prod(s) > LARGE]
     features = {s for shape in shapes for s in shape[1:]}
     for experts in sorted({shape[0] for shape in large} - features):
-        taken = known | set(sizes.values())
-        few = next(n for n in itertools.count(_EXPERTS) if n not in taken)
+        used = known | set(sizes.values())
+        few = next(n for n in itertools.count(_EXPERTS) if n not in used)
         if few < experts <= _SMALL:
             last = {experts - 1: few - 1} if experts - 1 not in known else {}
             sizes |= {experts: few, **last}
@@ -145,14 +141,14 @@ def _few_experts(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, in
 
 def _related(size: int, known: set[int]) -> set[int]:
     """``size`` and the ``known`` ones that are a few times as large as another, or a part of it."""
-    found, edge = {size}, [size]
+    sizes, edge = {size}, [size]
     while edge:
         one = edge.pop()
-        near = {k for k in known - found if any(max(k, one) == r * min(k, one) for r in _RATIOS)}
+        near = {k for k in known - sizes if any(max(k, one) == r * min(k, one) for r in _RATIOS)}
         near = {k for k in near if k >= _SMALL // 2}
-        found |= near
+        sizes |= near
         edge += near
-    return found
+    return sizes
 
 
 def _scaled(sizes: set[int], taken: set[int]) -> dict[int, int]:
@@ -168,15 +164,13 @@ def _scaled(sizes: set[int], taken: set[int]) -> dict[int, int]:
 
 
 def _small(size: int, taken: set[int]) -> int:
-    """A small size that is aligned as ``size`` is, odd otherwise, and not that of something else.
-
-    An op may take another implementation for sizes that are not aligned.
-    """
+    # Aligned as ``size`` is, odd otherwise, and not that of something else: an op may take another
+    # implementation for sizes that are not aligned.
     step = min(size & -size, _ALIGNED)
-    found = step * ((_SMALL // step - 1) | 1)
-    while found in taken:
-        found += 2 * step
-    return found
+    small = step * ((_SMALL // step - 1) | 1)
+    while small in taken:
+        small += 2 * step
+    return small
 
 
 def _rebuilt(c: Candidate, sizes: Mapping[int, int]) -> Candidate:
@@ -185,8 +179,6 @@ def _rebuilt(c: Candidate, sizes: Mapping[int, int]) -> Candidate:
     env: dict[fx.Node, fx.Node] = {}
 
     def change(value: Any) -> Any:
-        """``value`` with the new nodes and the small sizes."""
-
         def leaf(v: Any) -> Any:
             if isinstance(v, fx.Node):
                 return env.get(v, v)
@@ -217,10 +209,8 @@ def _rebuilt(c: Candidate, sizes: Mapping[int, int]) -> Candidate:
 
 
 def _example(value: Any, sizes: Mapping[int, int]) -> Any:
-    """An example value in small sizes, of the same dtype, device, order of strides and broadcast.
-
-    It holds no memory; making it installs no guard on the sizes that the graph does not know.
-    """
+    # An example value in small sizes, of the same dtype, device, order of strides and broadcast. It
+    # holds no memory; making it installs no guard on the sizes that the graph does not know.
     if not isinstance(value, Tensor) or not any(s in sizes for s in value.shape if type(s) is int):
         return value
     shape = [sizes.get(s, s) if type(s) is int else s for s in value.shape]
@@ -232,5 +222,5 @@ def _example(value: Any, sizes: Mapping[int, int]) -> Any:
     env = getattr(mode, "shape_env", None)
     with mode or nullcontext(), env.suppress_guards() if env is not None else nullcontext():
         device = value.device if mode is not None else "meta"
-        made = torch.empty_strided(shape, strides, dtype=value.dtype, device=device)
-    return made.requires_grad_(value.requires_grad)
+        example = torch.empty_strided(shape, strides, dtype=value.dtype, device=device)
+    return example.requires_grad_(value.requires_grad)

@@ -17,7 +17,7 @@ EXCEEDS = "exceeds"
 """The word in ``exceeded``'s sentence when the figures are the reason."""
 
 PEAK = "peak"
-"""The word beside it when the largest error is, and not the one of all elements together."""
+"""The word in that sentence for the largest error, not the one of all elements together."""
 
 FACTOR = 1.5
 """How many times eager's own error a rewrite may have."""
@@ -25,32 +25,20 @@ FACTOR = 1.5
 
 @dataclass(frozen=True)
 class Errors:
-    """The distance of a tensor from its fp64 oracle, relative to the oracle's size.
+    """The distance of a tensor from its fp64 oracle, relative to the oracle's size."""
 
-    Attributes:
-        rms: Frobenius norm of the difference over the oracle's Frobenius norm.
-        peak: largest absolute difference over the oracle's largest absolute value; of several draws
-            the root mean square of each one's largest difference.
-        largest: likewise, the largest of all draws.
-    """
-
-    rms: float
-    peak: float
-    largest: float
+    rms: float  # Frobenius norm of the difference over the oracle's Frobenius norm
+    peak: float  # largest difference over the oracle's largest value; root mean square over draws
+    largest: float  # the largest difference of all draws, over the oracle's largest value
 
 
 def errors(actual: Tensor, oracle: Tensor, draws: int = 1) -> Errors:
     """Measure how far ``actual`` is from ``oracle`` (same shape, any dtypes).
 
     Values that are not finite are left out where both have them (a mean over no labels is nan);
-    where only one has them, the error is infinite.
-
-    Args:
-        actual: what was computed.
-        oracle: what is exact.
-        draws: how many random draws were stacked along the first dimension. Where softmax is nearly
-            sure of a class, their errors differ a hundredfold, and the largest of all is that of a
-            single one: a matter of luck, for both.
+    where only one has them, the error is infinite. ``draws`` random draws are stacked along the
+    first dimension. Where softmax is nearly sure of a class, their errors differ a hundredfold, and
+    the largest of all is that of a single one: a matter of luck, for both.
     """
     size = off = peak = off_peaks = largest = 0.0
     parts = [(oracle, actual)]
@@ -59,11 +47,11 @@ def errors(actual: Tensor, oracle: Tensor, draws: int = 1) -> Errors:
     for exact, ours in parts:
         off_peak = 0.0
         for each in zip(_pieces(exact), _pieces(ours), strict=True):
-            found = _sums(*each)
-            if found is None:
+            sums = _sums(*each)
+            if sums is None:
                 return Errors(float("inf"), float("inf"), float("inf"))
-            size, off = size + found[0], off + found[1]
-            peak, off_peak = max(peak, found[2]), max(off_peak, found[3])
+            size, off = size + sums[0], off + sums[1]
+            peak, off_peak = max(peak, sums[2]), max(off_peak, sums[3])
         off_peaks, largest = off_peaks + off_peak**2, max(largest, off_peak)
     norm, distance, off_peak = size**0.5, off**0.5, (off_peaks / len(parts)) ** 0.5
     scale = peak or 1.0
@@ -98,16 +86,10 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor, draws: int = 1) -> str | None:
-    """Say why ``ours`` is outside the budget, or return None when it is inside.
+    """Why ``ours`` is outside the budget, in a sentence with the figures; None when it is inside.
 
-    Args:
-        ours: the rewrite's result.
-        eager: the original's result, in the same dtype and from the same inputs.
-        oracle: the original's result computed in fp64.
-        draws: as in ``errors``.
-
-    Returns:
-        None, or a sentence with the figures.
+    ``eager`` is the original's result, in the same dtype and from the same inputs, ``oracle`` the
+    one in fp64; ``draws`` are stacked as for ``errors``.
     """
     if ours.shape != eager.shape:
         return f"shape {tuple(ours.shape)} instead of {tuple(eager.shape)}"
@@ -115,12 +97,17 @@ def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor, draws: int = 1) -> str
         return f"dtype {ours.dtype} instead of {eager.dtype}"
     if not torch.equal(torch.isfinite(ours), torch.isfinite(eager)):
         return "it is finite where the original is not, or the other way round"
-    mine, theirs = errors(ours, oracle, draws), errors(eager, oracle, draws)
+    our_errors, eager_errors = errors(ours, oracle, draws), errors(eager, oracle, draws)
     slack = unit(eager.dtype)
     for name, a, b, factor in (
-        ("rms", mine.rms, theirs.rms, FACTOR),
-        (PEAK, mine.peak, theirs.peak, FACTOR),
-        (f"largest {PEAK}", mine.largest, theirs.largest, FACTOR if draws == 1 else 2 * FACTOR),
+        ("rms", our_errors.rms, eager_errors.rms, FACTOR),
+        (PEAK, our_errors.peak, eager_errors.peak, FACTOR),
+        (
+            f"largest {PEAK}",
+            our_errors.largest,
+            eager_errors.largest,
+            FACTOR if draws == 1 else 2 * FACTOR,
+        ),
     ):
         if not a <= factor * b + slack:
             return f"{name} error {a:.2e} {EXCEEDS} {factor} x eager's {b:.2e} + {slack:.1e}"

@@ -1,10 +1,10 @@
-"""Verification: a rewrite is run against what it replaces before it is installed.
+"""Verification: a rewrite is run against the original before it is installed.
 
 The matched subgraph and its replacement run on random inputs of the site's dtypes and layouts and a
 small batch, with random upstream gradients: on unit normals, and in the regimes of
 ``sample_inputs.py``. Both are compared with the subgraph in fp64. The rewrite is installed only
 when its error, in every output and every gradient, is within the budget (``tolerance.py``), and
-when all that it does beside its values is what the original does (``verify_runs.py``).
+when it has the original's other effects (``verify_runs.py``).
 """
 
 from __future__ import annotations
@@ -50,18 +50,15 @@ _NOISE = 0.5
 class Verifier:
     """Checks candidates, and remembers the verdicts of equal ones.
 
-    Attributes:
-        always: check every candidate, not only the first of its kind.
-        traced: a compiler will trace the rewrites: the form that ops have then is checked too.
-        shared: called with a candidate, with ``traced``, and with what verifies it here: gives the
-            verdict of another process, or what the latter returns. Not with ``always``.
-        verdicts: (rule, structure, dtypes, device) -> verdict.
+    ``shared`` is called with a candidate, with ``traced``, and with a function that verifies it
+    here: it returns the verdict of another process, or that of the function. Not with ``always``.
     """
 
-    always: bool = False
+    always: bool = False  # check every candidate, not only the first of its kind
+    # a compiler will trace the rewrites: check the form that ops have then, too
     traced: bool = False
     shared: Callable[[Candidate, bool, Callable[[], Verdict]], Verdict] | None = None
-    verdicts: dict[Any, Verdict] = field(default_factory=dict)
+    verdicts: dict[Any, Verdict] = field(default_factory=dict)  # by rule, structure, dtypes, device
 
     def __call__(self, candidate: Candidate) -> Verdict:
         """Return the verdict on ``candidate``, from memory where that is allowed."""
@@ -81,18 +78,16 @@ class Verifier:
 
 
 def _judge(candidate: Candidate, traced: bool) -> Verdict:
-    """Check with small sizes; with the real ones where the formula does not fit small ones.
-
-    What smaller weights are a reason against is judged once more by the real ones, unless these are
-    so large that several copies of them would set the peak of a run's memory.
-    """
+    # Check with small sizes; with the real ones where the formula does not fit small ones. A
+    # refusal at smaller weights is judged once more at the real ones, unless these are so large
+    # that several copies of them would set the peak of a run's memory.
     text, verdict = "", None
     for make, small in (smaller, True), (in_ratio, True), (_itself, True), (_itself, False):
         if verdict is not None and (make is in_ratio or is_large(candidate)):
             continue
         try:
-            found = make(candidate)
-            judged = None if found is None else _verdict(_Site(found, traced, candidate), small)
+            form = make(candidate)
+            judged = None if form is None else _verdict(_Site(form, traced, candidate), small)
         except LaunchError as error:
             text = str(error)
             continue
@@ -125,11 +120,9 @@ def _verdict(site: _Site, small: bool) -> Verdict:
 
 @contextmanager
 def _one_thread(small: bool) -> Iterator[None]:
-    """Run in one thread where sizes are small: waking the others would take most of the time.
-
-    Unit normals are run in as many threads as the model has. The number of threads is of the whole
-    process; it is set back at once.
-    """
+    # Waking the other threads would take most of the time where sizes are small. Unit normals are
+    # run in as many threads as the model has. The number of threads is of the whole process; it is
+    # set back at once.
     before = torch.get_num_threads()
     torch.set_num_threads(1 if small else before)
     try:
@@ -139,28 +132,25 @@ def _one_thread(small: bool) -> Iterator[None]:
 
 
 def _tried(site: _Site, small: bool, regime: Regime, normals: UnitNormals) -> Verdict:
-    """Check in one regime.
-
-    The largest error of a small tensor is a matter of luck, for the original as for the rewrite:
-    what one draw of inputs finds too large is judged by several.
-    """
-    given = Draws(site.candidate, small, regime, 1, normals)
-    verdict = _check(site, given, regime)
-    for count in draws(next(iter(given))):
+    # The largest error of a small tensor is a matter of luck, for the original as for the rewrite:
+    # a refusal by one draw of inputs is judged by several.
+    inputs = Draws(site.candidate, small, regime, 1, normals)
+    verdict = _check(site, inputs, regime)
+    for count in draws(next(iter(inputs))):
         if verdict.reason is None or EXCEEDS not in verdict.reason:
             break
-        if len(given) > 1 and PEAK not in verdict.reason:
+        if len(inputs) > 1 and PEAK not in verdict.reason:
             break  # the error of all elements of several draws is no luck
-        given = Draws(site.candidate, small, regime, count, UnitNormals())
-        verdict = _check(site, given, regime)
+        inputs = Draws(site.candidate, small, regime, count, UnitNormals())
+        verdict = _check(site, inputs, regime)
     return verdict
 
 
 class _Site:
-    """A candidate, ready to be run: as it was, as it would be, and in fp64."""
+    """A candidate, ready to be run: the original, the rewrite, and the original in fp64."""
 
     def __init__(self, candidate: Candidate, traced: bool, real: Candidate | None = None) -> None:
-        """Prepare ``candidate``; ``real`` is the one that it is a smaller form of."""
+        # ``candidate`` may be a smaller form of ``real``.
         c = self.candidate = candidate
         real = real or c
         bodies = {str(n.target): b for n in c.interior if (b := facts.body(n))}
@@ -169,20 +159,18 @@ class _Site:
         self.replacement = Plain(c.replacement(), {}).outputs
         self.traced = traced
         self.packed = packed(c.interior)
-        known = [facts.tensor(n) for n in c.inputs]
-        self.differentiable = [t is not None and t.requires_grad for t in known]
-        self.fixed = frozenset(tuple(t.shape) for t in known if t is not None and is_static(t))
+        examples = [facts.tensor(n) for n in c.inputs]
+        self.differentiable = [t is not None and t.requires_grad for t in examples]
+        self.fixed = frozenset(tuple(t.shape) for t in examples if t is not None and is_static(t))
         self.laid_out = [layout_is_read(n) for n in real.outputs]
         self.grad, self.enlargement = _gradients_are_on(real), enlargement(c)
 
     def setting(self, thorough: bool, upstream: float) -> VerifySettings:
-        """What its runs have in common."""
         about = self.differentiable, self.fixed, self.laid_out, self.grad
         return VerifySettings(*about, thorough, upstream, self.enlargement)
 
 
 def _gradients_are_on(c: Candidate) -> bool:
-    """Whether gradients are enabled where the candidate runs."""
     graph = c.interior[0].graph
     if not any(switches_mode(n) for n in graph.nodes):
         return torch.is_grad_enabled()
@@ -190,7 +178,6 @@ def _gradients_are_on(c: Candidate) -> bool:
 
 
 def _check(site: _Site, given: Iterable[Sequence[Any]], regime: Regime) -> Verdict:
-    """Compare all draws in ``given`` together."""
     normal = regime is NORMAL
     setting = site.setting(normal, regime.upstream)
     with ExitStack() as around:
@@ -220,17 +207,15 @@ def _check(site: _Site, given: Iterable[Sequence[Any]], regime: Regime) -> Verdi
 
 
 def _compiled(outcome: Outcome) -> Outcome:
-    """What a compiler makes of it: a view that a function returned becomes a tensor like others."""
+    # A compiler makes a tensor like others of a view that a function returned.
     traits = frozenset(t for t in outcome.traits if not t.endswith(UNWRITABLE))
     return replace(outcome, traits=traits)
 
 
 @contextmanager
 def _seen_as_traced(traced: bool) -> Iterator[None]:
-    """Let ops take the form that they have under a tracer, or in eager mode.
-
-    Verification happens while TorchDynamo compiles, and torch says so to whoever asks.
-    """
+    # Ops take the form that they have under a tracer, or in eager mode. Verification happens while
+    # TorchDynamo compiles, and torch says so to all code.
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = traced
     try:
@@ -240,7 +225,6 @@ def _seen_as_traced(traced: bool) -> Iterator[None]:
 
 
 def _figures(ours: Outcome, theirs: Outcome, exact: Outcome, rows: int) -> Figures:
-    """The largest errors, and what is kept for backward per token."""
     worst: list[float | None] = [None, None]
     for kind in range(2):
         triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
@@ -258,11 +242,9 @@ def _figures(ours: Outcome, theirs: Outcome, exact: Outcome, rows: int) -> Figur
 
 
 def structure(c: Candidate, named: Callable[[Any], str] = str) -> Any:
-    """What makes two candidates equal for verification.
+    """A key that is equal for candidates that need only one verification.
 
-    Args:
-        c: a candidate.
-        named: gives functions their names; by default they are those of this process.
+    ``named`` gives functions their names; by default they are those of this process.
     """
     index: dict[fx.Node, str] = {n: f"in{i}" for i, n in enumerate(c.inputs)}
     index.update({n: f"n{i}" for i, n in enumerate(c.interior)})
@@ -272,7 +254,7 @@ def structure(c: Candidate, named: Callable[[Any], str] = str) -> Any:
         return str(fx.node.map_arg(value, lambda n: index.get(n, "?")))
 
     def size(s: Any) -> Any:
-        """A number, or the symbol by the order in which it is met: equal sizes stay equal."""
+        """A number, or the symbol by its first use: equal sizes stay equal."""
         return s if type(s) is int else symbols.setdefault(str(s), f"s{len(symbols)}")
 
     body = tuple(
@@ -300,7 +282,7 @@ def quiet_randomness() -> Iterator[None]:
         yield
 
 
-# What two runs differ in: the reason why a rewrite is refused.
+# --------------------------------------------------------------------- the differences of two runs
 
 
 def difference(
@@ -308,12 +290,8 @@ def difference(
 ) -> str | None:
     """Say in what the rewrite's run differs from the original's; None where it does not.
 
-    Args:
-        ours: the rewrite's.
-        theirs: the original's.
-        exact: the original's in fp64.
-        within_range: compare only what is finite in the original and not below the smallest normal
-            number of its dtype; elsewhere the rewrite may have anything.
+    ``exact`` is the original's in fp64. With ``within_range``, only values that are finite in the
+    original and not below the smallest normal number of its dtype are compared.
     """
     return (
         _effects(ours, theirs)
@@ -344,10 +322,12 @@ def _traits(ours: Outcome, theirs: Outcome) -> str | None:
         if a is not None and b is not None and (a.shape, a.dtype) != (b.shape, b.dtype):
             return None  # said with the values
     new = ours.traits - theirs.traits
-    lost = {t for t in theirs.traits - ours.traits if not (t.endswith(UNWRITABLE) or STRIDES in t)}
-    for which, found in (("rewrite", new), ("original", lost)):
-        if found:
-            return f"of the {which} only: {min(found)}"
+    missing = {
+        t for t in theirs.traits - ours.traits if not (t.endswith(UNWRITABLE) or STRIDES in t)
+    }
+    for which, traits in (("rewrite", new), ("original", missing)):
+        if traits:
+            return f"of the {which} only: {min(traits)}"
     return None
 
 
@@ -386,10 +366,8 @@ def _within(t: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _levelled(t: Tensor, exact: Tensor) -> Tensor:
-    """``t`` (draws, ...) with each draw scaled to about one, by a power of two: that is exact.
-
-    Else the draw with the largest number would be the only one that counts.
-    """
+    # ``t`` (draws, ...) with each draw scaled to about one, by a power of two: that is exact. Else
+    # the draw with the largest number would be the only one that counts.
     largest = exact.reshape(exact.shape[0], -1).abs().amax(1)
     exponent = torch.where(largest > 0, largest.log2().floor(), 0)
     scale = torch.exp2(-exponent).to(t.dtype)

@@ -1,6 +1,6 @@
 """Running a graph: as it is, and in fp64 whatever dtypes it asks for.
 
-What comes of the second is the truth that verification measures by.
+The fp64 results are the truth that verification measures by.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Plain(fx.Interpreter):
         graph.owning_module = holder  # type: ignore[assignment]  # where a body is looked up
 
     def outputs(self, *args: Any) -> Any:
-        """Run the graph; of what lies between nothing is kept."""
+        """Run the graph; no intermediate value is kept."""
         try:
             return self.run(*args)
         finally:
@@ -93,16 +93,15 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def packed(interior: Sequence[fx.Node]) -> set[Any]:
     """The inputs that hold packed weights: bytes, whatever dtype they are stored under."""
-    held = {weight[0] for n in interior for weight in _quantized(n.args)}
+    inputs = {weight[0] for n in interior for weight in _quantized(n.args)}
     for n in interior:
         canon = canonical(n)
         if canon is not None and canon.name == "quantized_linear":
-            held.add(canon.args[2])
-    return held
+            inputs.add(canon.args[2])
+    return inputs
 
 
 def _quantized(argument: Any) -> Iterator[tuple[Any, ...]]:
-    """The fields of each quantized weight in an argument, or deeper in it."""
     if not isinstance(argument, (tuple, list)):
         return
     kind = argument[_KIND] if len(argument) == len(Quantized._fields) else None

@@ -1,8 +1,8 @@
-"""One run of a graph under observation: its results, and all that it does beside them.
+"""One run of a graph under observation: its results, and all of its other effects.
 
-Every run has copies of the inputs of its own, in the layout that they were drawn in. What it writes
+Every run has separate copies of the inputs, in the layout that they were drawn in. What it writes
 into them, which memory its outputs share, whether they can be written to, what it draws from the
-random generator and which gradients it has is kept beside outputs and gradients, to be compared.
+random generator and which gradients it has is recorded with outputs and gradients, to be compared.
 """
 
 from __future__ import annotations
@@ -31,45 +31,30 @@ UNWRITABLE = "cannot be written in place"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run gave, or several with their results stacked.
+    """The outcome of one run, or of several with their results stacked."""
 
-    Attributes:
-        results: for each of ``KINDS`` the tensors, None for those that there are none of.
-        traits: what is true of it beside its values, as sentences.
-        random: the state of the random generators afterwards.
-        kept: bytes kept for backward.
-        draws: how many runs these are.
-    """
-
-    results: tuple[list[Tensor | None], ...]
-    traits: frozenset[str]
-    random: tuple[bytes, ...]
-    kept: int
-    draws: int = 1
+    results: tuple[list[Tensor | None], ...]  # for each of ``KINDS``
+    traits: frozenset[str]  # effects other than values, as sentences
+    random: tuple[bytes, ...]  # the states of the random generators afterwards
+    kept: int  # bytes kept for backward
+    draws: int = 1  # how many runs these are
 
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """What all runs of a site have in common.
+    """Settings that all runs of a site have in common.
 
-    Attributes:
-        differentiable: for each input, whether it needs a gradient.
-        fixed: the shapes of weights. What has such a shape does not grow with the tokens and is not
-            counted as kept: the loss makes the gradient of a trained head in forward.
-        laid_out: for each output, how its strides are read (``graph/layouts.py``).
-        grad: whether gradients are enabled where the site runs.
-        thorough: whether traits are looked for, and backward runs twice and for each output alone.
-        upstream: how large the gradients are that backward is given.
-        enlargement: small size -> how many times as large the one is that it stands for. What is
-            kept is counted in real sizes.
+    ``fixed`` are the shapes of weights. A tensor of such a shape does not grow with the tokens and
+    is not counted as kept: the loss makes the gradient of a trained head in forward.
     """
 
-    differentiable: Sequence[bool]
+    differentiable: Sequence[bool]  # for each input, whether it needs a gradient
     fixed: frozenset[tuple[int, ...]]
-    laid_out: Sequence[str] = ()
-    grad: bool = True
-    thorough: bool = True
-    upstream: float = 1.0
+    laid_out: Sequence[str] = ()  # for each output, how its strides are read (graph/layouts.py)
+    grad: bool = True  # whether gradients are enabled where the site runs
+    thorough: bool = True  # look for traits; run backward twice, and for each output alone
+    upstream: float = 1.0  # how large the upstream gradients are
+    # small size -> real size over it: kept bytes are counted in real sizes
     enlargement: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -103,35 +88,32 @@ def _run(
         _token(x) if d and isinstance(x, Tensor) else None
         for x, d in zip(inputs, setting.differentiable, strict=True)
     ]
-    own = [_handed(x, t, setting.grad) for x, t in zip(inputs, tokens, strict=True)]
-    generators = _generators(own)
+    copies = [_handed(x, t, setting.grad) for x, t in zip(inputs, tokens, strict=True)]
+    generators = _generators(copies)
     for g in generators:
         g.manual_seed(seed)
-    kept: dict[int, int] = {}
-    with torch.set_grad_enabled(setting.grad), _counted(kept, own, setting):
-        outputs = [o for o in fn(*own) if isinstance(o, Tensor)]
+    saved: dict[int, int] = {}
+    with torch.set_grad_enabled(setting.grad), _counted(saved, copies, setting):
+        outputs = [o for o in fn(*copies) if isinstance(o, Tensor)]
     results: list[Tensor | None] = [o.detach().clone() for o in outputs]
     grads, again, reached = _gradients(outputs, tokens, setting, seed)
     random = tuple(g.get_state().numpy().tobytes() for g in generators)
-    written = [
+    written_inputs = [
         x.detach().clone() if isinstance(x, Tensor) and not _same(x, before) else None
-        for x, before in zip(own, inputs, strict=True)
+        for x, before in zip(copies, inputs, strict=True)
     ]
     traits = reached
     if setting.thorough:
-        traits |= _traits(outputs, own, setting.laid_out) | _unwritable(outputs)
-    return Outcome((results, grads, again, written), traits, random, sum(kept.values()))
+        traits |= _traits(outputs, copies, setting.laid_out) | _unwritable(outputs)
+    return Outcome((results, grads, again, written_inputs), traits, random, sum(saved.values()))
 
 
 # ------------------------------------------------------------------------------------ the inputs
 
 
 class _Handed(torch.autograd.Function):
-    """Gives a graph a tensor that is no leaf, as values inside a model are, without a copy of it.
-
-    The leaf is a ``token`` of the tensor's shape and of one element.
-    """
-
+    # Gives a graph a tensor that is no leaf, as values inside a model are, without a copy of it.
+    # The leaf is a ``token`` of the tensor's shape and of one element.
     @staticmethod
     def forward(ctx: Any, token: Tensor, value: list[Tensor]) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -147,10 +129,8 @@ def _token(x: Tensor) -> Tensor:
 
 
 def _handed(x: Any, token: Tensor | None, grad: bool) -> Any:
-    """A copy of ``x`` that differentiates to ``token``.
-
-    Where gradients are off, it is a leaf that needs one: an op sees that it does.
-    """
+    # A copy of ``x`` that differentiates to ``token``. Where gradients are off, it is a leaf that
+    # needs one: an op sees that it does.
     if not isinstance(x, Tensor):
         return x
     if token is None:
@@ -164,14 +144,14 @@ def _handed(x: Any, token: Tensor | None, grad: bool) -> Any:
 def copied(t: Tensor) -> Tensor:
     """A copy of ``t`` with its strides, gaps and broadcast dimensions included."""
     storage = t.detach().untyped_storage().clone()
-    made = torch.empty(0, dtype=t.dtype, device=t.device)
-    return made.set_(storage, t.storage_offset(), t.shape, t.stride())
+    result = torch.empty(0, dtype=t.dtype, device=t.device)
+    return result.set_(storage, t.storage_offset(), t.shape, t.stride())
 
 
 def _generators(inputs: Sequence[Any]) -> list[torch.Generator]:
     devices = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
-    found = [torch.cuda.default_generators[d.index] for d in sorted(devices, key=str)]
-    return [torch.default_generator, *found]
+    cuda = [torch.cuda.default_generators[d.index] for d in sorted(devices, key=str)]
+    return [torch.default_generator, *cuda]
 
 
 # ---------------------------------------------------------------------------------- the gradients
@@ -196,16 +176,14 @@ def _counted(kept: dict[int, int], own: Sequence[Any], setting: VerifySettings) 
 def _gradients(
     outputs: list[Tensor], tokens: Sequence[Tensor | None], setting: VerifySettings, seed: int
 ) -> tuple[list[Tensor | None], list[Tensor | None], frozenset[str]]:
-    """Gradients by a random upstream, the same by a second backward, and which output has which.
-
-    The second backward has the opposite upstream in another layout: one that wrote over what was
-    saved, or that takes its upstream for contiguous, gives another result.
-    """
+    # Gradients by a random upstream, the same by a second backward, and which output has which. The
+    # second backward has the opposite upstream in another layout: one that wrote over what was
+    # saved, or that takes its upstream for contiguous, gives another result.
     places = [j for j, t in enumerate(tokens) if t is not None]
-    wanted = [t for t in tokens if t is not None]
+    sources = [t for t in tokens if t is not None]
     live = [i for i, o in enumerate(outputs) if o.requires_grad]
-    if not wanted or not live:
-        return [None] * len(wanted), [None] * len(wanted), frozenset()
+    if not sources or not live:
+        return [None] * len(sources), [None] * len(sources), frozenset()
     generator = torch.Generator().manual_seed(seed + 1)
     # drawn for every output: original and rewrite may differ in which of them have a gradient
     drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
@@ -215,12 +193,12 @@ def _gradients(
 
     def grad(roots: list[Tensor], upstream: list[Tensor], more: bool) -> list[Tensor | None]:
         return list(
-            torch.autograd.grad(roots, wanted, upstream, allow_unused=True, retain_graph=more)
+            torch.autograd.grad(roots, sources, upstream, allow_unused=True, retain_graph=more)
         )
 
     first = grad(roots, upstream, setting.thorough)
     if not setting.thorough:
-        return first, [None] * len(wanted), frozenset()
+        return first, [None] * len(sources), frozenset()
     first = [None if g is None else g.clone() for g in first]  # a later backward may write to it
     reached = {
         f"output {i} alone gives a gradient of input {places[j]}"
@@ -233,7 +211,6 @@ def _gradients(
 
 
 def _odd(t: Tensor) -> Tensor:
-    """The values of ``t`` in a layout that is not contiguous."""
     if t.dim() == 0:
         return t
     if t.dim() == 1:
@@ -241,30 +218,29 @@ def _odd(t: Tensor) -> Tensor:
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-# --------------------------------------------------------------------------- all that is no value
+# ----------------------------------------------------------------------------------- other effects
 
 
 def _traits(
     outputs: list[Tensor], inputs: Sequence[Any], laid_out: Sequence[str]
 ) -> frozenset[str]:
-    found = set()
+    traits = set()
     for i, o in enumerate(outputs):
         # the stride of a dimension of one element says nothing
         strides = tuple(s for s, n in zip(o.stride(), o.shape, strict=True) if n > 1)
-        read = laid_out[i] if i < len(laid_out) else ""
-        if read == "exactly" or (read and not o.is_contiguous()):
-            found.add(f"output {i} {STRIDES} {strides}")
-        found.add(f"output {i} is a {type(o).__name__} on {o.device}")
+        strides_read = laid_out[i] if i < len(laid_out) else ""
+        if strides_read == "exactly" or (strides_read and not o.is_contiguous()):
+            traits.add(f"output {i} {STRIDES} {strides}")
+        traits.add(f"output {i} is a {type(o).__name__} on {o.device}")
         if o.requires_grad:
-            found.add(f"output {i} requires a gradient")
-        others = [(f"input {j}", x) for j, x in enumerate(inputs) if isinstance(x, Tensor)]
-        others += [(f"output {j}", x) for j, x in enumerate(outputs[:i])]
-        found |= {f"output {i} shares memory with {name}" for name, x in others if _overlap(o, x)}
-    return frozenset(found)
+            traits.add(f"output {i} requires a gradient")
+        tensors = [(f"input {j}", x) for j, x in enumerate(inputs) if isinstance(x, Tensor)]
+        tensors += [(f"output {j}", x) for j, x in enumerate(outputs[:i])]
+        traits |= {f"output {i} shares memory with {name}" for name, x in tensors if _overlap(o, x)}
+    return frozenset(traits)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of ``a`` lies where one of ``b`` does."""
     storage = a.untyped_storage()
     if storage.data_ptr() != b.untyped_storage().data_ptr() or not a.numel() or not b.numel():
         return False
@@ -282,8 +258,8 @@ def _placed(marks: Tensor, t: Tensor) -> Tensor:
 
 
 def _unwritable(outputs: list[Tensor]) -> frozenset[str]:
-    """Which outputs raise when they are written to, as one of several views of a function does."""
-    found = set()
+    # Outputs that raise when they are written to, as one of several views of a function does.
+    traits = set()
     for i, o in enumerate(outputs):
         if not o.is_floating_point():
             continue
@@ -291,12 +267,11 @@ def _unwritable(outputs: list[Tensor]) -> frozenset[str]:
             with torch.enable_grad():  # the writer's mode, which need not be the site's
                 o.mul_(1)
         except RuntimeError:
-            found.add(f"output {i} {UNWRITABLE}")
-    return frozenset(found)
+            traits.add(f"output {i} {UNWRITABLE}")
+    return frozenset(traits)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values, nan included."""
     if torch.equal(a, b):
         return True
     if a.itemsize == 1:  # comparison is not there for the narrowest dtypes

@@ -49,9 +49,8 @@ from .unsupported import attention_unsupported, impossible
 
 _aten = torch.ops.aten
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
     mask: Tensor | None = None, window: int | None = None,
@@ -67,15 +66,8 @@ def attention_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 class _Scores:
-    """Computes the probabilities of tiles, in the dtype of the inputs.
-
-    Attributes:
-        exact: those of the last tile before they were rounded.
-    """
-
+    # ``exact`` holds the probabilities of the last tile before they were rounded.
     exact: Tensor
 
     def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -122,16 +114,14 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
     window: int | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of (dq, dk, dv). Sums over tiles (dk, dv) are in fp32 or wider.
-
-    So is everything in fp16, whose smallest numbers have few digits.
-    """
+    # Sums over tiles (dk, dv) are in fp32 or wider; so is everything in fp16, whose smallest
+    # numbers have few digits.
     if grad.dtype is q.dtype and native.takes(q, k, v, mask):
         return native.backward(grad, q, k, v, scale, causal, mask, window, needs)
     if through_fp32(q):
         qkv = q.float(), k.float(), v.float()
-        found = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
-        return [own(d.to(q.dtype)) for d in found]
+        wide_grads = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
+        return [own(d.to(q.dtype)) for d in wide_grads]
     need_q, need_k, need_v = needs
     groups, scores = k.shape[1], _Scores(q, k, scale)
     part = scores.wide if q.dtype is torch.float16 else q.dtype
@@ -183,8 +173,6 @@ _backward_op = library_op(
 )
 
 # -- triton ----------------------------------------------------------------------------------------
-
-
 _table_op = library_op(
     "attention_mask_table(Tensor mask) -> Tensor",
     "attention.attention:mask_table",
@@ -209,9 +197,8 @@ _triton_backward_op = library_op(
     plain=attention_plain.backward,
 )
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *qkv, mask = ctx.saved_tensors[:4]
     scale, causal, window = ctx.options
@@ -244,23 +231,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, *kept = ctx.saved_tensors
+        q, k, v, mask, *saved = ctx.saved_tensors
         scale, causal, window = ctx.options
         needs = list(ctx.needs_input_grad[:3])
-        if kept:
-            out, stats, table = kept
-            made = _triton_backward_op(
+        if saved:
+            out, stats, table = saved
+            input_grads = _triton_backward_op(
                 grad, q, k, v, out, stats, scale, causal, mask, table, window, needs
             )
         else:
             mask = _every_row(mask, q)
-            made = _backward_op(grad, q, k, v, scale, causal, mask, window, needs)
-        found = iter(made)
-        return *(next(found) if needed else None for needed in needs), None, None, None, None
+            input_grads = _backward_op(grad, q, k, v, scale, causal, mask, window, needs)
+        remaining = iter(input_grads)
+        return *(next(remaining) if needed else None for needed in needs), None, None, None, None
 
 
 def _every_row(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask with a row for each position."""
     return mask if mask is None else mask.expand(-1, -1, q.shape[2], -1)
 
 
@@ -300,15 +286,12 @@ def attention(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def _example(m: Maker, window: int | None = None) -> tuple[Any, ...]:
     q, k, v = (m.heads(n) for n in (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads))
     return q, k, v, m.sizes.head_dim**-0.5, True, None, window
 
 
 def _packed_example(m: Maker) -> tuple[Any, ...]:
-    """Four samples in each row, as a mask says."""
     order = torch.arange(m.sizes.seq, device=m.device)
     sample = order * 4 // m.sizes.seq
     mask = (sample[:, None] == sample[None]) & (order[:, None] >= order[None])

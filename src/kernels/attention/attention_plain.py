@@ -1,7 +1,7 @@
-"""Attention on a GPU where its kernels cannot be compiled or launched: in PyTorch's own operators.
+"""Attention in PyTorch's own operators, for GPUs where its kernels cannot be compiled or launched.
 
-The results are those of the kernels, statistics of the rows too, so that forward may be the one and
-backward the other. Some positions at a time: scores are never kept whole.
+Results and row statistics are those of the kernels, so that forward may be the one and backward the
+other. Some positions at a time: scores are never kept whole.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _LOG2E = math.log2(math.e)
 
 
 def mask_table(mask: Tensor) -> Tensor:
-    """See ``attention_tiles_triton.table_kernel``."""
+    """The table that ``attention_tiles_triton.table_kernel`` makes."""
     rows, keys = mask.shape[2:]
     over = (0, -keys % GRAIN, 0, -rows % GRAIN)
     if mask.dtype is torch.bool:
-        seen = free = mask
+        visible = free = mask
         flag = torch.zeros(mask.shape[:3], dtype=torch.bool, device=mask.device)
     else:
         value, smallest = mask.float(), torch.finfo(mask.dtype).min
-        seen, free = ~(value < smallest / 2), value == 0
+        visible, free = ~(value < smallest / 2), value == 0
         flag = (value > -math.inf).any(-1) & ~(value > smallest / 4).any(-1)
     free = pad(pad(free, (0, 0, 0, over[3]), value=True), (0, over[1]))
     tiles = [
         t.unflatten(2, (-1, GRAIN)).unflatten(4, (-1, GRAIN)).transpose(3, 4)
-        for t in (pad(seen, over), free)
+        for t in (pad(visible, over), free)
     ]
     some, every = tiles[0].flatten(4).any(-1), tiles[1].flatten(4).all(-1)
     last = pad(flag, over[2:]).unflatten(2, (-1, GRAIN)).any(-1, keepdim=True)
@@ -45,7 +45,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
     table: Tensor | None, window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``attention_triton.forward``."""
+    """Output and row statistics, as ``attention_triton.forward`` returns them."""
     outs, stats = [], []
     values = _grouped(v, 1)
     for _, scores in _scores(q, k, scale, causal, mask, window):
@@ -64,13 +64,13 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, scale: float,
     causal: bool, mask: Tensor | None, table: Tensor | None, window: int | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """See ``attention_triton.backward``."""
+    """The needed gradients, as ``attention_triton.backward`` returns them."""
     share = q.shape[1] // k.shape[1]
     keys, values = (_grouped(t, 1).float() for t in (k, v))
-    queries, upstream, kept = (_grouped(t, share) for t in (q, grad, stats))
+    queries, upstream, saved = (_grouped(t, share) for t in (q, grad, stats))
     dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
     for rows, scores in _scores(q, k, scale, causal, mask, window):
-        most, inverse = kept[..., rows, :].split(1, -1)
+        most, inverse = saved[..., rows, :].split(1, -1)
         p = (scores - most).exp2_() * inverse
         do = upstream[..., rows, :].float()
         dv += (p.mT @ do).sum(2, keepdim=True)
@@ -78,8 +78,8 @@ def backward(
         ds = p * (ds - (p * ds).sum(-1, keepdim=True)) * scale
         dq.append((ds @ keys).flatten(1, 2))
         dk += (ds.mT @ queries[..., rows, :].float()).sum(2, keepdim=True)
-    found = torch.cat(dq, 2), dk.squeeze(2), dv.squeeze(2)
-    return [d.to(q.dtype) for d, needed in zip(found, needs, strict=True) if needed]
+    gradients = torch.cat(dq, 2), dk.squeeze(2), dv.squeeze(2)
+    return [d.to(q.dtype) for d, needed in zip(gradients, needs, strict=True) if needed]
 
 
 def _grouped(t: Tensor, share: int) -> Tensor:

@@ -37,9 +37,8 @@ as transformers does under a mask. There PyTorch's kernel reads keys and values 
 _WIDE = 1 << 19
 """Elements of the keys that are in fp32 at once (2 MB): they stay in the cache."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def decode_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
@@ -48,27 +47,14 @@ def decode_attention_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """``softmax(scale * q kᵀ + mask) v`` for few positions; has no gradients.
+    """``softmax(scale * q kᵀ + mask) v`` for few positions on the CPU; has no gradients.
 
-    Args:
-        q: (B, H, T, D), any strides, on the CPU; T is small.
-        k: (B, KV, S, D) with H a multiple of KV: query head h reads group ``h // (H / KV)``.
-        v: (B, KV, S, E).
-        scale: of the scores; None is ``1 / sqrt(D)``.
-        mask: (B or 1, H or 1, T or 1, S), boolean (True is seen) or additive. A position that sees
-            nothing gets zeros, as in PyTorch.
-
-    Returns:
-        (B, H, T, E), in memory (B, T, H, E).
-
-    Raises:
-        ValueError: for what ``OP.unsupported`` lists as impossible, or for inputs that need
-            gradients.
+    Arguments and result (B, H, T, E), in memory (B, T, H, E), are those of ``attention``, with a
+    small T. Raises ValueError for what ``OP.unsupported`` lists as impossible, or where gradients
+    are needed.
     """
     reasons = _impossible(q, k, v, mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
@@ -88,8 +74,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None)
     for i in range(0, batch, step):
         part = slice(i, i + step)
         hides = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        found = _attend(rows[part], k[part], v[part], scale, hides, heads)
-        out[part].copy_(found.view(-1, heads, time, v.shape[-1]))
+        result = _attend(rows[part], k[part], v[part], scale, hides, heads)
+        out[part].copy_(result.view(-1, heads, time, v.shape[-1]))
     return out
 
 
@@ -127,8 +113,6 @@ def _hide(scores: Tensor, mask: Tensor, heads: int) -> Tensor | None:
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def _impossible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[str]:
     reasons = impossible(q, k, v, False, mask, None)
     if q.device.type != "cpu":
@@ -161,7 +145,6 @@ def _unsupported(
 
 
 def _example(m: Maker) -> tuple[Any, ...]:
-    """The last position over the keys of all."""
     s = m.sizes
     q, k, v = (m.heads(n).detach() for n in (s.heads, s.kv_heads, s.kv_heads))
     return q[:, :, -1:], k, v, s.head_dim**-0.5

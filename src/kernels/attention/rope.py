@@ -1,7 +1,7 @@
 """Rotary position embedding of several tensors at once (Su et al., "RoFormer", 2021).
 
 The first ``rotary_dim`` features of each head are seen as pairs (x1, x2). ``layout`` says where the
-members of a pair stand:
+members of a pair are:
 
 * ``"halves"``: features i and i + rotary_dim/2 (as in Llama);
 * ``"pairs"``: features 2i and 2i + 1 (as in GPT-J);
@@ -28,9 +28,8 @@ from ..launch import library_op, use_triton
 from ..op import Maker, Op, on_several_devices
 from ..second_order import absent, differentiable, gradients
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def rope_reference(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
     layout: str = "halves", inverse: bool = False,
@@ -66,8 +65,6 @@ def _tables(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def pairs(t: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views (..., R/2) of the first and the second members of all pairs of ``t`` (..., R)."""
     if interleaved:
@@ -155,9 +152,8 @@ def _swap(t: Tensor) -> Tensor:
 
 LAYOUTS = ("halves", "pairs", "pairs_to_halves")
 
+
 # -- triton ----------------------------------------------------------------------------------------
-
-
 def _fake_rotate(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, layout: str,
     transpose: bool, dtype: torch.dtype,
@@ -186,13 +182,11 @@ def _fits_kernel(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
 
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     cos, sin = ctx.saved_tensors
     rotary_dim, layout = ctx.options
     # of a rotation, only the shape of what it rotates matters
-    given = [None if g is None else absent(g.shape, g, ctx.dtype) for g in grads]
+    inputs = [None if g is None else absent(g.shape, g, ctx.dtype) for g in grads]
 
     def formula(*tensors: Tensor | None) -> list[Tensor | None]:
         return [
@@ -200,8 +194,8 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             for t in tensors
         ]
 
-    found = gradients(formula, given, ctx.needs_input_grad[4:], grads)
-    return None, None, None, None, *found
+    gradients_of_inputs = gradients(formula, inputs, ctx.needs_input_grad[4:], grads)
+    return None, None, None, None, *gradients_of_inputs
 
 
 class _Rope(torch.autograd.Function):
@@ -256,7 +250,7 @@ def rope(
             dtype. It gets no gradient.
         sin: as ``cos``, of the same dtype; None when ``cos`` is complex, cos + i sin.
         rotary_dim: how many features rotate; even, at most D.
-        layout: where the members of a pair stand, one of ``LAYOUTS``.
+        layout: one of ``LAYOUTS``.
         inverse: rotate by the negative angle.
 
     Returns:
@@ -264,8 +258,7 @@ def rope(
         and ``cos``. Computed in fp32 on a GPU, and rounded once.
 
     Raises:
-        ValueError: ``cos`` or ``sin`` requires a gradient, or the dtypes or ``rotary_dim`` do not
-            fit.
+        ValueError: ``cos`` or ``sin`` requires a gradient, or dtypes or ``rotary_dim`` do not fit.
     """
     if not _fits(tensors, cos, sin, rotary_dim, layout):
         raise ValueError("; ".join(rope_unsupported(tensors, cos, sin, rotary_dim, layout)))
@@ -293,8 +286,6 @@ def _fits(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def rope_unsupported(
     tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
     layout: str = "halves", inverse: bool = False,

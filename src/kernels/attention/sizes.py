@@ -1,4 +1,4 @@
-"""What is known of a call of attention without its numbers: shapes, FLOPs and memory.
+"""Shapes, FLOPs and memory of a call of attention, known without its numbers.
 
 Which scores a mask hides is not known: all count.
 """
@@ -24,7 +24,7 @@ def fake_like(like: Tensor, dim: int) -> Tensor:
 
 
 def fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    """The outputs."""
+    """Outputs (B, H, T, E)."""
     return fake_like(q, v.shape[-1])
 
 
@@ -55,7 +55,6 @@ def triton_temporary(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) 
 
 
 def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
-    """How many scores there are."""
     time, seen = q.shape[2], min(k.shape[2], window or k.shape[2])
     hidden = seen * (seen - 1) // 2 if causal else 0
     return q.shape[0] * q.shape[1] * (time * seen - hidden)
@@ -64,7 +63,7 @@ def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
 def forward_flops(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, window: int | None
 ) -> int:
-    """Of the scores and the outputs."""
+    """FLOPs of the scores and the outputs."""
     return 2 * _visible(q, k, causal, window) * (q.shape[3] + v.shape[3])
 
 
@@ -83,7 +82,7 @@ def triton_forward_flops(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, table: Any,
     window: int | None,
 ) -> int:  # fmt: skip
-    """As on the CPU."""
+    """``forward_flops``, with the kernel's arguments."""
     return forward_flops(q, k, v, scale, causal, mask, window)
 
 

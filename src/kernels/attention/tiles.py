@@ -1,4 +1,4 @@
-"""The tiles of attention: which positions meet which keys, and what is hidden inside a tile.
+"""The tiles of attention: which positions read which keys, and what is hidden inside a tile.
 
 The query heads of a group are rows of one matrix.
 """
@@ -18,13 +18,9 @@ _CACHED = 1 << 20  # scores worked on at once, per thread: more leaves the cache
 class Tile:
     """Some positions of some (sample, group) pairs against the keys that they may see.
 
-    Attributes:
-        pairs: which pairs.
-        rows: which folded rows, ``positions * heads``.
-        keys: which keys.
-        bias: what to add to the last columns of the scores (pairs, positions, heads, keys),
-            broadcast over what it lacks; None where all keys are seen.
-        dead: rows that see nothing, and so have no probabilities; None where there are none.
+    ``rows`` are folded, ``positions * heads``. ``bias`` (pairs, positions, heads, keys) is added to
+    the last columns of the scores, broadcast over what it lacks; None where all keys are seen.
+    ``dead`` marks rows that see nothing, and so have no probabilities; None where there are none.
     """
 
     pairs: slice
@@ -58,13 +54,13 @@ def tiles(
                 low, high, bias, dead = 0, keys, None, None
             count = max(1, budget // ((stop - start) * heads * (high - low)))
             for i in range(first, last, count):
-                own = slice(i - first, i - first + count)
+                span = slice(i - first, i - first + count)
                 yield Tile(
                     slice(i, min(i + count, last)),
                     slice(start * heads, stop * heads),
                     slice(low, high),
-                    bias[own] if bias is not None and bias.ndim == 4 else bias,
-                    dead[own] if dead is not None and dead.ndim == 4 else dead,
+                    bias[span] if bias is not None and bias.ndim == 4 else bias,
+                    dead[span] if dead is not None and dead.ndim == 4 else dead,
                 )
 
 
@@ -76,17 +72,12 @@ def _causal(start: int, stop: int, low: int, window: int | None) -> Tensor:
 
 
 def _masked(part: Tensor, groups: int) -> tuple[int, int, Tensor | None, Tensor | None]:
-    """The keys that a part of a mask leaves, and its bias and dead rows over these keys.
-
-    Args:
-        part: (H or 1, positions, keys), boolean (True is seen) or additive.
-        groups: of the query heads.
-    """
+    # The keys that ``part`` (H or 1, positions, keys) leaves, and its bias and dead rows over them.
     boolean = part.dtype is torch.bool
     # what libraries add to hide a key is the smallest number of the dtype, or -inf
-    seen = part if boolean else part > torch.finfo(part.dtype).min / 2
-    columns = seen.view(torch.uint8).amax((0, 1)).nonzero()
-    alive = bool(seen.view(torch.uint8).amax(-1).all())
+    visible = part if boolean else part > torch.finfo(part.dtype).min / 2
+    columns = visible.view(torch.uint8).amax((0, 1)).nonzero()
+    alive = bool(visible.view(torch.uint8).amax(-1).all())
     # a row all of whose keys are hidden by the same number sees them all
     low, high = (int(columns[0]), int(columns[-1]) + 1) if alive else (0, part.shape[-1])
     part = part[..., low:high]
@@ -112,10 +103,7 @@ def fold(t: Tensor, groups: int) -> Tensor:
 
 
 def unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
-    """The inverse of ``fold``: B, H, T and dtype of ``like``, in the memory order (B, T, H, D).
-
-    That is the order of projections, which come before and after.
-    """
+    """The inverse of ``fold``, with sizes and dtype of ``like``; in memory (B, T, H, D)."""
     batch, heads, time, _ = like.shape
     t = t.view(batch, groups, time, heads // groups, -1).transpose(2, 3)
     dim = t.shape[-1]

@@ -25,23 +25,22 @@ def one_by_one(device: str) -> bool:
 
 
 def _together(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Those that have another dtype, cast as one."""
-    made = list(tensors)
+    results = list(tensors)
     other = [
         i for i, t in enumerate(tensors) if t is not None and t.dtype not in (dtype, torch.float64)
     ]
-    for kind in dict.fromkeys(made[i].dtype for i in other):  # type: ignore[union-attr]
+    for kind in dict.fromkeys(results[i].dtype for i in other):  # type: ignore[union-attr]
         places = [i for i in other if tensors[i].dtype is kind]  # type: ignore[union-attr]
         cast = _Cast.apply(dtype, *(tensors[i] for i in places))  # type: ignore[no-untyped-call]
         for i, t in zip(places, cast, strict=True):
-            made[i] = t
-    return made
+            results[i] = t
+    return results
 
 
 def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    made = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(made, list(tensors))
-    return made
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
 
 
 class _Cast(torch.autograd.Function):
@@ -55,8 +54,8 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [g for g in grads if g is not None]
+        present = [g for g in grads if g is not None]
         if torch.is_grad_enabled():  # to be differentiated itself
             return None, *(None if g is None else g.to(ctx.before) for g in grads)
-        wide = iter(_copied(given, ctx.before) if given else ())
+        wide = iter(_copied(present, ctx.before) if present else ())
         return None, *(None if g is None else next(wide) for g in grads)

@@ -1,4 +1,4 @@
-"""Weight-decomposed adapters (Liu et al., "DoRA", 2024): what they have beside a LoRA linear.
+"""The ops of weight-decomposed adapters (Liu et al., "DoRA", 2024), besides the LoRA linear.
 
     y = factor ⊙ (x·Wᵀ + scale·(x·Aᵀ)·Bᵀ) + b,   factor = magnitude / ‖W + scale·B·A‖
 
@@ -6,7 +6,7 @@ The norm is one number per output, and a constant for backward, as in PEFT. PEFT
 ``B·A`` for it from an identity matrix, and then the whole sum; here a tile of rows at a time. It
 keeps both products of an output's size for the gradient of the magnitude; here their sum.
 
-Two ops: ``row_norms``, and ``rescaled``, which is what is done with the products.
+Two ops: ``row_norms``, and ``rescaled``, which combines the products.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from .linears import example_of_linear
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def row_norms_reference(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
@@ -43,7 +42,6 @@ def rescaled_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 _TILE = 8 << 20
 """Bytes of a tile; 16 times as many on a GPU, where a launch takes as long as reading them."""
 
@@ -55,11 +53,11 @@ def _row_norms(
     a, b = lora_a.to(wide), lora_b.to(wide)
     most = (_TILE if weight.device.type == "cpu" else 16 * _TILE) // wide.itemsize
     rows = max(1, most // max(1, weight.shape[1]))
-    found = [
+    norms = [
         torch.linalg.vector_norm(torch.addmm(w.to(wide), part, a, alpha=scale), dim=1)
         for w, part in zip(weight.split(rows), b.split(rows), strict=True)
     ]
-    return torch.cat(found).to(dtype)
+    return torch.cat(norms).to(dtype)
 
 
 def _row_norms_fake(
@@ -81,17 +79,9 @@ _row_norms_op = library_op(
 def row_norms(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """``‖W + scale·B·A‖`` of each row, without a gradient.
+    """``‖W + scale·B·A‖`` (out,) of each row of W (out, in), with A (r, in) and B (out, r).
 
-    Args:
-        weight: (out, in).
-        lora_a: (r, in).
-        lora_b: (out, r).
-        scale: of the update.
-        dtype: of the result; narrower ones than fp32 are rounded to at the end.
-
-    Returns:
-        (out,).
+    Without a gradient. A ``dtype`` narrower than fp32 is rounded to at the end.
     """
     with torch.autocast(weight.device.type, enabled=False):
         tensors = weight.detach(), lora_a.detach(), lora_b.detach()
@@ -100,12 +90,10 @@ def row_norms(
 
 
 # -- triton ----------------------------------------------------------------------------------------
+# None: both are bound by memory, and the products before them have separate kernels.
 
-# None: both are bound by memory, and the products before them have kernels of their own.
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     base, factor = ctx.saved_tensors
     shape, kind, rest_kind, update_kind = ctx.like
@@ -122,7 +110,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _Rescaled(torch.autograd.Function):
-    """Keeps the base, or its sum with the update, where the factor's gradient is wanted."""
+    """Keeps the base, or its sum with the update, where the factor's gradient is needed."""
 
     @staticmethod
     def forward(
@@ -164,16 +152,9 @@ def rescaled(
 ) -> Tensor:  # fmt: skip
     """Compute ``rest + factor·base``, or ``rest + (factor - 1)·base + factor·scale·update``.
 
-    Args:
-        base: (..., out), at least two dimensions.
-        factor: (out,), at least as wide as ``base``.
-        rest: (out,), a bias; with an update (..., out), the base layer's output.
-        update: (..., out), or None.
-        scale: of the update.
-        dtype: of the result; ``base``'s if None.
-
-    Returns:
-        (..., out).
+    ``base`` and ``update`` are (..., out), of at least two dimensions; ``factor`` (out,) is at
+    least as wide as ``base``. ``rest`` is a bias (out,), or with an update the base layer's output
+    (..., out). The result (..., out) is in ``dtype``, by default ``base``'s.
     """
     with torch.autocast(base.device.type, enabled=False):
         result: Tensor = _Rescaled.apply(  # type: ignore[no-untyped-call]
@@ -183,12 +164,10 @@ def rescaled(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def row_norms_unsupported(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
 ) -> list[str]:
-    """Say why ``row_norms`` cannot take these arguments."""
+    """Why ``row_norms`` cannot take these arguments."""
     fits = weight.ndim == 2 and (*lora_b.shape[:1], *lora_a.shape[1:]) == tuple(weight.shape)
     return [] if fits else [f"B·A does not fit the weight's {tuple(weight.shape)}"]
 
@@ -197,7 +176,7 @@ def rescaled_unsupported(
     base: Tensor, factor: Tensor, rest: Tensor | None = None, update: Tensor | None = None,
     scale: float = 1.0, dtype: torch.dtype | None = None,
 ) -> list[str]:  # fmt: skip
-    """Say why ``rescaled`` cannot take these arguments."""
+    """Why ``rescaled`` cannot take these arguments."""
     reasons = []
     if base.ndim < 2 or factor.shape != base.shape[-1:]:
         reasons.append(f"a factor of {tuple(factor.shape)} for {tuple(base.shape)}")
@@ -207,7 +186,6 @@ def rescaled_unsupported(
 
 
 def _example_of_norms(m: Maker) -> tuple[Any, ...]:
-    """Of constants: the norms get no gradient."""
     linear = example_of_linear(m, m.sizes.inner, m.sizes.hidden)
     weight, a, b = (t.detach() for t in (linear.weight, linear.lora_a, linear.lora_b))  # type: ignore[union-attr]
     return weight, a, b, linear.scale, m.dtype

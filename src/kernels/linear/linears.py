@@ -1,7 +1,7 @@
 """Linear layers as the arguments of one op: with LoRA adapters or without, quantized or not.
 
-An autograd function takes tensors one by one, and constants beside them: here is the way there and
-back. The weights of one call are plain matrices, or all of them are quantized.
+An autograd function takes tensors one by one, and constants separately: ``flat`` and ``linears``
+convert. The weights of one call are plain matrices, or all of them are quantized.
 """
 
 from __future__ import annotations
@@ -22,24 +22,17 @@ MIXED = "some of the weights are quantized, some are not"
 class Linear(NamedTuple):
     """A linear layer as an argument of an op: ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``.
 
-    Attributes:
-        weight: (out, in), frozen or trainable; or a frozen ``Quantized``, or a tuple of its fields.
-        bias: (out,) or None.
-        lora_a: (r, in), or None for a layer without an adapter.
-        lora_b: (out, r), in the dtype of ``lora_a``, or None.
-        scale: what the adapter's output is multiplied by.
-        lora_bias: (out,), the bias of B, or None.
-        compute: in which products with a quantized weight run; None is the input's dtype. Others
-            run in the weight's.
-        dtype: of the result, at least as wide as that of the product; None is that one.
+    Products with a quantized weight run in ``compute``, or in the input's dtype if that is None;
+    others in the weight's. ``dtype`` is that of the result: the product's, or a wider one.
     """
 
+    # (out, in), frozen or trainable; or a frozen ``Quantized``, or a tuple of its fields
     weight: Tensor | tuple[Any, ...]
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
+    bias: Tensor | None = None  # (out,)
+    lora_a: Tensor | None = None  # (r, in), or None for a layer without an adapter
+    lora_b: Tensor | None = None  # (out, r), in the dtype of ``lora_a``
     scale: float = 1.0
-    lora_bias: Tensor | None = None
+    lora_bias: Tensor | None = None  # (out,), the bias of B
     compute: torch.dtype | None = None
     dtype: torch.dtype | None = None
 
@@ -53,30 +46,20 @@ class Linear(NamedTuple):
 
 
 def parts(linear: Linear) -> tuple[Any, ...]:
-    """Its fields, for ops that take no linear without an adapter."""
+    """The fields of ``linear``, for ops that take no linear without an adapter."""
     return linear
 
 
 class ResolvedLinear(NamedTuple):
-    """``x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ``, as the products see it: one bias, every dtype known.
+    """``x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ``, as the products see it: one bias, every dtype known."""
 
-    Attributes:
-        weight: (out, in), plain or quantized.
-        bias: (out,) or None, of any floating dtype; the adapter's is in it.
-        lora_a: (r, in), or None where there is no adapter.
-        lora_b: (out, r), in the dtype of ``lora_a``, or None.
-        scale: of the adapter.
-        compute: the dtype in which x·Wᵀ runs: that of a plain weight.
-        dtype: of the result, at least as wide.
-    """
-
-    weight: Tensor | Quantized
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
+    weight: Tensor | Quantized  # (out, in), plain or quantized
+    bias: Tensor | None  # (out,), of any floating dtype; the adapter's is added to it
+    lora_a: Tensor | None  # (r, in), or None where there is no adapter
+    lora_b: Tensor | None  # (out, r), in the dtype of ``lora_a``
     scale: float
-    compute: torch.dtype
-    dtype: torch.dtype
+    compute: torch.dtype  # in which x·Wᵀ runs: that of a plain weight
+    dtype: torch.dtype  # of the result, at least as wide
 
     def unpacked(self) -> ResolvedLinear:
         """The same with a plain weight."""
@@ -85,7 +68,7 @@ class ResolvedLinear(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """For each tensor of a ``ResolvedLinear`` its gradient, or None; or whether that is wanted."""
+    """The gradient of each tensor of a ``ResolvedLinear``, or None; or whether it is needed."""
 
     weight: Any
     bias: Any
@@ -94,37 +77,26 @@ class Grads(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What of several linears is no tensor.
+    """The parts of several linears that are not tensors."""
 
-    Attributes:
-        scales: of the adapters.
-        sizes: (out, in, blocksize) of each quantized weight, one after the other; else empty.
-        kinds: of each quantized weight; else empty.
-        compute: the dtype in which products with quantized weights run; None is that of plain ones.
-        dtype: of the results; None is that of the products.
-    """
-
-    scales: tuple[float, ...]
-    sizes: tuple[int, ...]
-    kinds: tuple[str, ...]
-    compute: torch.dtype | None = None
-    dtype: torch.dtype | None = None
+    scales: tuple[float, ...]  # of the adapters
+    sizes: tuple[int, ...]  # (out, in, blocksize) of each quantized weight, one after the other
+    kinds: tuple[str, ...]  # of each quantized weight
+    compute: torch.dtype | None = None  # of products with quantized weights; None: of plain ones
+    dtype: torch.dtype | None = None  # of the results; None is that of the products
 
 
 def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Constants]:
     """The tensors of several linears in a row, and the rest.
 
-    Four of each linear; the adapters' biases join the bases'. Then four more of each quantized
-    weight, whose first one is among those before.
-
-    Args:
-        given: the linears; all compute in one dtype, and return one.
-        x: their input.
+    Four of each linear; the adapters' biases are added to the bases'. Then four more of each
+    quantized weight, whose first one is among those before. ``x`` is the linears' input.
 
     Raises:
-        ValueError: some of the weights are quantized and some are not, or the dtypes differ.
+        ValueError: some of the weights are quantized and some are not, or they differ in
+            ``compute`` or ``dtype``.
     """
-    found: list[Tensor | None] = []
+    tensors: list[Tensor | None] = []
     first = given[0]
     packed = [Quantized(*v.weight) for v in given if not isinstance(v.weight, Tensor)]
     if packed and len(packed) < len(given):
@@ -134,22 +106,22 @@ def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Const
     for weight, bias, lora_a, lora_b, scale, lora_bias, *_ in given:
         if lora_bias is not None:
             bias = lora_bias * scale if bias is None else bias + lora_bias * scale
-        found += [weight if isinstance(weight, Tensor) else weight[0], bias, lora_a, lora_b]
+        tensors += [weight if isinstance(weight, Tensor) else weight[0], bias, lora_a, lora_b]
     for w in packed:
-        found += [w.absmax, *w[5:]]
+        tensors += [w.absmax, *w[5:]]
     scales = tuple([v[4] for v in given])
     if not packed:
-        return found, Constants(scales, (), (), None, first.dtype)
+        return tensors, Constants(scales, (), (), None, first.dtype)
     sizes = tuple([n for w in packed for n in (*w.shape, w.blocksize)])
     kinds = tuple([w.kind for w in packed])
-    return found, Constants(scales, sizes, kinds, first.compute or x.dtype, first.dtype)
+    return tensors, Constants(scales, sizes, kinds, first.compute or x.dtype, first.dtype)
 
 
 def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[ResolvedLinear]:
     """The linears of ``flat``'s list; ``constants`` are those, or a plain tuple of them."""
     scales, sizes, kinds, compute, dtype = constants
     end = 4 * len(scales)
-    found = []
+    resolved = []
     for i, scale in enumerate(scales):
         weight, bias, a, b = tensors[4 * i : 4 * i + 4]
         if kinds:
@@ -157,8 +129,8 @@ def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[Resolved
             out, into, blocksize = sizes[3 * i : 3 * i + 3]
             weight = Quantized(weight, absmax, (out, into), blocksize, kinds[i], *rest)
         low = compute or weight.dtype  # quantized weights come with ``compute``
-        found.append(ResolvedLinear(weight, bias, a, b, scale, low, dtype or low))
-    return found
+        resolved.append(ResolvedLinear(weight, bias, a, b, scale, low, dtype or low))
+    return resolved
 
 
 def unflattened(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
@@ -195,22 +167,19 @@ def with_operands(
 def _cast_as_autocast(
     device: str, tensors: Sequence[Tensor | None], constants: Constants
 ) -> list[Tensor | None] | None:
-    """``flat``'s list as autocast casts a linear layer's operands; None where it is off.
-
-    Over quantized weights the adapters alone are cast.
-    """
+    # Over quantized weights the adapters alone are cast. None where autocast is off.
     if not constants.kinds:
         return autocast(device, tensors)
     adapters = [t if i % 4 > 1 else None for i, t in enumerate(tensors)]
     cast = autocast(device, adapters[: 4 * len(constants.scales)])
     if cast is None:
         return None
-    own = [t if c is None else c for t, c in zip(tensors, cast, strict=False)]
-    return [*own, *tensors[len(own) :]]
+    operands = [t if c is None else c for t, c in zip(tensors, cast, strict=False)]
+    return [*operands, *tensors[len(operands) :]]
 
 
 def wanted(needed: Sequence[bool], count: int) -> list[Grads]:
-    """The same for ``needs_input_grad``'s part, as far as it is of linears."""
+    """Which gradients of each linear ``needs_input_grad`` asks for, in its part of the linears."""
     return [Grads(*needed[i : i + 4]) for i in range(0, 4 * count, 4)]
 
 

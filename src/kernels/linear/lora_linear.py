@@ -73,10 +73,10 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, z, _, weight, lora_a, lora_b = ctx.saved_tensors
     needed, own_input = ctx.needs_input_grad, ctx.z_like is not None
     x = z if x is None and not own_input else x
-    kept = (z if own_input else x) is not None
-    require_kept(kept or not needed[5], "lora_linear", "B is trained and A is not")
-    shape, dtype, read = ctx.x_like
-    x = absent(shape, weight, read) if x is None else x
+    is_kept = (z if own_input else x) is not None
+    require_kept(is_kept or not needed[5], "lora_linear", "B is trained and A is not")
+    shape, dtype, read_dtype = ctx.x_like
+    x = absent(shape, weight, read_dtype) if x is None else x
     z = absent(ctx.z_like[0], weight, ctx.z_like[1]) if own_input and z is None else z
     bias, lora_bias = (
         None if kind is None else absent(weight.shape[:1], weight, kind) for kind in ctx.bias_dtypes
@@ -94,33 +94,28 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """One rule for every device: library matmuls, the adapter added to the base's outputs."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, copy: Tensor | None, weight: Tensor, bias: Tensor | None,
         lora_a: Tensor, lora_b: Tensor, scale: float, x_lora: Tensor | None,
         lora_bias: Tensor | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """Run forward; keep x and z only for the weight gradients that are wanted.
-
-        ``copy`` of x stands for it where there is one: ``products.narrow_copy``.
-        """
+        # ``copy`` is x in another dtype, or None: ``products.narrow_copy``.
         ctx.set_materialize_grads(False)
-        read = x if copy is None else copy
-        rows = Rows(read.reshape(-1, x.shape[-1]))
+        source = x if copy is None else copy
+        rows = Rows(source.reshape(-1, x.shape[-1]))
         z = rows if x_lora is None else Rows(x_lora.reshape(-1, x_lora.shape[-1]))
         y, h = _forward(rows, weight, bias, lora_a, lora_b, scale, z, lora_bias, dtype)
         _, _, w_weight, _, w_a, w_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            read if w_weight else None,
-            (read if x_lora is None else x_lora) if w_a else None,
+            source if w_weight else None,
+            (source if x_lora is None else x_lora) if w_a else None,
             h if w_b else None,
             weight,
             lora_a,
             lora_b,
         )
-        ctx.scale, ctx.x_like = scale, (x.shape, x.dtype, read.dtype)
+        ctx.scale, ctx.x_like = scale, (x.shape, x.dtype, source.dtype)
         ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
         ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
         return y  # rows: a view made in here could not be written to in place by the model
@@ -128,7 +123,6 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         x, z, h, weight, lora_a, lora_b = ctx.saved_tensors
         w_x, _, w_weight, w_bias, w_a, w_b, _, w_z, w_lora_bias, _ = ctx.needs_input_grad
         own_input = ctx.z_like is not None
@@ -167,19 +161,13 @@ def lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tens
 
     Adapters may have another dtype than the base (fp32 over bf16 is PEFT's default): their
     gradients are then computed in that dtype, while the base's product runs in the weight's. Under
-    autocast every operand is cast first, as autocast casts a linear layer's. What comes back to x
-    is added up in x's dtype. Backward may run more than once over a retained graph.
+    autocast every operand is cast first, as autocast casts a linear layer's. The gradients of x are
+    summed in x's dtype. Backward may run more than once over a retained graph.
 
-    Args:
-        x: (..., in); it is cast to the weight's dtype, and to the adapter's.
-        linear: a plain weight (out, in), and an adapter.
-        x_lora: (..., in), the adapter's own input (x after dropout); any floating dtype.
-
-    Returns:
-        (..., out), in ``linear.dtype``, or else in the weight's.
-
-    Raises:
-        RuntimeError: the shapes do not fit.
+    x (..., in) is cast to the weight's dtype, and to the adapter's; ``x_lora`` (..., in), the
+    adapter's input (x after dropout), may have any floating dtype. The weight (out, in) is a plain
+    one. The result (..., out) is in ``linear.dtype``, or else in the weight's. Raises RuntimeError
+    if shapes do not fit.
     """
     weight, bias, lora_a, lora_b, scale, lora_bias, _, dtype = parts(linear)
     device = x.device.type
@@ -202,13 +190,13 @@ def _apply(x: Tensor, *args: Any) -> Tensor:
 
 
 def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list[str]:
-    """Say why the op cannot take these arguments, which are those of ``lora_linear``."""
+    """Why the op cannot take these arguments."""
     weight, bias, lora_a, lora_b, _, lora_bias, _, dtype = parts(linear)
-    given = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "x_lora": x_lora}
-    tensors = [t for t in (x, bias, lora_bias, *given.values()) if t is not None]
+    named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "x_lora": x_lora}
+    tensors = [t for t in (x, bias, lora_bias, *named.values()) if t is not None]
     reasons = [
         f"{name} has {t.ndim} dimensions instead of 2"
-        for name, t in given.items()
+        for name, t in named.items()
         if t is not None and t.ndim != 2 and name != "x_lora"
     ]
     if any(not t.is_floating_point() for t in tensors):
@@ -233,7 +221,6 @@ def _example(m: Maker) -> tuple[Any, ...]:
 
 
 def _example_with_dropout(m: Maker) -> tuple[Any, ...]:
-    """With an input of the adapter's own, and all biases."""
     linear = example_of_linear(m, m.sizes.inner, m.sizes.hidden, bias=True)
     lora_bias = m.adapter(m.sizes.inner)
     return m.x(m.sizes.hidden), linear._replace(lora_bias=lora_bias), m.x(m.sizes.hidden)

@@ -17,10 +17,8 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
-    """``rows`` (N, M), which are nobody else's, as (..., M) with the leading sizes of ``x``.
-
-    This is no view: one that was made without gradients could not be written to with them.
-    """
+    """``rows`` (N, M), which nobody else reads, as (..., M) with the leading sizes of ``x``."""
+    # This is no view: one that was made without gradients could not be written to with them.
     out: Tensor = _unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
     return out
 
@@ -32,19 +30,17 @@ def accumulated(
 
     For use inside an opaque op; elsewhere it is ``sum_of_products``.
     """
-    first, *others = zip(lefts, rights, strict=True)
+    first, *following = zip(lefts, rights, strict=True)
     total = mm(*first) if bias is None else addmm(bias, *first)
-    return plus_products(total, others, dtype)
+    return plus_products(total, following, dtype)
 
 
 def plus_products(
     total: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> Tensor:
-    """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's own, and is used up.
-
-    Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
-    autograd adds up what comes back through casts: rounding the sums too would lose more.
-    """
+    """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's, and is used up."""
+    # Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
+    # autograd adds up gradients that went through casts: rounding the sums too would lose more.
     wider, total = total.dtype is not dtype, total.to(dtype)
     for left, right in pairs:
         right = right.contiguous()  # a transposed one costs a quarter of the speed
@@ -93,11 +89,7 @@ def sum_of_products(
 ) -> Tensor:
     """``bias + Σ leftᵢ · rightᵢ``, each product in the accumulator of those before.
 
-    Args:
-        bias: (M,), or None.
-        lefts: (N, Kᵢ) each.
-        rights: (Kᵢ, M) each.
-        dtype: of the sum; the first pair's unless it is to be wider.
+    Bias is (M,) or None, leftᵢ (N, Kᵢ), rightᵢ (Kᵢ, M); ``dtype`` is by default the first pair's.
     """
     result: Tensor = _sum_of_products_op(bias, lefts, rights, dtype or lefts[0].dtype)
     return result
@@ -124,8 +116,8 @@ def _wide_product_fake(wide: Tensor, narrow: Tensor, scale: float, transposed: b
 
 
 def _wide_product_plain(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
-    made = torch.mm(wide.to(narrow.dtype), narrow).mul_(scale)
-    return made.t() if transposed else made
+    result = torch.mm(wide.to(narrow.dtype), narrow).mul_(scale)
+    return result.t() if transposed else result
 
 
 _wide_product_op = direct(
@@ -156,26 +148,23 @@ _native_product_op = direct(
 
 
 def _wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
-    """``scale·wide (N, K)·narrow (K, r)``, or its transpose, in fresh memory."""
     op = _wide_product_op if use_triton(wide, narrow) else _native_product_op
-    made: Tensor = op(wide, narrow, scale, transposed)
-    return made
+    result: Tensor = op(wide, narrow, scale, transposed)
+    return result
 
 
 def multiplies_as_is(wide: Tensor, narrow: Tensor) -> bool:
-    """Whether a kernel multiplies ``wide`` with a factor in fp32 and is as exact as fp32 products.
-
-    On a GPU: an fp32 number is the sum of three in bf16, whose products tensor cores add up in
-    fp32. Three in fp16 are no such sum where a number is below 1e-4 (gradients are) or above
-    65,504. On a CPU with a C++ compiler the kernel multiplies in fp32.
-    """
+    """Whether a kernel multiplies ``wide`` as it is with fp32, as exactly as fp32 products."""
+    # On a GPU: an fp32 number is the sum of three in bf16, whose products tensor cores add up in
+    # fp32. Three in fp16 are no such sum where a number is below 1e-4 (gradients are) or above
+    # 65,504. On a CPU with a C++ compiler the kernel multiplies in fp32.
     if wide.dtype is not torch.bfloat16 or narrow.dtype is not torch.float32:
         return False
     return use_triton(wide, narrow) or native.available(wide, narrow)
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
-    """``wide`` as it is multiplied with ``narrow``: as it is, or in the dtype of that."""
+    """``wide`` in the dtype in which it is multiplied with ``narrow``: as it is, or narrow's."""
     return wide if multiplies_as_is(wide, narrow) else wide.to(narrow.dtype)
 
 
@@ -195,7 +184,7 @@ class Rows:
         return self._copies[dtype]
 
     def beside(self, narrow: Tensor) -> Tensor:
-        """``beside`` of the rows."""
+        """The rows in the dtype in which they are multiplied with ``narrow``."""
         return self.rows if multiplies_as_is(self.rows, narrow) else self.to(narrow.dtype)
 
 
@@ -205,19 +194,17 @@ def is_wide(x: Tensor) -> bool:
 
 
 def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
-    """``x`` in the only dtype in which an op reads it, where that is narrower; else None.
-
-    The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
-    is kept for backward. It is made outside the function, so that what is kept has a history for
-    whoever differentiates the backward pass.
-    """
-    read = set(dtypes)
-    alone = read.pop() if len(read) == 1 else x.dtype
+    """``x`` in the only dtype in which an op reads it, where that is narrower; else None."""
+    # The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
+    # is kept for backward. It is made outside the function, so that what is kept has a history for
+    # a second derivative.
+    needed = set(dtypes)
+    alone = needed.pop() if len(needed) == 1 else x.dtype
     return x.to(alone) if alone.itemsize < x.element_size() else None
 
 
 def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False) -> Tensor:
-    """``scale·left·right``, left as ``beside`` gives it; on a GPU in the accumulator.
+    """``scale·left·right``, left as returned by ``beside``; on a GPU in the accumulator.
 
     Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
     """
@@ -230,11 +217,9 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False)
 
 
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
-    """``tᵀ·z`` (r, in) for t = scale·dY·B.
-
-    On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
-    DDP would not fit it. So is ``gradient_of_b``.
-    """
+    """``tᵀ·z`` (r, in) for t = scale·dY·B."""
+    # On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
+    # DDP would not fit it. So is ``gradient_of_b``.
     if z.dtype is not t.dtype:
         if multiplies_as_is(z, t):
             return _wide_product(z.t(), t, 1.0, True)
@@ -243,7 +228,7 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
-    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as ``beside`` gives it."""
+    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as returned by ``beside``."""
     if dy.dtype is not h.dtype:
         return _wide_product(dy.t(), h, 1.0, False)
     low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
@@ -251,12 +236,10 @@ def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
 
 
 def _narrow_first(t: Tensor) -> bool:
-    """Whether a narrow matrix is better multiplied with a wide one than the wide one with it.
-
-    Measured on Intel with AMX, 256 to 4,096 rows: wide first takes 1.1 (rank 64) to 3.6 times (rank
-    8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but for
-    ``gradient_of_b`` in half precision: there too, the narrow one goes first.
-    """
+    # Whether narrow · wide is faster than wide · narrow.
+    # Measured on Intel with AMX, 256 to 4,096 rows: wide first takes 1.1 (rank 64) to 3.6 times
+    # (rank 8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but
+    # for ``gradient_of_b`` in half precision: there too, the narrow one goes first.
     return on_cpu(t) and processor().amx
 
 

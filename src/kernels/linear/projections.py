@@ -1,8 +1,8 @@
-"""ResolvedLinear layers on rows, with or without LoRA adapters: what the ops made of them share.
+"""ResolvedLinear layers on rows, with or without LoRA adapters, for the ops of several linears.
 
 Everything here works on rows (N, features) and returns fresh tensors. A's of one input run as one
-matmul, and all that flows back to one input is added up in one buffer, in the input's dtype, which
-may be wider than the products'.
+matmul, and all gradients of one input are summed in one buffer, in the input's dtype, which may be
+wider than the products'.
 """
 
 from __future__ import annotations
@@ -33,11 +33,9 @@ from .products import (
 from .quant_products import product, sum_of_quantized
 from .quantized import Quantized
 
+
 # -- several linears on one input ------------------------------------------------------------------
-
-
 def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
-    """Where there are tensors, grouped by their dtype."""
     groups: dict[torch.dtype, list[int]] = {}
     for i, t in enumerate(given):
         if t is not None:
@@ -58,7 +56,7 @@ def _joined(parts: Sequence[Any], dim: int) -> Tensor:
 
 def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
     """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
-    found: list[Tensor | None] = [None] * len(layers)
+    results: list[Tensor | None] = [None] * len(layers)
     for group in _together([layer.lora_a for layer in layers]):
         stacked = _joined([layers[i].lora_a for i in group], 0)
         widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
@@ -74,8 +72,8 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
             each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
             parts = [part * layers[i].scale for i, part in each]
         for i, part in zip(group, parts, strict=True):
-            found[i] = part
-    return found
+            results[i] = part
+    return results
 
 
 _SHORT = 256
@@ -83,7 +81,6 @@ _SHORT = 256
 
 
 def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
-    """Which A's are one product: those of one dtype."""
     groups = _by_dtype(matrices)
     for a in matrices:
         if a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT:
@@ -110,17 +107,12 @@ def widen(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
 
 
 class Returned(NamedTuple):
-    """What flows back to several linears on one input, and what is made of it at once.
+    """The upstream gradients of several linears on one input, and their products with the B's."""
 
-    Attributes:
-        dys: (N, out) each, in the dtype of its product; None where nothing flows.
-        ts: ``scale·dY·B`` (N, r) each, made once for the gradients of x and of A.
-        dbs: the gradients of the B's that are wanted.
-    """
-
+    # (N, out), each in the dtype of its product; None where there is none
     dys: Sequence[Tensor | None]
-    ts: list[Tensor | None]
-    dbs: list[Tensor | None]
+    ts: list[Tensor | None]  # ``scale·dY·B`` (N, r), shared by the gradients of x and of A
+    dbs: list[Tensor | None]  # the gradients of the B's that are needed
 
 
 def returned(
@@ -130,10 +122,8 @@ def returned(
     need_x: bool,
     needs: Sequence[Grads],
 ) -> Returned:
-    """Pass what flows back through the B's, as far as ``needs`` asks for it.
-
-    One after the other: where fp32 adapters want each cast, the copy goes.
-    """
+    """Pass the upstream gradients through the B's, as far as ``needs`` asks for it."""
+    # One after the other: where fp32 adapters need each cast, the copy goes.
     ts: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
     lows: list[Tensor | None] = []
@@ -157,23 +147,15 @@ def backward(
     x: Rows | None, layers: Sequence[ResolvedLinear], hs: Sequence[Tensor | None],
     dys: Sequence[Tensor | None], need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Grads]]:  # fmt: skip
-    """The gradients of several linears on one input.
+    """The gradients of x (in ``dtype``, or None) and of each of several linears on it.
 
-    Args:
-        x: (N, in), needed for those of the weights and of the A's.
-        layers: the linears.
-        hs: their parts of ``narrow``, needed for those of the B's.
-        dys: (N, out) each, what flows back; None where nothing does.
-        need_x: whether that of x is wanted.
-        needs: what else is wanted.
-        dtype: of the gradient of x.
-
-    Returns:
-        The gradient of x or None, and those of each linear.
+    ``x`` (N, in) is needed for the gradients of the weights and of the A's, ``hs`` (the parts of
+    ``narrow``) for those of the B's. ``dys`` are the upstream gradients (N, out); None where there
+    is none.
     """
     back = returned(layers, hs, dys, need_x, needs)
-    found = gradients_of_parameters(x, layers, back, needs)
-    return gradient_of_input(layers, back, dtype) if need_x else None, found
+    gradients = gradients_of_parameters(x, layers, back, needs)
+    return gradient_of_input(layers, back, dtype) if need_x else None, gradients
 
 
 def gradient_of_input(
@@ -209,18 +191,18 @@ def gradients_of_parameters(
     back: Returned,
     needs: Sequence[Grads],
 ) -> list[Grads]:
-    """Those of each linear that are wanted."""
+    """The gradients of each linear's parameters, None where not needed."""
     das = _gradients_of_a(x, layers, back.ts, needs)
-    found = []
+    gradients = []
     each = zip(layers, needs, back.dys, das, back.dbs, strict=True)
     for layer, need, dy, da, db in each:
         if dy is None:
-            found.append(Grads(None, None, None, None))
+            gradients.append(Grads(None, None, None, None))
             continue
         dweight = mm(dy.t(), x.to(dy.dtype)) if need.weight and x is not None else None
         dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
-        found.append(Grads(dweight, dbias, da, db))
-    return found
+        gradients.append(Grads(dweight, dbias, da, db))
+    return gradients
 
 
 def _gradients_of_a(
@@ -229,14 +211,13 @@ def _gradients_of_a(
     ts: Sequence[Tensor | None],
     needs: Sequence[Grads],
 ) -> list[Tensor | None]:
-    """The gradients of the A's, as one matmul over the rows."""
-    found: list[Tensor | None] = [None] * len(layers)
-    asked = [t if need.lora_a else None for t, need in zip(ts, needs, strict=True)]
-    for group in _by_dtype(asked):
+    gradients: list[Tensor | None] = [None] * len(layers)
+    needed = [t if need.lora_a else None for t, need in zip(ts, needs, strict=True)]
+    for group in _by_dtype(needed):
         if x is not None:
             widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
-            joined = _joined([asked[i] for i in group], 1)
+            joined = _joined([needed[i] for i in group], 1)
             stacked = gradient_of_a(x.beside(joined), joined)
             for i, part in zip(group, stacked.split_with_sizes(widths, 0), strict=True):
-                found[i] = part
-    return found
+                gradients[i] = part
+    return gradients

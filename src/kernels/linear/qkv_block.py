@@ -34,9 +34,8 @@ from .quantized import Quantized
 KEEPS = ("all", "input")
 """What may be kept for backward: the input and the rank-wide products, or the input alone."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def reference(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:
     """Define the op: each linear by itself, PEFT's casts included."""
     return tuple(projection(x, linear) for linear in given)
@@ -56,18 +55,15 @@ def projection(x: Tensor, linear: Linear) -> Tensor:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # ``projections.narrow``, ``widen`` and ``backward``: matmuls of the libraries.
 
 # -- triton ----------------------------------------------------------------------------------------
-
 # The rank update of ``lora_linear``, through ``projections``.
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    shape, dtype, read, constants, _ = ctx.options
+    shape, dtype, read_dtype, constants, _ = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
     needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
@@ -81,22 +77,20 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         outs = reference(x, unflattened(tensors, constants))
         return [out.reshape(-1, out.shape[-1]) for out in outs]
 
-    inputs = absent(shape, like, read) if x is None else x, *saved[count:]
+    inputs = absent(shape, like, read_dtype) if x is None else x, *saved[count:]
     dx, *rest = gradients(formula, inputs, needed, grads)
     return dx if dx is None else dx.to(dtype), None, None, None, *rest
 
 
 class _QKVBlock(torch.autograd.Function):
-    """Keeps the input for the weight gradients that are wanted, and nothing of an output's size."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, copy: Tensor | None, constants: tuple[Any, ...], keep: str,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
-        read = x if copy is None else copy
-        rows = Rows(read.reshape(-1, x.shape[-1]))
+        # ``copy`` is x in another dtype, or None: ``products.narrow_copy``.
+        source = x if copy is None else copy
+        rows = Rows(source.reshape(-1, x.shape[-1]))
         layers = linears(tensors, constants)
         hs = narrow(rows, layers)
         needed = ctx.needs_input_grad
@@ -105,11 +99,11 @@ class _QKVBlock(torch.autograd.Function):
         by_x = [need.weight or need.lora_a for need in needs]
         recompute = keep == "input" and any(by_h)
         ctx.save_for_backward(
-            read if any(by_x) or recompute else None,
+            source if any(by_x) or recompute else None,
             *(h if w and not recompute else None for h, w in zip(hs, by_h, strict=True)),
             *tensors,
         )
-        ctx.options = x.shape, x.dtype, read.dtype, constants, recompute
+        ctx.options = x.shape, x.dtype, source.dtype, constants, recompute
         ctx.set_materialize_grads(False)
         outs = tuple(widen(rows, layer, h) for layer, h in zip(layers, hs, strict=True))
         if not need_x:
@@ -121,35 +115,32 @@ class _QKVBlock(torch.autograd.Function):
     @differentiable(_double_backward)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         shape, dtype, _, constants, recompute = ctx.options
-        read, *saved = ctx.saved_tensors
-        rows = None if read is None else Rows(read.reshape(-1, read.shape[-1]))
+        source, *saved = ctx.saved_tensors
+        rows = None if source is None else Rows(source.reshape(-1, source.shape[-1]))
         count = len(constants[0])
         hs, layers = saved[:count], linears(saved[count:], constants)
         if recompute and rows is not None:
             hs = narrow(rows, layers)
         needed = ctx.needs_input_grad
         need_x, needs = needed[0], wanted(needed[4:], count)
-        dx, found = backward(rows, layers, hs, grads, need_x, needs, dtype)
+        dx, layer_grads = backward(rows, layers, hs, grads, need_x, needs, dtype)
         rest = [None] * (len(saved) - 5 * count)  # the other halves of quantized weights
         dx = dx if dx is None else dx.view(shape)
-        return dx, None, None, None, *(g for d in found for g in d), *rest
+        return dx, None, None, None, *(g for d in layer_grads for g in d), *rest
 
 
 def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:
-    """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` for each i.
+    """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` (..., outᵢ) for each i, of x (..., in).
 
-    x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
-    operand is cast as autocast casts a linear layer's (over quantized weights, the adapter's alone,
-    as in ``quant_lora_linear``). What comes back to x is added up in x's dtype. Backward may run
-    more than once over a retained graph.
+    x, adapters and bases may differ in dtype, as in ``lora_linear``; under autocast every operand
+    is cast as autocast casts a linear layer's (over quantized weights, the adapter's alone, as in
+    ``quant_lora_linear``). The gradients of x are summed in x's dtype. Backward may run more than
+    once over a retained graph.
 
     Args:
         x: (..., in).
-        given: the linears (out_i, in), all quantized or none, of one ``compute`` and one ``dtype``.
+        given: the linears (outᵢ, in), all quantized or none, of one ``compute`` and one ``dtype``.
         keep: ``"all"`` keeps x and the rank-wide ``x·Aᵢᵀ`` for backward, ``"input"`` x alone.
-
-    Returns:
-        One (..., out_i) for each linear.
 
     Raises:
         ValueError: an unknown ``keep``, or linears that differ in what they must have in common.
@@ -167,10 +158,8 @@ def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Te
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def unsupported(x: Tensor, given: Sequence[Linear], keep: str = "all") -> list[str]:
-    """Say why the op cannot take these arguments, which are those of ``qkv_block``."""
+    """Why the op cannot take these arguments."""
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
     if len({linear.is_quantized() for linear in given}) > 1:
         reasons.append(MIXED)
@@ -193,8 +182,8 @@ def _unsupported(x: Tensor, linear: Linear) -> list[str]:
 
 def _example(m: Maker, keep: str = "all", **kind: bool) -> tuple[Any, ...]:
     counts, s = (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads), m.sizes
-    given = [example_of_linear(m, n * s.head_dim, s.hidden, **kind) for n in counts]
-    return m.x(s.hidden), given, keep
+    layers = [example_of_linear(m, n * s.head_dim, s.hidden, **kind) for n in counts]
+    return m.x(s.hidden), layers, keep
 
 
 OP = Op(

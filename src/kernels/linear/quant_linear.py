@@ -56,14 +56,12 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _QuantLinear(torch.autograd.Function):
-    """Keeps nothing but the packed weight, which is there anyway."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, compute: torch.dtype, dtype: torch.dtype,
         fixed: Any, *tensors: Any,
     ) -> Tensor:  # fmt: skip
-        """``fixed`` and ``tensors`` are the two halves of the weight (``split``)."""
+        # ``fixed`` and ``tensors`` are the two halves of the weight (``split``).
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.fixed, ctx.shape = fixed, x.shape
@@ -74,7 +72,6 @@ class _QuantLinear(torch.autograd.Function):
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Dequantize once more for dX."""
         dx = dbias = None
         tensors = ctx.saved_tensors  # once: a checkpoint does not give them a second time
         kind, compute, bias_kind = ctx.dtypes
@@ -93,23 +90,12 @@ def quant_linear(
     compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute ``x·dequantize(W)ᵀ + bias`` with a frozen W.
+    """Compute ``x·dequantize(W)ᵀ + bias`` (..., out) with a frozen W.
 
-    x and W are rounded to ``compute``; autocast does not change that. Backward may run more than
-    once over a retained graph.
-
-    Args:
-        x: (..., in), of any floating-point dtype.
-        weight: (out, in), a ``Quantized`` or a tuple of its fields.
-        bias: (out,) in ``compute``, or None.
-        compute: in which the product runs; None is x's dtype.
-        dtype: of the result, at least as wide; None is ``compute``.
-
-    Returns:
-        (..., out), in ``dtype``.
-
-    Raises:
-        RuntimeError: the shapes do not fit, or ``bias`` has another dtype.
+    x (..., in), of any floating-point dtype, and W (out, in) are rounded to ``compute``, by default
+    x's dtype; autocast does not change that. The bias (out,) is in ``compute``. The result is in
+    ``dtype``, at least as wide; by default ``compute``. Backward may run more than once over a
+    retained graph. Raises RuntimeError if shapes do not fit or the bias has another dtype.
     """
     w = Quantized(*weight)
     fixed, tensors = split(w)
@@ -131,7 +117,7 @@ def unsupported(
     compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Say why the op cannot take these arguments, which are those of ``quant_linear``."""
+    """Why the op cannot take these arguments."""
     w = Quantized(*weight)
     out, into = w.shape
     reasons: list[str] = []

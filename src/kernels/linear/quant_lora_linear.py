@@ -41,11 +41,11 @@ def reference(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor
 
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
-    kept = z is not None or h is None
-    require_kept(kept, "quant_lora_linear", "B is trained and A is not")
-    own_input, (shape, dtype, read, compute) = ctx.z_like is not None, ctx.like
+    is_kept = z is not None or h is None
+    require_kept(is_kept, "quant_lora_linear", "B is trained and A is not")
+    own_input, (shape, dtype, read_dtype, compute) = ctx.z_like is not None, ctx.like
     w = join(ctx.fixed, tuple(tensors))
-    x = z if z is not None and not own_input else absent(shape, grad, read)
+    x = z if z is not None and not own_input else absent(shape, grad, read_dtype)
     z = absent(ctx.z_like[0], grad, ctx.z_like[1]) if own_input and z is None else z
     bias, lora_bias = (
         None if kind is None else absent(w.shape[:1], grad, kind) for kind in ctx.bias_dtypes
@@ -63,21 +63,16 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _QuantLoraLinear(torch.autograd.Function):
-    """One rule for every device; the products are ``quant_products.product``'s."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, copy: Tensor | None, bias: Tensor | None, lora_a: Tensor,
         lora_b: Tensor, scale: float, x_lora: Tensor | None, lora_bias: Tensor | None,
         dtype: torch.dtype, compute: torch.dtype, fixed: Any, *tensors: Any,
     ) -> Tensor:  # fmt: skip
-        """Run forward; keep z and ``z·Aᵀ`` only for the weight gradients that are wanted.
-
-        ``copy`` of x stands for it where there is one: ``products.narrow_copy``.
-        """
+        # ``copy`` is x in another dtype, or None: ``products.narrow_copy``.
         ctx.set_materialize_grads(False)
-        read = x if copy is None else copy
-        rows = Rows(read.reshape(-1, x.shape[-1]))
+        source = x if copy is None else copy
+        rows = Rows(source.reshape(-1, x.shape[-1]))
         z = rows if x_lora is None else Rows(x_lora.reshape(-1, x_lora.shape[-1]))
         ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
         if lora_bias is not None and dtype is compute:
@@ -89,16 +84,17 @@ class _QuantLoraLinear(torch.autograd.Function):
         if lora_bias is not None and dtype is not compute:
             y = y.add_(lora_bias * scale)
         _, _, _, w_a, w_b, *_ = ctx.needs_input_grad
-        own = read if x_lora is None else x_lora
-        ctx.save_for_backward(own if w_a else None, h if w_b else None, lora_a, lora_b, *tensors)
-        ctx.scale, ctx.fixed, ctx.like = scale, fixed, (x.shape, x.dtype, read.dtype, compute)
+        adapter_input = source if x_lora is None else x_lora
+        ctx.save_for_backward(
+            adapter_input if w_a else None, h if w_b else None, lora_a, lora_b, *tensors
+        )
+        ctx.scale, ctx.fixed, ctx.like = scale, fixed, (x.shape, x.dtype, source.dtype, compute)
         ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
         w_x, _, w_bias, w_a, _, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
         shape, dtype, _, compute = ctx.like
@@ -130,26 +126,18 @@ def quant_lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -
     """Compute ``x·dequantize(W)ᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
 
     W is frozen; it and x are rounded to ``linear.compute`` for the base's product. Gradients of the
-    adapter are computed in its dtype.
-    Autocast casts the adapter's operands, as it does for linear layers, and leaves the base alone.
-    Backward may run more than once over a retained graph.
+    adapter are computed in its dtype. Autocast casts the adapter's operands, as it does for linear
+    layers, and leaves the base alone. Backward may run more than once over a retained graph.
 
-    Args:
-        x: (..., in).
-        linear: a quantized weight (out, in), a bias in ``compute`` or None, and an adapter.
-        x_lora: (..., in), the adapter's own input (x after dropout), or None.
-
-    Returns:
-        (..., out), in ``linear.dtype``, or else in ``compute``.
-
-    Raises:
-        RuntimeError: the shapes do not fit, or the bias has another dtype.
+    x and ``x_lora``, the adapter's input (x after dropout), are (..., in), W is (out, in), and the
+    bias is in ``compute`` or None; the result (..., out) is in ``linear.dtype``, or else in
+    ``compute``. Raises RuntimeError if shapes do not fit or the bias has another dtype.
     """
     weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype = parts(linear)
     w, device, low = Quantized(*weight), x.device.type, compute or x.dtype
     fixed, tensors = split(w)
-    given = [lora_a, lora_b, x_lora, lora_bias]
-    adapter: list[Any] = autocast(device, given) or given  # type: ignore[assignment]
+    operands = [lora_a, lora_b, x_lora, lora_bias]
+    adapter: list[Any] = autocast(device, operands) or operands  # type: ignore[assignment]
     with torch.autocast(device, enabled=False):
         copy = narrow_copy(x, (low, *(() if x_lora is not None else (adapter[0].dtype,))))
         rows: Tensor = _QuantLoraLinear.apply(  # type: ignore[no-untyped-call]
@@ -162,7 +150,7 @@ def quant_lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -
 
 
 def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list[str]:
-    """Say why the op cannot take these arguments, which are those of ``quant_lora_linear``."""
+    """Why the op cannot take these arguments."""
     weight, bias, lora_a, lora_b, _, _, compute, dtype = parts(linear)
     reasons = quant_linear.unsupported(x, weight, bias, compute, dtype)
     w = Quantized(*weight)
@@ -183,7 +171,6 @@ def _example(m: Maker) -> tuple[Any, ...]:
 
 
 def _example_with_dropout(m: Maker) -> tuple[Any, ...]:
-    """With an input of the adapter's own, and all biases."""
     linear = example_of_linear(m, m.sizes.inner, m.sizes.hidden, quantized=True, bias=True)
     lora_bias = m.adapter(m.sizes.inner)
     return m.x(m.sizes.hidden), linear._replace(lora_bias=lora_bias), m.x(m.sizes.hidden)

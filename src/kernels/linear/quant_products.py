@@ -88,14 +88,9 @@ def product(
 ) -> Tensor:  # fmt: skip
     """``x·Wᵀ + bias + left·right``, or with x·W, in ``dtype`` (default: x's); no autograd.
 
-    Args:
-        x: (N, in), or (N, out) if ``transposed``; its dtype is the one that W is rounded to.
-        w: the weight (out, in).
-        transposed: multiply with W instead of its transpose.
-        bias: (out,) in x's dtype, or None.
-        left: (N, r), or None.
-        right: (r, out), or (r, in) if ``transposed``.
-        dtype: of the result and the sum.
+    ``x`` is (N, in), or (N, out) if ``transposed``: then it is multiplied with W, not its
+    transpose. W (out, in) is rounded to x's dtype. The bias (out,) is in x's dtype, ``left`` is (N,
+    r) and ``right`` (r, out), or (r, in).
     """
     result: Tensor = _direct_product(
         x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, transposed, bias, left, right,
@@ -111,8 +106,8 @@ def _sum(
     total: Any = None
     for i, (x, kind) in enumerate(zip(xs, kinds, strict=True)):
         out, into, blocksize = sizes[3 * i : 3 * i + 3]
-        own = weights[5 * i : 5 * i + 5]
-        matrix = dequantize(join(((out, into), blocksize, kind), tuple(own)), x.dtype)
+        fields = weights[5 * i : 5 * i + 5]
+        matrix = dequantize(join(((out, into), blocksize, kind), tuple(fields)), x.dtype)
         if total is None:
             total = mm(x, matrix).to(dtype)
         else:  # a wider sum rounds each product by itself: ``plus_products``
@@ -134,7 +129,7 @@ def _sum_fake(
 
 
 def elements_of(sizes: list[int]) -> list[int]:
-    """Those of each weight; ``sizes`` holds (out, in, blocksize) of one after the other."""
+    """The elements of each weight; ``sizes`` holds (out, in, blocksize) of one after the other."""
     return [out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True)]
 
 
@@ -161,10 +156,8 @@ def sum_of_quantized(
 ) -> Tensor:
     """``Σ xᵢ·Wᵢ + Σ leftⱼ·rightⱼ`` (N, in), each added to those before; no autograd.
 
-    Args:
-        pairs: xᵢ (N, outᵢ) and the weight (outᵢ, in); one at least.
-        updates: (N, r) and (r, in) each.
-        dtype: of the sum: that of the x's, or wider.
+    ``pairs``, one at least, are xᵢ (N, outᵢ) and the weight (outᵢ, in); ``updates`` (N, r) and
+    (r, in). ``dtype`` is that of the x's, or wider.
     """
     halves = [split(w) for _, w in pairs]
     result: Tensor = _direct_sum(

@@ -39,27 +39,20 @@ _PIECE = 1 << 17
 class Quantized(NamedTuple):
     """A frozen matrix (out, in) in few bits.
 
-    Attributes:
-        packed: 4 bits: two values to a byte, the first one in the high half, rows one after the
-            other, in any dtype of storage; int8: (out, in).
-        absmax: fp32; 4 bits: the scale of each block, or, with the three below, of each 256
-            scales; int8: (out,), the largest absolute value of each row.
-        shape: (out, in).
-        blocksize: how many values share a scale; not used by int8.
-        kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
-        absmax_8bit: uint8, the quantized scale of each block, or None.
-        absmax_code: (256,) fp32, what its values stand for.
-        absmax_offset: () fp32, what is added to all scales.
+    In 4 bits, ``packed`` holds two values to a byte, the first one in the high half, rows one after
+    the other, in any dtype of storage; ``absmax`` holds in fp32 the scale of each block, or, with
+    the three last fields, of each 256 scales. In int8, ``packed`` is (out, in), and ``absmax``
+    (out,) the largest absolute value of each row.
     """
 
     packed: Tensor
     absmax: Tensor
-    shape: tuple[int, int]
-    blocksize: int
-    kind: str
-    absmax_8bit: Tensor | None = None
-    absmax_code: Tensor | None = None
-    absmax_offset: Tensor | None = None
+    shape: tuple[int, int]  # (out, in)
+    blocksize: int  # how many values share a scale; not used by int8
+    kind: str  # ``"nf4"``, ``"fp4"`` or ``"int8"``
+    absmax_8bit: Tensor | None = None  # uint8, the quantized scale of each block
+    absmax_code: Tensor | None = None  # (256,) fp32, the values of its codes
+    absmax_offset: Tensor | None = None  # () fp32, what is added to all scales
 
     def nbytes(self) -> int:
         """Bytes in memory."""
@@ -71,18 +64,16 @@ def scales(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The scale of each block of 4-bit values, (blocks,) in ``dtype``."""
     if w.absmax_8bit is None or w.absmax_code is None or w.absmax_offset is None:
         return w.absmax.to(dtype)
-    found = w.absmax_code.to(dtype).index_select(0, w.absmax_8bit.int())
-    whole, outer = found.numel() // NESTED, w.absmax.to(dtype)
-    found[: whole * NESTED].view(whole, NESTED).mul_(outer[:whole, None])
-    found[whole * NESTED :].mul_(outer[-1])
-    return found.add_(w.absmax_offset.to(dtype))
+    result = w.absmax_code.to(dtype).index_select(0, w.absmax_8bit.int())
+    whole, outer = result.numel() // NESTED, w.absmax.to(dtype)
+    result[: whole * NESTED].view(whole, NESTED).mul_(outer[:whole, None])
+    result[whole * NESTED :].mul_(outer[-1])
+    return result.add_(w.absmax_offset.to(dtype))
 
 
 def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) in ``dtype``, in plain PyTorch: it defines the values.
-
-    Value and scale are multiplied in fp32 (fp64 in fp64) and rounded once.
-    """
+    """The matrix (out, in) in ``dtype``, in plain PyTorch: it defines the values."""
+    # Value and scale are multiplied in fp32 (fp64 in fp64) and rounded once.
     wide = torch.promote_types(dtype, torch.float32)
     out, into = w.shape
     if w.kind == "int8":
@@ -96,10 +87,10 @@ def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
     for start in range(0, size, step):
         stop = min(start + step, size)
         values = pairs[codes[start // 2 : (stop + 1) // 2].int()].view(-1)[: stop - start]
-        own = block_scales[start // w.blocksize : -(-stop // w.blocksize)]
+        part_scales = block_scales[start // w.blocksize : -(-stop // w.blocksize)]
         whole = (stop - start) // w.blocksize * w.blocksize
-        values[:whole].view(-1, w.blocksize).mul_(own[: whole // w.blocksize, None])
-        values[whole:].mul_(own[-1])
+        values[:whole].view(-1, w.blocksize).mul_(part_scales[: whole // w.blocksize, None])
+        values[whole:].mul_(part_scales[-1])
         result[start:stop] = values
     return result.view(out, into)
 
@@ -109,24 +100,24 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 def _kept(make: Callable[[str, torch.dtype, torch.device], Tensor]) -> Any:
     """``make``, whose results are kept unless they are fake tensors."""
-    kept = functools.cache(make)
+    cached = functools.cache(make)
 
     @functools.wraps(make)
     def found(*args: Any) -> Tensor:
-        return kept(*args) if torch._C._get_dispatch_mode(_FAKE) is None else make(*args)
+        return cached(*args) if torch._C._get_dispatch_mode(_FAKE) is None else make(*args)
 
     return found
 
 
 @_kept
 def table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What the 16 codes stand for."""
+    """The values of the 16 codes."""
     return torch.tensor(VALUES[kind], dtype=dtype, device=device)
 
 
 @_kept
 def _pairs(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What the 256 bytes stand for: (256, 2)."""
+    # (256, 2): the values of each byte's two codes.
     one = table(kind, dtype, device)
     return torch.stack((one.repeat_interleave(16), one.repeat(16)), 1)
 
@@ -162,25 +153,23 @@ _direct_dequantize = direct(_dequantize)
 
 
 def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) in ``dtype``: bit for bit what bitsandbytes makes of it.
-
-    Its compiled CPU kernel, where it is, is the fastest. It has none for odd rows and for large
-    blocks, and would start a compiler there.
-    """
+    """The matrix (out, in) in ``dtype``: bit for bit what bitsandbytes makes of it."""
+    # Its compiled CPU kernel, where it is, is the fastest. It has none for odd rows and for large
+    # blocks, and would start a compiler there.
     if w.kind != "int8" and dtype is not torch.float64 and use_triton(w.absmax):
         rest = (w.absmax_8bit, w.absmax_code, w.absmax_offset)
-        made: Tensor = _direct_dequantize(
+        result: Tensor = _direct_dequantize(
             w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype
         )
-        return made
-    theirs = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
+        return result
+    kernel = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
     low = dtype in (torch.float32, torch.bfloat16, torch.float16)
     regular = w.kind != "int8" and w.shape[1] % 2 == 0 and w.blocksize < 2048
-    if theirs is not None and low and regular and not w.absmax.is_cuda:
-        found: Tensor = theirs.default(
+    if kernel is not None and low and regular and not w.absmax.is_cuda:
+        unpacked: Tensor = kernel.default(
             w.packed, scales(w), w.blocksize, w.kind, list(w.shape), dtype
         )
-        return found
+        return unpacked
     return dequantize_reference(w, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the ops over a head share: logits in tiles of rows, element-wise work in strips of tiles.
+"""Logits in tiles of rows, element-wise work in strips of tiles: what the ops over a head share.
 
 A *tile* is some hundred rows of logits over the whole vocabulary: enough rows for an efficient
 matmul, in memory of a fixed size whatever the batch. A *strip* is the few rows of a tile whose fp32
@@ -39,17 +39,11 @@ CHUNK_CLASSES = 8192
 
 
 def row_tiles(rows: int, row_bytes: int, part: int = 1) -> list[tuple[int, int]]:
-    """Split ``rows`` into tiles of nearly equal height.
+    """(start, stop) of tiles of nearly equal height; ``row_bytes`` is what a row's logits take.
 
-    Args:
-        rows: how many count.
-        row_bytes: what the logits of one row take.
-        part: how many times less memory a tile shall take. At 4, two matmuls per tile are as fast
-            (1,024 x 576 x 49,152 in bf16, one thread); the gradient of the head, added up over the
-            tiles, is not.
-
-    Returns:
-        (start, stop) of each tile.
+    ``part`` is how many times less memory a tile shall take. At 4, two matmuls per tile are as fast
+    (1,024 x 576 x 49,152 in bf16, one thread); the gradient of the head, added up over the tiles,
+    is not.
     """
     size, least = TILE_BYTES // part, TILE_ROWS // part
     most = max(1, size // row_bytes, min(least, 2 * size // row_bytes))
@@ -59,7 +53,7 @@ def row_tiles(rows: int, row_bytes: int, part: int = 1) -> list[tuple[int, int]]
 
 
 def most_logits(on_cpu: bool) -> int:
-    """Bytes that logits and what is made of them take at one time, at most."""
+    """Bytes that logits and all temporaries of their size take at one time, at most."""
     return 2 * TILE_BYTES if on_cpu else GPU_TILE_BYTES
 
 
@@ -102,13 +96,9 @@ def accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dty
 def scale_and_cap(
     strip: Tensor, scale: Tensor | float, softcap: float, slope: Tensor | None = None
 ) -> None:
-    """Scale and cap logits in place, in their own dtype, rounding where the model rounds.
+    """Scale and cap logits (R, V) in place, in their own dtype, rounding where the model rounds.
 
-    Args:
-        strip: (R, vocabulary).
-        scale: factor on the logits.
-        softcap: their bound, or 0.
-        slope: (R, vocabulary), fp32 or fp64; takes the derivative of the capped logits.
+    ``slope`` (R, V), fp32 or fp64, takes the derivative of the capped logits.
     """
     if isinstance(scale, Tensor) or scale != 1.0:
         strip.mul_(scale)
@@ -120,12 +110,9 @@ def scale_and_cap(
 
 
 def softmax_into(f: Tensor, out: Tensor, exact: bool) -> Tensor:
-    """The softmax of each row of ``f`` in the memory of ``out``.
+    """The softmax of each row of ``f`` (R, V), fp32 or fp64, in the memory of ``out``.
 
-    Args:
-        f: (R, vocabulary), fp32 or fp64.
-        out: likewise.
-        exact: whether the logits have not been rounded to fewer bits before.
+    ``exact`` says that the logits have not been rounded to fewer bits before.
     """
     p = torch.softmax(f, 1, out=out)
     if exact:  # its running sum over a large vocabulary is 1e-6 off: divide by a better one
@@ -136,12 +123,12 @@ def softmax_into(f: Tensor, out: Tensor, exact: bool) -> Tensor:
 def target_logprobs(f: Tensor, p: Tensor, y: Tensor) -> Tensor:
     """The log-probabilities (R,) of targets ``y`` (R, 1); ``p`` is the softmax of logits ``f``."""
     target_p = p.gather(1, y).squeeze(1)
-    found = target_p.log()  # l_y - lse, without another pass over f
-    lost = target_p < 1e-30  # too near the end of fp32's range: read it from the logits
-    if bool(lost.any()):
-        these = f[lost]
-        found[lost] = these.gather(1, y[lost]).squeeze(1) - these.logsumexp(1)
-    return found
+    logprobs = target_p.log()  # l_y - lse, without another pass over f
+    underflow = target_p < 1e-30  # too near the end of fp32's range: read it from the logits
+    if bool(underflow.any()):
+        these = f[underflow]
+        logprobs[underflow] = these.gather(1, y[underflow]).squeeze(1) - these.logsumexp(1)
+    return logprobs
 
 
 def require_classes(targets: Tensor, vocabulary: int) -> None:

@@ -53,28 +53,27 @@ def reference(
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias, labels = ctx.saved_tensors[4:]
     ignore_index, reduction, smoothing, softcap, scale = ctx.chosen
-    chosen = ignore_index, reduction, smoothing, softcap or None, scale
+    config = ignore_index, reduction, smoothing, softcap or None, scale
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return reference(x, weight, bias, labels, *chosen)
+        return reference(x, weight, bias, labels, *config)
 
     return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients of the *sum* are found by forward; backward multiplies them, out of place."""
+    """Forward computes the gradients of the *sum*; backward multiplies them, out of place."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
         chosen: tuple[Any, ...], recording: bool,
     ) -> Tensor:  # fmt: skip
-        """Return the loss; keep the gradients of its sum that will be wanted."""
         ctx.set_materialize_grads(False)
-        wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
-        loss, made = found(x, weight, bias, labels, Settings(*chosen), wanted)
+        needs = [recording and needed for needed in ctx.needs_input_grad[:3]]
+        loss, saved = found(x, weight, bias, labels, Settings(*chosen), needs)
         # x and labels for a second derivative alone
-        ctx.save_for_backward(*made, x, weight, bias, labels)
+        ctx.save_for_backward(*saved, x, weight, bias, labels)
         ctx.chosen = chosen
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in (x, weight, bias)]
         return loss
@@ -83,8 +82,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dbias, count = ctx.saved_tensors[:4]
-        made, needed = (dx, dweight, dbias, count), ctx.needs_input_grad[:3]
-        return *scaled(made, grad, ctx.like, needed, ctx.chosen[-1]), None, None, None
+        saved, needed = (dx, dweight, dbias, count), ctx.needs_input_grad[:3]
+        return *scaled(saved, grad, ctx.like, needed, ctx.chosen[-1]), None, None, None
 
 
 def linear_cross_entropy(
@@ -97,9 +96,8 @@ def linear_cross_entropy(
     Logits, scale and softcap are rounded to x's dtype where the model rounds them, so the loss is
     eager's; the softmax and everything after run in fp32. Without gradients (no_grad, or none
     required) only the loss is computed. Gradients of the head are summed over the tiles in fp32.
-    Backward may run more than once over a retained graph. Under
-    autocast the operands are cast first, as autocast casts a linear layer's. ``torch.compile``
-    sees one opaque op.
+    Backward may run more than once over a retained graph. Under autocast the operands are cast
+    first, as autocast casts a linear layer's. ``torch.compile`` sees one opaque op.
 
     Args:
         x: (..., hidden), the rows that are multiplied.
@@ -118,10 +116,10 @@ def linear_cross_entropy(
     Raises:
         ValueError: another reduction, a smoothing outside [0, 1], or a softcap that is not above 0.
         IndexError: on the CPU, a label that is no class. On a GPU, where looking would stall the
-            stream, the loss is nan instead; in fp64, which no kernel takes, it is
-            PyTorch's own assertion on the device.
+            stream, the loss is nan instead; in fp64, which no kernel takes, it is PyTorch's own
+            assertion on the device.
     """
-    chosen = settings(ignore_index, reduction, label_smoothing, softcap, logit_scale)
+    options = settings(ignore_index, reduction, label_smoothing, softcap, logit_scale)
     x, weight, bias = operands(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -129,7 +127,7 @@ def linear_cross_entropy(
             weight,
             bias,
             labels,
-            tuple(chosen),
+            tuple(options),
             torch.is_grad_enabled(),  # within forward it is always off
         )
     return loss

@@ -1,4 +1,4 @@
-"""What ``linear_cross_entropy`` is made of: its opaque op, and what goes in and comes out of it."""
+"""The opaque op of ``linear_cross_entropy``, its settings, operands and gradients."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def _fake(
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    kept = wide if x.dtype is torch.float16 else x.dtype
+    narrow = wide if x.dtype is torch.float16 else x.dtype
     rows, vocabulary, hidden = x.shape[0], weight.shape[0], x.shape[1]
     return (
         x.new_empty((), dtype=wide),
         x.new_empty((), dtype=wide),
         x.new_empty((rows if wanted[0] else 0, hidden)),
-        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=kept),
+        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=narrow),
         x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
     )
 
@@ -59,7 +59,7 @@ _forward = library_op(
 
 
 class Settings(NamedTuple):
-    """What turns logits into a loss, besides the labels; ``softcap`` is 0 where there is none."""
+    """What turns logits and labels into a loss; ``softcap`` is 0 where there is none."""
 
     ignore_index: int = -100
     reduction: str = "mean"
@@ -138,7 +138,7 @@ def found(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chosen: Settings,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Found]:  # fmt: skip
-    """The loss, and what its backward pass needs for the wanted gradients; not differentiable."""
+    """The loss, and what backward needs for the gradients in ``wanted``; not differentiable."""
     ignore_index, reduction, *rest = chosen
     total, count, *gradients = _forward(
         x.reshape(-1, x.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, *rest, wanted
@@ -151,16 +151,10 @@ def found(
 def scaled(
     made: Found, grad: Tensor, like: Sequence[Any], needed: Sequence[bool], scale: float
 ) -> list[Tensor | None]:
-    """The gradients of x, weight and bias: what forward found, scaled.
+    """The gradients of x, weight and bias: those of ``found`` times ``grad`` and the logit scale.
 
-    No matmul, no host synchronisation, and nothing is overwritten.
-
-    Args:
-        made: from ``found``.
-        grad: of the loss.
-        like: (shape, dtype) of each operand.
-        needed: whether its gradient is.
-        scale: the factor on the logits.
+    ``like`` holds (shape, dtype) of each operand. No matmul, no host synchronisation, and nothing
+    is overwritten.
     """
     *gradients, count = made
     factor = grad * scale
@@ -176,8 +170,6 @@ def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_on_a_gpu(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in one kernel, which computes in the factor's dtype and keeps no copy in it.
-
-    A factor without dimensions would be rounded: it has no say in the dtype of the product.
-    """
+    # One kernel, which computes in the factor's dtype and keeps no copy in it. A factor without
+    # dimensions would be rounded: it has no say in the dtype of the product.
     return torch.mul(t, factor.reshape(1), out=torch.empty_like(t, dtype=dtype))

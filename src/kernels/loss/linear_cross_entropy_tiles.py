@@ -1,4 +1,4 @@
-"""How ``linear_cross_entropy`` runs in plain PyTorch: tiles of rows, strips of tiles."""
+"""``linear_cross_entropy`` in plain PyTorch: tiles of rows, strips of tiles."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from .head_tiles import (
 
 @dataclass(frozen=True)
 class _Loss:
-    """What turns logits into a loss, besides the labels."""
-
     smoothing: float
     softcap: float
     scale: float
@@ -35,38 +33,27 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The summed loss, how many rows count, and the gradients of the sum over ``logit_scale``.
 
-    Args:
-        x: (N, hidden).
-        weight: (vocabulary, hidden).
-        bias: (vocabulary,) or None.
-        labels: (N,).
-        ignore_index: the label of rows to leave out.
-        label_smoothing: weight of the uniform distribution.
-        softcap: bound of the logits, or 0.
-        logit_scale: factor on the logits.
-        wanted: whether the gradients of x, ``weight`` and ``bias`` are.
-
-    Returns:
-        loss and count (0-d, fp32 or fp64); dx (N, hidden) in x's dtype; dweight (vocabulary,
-        hidden) in x's dtype, but fp32 for fp16, where a sum may leave the range; dbias
-        (vocabulary,) in the loss's dtype. A gradient that is not wanted has no rows.
+    ``wanted`` says which gradients are computed, of x, ``weight`` and ``bias``; ``softcap`` is 0
+    for none. Loss and count are 0-d, fp32 or fp64; dx (N, hidden) and dweight (vocabulary, hidden)
+    have x's dtype, but dweight is fp32 for fp16, where a sum may leave the range; dbias
+    (vocabulary,) has the loss's dtype. A gradient that is not wanted has no rows.
     """
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     loss = _Loss(label_smoothing, softcap, logit_scale)
     vocabulary, hidden = weight.shape
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    some = kept.numel() < labels.numel()
+    counted = (labels != ignore_index).nonzero().squeeze(1)
+    some = counted.numel() < labels.numel()
     if labels.device.type == "cpu":
-        require_classes(labels.index_select(0, kept), vocabulary)
-    losses = torch.empty(kept.numel(), dtype=wide, device=x.device)
+        require_classes(labels.index_select(0, counted), vocabulary)
+    losses = torch.empty(counted.numel(), dtype=wide, device=x.device)
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
     dweight: Tensor | None = None
-    tiles = row_tiles(kept.numel(), vocabulary * x.element_size())
+    tiles = row_tiles(counted.numel(), vocabulary * x.element_size())
     # one buffer for all: fresh memory of this size would be faulted in page by page, tile by tile
     buffer = x.new_empty(max((stop - start for start, stop in tiles), default=0), vocabulary)
     for start, stop in tiles:
-        rows = kept[start:stop]
+        rows = counted[start:stop]
         xt = x.index_select(0, rows) if some else x[start:stop]
         targets = labels.index_select(0, rows)
         logits = project(xt, weight, bias, buffer[: stop - start])
@@ -79,17 +66,15 @@ def compute(
             dweight = accumulate(dweight, logits, xt, wide)
     if dweight is None:
         dweight = x.new_zeros((vocabulary if wanted[1] else 0, hidden))
-    count = losses.new_full((), kept.numel())
+    count = losses.new_full((), counted.numel())
     narrow = wide if x.dtype is torch.float16 else x.dtype
     return losses.sum(), count, dx, dweight.to(narrow), dbias
 
 
 def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias: Tensor) -> Tensor:
-    """Each row's loss (R,); ``logits`` (R, vocabulary) become their gradient in place if asked.
-
-    With ``l`` the scaled and capped logits, ``p`` their softmax, ``y`` the label and ``e`` the
-    smoothing: ``loss = lse(l) - (1 - e)·l_y - e·mean(l)``, ``dl = p - e/V - (1 - e)·[v = y]``.
-    """
+    # Each row's loss (R,); ``logits`` (R, vocabulary) become their gradient in place if asked.
+    # With ``l`` the scaled and capped logits, ``p`` their softmax, ``y`` the label and ``e`` the
+    # smoothing: ``loss = lse(l) - (1 - e)·l_y - e·mean(l)``, ``dl = p - e/V - (1 - e)·[v = y]``.
     wide, vocabulary = dbias.dtype, logits.shape[1]
     strips = list(row_strips(*logits.shape))
     height = strips[0].stop if strips else 0
@@ -117,7 +102,6 @@ def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias
 
 
 def _row_losses(f: Tensor, p: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """The losses (R,) of logits ``f``, their softmax ``p`` (R, vocabulary) and labels (R, 1)."""
     losses = target_logprobs(f, p, y).neg_()
     if smoothing:
         losses += smoothing * (f.gather(1, y).squeeze(1) - f.mean(1))

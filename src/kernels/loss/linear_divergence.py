@@ -42,12 +42,12 @@ def reference(
         mixture = torch.logaddexp(student + weights[0], teacher + weights[1])
         of_student = kl_div(mixture, student, reduction="none", log_target=True).sum(-1)
         of_teacher = kl_div(mixture, teacher, reduction="none", log_target=True).sum(-1)
-        found = (1.0 - beta) * of_student + beta * of_teacher
+        values = (1.0 - beta) * of_student + beta * of_teacher
     elif kind == "forward_kl" or (kind == "jsd" and beta == 0.0):
-        found = kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        values = kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     else:
-        found = kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
-    return found if targets is None else found.masked_fill(targets == ignore_index, 0)
+        values = kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+    return values if targets is None else values.masked_fill(targets == ignore_index, 0)
 
 
 def _logp(logits: Tensor, temperature: float) -> Tensor:
@@ -67,9 +67,9 @@ def _implementation(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    made = rest[-1]
+    with_gradient = rest[-1]
     return x.new_empty((x.shape[0],), dtype=wide), x.new_empty(
-        (x.shape[0] if made else 0, x.shape[1])
+        (x.shape[0] if with_gradient else 0, x.shape[1])
     )
 
 
@@ -97,11 +97,11 @@ def _implementation_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    wanted, (vocabulary, hidden) = rest[-1], weight.shape
+    needs, (vocabulary, hidden) = rest[-1], weight.shape
     return (
-        x.new_empty(x.shape if wanted[0] else (0, hidden)),
-        x.new_empty((vocabulary if wanted[1] else 0, hidden)),
-        x.new_empty((vocabulary if wanted[2] else 0,), dtype=grad.dtype),
+        x.new_empty(x.shape if needs[0] else (0, hidden)),
+        x.new_empty((vocabulary if needs[1] else 0, hidden)),
+        x.new_empty((vocabulary if needs[2] else 0,), dtype=grad.dtype),
     )
 
 
@@ -109,7 +109,6 @@ def _flops_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Any, other_x: Tensor,
     other_weight: Tensor | None, *rest: Any,
 ) -> int:  # fmt: skip
-    """Both logits once more, and the gradients of x and of the head."""
     products = weight.numel() * (1 + sum(rest[-1][:2]))
     products += 0 if other_weight is None else other_weight.numel()
     return 2 * x.shape[0] * int(products)
@@ -128,32 +127,31 @@ _backward = library_op(
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, *others = ctx.saved_tensors[:7]
+    x, weight, bias, *rest_of_head = ctx.saved_tensors[:7]
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return reference(x, weight, bias, *others, *ctx.chosen)
+        return reference(x, weight, bias, *rest_of_head, *ctx.chosen)
 
     return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """The gradient of x is made by forward if the head is frozen, else all are by backward."""
+    """Forward computes the gradient of x if the head is frozen; else backward computes all."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, other: tuple[Any, ...],
         targets: Tensor | None, chosen: tuple[Any, ...], recording: bool,
     ) -> Tensor:  # fmt: skip
-        """Return the divergences; keep what the wanted gradients need."""
         ctx.set_materialize_grads(False)
-        wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
-        made = wanted[0] and not any(wanted[1:])
+        needs = [recording and needed for needed in ctx.needs_input_grad[:3]]
+        with_gradient = needs[0] and not any(needs[1:])
         rows = x.reshape(-1, x.shape[-1])
         other_x, *head = other
         teacher = other_x.reshape(-1, other_x.shape[-1]), *head
         flat = None if targets is None else targets.reshape(-1)
-        values, term = _forward(rows, weight, bias, *teacher, flat, *chosen, made)
-        ctx.save_for_backward(x, weight, bias, *other, targets, term if made else None)
+        values, term = _forward(rows, weight, bias, *teacher, flat, *chosen, with_gradient)
+        ctx.save_for_backward(x, weight, bias, *other, targets, term if with_gradient else None)
         ctx.chosen = chosen
         # no view: what an op returns may be written to
         out: Tensor = torch.ops.aten._unsafe_view(values, list(x.shape[:-1]))
@@ -168,14 +166,14 @@ class _LinearDivergence(torch.autograd.Function):
         if term is not None:
             dx = (term * (flat / temperature).unsqueeze(1)).to(x.dtype).view(x.shape)
             return dx, None, None, *nothing
-        wanted = list(ctx.needs_input_grad[:3])
-        found = _backward(
+        needs = list(ctx.needs_input_grad[:3])
+        input_grads = _backward(
             flat, x.reshape(-1, x.shape[-1]), weight, bias,
             other_x.reshape(-1, other_x.shape[-1]), other_weight, other_bias,
             None if targets is None else targets.reshape(-1), kind, beta, temperature,
-            ignore_index, wanted,
+            ignore_index, needs,
         )  # fmt: skip
-        each = zip(found, (x, weight, bias), wanted, strict=True)
+        each = zip(input_grads, (x, weight, bias), needs, strict=True)
         return *(t.to(of.dtype).view(of.shape) if need else None for t, of, need in each), *nothing
 
 
@@ -228,10 +226,10 @@ def linear_divergence(
     if other_weight is not None:
         other_x, other_weight, other_bias = operands(other_x, other_weight, other_bias)
     other = [t if t is None else t.detach() for t in (other_x, other_weight, other_bias)]
-    chosen = kind, float(beta), float(temperature), ignore_index
+    settings = kind, float(beta), float(temperature), ignore_index
     with torch.autocast(x.device.type, enabled=False):
         values: Tensor = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, tuple(other), targets, chosen, torch.is_grad_enabled()
+            x, weight, bias, tuple(other), targets, settings, torch.is_grad_enabled()
         )
     return values
 
@@ -263,14 +261,13 @@ def unsupported(
         reasons.append(f"rows of {tuple(x.shape[:-1])} and {tuple(other_x.shape[:-1])}")
     if targets is not None and targets.shape != x.shape[:-1]:
         reasons.append(f"targets {tuple(targets.shape)} do not fit x {tuple(x.shape)}")
-    given = [t for _, head in heads for t in head if t is not None]
-    if len({t.device for t in given + ([] if targets is None else [targets])}) > 1:
+    tensors = [t for _, head in heads for t in head if t is not None]
+    if len({t.device for t in tensors + ([] if targets is None else [targets])}) > 1:
         reasons.append("the operands are on several devices")
     return reasons
 
 
 def _example(m: Maker, kind: str = "forward_kl") -> tuple[Any, ...]:
-    """The teacher is half as wide."""
     vocabulary, hidden, other = m.sizes.vocabulary, m.sizes.hidden, m.sizes.hidden // 2
     teacher = m.x(other).detach(), m.weight(vocabulary, other).requires_grad_(False), None
     bias = m.weight(vocabulary, mean=0.0) if kind == "jsd" else None

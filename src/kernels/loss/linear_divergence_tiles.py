@@ -1,4 +1,4 @@
-"""How ``linear_divergence`` runs in plain PyTorch: tiles of rows of both heads, strips of tiles."""
+"""``linear_divergence`` in plain PyTorch: tiles of rows of both heads, strips of tiles."""
 
 from __future__ import annotations
 
@@ -22,39 +22,24 @@ def compute(
     other_bias: Tensor | None, targets: Tensor | None, kind: str, beta: float, temperature: float,
     ignore_index: int, made: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The divergences, and their gradients for x.
+    """The divergences (N,), in fp32 or fp64, and if ``made`` their gradients for x.
 
-    Args:
-        x: (N, hidden), the student's rows.
-        weight: (vocabulary, hidden).
-        bias: (vocabulary,) or None.
-        other_x: (N, other hidden), the teacher's rows; or its log-probabilities (N, vocabulary).
-        other_weight: (vocabulary, other hidden); None for log-probabilities.
-        other_bias: (vocabulary,) or None.
-        targets: (N,) or None, then all rows count.
-        kind: ``"forward_kl"``, ``"reverse_kl"`` or ``"jsd"``.
-        beta: weight of the teacher in the mixture of ``"jsd"``, between 0 and 1.
-        temperature: what both logits are divided by.
-        ignore_index: the target of rows to leave out.
-        made: whether the gradient for x is.
-
-    Returns:
-        values (N,) in fp32 or fp64; the gradient of each row's value for its x, times the
-        temperature, (N, hidden) in x's dtype, or without rows.
+    The gradient is of each row's value for its x, times the temperature: (N, hidden) in x's dtype,
+    or without rows. Arguments are those of ``linear_divergence``, with rows in one dimension.
     """
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     student, teacher = (x, weight, bias), (other_x, other_weight, other_bias)
     values = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     term = x.new_zeros(x.shape if made else (0, x.shape[1]))
-    for rows, logits, others in _each_tile(student, teacher, targets, ignore_index, 4):
-        found = torch.empty(logits.shape[0], dtype=wide, device=x.device)
+    for rows, logits, teacher_logits in _each_tile(student, teacher, targets, ignore_index, 4):
+        part_values = torch.empty(logits.shape[0], dtype=wide, device=x.device)
         for part in row_strips(*logits.shape):
             s = _log_softmax(logits[part], temperature, wide)
-            t, mass = _teacher(others[part], other_weight, temperature, wide)
-            found[part], slope = _divergence(s, t, mass, kind, beta, made)
+            t, mass = _teacher(teacher_logits[part], other_weight, temperature, wide)
+            part_values[part], slope = _divergence(s, t, mass, kind, beta, made)
             if slope is not None:
                 logits[part] = slope
-        values[rows] = found
+        values[rows] = part_values
         if made:
             term[rows] = project_back(logits, weight)
     return values, term
@@ -67,24 +52,9 @@ def differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, ``weight`` and ``bias``, from one more projection of both heads.
 
-    Args:
-        grad: (N,), of the values.
-        x: as in ``compute``, and so all to ``ignore_index``.
-        weight: likewise.
-        bias: likewise.
-        other_x: likewise.
-        other_weight: likewise.
-        other_bias: likewise.
-        targets: likewise.
-        kind: likewise.
-        beta: likewise.
-        temperature: likewise.
-        ignore_index: likewise.
-        wanted: whether the gradients of x, ``weight`` and ``bias`` are.
-
-    Returns:
-        dx (N, hidden) and dweight (vocabulary, hidden) in x's dtype, dbias (vocabulary,) in fp32
-        or fp64. A gradient that is not wanted has no rows.
+    ``grad`` (N,) is of the values of ``compute``, ``wanted`` says which gradients are computed. dx
+    (N, hidden) and dweight (vocabulary, hidden) have x's dtype, dbias (vocabulary,) is fp32 or
+    fp64. A gradient that is not wanted has no rows.
     """
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     vocabulary, hidden = weight.shape
@@ -93,11 +63,11 @@ def differentiate(
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
     dweight: Tensor | None = None
     tiles = _each_tile(student, teacher, targets, ignore_index, 1 if wanted[1] else 4)
-    for rows, logits, others in tiles:
+    for rows, logits, teacher_logits in tiles:
         upstream = (grad[rows] / temperature).unsqueeze(1)
         for part in row_strips(*logits.shape):
             s = _log_softmax(logits[part], temperature, wide)
-            t, mass = _teacher(others[part], other_weight, temperature, wide)
+            t, mass = _teacher(teacher_logits[part], other_weight, temperature, wide)
             _, slope = _divergence(s, t, mass, kind, beta, True)
             assert slope is not None
             slope.mul_(upstream[part])
@@ -117,12 +87,12 @@ def _each_tile(
     student: Head, teacher: Head, targets: Tensor | None, ignore_index: int, part: int
 ) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """Each tile: the places of its rows, the student's logits, the teacher's."""
-    kept: Tensor | None = None
+    counted: Tensor | None = None
     assert student[1] is not None
     count, vocabulary = student[0].shape[0], student[1].shape[0]
     if targets is not None:
-        found = (targets != ignore_index).nonzero().squeeze(1)
-        kept, count = (None if found.numel() == count else found), found.numel()
+        places = (targets != ignore_index).nonzero().squeeze(1)
+        counted, count = (None if places.numel() == count else places), places.numel()
     row_bytes = vocabulary * (student[0].element_size() + teacher[0].element_size())
     tiles = row_tiles(count, row_bytes, part)
     height = max((stop - start for start, stop in tiles), default=0)
@@ -132,25 +102,23 @@ def _each_tile(
         for x, weight, _ in (student, teacher)
     ]
     for start, stop in tiles:
-        rows = slice(start, stop) if kept is None else kept[start:stop]
-        logits, others = (
+        rows = slice(start, stop) if counted is None else counted[start:stop]
+        logits, teacher_logits = (
             x[rows] if weight is None else project(x[rows], weight, bias, buffer[: stop - start])
             for (x, weight, bias), buffer in zip((student, teacher), buffers, strict=True)
         )
-        yield rows, logits, others
+        yield rows, logits, teacher_logits
 
 
 def _teacher(
     strip: Tensor, weight: Tensor | None, temperature: float, wide: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """The teacher's log-probabilities, and the sums of its probabilities where they may not be 1.
-
-    Those that are given are taken as they are: rounded, or nothing that a softmax has made.
-    """
+    # The teacher's log-probabilities, and the sums of its probabilities where they may not be 1.
+    # Those that are passed in are used as they are: rounded, or not made by a softmax at all.
     if weight is not None:
         return _log_softmax(strip, temperature, wide), None
-    given = strip.to(wide, copy=True)
-    return given, given.exp().sum(1, keepdim=True)
+    logprobs = strip.to(wide, copy=True)
+    return logprobs, logprobs.exp().sum(1, keepdim=True)
 
 
 def _log_softmax(strip: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
@@ -183,9 +151,9 @@ def _divergence(
         return values, s.mul_(ratio.sub_(values.unsqueeze(1))) if gradient else None
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
     ratio = student.sub_(mixture)
-    own = (s * ratio).sum(1)
+    reverse_kl = (s * ratio).sum(1)
     t = teacher.exp()
-    values = (1.0 - beta) * own + beta * t.mul_(teacher.sub_(mixture)).sum(1)
+    values = (1.0 - beta) * reverse_kl + beta * t.mul_(teacher.sub_(mixture)).sum(1)
     if not gradient:
         return values, None
-    return values, s.mul_(ratio.sub_(own.unsqueeze(1))).mul_(1.0 - beta)
+    return values, s.mul_(ratio.sub_(reverse_kl.unsqueeze(1))).mul_(1.0 - beta)

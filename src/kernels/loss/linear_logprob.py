@@ -1,4 +1,4 @@
-"""The head and what trainers read of its logits: log-probabilities, entropies, top classes.
+"""Log-probabilities, entropies and top classes of a head's logits, in one op with the head.
 
 Preference optimization, reinforcement learning and distillation need a few numbers per token, yet
 read them from logits of rows x vocabulary. Here these exist one tile of rows at a time. With a
@@ -54,22 +54,22 @@ def _output(
     match name:
         case "logprob":
             assert targets is not None
-            chosen = targets.masked_fill(ignored, 0).unsqueeze(-1)
-            found = logp.gather(-1, chosen).squeeze(-1)
+            indices = targets.masked_fill(ignored, 0).unsqueeze(-1)
+            values = logp.gather(-1, indices).squeeze(-1)
         case "entropy":
-            found = -(logp.exp() * logp).sum(-1)
+            values = -(logp.exp() * logp).sum(-1)
         case "sum_p2":
-            found = logp.exp().square().sum(-1)
+            values = logp.exp().square().sum(-1)
         case "mean_logit":
-            found = logits.mean(-1)
+            values = logits.mean(-1)
         case "logsumexp":
-            found = logits.logsumexp(-1)
+            values = logits.logsumexp(-1)
         case "argmax":
-            found = logits.argmax(-1)
+            values = logits.argmax(-1)
         case _:
-            found = logits.topk(top_k, -1)[name == "topk_indices"]
+            values = logits.topk(top_k, -1)[name == "topk_indices"]
             ignored = ignored.unsqueeze(-1)
-    return found.masked_fill(ignored, 0)
+    return values.masked_fill(ignored, 0)
 
 
 # -------------------------------------------------------------------------------- cpu and triton
@@ -81,18 +81,18 @@ def _output(
 
 def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, factor, targets = ctx.saved_tensors[:5]
-    chosen: LogprobSettings = ctx.chosen
+    config: LogprobSettings = ctx.chosen
 
     def formula(x: Tensor, weight: Tensor, bias: Any, factor: Any) -> tuple[Tensor, ...]:
-        scale = chosen.logit_scale if factor is None else factor
-        rest: list[Any] = [*chosen[:4], chosen.softcap or None, scale]
+        scale = config.logit_scale if factor is None else factor
+        rest: list[Any] = [*config[:4], config.softcap or None, scale]
         return reference(x, weight, bias, targets, *rest)
 
     return gradients(formula, (x, weight, bias, factor), ctx.needs_input_grad, grads)
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Gradient terms are made by forward where one vector per row will do; else by backward."""
+    """Forward makes gradient terms where one vector per row is enough; else backward does."""
 
     @staticmethod
     def forward(
@@ -100,25 +100,24 @@ class _LinearLogprob(torch.autograd.Function):
         targets: Tensor | None, chosen: LogprobSettings, deferred: tuple[str, ...],
         recording: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Return the outputs; keep what the wanted gradients need."""
         if not is_traced_here():  # a compiler knows gradients of zero only
             ctx.set_materialize_grads(False)
         names, shape = chosen.outputs, x.shape[:-1]
-        wanted = [recording and needed for needed in ctx.needs_input_grad[:4]]
-        made = terms(chosen, deferred, wanted)
-        picked = any(wanted) and "topk_values" in names
-        every = [*names, *(["topk_indices"] if picked and "topk_indices" not in names else [])]
-        found = forward_op(
+        needs = [recording and needed for needed in ctx.needs_input_grad[:4]]
+        with_term = terms(chosen, deferred, needs)
+        needs_topk = any(needs) and "topk_values" in names
+        every = [*names, *(["topk_indices"] if needs_topk and "topk_indices" not in names else [])]
+        results = forward_op(
             x.reshape(-1, x.shape[-1]), weight, bias,
-            None if targets is None else targets.reshape(-1), factor, every, made, *chosen[1:],
+            None if targets is None else targets.reshape(-1), factor, every, with_term, *chosen[1:],
         )  # fmt: skip
-        indices = found[every.index("topk_indices")].clone() if picked else None
+        indices = results[every.index("topk_indices")].clone() if needs_topk else None
         # no views: what an op returns may be written to
         outputs = tuple(
-            torch.ops.aten._unsafe_view(t, [*shape, *t.shape[1:]]) for t in found[: len(names)]
+            torch.ops.aten._unsafe_view(t, [*shape, *t.shape[1:]]) for t in results[: len(names)]
         )
-        ctx.save_for_backward(x, weight, bias, factor, targets, indices, *found[len(every) :])
-        ctx.chosen, ctx.made = chosen, made
+        ctx.save_for_backward(x, weight, bias, factor, targets, indices, *results[len(every) :])
+        ctx.chosen, ctx.made = chosen, with_term
         ctx.mark_non_differentiable(
             *(t for name, t in zip(names, outputs, strict=True) if name in INTEGERS)
         )
@@ -127,19 +126,19 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved, chosen = ctx.saved_tensors, ctx.chosen
-        given = {
+        saved, config = ctx.saved_tensors, ctx.chosen
+        upstream = {
             name: grad
-            for name, grad in zip(chosen.outputs, grads, strict=True)
+            for name, grad in zip(config.outputs, grads, strict=True)
             if grad is not None and name not in INTEGERS
         }
         nothing = (None,) * 4
-        if not given:
+        if not upstream:
             return (None,) * 4 + nothing
-        if set(given) <= set(ctx.made):
-            made = {n: t for n, t in zip(ctx.made, saved[6:], strict=True) if n in given}
-            return _scaled(made, given, saved, chosen), None, None, None, *nothing
-        return *_projected(given, saved, chosen, ctx.needs_input_grad[:4]), *nothing
+        if set(upstream) <= set(ctx.made):
+            grad_terms = {n: t for n, t in zip(ctx.made, saved[6:], strict=True) if n in upstream}
+            return _scaled(grad_terms, upstream, saved, config), None, None, None, *nothing
+        return *_projected(upstream, saved, config, ctx.needs_input_grad[:4]), *nothing
 
 
 def _scaled(
@@ -160,15 +159,15 @@ def _projected(
     given: dict[str, Tensor], saved: Sequence[Any], chosen: LogprobSettings, wanted: Sequence[bool]
 ) -> Iterator[Tensor | None]:
     """The gradients of x, the head and the learnt scale from one more projection."""
-    x, weight, bias, factor, targets, picked = saved[:6]
+    x, weight, bias, factor, targets, top_classes = saved[:6]
     rows = x.reshape(-1, x.shape[-1])
     flat = {n: g.reshape(rows.shape[0], *g.shape[x.dim() - 1 :]) for n, g in given.items()}
-    found = backward_op(
-        [flat.get(name) for name in chosen.outputs], picked, rows, weight, bias,
+    input_grads = backward_op(
+        [flat.get(name) for name in chosen.outputs], top_classes, rows, weight, bias,
         None if targets is None else targets.reshape(-1), factor, list(chosen.outputs),
         chosen.ignore_index, chosen.temperature, chosen.softcap, chosen.logit_scale, list(wanted),
     )  # fmt: skip
-    for t, of, need in zip(found, (x, weight, bias, factor), wanted, strict=True):
+    for t, of, need in zip(input_grads, (x, weight, bias, factor), wanted, strict=True):
         yield t.to(of.dtype).view(of.shape) if need else None
 
 
@@ -211,24 +210,24 @@ def linear_logprob(
             looking would stall the stream, the log-probability is nan instead; in fp64, which no
             kernel takes, it is PyTorch's own assertion on the device.
     """
-    chosen = settings(
+    options = settings(
         outputs, targets, weight.shape[0], top_k, ignore_index, temperature, softcap, logit_scale
     )
     require_rows(targets, x, "targets")
     x, weight, bias = operands(x, weight, bias)
     factor = logit_scale if isinstance(logit_scale, Tensor) else None
     with torch.autocast(x.device.type, enabled=False):
-        found: tuple[Tensor, ...] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
+        outs: tuple[Tensor, ...] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
             x,
             weight,
             bias,
             factor,
             targets,
-            chosen,
+            options,
             tuple(deferred),
             torch.is_grad_enabled(),  # within forward it is always off
         )
-    return found
+    return outs
 
 
 # ---------------------------------------------------------------------------------------------- OP
@@ -255,7 +254,6 @@ def _example(m: Maker, outputs: Sequence[str] = ("logprob", "entropy")) -> tuple
 
 
 def _example_of_all(m: Maker) -> tuple[Any, ...]:
-    """Every output with a gradient, and a learnt scale."""
     names = ("logprob", "entropy", "sum_p2", "mean_logit", "logsumexp", "topk_values")
     scale = nn.Parameter(m.normal().abs().add(0.8), m.train)
     x, head, _, labels, _ = _example(m)

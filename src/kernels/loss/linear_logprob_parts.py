@@ -1,4 +1,4 @@
-"""What ``linear_logprob`` is made of: its settings and its opaque ops."""
+"""The settings and the opaque ops of ``linear_logprob``."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def settings(
     """The settings of ``linear_logprob``; raises ValueError where they have no meaning."""
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or not outputs or len(set(outputs)) < len(outputs):
-        known = ", ".join(OUTPUTS)
-        raise ValueError(f"outputs must be some of {known}, once each, not {tuple(outputs)}")
+        names = ", ".join(OUTPUTS)
+        raise ValueError(f"outputs must be some of {names}, once each, not {tuple(outputs)}")
     if "logprob" in outputs and targets is None:
         raise ValueError("the output 'logprob' needs targets")
     if any(name.startswith("topk") for name in outputs) and not 1 <= top_k <= vocabulary:
@@ -74,15 +74,12 @@ def settings(
 def terms(chosen: LogprobSettings, deferred: Sequence[str], wanted: Sequence[bool]) -> list[str]:
     """The outputs whose gradient terms forward makes.
 
-    Args:
-        chosen: the settings.
-        deferred: outputs whose gradients are seldom asked for.
-        wanted: whether the gradients of x, weight, bias and the learnt scale are.
+    ``wanted`` says whether x, weight, bias and the learnt scale need a gradient.
     """
     if not wanted[0] or any(wanted[1:]):
         return []
-    made = [n for n in chosen.outputs if n in MADE_IN_FORWARD and n not in deferred]
-    return made if len(made) <= MOST_TERMS else []
+    names = [n for n in chosen.outputs if n in MADE_IN_FORWARD and n not in deferred]
+    return names if len(names) <= MOST_TERMS else []
 
 
 def _implementation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
@@ -145,19 +142,18 @@ def _fake_backward(
     grads: Any, picked: Any, x: Tensor, weight: Tensor, bias: Any, targets: Any, factor: Any,
     *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    wanted = rest[-1]
+    needs = rest[-1]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     vocabulary, hidden = weight.shape
     return [
-        x.new_empty(x.shape if wanted[0] else (0, hidden)),
-        x.new_empty((vocabulary if wanted[1] else 0, hidden)),
-        x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
+        x.new_empty(x.shape if needs[0] else (0, hidden)),
+        x.new_empty((vocabulary if needs[1] else 0, hidden)),
+        x.new_empty((vocabulary if needs[2] else 0,), dtype=wide),
         x.new_empty((), dtype=wide),
     ]
 
 
 def _flops_backward(grads: Any, picked: Any, x: Tensor, weight: Tensor, *rest: Any) -> int:
-    """The logits once more, and the gradients of x and of the head."""
     products: int = 1 + sum(rest[-1][:2])
     return 2 * x.shape[0] * weight.numel() * products
 

@@ -19,49 +19,30 @@ Upstream = Mapping[str, Tensor | float]
 
 @dataclass(frozen=True)
 class Transform:
-    """What makes final logits of the projection's.
+    """What turns the projection's logits into final ones."""
 
-    Attributes:
-        scale: factor on the logits; a 0-d tensor where it is learnt.
-        softcap: their bound, or 0.
-        temperature: what they are divided by last, in fp32.
-    """
-
-    scale: Tensor | float
-    softcap: float
-    temperature: float
+    scale: Tensor | float  # factor on the logits; a 0-d tensor where it is learnt
+    softcap: float  # their bound, or 0
+    temperature: float  # what they are divided by last, in fp32
 
 
 @dataclass
 class LogitStrip:
-    """Some rows of a tile.
+    """Some rows of a tile."""
 
-    Attributes:
-        f: (R, V), final logits in fp32 or fp64.
-        p: (R, V), their softmax.
-        y: (R, 1), targets, or None.
-        spare: (R, V) to write into.
-        cap_slope: (R, V), the derivative of the cap, where gradients need it.
-        raw: (R, V), the projection's logits, where they are kept.
-        stats: the outputs that are found so far, (R,) each; ``topk_indices`` (R, k).
-        plogp: (R, V), ``p·log p``, once there is an entropy.
-    """
-
-    f: Tensor
-    p: Tensor
-    y: Tensor | None
-    spare: Tensor
-    cap_slope: Tensor | None
-    raw: Tensor | None
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    plogp: Tensor | None = None
+    f: Tensor  # (R, V), final logits in fp32 or fp64
+    p: Tensor  # (R, V), their softmax
+    y: Tensor | None  # (R, 1), targets
+    spare: Tensor  # (R, V) to write into
+    cap_slope: Tensor | None  # (R, V), the derivative of the cap, where gradients need it
+    raw: Tensor | None  # (R, V), the projection's logits, where they are kept
+    stats: dict[str, Tensor] = field(default_factory=dict)  # (R,) each, topk_indices (R, k)
+    plogp: Tensor | None = None  # (R, V), p·log p, once there is an entropy
 
 
 def unit_upstream(name: str, vocabulary: int) -> float:
-    """The upstream gradient of an output that its gradient term is made with in forward.
-
-    It saves a pass (``logprob``), or is exact in narrow dtypes (``mean_logit``).
-    """
+    """The upstream gradient for which forward makes an output's gradient term."""
+    # It saves a pass (``logprob``), or is exact in narrow dtypes (``mean_logit``).
     if name == "mean_logit":
         return vocabulary / float(1 << (vocabulary.bit_length() - 1))
     return -1.0 if name == "logprob" else 1.0
@@ -78,14 +59,10 @@ def each_strip(
     logits: Tensor, transform: Transform, targets: Tensor | None, gradients: bool = False,
     keep_raw: bool = False,
 ) -> Iterator[tuple[slice, LogitStrip]]:  # fmt: skip
-    """Each strip of a tile with its softmax; the logits of x's dtype become final in place.
+    """Each strip of a tile (R, V) with its softmax; the logits of x's dtype become final in place.
 
-    Args:
-        logits: (R, V), the tile.
-        transform: of the logits.
-        targets: (R,) or None.
-        gradients: whether ``slope`` will be called.
-        keep_raw: whether the projection's logits are needed later.
+    ``gradients`` says that ``slope`` will be called, ``keep_raw`` that the projection's logits are
+    needed later.
     """
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     strips = list(row_strips(*logits.shape))
@@ -109,7 +86,7 @@ def each_strip(
 
 
 def find_statistics(strip: LogitStrip, outputs: Sequence[str], top_k: int) -> None:
-    """Find ``outputs`` of a strip."""
+    """Compute ``outputs`` of a strip into ``strip.stats``."""
     f, p, stats = strip.f, strip.p, strip.stats
     if {"entropy", "logsumexp", "argmax"} & set(outputs):
         top, index = f.max(1, keepdim=True)
@@ -134,12 +111,8 @@ def slope(strip: LogitStrip, upstream: Upstream, may_write: bool) -> Tensor:
 
     With ``H`` the entropy, ``S = Σp²``, and ``g`` the upstream gradients:
     ``g_logprob·([v = y] - p) - g_entropy·p·(log p + H) + g_sum_p2·2p·(p - S) + g_mean/V
-    + g_logsumexp·p + [v in topk]·g_topk``, times the derivative of the cap.
-
-    Args:
-        strip: with the statistics that the formula needs.
-        upstream: of each output that has a gradient.
-        may_write: whether the softmax is not needed any more.
+    + g_logsumexp·p + [v in topk]·g_topk``, times the derivative of the cap. The strip must have the
+    statistics that the formula needs; ``may_write`` says that its softmax is not needed any more.
     """
     p, stats = strip.p, strip.stats
     linear: Tensor | float = 0.0  # what p is multiplied by

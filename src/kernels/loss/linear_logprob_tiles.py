@@ -1,4 +1,4 @@
-"""How ``linear_logprob`` runs in plain PyTorch: tiles of rows, strips of tiles."""
+"""``linear_logprob`` in plain PyTorch: tiles of rows, strips of tiles."""
 
 from __future__ import annotations
 
@@ -26,30 +26,16 @@ def compute(
 ) -> list[Tensor]:  # fmt: skip
     """The outputs, and the gradient terms of those in ``made``.
 
-    Args:
-        x: (N, hidden).
-        weight: (vocabulary, hidden).
-        bias: (vocabulary,) or None.
-        targets: (N,) or None, then all rows count.
-        factor: 0-d, in place of ``logit_scale``, or None.
-        outputs: names.
-        made: names of outputs whose gradient for x is made, over scale and temperature, for the
-            upstream gradient ``unit_upstream``.
-        top_k: how many classes ``topk_values`` and ``topk_indices`` have.
-        ignore_index: the target of rows to leave out.
-        temperature: what the final logits are divided by.
-        softcap: bound of the logits, or 0.
-        logit_scale: factor on the logits.
-
-    Returns:
-        one tensor (N,) or (N, top_k) for each output; then one (N, hidden), in x's dtype, for each
-        name in ``made``.
+    Arguments are those of ``linear_logprob``, with rows in one dimension; ``factor``, 0-d, replaces
+    ``logit_scale``, and ``softcap`` is 0 for none. One tensor (N,) or (N, top_k) for each output;
+    then one (N, hidden), in x's dtype, for each name in ``made``: the gradient for x, over scale
+    and temperature, for the upstream gradient ``unit_upstream``.
     """
     transform = Transform(logit_scale if factor is None else factor, softcap, temperature)
-    kept = _counted(targets, ignore_index, weight.shape[0] if "logprob" in outputs else None)
-    count = x.shape[0] if kept is None else kept.numel()
+    index = _counted(targets, ignore_index, weight.shape[0] if "logprob" in outputs else None)
+    count = x.shape[0] if index is None else index.numel()
     shapes = {name: (count, top_k) if name.startswith("topk") else (count,) for name in outputs}
-    found = {
+    figures = {
         name: torch.empty(shape, dtype=dtype_of(name, x), device=x.device)
         for name, shape in shapes.items()
     }
@@ -57,22 +43,22 @@ def compute(
     tiles, height = _tiles(count, weight, x, 4)
     # the last term replaces the logits
     buffers = [x.new_empty(height, weight.shape[0]) for _ in made[1:]]
-    for span, rows, _, logits in _each_tile(x, weight, bias, kept, tiles, height):
+    for span, rows, _, logits in _each_tile(x, weight, bias, index, tiles, height):
         into = [*(buffer[: len(logits)] for buffer in buffers), *([logits] if made else [])]
         y = None if targets is None else targets[rows]
         for part, strip in each_strip(logits, transform, y, bool(made)):
             find_statistics(strip, outputs, top_k)
             for name in outputs:
-                found[name][span][part] = strip.stats[name]
+                figures[name][span][part] = strip.stats[name]
             for name, buffer in zip(made, into, strict=True):
                 upstream = {name: unit_upstream(name, weight.shape[0])}
                 last = buffer is logits
                 buffer[part] = slope(strip, upstream, may_write=last)
         for term, dlogits in zip(terms, into, strict=True):
             term[rows] = project_back(dlogits, weight)
-    if kept is not None:
-        found = {name: _spread(t, kept, x.shape[0]) for name, t in found.items()}
-    return [*(found[name] for name in outputs), *terms]
+    if index is not None:
+        figures = {name: _spread(t, index, x.shape[0]) for name, t in figures.items()}
+    return [*(figures[name] for name in outputs), *terms]
 
 
 def differentiate(
@@ -82,40 +68,26 @@ def differentiate(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, ``weight``, ``bias`` and ``factor``, all from one more projection.
 
-    Args:
-        grads: of ``outputs``; None where there is none.
-        picked: (N, top_k), the classes of ``topk_values``, or None.
-        x: as in ``compute``, and so all to ``logit_scale``.
-        weight: likewise.
-        bias: likewise.
-        targets: likewise.
-        factor: likewise.
-        outputs: likewise.
-        ignore_index: likewise.
-        temperature: likewise.
-        softcap: likewise.
-        logit_scale: likewise.
-        wanted: whether the gradients of x, ``weight``, ``bias`` and ``factor`` are.
-
-    Returns:
-        dx (N, hidden) and dweight (vocabulary, hidden) in x's dtype, dbias (vocabulary,) and
-        dfactor () in fp32 or fp64; one that is not wanted has no rows, and dfactor is 0.
+    ``grads`` are of ``outputs``, ``picked`` (N, top_k) the classes of ``topk_values``, ``wanted``
+    says which gradients are computed. dx (N, hidden) and dweight (vocabulary, hidden) have x's
+    dtype, dbias (vocabulary,) and dfactor () are fp32 or fp64; one that is not wanted has no rows,
+    and dfactor is 0.
     """
     wide = dtype_of("", x)
     transform = Transform(logit_scale if factor is None else factor, softcap, temperature)
-    kept = _counted(targets, ignore_index, None)
-    given = _columns(outputs, grads, picked, transform, kept)
+    index = _counted(targets, ignore_index, None)
+    upstream = _columns(outputs, grads, picked, transform, index)
     vocabulary, hidden = weight.shape
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
     dfactor = torch.zeros((), dtype=wide, device=x.device)
     dweight: Tensor | None = None
     tiles, height = _tiles(
-        x.shape[0] if kept is None else kept.numel(), weight, x, 1 if wanted[1] else 4
+        x.shape[0] if index is None else index.numel(), weight, x, 1 if wanted[1] else 4
     )
-    for span, rows, xt, logits in _each_tile(x, weight, bias, kept, tiles, height):
+    for span, rows, xt, logits in _each_tile(x, weight, bias, index, tiles, height):
         y = None if targets is None else targets[rows]
-        here = {name: t[span] for name, t in given.items()}
+        here = {name: t[span] for name, t in upstream.items()}
         dfactor += _to_gradient(logits, transform, y, here, wanted[3], dbias)
         if wanted[0]:
             dx[rows] = project_back(logits, weight)
@@ -154,34 +126,32 @@ def _columns(
     transform: Transform, kept: Tensor | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The upstream gradients over the temperature, of the rows that count, a column each."""
-    given = {}
+    upstream = {}
     for name, grad in zip(outputs, grads, strict=True):
         if grad is not None and name not in INTEGERS:
             column = grad if name == "topk_values" else grad.unsqueeze(1)
-            given[name] = column / transform.temperature
-    if "topk_values" in given:
+            upstream[name] = column / transform.temperature
+    if "topk_values" in upstream:
         assert picked is not None
-        given["topk_indices"] = picked
-    return given if kept is None else {n: t.index_select(0, kept) for n, t in given.items()}
+        upstream["topk_indices"] = picked
+    return upstream if kept is None else {n: t.index_select(0, kept) for n, t in upstream.items()}
 
 
 def _counted(targets: Tensor | None, ignore_index: int, classes: int | None) -> Tensor | None:
     """The rows that count, None for all; raises IndexError for a target that is no class."""
     if targets is None:
         return None
-    kept = (targets != ignore_index).nonzero().squeeze(1)
+    index = (targets != ignore_index).nonzero().squeeze(1)
     if classes is not None and targets.device.type == "cpu":
-        require_classes(targets.index_select(0, kept), classes)
-    return kept if kept.numel() < targets.numel() else None
+        require_classes(targets.index_select(0, index), classes)
+    return index if index.numel() < targets.numel() else None
 
 
 def _spread(t: Tensor, kept: Tensor, rows: int) -> Tensor:
-    """``t`` at the rows that count, zero elsewhere."""
     return t.new_zeros(rows, *t.shape[1:]).index_copy_(0, kept, t)
 
 
 def _tiles(rows: int, weight: Tensor, x: Tensor, part: int) -> tuple[list[tuple[int, int]], int]:
-    """The tiles, and the height of the highest."""
     tiles = row_tiles(rows, weight.shape[0] * x.element_size(), part)
     return tiles, max((stop - start for start, stop in tiles), default=0)
 

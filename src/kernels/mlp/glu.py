@@ -1,7 +1,7 @@
 """Gated linear units: ``activation(gate) * up``, from two tensors or from one packed tensor.
 
 Shazeer, "GLU variants improve transformer", 2020. Backward recomputes the activation from the
-saved gate, so nothing of the size of the activation is kept beside ``gate`` and ``up``:
+saved gate, so nothing of the size of the activation is kept but ``gate`` and ``up``:
 
     d up   = dy * act(gate)
     d gate = dy * up * act'(gate)
@@ -34,9 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """The activations by name: what ``activation`` may be."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` as model code writes it (it rounds after the activation)."""
     return ACTIVATIONS[activation](gate) * up
@@ -55,14 +54,9 @@ def halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def _plain(t: Tensor) -> bool:
-    """Whether ``t`` is an ordinary tensor in eager mode, where writing into views saves passes.
-
-    A tracer gets functional code in its place: Inductor fuses that, and does not fuse writes
-    into the halves of a tensor.
-    """
+    # Writing into views saves passes in eager mode. A tracer gets functional code in its place:
+    # Inductor fuses that, and does not fuse writes into the halves of a tensor.
     return type(t) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -71,10 +65,8 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
-    """Multiply ``grad`` by ``act'(gate)`` in place: no tensor of that size is made.
-
-    These forms have no derivative of their own: autograd refuses a second derivative.
-    """
+    # Multiply ``grad`` by ``act'(gate)`` in place: no tensor of that size is made.
+    # These forms have no derivative: autograd refuses a second one.
     match activation:
         case "silu":
             _aten.silu_backward.grad_input(grad, gate, grad_input=grad)
@@ -94,7 +86,6 @@ def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
 def _backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
 ) -> list[Tensor]:
-    """The needed ones of (d gate, d up)."""
     grads = []
     if need_gate:
         grads.append(_gate_gradient_(grad * up, gate, activation))
@@ -104,7 +95,6 @@ def _backward(
 
 
 def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
-    """The gradient (..., 2F) of the packed tensor."""
     gate, up = halves(gate_up, gate_first)
     if not _plain(grad):
         parts = _backward(grad, gate, up, activation, True, True)
@@ -118,8 +108,6 @@ def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first:
 
 
 # -- triton ----------------------------------------------------------------------------------------
-
-
 def _fake_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -157,9 +145,8 @@ _triton_packed_backward = library_op(
 )
 _launch_forward, _launch_backward = direct(_triton_forward), direct(_triton_backward)
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` by the implementation for these tensors, without a gradient."""
     out: Tensor = (_launch_forward if use_triton(gate, up) else _forward)(gate, up, activation)
@@ -233,18 +220,11 @@ class _GluPacked(torch.autograd.Function):
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``activation(gate) * up``; keeps ``gate`` and ``up`` for backward, never the activation.
+    """``activation(gate) * up`` (..., F); keeps only ``gate`` and ``up`` for backward.
 
-    Args:
-        gate: (..., F), floating point, any strides.
-        up: (..., F), of the same shape and dtype; may be a view of the same storage.
-        activation: one of ``ACTIVATIONS``.
-
-    Returns:
-        (..., F) in the inputs' dtype.
-
-    Raises:
-        ValueError: unknown activation, or shapes or dtypes that differ.
+    ``gate`` and ``up`` are (..., F), of one floating-point dtype, with any strides; they may be
+    views of one storage. Raises ValueError for an ``activation`` that is not in ``ACTIVATIONS``, or
+    for shapes or dtypes that differ.
     """
     if activation not in ACTIVATIONS or gate.shape != up.shape or gate.dtype is not up.dtype:
         raise ValueError("; ".join(glu_unsupported(gate, up, activation)))
@@ -252,18 +232,10 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Tensor:
-    """``glu`` of the two halves of one tensor; backward writes one gradient tensor.
+    """``glu`` of the two halves of ``gate_up`` (..., 2F), of which one or the other is the gate.
 
-    Args:
-        gate_up: (..., 2F), floating point, any strides.
-        activation: one of ``ACTIVATIONS``.
-        gate_first: whether the gate is the first half of the last dimension.
-
-    Returns:
-        (..., F) in the input's dtype.
-
-    Raises:
-        ValueError: unknown activation, or a last dimension that is odd.
+    Backward writes one gradient tensor. Raises ValueError for an unknown activation, or a last
+    dimension that is odd.
     """
     if activation not in ACTIVATIONS or gate_up.shape[-1] % 2:
         raise ValueError("; ".join(glu_packed_unsupported(gate_up, activation, gate_first)))
@@ -271,8 +243,6 @@ def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Ten
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def glu_unsupported(gate: Tensor, up: Tensor, activation: str) -> list[str]:
     """Why ``glu`` cannot take these inputs; empty when it can."""
     reasons = []

@@ -46,9 +46,8 @@ KEEPS = ("gate_up", "input")
 LAYOUTS = ("two", "gate first", "up first")
 """Gate and up from two linears, or as the halves of one's output."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def reference(
     x: Tensor,
     given: Sequence[Linear],
@@ -67,7 +66,6 @@ def reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # Matmuls of the libraries, in one piece, which is traced, or in tiles: these are library ops, for a
 # tracer would unroll their loops, and would keep what they are there to forget. On a GPU the
 # kernels of ``glu`` and ``lora_linear`` run, through their functions.
@@ -80,19 +78,12 @@ TILE_BYTES = 6 << 20
 
 
 class Mlp(NamedTuple):
-    """The linears, and what stands between them.
+    """The linears of an MLP, and how gate and up are combined."""
 
-    Attributes:
-        ins: gate and up, or one for both.
-        down: the last one.
-        activation: of the gate.
-        layout: one of ``mlp_block.LAYOUTS``.
-    """
-
-    ins: list[ResolvedLinear]
-    down: ResolvedLinear
-    activation: str
-    layout: str
+    ins: list[ResolvedLinear]  # gate and up, or one for both
+    down: ResolvedLinear  # the last one
+    activation: str  # of the gate
+    layout: str  # one of ``LAYOUTS``
 
     @classmethod
     def of(
@@ -107,17 +98,15 @@ class Mlp(NamedTuple):
         return self._replace(ins=[v.unpacked() for v in self.ins], down=self.down.unpacked())
 
     def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Both, as views of what the first linears give."""
+        """Both, as views of the first linears' outputs."""
         if self.layout == "two":
             return outs[0], outs[1]
         return glu.halves(outs[0], self.layout == "gate first")
 
 
 # -- in one piece ----------------------------------------------------------------------------------
-
-
 def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """The output (N, D) from x (N, D), what the first linears gave, the narrow products of all."""
+    """The output (N, D) from x (N, D), the first linears' outputs, the narrow products of all."""
     hs = narrow(x, mlp.ins)
     outs = [widen(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
     inner = Rows(glu.forward(*mlp.gate_and_up(outs), mlp.activation))
@@ -129,28 +118,21 @@ def backward(
     grad: Tensor, x: Rows | None, outs: Sequence[Tensor], hs: Sequence[Tensor | None], mlp: Mlp,
     need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradient of x, and those of the linears' tensors, four each; None where not needed.
+    """The gradient of x in ``dtype``, and those of the linears' tensors, four each, or None.
 
-    Args:
-        grad: (N, D).
-        x: (N, D), where a gradient of the first linears' weights or A's is wanted.
-        outs: what the first linears gave.
-        hs: the narrow products, where a B's gradient is wanted; the last is made if it is not
-            there.
-        mlp: the linears.
-        need_x: whether the gradient of x is wanted.
-        needs: what else is.
-        dtype: of the gradient of x.
+    ``x`` (N, D) is given where a gradient of the first linears' weights or A's is needed; ``outs``
+    are the first linears' outputs, and ``hs`` the narrow products, where a B's gradient is needed:
+    the last is computed if it is not there.
     """
     *in_needs, down_need = needs
     need_ins = need_x or any(any(need) for need in in_needs)
     last, inner, act = hs[-1], None, None
-    missing = down_need.lora_b and last is None
-    if down_need.weight or down_need.lora_a or missing:
+    is_missing = down_need.lora_b and last is None
+    if down_need.weight or down_need.lora_a or is_missing:
         h, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
         inner = Rows(h)
         del h
-        last = narrow(inner, [mlp.down])[0] if missing else last
+        last = narrow(inner, [mlp.down])[0] if is_missing else last
     back = projections.returned([mlp.down], [last], [grad], need_ins, [down_need])
     d_down = projections.gradients_of_parameters(inner, [mlp.down], back, [down_need])
     del inner
@@ -165,7 +147,7 @@ def backward(
 def _through_the_gate(
     d_inner: Any, outs: Sequence[Tensor], mlp: Mlp, act: Tensor | None
 ) -> list[Tensor]:
-    """The gradients of what the first linears gave; ``d_inner`` and ``act`` are used up."""
+    """The gradients of the first linears' outputs; ``d_inner`` and ``act`` are used up."""
     if mlp.layout != "two":
         first = mlp.layout == "gate first"
         return [glu.packed_backward(d_inner, outs[0], mlp.activation, first)]
@@ -174,8 +156,6 @@ def _through_the_gate(
 
 
 # -- in tiles --------------------------------------------------------------------------------------
-
-
 def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
     """Pieces of the rows, about equal; more of them on a CPU, whose cache holds a piece."""
     wide = sum(layer.weight.shape[0] * layer.dtype.itemsize for layer in mlp.ins)
@@ -213,13 +193,13 @@ def _tiled_backward(
         rows = Rows(x[tile])
         hs = narrow(rows, mlp.ins)
         outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
-        d_rows, found = backward(
+        d_rows, tile_grads = backward(
             grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
             wide,
         )  # fmt: skip
         if dx is not None and d_rows is not None:
             dx[tile] = d_rows
-        for i, part in enumerate(found):
+        for i, part in enumerate(tile_grads):
             totals[i] = _added(totals[i], part)
     finished = [
         _of_its_own(total.to(t.dtype))
@@ -236,7 +216,6 @@ def _of_its_own(t: Tensor) -> Tensor:
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum of the tiles' gradients, in fp32 or wider."""
     if part is None:
         return None
     wide = torch.promote_types(part.dtype, torch.float32)
@@ -259,8 +238,8 @@ def _backward_fake(
     dtype: Kind = None, wide: Kind = None,
 ) -> list[Tensor]:  # fmt: skip
     dx = [x.new_empty(x.shape, dtype=wide or x.dtype)] if needed[0] else []
-    given = zip(tensors, needed[1:], strict=True)
-    return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
+    pairs = zip(tensors, needed[1:], strict=True)
+    return [*dx, *(t.new_empty(t.shape) for t, need in pairs if need and t is not None)]
 
 
 def _matrices(
@@ -268,12 +247,14 @@ def _matrices(
 ) -> list[tuple[int, int, int]]:
     """Elements of the weight, of A and of B of each linear; 0 of what is not there."""
     packed = elements_of(list(sizes))
-    found = []
+    sizes_of_matrices = []
     for i in range(count):
         weight, _, a, b = tensors[4 * i : 4 * i + 4]
         whole = packed[i] if packed else 0 if weight is None else weight.numel()
-        found.append((whole, 0 if a is None else a.numel(), 0 if b is None else b.numel()))
-    return found
+        sizes_of_matrices.append(
+            (whole, 0 if a is None else a.numel(), 0 if b is None else b.numel())
+        )
+    return sizes_of_matrices
 
 
 def _forward_flops(
@@ -286,7 +267,6 @@ def _backward_flops(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
     kinds: list[str], activation: str, layout: str, needed: list[bool], *_: Any,
 ) -> int:  # fmt: skip
-    """Gate and up again, what flows back through the linears, and the gradients of parameters."""
     matrices = _matrices(tensors, sizes, len(scales))
     needs = wanted(needed[1:], len(scales))
     to_gate = needed[0] or any(any(need) for need in needs[:-1])
@@ -340,10 +320,7 @@ def tiled_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str,
     layout: str, needed: list[bool], wide: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The needed gradients of x, in ``wide``, and of ``tensors``.
-
-    Everything else is computed again tile by tile.
-    """
+    """The needed gradients of x, in ``wide``, and of ``tensors``; recomputes tile by tile."""
     *lists, compute, dtype = constants
     result: list[Tensor] = _backward_op(
         grad, x, tensors, *map(list, lists), activation, layout, needed, compute, dtype, wide
@@ -352,8 +329,6 @@ def tiled_backward(
 
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, dtype, constants, activation, layout, keep = ctx.options
     x, *saved = ctx.saved_tensors
@@ -378,15 +353,15 @@ class _MLPBlock(torch.autograd.Function):
         ctx: Any, x: Tensor, copy: Tensor | None, constants: tuple[Any, ...], activation: str,
         layout: str, keep: str, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
+        # ``copy`` is x in another dtype, or None: ``products.narrow_copy``.
         ctx.set_materialize_grads(False)
-        read = x if copy is None else copy
-        rows = read.reshape(-1, x.shape[-1])
+        source = x if copy is None else copy
+        rows = source.reshape(-1, x.shape[-1])
         ctx.options = x.shape, x.dtype, constants, activation, layout, keep
         needed = ctx.needs_input_grad
         needed = needed[0], *needed[6:]
         if keep == "input":
-            ctx.save_for_backward(*((read, *tensors) if any(needed) else tensors))
+            ctx.save_for_backward(*((source, *tensors) if any(needed) else tensors))
             return tiled_forward(rows, list(tensors), Constants(*constants), activation, layout)
         mlp = Mlp.of(tensors, constants, activation, layout)
         y, outs, hs = forward(Rows(rows), mlp)
@@ -394,8 +369,8 @@ class _MLPBlock(torch.autograd.Function):
             *ins, down = wanted(needed[1:], len(hs))
             for_x = any(need.weight or need.lora_a for need in ins)
             for_hs = [need.lora_b for need in (*ins, down)]
-            kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
-            ctx.save_for_backward(read if for_x else None, *outs, *kept, *tensors)
+            saved_hs = (h if w else None for h, w in zip(hs, for_hs, strict=True))
+            ctx.save_for_backward(source if for_x else None, *outs, *saved_hs, *tensors)
         else:
             ctx.save_for_backward(*tensors)
         return y  # rows: a view made in here could not be written to in place by the model
@@ -409,17 +384,17 @@ class _MLPBlock(torch.autograd.Function):
         count, needed = len(constants[0]), ctx.needs_input_grad
         needed = needed[0], *needed[6:]
         if keep == "input":
-            found = iter(tiled_backward(
+            remaining = iter(tiled_backward(
                 grad, x.reshape(-1, x.shape[-1]), saved, Constants(*constants), activation, layout,
                 list(needed), dtype,
             ))  # fmt: skip
-            dx, *grads = (next(found) if need else None for need in needed)
+            dx, *grads = (next(remaining) if need else None for need in needed)
         else:
             outs, hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
             mlp = Mlp.of(saved[2 * count - 1 :], constants, activation, layout)
             needs = wanted(needed[1:], count)
-            read = None if rows is None else Rows(rows)
-            dx, grads = backward(grad, read, outs, hs, mlp, needed[0], needs, dtype)
+            source = None if rows is None else Rows(rows)
+            dx, grads = backward(grad, source, outs, hs, mlp, needed[0], needs, dtype)
             grads += [None] * (len(needed) - 1 - len(grads))  # of quantized weights
         return dx if dx is None else dx.view(shape), None, None, None, None, None, *grads
 
@@ -433,10 +408,10 @@ def mlp_block(
 ) -> Tensor:
     """``down(activation(gate(x)) * up(x))``.
 
-    x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
-    operand is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone,
-    as in ``quant_lora_linear``). What comes back to x is added up in x's dtype. Backward may run
-    more than once over a retained graph.
+    x, adapters and bases may differ in dtype, as in ``lora_linear``; under autocast every operand
+    is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone, as in
+    ``quant_lora_linear``). The gradients of x are summed in x's dtype. Backward may run more than
+    once over a retained graph.
 
     Args:
         x: (..., D).
@@ -455,8 +430,8 @@ def mlp_block(
             must have in common.
         RuntimeError: the shapes do not fit.
     """
-    known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
-    for choice, choices in known:
+    allowed = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
+    for choice, choices in allowed:
         if choice not in choices:
             raise ValueError(f"{choice!r} is not one of {', '.join(choices)}")
 
@@ -470,8 +445,6 @@ def mlp_block(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def unsupported(
     x: Tensor,
     given: Sequence[Linear],
@@ -479,10 +452,10 @@ def unsupported(
     layout: str = "two",
     keep: str = "gate_up",
 ) -> list[str]:
-    """Say why the op cannot take these arguments, which are those of ``mlp_block``."""
-    known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
+    """Why the op cannot take these arguments."""
+    allowed = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
     reasons = [
-        f"{v!r} is not one of {', '.join(choices)}" for v, choices in known if v not in choices
+        f"{v!r} is not one of {', '.join(choices)}" for v, choices in allowed if v not in choices
     ]
     if len(given) != (3 if layout == "two" else 2):
         return [*reasons, f"{len(given)} linears for the layout {layout!r}"]

@@ -5,8 +5,8 @@
 Shazeer et al., "Outrageously large neural networks", 2017. The S = T·K pairs of a token and an
 expert are sorted by expert (``moe_route``). Both projections are then matmuls of consecutive rows
 by one matrix each: ``moe_up`` reads its rows from where the tokens are, ``moe_down`` adds its rows
-to where they belong, and what stands between the two is any function of a row. Neither permuted
-inputs nor permuted outputs are kept for backward:
+to where they belong, and between the two there is any function of a row. Neither permuted inputs
+nor permuted outputs are kept for backward:
 
     dw = dout[t] · y;   g = w dout[t];   dh = g · D[e]ᵀ;   dD[e] = hᵀ g;   y = h · D[e]
     dU[e] = xᵀ du;   dx[t] = sum over k of du · U[e]ᵀ
@@ -30,9 +30,8 @@ from ..matmul import addmm, mm
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_kept
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def reference(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
@@ -80,7 +79,6 @@ def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # All products are opaque to a tracer: how many rows an expert has is known only at run time.
 
 _HUGE_PAGES = 14  # MADV_HUGEPAGE
@@ -96,11 +94,8 @@ def _madvise() -> Callable[..., int] | None:
 
 
 def _in_huge_pages(made: Tensor) -> Tensor:
-    """The fresh tensor ``made``, in huge pages if it is large and the system has any.
-
-    The first write into fresh memory costs one fault per page: with pages of 4 KiB more time
-    than the product that is written. It is advice: where it is not taken, nothing changes.
-    """
+    # The first write into fresh memory costs one fault per page: with pages of 4 KiB more time
+    # than the product that is written. It is advice: where it is not taken, nothing changes.
     advise = _madvise() if made.device.type == "cpu" and type(made) is Tensor else None
     if advise is not None and made.nbytes >= _LARGE:
         start = -(-made.data_ptr() // _PAGE) * _PAGE
@@ -144,13 +139,11 @@ def _grouped_mm_cpu(
 
 
 def _usual_count(count: int, dtype: torch.dtype) -> int:
-    """A number of rows, at least ``count``, that other experts and steps have as well.
-
-    oneDNN, which multiplies 16-bit matrices, compiles code for each number of rows that it meets
-    (a cache keeps 1,024): with routed experts almost every product would be the first of its
-    kind. Measured, with 64 and 256 rows: a fifth faster, in the first steps two fifths. A product
-    of few rows takes as long as its weights take to be read, and there are few such numbers.
-    """
+    # oneDNN, which multiplies 16-bit matrices, compiles code for each number of rows (a cache keeps
+    # 1,024): with routed experts almost every product would be the first of its kind, so the rows
+    # are rounded up to a number that other experts and steps have as well. Measured, with 64 and
+    # 256 rows: a fifth faster, in the first steps two fifths. A product of few rows takes as long
+    # as its weights take to be read, and there are few such numbers.
     return count if dtype.itemsize > 2 or count <= 16 else -(-count // 8) * 8
 
 
@@ -231,28 +224,18 @@ def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
 
 # -- triton ----------------------------------------------------------------------------------------
-
 _triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
 
+
 # -- both ------------------------------------------------------------------------------------------
-
-
 def grouped_mm(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """``out[s] = a[rows[s]] · weight[e] + bias[e]``, e being the expert of place s.
+    """``out[s] = a[rows[s]] · weight[e] + bias[e]`` (S, N), e being the expert of place s.
 
-    Places after the last expert's end are zero.
-
-    Args:
-        a: (R, K); its rows are read in order when ``rows`` is None.
-        rows: (S,) or None.
-        weight: (E, K, N), any strides.
-        offsets: (E,), the end of each expert's places.
-        bias: (E, N) or None.
-
-    Returns:
-        (S, N), contiguous, in a's dtype.
+    ``a`` is (R, K), its rows in order when ``rows`` (S,) is None; weight (E, K, N), any strides;
+    bias (E, N) or None. ``offsets`` (E,) are the ends of each expert's places; places after the
+    last end are zero. The result is contiguous, in a's dtype.
     """
     run = (_triton if use_triton(a, weight, bias) else _plain)["grouped_mm"]
     result: Tensor = run(a, rows, weight, offsets, bias)
@@ -264,12 +247,8 @@ def grouped_outer(
 ) -> Tensor:
     """``out[e] = sum over the places s of e of a[rows[s]]ᵀ b[s]``; zero without places.
 
-    Args:
-        a: (R, K); its rows are read in order when ``rows`` is None.
-        rows: (S,) or None.
-        b: (S, N).
-        offsets: (E,).
-        like: (E, K, N), whose dtype and layout the result gets.
+    ``a`` (R, K), ``rows`` and ``offsets`` are as in ``grouped_mm``, ``b`` is (S, N); ``like`` (E,
+    K, N) has the dtype and layout of the result.
     """
     run = (_triton if use_triton(a, b, like) else _plain)["grouped_outer"]
     result: Tensor = run(a, rows, b, offsets, like)
@@ -279,14 +258,8 @@ def grouped_outer(
 def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Tensor:
     """``out[t] = sum over k of weights[t·K + k] · y[where[t·K + k]]``, summed at least in fp32.
 
-    Args:
-        y: (S, N).
-        where: (S,).
-        weights: (S,) or None for ones.
-        active: K.
-
-    Returns:
-        (T, N) in y's dtype.
+    ``y`` is (S, N), ``where`` (S,), ``weights`` (S,) or None for ones, ``active`` is K; the result
+    (T, N) has y's dtype.
     """
     run = (_triton if use_triton(y, weights) else _plain)["combine"]
     result: Tensor = run(y, where, weights, active)
@@ -294,11 +267,9 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
 
 
 def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
-    """The sum (E, N) of each expert's rows (S, N), at least in fp32.
-
-    On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in fp32
-    the error would grow with the rows.
-    """
+    """The sum (E, N) of each expert's rows (S, N), at least in fp32."""
+    # On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in
+    # fp32 the error would grow with the rows.
     on_cpu = rows.device.type == "cpu"
     wide = torch.float64 if on_cpu else torch.promote_types(rows.dtype, torch.float32)
     place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
@@ -308,19 +279,12 @@ def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 # -- routing ---------------------------------------------------------------------------------------
-
-
 def moe_route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the pairs of a token and an expert by expert.
 
-    Args:
-        ids: (S,), the expert of each pair; pairs of one token are adjacent. A pair whose expert
-            is E or more has none here, and adds nothing.
-        experts: the number E of experts.
-
-    Returns:
-        The pair at each sorted place (S,), the place of each pair (S,), and the end of each
-        expert's places (E,) in int32.
+    ``ids`` (S,) is the expert of each pair, those of one token adjacent. A pair whose expert is
+    ``experts`` or more has none here, and adds nothing. Returns the pair at each sorted place (S,),
+    the place of each pair (S,), and the end of each expert's places (E,) in int32.
     """
     ordered, order = torch.sort(ids, stable=True)
     ends = torch.arange(experts, device=ids.device, dtype=ids.dtype)
@@ -335,8 +299,6 @@ def inverse_permutation(order: Tensor) -> Tensor:
 
 
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """``grouped_mm`` in plain PyTorch: rows of no expert are zero."""
     ends = offsets.tolist()
@@ -348,7 +310,6 @@ def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
 
 
 def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The backward pass of ``moe_up``, differentiable."""
     x, weight, _, offsets, order = ctx.saved_tensors
     tokens = order // ctx.active
     if x is None:
@@ -362,12 +323,11 @@ def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _down_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The backward pass of ``moe_down``, differentiable."""
     h, _, weights, weight, bias, order, offsets, _ = ctx.saved_tensors
-    tokens, kept = order // ctx.active, h is not None
+    tokens, is_kept = order // ctx.active, h is not None
     why = "the experts are frozen and their weights in the sum are not"
-    require_kept(kept or not ctx.needs_input_grad[1], "moe_experts", why)
-    h = h if kept else absent((order.shape[0], weight.shape[1]), weight)
+    require_kept(is_kept or not ctx.needs_input_grad[1], "moe_experts", why)
+    h = h if is_kept else absent((order.shape[0], weight.shape[1]), weight)
 
     def formula(h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = _grouped(h, weight, bias, offsets) * weights.index_select(0, order).unsqueeze(1)
@@ -448,17 +408,10 @@ def moe_up(
 ) -> Tensor:  # fmt: skip
     """``x[t] · weight[e] + bias[e]`` for each pair of a token and an expert, sorted by expert.
 
-    Args:
-        x: (T, H).
-        weight: (E, H, F), in x's dtype, any strides (the transpose of (E, F, H) as well).
-        bias: (E, F) or None.
-        order: (S,), from ``moe_route``, like the next two.
-        where: (S,).
-        offsets: (E,).
-        active: the number K of experts of a token; S = T·K.
-
-    Returns:
-        (S, F) in x's dtype, in the order of ``order``.
+    ``x`` is (T, H), weight (E, H, F) in x's dtype, any strides (the transpose of (E, F, H) as
+    well), bias (E, F) or None; ``order``, ``where`` and ``offsets`` are from ``moe_route``,
+    ``active`` is the number K of experts of a token. The result (S, F), S = T·K, is in the order of
+    ``order``.
     """
     return _Up.apply(x, weight, bias, order, where, offsets, active)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -469,18 +422,9 @@ def moe_down(
 ) -> Tensor:  # fmt: skip
     """Project each pair's row, and add up each token's rows by their weights.
 
-    Args:
-        h: (S, F), in the order of ``order``.
-        weights: (S,), the weight of each pair, in the order of the tokens.
-        weight: (E, F, H), in h's dtype, any strides.
-        bias: (E, H) or None.
-        order: (S,), from ``moe_route``, like the next two.
-        where: (S,).
-        offsets: (E,).
-        active: the number K of experts of a token.
-
-    Returns:
-        (T, H) in h's dtype; the sum is in fp32.
+    ``h`` is (S, F), in the order of ``order``; ``weights`` (S,) in the order of the tokens; weight
+    (E, F, H) in h's dtype, any strides; bias (E, H) or None; the rest as in ``moe_up``. The result
+    (T, H) is summed in fp32, and in h's dtype.
     """
     return _Down.apply(h, weights, weight, bias, order, where, offsets, active)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -497,7 +441,7 @@ def moe_experts(
         index: (T, K), the experts of each token.
         weights: (T, K), what their outputs are multiplied by; any floating dtype.
         up: (E, H, F), in x's dtype, any strides; frozen or trainable.
-        down: (E, F', H), likewise.
+        down: (E, F', H), in x's dtype, any strides; frozen or trainable.
         activation: from the rows (S, F) of the first product to the rows (S, F') of the second.
         up_bias: (E, F) or None.
         down_bias: (E, H) or None.
@@ -512,30 +456,28 @@ def moe_experts(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def unsupported(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> list[str]:  # fmt: skip
-    """Say why the op cannot take these arguments, which are those of ``moe_experts``."""
+    """Why the op cannot take these arguments."""
     devices = [] if index.device == weights.device == x.device else ["several devices"]
     inner = x.new_empty(0, down.shape[1])
     return [*devices, *_unsupported(x, up, up_bias), *_unsupported(inner, down, down_bias)]
 
 
 def _unsupported(rows: Tensor, weight: Tensor, bias: Tensor | None, *routing: Any) -> list[str]:
-    """Likewise of one of the two projections: ``moe_up``, or (with h for x) ``moe_down``."""
+    # Of one of the two projections: ``moe_up``, or (with h for x) ``moe_down``.
     reasons = []
     if rows.ndim != 2 or weight.ndim != 3:
         reasons.append("the rows are not (N, in), or the weights are not (E, in, out)")
     elif rows.shape[1] != weight.shape[1]:
         reasons.append(f"shapes do not fit: {tuple(rows.shape)}, {tuple(weight.shape)}")
-    given = [t for t in (rows, weight, bias) if t is not None]
-    if len({t.dtype for t in given}) > 1:
-        reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in given)}")
-    return reasons + not_16_bits(rows) + on_several_devices(*given, *routing)
+    tensors = [t for t in (rows, weight, bias) if t is not None]
+    if len({t.dtype for t in tensors}) > 1:
+        reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in tensors)}")
+    return reasons + not_16_bits(rows) + on_several_devices(*tensors, *routing)
 
 
 def _down_unsupported(
@@ -545,7 +487,6 @@ def _down_unsupported(
 
 
 def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
-    """Experts of half the width; the last has no token."""
     hidden, inner, experts, active = m.sizes.hidden, m.sizes.inner // 2, m.sizes.experts, 2
     x = m.x(hidden).detach().flatten(0, 1).requires_grad_()
     first, used = m.integers(experts - 1, len(x), 1), experts - 1
@@ -563,9 +504,9 @@ def _example_up(m: Maker, bias: bool = False) -> tuple[Any, ...]:
 
 def _example_down(m: Maker, bias: bool = False) -> tuple[Any, ...]:
     _, index, weights, _, down, _, _, down_bias = _example(m, bias)
-    routing, own = moe_route(index.reshape(-1), len(down)), weights.detach().reshape(-1)
+    routing, pair_weights = moe_route(index.reshape(-1), len(down)), weights.detach().reshape(-1)
     h = m.normal(index.numel(), down.shape[1]).requires_grad_()
-    return h, own.requires_grad_(), down, down_bias, *routing, index.shape[1]
+    return h, pair_weights.requires_grad_(), down, down_bias, *routing, index.shape[1]
 
 
 OP = Op(

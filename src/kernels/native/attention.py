@@ -12,7 +12,7 @@ from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 3
 _SCORES = 1 << 14
-"""Scores that are worth a thread of their own."""
+"""Scores that are worth another thread."""
 
 
 class _Call(ctypes.Structure):
@@ -26,14 +26,8 @@ class _Call(ctypes.Structure):
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel computes this call; waits for the compiler where it does.
-
-    Args:
-        q: (B, H, T, D).
-        k: (B, KV, S, D).
-        v: (B, KV, S, E).
-        mask: (B or 1, H or 1, T, S) or None.
-    """
+    """Whether the kernel computes this call; waits for the compiler where it does."""
+    # a mask is (B or 1, H or 1, T, S)
     every = q, k, v
     return (
         all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in every)
@@ -50,8 +44,8 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """The outputs (B, H, T, E), in memory (B, T, H, E), of a call that ``takes`` is true of."""
     out = _like(q, v.shape[-1])
-    given = _dense({"q": q, "k": k, "v": v, "mask": mask}) | {"out": out}
-    _run("attention_forward", given, scale, causal, window)
+    tensors = _dense({"q": q, "k": k, "v": v, "mask": mask}) | {"out": out}
+    _run("attention_forward", tensors, scale, causal, window)
     return out
 
 
@@ -61,10 +55,10 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of (dq, dk, dv), in the memory order of projections."""
     pairs = zip(("dq", "dk", "dv"), (q, k, v), needs, strict=True)
-    found = {name: _like(t, t.shape[-1]) if need else None for name, t, need in pairs}
-    given = _dense({"grad": grad, "q": q, "k": k, "v": v, "mask": mask}) | found
-    _run("attention_backward", given, scale, causal, window)
-    return [t for t in found.values() if t is not None]
+    gradients = {name: _like(t, t.shape[-1]) if need else None for name, t, need in pairs}
+    tensors = _dense({"grad": grad, "q": q, "k": k, "v": v, "mask": mask}) | gradients
+    _run("attention_backward", tensors, scale, causal, window)
+    return [t for t in gradients.values() if t is not None]
 
 
 _Given = dict[str, Tensor | None]
@@ -76,11 +70,11 @@ def _run(name: str, given: _Given, scale: float, causal: bool, window: int | Non
     (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
     call = _Call(batch, heads, groups, time, keys, dim, value_dim, causal, window or keys + time)
     for key, t in given.items():
-        if t is not None:  # where there is one of a kind it stands for all
+        if t is not None:  # a dimension of size 1 is the same element for all
             strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
             setattr(call, key, _Strides(*strides))
     addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in given.values()]
-    # in backward each thread may have sums of its own: no more memory than that of the queries
+    # in backward each thread may have separate sums: no more memory than that of the queries
     threads = min(
         torch.get_num_threads(), 1 + batch * heads * time * keys // _SCORES, batch * heads
     )
@@ -91,7 +85,6 @@ def _run(name: str, given: _Given, scale: float, causal: bool, window: int | Non
 
 
 def _dense(given: _Given) -> _Given:
-    """The tensors with adjacent last elements."""
     return {
         key: t if t is None or t.stride(-1) == 1 else t.contiguous() for key, t in given.items()
     }

@@ -29,9 +29,8 @@ SECONDS = 120
 def built() -> Path:
     """The library's file; compiled unless it is there.
 
-    Raises:
-        RuntimeError: this machine has no compiler for them, or it fails.
-        subprocess.TimeoutExpired: it takes too long.
+    Raises RuntimeError where this machine has no compiler for it or the compiler fails, and
+    ``subprocess.TimeoutExpired`` where it takes too long.
     """
     if sys.platform != "linux" or sys.byteorder != "little":
         raise RuntimeError("they are compiled on Linux only, for little-endian processors")
@@ -55,8 +54,10 @@ def find_compiler() -> str | None:
     if path is None:
         return None
     try:
-        asked = [path, "--version"]
-        subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=10)
+        command = [path, "--version"]
+        subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return path
@@ -66,33 +67,34 @@ def missing_compiler() -> str:
     """Why there is no compiler, and what to do; empty where there is one."""
     if find_compiler() is not None:
         return ""
-    asked = os.environ.get("CXX")
-    if asked is not None:
-        return f"the C++ compiler that the variable CXX names, {asked!r}, does not run"
+    named = os.environ.get("CXX")
+    if named is not None:
+        return f"the C++ compiler that the variable CXX names, {named!r}, does not run"
     return "no C++ compiler was found: install g++, or let the variable CXX name another one"
 
 
 def _identity(compiler: str) -> str:
-    """Tells a compiler from others, and from what it was before an update."""
-    known = os.stat(compiler)
-    return f"{os.path.realpath(compiler)} {known.st_size} {known.st_mtime_ns} {platform.libc_ver()}"
+    status = os.stat(compiler)
+    return (
+        f"{os.path.realpath(compiler)} {status.st_size} {status.st_mtime_ns} {platform.libc_ver()}"
+    )
 
 
 def folder() -> Path:
     """Where libraries are kept; a new temporary folder where others may write to that."""
-    asked = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if Path(asked).name.startswith("torchinductor_"):
-        asked = ""  # PyTorch's default, which it sets by itself, and which others can guess
-    asked = asked or os.environ.get("XDG_CACHE_HOME", "")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if Path(cache).name.startswith("torchinductor_"):
+        cache = ""  # PyTorch's default, which it sets by itself, and which others can guess
+    cache = cache or os.environ.get("XDG_CACHE_HOME", "")
     try:
-        place = Path(asked or Path.home() / ".cache", "fusewright", "kernels").absolute()
+        place = Path(cache or Path.home() / ".cache", "fusewright", "kernels").absolute()
         for part in (*reversed(place.parents), place):
             if not part.exists():
                 part.mkdir(mode=0o700, exist_ok=True)
         if os.access(place, os.W_OK) and all(map(_is_private, (place, *place.parents))):
             return place
     except (OSError, RuntimeError):
-        pass  # no home, or nothing can be written there: this process has a folder of its own
+        pass  # no home, or nothing can be written there: this process uses a temporary folder
     return Path(tempfile.mkdtemp(prefix="fusewright-"))
 
 
@@ -102,10 +104,10 @@ def is_temporary(path: Path) -> bool:
 
 
 def _is_private(part: Path) -> bool:
-    """Whether nobody but its user, and root, can put something else in the place of its files."""
-    known = part.stat()
-    others = known.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not known.st_mode & stat.S_ISVTX
-    return known.st_uid in (0, os.getuid()) and not others
+    """Whether only its user and root can replace its files."""
+    status = part.stat()
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    return status.st_uid in (0, os.getuid()) and not writable
 
 
 def source() -> str:
@@ -116,18 +118,19 @@ def source() -> str:
 def compile_kernels(compiler: str, text: str, path: Path, flags: tuple[str, ...]) -> None:
     """Compile ``text`` into the library ``path``, of which others see all or nothing.
 
-    Raises:
-        RuntimeError: the compiler fails.
-        subprocess.TimeoutExpired: it takes too long.
+    Raises RuntimeError where the compiler fails, ``subprocess.TimeoutExpired`` where it is too
+    slow.
     """
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as scratch:
-        given, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
-        given.write_text(text)
-        command = [compiler, *FLAGS, *flags, str(given), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            lines.append(f"it ends with {done.returncode}")
+        text_file, library = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
+        text_file.write_text(text)
+        command = [compiler, *FLAGS, *flags, str(text_file), "-o", str(library)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+        if result.returncode:
+            lines = result.stderr.strip().splitlines()
+            lines.append(f"it ends with {result.returncode}")
             line = next((line for line in lines if "error" in line), lines[0])
             raise RuntimeError(f"{compiler} fails: {line[:200]}")
-        made.replace(path)
+        library.replace(path)

@@ -1,4 +1,4 @@
-"""The C++ kernels of this room, loaded: compiled in the background, at the first wish for them.
+"""The C++ kernels of this folder, loaded: compiled in the background, when they are first needed.
 
 Where there is a C++ compiler the kernels take its seconds once (``build.py``). Where there is none,
 or it fails, ops run their forms in plain PyTorch: ``problem`` and ``explain`` say why.
@@ -24,13 +24,7 @@ from .build import SECONDS, built, is_temporary
 
 
 class Loading:
-    """The library of this process, made by a thread.
-
-    Attributes:
-        library: the loaded library, or None.
-        problem: why there is none.
-        thread: what makes it.
-    """
+    """The library of this process, loaded by a thread, or the ``problem`` why there is none."""
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
@@ -68,12 +62,11 @@ def start() -> Loading:
 
 
 def has_started() -> bool:
-    """Whether anybody has asked for the kernels."""
+    """Whether the kernels have been needed so far."""
     return _loading is not None
 
 
 def _forget_unfinished() -> None:
-    """In a forked process: the thread is not there."""
     global _lock, _loading
     _lock = threading.Lock()
     if _loading is not None and _loading.library is None and _loading.problem is None:
@@ -105,15 +98,11 @@ def problem() -> str | None:
 
 
 def are_real(*tensors: Tensor) -> bool:
-    """Whether tensors have memory: the doctor runs what implements the ops on fake ones."""
+    """Whether tensors have memory: ``doctor`` runs the implementations of ops on fake ones."""
     return not any(isinstance(t, FakeTensor) for t in tensors)
 
 
 def check(status: int) -> None:
-    """Raise what a kernel's return value says.
-
-    Raises:
-        MemoryError: there was not enough memory.
-    """
+    """Raise MemoryError if a kernel's return value says that there was not enough memory."""
     if status:
         raise MemoryError("a kernel of fusewright could not allocate its memory")

@@ -11,14 +11,12 @@ from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 2
 _SUMS = 1 << 16
-"""Products that are worth a thread of their own."""
+"""Products that are worth another thread."""
 
 
 def available(wide: Tensor, narrow: Tensor) -> bool:
-    """Whether there is a kernel for these dtypes on the CPU; waits for the compiler if need be.
-
-    TorchDynamo, where it traces the op's own code, cannot find out: it takes the plain form.
-    """
+    """Whether there is a kernel for these dtypes on the CPU; waits for the compiler if need be."""
+    # TorchDynamo, where it traces the op's own code, cannot find out: it takes the plain form.
     return (
         wide.dtype is torch.bfloat16
         and narrow.dtype is torch.float32

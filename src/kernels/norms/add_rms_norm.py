@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm of the sum, in one pass; both results are wanted."""
+"""Residual add and RMSNorm of the sum, in one pass; both results are returned."""
 
 from __future__ import annotations
 
@@ -112,21 +112,11 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
     rounding: str = "inner",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Add x + residual, rounded to the dtype that both promote to; then norm the sum.
+    """Return (x + residual, its norm); the sum is rounded to the dtype that both promote to.
 
-    Args:
-        x: (..., D), floating-point, any strides.
-        residual: like x, perhaps of another dtype.
-        weight: (D,), of any floating-point dtype, or None.
-        eps: added to the mean square.
-        offset: added to the weight (1.0 in Gemma); without one, the factor unless 0.
-        rounding: as in ``rms_norm``.
-
-    Returns:
-        (sum, normed): (..., D) each; ``normed`` is ``rms_norm(sum, ...)``.
-
-    Raises:
-        ValueError: if x and residual differ in shape, or ``rounding`` is unknown.
+    x and residual are (..., D), of any floating-point dtypes and strides, and so are both results.
+    The other arguments are those of ``rms_norm``, for the sum. Raises ValueError if x and residual
+    differ in shape, or ``rounding`` is unknown.
     """
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} and residual {tuple(residual.shape)}")
@@ -144,7 +134,7 @@ def unsupported(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
     rounding: str = "inner",
 ) -> list[str]:  # fmt: skip
-    """Say why these tensors are not served by the fast implementation of their device."""
+    """Why the fast implementation of their device does not take these tensors."""
     reasons = norm.unsupported(x, weight, eps, offset, rounding)
     if x.shape != residual.shape:
         reasons.append(f"x is {tuple(x.shape)} and the residual {tuple(residual.shape)}")

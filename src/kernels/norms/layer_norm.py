@@ -40,7 +40,6 @@ _SUM_TILE = 1 << 17
 
 
 def _pytorch_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernels take these tensors, and nobody traces."""
     vectors = all(p is None or p.ndim == 1 for p in (weight, bias))
     traced = type(x) is not Tensor or torch.compiler.is_compiling()
     return vectors and not traced and x.device.type == "cpu" and x.is_contiguous()
@@ -59,7 +58,6 @@ def _pytorch_rule_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None) 
 def _pytorch_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, mean, rstd); differentiable. See ``layer_norm.forward``."""
     # F.layer_norm asks autocast first, which knows nothing of the model's own casts
     return torch.native_layer_norm(x, x.shape[-1:], *_parameters(x, weight, bias), eps)
 
@@ -68,7 +66,6 @@ def _pytorch_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return (dx, dweight, dbias); see ``layer_norm.backward``."""
     d_x: Tensor | None = None
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
@@ -84,7 +81,6 @@ def _pytorch_backward(
 def _parameter_sums(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, (D,) each, summed in fp32 or fp64, a tile at a time."""
     dim = x.shape[-1]
     d_weight = torch.zeros(dim, dtype=mean.dtype) if need_weight else None
     d_bias = torch.zeros(dim, dtype=mean.dtype) if need_bias else None
@@ -208,11 +204,7 @@ _launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm ``x`` (..., D) with the implementation of its device; not differentiable.
-
-    Returns:
-        (y, mean, rstd): the normed rows, and (..., 1) the statistics of each row.
-    """
+    """Norm ``x`` without a gradient: (y, mean, rstd), the statistics (..., 1) each."""
     fast = use_triton(x, weight, bias) and x.shape[-1] <= MAX_DIM
     run = _launch_forward if fast else _forward
     y, mean, rstd = run(x, weight, bias, eps)
@@ -223,33 +215,16 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of the norm, reductions in fp32; see ``forward``.
-
-    Args:
-        grad: gradient of the normed rows, (..., D).
-        x: what was normed, (..., D).
-        weight: (D,) or (heads, D), or None.
-        bias: in the weight's shape, or None.
-        mean: (..., 1), from ``forward``.
-        rstd: (..., 1), from ``forward``.
-        need_x: whether the gradient of ``x`` is wanted.
-        need_weight: whether the gradient of ``weight`` is wanted.
-        need_bias: whether the gradient of ``bias`` is wanted.
-
-    Returns:
-        (dx, dweight, dbias), None where not wanted.
-    """
-    wanted = need_x, need_weight and weight is not None, need_bias and bias is not None
+    """(dx, dweight, dbias), None where not needed; ``mean`` and ``rstd`` are from ``forward``."""
+    needs = need_x, need_weight and weight is not None, need_bias and bias is not None
     triton = use_triton(x, weight, bias, grad) and x.shape[-1] <= MAX_DIM
     run = _launch_backward if triton else _backward
-    grads = run(grad, x, weight, bias, mean, rstd, *wanted)
-    d_x, d_weight, d_bias = (g if w else None for g, w in zip(grads, wanted, strict=True))
+    grads = run(grad, x, weight, bias, mean, rstd, *needs)
+    d_x, d_weight, d_bias = (g if w else None for g, w in zip(grads, needs, strict=True))
     return d_x, d_weight, d_bias
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Saves x and two numbers per row."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -290,7 +265,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 # -------------------------------------------------------------------------------------------- op
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
-    """Say why these tensors are not served by the fast implementation of their device."""
+    """Why the fast implementation of their device does not take these tensors."""
     reasons = not_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         reasons.append("x has no features")

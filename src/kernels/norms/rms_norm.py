@@ -95,9 +95,9 @@ def _backward(
         product = product.mul_(scale)
     elif offset:
         g, product = g * offset, product.mul_(offset)
-    owned = weight is not None or offset or grad.dtype is not work
+    is_fresh = weight is not None or offset or grad.dtype is not work
     mean = product.mean(-1, keepdim=True)
-    if owned:
+    if is_fresh:
         d_x = g.addcmul_(n, mean, value=-1).mul_(rstd)
     else:
         d_x = torch.addcmul(g, n, mean, value=-1).mul_(rstd)
@@ -145,11 +145,7 @@ _launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)
 def forward(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, outer: bool
 ) -> tuple[Tensor, Tensor]:
-    """Norm ``x`` (..., D) with the implementation of its device; not differentiable.
-
-    Returns:
-        (y, rstd): the normed rows, and (..., 1) one reciprocal root mean square per row.
-    """
+    """Norm ``x`` without a gradient: (y, rstd), rstd (..., 1) the reciprocal root mean squares."""
     run = _launch_forward if use_triton(x, weight) and x.shape[-1] <= MAX_DIM else _forward
     y, rstd = run(x, weight, eps, offset, outer)
     return y, rstd
@@ -159,21 +155,9 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, extra: Tensor | None,
     offset: float, outer: bool, need_x: bool, need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of the norm, reductions in fp32; see ``forward``.
+    """(dx, dweight), None where not needed, reductions in fp32; ``rstd`` is from ``forward``.
 
-    Args:
-        grad: gradient of the normed rows, (..., D).
-        x: what was normed, (..., D).
-        weight: (D,) or None.
-        rstd: (..., 1), from ``forward``.
-        extra: another gradient of ``x`` (..., D), added before the result is rounded.
-        offset: added to the weight.
-        outer: whether the weight is applied before rounding.
-        need_x: whether the gradient of ``x`` is wanted.
-        need_weight: whether the gradient of ``weight`` is wanted.
-
-    Returns:
-        (dx, dweight), None where not wanted.
+    ``extra`` (..., D) is another gradient of x, added before the result is rounded.
     """
     need_weight = need_weight and weight is not None
     if use_triton(x, weight, grad) and x.shape[-1] <= MAX_DIM:
@@ -185,8 +169,6 @@ def backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves x and one rstd per row."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, outer: bool
@@ -246,7 +228,7 @@ def is_outer(rounding: str) -> bool:
 def unsupported(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "inner"
 ) -> list[str]:
-    """Say why these tensors are not served by the fast implementation of their device."""
+    """Why the fast implementation of their device does not take these tensors."""
     reasons = not_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         reasons.append("x has no features")

@@ -56,12 +56,9 @@ def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _input_gradient(
     grads: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor | None:
-    """The gradient of the normed rows, (rows, D): what all linears send back, summed in ``dtype``.
-
-    ``dtype`` is that of the normed rows: under autocast wider than the linears'. In low precision a
-    matmul that adds to its result rounds once where two calls round twice. In fp32 the same would
-    string all the sums into one, which loses more than adding short ones.
-    """
+    # ``dtype`` is that of the normed rows: under autocast wider than the linears'. In low precision
+    # a matmul that adds to its result rounds once where two calls round twice. In fp32 the same
+    # would string all the sums into one, which loses more than adding short ones.
     total: Tensor | None = None
     for g, w in zip(grads, weights, strict=True):
         if g is None:
@@ -78,7 +75,6 @@ def _input_gradient(
 def _weight_gradients(
     grads: Sequence[Tensor | None], y: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of the linears' weights, from those of their results and the normed rows."""
     rows = y.reshape(-1, y.shape[-1])
     return [
         mm(g.t(), rows.to(g.dtype)) if need and g is not None else None
@@ -127,8 +123,6 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 class _RMSNormLinear(torch.autograd.Function):
-    """Saves x, one rstd per row and the parameters."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
@@ -179,22 +173,10 @@ def rms_norm_linear(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Each result is ``linear(rms_norm(x), weight, bias)``; the normed rows are not kept.
 
-    Under autocast the linears run in its dtype, as they do in eager mode.
-
-    Args:
-        x: (..., D), floating-point, any strides.
-        norm_weight: (D,), or None.
-        eps: added to the mean square.
-        offset: added to the norm weight (1.0 in Gemma); without one, the factor unless 0.
-        rounding: as in ``rms_norm``.
-        weights: one (F_i, D) for each linear.
-        biases: one (F_i,) or None for each linear.
-
-    Returns:
-        One (..., F_i) for each linear.
-
-    Raises:
-        ValueError: if there are not as many biases as weights, or ``rounding`` is unknown.
+    Under autocast the linears run in its dtype, as they do in eager mode. The first arguments are
+    those of ``rms_norm``, for x (..., D). Of each linear there is one of ``weights`` (F_i, D), one
+    of ``biases`` (F_i,) or None, and one result (..., F_i). Raises ValueError if there are not as
+    many biases as weights, or ``rounding`` is unknown.
     """
     outer = norm.is_outer(rounding)
     if len(weights) != len(biases):
@@ -223,7 +205,7 @@ def unsupported(
     x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, rounding: str,
     weights: Sequence[Tensor], biases: Sequence[Tensor | None],
 ) -> list[str]:  # fmt: skip
-    """Say why these tensors are not served by the fast implementation of their device."""
+    """Why the fast implementation of their device does not take these tensors."""
     reasons = norm.unsupported(x, norm_weight, eps, offset, rounding)
     normed = norm.output_dtype(x, norm_weight, norm.is_outer(rounding))
     autocast = torch.is_autocast_enabled(x.device.type)

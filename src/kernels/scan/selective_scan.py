@@ -28,9 +28,8 @@ from ..launch import library_op, own, use_triton
 from ..op import Maker, Op, misshapen, on_several_devices
 from ..second_order import differentiable, double_backward
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def scan_reference(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
@@ -62,7 +61,6 @@ def output_dtype(u: Tensor, D: Tensor | None, z: Tensor | None) -> torch.dtype:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
 # Within a chunk of time the decays ``exp(delta A)`` and the states are held for all its steps, as
 # (T, B, N, D): time outermost, so that one step of the recurrence is one fused call over a
 # contiguous slab, and channels innermost, so that all else is long vectors. A chunk's buffers fit
@@ -89,27 +87,16 @@ def samples_at_once(states: int, channels: int) -> int:
 
 @dataclass
 class Prepared:
-    """The inputs in the dtype and the layout of the arithmetic.
+    """The inputs in the dtype and the layout of the arithmetic."""
 
-    Attributes:
-        x: u, (B, L, D).
-        raw: delta with its bias, before the softplus, (B, L, D).
-        dt: the step, (B, L, D).
-        a: A transposed, (N, D).
-        b: (L, B, N).
-        c: (L, B, N).
-        d: (D,) or None.
-        z: (B, L, D) or None.
-    """
-
-    x: Tensor
-    raw: Tensor
-    dt: Tensor
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor | None
-    z: Tensor | None
+    x: Tensor  # u, (B, L, D)
+    raw: Tensor  # delta with its bias, before the softplus, (B, L, D)
+    dt: Tensor  # the step, (B, L, D)
+    a: Tensor  # A transposed, (N, D)
+    b: Tensor  # (L, B, N)
+    c: Tensor  # (L, B, N)
+    d: Tensor | None  # (D,)
+    z: Tensor | None  # (B, L, D)
 
 
 def prepare(
@@ -134,18 +121,10 @@ def prepare(
 
 
 class _Chunk:
-    """The part of the inputs that one chunk reads, and the arithmetic on it.
-
-    Attributes:
-        span: its steps of time.
-        dt: (T, B, 1, D).
-        xdt: x times dt, (T, B, 1, D).
-    """
-
     def __init__(self, p: Prepared, span: slice) -> None:
         self.p, self.span = p, span
         x, dt = p.x[:, span].transpose(0, 1), p.dt[:, span].transpose(0, 1)
-        self.dt, self.xdt = dt.unsqueeze(2), (x * dt).unsqueeze(2)
+        self.dt, self.xdt = dt.unsqueeze(2), (x * dt).unsqueeze(2)  # (T, B, 1, D)
 
     def decays(self, out: Tensor) -> Tensor:
         """``exp(dt A)``, (T, B, N, D)."""
@@ -166,14 +145,8 @@ class _Chunk:
         return torch.bmm(rows, h.view(-1, states, channels)).view(time, batch, -1).transpose(0, 1)
 
     def adjoints(self, decays: Tensor, grad: Tensor, after: Tensor, out: Tensor) -> Tensor:
-        """The gradients of the states, (T, B, N, D).
-
-        Args:
-            decays: of this chunk.
-            grad: of the outputs, (B, L, D).
-            after: what the next chunk hands back to this one's last state.
-            out: the buffer.
-        """
+        # The gradients of the states, (T, B, N, D); ``grad`` (B, L, D) is that of the outputs, and
+        # ``after`` the next chunk's gradient of this one's last state.
         rows = grad[:, self.span].transpose(0, 1).unsqueeze(2)
         g = torch.mul(rows, self.p.c[self.span].unsqueeze(3), out=out[: self.dt.shape[0]])
         g[-1].add_(after)
@@ -197,12 +170,7 @@ def _buffers(p: Prepared, size: int, count: int) -> list[Tensor]:
 
 
 def forward(p: Prepared, starts: Tensor) -> Tensor:
-    """The outputs before the gate, (B, L, D).
-
-    Args:
-        p: the inputs.
-        starts: (K, B, N, D), written: the states before each chunk.
-    """
+    """The outputs before the gate, (B, L, D); writes the states before chunks to ``starts``."""
     length, size = p.x.shape[1], chunk_length(*p.a.shape)
     spans = list(spans_of(length, size))
     y = torch.empty_like(p.x)
@@ -221,10 +189,7 @@ def forward(p: Prepared, starts: Tensor) -> Tensor:
 
 @dataclass
 class Gradients:
-    """As the inputs in ``Prepared``; ``y`` are the outputs before the gate, (B, L, D).
-
-    The gradient of ``a`` is zero where it was not wanted.
-    """
+    """Of ``Prepared``, ``a`` zero if not needed; ``y`` is the output before the gate, (B, L, D)."""
 
     x: Tensor
     raw: Tensor
@@ -235,10 +200,8 @@ class Gradients:
 
 
 def _over_channels(t: Tensor) -> Tensor:
-    """The sum over the last dimension: of groups first, and of these in fp64.
-
-    One sum in fp32 rounds more than eager's does; one in fp64 would copy all that it reads.
-    """
+    # The sum over the last dimension: of groups first, and of these in fp64. One sum in fp32 rounds
+    # more than eager's does; one in fp64 would copy all that it reads.
     rest = t.shape[-1] % 64
     groups = t[..., rest:].unflatten(-1, (-1, 64)).sum(-1)
     total: Tensor = groups.sum(-1, dtype=torch.float64)
@@ -306,7 +269,6 @@ def _backward(
     grad: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
     z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed of (u, delta, a, b, c, d, z, bias)."""
     every = _fake_gradients(u, delta, a, b, c, d, z, bias)
     du, ddelta, _, db, dc, _, dz, _ = every
     sums: list[Tensor | float] = [0.0, 0.0, 0.0]
@@ -340,7 +302,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs (B, D, L), in memory (B, L, D) as the projection after it reads them; states."""
     (batch, channels, length), states = u.shape, a.shape[1]
-    # never 1, for any length: that case would be a graph of its own
+    # never 1, for any length: that case would be a separate graph
     chunks = length // chunk_length(states, channels) + 2
     strides = (length * channels, 1, channels)  # no view: the model may write to it in place
     out = u.new_empty_strided((batch, channels, length), strides, dtype=output_dtype(u, d, z))
@@ -397,7 +359,6 @@ _backward_op = library_op(
 )
 
 # -- triton ----------------------------------------------------------------------------------------
-
 MAX_STATES = 64
 """States per channel that the Triton kernels hold in registers."""
 
@@ -417,9 +378,8 @@ _triton_backward = library_op(
     plain=_backward,
 )
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -444,8 +404,8 @@ class _SelectiveScan(torch.autograd.Function):
         *tensors, starts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])
         run = _triton_backward if ctx.triton else _backward_op
-        found = iter(run(grad, *tensors, starts, *ctx.options, needs))
-        return *(next(found) if needed else None for needed in needs), None
+        remaining = iter(run(grad, *tensors, starts, *ctx.options, needs))
+        return *(next(remaining) if needed else None for needed in needs), None
 
 
 def selective_scan(
@@ -481,17 +441,15 @@ def selective_scan(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def scan_unsupported(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
 ) -> list[str]:  # fmt: skip
     """Why ``selective_scan`` cannot take these inputs; empty when it can."""
-    given = [t for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
-    if any(not t.is_floating_point() for t in given):
+    tensors = [t for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+    if any(not t.is_floating_point() for t in tensors):
         return ["an input is complex or an integer"]
-    if away := on_several_devices(*given, said="the tensors are on different devices"):
+    if away := on_several_devices(*tensors, said="the tensors are on different devices"):
         return away
     if u.ndim != 3 or A.ndim != 2 or B.ndim != 3 or C.ndim != 3:
         return ["B and C are not one vector per position, or u has not 3 dimensions"]
@@ -513,7 +471,6 @@ def _example(m: Maker) -> tuple[Any, ...]:
 
 
 def _plain_example(m: Maker) -> tuple[Any, ...]:
-    """Of steps as they are, which must not be negative."""
     u, delta, *rest = _example(m)[:5]
     return u, delta.detach().abs().requires_grad_(), *rest
 

@@ -33,9 +33,8 @@ CHUNK = 64
 _TILE = 1 << 20
 """Elements of the largest matrices of a tile."""
 
+
 # -- reference -------------------------------------------------------------------------------------
-
-
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
@@ -62,8 +61,6 @@ def ssd_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-
-
 def _chunked(t: Tensor) -> Tensor:
     """(L, H, ..) -> (H, K, Q, ..), zero beyond the end."""
     length = t.shape[0]
@@ -118,7 +115,6 @@ def _backward(
     grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
     bias: Tensor | None, softplus: bool, low: float, high: float, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed of (x, dt, a, b, c, d, bias)."""
     step, slope = ssd_chunks.steps(dt, bias, softplus, low, high)
     wide, length = step.dtype, x.shape[1]
     grad = grad.to(wide)
@@ -183,7 +179,6 @@ _backward_op = library_op(
 )
 
 # -- triton ----------------------------------------------------------------------------------------
-
 _triton_forward = library_op(
     f"ssd_triton_forward({_INPUTS}) -> Tensor",
     "scan.ssd:forward",
@@ -199,9 +194,8 @@ _triton_backward = library_op(
     plain=_backward,
 )
 
+
 # -- autograd --------------------------------------------------------------------------------------
-
-
 def _of_options(*tensors: Any) -> Tensor:
     x, dt, a, b, c, d, bias, softplus, low, high = tensors
     return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
@@ -226,8 +220,8 @@ class _SSD(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
         run = _triton_backward if ctx.triton else _backward_op
-        found = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
-        return *(next(found) if needed else None for needed in needs), None, None, None
+        remaining = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
+        return *(next(remaining) if needed else None for needed in needs), None, None, None
 
 
 def ssd(
@@ -262,16 +256,14 @@ def ssd(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
 def ssd_unsupported(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> list[str]:  # fmt: skip
     """Why ``ssd`` cannot take these inputs; empty when it can."""
-    given = [t for t in (x, dt, A, B, C, D, dt_bias) if t is not None]
-    if any(not t.is_floating_point() for t in given) or len({t.device for t in given}) > 1:
+    tensors = [t for t in (x, dt, A, B, C, D, dt_bias) if t is not None]
+    if any(not t.is_floating_point() for t in tensors) or len({t.device for t in tensors}) > 1:
         return ["an input is not floating-point, or is on another device"]
     if x.ndim != 4 or B.ndim != 4 or x.shape[2] % B.shape[2]:
         return ["x and B have not 4 dimensions, or heads are not a multiple of groups"]
@@ -292,7 +284,6 @@ def _example(m: Maker, groups: int = 1) -> tuple[Any, ...]:
 
 
 def _example_of_groups(m: Maker) -> tuple[Any, ...]:
-    """No skip connection, and steps between limits."""
     *inputs, _, bias, softplus = _example(m, m.sizes.kv_heads)
     return *inputs, None, bias, softplus, (0.01, 1.5)
 

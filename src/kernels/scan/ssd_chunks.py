@@ -36,42 +36,28 @@ def steps(
 
 @dataclass
 class ScanTile:
-    """The inputs of a tile, zero beyond the last step.
+    """The inputs of a tile, zero beyond the last step."""
 
-    Attributes:
-        x: x times dt, (H, K, Q, P).
-        exponents: A times dt, (H, K, Q); none is positive as a rule.
-        b: (K, Q, N).
-        c: (K, Q, N).
-    """
-
-    x: Tensor
-    exponents: Tensor
-    b: Tensor
-    c: Tensor
+    x: Tensor  # x times dt, (H, K, Q, P)
+    exponents: Tensor  # A times dt, (H, K, Q); none is positive as a rule
+    b: Tensor  # (K, Q, N)
+    c: Tensor  # (K, Q, N)
 
 
 class _Decays:
-    """The decays between steps of a chunk.
-
-    Attributes:
-        within: exp(s_i - s_j) for i >= j, else 0: (H, K, Q, Q).
-        into: exp(s_i), from the state before: (H, K, Q, 1).
-        rest: exp(s_Q - s_j), to the state after: (H, K, Q, 1).
-        whole: exp(s_Q): (H, K, 1, 1).
-    """
-
     def __init__(self, exponents: Tensor) -> None:
         s = exponents.cumsum(-1, dtype=torch.float64)
         kind, size = exponents.dtype, exponents.shape[-1]
         upper = torch.ones(size, size, dtype=torch.bool, device=s.device).triu_(1)
+        # exp(s_i - s_j) for i >= j, else 0: (H, K, Q, Q)
         self.within = (
             (s.unsqueeze(-1) - s.unsqueeze(-2)).to(kind).masked_fill_(upper, -torch.inf).exp_()
         )
         last = s[..., -1:]
-        self.into = s.to(kind).exp().unsqueeze(-1)
+        self.into = s.to(kind).exp().unsqueeze(-1)  # exp(s_i), from the state before: (H, K, Q, 1)
+        # exp(s_Q - s_j), to the state after: (H, K, Q, 1)
         self.rest = (last - s).to(kind).exp_().unsqueeze(-1)
-        self.whole = last.to(kind).exp().unsqueeze(-1)
+        self.whole = last.to(kind).exp().unsqueeze(-1)  # exp(s_Q): (H, K, 1, 1)
 
 
 def _states(t: ScanTile, decays: _Decays) -> Tensor:
@@ -92,11 +78,9 @@ def forward(t: ScanTile) -> Tensor:
 
 
 def backward(t: ScanTile, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, exponents, b and c, from that of the outputs.
-
-    The gradient of an exponent is the sum over all pairs of steps between which it lies. It is
-    added up so, and never as the difference of two larger sums.
-    """
+    """The gradients of x, exponents, b and c, from that of the outputs."""
+    # The gradient of an exponent is the sum over all pairs of steps between which it lies. It is
+    # added up so, and never as the difference of two larger sums.
     decays = _Decays(t.exponents)
     before = _states(t, decays)
     bt = t.b.transpose(-1, -2)
