@@ -53,8 +53,7 @@ class SegmentEncoder:
     def encode(self, rows: Sequence[Segments]) -> list[Tokens]:
         """Encode rows; a divided one becomes several samples.
 
-        Raises:
-            RecipeError: a text must end, and the tokenizer has no token for that.
+        Raises a RecipeError if a text must end, and the tokenizer has no token for that.
         """
         texts = [text for row in rows for text, _ in row.parts]
         pieces = iter(tokenize(self.tokenizer, texts))
@@ -96,7 +95,6 @@ class SegmentEncoder:
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for begin in range(len(whole) - len(plain) + 1):
