@@ -24,12 +24,12 @@ class RunFolder:
     """A folder that can be loaded.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         adapter: whether it holds an adapter; otherwise it holds a whole model.
         base_model: what ``pretrained`` takes: the adapter's base, or the folder itself.
         tokenizer: the folder that has the run's own tokenizer; None: the base's is used.
-        recipe: every key of the recipe, from ``run.json``, but secrets, which it does not have;
-            empty where there is none.
+        recipe: every key of the recipe, from ``run.json``, except secrets; empty where there is
+            none.
         facts: the rest of ``run.json``.
         consent: what the caller allows. The folder may come from anybody, so that what its recipe
             was allowed counts for nothing.
@@ -65,8 +65,8 @@ def open_run(
     folder = folder.resolve()
     facts = _json(_own_folders(folder)[-1] / "run.json")
     recipe = without_hidden(facts.pop("recipe", None) or {})
-    own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
-    run = RunFolder(folder, True, "", next(own, None), recipe, facts, consent or Consent())
+    folders = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
+    run = RunFolder(folder, True, "", next(folders, None), recipe, facts, consent or Consent())
     if (folder / "adapter_config.json").is_file():
         _require(folder, (*_ADAPTERS, LIST), "adapter_config.json")
         base = base_model or _base(folder, recipe)
@@ -80,12 +80,12 @@ def open_run(
 
 
 def stored_dtype(folder: Path) -> str:
-    """The name of the dtype that the model in ``folder`` says it is stored in."""
+    """The name of the dtype in which the model in ``folder`` says it is stored."""
     config = _json(folder / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-# --- where things are -----------------------------------------------------------------------------
+# --- paths ---------------------------------------------------------------------------------------
 
 
 def _own_folders(folder: Path) -> list[Path]:
@@ -104,26 +104,26 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _base(folder: Path, recipe: dict[str, Any]) -> str:
-    named = recipe.get("base_model") or _json(folder / "adapter_config.json").get(
+    base = recipe.get("base_model") or _json(folder / "adapter_config.json").get(
         "base_model_name_or_path"
     )
-    if not named:
+    if not base:
         raise ModelError(
             f"{folder}: adapter_config.json does not name the base model; --base-model does"
         )
-    return str(named)
+    return str(base)
 
 
 def _located(base: str, folder: Path) -> str:
-    """``base``, once it is known to be there (a Hugging Face id is believed)."""
+    """``base``, after a check that it is there (a Hugging Face id is not checked)."""
     try:
-        found = locate(base, [Path.cwd(), folder])
+        path = locate(base, [Path.cwd(), folder])
     except RecipeError as error:
         raise ModelError(
             f"{folder}: the base model is missing: {error}; --base-model BASE says where it is now"
         ) from None
-    special = base.startswith("package:") or found.gguf_file
-    return base if special or not Path(found.name).is_dir() else str(Path(found.name).resolve())
+    special = base.startswith("package:") or path.gguf_file
+    return base if special or not Path(path.name).is_dir() else str(Path(path.name).resolve())
 
 
 def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
