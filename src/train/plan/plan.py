@@ -1,4 +1,4 @@
-"""What a run will take, found from its recipe and the configuration of the model."""
+"""Plans a run from its recipe and the configuration of the model."""
 
 from __future__ import annotations
 
@@ -38,22 +38,23 @@ _GPU_CONTEXT = 600 << 20
 """Bytes of a CUDA context with cuBLAS's workspaces on a GPU: assumed, until a GPU was measured."""
 
 _CPU_SLACK = 0.9
-"""On the CPU, bytes that malloc holds besides, for each byte of activations, after some dozen steps
-with sequences of different lengths (measured: 0.1 to 1.4)."""
+"""On the CPU, malloc's overhead for each byte of activations, after some dozen steps with sequences
+of different lengths (measured: 0.1 to 1.4)."""
 
 _CPU_PROCESS = 690 << 20
-"""Bytes that a process on the CPU has without a model: the libraries, the rows, the tokenizer.
-Measured (torch 2.13, transformers 5.24, SmolLM2's tokenizer, 2026-11-27)."""
+"""Bytes of a process on the CPU without a model: the libraries, the rows, the tokenizer. Measured
+(torch 2.13, transformers 5.24, SmolLM2's tokenizer, 2026-11-27).
+"""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What was found.
+    """The plan of a run.
 
     Attributes:
         recipe: the recipe.
-        devices: what was asked for.
-        layout: how the work is shared.
+        devices: those of the run.
+        layout: of its processes.
         parameters: of the model, adapters included.
         trained: of these.
         depth: the number of blocks.
@@ -62,9 +63,9 @@ class RunPlan:
         fits: whether that is at most nine tenths of the device.
         limits: what would still fit.
         traffic: bytes that a process sends in an optimizer step.
-        speed: how long a step takes.
+        speed: the time of a step.
         steps: optimizer steps of the run; None: neither the recipe nor its rows say.
-        steps_are_estimated: whether they were found by the size of the rows' files.
+        steps_are_estimated: from the size of the rows' files.
         rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
         uncaptured: paths of blocks that run as they are, each with the reason.
         model_config: of the model.
@@ -97,21 +98,21 @@ class RunPlan:
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run; None where the number of steps is not known."""
+        """Hours of the whole run; None where the number of steps is not known."""
         return None if self.steps is None else self.steps * self.speed.seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON; bytes, seconds and numbers of tokens."""
-        made: dict[str, Any] = {}
+        data: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
-            made[field.name] = dataclasses.asdict(value) if is_record else value
+            data[field.name] = dataclasses.asdict(value) if is_record else value
         for name in ("recipe", "model_config"):
-            del made[name]
-        made["memory"]["peak"] = self.memory.peak
-        made["devices"] = {"count": self.devices.count, **dataclasses.asdict(self.devices.card)}
-        return {**made, "hours": self.hours}
+            del data[name]
+        data["memory"]["peak"] = self.memory.peak
+        data["devices"] = {"count": self.devices.count, **dataclasses.asdict(self.devices.card)}
+        return {**data, "hours": self.hours}
 
 
 def make_plan(
@@ -121,7 +122,7 @@ def make_plan(
 
     Args:
         recipe: checked.
-        devices: what it gets; None: what this machine has.
+        devices: None: those of this machine.
         processes: of this machine; None: as many as the recipe needs.
         compare: find out how other methods compare, which takes longer. It is done in any case
             where the recipe's own does not fit.
@@ -132,19 +133,19 @@ def make_plan(
     """
     _require_known(recipe)
     dtype = _dtype(recipe, elsewhere=devices is not None)
-    asked = devices or devices_here(dtype, processes or recipe.strategy().world())
-    layout = layout_of(recipe, asked.count)
-    make = functools.partial(make_job, dtype=dtype, on_cpu=asked.card.name == CPU)
-    job, room = make(recipe), asked.card.memory
+    target = devices or devices_here(dtype, processes or recipe.strategy().world())
+    layout = layout_of(recipe, target.count)
+    make = functools.partial(make_job, dtype=dtype, on_cpu=target.card.name == CPU)
+    job, room = make(recipe), target.card.memory
     limit = limits(job, recipe, layout, room)
-    known = positions(job.blueprint.config)
-    if known is not None:
-        limit = replace(limit, longest_sequence=min(limit.longest_sequence, known), positions=known)
+    reach = positions(job.blueprint.config)
+    if reach is not None:
+        limit = replace(limit, longest_sequence=min(limit.longest_sequence, reach), positions=reach)
     if compare or not fits(job, layout, room):  # then other methods may
-        advice = advise(job, recipe, layout, asked.card, make)
+        advice = advise(job, recipe, layout, target.card, make)
     else:
-        advice = faster(job, recipe, layout, asked.card)
-    return _planned(job, recipe, layout, asked, advice, limit)
+        advice = faster(job, recipe, layout, target.card)
+    return _planned(job, recipe, layout, target, advice, limit)
 
 
 def _planned(
@@ -157,7 +158,7 @@ def _planned(
 ) -> RunPlan:
     room = devices.card.memory
     memory = estimate(job, layout, room)
-    own = held(job.units, layout, recipe.optimizer)
+    states = held(job.units, layout, recipe.optimizer)
     tokens = job.step.tokens
     keys = _keys_width(job)
     sent = traffic(job.units, layout, job.passes, tokens, job.hidden, keys)
@@ -165,7 +166,7 @@ def _planned(
     return RunPlan(
         recipe, devices, layout,
         parameters=_count(job, trained=False), trained=_count(job, trained=True),
-        depth=job.blueprint.depth, between_steps=own.between_steps,
+        depth=job.blueprint.depth, between_steps=states.between_steps,
         memory=memory, fits=fits(job, layout, room), limits=limit, traffic=sent, speed=pace,
         steps=recipe.max_steps or _steps(recipe, pace.tokens, layout),
         steps_are_estimated=recipe.max_steps is None,
@@ -195,10 +196,7 @@ def _steps(recipe: Recipe, tokens: int, layout: ProcessLayout) -> int | None:
 def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     """Take a step of what a recipe trains, on fake tensors.
 
-    Args:
-        recipe: checked.
-        dtype: of the weights that are not adapters.
-        on_cpu: whether it is to run on the CPU.
+    ``dtype`` is that of the weights that are not adapters.
     """
     blueprint = draw(recipe, dtype)
     codegen = _codegen(recipe, blueprint, "cpu" if on_cpu else "cuda")
@@ -235,7 +233,7 @@ def _rate(recipe: Recipe, dtype: torch.dtype) -> float:
 
 
 def _codegen(recipe: Recipe, blueprint: Blueprint, device: str) -> Codegen:
-    """What will run the blocks of the whole model, of which not all are here."""
+    """The code generation for the blocks of the whole model, of which not all are here."""
     if not recipe.optimize:
         return "eager"
     whole: list[nn.Module] = [
@@ -259,10 +257,6 @@ def _count(job: TrainingJob, trained: bool) -> int:
 
 
 def _require_known(recipe: Recipe) -> None:
-    """See that a recipe is of a kind that can be planned.
-
-    Raises:
-        RecipeError: it is not.
-    """
+    """Raise a RecipeError unless a recipe is of a kind that can be planned."""
     if recipe.peft_layer_replication:
         raise RecipeError("peft_layer_replication: plan does not know repeated blocks")
