@@ -43,7 +43,6 @@ class MergeOptions:
     """The options of the command.
 
     Attributes:
-        output: the new folder; None: ``merged`` in the run's.
         dtype: of the weights; None: what the run was trained in, or as the base is stored.
         max_shard_size: largest file, such as ``"5GB"``.
         dequantize: merge into the dequantized weights of a quantized base (or QLoRA).
@@ -60,8 +59,7 @@ def merge(
 ) -> Path:
     """Write the adapter of ``run`` and its base as one model; or the shards of a whole model.
 
-    Returns:
-        The new folder: weights, configuration, tokenizer.
+    Returns the new folder, with weights, configuration and tokenizer.
 
     Raises:
         ModelError: there is no adapter, it cannot be merged, or the disk is full.
@@ -106,8 +104,6 @@ class Layers:
     """The merged tensors, made one module at a time.
 
     Args:
-        adapted: the adapter.
-        files: the base's tensors.
         dtype: of the result; None: as each is stored.
 
     Attributes:
@@ -152,7 +148,6 @@ class Layers:
         return (self.adapted.names[name] if is_changed else self.files.shapes[key]), dtype
 
     def _check(self) -> None:
-        """Check that the changed tensors are there, in the expected size."""
         for name, shape in self.adapted.names.items():
             changed = self.adapted.changes(name)
             if name not in self._key:
@@ -239,7 +234,6 @@ class BaseFiles:
 
     Attributes:
         shapes: of every tensor, in the order of the files.
-        dtypes: the same.
 
     Raises:
         ModelError: a file is missing, damaged, or holds something that is not a plain tensor.
@@ -318,16 +312,12 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
-    """Load the base, put the adapter on it, and merge; a whole model in shards is only loaded.
+    """Load the base, put the adapter on it, and merge into a plain model.
 
-    Args:
-        run: with an adapter, or a whole model in shards.
-        dtype: of the result; None: as in training.
-        dequantize: make quantized weights full before the adapter is added to them; they are then
-            those that the adapter was trained on, rounding included.
-
-    Raises:
-        ModelError: PEFT cannot merge this kind of adapter, or into this kind of base.
+    A whole model in shards is only loaded. ``dtype`` is by default that of training. ``dequantize``
+    makes quantized weights full before the adapter is added to them; they are then those that the
+    adapter was trained on, rounding included. Raises a ModelError if PEFT cannot merge this kind of
+    adapter, or into this kind of base.
     """
     loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
     recipe = recipe_for(run, loaded)
@@ -394,7 +384,6 @@ class Adapted:
 
     Args:
         base: the base model, on the meta device. Its vocabulary grows with the adapter's.
-        folder: of the adapter.
 
     Attributes:
         names: of the base's tensors, each with its shape.
@@ -462,12 +451,10 @@ class Adapted:
         return self._module(path), last
 
     def _own(self, module: Any, name: str, tensor: Tensor) -> Tensor:
-        """The adapter's replacement of a tensor, or the tensor."""
         parameter = module._parameters[name]
         return tensor if id(parameter) in self._hollow else parameter.data
 
     def _module(self, path: str) -> Any:
-        """The module at ``path``: adapted, replaced, or as it was."""
         module: Any = self.base
         for part in path.split(".") if path else []:
             module = _replacement(getattr(module, part))

@@ -41,7 +41,6 @@ class Samples(Sequence[Sample]):
     """Samples in a memory-mapped Arrow file.
 
     Args:
-        path: the file.
         rows: which of its rows, in which order; None: all.
         lease: keeps the file, if it is a temporary one.
     """

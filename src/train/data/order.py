@@ -23,11 +23,8 @@ class Order(Sampler[int]):
     same order as one that was never stopped.
 
     Args:
-        lengths: tokens of each sequence.
-        seed: of the run.
         kind: ``shuffled``; ``in order``; or ``by length``: shuffled, but batches of similar
             lengths.
-        batch: sequences in a batch.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, kind: Kind, batch: int) -> None:

@@ -29,18 +29,13 @@ GRANULE = 64
 def pack(
     lengths: Iterable[int], limit: int, most: int | None = None, window: int | None = None
 ) -> list[list[int]]:
-    """Fill sequences of ``limit`` tokens with whole samples, best fit first.
+    """Fill sequences of ``limit`` tokens with whole samples, best fit first; returns their indices.
 
     Longest first, each sample goes where it leaves the least room (Johnson's best-fit decreasing:
     at most 11/9 of the fewest possible sequences). A million samples take a second or two, because
     sequences with equal room are one entry in the search. ``most`` limits the samples per sequence;
-    with ``window``, so many samples are packed at a time, in their order.
-
-    Returns:
-        The indices of the samples of each sequence.
-
-    Raises:
-        ValueError: a sample is longer than ``limit``.
+    with ``window``, so many samples are packed at a time, in their order. Raises a ValueError if a
+    sample is longer than ``limit``.
     """
     sizes = np.asarray(list(lengths) if not isinstance(lengths, np.ndarray) else lengths, np.int64)
     if sizes.size and int(sizes.max()) > limit:

@@ -125,11 +125,7 @@ def prepare(
 
 
 def require_encoders(recipe: Recipe, tokenizer: Any) -> None:
-    """Check that the tokenizer and its chat template suit each dataset, without reading a row.
-
-    Raises:
-        RecipeError: they do not.
-    """
+    """Raise a RecipeError unless tokenizer and chat template suit each dataset; reads no row."""
     trained = recipe.pretraining_dataset or recipe.datasets
     for key, datasets in (("datasets", trained), ("test_datasets", recipe.test_datasets)):
         for dataset in datasets:
@@ -144,7 +140,6 @@ def _load(
     console: Console | None,
     place: tuple[Path, bool],
 ) -> PreparedData:
-    """Take the rows from the cache, after writing them if need be."""
     every = [pair for key in found for pair in _pairs(found, work, key)]
     fingerprint = fingerprint_of(recipe, tokenizer, every)
     root, temporary = place
@@ -316,11 +311,7 @@ def _split(
 def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]:
     """Shuffle ``items`` and hold some out; ``size`` is a share below 1, or a number of items.
 
-    Returns:
-        The items to train on, and those held out.
-
-    Raises:
-        DataError: nothing would be left to train on, or nothing would be held out.
+    Returns the items to train on, and those held out. Raises a DataError if either were empty.
     """
     shuffled = list(items)
     random.Random(seed).shuffle(shuffled)
@@ -346,13 +337,8 @@ def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
     """The rows to train on and those to validate on.
 
     ``sizes`` has the number of rows of each dataset; rows are numbered one dataset after the other.
-
-    Returns:
-        Numbers of rows, int64 (N,) and (M,). A row may be trained on several times; it is never
-        in both.
-
-    Raises:
-        DataError: nothing would be left on one side.
+    The result is int64 (N,) and (M,): a row may be trained on several times; it is never in both.
+    Raises a DataError if nothing would be left on one side.
     """
     train, held = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
     rest = np.array(train, np.int64)
@@ -481,8 +467,7 @@ class _Reader:
 def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:
     """The stream of a recipe's ``pretraining_dataset``, or of its ``datasets``.
 
-    Raises:
-        DataError: a dataset is not there, or its first row is not right.
+    Raises a DataError if a dataset is not there, or its first row is not right.
     """
     datasets = recipe.pretraining_dataset or recipe.datasets
     key = "pretraining_dataset" if recipe.pretraining_dataset else "datasets"

@@ -26,10 +26,6 @@ class RankBatches(Sampler[list[int]]):
     """The batches of one process, as lists of indices; ``Fillable`` reads them.
 
     Args:
-        order: of all sequences.
-        size: sequences in a batch.
-        rank: of the process.
-        ranks: the number of processes.
         drop_last: leave out a batch that is not full.
     """
 
@@ -42,7 +38,6 @@ class RankBatches(Sampler[list[int]]):
         self.order.set_epoch(epoch)
 
     def _whole(self) -> int:
-        """The number of batches of the epoch, over all processes."""
         return (len(self.order) + (0 if self.drop_last else self.size - 1)) // self.size
 
     def __len__(self) -> int:

@@ -13,10 +13,8 @@ IGNORED = -100
 class Sample:
     """One row as tokens.
 
-    Attributes:
-        labels: the token where it is trained, ``IGNORED`` elsewhere (always so for the first token,
-            which has nothing to be predicted from).
-        extra: other data of the row, as JSON; empty: none.
+    ``labels`` are the tokens where they are trained, else ``IGNORED`` (always so for the first,
+    which has nothing to be predicted from). ``extra`` is other data of the row, as JSON or empty.
     """
 
     input_ids: list[int]
@@ -34,11 +32,9 @@ class Tokens:
     """A row as tokens.
 
     Attributes:
-        where: file and line.
         spans: the trained ranges, half-open and in order.
         ends: the special tokens that end the trained turns, trained or not.
         specials: whether the text of a user, a tool or a prompt has special tokens in it.
-        extra: other data of the row, as JSON; empty: none.
     """
 
     where: str

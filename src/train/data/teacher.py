@@ -61,7 +61,7 @@ class TopTokens:
 
 
 def with_teacher(batch: dict[str, Any], packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """A batch with what the teacher says of its trained tokens.
+    """A batch with the teacher's log-probabilities of its trained tokens.
 
     Beyond the rows of ``packs``, ``input_ids`` (B, T) may have further rows, without labels.
 

@@ -66,13 +66,10 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
-    """Encode rows.
+    """Encode rows; raises a DataError if a row is not right, or a process died.
 
     No more than a few batches per process are in memory. In one process, the tokenizer's own
     threads use all cores.
-
-    Raises:
-        DataError: a row is not right, or a process died.
     """
     if processes <= 1:
         yield from map(work.part, batches(rows))

@@ -111,12 +111,10 @@ def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[st
 
 
 def _unknown(name: str, note: str) -> CheckResult:
-    """The result of a check that was not made, or not finished."""
     return CheckResult(name, "not known", "unknown", note, AGAIN)
 
 
 def _ended(name: str, code: int) -> CheckResult:
-    """The result of a check that the child did not survive."""
     module = name.removeprefix("import ")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     note = f"{_ENDS} ({by})"

@@ -51,12 +51,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The results of all checks.
-
-    Attributes:
-        sections: name of a check -> its results.
-        rules: one row for each rewrite and op.
-    """
+    """The results of each check, and one row for each rewrite and op."""
 
     sections: dict[str, list[CheckResult]]
     rules: list[dict[str, str]] = field(default_factory=list)
@@ -85,9 +80,8 @@ class Diagnosis:
 def run(as_json: bool = False, console: Console | None = None) -> int:
     """Run all checks and print the results, as JSON and nothing else with ``as_json``.
 
-    Returns:
-        The exit code: 1 if something that training needs is missing or broken. What is not known
-            does not count.
+    The exit code is 1 if something that training needs is missing or broken. What is not known does
+    not count.
     """
     announce("checking this machine: up to half a minute, longer where libraries load slowly")
     diagnosis = diagnose()

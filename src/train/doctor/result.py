@@ -19,9 +19,6 @@ class CheckResult:
     """The result for one thing.
 
     Attributes:
-        name: of the thing.
-        value: in a few words.
-        state: whether it works.
         note: the reason, or what follows from it.
         mend: the command, or the key of a recipe, that closes the gap; empty if there is none.
         needed: training does not work at all without it.

@@ -62,13 +62,10 @@ def ops_of_rules() -> Iterator[tuple[str, Op]]:
 
 
 def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """The implementation of an op.
+    """The implementation of an op, with tensors of ``dtype``, and the reason for it.
 
-    ``dtype`` is that of activations and weights.
-
-    Returns:
-        ``Triton``, ``CPU``, ``ATen`` (plain operators of PyTorch, on a GPU) or ``reference`` (the
-        model's own operations); and why it is that one.
+    It is ``Triton``, ``CPU``, ``ATen`` (plain operators of PyTorch, on a GPU) or ``reference`` (the
+    model's own operations).
     """
     try:
         with FakeTensorMode():

@@ -39,9 +39,7 @@ class EvalMetrics:
             over the rows; None of a method that is judged by rewards.
         perplexity: its exponential; None of a preference method, and of distillation.
         samples: rows, or pieces of texts.
-        tokens: of the samples.
         trained_tokens: those of them that have a label.
-        seconds: of the computation.
         figures: further metrics of a preference method, e.g. ``rewards/margins``.
     """
 
@@ -66,20 +64,12 @@ def evaluate(
     as_json: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Compute the loss of ``run``, print it, and write it to ``eval.json`` in its folder.
+    """Compute the loss of ``run``, print it, and write it to ``eval.json``, whose path is returned.
 
     Masks, the limit of length and packing are those of the run's recipe. A folder without
     ``run.json`` is taken for one that was trained on chats, with the defaults of a recipe.
-
-    Args:
-        run: from ``open_run``.
-        files: datasets, read as the first one of the recipe was. None: the rows that the run held
-            out for validation.
-        as_json: print what ``eval.json`` holds, and nothing else.
-        console: where to print; None for standard output.
-
-    Returns:
-        The path of ``eval.json``.
+    ``files`` are datasets, read as the first one of the recipe was, by default the rows that the
+    run held out for validation. With ``as_json`` only the content of ``eval.json`` is printed.
 
     Raises:
         ModelError: the run cannot be loaded, or held out no rows.
@@ -240,7 +230,6 @@ def _whole(found: dict[str, EvalMetrics]) -> float:
 
 
 def _recorded(run: RunFolder) -> float | None:
-    """The result of the run's last validation."""
     loss = run.facts.get("val_loss_after")
     return run.facts.get("val_reward_after") if loss is None else loss
 
@@ -250,7 +239,6 @@ def _figure(found: dict[str, EvalMetrics]) -> str:
 
 
 def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None) -> Path:
-    """Write ``eval.json`` atomically."""
     path = run.folder / "eval.json"
     content = {
         "run": str(run.folder),

@@ -42,13 +42,9 @@ def generate(
 ) -> None:
     """Answer ``conversations`` with the model of ``run`` and print the answers, in order.
 
-    Args:
-        run: from ``open_run``.
-        conversations: each ends with what the model shall answer.
-        sampling: how tokens are chosen. With a temperature every batch begins from its seed.
-        batch_size: conversations that are answered at once.
-        as_json: print one object per line, with ``messages``, ``answer``, ``tokens``, ``finish``.
-        out: where to print; None for standard output.
+    Each conversation ends with what the model shall answer. With a temperature every batch begins
+    from the seed of ``sampling``. ``as_json`` prints one object per line, with ``messages``,
+    ``answer``, ``tokens``, ``finish``.
 
     Raises:
         ModelError: the run cannot be loaded, or a conversation cannot be rendered.
@@ -111,11 +107,8 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
         temperature: None or 0 takes the likeliest token each time; otherwise tokens are drawn.
         top_p: draw only from the likeliest tokens that have this probability together.
-        top_k: draw only from this many.
-        seed: of the draws.
     """
 
     max_new_tokens: int = 256
@@ -148,9 +141,7 @@ class TextGenerator:
     """A model that answers; the model is not changed.
 
     Args:
-        model: in evaluation mode, plain or with an adapter.
         tokenizer: its tokenizer. Without a chat template prompts are continued as they are.
-        sampling: how tokens are chosen.
         variables: what the chat template reads besides the messages.
     """
 
@@ -270,7 +261,6 @@ class TextGenerator:
         return Answer(text.strip(), count, "length" if end is None else "stop")
 
     def _render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, with the header of the next answer."""
         try:
             return render_chat(self.tokenizer, messages, self.variables, prompt=True)
         except ValueError as error:
@@ -323,14 +313,7 @@ Ctrl-C           stop an answer"""
 
 
 class ChatSession:
-    """A conversation.
-
-    Args:
-        writer: answers.
-        system: the system text, or None.
-        stdin: the user's lines. In a terminal they can be edited.
-        stdout: for the answers.
-    """
+    """A conversation; in a terminal the lines of ``stdin`` can be edited."""
 
     def __init__(
         self,
@@ -512,8 +495,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
 def read_prompt(prompt: str | None, stdin: TextIO) -> str:
     """The prompt of the command line, or of ``stdin`` when it is ``-`` or left out of a pipe.
 
-    Raises:
-        RecipeError: there is none.
+    Raises a RecipeError if there is none.
     """
     if prompt == "-" or (prompt is None and not stdin.isatty()):
         try:

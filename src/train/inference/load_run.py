@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(run: RunFolder) -> Any:
-    """Load the tokenizer of ``run``, with its chat template.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer of ``run``, with its chat template; raises a RecipeError if it cannot."""
     from transformers import AutoTokenizer
 
     if run.tokenizer is None:
@@ -50,7 +46,7 @@ def load_run(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """Load model and tokenizer; see ``load_model_of`` for the model, in evaluation mode.
+    """Load the tokenizer, then the model in evaluation mode; returns the model and the tokenizer.
 
     Raises:
         ModelError: there is nothing usable, or it does not write text.
@@ -134,15 +130,10 @@ _PRECISION = ("bf16", "fp16", "bfloat16", "float16", "float32")
 
 
 def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
-    """The recipe that loads the model of ``run`` as it was trained, checkpointing left out.
+    """The recipe that loads the model of ``run`` as it was trained, without checkpointing and data.
 
-    Args:
-        run: from ``open_run``.
-        dtype: of the base's weights (bfloat16, float32); None: as they were trained, or float32 for
-            those in float16 where this machine cannot compute in it.
-
-    Returns:
-        A recipe whose ``base_model`` is the run's, and that has no keys of data.
+    ``dtype`` is that of the base's weights (bfloat16, float32); None: as they were trained, or
+    float32 for those in float16 where this machine cannot compute in it.
 
     Raises:
         ModelError: ``run.json`` has keys that this version does not know; or the run was trained
@@ -168,8 +159,7 @@ def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
 def recipe_with(run: RunFolder, changes: Mapping[str, Any]) -> Recipe:
     """The whole recipe of ``run``, with some keys changed; None is unset.
 
-    Raises:
-        ModelError: ``run.json`` has keys that this version does not know.
+    Raises a ModelError if ``run.json`` has keys that this version does not know.
     """
     keys = {"base_model": run.base_model, **written(run.recipe), **changes}
     return _validated(run, {k: v for k, v in keys.items() if v is not None})

@@ -24,13 +24,10 @@ class RunFolder:
     """A folder that can be loaded.
 
     Attributes:
-        folder: its path.
-        adapter: whether it holds an adapter; otherwise it holds a whole model.
         base_model: what ``pretrained`` takes: the adapter's base, or the folder itself.
         tokenizer: the folder that has the run's own tokenizer; None: the base's is used.
         recipe: every key of the recipe, from ``run.json``, except secrets; empty where there is
             none.
-        facts: the rest of ``run.json``.
         consent: what the caller allows. The folder may come from anybody, so that what its recipe
             was allowed counts for nothing.
     """
@@ -47,16 +44,12 @@ class RunFolder:
 def open_run(
     path: str | Path, base_model: str | None = None, consent: Consent | None = None
 ) -> RunFolder:
-    """Find out what ``path`` holds. Nothing is loaded.
+    """Find out what ``path`` holds, without loading it.
 
-    Args:
-        path: an ``output_dir``, a ``checkpoint-N`` in it, a folder with a PEFT adapter, or one with
-            a whole model.
-        base_model: where the adapter's base is; None: where the folder says.
-        consent: what the caller allows; None: nothing.
-
-    Raises:
-        ModelError: there is nothing usable; the message says what was looked for, and where.
+    It may be an ``output_dir``, a ``checkpoint-N`` in it, a folder with a PEFT adapter, or one with
+    a whole model. ``base_model`` is where the adapter's base is, by default where the folder says.
+    ``consent`` is what the caller allows, by default nothing. Raises a ModelError that says what
+    was looked for, and where, if there is nothing usable.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():

@@ -258,10 +258,8 @@ def put_adapter(model: Any, folder: str, **options: Any) -> Any:
     """Put an adapter on its base; its file and the model must have the same tensors.
 
     ``folder`` may also be an id on the hub; ``options`` are for ``PeftModel.from_pretrained``. The
-    vocabulary of ``model`` must already have the adapter's size.
-
-    Raises:
-        ModelError: it cannot be read, or was made for another base.
+    vocabulary of ``model`` must already have the adapter's size. Raises a ModelError if the adapter
+    cannot be read, or was made for another base.
     """
     from peft import PeftModel
 
@@ -318,7 +316,6 @@ def _explained(error: Exception, folder: str) -> str:
 
 
 def _other_base(folder: str, what: str) -> str:
-    """The message for an adapter that was made for another base."""
     base = None
     if (Path(folder) / "adapter_config.json").is_file():
         base = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")

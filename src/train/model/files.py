@@ -150,11 +150,7 @@ def pickled(name: str, code: list[str]) -> str:
 
 
 def _with_weights(folder: Path) -> list[str]:
-    """The files that transformers takes, the first of them an index if there is one.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
+    """The files that transformers takes, an index first; raises a ValueError if that is damaged."""
     for name in (_SAFE, f"{_SAFE}.index.json", _PICKLED, f"{_PICKLED}.index.json"):
         if (folder / name).exists():
             return [name, *(_shards(folder / name) if name.endswith(".json") else ())]
@@ -300,7 +296,6 @@ class Shards:
     """A checkpoint in shards.
 
     Attributes:
-        folder: of the checkpoint.
         files: the names of its shards, each with its size.
         adapter: for each tensor of an adapter's file, the name of its weight; None: whole models.
         optimizer: the optimizer's state without its tensors; None: no state was saved.
@@ -328,8 +323,7 @@ class Shards:
     def read(cls, folder: Path) -> Shards:
         """Read the list of shards of a checkpoint, and check that each is there in its full size.
 
-        Raises:
-            ValueError: a file is missing or damaged; the message names it.
+        Raises a ValueError that names the file which is missing or damaged.
         """
         path = folder / LIST
         content = read_object(path, any_text=True)
@@ -364,11 +358,7 @@ class Shards:
         return read_whole(self.place, WEIGHTS)
 
     def adapter_weights(self) -> dict[str, Any]:
-        """The whole weights of an adapter, by the names that its file would have.
-
-        Raises:
-            ValueError: one of them is not there.
-        """
+        """The whole adapter weights, by its file's names; raises a ValueError if one is missing."""
         weights, names = self.weights(), dict(self.adapter or {})
         if missing := sorted(set(names.values()) - set(weights)):
             raise ValueError(f"{self.place} has no {missing[0]}")

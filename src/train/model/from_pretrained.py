@@ -42,14 +42,8 @@ def pretrained(
 ) -> Any:
     """Call ``factory.from_pretrained`` for whatever ``base_model`` may be.
 
-    Args:
-        factory: one of the Auto classes of transformers.
-        name: as a recipe's ``base_model``.
-        kind: what it makes.
-        key: the recipe's, for messages.
-        on_new_head: called with the weights of the head that the files lack, and which are random;
-            None: there may be none.
-        options: for ``from_pretrained``.
+    ``key`` is the recipe's, for messages. ``on_new_head`` is called with the weights of the head
+    that the files lack, and which are random; None: there may be none.
 
     Raises:
         RecipeError: there is none, it cannot be read, or its weights are not those of its
@@ -262,9 +256,7 @@ def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> N
 
     They are loaded as for training, but on the meta device, so that names are mapped, merged and
     tied in the same way. ``config`` is consumed, and ``weights_problem`` must have found nothing.
-
-    Raises:
-        RecipeError: the shapes differ, weights are missing, or a pickle has more than tensors.
+    Raises a RecipeError if shapes differ, weights are missing, or a pickle has more than tensors.
     """
     if in_shards(folder) or getattr(config, "quantization_config", None):
         return  # packed weights have other shapes

@@ -99,13 +99,9 @@ def load_model(
 ) -> Any:
     """Load ``base_model`` with the head that is trained, without adapters and without a KV cache.
 
-    Args:
-        recipe: checked.
-        device: None: the training device. Weights of 4 or 8 bits are always made there.
-        say: called with a line if the head is new, because the files have none.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read, or not as the recipe says.
+    Weights of 4 or 8 bits are always made on the training device, the default of ``device``.
+    ``say`` is called with a line if the head is new, because the files have none. Raises a
+    RecipeError if there is no such model, or it cannot be read as the recipe says.
     """
     require_consent(recipe)
     device, quantizing = device or device_for_training(), device_for_training()
@@ -180,8 +176,7 @@ def _hub(recipe: Recipe) -> dict[str, Any]:
 def load_config(recipe: Recipe) -> Any:
     """The configuration of the model, with the values that the recipe overrides.
 
-    Raises:
-        RecipeError: it cannot be read, or has no such values.
+    Raises a RecipeError if it cannot be read, or has no such values.
     """
     require_consent(recipe)
     config = pretrained(
@@ -216,8 +211,7 @@ def _checkpoint(model: Any, options: dict[str, Any] | None) -> None:
 def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
     """Give every token of the tokenizer a row in the embeddings, and return the number of new rows.
 
-    Raises:
-        RecipeError: an adapter would leave the new rows untrained, and not save them.
+    Raises a RecipeError if an adapter would leave the new rows untrained, and not save them.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
     size = len(tokenizer)

@@ -34,10 +34,9 @@ def positions(config: Any) -> int | None:
 
 
 def require_reach(recipe: Recipe, prepared: Any, say: Callable[[str], None]) -> None:
-    """Check that the model can read rows as long as the prepared ones, and report unlearnt lengths.
+    """Raise a RecipeError if the model cannot read rows as long as the prepared ones.
 
-    Raises:
-        RecipeError: it has no such positions.
+    Lengths that it can read but has not learnt are reported with ``say``.
     """
     from .load import load_config
 

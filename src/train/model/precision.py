@@ -72,10 +72,7 @@ def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
     """Keep the weights of norms in float32, and compute in it, where the recipe says so.
 
     The norms return the dtype of their input, so that all else computes as before. ``model`` has
-    the dtype of the recipe, and is changed in place.
-
-    Raises:
-        RecipeError: the model has no such modules.
+    the dtype of the recipe, and is changed in place. Raises a RecipeError if it has no norms.
     """
     if not recipe.fp32_norms:
         return

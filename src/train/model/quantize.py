@@ -49,10 +49,8 @@ def quant_storage(recipe: Recipe) -> str | None:
     """The dtype in which weights of 4 bits are stored; None: bitsandbytes' default, uint8.
 
     Shards can be gathered only where all weights have a floating-point dtype, so it is the dtype of
-    computation under FSDP and ZeRO-3. Each value holds as many 4-bit weights as fit.
-
-    Returns:
-        A dtype's name, or ``"auto"``: the dtype of the model's other weights.
+    computation under FSDP and ZeRO-3, or ``"auto"``: that of the model's other weights. Each value
+    holds as many 4-bit weights as fit.
     """
     if not recipe.load_in_4bit:
         return None
@@ -259,9 +257,7 @@ class PackedExperts(Tensor):
     unpacked whenever an operation reads it; one that takes a single expert unpacks only that.
 
     Args:
-        packed: the packed numbers of each expert.
         states: what unpacks them: bitsandbytes' ``QuantState``, or the scales of the rows.
-        like: the original weights, for their shape, dtype and device.
     """
 
     packed: list[Tensor]

@@ -96,8 +96,7 @@ class TokenLoss:
     def on(self, model: Any) -> Iterator[None]:
         """Compute the loss of ``model`` this way while the block runs, backward included.
 
-        Raises:
-            RecipeError: its code computes the loss otherwise.
+        Raises a RecipeError if the model's code computes the loss otherwise.
         """
         causal = causal_lm(model)
         head: Any = causal.get_output_embeddings()

@@ -200,7 +200,6 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def _adds_system(recipe: Mapping[str, Any]) -> bool:
-    """Whether the rows of a dataset get ``default_system_message``."""
     for key in ("datasets", "pretraining_dataset"):
         rows = recipe.get(key)
         for row in rows if isinstance(rows, list) else ():

@@ -16,7 +16,6 @@ class Card:
     """One device.
 
     Attributes:
-        name: as on the command line.
         memory: in bytes.
         flops: peak of dense matrix products in bfloat16 (float16 where there is none), per second.
         bandwidth: of its memory, in bytes per second.

@@ -20,14 +20,7 @@ _UNSLOTH = (
 
 
 def which_engines(recipe: Recipe, layout: ProcessLayout, model_type: str, on_gpu: bool) -> str:
-    """One sentence on other engines that would run this recipe.
-
-    Args:
-        recipe: checked.
-        layout: of its processes.
-        model_type: of the model's configuration.
-        on_gpu: whether the run is planned for GPUs.
-    """
+    """One sentence on other engines that would run this recipe."""
     looks: dict[str, Callable[[], list[str]]] = {
         "Axolotl": lambda: _axolotl(recipe, on_gpu),
         "Unsloth": lambda: _unsloth(layout, model_type, on_gpu),

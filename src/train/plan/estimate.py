@@ -109,10 +109,7 @@ class TrainingJob:
     """All that the peak depends on.
 
     Attributes:
-        blueprint: the model.
-        units: its tensors.
         step: the usage of a step with one micro batch.
-        optimizer: its name.
         passes: forward passes per optimizer step.
         checkpointed: whether the recipe asks for gradient checkpointing.
         optimized: whether the recipe's model is optimized: only then blocks have levels.
@@ -120,7 +117,6 @@ class TrainingJob:
         copies: of the weights: 2 with a reference model.
         passes_beside: further forward passes, without gradients.
         memory: the recipe's key.
-        codegen: what runs the blocks: ``"eager"`` or ``"inductor"``.
         process: the memory of a process without the model.
     """
 
@@ -202,13 +198,9 @@ def estimate(
 ) -> Memory:
     """The peak of the first process of a run.
 
-    Args:
-        job: what is run.
-        layout: of its processes.
-        room: bytes that the process may take on its device; None: unlimited. Blocks keep less where
-            all that they keep does not fit.
-        factor: how many times the counted tokens a micro batch has.
-        level: what all blocks keep; None: what fits.
+    ``room`` are the bytes that the process may take on its device; blocks keep less where all that
+    they keep does not fit. ``factor`` is how many times the counted tokens a micro batch has;
+    ``level`` is what all blocks keep, by default what fits.
     """
     states = held(job.units, layout, job.optimizer, job.passes)
     fixed = _fixed(job, states, layout)
@@ -242,7 +234,6 @@ def smallest_peak(
 
 
 def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
-    """The part that does not depend on the batch."""
     on_device = 0 if job.process.is_host else 1
     moved = on_device * own.host
     gradients, optimizer = own.gradients, own.optimizer

@@ -52,23 +52,16 @@ class RunPlan:
     """The plan of a run.
 
     Attributes:
-        recipe: the recipe.
-        devices: those of the run.
-        layout: of its processes.
         parameters: of the model, adapters included.
         trained: of these.
-        depth: the number of blocks.
         between_steps: bytes of tensors that a process has between two steps.
         memory: the peak of a process, by what it is for.
         fits: whether that is at most nine tenths of the device.
         limits: what would still fit.
-        traffic: bytes that a process sends in an optimizer step.
-        speed: the time of a step.
         steps: optimizer steps of the run; None: neither the recipe nor its rows say.
         steps_are_estimated: from the size of the rows' files.
         rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
         uncaptured: paths of blocks that run as they are, each with the reason.
-        model_config: of the model.
         advice: what to change, and how other methods compare.
     """
 
@@ -118,14 +111,11 @@ class RunPlan:
 def make_plan(
     recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = False
 ) -> RunPlan:
-    """Plan a run.
+    """Plan a run on ``devices``, by default those of this machine.
 
-    Args:
-        recipe: checked.
-        devices: None: those of this machine.
-        processes: of this machine; None: as many as the recipe needs.
-        compare: find out how other methods compare, which takes longer. It is done in any case
-            where the recipe's own does not fit.
+    ``processes`` of this machine are by default as many as the recipe needs. ``compare`` finds out
+    how other methods compare, which takes longer; it is done in any case where the recipe's own
+    does not fit.
 
     Raises:
         RecipeError: the recipe does not fit the number of devices, or names no such model.
@@ -257,6 +247,5 @@ def _count(job: TrainingJob, trained: bool) -> int:
 
 
 def _require_known(recipe: Recipe) -> None:
-    """Raise a RecipeError unless a recipe is of a kind that can be planned."""
     if recipe.peft_layer_replication:
         raise RecipeError("peft_layer_replication: plan does not know repeated blocks")

@@ -37,7 +37,6 @@ class Advice:
 
     Attributes:
         keys: of a recipe, to be changed; empty: leave it as it is.
-        reason: why.
         columns: ways to share the work.
         table: for each method and each way, the peak where blocks keep all and where they keep
             least, in bytes, and whether that fits.
@@ -171,7 +170,6 @@ def _candidates(
 
 
 def _is_valid(recipe: Recipe, keys: dict[str, Any]) -> bool:
-    """Whether the recipe with these keys is one."""
     values = recipe.model_dump(mode="json", exclude_unset=True, exclude={"consent"})
     try:
         check({**values, **keys}, with_data=False)

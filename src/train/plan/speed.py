@@ -32,7 +32,6 @@ class Speed:
 
     Attributes:
         flops: floating-point operations, recomputation included.
-        sent: bytes that it sends.
         compute_seconds: of the operations, or of reading and writing weights and states, whichever
             takes longer.
         network_seconds: of the bytes alone.

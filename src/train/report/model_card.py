@@ -29,9 +29,7 @@ def write(result: Any, folder: str | Path) -> Path | None:
     """Write the card to ``README.md`` in ``folder``, unless a person has written or changed it.
 
     ``result`` is a ``RunResult``, a mapping like ``run.json``, or the path of one or of its folder.
-
-    Returns:
-        The file; None when the existing card is left alone.
+    Returns the file, or None when the existing card is left alone.
 
     Raises:
         DataError: ``result`` is a path, and there is no record of a run.
@@ -69,7 +67,6 @@ def render(facts: Facts, picture: bool) -> str:
 
 
 def _data(facts: Facts) -> ModelCardData:
-    """The card's metadata for the hub."""
     recipe = facts.recipe
     base, adapter = _hub_id(recipe.get("base_model")), recipe.get("adapter")
     rows = [row.get("path") for row in _datasets(facts)]

@@ -45,8 +45,6 @@ class Series:
     """One curve.
 
     Attributes:
-        name: for the legend.
-        points: in the order of their steps.
         smoothed: draw a running mean over it, when it is long.
         dots: draw the points themselves, for curves of few points.
     """
@@ -90,15 +88,9 @@ class Chart:
     """The data of a chart, for the template.
 
     Attributes:
-        title: what it shows, with its unit.
         summary: the same in words, for those who cannot see it.
-        legend: names of the curves, in their order.
-        x: ticks of the steps.
-        y: ticks of the values.
-        lines: from back to front.
         dots: ``(series, x, y)``.
         lost: x of steps whose value is not a number.
-        strips: from left to right.
     """
 
     title: str
@@ -254,7 +246,6 @@ def _strips(
 
 
 def _summary(series: Sequence[Series], show: Callable[[float], str]) -> str:
-    """The course of the curves, in a sentence each."""
     sentences = []
     for s in series:
         good = [p for p in s.points if _ok(p[1])]

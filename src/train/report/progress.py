@@ -98,9 +98,7 @@ class ProgressCallback(TrainerCallback):
     releases the terminal.
 
     Args:
-        meter: has timed and counted the steps.
         interrupts: whose signals the bar shows.
-        console: where to print.
         total: optimizer steps of the whole run.
         used: returns the memory in use, in MiB; None: it is not shown.
     """
@@ -197,7 +195,6 @@ class ProgressCallback(TrainerCallback):
         return self.meter.median_step(last=RECENT) * max(0, self.total - step)
 
     def _line(self, state: Any) -> None:
-        """A line of text, where there is no terminal."""
         self.due, self.said = False, time.perf_counter()
         fields = "  ".join(text for _, text in self._fields(state))
         eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""

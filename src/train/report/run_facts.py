@@ -51,8 +51,7 @@ class Facts:
     def of(cls, result: Any) -> Facts:
         """Read a ``RunResult``, a mapping, or the path of a ``run.json`` or of its folder.
 
-        Raises:
-            DataError: there is no such file, or it holds no JSON object.
+        Raises a DataError if there is no such file, or it holds no JSON object.
         """
         if is_dataclass(result) and not isinstance(result, type):
             return cls(asdict(result))
@@ -168,7 +167,6 @@ def number(value: Any) -> float | None:
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """Data with ``change`` made to every text in it."""
     if isinstance(value, Mapping):
         return {key: _changed(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):

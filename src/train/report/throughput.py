@@ -160,7 +160,6 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _share(model: nn.Module, experts: int) -> float:
-    """The share of the experts that a token is sent to."""
     each = getattr(_text_config(model), "num_experts_per_tok", None)
     return min(1.0, each / experts) if isinstance(each, int) else 1.0
 

@@ -29,12 +29,9 @@ _WHOLE = 1 << 30
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the rows in the sample.
+    """Tokens of each row in the sample; ``counted`` with a tokenizer, not estimated.
 
-    Attributes:
-        tokens: of each row.
-        trained: the fraction of them that is trained; None: not known.
-        counted: with a tokenizer, not estimated.
+    ``trained`` is the fraction of them that is trained; None: not known.
     """
 
     tokens: np.ndarray[Any, Any]
@@ -82,7 +79,6 @@ def measure(recipe: Recipe, rows: RowsRead, tokenizer: Any) -> Lengths:
 
 
 def _size(read: Any) -> int:
-    """The tokens of a row, estimated by its characters."""
     if isinstance(read, Tokens):
         return len(read.ids)
     if isinstance(read, Chat):
@@ -150,10 +146,7 @@ class Candidates:
                 yield from ((adapter, why, length) for adapter, why in self._adapters())
 
     def usable(self) -> list[int]:
-        """Sequence lengths that keep a row: the best one for the rows first, then shorter ones.
-
-        Raises a RecipeError if there is none.
-        """
+        """Lengths that keep a row, the best one first; raises a RecipeError if there is none."""
         best = self._wanted()
         if self.longest is not None:
             best = min(best, self.longest)

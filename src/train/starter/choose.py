@@ -29,13 +29,7 @@ from .look import RowsRead
 
 @dataclass(frozen=True)
 class MemoryVerdict:
-    """Whether a recipe fits.
-
-    Attributes:
-        fits: None: not known.
-        needs: bytes that it needs at least, if known.
-        note: the same in words.
-    """
+    """Whether a recipe fits (None: not known), and the bytes that it needs at least, if known."""
 
     fits: bool | None
     needs: int | None
@@ -134,13 +128,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Draft:
-    """The chosen keys.
-
-    Attributes:
-        values: the recipe.
-        why: key -> the reason.
-        verdict: whether it fits.
-    """
+    """The chosen keys, the reason of each, and whether the recipe fits."""
 
     values: Values
     why: dict[str, str]
@@ -149,13 +137,9 @@ class Draft:
 
 @dataclass
 class Chooser:
-    """Chooses the keys.
+    """Chooses the keys; ``budget`` is ``--memory`` as it was given, and in bytes.
 
-    Args:
-        base: ``base_model`` and ``datasets``, and why.
-        candidates: what to try; with the rows and their lengths.
-        budget: ``--memory`` as it was given, and in bytes; None: none was given.
-        fits: judges.
+    ``base`` has ``base_model`` and ``datasets``, and why.
     """
 
     base: Mapping[str, tuple[Any, str]]

@@ -37,8 +37,6 @@ class InitOptions:
         data: as ``path`` in a recipe.
         model: as ``base_model`` in a recipe; None: a small one.
         memory: a budget such as ``24GB``; None: what this machine has.
-        output: the file to write; None: standard output.
-        overwrite: replace that file.
     """
 
     data: str

@@ -160,7 +160,6 @@ class ChatFeatures:
         first: the roles of the first messages that are not the system's.
         last: the roles of the last messages.
         tools: rows with a list of tools, or calls of them.
-        thinking: the field of a message that holds the reasoning, or None.
         marks: answers with the reasoning in marks such as ``<think>``.
     """
 
@@ -210,11 +209,7 @@ class RowsRead:
 
     Attributes:
         dataset: with an absolute path, as a recipe's entry.
-        shape: of all rows.
-        count: how many were read.
         complete: whether these are all.
-        sample: some of them, each with file and line.
-        features: of chats.
     """
 
     dataset: Dataset
@@ -232,11 +227,9 @@ def _of(message: Mapping[str, Any], *names: str) -> Any:
 def look(dataset: Dataset) -> RowsRead:
     """Read the rows of a dataset, as many as are needed to know them.
 
-    ``dataset`` has an absolute path, or the id of one on the hub, which is streamed.
-
-    Raises:
-        DataError: there are none, one cannot be read, has no known format, or another one than the
-            first; the message has file and line.
+    ``dataset`` has an absolute path, or the id of one on the hub, which is streamed. Raises a
+    DataError, with file and line, if there are no rows, or one cannot be read, has no known format,
+    or another one than the first.
     """
     source = sources.find(dataset, "DATA", streaming=True)
     limit = _MOST if source.files or hasattr(source.table, "__len__") else _MOST_OF_HUB
@@ -272,7 +265,6 @@ def _field(row: Mapping[str, Any], shape: Shape) -> str:
 
 
 def _mixed(where: str, shape: Shape, place: str, first: Shape) -> str:
-    """The message for rows of several formats."""
     if shape.kind == first.kind:
         ours, theirs = (", ".join(f"{k}: {v}" for k, v in s.keys) for s in (shape, first))
         return (

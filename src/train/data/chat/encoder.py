@@ -31,12 +31,9 @@ class ChatEncoder:
     """Renders, tokenizes and masks conversations.
 
     Args:
-        tokenizer: a fast tokenizer.
         source: the chat template; None for the tokenizer's own.
-        rules: what is trained.
         variables: what the template may read besides the messages and the special tokens.
         day: the date for a template that asks for it; None: today's.
-        thinking: the key of the assistant's thoughts.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer has no offsets, or one of
@@ -100,8 +97,7 @@ class ChatEncoder:
     def question(self, chat: Chat) -> list[int]:
         """The tokens of a conversation, up to where the assistant's next answer begins.
 
-        Raises:
-            DataError: the template refuses the conversation.
+        Raises a DataError if the template refuses the conversation.
         """
         name = "tool_use" if chat.tools and "tool_use" in self.templates else "default"
         self.features[name].require(chat)
@@ -120,7 +116,6 @@ class ChatEncoder:
         return replace(tokens, specials=True) if self.has_special(chat) else tokens
 
     def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Placed]]]:
-        """The texts and turns of conversations with the same tools."""
         tools = chats[0].tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template = self.templates[name]
@@ -226,16 +221,10 @@ class Turns:
         self._trim = (False, False)
 
     def find(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
-        """The turn of every message.
+        """The turn of every message; ``where`` is file and line, for the error.
 
-        ``text`` is the rendered conversation; ``where`` is file and line, for the error.
-
-        Returns:
-            One turn per message; None for one that leaves no trace (a system message that the
-            template merges or drops, for example).
-
-        Raises:
-            DataError: an answer cannot be located.
+        It is None for a message that leaves no trace (a system message that the template merges or
+        drops, for example). Raises a DataError if an answer cannot be located.
         """
         plain = all(
             len(m) == 2 and isinstance(m.get("content"), str) and "role" in m for m in messages

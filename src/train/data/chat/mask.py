@@ -22,12 +22,10 @@ class Rules:
     """What is trained in a conversation.
 
     Attributes:
-        roles: the roles whose turns are trained.
         eos: which of the tokenizer's ends of sequence: those of trained ``turn``s, ``all``, only
             the ``last`` of a conversation, or ``none``.
         eot: the same for other tokens that end a turn.
         eot_tokens: the tokens that end a turn, in addition to the template's.
-        everything: train every token.
     """
 
     roles: frozenset[str] = frozenset({"assistant"})
@@ -38,11 +36,7 @@ class Rules:
 
 
 class Masker:
-    """Matches turns with tokens of a fast tokenizer.
-
-    Raises:
-        RecipeError: one of ``eot_tokens`` is not one token.
-    """
+    """Matches turns with tokens; raises a RecipeError if one of ``eot_tokens`` is not one token."""
 
     def __init__(self, tokenizer: Any, rules: Rules) -> None:
         self.rules = rules
@@ -55,12 +49,9 @@ class Masker:
         self.trims = '"trim_offsets": true' in json.dumps(after)
 
     def mask(self, chat: Chat, text: str, turns: list[Placed], encoding: Any) -> Tokens:
-        """The tokens of a conversation, and which are trained.
+        """The tokens of a rendered conversation, and which are trained.
 
-        ``turns`` are the places in the rendered ``text``, ``encoding`` its tokens.
-
-        Raises:
-            DataError: what a message says of its characters cannot be followed.
+        Raises a DataError if the details of a message do not fit its characters.
         """
         ids: list[int] = encoding.ids
         if self.rules.everything:

@@ -63,10 +63,7 @@ class Analysis:
     def turns(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
         """The turn of every message; None for one that leaves no trace.
 
-        ``text`` is the rendered conversation; ``where`` is file and line, for the error.
-
-        Raises:
-            DataError: an answer cannot be located.
+        ``where`` is file and line, for the DataError that an answer cannot be located.
         """
         turns: list[Turn | None] = []
         at = 0
@@ -90,11 +87,7 @@ class Analysis:
     def answer(
         self, messages: Messages, i: int, tools: Any, text: str, where: str
     ) -> tuple[int, int]:
-        """Where the turn of the assistant's message ``i`` begins and ends in ``text``.
-
-        Raises:
-            DataError: it cannot be located.
-        """
+        """The range of the assistant's message ``i``; raises a DataError if it is not found."""
         begin = self._begin(messages, i, tools, text, where)
         last = i + 1 == len(messages)
         through = text if last else self.template.render(messages[: i + 1], tools, where=where)

@@ -14,13 +14,10 @@ _TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content":
 def render_chat(
     tokenizer: Any, messages: Sequence[Any], variables: Mapping[str, Any], prompt: bool
 ) -> str:
-    """The text of a conversation.
+    """The text of a conversation; raises a ValueError if the template refuses it.
 
     ``variables`` are what the template reads besides the messages; ``prompt`` appends the header of
     the next answer.
-
-    Raises:
-        ValueError: the template refuses the conversation.
     """
     from jinja2 import TemplateError
 

@@ -29,8 +29,6 @@ class Chat:
     """One conversation.
 
     Attributes:
-        where: file and line, for messages.
-        messages: ``{"role": ..., "content": ...}`` in order.
         tools: the functions that the assistant may call, as JSON schemas, or None.
         train: by message: whether it is trained, which of its characters are, or None: by its role.
     """
@@ -45,7 +43,6 @@ class Template:
     """One chat template, rendered as ``tokenizer.apply_chat_template`` renders it.
 
     Args:
-        source: the Jinja text.
         variables: what it may read besides the messages, e.g. ``bos_token``.
         day: the date for a template that asks for it; None: today's.
 
@@ -64,13 +61,9 @@ class Template:
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation; raises a DataError if the template refuses it.
 
-        ``tools`` are the functions that the assistant may call, as JSON schemas; ``prompt`` appends
-        the header of the assistant's next turn; ``where`` is file and line, for the error.
-
-        Raises:
-            DataError: the template refuses the conversation.
+        ``tools`` are JSON schemas; ``prompt`` appends the header of the assistant's next turn.
         """
         return self._render([messages], tools, where, add_generation_prompt=prompt)[0][0]
 
@@ -79,12 +72,8 @@ class Template:
     ) -> tuple[list[str], list[list[Span]] | None]:
         """The texts of conversations that have the same tools, and the marked spans.
 
-        Returns:
-            The texts; and the spans within each that the template marks as the assistant's, or None
-            when it has no marks.
-
-        Raises:
-            DataError: the template refuses a conversation; the message names the first one.
+        The spans are those that the template marks as the assistant's; None when it has no marks.
+        Raises a DataError that names the first conversation that the template refuses.
         """
         options = {"return_assistant_tokens_mask": True} if self.marked else {}
         try:

@@ -33,7 +33,6 @@ class Conversation:
     """Reads rows of the types ``chat_template`` and ``sharegpt``.
 
     Args:
-        dataset: names of fields, roles, and what is trained.
         template: the chat template; roles that it names need no mapping.
         default_system: the system message of conversations that have none, or None.
     """
@@ -83,10 +82,7 @@ class Conversation:
         return Chat(where, messages, self._tools(row, where), train if flagged else None)
 
     def messages(self, turns: list[Any], where: str) -> list[dict[str, Any]]:
-        """Messages with the names that templates have for roles and fields.
-
-        Raises a DataError, which begins with ``where``, if one of them is not right.
-        """
+        """Messages with the templates' names of roles; raises a DataError for a wrong one."""
         pair = self._pair(turns[0])
         return [self._message(t, i, where, pair) for i, t in enumerate(turns, start=1)]
 
@@ -181,7 +177,6 @@ class Conversation:
         row: Mapping[str, Any],
         where: str,
     ) -> None:
-        """Add or remove the system message."""
         if self.dataset.drop_system_message:
             if messages[0]["role"] == "system":
                 del messages[0], train[0]

@@ -58,10 +58,7 @@ def worded(wording: Wording, dataset: Dataset) -> Prompt:
 
 
 def spelled_out(form: PromptFormat) -> Prompt:
-    """The prompt of a type that the recipe spells out.
-
-    Raises a RecipeError if a format names something that a row does not have.
-    """
+    """The prompt of a type in the recipe; raises a RecipeError for unknown fields."""
     turn = form.format if form.format is not None else "{instruction} {input}"
     bare = form.no_input_format if form.no_input_format is not None else turn
     style = Style(form.system_format or "{system}", turn, bare)

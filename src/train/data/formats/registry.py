@@ -128,8 +128,6 @@ class Encoder:
     """Turns the rows of one dataset into tokens.
 
     Args:
-        dataset: how its rows are read.
-        recipe: the keys for all datasets.
         tokenizer: a fast tokenizer; it can be pickled together with this.
         longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
         day: the date for a chat template that asks for it; None: today's.
@@ -173,10 +171,7 @@ class Encoder:
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
-        """Read, render, tokenize and mask rows.
-
-        Raises a DataError, with file and line, for a row that is not right.
-        """
+        """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
         read = [self.format.read(row, where) for where, row in rows]
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]
@@ -197,10 +192,7 @@ class Encoder:
         return samples
 
     def part(self, rows: Sequence[Row], limits: Limits) -> Part:
-        """Encode rows, and keep what can be trained on.
-
-        Raises a DataError, with file and line, for a row that is not right.
-        """
+        """Encode rows and keep what can be trained on; raises a DataError, with file and line."""
         return keep(self.encode(rows), limits)
 
     def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
@@ -289,17 +281,10 @@ def _rules(dataset: Dataset, recipe: Recipe, everything: bool) -> Rules:
 def require_ends(
     path: str, tokenizer: Any, chats: ChatEncoder | None, ends: set[int], trained: set[int]
 ) -> None:
-    """Check that the tokens that end turns are trained.
+    """Raise a DataError, which begins with ``path``, if a token that ends turns is never trained.
 
-    Args:
-        path: the dataset, for messages.
-        tokenizer: whose tokens they are.
-        chats: the encoder of its conversations; None: it has none.
-        ends: tokens that end a trained turn.
-        trained: the tokens that are trained, of ``ends`` and of the watched ones.
-
-    Raises:
-        DataError: one is never trained; the message names it.
+    ``ends`` are those of the trained turns; ``trained`` are the tokens that are trained, of these
+    and of the watched ones. ``chats`` is the encoder of the dataset's conversations, if it has any.
     """
     rules = chats.rules if chats else Rules()
     if rules.everything:

@@ -20,8 +20,6 @@ class Segments:
     """One row as pieces of text.
 
     Attributes:
-        where: file and line, for messages.
-        parts: texts, and whether each is trained.
         bos: begin with the token that the tokenizer puts before a text, if it has one.
         eos: end with the tokenizer's end of text, trained if the last piece is.
         divide: cut the tokens into samples of the longest length that there may be.
@@ -35,13 +33,7 @@ class Segments:
 
 
 class SegmentEncoder:
-    """Tokenizes pieces of text.
-
-    Args:
-        tokenizer: any tokenizer.
-        everything: train every token.
-        longest: the longest sample, for rows that are divided.
-    """
+    """Tokenizes pieces of text."""
 
     def __init__(self, tokenizer: Any, everything: bool, longest: int) -> None:
         self.tokenizer, self.everything, self.longest = tokenizer, everything, longest

@@ -44,10 +44,7 @@ class TaughtEncoder(Encoder):
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
-        """Read, render, tokenize and mask rows, with the teacher's part of each.
-
-        Raises a DataError, with file and line, for a row that is not right.
-        """
+        """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
         samples = super().encode(rows)
         return [
             replace(tokens, extra=self.teacher.read(row, tokens).text())
@@ -61,7 +58,6 @@ class Teacher:
     Args:
         field: their field; None: where Axolotl, or its example's rows, have it.
         temperature: of the log-probabilities.
-        size: of the tokenizer's vocabulary.
     """
 
     def __init__(self, field: str | None, temperature: float, size: int) -> None:

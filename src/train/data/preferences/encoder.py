@@ -39,7 +39,6 @@ class PreferenceEncoder:
     """Turns the rows of one dataset of preferences into tokens.
 
     Args:
-        dataset: how its rows are read.
         recipe: the keys for all datasets, with a preference method or a reward model.
         tokenizer: a fast tokenizer; it can be pickled together with this.
         day: the date for a chat template that asks for it; None: today's.
@@ -87,10 +86,7 @@ class PreferenceEncoder:
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
     def part(self, rows: Sequence[Row], limits: Limits) -> Part:
-        """Encode rows, and keep what can be trained on.
-
-        Raises a DataError, with file and line, for a row that is not right.
-        """
+        """Encode rows and keep what can be trained on; raises a DataError, with file and line."""
         return keep_answers(self.encode(rows), limits, self.longest_prompt, self.longest_answer)
 
     def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:

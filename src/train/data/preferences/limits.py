@@ -34,15 +34,11 @@ class TokenizedRow:
     """A row of preferences as tokens.
 
     Attributes:
-        where: file and line.
-        prompt: the tokens of the prompt, the header of the answer included.
         answers: the answers, the better one first.
         labels: the label of each token of the only answer, where each step of it has one.
         ends: the tokens that end the answers.
         empty: the prompt or an answer is empty.
-        equal: both answers are the same.
         specials: the text of the user, or of the prompt, has special tokens in it.
-        extra: other data of the row, as JSON.
     """
 
     where: str
@@ -69,13 +65,10 @@ class TokenizedRow:
 def keep_answers(
     rows: Sequence[TokenizedRow], limits: Limits, prompt: int | None, answer: int | None = None
 ) -> Part:
-    """Make samples of rows.
+    """Make samples of rows; raises a DataError for a long or empty one if ``excess`` is ``raise``.
 
     ``limits`` are for a prompt and an answer together; ``prompt`` and ``answer`` are the longest of
     each, in tokens, if any. Longer answers are cut.
-
-    Raises:
-        DataError: a row is too long or empty, and ``excess`` is ``raise``.
     """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}

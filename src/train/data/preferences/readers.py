@@ -26,12 +26,7 @@ from ..formats.instruction import filled, require_fillable
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer to a prompt.
-
-    Attributes:
-        content: its text, or its messages, all of them the assistant's.
-        good: whether it is the better one of two, or desirable.
-    """
+    """An answer to a prompt: a text or the assistant's messages; ``good``: better or desirable."""
 
     content: str | Messages
     good: bool
@@ -42,7 +37,6 @@ class Preference:
     """A prompt, and how answers to it are judged.
 
     Attributes:
-        where: file and line, for messages.
         prompt: its text, or its messages, which do not end with the assistant's.
         answers: the better one before the worse one, as text or messages like the prompt; none in a
             row that is a prompt alone.
@@ -72,8 +66,6 @@ class JudgedSteps:
     """An answer in steps.
 
     Attributes:
-        where: file and line, for messages.
-        prompt: the text before it.
         steps: the text of each step, with what separates it from the next.
         labels: the class of each step; None: it is not trained.
     """
@@ -159,10 +151,7 @@ def spoken(text: str, role: str, conversation: Conversation) -> dict[str, str]:
 
 
 def judgement(value: Any, field: str, where: str) -> bool:
-    """A label that says whether something is good; 0 and 1 count as false and true.
-
-    Raises a DataError if it is something else.
-    """
+    """Whether a label is good; 0 and 1 count as false and true, others raise a DataError."""
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     got = repr(value) if isinstance(value, int | float) else kind(value)
@@ -186,8 +175,6 @@ class MessageReader:
     Where prompt and answers are texts and no field has messages, they stay texts.
 
     Args:
-        dataset: names of fields.
-        conversation: reads messages.
         labelled: rows have one answer and a label; else a better and a worse one.
         whole: answers are conversations, whose last message is the answer.
         prompts: fields of the prompt, best first; None: as described above.
@@ -242,14 +229,12 @@ class MessageReader:
         return next((n for n in names if row.get(n) is not None and row[n] != whole), None)
 
     def _as_messages(self, field: str | None, prompt: Any, values: list[Any]) -> bool:
-        """Whether a row is a conversation, not a text to be continued."""
         chats = field is not None and (self.prompts is not None or field == self.asked)
         return chats or isinstance(prompt, list) or not all(isinstance(v, str) for v in values)
 
     # --- texts -----------------------------------------------------------------------------------
 
     def _texts(self, prompt: Any, values: list[str], where: str) -> tuple[str, list[str]]:
-        """The prompt, and the answers behind it."""
         if isinstance(prompt, str):
             return prompt, values
         if self.labelled:
@@ -336,11 +321,7 @@ def _require_answer(value: Any, name: str, where: str) -> None:
 
 
 def _require_assistant(messages: Messages, name: str, where: str) -> None:
-    """See that an answer is the assistant's.
-
-    Raises:
-        DataError: another one speaks in it.
-    """
+    """Raise a DataError unless all messages of an answer are the assistant's."""
     other = next((m["role"] for m in messages if m["role"] != "assistant"), None)
     if other is None:
         return
@@ -388,11 +369,8 @@ class FormReader:
     """Reads rows of the types ``chatml`` and ``llama3``, and of their variants.
 
     Args:
-        form: how the text is written.
         prompts: the fields that may have the prompt; none: the prompt is what the answer's
             conversation begins with.
-        dataset: names of fields.
-        conversation: reads messages.
         labelled: rows have one answer and a label; else a better and a worse one.
     """
 
@@ -453,7 +431,6 @@ class FormReader:
         return text_of_part(row, _first(row, self.prompts), where)
 
     def _answer(self, value: Any, name: str, where: str) -> tuple[Messages, str]:
-        """The messages before an answer, and its text."""
         if isinstance(value, str):
             return [], value
         if not isinstance(value, list) or not value:
@@ -481,7 +458,6 @@ class SpelledOutReader:
     """Reads rows of a type that the recipe writes as keys.
 
     Args:
-        form: the names of fields, and the formats of prompt and answers.
         labelled: rows have one answer and a label; else a better and a worse one.
 
     Raises:
@@ -597,7 +573,6 @@ class StepReader:
     """Reads a prompt, the steps of an answer to it, and the label of each.
 
     Args:
-        dataset: what separates steps, and which of them are trained.
         classes: the number of labels, from 0.
     """
 
@@ -654,8 +629,6 @@ class OwnTypeReader:
     or in a pair with ``{"remove_columns": [names]}`` (or ``"__all__"``): fields that the row loses.
 
     Args:
-        name: of the function.
-        inner: reads the changed rows.
         recipe: passed to the function as a mapping; it has the caller's permission.
 
     Raises:

@@ -89,9 +89,7 @@ class Documented(NamedTuple):
     """Something with its own docstring.
 
     Attributes:
-        module: the name of its module.
         kind: ``module``, ``class`` or ``function``.
-        question: the question about it.
         answer: the output of ``help()``.
         summary: the first paragraph of the docstring, on one line.
     """

@@ -223,11 +223,7 @@ SUFFIXES = {
 
 
 def hash_file(path: Path) -> bytes:
-    """The SHA-256 of a file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """The SHA-256 of a file; raises a DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

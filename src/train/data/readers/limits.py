@@ -20,8 +20,6 @@ class Limits:
     """Which samples are kept.
 
     Attributes:
-        longest: tokens of the longest sample.
-        shortest: tokens of the shortest sample.
         excess: what happens to longer ones: ``drop``, ``truncate`` or ``raise``.
         watched: tokens to record in ``Part.trained``.
     """
@@ -44,7 +42,6 @@ class Part:
             ``nothing_to_train``, ``special_tokens_in_text``.
         ends: tokens that end a trained turn of these rows.
         trained: those of ``ends`` and of the watched tokens that are trained at least once.
-        extra: ``Sample.extra`` of each; empty: no sample has any.
         first: file and line of the first row of some of the counts.
     """
 
@@ -74,12 +71,9 @@ def warnings(counts: Mapping[str, int], first: Mapping[str, str] | None = None) 
 
 
 def require_contrast(counts: Mapping[str, int], first: Mapping[str, str]) -> None:
-    """Check that rows of preferences have something to compare.
+    """Raise a DataError if all pairs are equal, or KTO has only one kind of answers.
 
     ``first`` is empty for older caches.
-
-    Raises:
-        DataError: all pairs are equal, or KTO has only one kind of answers.
     """
     equal = counts.get("equal_answers", 0)
     if "equal_answers" in first and not counts.get("different_answers"):
@@ -134,11 +128,7 @@ _ODD = {
 
 
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
-    """Make samples of rows.
-
-    Raises:
-        DataError: a row is too long, and ``excess`` is ``raise``.
-    """
+    """Make samples of rows; raises a DataError if one is too long, and ``excess`` is ``raise``."""
     counts: Counter[str] = Counter()
     kept: list[tuple[Tokens, int]] = []
     for row in rows:

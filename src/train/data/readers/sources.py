@@ -30,10 +30,8 @@ class DataSource:
     """The location of one dataset's rows, which are not read yet.
 
     Attributes:
-        dataset: its part of the recipe.
         files: the files that hold its rows, in order.
         table: a table, or a stream, of the ``datasets`` library that holds them instead.
-        limit: the largest number of rows to take, or None.
     """
 
     dataset: Dataset
@@ -42,11 +40,7 @@ class DataSource:
     limit: int | None = None
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
-        """Yield the rows that the recipe asks for, in order.
-
-        Raises:
-            DataError: a file cannot be read, or is damaged.
-        """
+        """Yield the rows that the recipe asks for; raises a DataError if a file cannot be read."""
         rows_of_all = self._every(progress or (lambda share: None))
         rows = self._sliced(rows_of_all)
         if self.dataset.skip:
@@ -98,17 +92,11 @@ def find(
     streaming: bool = False,
     allow_builders: bool = False,
 ) -> DataSource:
-    """Find a dataset; if it is missing, has a builder and may be built, build it.
+    """Find a dataset; if it is missing, has a builder and ``allow_builders``, build it.
 
-    Args:
-        dataset: with an absolute path, or the name of a dataset on the hub.
-        key: its place in the recipe, for messages.
-        limit: the largest number of rows to take.
-        streaming: do not download a dataset of the hub as a whole.
-        allow_builders: the caller's consent to run a builder.
-
-    Raises:
-        DataError: it is not there, or its builder fails or is not allowed.
+    ``key`` is its place in the recipe, for messages. A dataset of the hub is not downloaded as a
+    whole with ``streaming``. Raises a DataError if it is not there, or its builder fails or is not
+    allowed.
     """
     path, packaged = Path(dataset.path), is_own(dataset.path)
     if dataset.builder and not packaged and must_build(dataset.builder, path):
@@ -165,7 +153,6 @@ def _build(builder: Path, path: Path) -> None:
 
 
 def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
-    """Read a folder that ``datasets`` has saved, or one with files in it."""
     saved = any((path / n).is_file() for n in ("dataset_dict.json", "state.json"))
     if saved:
         return DataSource(dataset, table=_saved(path, split))

@@ -31,10 +31,8 @@ class Blueprint:
 
     Attributes:
         model: with at least one block of each kind.
-        config: that of the whole model.
         blocks: those of ``model``, by their paths in it.
         times: the number of the whole model's blocks that each represents.
-        depth: the number of blocks of the whole model.
     """
 
     model: Any

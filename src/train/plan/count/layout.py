@@ -26,7 +26,6 @@ class ProcessLayout:
 
     Attributes:
         engine: what shares the work.
-        world: the number of processes.
         shard: the number of processes that share one copy of the weights.
         replicate: the number of such copies.
         tensor: the number of processes that share each layer.

@@ -42,15 +42,10 @@ def traffic(
     hidden: int,
     keys: int | None = None,
 ) -> Traffic:
-    """The bytes that a process sends in an optimizer step.
+    """The bytes that a process sends in an optimizer step of ``passes`` forward passes.
 
-    Args:
-        units: of the model.
-        layout: of the run.
-        passes: forward passes per optimizer step.
-        tokens: of a micro batch.
-        hidden: the size of a hidden state.
-        keys: the size of a token's keys, of all heads; None: that of a hidden state.
+    ``tokens`` are those of a micro batch, ``hidden`` is the size of a hidden state, and ``keys``
+    that of a token's keys, of all heads, by default ``hidden``.
     """
     stored = sum(u.times * w.bytes for u in units for w in u.weights)
     trained = sum(u.times * w.numbers * w.itemsize for u in units for w in u.weights if w.trains)

@@ -28,7 +28,6 @@ class Step:
     """The usage of a step with one micro batch.
 
     Attributes:
-        usages: of each block of the blueprint, by its path.
         rewrites: how many formulas of the blueprint's blocks and head are rewritten, by rule.
         tokens: of the micro batch that was counted.
         uncaptured: paths of the blocks that run as they are, each with the reason.
@@ -41,19 +40,12 @@ class Step:
 
 
 def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int = 1) -> Step:
-    """Run one step of the blueprint on fake tensors.
+    """Run one step of the blueprint, whose tensors become fake ones, with ``recipe``'s micro batch.
 
     Blocks that are captured are counted as graphs, at each level of what they may keep. Others, and
-    all of them with ``optimize: false``, are counted as they run in eager mode.
-
-    Args:
-        blueprint: its model's tensors become fake ones.
-        recipe: has the size of a micro batch.
-        codegen: what would run the graphs.
-        sequences: the number that each row of a micro batch represents.
-
-    Raises:
-        ModelError: the model cannot run on tensors without contents.
+    all of them with ``optimize: false``, are counted as they run in eager mode. Each row of a micro
+    batch represents ``sequences`` rows. Raises a ModelError if the model cannot run on tensors
+    without contents.
     """
     model, (rows, length) = (
         blueprint.model,
@@ -90,7 +82,6 @@ def _run(model: nn.Module, ids: Tensor) -> None:
 
 
 def _reasons(report: Any) -> dict[str, str]:
-    """Why blocks run as they were, by their paths."""
     reasons: dict[str, str] = {}
     for bypass in report.bypasses:
         reasons.setdefault(bypass.module, bypass.reason)

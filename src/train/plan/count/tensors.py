@@ -32,7 +32,6 @@ class Weight:
         bytes: of the whole tensor, its scales not included where it is quantized.
         scales: bytes of those, which no strategy divides.
         itemsize: bytes of a number in the dtype of computation.
-        trains: whether it has a gradient.
         is_matrix: whether it has two dimensions or more.
     """
 
