@@ -167,7 +167,6 @@ def _keys(adapted: Adapted, files: BaseFiles) -> dict[str, str]:
 
 
 def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
-    """The base's files, if they can be merged one by one."""
     if not run.adapter:
         raise UnmergeableError("the model is in shards")
     if getattr(config, "quantization_config", None) is not None:
@@ -202,7 +201,6 @@ def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder
 
 
 def _write_generation_config(run: RunFolder, folder: Path) -> None:
-    """Write the base's, if it has one."""
     from transformers import GenerationConfig
 
     with contextlib.suppress(RecipeError):
@@ -246,7 +244,7 @@ class BaseFiles:
         for path in files:
             try:
                 self._list(path)
-            except Exception as error:  # safetensors has an error of its own
+            except Exception as error:  # safetensors raises its own class
                 raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
 
     def read(self, name: str) -> Tensor:
@@ -328,7 +326,7 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
         dequantize_linears(model, model.dtype)
     merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
     merged.config.use_cache = True  # load_model has switched it off
-    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
+    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be reversed
         del merged._weight_conversions
     return merged if dtype is None or _quantized(merged) else merged.to(dtype)
 
@@ -338,7 +336,7 @@ def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
     _untie(model)
     try:
         return model.merge_and_unload()
-    except Exception as error:  # PEFT raises whatever it meets; some kinds have no such method
+    except Exception as error:  # PEFT raises anything; some kinds have no such method
         kind = type(model.base_model).__name__
         raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
 
@@ -409,7 +407,7 @@ class Adapted:
         self.prefix: str = base.base_model_prefix
         with torch.device("meta"):
             self.model = PeftModel(base, config, low_cpu_mem_usage=True)
-        # the adapter goes where the base is, which must not be nowhere
+        # the adapter goes to the base's device, which must not be meta
         self._hollow = _hollowed(self.model, [p for _, p in pairs])
         set_peft_model_state_dict(self.model, weights, low_cpu_mem_usage=True)
         self._require_loaded()
@@ -501,9 +499,9 @@ def _tied(pairs: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[str]]:
 def _hollowed(model: nn.Module, base: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
     """Give the parameters of ``base`` a device and no memory; returns the new ones, by id."""
     hollow: dict[int, nn.Parameter] = {}
-    for given in base:
-        empty = torch.zeros(()).expand(given.shape)
-        hollow[id(given)] = nn.Parameter(empty, requires_grad=False)
+    for source in base:
+        empty = torch.zeros(()).expand(source.shape)
+        hollow[id(source)] = nn.Parameter(empty, requires_grad=False)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in hollow:
@@ -599,5 +597,5 @@ def _write(file: Path, dtypes: Mapping[str, torch.dtype], tensor: Callable[[str]
     tensors = {name: tensor(name).to(dtype).contiguous() for name, dtype in dtypes.items()}
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-    except Exception as error:  # safetensors has an error of its own
+    except Exception as error:  # safetensors raises its own class
         raise ModelError(f"{file} cannot be written: {first_line(error)}") from error

@@ -167,7 +167,7 @@ class ArrowWriter:
 
 
 def _int32(values: Array) -> Any:
-    # not pa.array(), which imports pandas to see whether it has got something of that
+    # not pa.array(), which imports pandas to look for its types
     return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 

@@ -112,7 +112,7 @@ def collate(
         rest = width - len(tokens)
         ids.append(tokens + [pad_id] * rest)
         labels.append([t for s in samples for t in s.labels] + [IGNORED] * rest)
-        # the filling is a sample of its own, which nothing attends to
+        # the padding is a separate sample, which nothing attends to
         sizes = [*(len(s.input_ids) for s in samples), rest]
         positions.append([i for size in sizes for i in range(size)])
         mask.append([1] * len(tokens) + [0] * rest)

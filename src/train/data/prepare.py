@@ -275,13 +275,13 @@ def _split(
     folder: Path, about: dict[str, Any], recipe: Recipe, fingerprint: str, lease: Lease | None
 ) -> PreparedData:
     samples = Samples(folder / "train.arrow", lease=lease)
-    rows, held = samples.rows, samples.rows[:0]
+    rows, valid = samples.rows, samples.rows[:0]
     if about["sizes"]:
-        rows, held = order(about["sizes"], recipe)
+        rows, valid = order(about["sizes"], recipe)
     counts: Counter[str] = Counter(about["counts"])
     train, validation = samples.select(rows), {}
-    if len(held):
-        part = samples.select(held)
+    if len(valid):
+        part = samples.select(valid)
         limit = recipe.eval_sequence_len
         if limit is not None and (part.lengths > limit).any():
             short = np.flatnonzero(part.lengths <= limit)
@@ -289,7 +289,7 @@ def _split(
             part = part.select(short)
             if not len(part):
                 raise DataError(
-                    f"eval_sequence_len: all {len(held)} rows that were held out are longer than "
+                    f"eval_sequence_len: all {len(valid)} rows that were held out are longer than "
                     f"{limit} tokens"
                 )
         validation["validation"] = part
@@ -340,7 +340,7 @@ def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
     The result is int64 (N,) and (M,): a row may be trained on several times; it is never in both.
     Raises a DataError if nothing would be left on one side.
     """
-    train, held = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
+    train, validation = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
     rest = np.array(train, np.int64)
     mixed = recipe.shuffle_merged_datasets and not recipe.curriculum_sampling
     if not mixed and (recipe.curriculum_sampling or not recipe.shuffle_before_merging_datasets):
@@ -357,7 +357,7 @@ def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
             rest = np.random.default_rng(recipe.seed).permutation(rest)
     if recipe.dataset_shard_num:
         rest = rest[recipe.dataset_shard_idx :: recipe.dataset_shard_num]
-    return rest, np.array(held, np.int64)
+    return rest, np.array(validation, np.int64)
 
 
 def _weighed(rows: Array, weight: float) -> Array:
@@ -389,14 +389,14 @@ class StreamedPacks(IterableDataset[Pack]):
         size = self.recipe.streaming_multipack_buffer_size
         draw = np.random.default_rng(self.recipe.seed)
         while True:
-            samples, kept = self._samples(), 0
+            samples, count = self._samples(), 0
             while buffer := list(islice(samples, size)):
-                kept += len(buffer)
+                count += len(buffer)
                 if self.recipe.shuffle_merged_datasets and not self.recipe.curriculum_sampling:
                     buffer = [buffer[i] for i in draw.permutation(len(buffer))]
                 for group in self._groups(buffer, draw):
                     yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
-            if not kept:
+            if not count:
                 paths = ", ".join(source.dataset.path for source in self.found)
                 raise DataError(f"{paths}: no row of the stream can be trained on")
 
@@ -477,7 +477,7 @@ def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPack
         for i, d in enumerate(datasets)
     ]
     work = [make_work(source.dataset) for source in inputs]
-    for source, one in zip(inputs, work, strict=True):  # what is wrong shall be said now
+    for source, one in zip(inputs, work, strict=True):  # errors are raised now
         first = list(islice(source.rows(), 1))
         if not first:
             raise DataError(f"{source.dataset.path}: the dataset is empty")
@@ -601,6 +601,6 @@ class Duplicates:
             ids=part.ids[tokens],
             labels=part.labels[tokens],
             lengths=part.lengths[new],
-            extra=[text for text, kept in zip(part.extra, new, strict=False) if kept],
+            extra=[text for text, is_new in zip(part.extra, new, strict=False) if is_new],
             counts=counts,
         )

@@ -81,7 +81,7 @@ def with_teacher(batch: dict[str, Any], packs: Sequence[Sequence[Sample]]) -> di
     shape = *batch["input_ids"].shape, max((top.ids.shape[1] for *_, top in taught), default=1)
     ids, logprobs = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
     for row, places, top in taught:
-        width = top.ids.shape[1]  # of a sample that was cut, the teacher's end is left
+        width = top.ids.shape[1]  # a truncated sample has fewer places
         ids[row, places, :width] = top.ids[: len(places)]
         logprobs[row, places, :width] = top.logprobs[: len(places)]
     return {

@@ -55,7 +55,6 @@ def compiler() -> list[CheckResult]:
 
 
 def _found() -> str | None:
-    """The compiler that Inductor would call, or None."""
     try:
         from torch._inductor import cpp_builder
     except Exception:  # it imports a broken library, which another check reports

@@ -109,7 +109,6 @@ def _relative(found: Any, expected: Any) -> float:
 
 
 def _unusable(name: str, package: str, error: Exception, note: str) -> CheckResult:
-    """The result for a library that cannot be imported."""
     result = broken(name, package, error)
     return replace(result, value="cannot be imported", note=f"{result.note}; {note}")
 

@@ -96,7 +96,7 @@ def diagnose() -> Diagnosis:
     """Run all checks. Nothing on the machine is changed."""
     raw = ask(list(CHECKS), _SECONDS)
     rows = raw.pop("rules")
-    if rows and "rule" not in rows[0]:  # the ops could not be asked
+    if rows and "rule" not in rows[0]:  # the ops could not be checked
         raw["codegen"] += rows
         rows = []
     sections = {name: [CheckResult.of(one) for one in records] for name, records in raw.items()}

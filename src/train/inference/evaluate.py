@@ -178,7 +178,6 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 def _by_method(
     model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData, console: Console
 ) -> dict[str, EvalMetrics]:
-    """Evaluate a model that was trained on preferences or rewards."""
     from ..methods.evaluate import measured
 
     begun = time.perf_counter()

@@ -295,7 +295,6 @@ class _Asked(StoppingCriteria):
 
 
 def _positions(model: Any) -> int | None:
-    """The most tokens that the model takes, where its configuration says so."""
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -97,7 +97,7 @@ def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
         raise ModelError(problem)
     try:
         grow(model, adapter_weights(str(folder)))
-    except Exception as error:  # torch and safetensors raise whatever they meet
+    except Exception as error:  # torch and safetensors raise anything
         raise ModelError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
     return put_adapter(model, str(folder), autocast_adapter_dtype=autocast)
 
@@ -191,7 +191,7 @@ def _require_same_code(run: RunFolder) -> None:
         return
     try:
         config, _ = PreTrainedConfig.get_config_dict(source.name)
-    except (OSError, ValueError):  # said with more words where the model is loaded
+    except (OSError, ValueError):  # loading the model explains it better
         return
     if "auto_map" in config:
         what = f"{run.folder}: its run was trained with the code that comes with {run.base_model}"

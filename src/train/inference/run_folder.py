@@ -89,7 +89,6 @@ def _own_folders(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in ``path``, or an empty one if there is no such file."""
     try:
         return read_object(path) if path.exists() else {}
     except ValueError as error:
@@ -127,7 +126,6 @@ def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
 
 
 def _nothing(folder: Path) -> str:
-    """Why ``folder`` is of no use, and what may be meant."""
     checkpoints = sorted(
         folder.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name), reverse=True
     )

@@ -48,7 +48,7 @@ def _require_task(name: str, recipe: Recipe) -> None:
         return
     try:
         task = PeftConfig.from_pretrained(name).task_type
-    except Exception:  # PEFT and the hub raise whatever they meet; put_adapter says what
+    except Exception:  # PEFT and the hub raise anything; put_adapter says what
         return
     if task != head.task:
         raise RecipeError(
@@ -85,7 +85,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
             _adapted(model, recipe, config)
         except RecipeError:
             raise
-        except Exception:  # what is begun from the weights may be beyond a model without them
+        except Exception:  # initial values from the weights may fail without them
             return
 
 
@@ -269,7 +269,7 @@ def put_adapter(model: Any, folder: str, **options: Any) -> Any:
         with adapter_folder(folder) as whole:
             adapted = PeftModel.from_pretrained(model, whole, **options)
         extra, missing = _misplaced(adapted, adapter_weights(folder))
-    except Exception as error:  # PEFT, torch and the hub raise whatever they meet
+    except Exception as error:  # PEFT, torch and the hub raise anything
         raise ModelError(_explained(error, folder)) from error
     if extra or missing:
         many = [f"{len(names)} {what}, such as {names[0]}" for names, what in (

@@ -75,7 +75,7 @@ def pretrained(
             folder = cached(name, options.get("revision")) or folder
         why = _explained(error, name, folder, kind, factory, silent)
         raise RecipeError(f"{key}: {why}") from error
-    if kind != "model" or not isinstance(loaded, tuple):  # code of a model's own may make no pair
+    if kind != "model" or not isinstance(loaded, tuple):  # a model's code may not return a pair
         return loaded
     model, info = loaded
     new = [] if on_new_head is None else _new_in_head(model, info)
@@ -169,7 +169,6 @@ def _explained(
     factory: Any,
     silent: str | None = None,
 ) -> str:
-    """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
     if silent is not None and isinstance(error, OSError) and not folder.is_dir():
         return (
             f"{name} is not on this disk, and {silent}; copy its folder to this machine, and name "

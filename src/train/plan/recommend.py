@@ -92,7 +92,6 @@ def _changes(method: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _ways(world: int) -> dict[str, ProcessLayout]:
-    """The ways in which ``world`` processes can share the work."""
     if world == 1:
         return {"one process": ProcessLayout("one process")}
     ways = {

@@ -89,7 +89,6 @@ _PIPELINES = {
 
 
 def _task_tags(facts: Facts) -> list[str]:
-    """The tags of the method, as in the cards that TRL writes."""
     if facts.task is not None:
         return ["trl", facts.task]
     return ["sft", "distillation"] if facts.recipe.get("kd_trainer") else ["sft"]

@@ -177,7 +177,7 @@ def model(facts: Facts) -> Rows:
 
 def completions(facts: Facts) -> list[ShownCompletion]:
     """Completions to look at, of the first generation and of the last one."""
-    shown = []
+    result = []
     for entry in facts.rows("completions"):
         if not isinstance(entry, Mapping):
             continue
@@ -185,8 +185,8 @@ def completions(facts: Facts) -> list[ShownCompletion]:
         by_name = rewards if isinstance(rewards, Mapping) else {}
         scores = [f"{name} {_figure(number(value))}" for name, value in by_name.items()]
         step, prompt, text = (str(entry.get(k) or "") for k in ("step", "prompt", "completion"))
-        shown.append(ShownCompletion(step, prompt, text, ", ".join(scores)))
-    return shown
+        result.append(ShownCompletion(step, prompt, text, ", ".join(scores)))
+    return result
 
 
 def rewrites(facts: Facts) -> Rewrites | None:
@@ -224,8 +224,8 @@ def resources(facts: Facts) -> Rows:
 
 def times(facts: Facts) -> list[tuple[str, str, str]]:
     """Each part of the run, its time, and its share in percent."""
-    known = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
-    parts = {k: v for k, v in known.items() if v is not None and math.isfinite(v) and v >= 0}
+    seconds = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
+    parts = {k: v for k, v in seconds.items() if v is not None and math.isfinite(v) and v >= 0}
     total = sum(parts.values())
     long = {k: v for k, v in parts.items() if v >= 0.5} or parts  # not the many that take no time
     return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in long.items()]

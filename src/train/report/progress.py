@@ -248,7 +248,6 @@ class ProgressCallback(TrainerCallback):
             self._line(state)
 
     def _validation(self, step: int, key: str, figure: str, value: float) -> None:
-        """A line on one validation set, with the change since the one before."""
         name = key.removeprefix("eval_").removesuffix(figure).strip("_")
         text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:z.3f}"
         if key in self.validated:

@@ -122,7 +122,6 @@ def _entry(options: InitOptions, rows: RowsRead) -> dict[str, Any]:
 def _measured(
     model: str, why: str, entry: dict[str, Any], rows: RowsRead
 ) -> tuple[Recipe, dict[str, tuple[Any, str]], Lengths]:
-    """The lengths of the rows, and the keys that say how they are read."""
     base: dict[str, tuple[Any, str]] = {"base_model": (model, why)}
     plain = check({"base_model": model, "datasets": [entry]}).recipe
     tokenizer, missing = tokenizer_of(plain)

@@ -98,7 +98,6 @@ def _is_chat(value: Any) -> bool:
 
 
 def _names(name: str, messages: Any) -> list[tuple[str, Any]]:
-    """The keys for the field of the messages, and for the names of their fields."""
     keys: list[tuple[str, Any]] = [] if name in _LISTS else [("field_messages", name)]
     first = messages[0] if isinstance(messages, list) and messages else {}
     if not isinstance(first, Mapping):

@@ -74,11 +74,11 @@ class Features:
             yield "tools", ""
         for i, message in enumerate(messages):
             for name, remedy, changed in self._changes(message):
-                shown, as_was = messages, text
+                current, as_was = messages, text
                 if remedy == "thinking":  # which many drop, on purpose, once the answer is given
-                    shown = messages[: i + 1]
+                    current = messages[: i + 1]
                     as_was = self._through(chat, i, text)
-                if same([*shown[:i], changed, *shown[i + 1 :]], tools, as_was):
+                if same([*current[:i], changed, *current[i + 1 :]], tools, as_was):
                     yield name, remedy
 
     def _through(self, chat: Chat, i: int, text: str) -> str:

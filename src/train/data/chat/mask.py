@@ -88,7 +88,6 @@ class Masker:
         return not any(flag and message["role"] != "assistant" for message, flag in pairs)
 
     def _wanted(self, chat: Chat, i: int) -> bool | list[Detail]:
-        """Whether message ``i`` is trained, or which characters of it."""
         flag = chat.train[i] if chat.train is not None else None
         return chat.messages[i]["role"] in self.rules.roles if flag is None else flag
 
@@ -113,7 +112,6 @@ class Masker:
         return lambda i: int(min(chars(i)[0], chars(i - 1)[1])) if i else 0
 
     def _first(self, at: int, count: int, encoding: Any, begin_of: Callable[[int], int]) -> int:
-        """The first token that begins at this character, or later."""
         token = None if self.trims else encoding.char_to_token(at)
         if token is None:  # a character that belongs to no token, or perhaps to another one
             return bisect_left(range(count), at, key=begin_of)

@@ -56,7 +56,7 @@ class Template:
         self.variables = dict(variables)
         self.marked = _MARK.search(source) is not None
         """Whether it marks the assistant's words with ``{% generation %}``."""
-        self._render([], None, "")  # said before any row is read
+        self._render([], None, "")  # fails before any row is read
 
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""

@@ -144,7 +144,6 @@ class Conversation:
         return self.roles[name]
 
     def _training(self, turn: Any, i: int, where: str) -> bool | list[Detail] | None:
-        """Whether the message itself says that it is trained."""
         flag, name = self._flags
         detail = turn.get(name) if name else None
         value = turn.get(flag) if flag else None

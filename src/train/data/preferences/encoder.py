@@ -146,7 +146,7 @@ class PreferenceEncoder:
         return TokenizedRow(
             row.where, prompt, tuple(answers),
             ends=frozenset({self._eos()} if answers else ()), equal=row.equal,
-            # the forms of chats have special tokens of their own
+            # the chat formats write their own special tokens
             specials=marked and not isinstance(self.reader, FormReader | SpelledOutReader),
             extra="" if answers else _kept(row),
         )  # fmt: skip
@@ -229,7 +229,6 @@ def _kept(row: Preference) -> str:
 
 
 def _with_prompt_variables(recipe: Recipe) -> Recipe:
-    """A recipe whose ``chat_template_kwargs`` are those of its prompts, where it has some."""
     variables = recipe.trl.chat_template_kwargs if recipe.trl is not None else None
     if rows_of(recipe) != "prompts" or variables is None:
         return recipe

@@ -257,7 +257,6 @@ class MessageReader:
         row: Mapping[str, Any],
         where: str,
     ) -> tuple[Chat, list[Messages]]:
-        """The prompt as a conversation, and the messages of each answer."""
         listed = [self._messages(v, n, where) for v, n in zip(values, self.answers, strict=True)]
         if prompt is None or (isinstance(prompt, str) and self._repeats(listed)):
             count = self._shared(listed, where)
@@ -666,7 +665,7 @@ class OwnTypeReader:
             changed = self.change(dict(row), tokenizer=None)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # likewise
+        except BaseException as error:  # whatever the code raises
             raise DataError(f"{where}: {self.name} {what_failed(error, self.change)}") from error
         if not isinstance(changed, Mapping):
             raise DataError(f"{where}: {self.name} must return an object, not {kind(changed)}")
@@ -679,7 +678,6 @@ class OwnTypeReader:
         return {k: v for k, v in vars(self).items() if k not in ("change", "removed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the function."""
         vars(self).update(state)
         self._load()
 

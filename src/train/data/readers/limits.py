@@ -130,7 +130,7 @@ _ODD = {
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
     """Make samples of rows; raises a DataError if one is too long, and ``excess`` is ``raise``."""
     counts: Counter[str] = Counter()
-    kept: list[tuple[Tokens, int]] = []
+    selected: list[tuple[Tokens, int]] = []
     for row in rows:
         counts["special_tokens_in_text"] += row.specials
         length = len(row.ids)
@@ -147,10 +147,10 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
             counts["too_short"] += 1
         elif any(max(a, 1) < min(b, length) for a, b in row.spans):  # the first is never trained
             counts["truncated"] += length < len(row.ids)
-            kept.append((row, length))
+            selected.append((row, length))
         else:
             counts["nothing_to_train"] += 1
-    return _laid_out(kept, counts, limits.watched)
+    return _laid_out(selected, counts, limits.watched)
 
 
 def _laid_out(

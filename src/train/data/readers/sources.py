@@ -217,7 +217,7 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
             data_files=[files] if isinstance(files, str) else files, streaming=streaming,
         )  # fmt: skip
     except Exception as error:
-        # no network, no such dataset, no permission, a bad split: each is a class of its own
+        # no network, no such dataset, no permission, a bad split: each raises another class
         raise DataError(
             f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; there is no "
             "local file or folder of this name either"

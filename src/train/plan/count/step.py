@@ -123,14 +123,14 @@ def _usages(block: nn.Module, args: Any, kwargs: Any) -> Usages:
     living.exclude(block.parameters())
     with living:
         outputs = [t for t in tree_iter(block(*args, **kwargs)) if isinstance(t, Tensor)]
-        forward, kept, flops = living.most, living.bytes, living.flops
+        forward, saved, flops = living.most, living.bytes, living.flops
         living.most = 0
         roots = [t for t in outputs if t.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
     gradients = sum(p.grad.nbytes for p in block.parameters() if p.grad is not None)
     block.zero_grad()
-    whole = Usage(kept, forward, living.most, gradients, living.flops)
+    whole = Usage(saved, forward, living.most, gradients, living.flops)
     lean = Usage(inputs, forward, living.most, gradients, living.flops + flops)
     levels: dict[Level, Usage] = {"all": whole, "input": lean}
     return levels
