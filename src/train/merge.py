@@ -40,13 +40,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How to merge.
+    """The options of the command.
 
     Attributes:
-        output: the new folder; None: ``merged`` in the run's.
         dtype: of the weights; None: what the run was trained in, or as the base is stored.
         max_shard_size: largest file, such as ``"5GB"``.
-        dequantize: merge into the weights that a quantized base (or QLoRA) had, made full again.
+        dequantize: merge into the dequantized weights of a quantized base (or QLoRA).
     """
 
     output: Path | None = None
@@ -60,13 +59,7 @@ def merge(
 ) -> Path:
     """Write the adapter of ``run`` and its base as one model; or the shards of a whole model.
 
-    Args:
-        run: from ``open_run``.
-        request: where to and how.
-        console: where to print; None for standard output.
-
-    Returns:
-        The new folder: weights, configuration, tokenizer.
+    Returns the new folder, with weights, configuration and tokenizer.
 
     Raises:
         ModelError: there is no adapter, it cannot be merged, or the disk is full.
@@ -111,12 +104,10 @@ class Layers:
     """The merged tensors, made one module at a time.
 
     Args:
-        adapted: the adapter.
-        files: the base's tensors.
         dtype: of the result; None: as each is stored.
 
     Attributes:
-        plan: shape and dtype of each tensor of the result, by the model's own names.
+        plan: shape and dtype of each tensor of the result, by the model's names.
         untied: whether tensors that the base has once are now two.
 
     Raises:
@@ -143,21 +134,20 @@ class Layers:
             return self.files.read(self._key[name])
         if name not in self._made:
             path = name.rpartition(".")[0]
-            own = [n for n in self._key if n.rpartition(".")[0] == path]
-            tensors = {n.rpartition(".")[2]: self.files.read(self._key[n]) for n in own}
+            names = [n for n in self._key if n.rpartition(".")[0] == path]
+            tensors = {n.rpartition(".")[2]: self.files.read(self._key[n]) for n in names}
             merged = self.adapted.merge(path, tensors)
-            self._made |= {n: merged[n.rpartition(".")[2]] for n in own}
+            self._made |= {n: merged[n.rpartition(".")[2]] for n in names}
         return self._made.pop(name)
 
     def _planned(self, name: str) -> tuple[Shape, torch.dtype]:
         key = self._key[name]
         stored = self.files.dtypes[key]
-        asked = self.dtype if self.dtype is not None and stored.is_floating_point else stored
-        known = name in self.adapted.names and self.adapted.changes(name)
-        return (self.adapted.names[name] if known else self.files.shapes[key]), asked
+        dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
+        is_changed = name in self.adapted.names and self.adapted.changes(name)
+        return (self.adapted.names[name] if is_changed else self.files.shapes[key]), dtype
 
     def _check(self) -> None:
-        """See that what is changed is there, in the size that is expected."""
         for name, shape in self.adapted.names.items():
             changed = self.adapted.changes(name)
             if name not in self._key:
@@ -169,15 +159,14 @@ class Layers:
 
 def _keys(adapted: Adapted, files: BaseFiles) -> dict[str, str]:
     """The key in the files for each tensor, by the model's names; other tensors keep theirs."""
-    prefix, found = f"{adapted.prefix}.", {}
+    prefix, keys = f"{adapted.prefix}.", {}
     for key in files.shapes:
         candidates = (key, prefix + key, key.removeprefix(prefix))
-        found[next((name for name in candidates if name in adapted.names), key)] = key
-    return found
+        keys[next((name for name in candidates if name in adapted.names), key)] = key
+    return keys
 
 
 def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
-    """The base's files, if they can be merged one by one."""
     if not run.adapter:
         raise UnmergeableError("the model is in shards")
     if getattr(config, "quantization_config", None) is not None:
@@ -212,7 +201,6 @@ def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder
 
 
 def _write_generation_config(run: RunFolder, folder: Path) -> None:
-    """The base's, if it has one."""
     from transformers import GenerationConfig
 
     with contextlib.suppress(RecipeError):
@@ -220,14 +208,14 @@ def _write_generation_config(run: RunFolder, folder: Path) -> None:
 
 
 def _copy_code(run: RunFolder, folder: Path) -> None:
-    """The code of the base that its configuration names, from a local folder."""
+    """Copy the code of the base that its configuration names, from a local folder."""
     source = Path(run.base_model)
     if run.consent.trust_remote_code and source.is_dir():
         for path in source.glob("*.py"):
             shutil.copy(path, folder)
 
 
-# The safetensors files of a base model, read tensor by tensor.
+# --- files of a base model, read tensor by tensor ------------------------------------------------
 
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -240,14 +228,10 @@ _STORED_DTYPES = {
 
 
 class BaseFiles:
-    """Tensors on disk, by name. Only what is asked for is in memory.
-
-    Args:
-        files: safetensors files, in order.
+    """Tensors on disk, by name; only those in use are in memory.
 
     Attributes:
         shapes: of every tensor, in the order of the files.
-        dtypes: the same.
 
     Raises:
         ModelError: a file is missing, damaged, or holds something that is not a plain tensor.
@@ -260,7 +244,7 @@ class BaseFiles:
         for path in files:
             try:
                 self._list(path)
-            except Exception as error:  # safetensors has an error of its own
+            except Exception as error:  # safetensors raises its own class
                 raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
 
     def read(self, name: str) -> Tensor:
@@ -281,14 +265,7 @@ class BaseFiles:
 
 
 def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None:
-    """Find the safetensors files of a base model.
-
-    Args:
-        base_model: as a recipe's.
-        revision: of a Hugging Face id.
-
-    Returns:
-        None where its weights are in files of another kind, such as GGUF.
+    """Find the safetensors files of a base model; None where it has another kind, such as GGUF.
 
     Raises:
         RecipeError: the base is not there.
@@ -311,10 +288,10 @@ def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{index} cannot be read: {first_line(error)}") from None
-    return found
+    return names
 
 
 def _file(name: str, file: str, revision: str | None) -> Path | None:
@@ -325,27 +302,20 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
     from transformers.utils.hub import cached_file
 
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
-    return Path(found) if found else None
+    cached = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    return Path(cached) if cached else None
 
 
-# Merging a model as a whole, by PEFT: for bases and adapters that cannot be taken in pieces.
+# --- merging in memory by PEFT: for bases and adapters that cannot be taken in pieces ------------
 
 
 def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
-    """Load the base, put the adapter on it, and merge.
+    """Load the base, put the adapter on it, and merge into a plain model.
 
-    Args:
-        run: with an adapter, or a whole model in shards, which is only loaded.
-        dtype: of the result; None: as in training.
-        dequantize: make quantized weights full before the adapter is added to them; they are then
-            those that the adapter was trained on, rounding included.
-
-    Returns:
-        A plain model.
-
-    Raises:
-        ModelError: PEFT cannot merge this kind of adapter, or into this kind of base.
+    A whole model in shards is only loaded. ``dtype`` is by default that of training. ``dequantize``
+    makes quantized weights full before the adapter is added to them; they are then those that the
+    adapter was trained on, rounding included. Raises a ModelError if PEFT cannot merge this kind of
+    adapter, or into this kind of base.
     """
     loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
     recipe = recipe_for(run, loaded)
@@ -356,18 +326,17 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
         dequantize_linears(model, model.dtype)
     merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
     merged.config.use_cache = True  # load_model has switched it off
-    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
+    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be reversed
         del merged._weight_conversions
     return merged if dtype is None or _quantized(merged) else merged.to(dtype)
 
 
 def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
-    """The base ``model`` with the adapter of ``run`` in its weights."""
     model = with_adapter(model, run.folder, autocast)
     _untie(model)
     try:
         return model.merge_and_unload()
-    except Exception as error:  # PEFT raises whatever it meets; some kinds have no such method
+    except Exception as error:  # PEFT raises anything; some kinds have no such method
         kind = type(model.base_model).__name__
         raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
 
@@ -377,7 +346,7 @@ def _quantized(model: Any) -> bool:
 
 
 def _untie(model: Any) -> None:
-    """Give embeddings and head weights of their own if only one of them is adapted.
+    """Give embeddings and head separate weights if only one of them is adapted.
 
     Otherwise merging into the one would change the other, which the adapter has left alone.
     """
@@ -395,10 +364,7 @@ def _untie(model: Any) -> None:
         base.config.tie_word_embeddings = False
 
 
-# What an adapter changes, tensor by tensor.
-#
-# PEFT builds the adapted model, without weights: its configuration, its names of layers and its own
-# ``merge`` decide everything. The base's tensors come and go, one layer at a time.
+# --- merging tensor by tensor --------------------------------------------------------------------
 
 
 _ADAPTER = "default"
@@ -409,11 +375,13 @@ class UnmergeableError(Exception):
 
 
 class Adapted:
-    """A base model without weights, and an adapter with its own.
+    """A base model without weights, and an adapter with its weights.
+
+    PEFT builds the adapted model: its configuration, its names of layers and its own ``merge``
+    decide everything. The base's tensors are loaded one layer at a time.
 
     Args:
         base: the base model, on the meta device. Its vocabulary grows with the adapter's.
-        folder: of the adapter.
 
     Attributes:
         names: of the base's tensors, each with its shape.
@@ -426,9 +394,9 @@ class Adapted:
     def __init__(self, base: Any, folder: Path) -> None:
         from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
-        asked = PeftConfig.from_pretrained(str(folder))
-        _require_plain(asked, LoraConfig)
-        asked.inference_mode = True
+        config = PeftConfig.from_pretrained(str(folder))
+        _require_plain(config, LoraConfig)
+        config.inference_mode = True
         with torch.device("meta"):
             base.tie_weights()
         weights = adapter_weights(str(folder))
@@ -438,8 +406,8 @@ class Adapted:
         self.tied = _tied(pairs)
         self.prefix: str = base.base_model_prefix
         with torch.device("meta"):
-            self.model = PeftModel(base, asked, low_cpu_mem_usage=True)
-        # the adapter goes where the base is, which must not be nowhere
+            self.model = PeftModel(base, config, low_cpu_mem_usage=True)
+        # the adapter goes to the base's device, which must not be meta
         self._hollow = _hollowed(self.model, [p for _, p in pairs])
         set_peft_model_state_dict(self.model, weights, low_cpu_mem_usage=True)
         self._require_loaded()
@@ -451,20 +419,15 @@ class Adapted:
         return _is_lora(module) or self.replaces(name)
 
     def replaces(self, name: str) -> bool:
-        """Whether the adapter brings a tensor of its own in the place of ``name``."""
-        module, own = self._owner(name)
+        """Whether the adapter replaces ``name`` by another tensor."""
+        module, last = self._owner(name)
         layer = module.get_base_layer() if _is_lora(module) else module
-        return id(layer._parameters[own]) not in self._hollow
+        return id(layer._parameters[last]) not in self._hollow
 
     def merge(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one module as they are with the adapter.
+        """The tensors of one module after merging, float32 where they were merged.
 
-        Args:
-            path: of the module, in the base model.
-            tensors: all of its own tensors in the base, by their last name (``weight``).
-
-        Returns:
-            The same names; what was merged is float32.
+        ``tensors`` are all of the module's in the base, by their last name (``weight``).
         """
         module = self._module(path)
         if not _is_lora(module):
@@ -482,16 +445,14 @@ class Adapted:
             module.merged_adapters.clear()
 
     def _owner(self, name: str) -> tuple[Any, str]:
-        path, _, own = name.rpartition(".")
-        return self._module(path), own
+        path, _, last = name.rpartition(".")
+        return self._module(path), last
 
     def _own(self, module: Any, name: str, tensor: Tensor) -> Tensor:
-        """The adapter's replacement of a tensor, or the tensor."""
         parameter = module._parameters[name]
         return tensor if id(parameter) in self._hollow else parameter.data
 
     def _module(self, path: str) -> Any:
-        """The module that stands at ``path`` now: adapted, replaced, or as it was."""
         module: Any = self.base
         for part in path.split(".") if path else []:
             module = _replacement(getattr(module, part))
@@ -519,7 +480,7 @@ class Adapted:
 
 
 def _require_plain(asked: Any, kind: Any) -> None:
-    """See that the adapter is LoRA that begins as the plain base."""
+    """Raise an UnmergeableError unless the adapter is LoRA that begins as the plain base."""
     if type(asked) is not kind:
         raise UnmergeableError(f"the adapter is {getattr(asked, 'peft_type', asked)}, not LoRA")
     start = asked.init_lora_weights
@@ -537,15 +498,15 @@ def _tied(pairs: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[str]]:
 
 def _hollowed(model: nn.Module, base: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
     """Give the parameters of ``base`` a device and no memory; returns the new ones, by id."""
-    made: dict[int, nn.Parameter] = {}
-    for given in base:
-        empty = torch.zeros(()).expand(given.shape)
-        made[id(given)] = nn.Parameter(empty, requires_grad=False)
+    hollow: dict[int, nn.Parameter] = {}
+    for source in base:
+        empty = torch.zeros(()).expand(source.shape)
+        hollow[id(source)] = nn.Parameter(empty, requires_grad=False)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in made:
-                module._parameters[name] = made[id(parameter)]
-    return {id(parameter): parameter for parameter in made.values()}
+            if parameter is not None and id(parameter) in hollow:
+                module._parameters[name] = hollow[id(parameter)]
+    return {id(parameter): parameter for parameter in hollow.values()}
 
 
 def _is_lora(module: Any) -> bool:
@@ -563,7 +524,7 @@ def _replacement(module: Any) -> Any:
     return module
 
 
-# Writing a model's folder: tensors into safetensors files, whole or not at all.
+# --- writing a model's folder --------------------------------------------------------------------
 
 
 Shape = tuple[int, ...]
@@ -571,12 +532,10 @@ Shape = tuple[int, ...]
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that becomes ``output`` when everything went well, and vanishes otherwise.
+    """A folder that becomes ``output`` on success, and is removed otherwise.
 
-    It stands beside ``output``; what a killed process left there is removed first.
-
-    Raises:
-        RecipeError: ``output`` is there already, or cannot be made.
+    It is a sibling of ``output``; what a killed process left there is removed first. Raises a
+    RecipeError if ``output`` is there already, or cannot be made.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output} is there already; name another folder: --output DIR")
@@ -601,16 +560,10 @@ def write_shards(
     tensor: Callable[[str], Tensor],
     max_shard_size: str,
 ) -> int:
-    """Write tensors into files of limited size; no more than one file's are in memory.
+    """Write tensors into files of limited size, such as ``"5GB"``, and return their bytes.
 
-    Args:
-        folder: of the files.
-        plan: shape and dtype of every tensor, in the order of the files.
-        tensor: makes the one of a name; called once for each, in order.
-        max_shard_size: such as ``"5GB"``.
-
-    Returns:
-        The size of all tensors, in bytes.
+    ``plan`` has shape and dtype of every tensor in the order of the files; ``tensor`` is called
+    once for each, in order. No more than one file's tensors are in memory.
 
     Raises:
         RecipeError: ``max_shard_size`` is not a size.
@@ -640,9 +593,9 @@ def write_shards(
 
 
 def _write(file: Path, dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]) -> None:
-    """Make the tensors of one file and write it; they are gone before those of the next come."""
+    """Make the tensors of one file and write it; they are freed before the next file's."""
     tensors = {name: tensor(name).to(dtype).contiguous() for name, dtype in dtypes.items()}
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-    except Exception as error:  # safetensors has an error of its own
+    except Exception as error:  # safetensors raises its own class
         raise ModelError(f"{file} cannot be written: {first_line(error)}") from error

@@ -2,9 +2,8 @@
 
 In processing order: ``readers`` (where rows are, and reading them) → ``formats`` (what a row means)
 → ``chat`` (text, tokens and exact masks), in batches by ``workers`` → ``cache`` (on disk) →
-``packing`` (sequences and batches), in the order of ``order``. ``prepare`` calls them one after the
-other, holds rows out, and streams rows that are never in one place; ``preview`` shows what came of
-them.
+``packing`` (sequences and batches), in the order of ``order``. ``prepare`` runs these steps, holds
+rows out, and streams rows; ``preview`` prints samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prepared rows on disk: written once, in any size, and read through the file cache."""
+"""Prepared rows on disk: written once, and memory-mapped for reading."""
 
 from __future__ import annotations
 
@@ -31,23 +31,18 @@ _EXTRA = pa.field("extra", pa.string())
 
 
 class Lease:
-    """Keeps a temporary folder; it is removed when the last reference is gone.
-
-    Args:
-        folder: the folder.
-    """
+    """Keeps a temporary folder; it is removed when the last reference is gone."""
 
     def __init__(self, folder: Path) -> None:
         weakref.finalize(self, shutil.rmtree, folder, True)
 
 
 class Samples(Sequence[Sample]):
-    """Samples in an Arrow file, which is mapped, not read.
+    """Samples in a memory-mapped Arrow file.
 
     Args:
-        path: the file.
         rows: which of its rows, in which order; None: all.
-        lease: what keeps the file there, if it is a temporary one.
+        lease: keeps the file, if it is a temporary one.
     """
 
     def __init__(self, path: Path, rows: Array | None = None, lease: Lease | None = None) -> None:
@@ -84,7 +79,7 @@ class Samples(Sequence[Sample]):
         return self._trained[self.rows]
 
     def select(self, places: Array | slice) -> Samples:
-        """Some of these samples, in the given order."""
+        """Some of these samples, in this order."""
         some = copy.copy(self)  # of the same mapping
         some.rows = self.rows[places]
         return some
@@ -123,12 +118,7 @@ class Samples(Sequence[Sample]):
 
 
 class ArrowWriter:
-    """Writes samples into an Arrow file, as they come.
-
-    Args:
-        path: the file.
-        extra: whether samples keep more than tokens and labels.
-    """
+    """Writes samples into an Arrow file, as they come; ``extra``: with ``Sample.extra``."""
 
     def __init__(self, path: Path, extra: bool = False) -> None:
         self.path = path
@@ -140,13 +130,13 @@ class ArrowWriter:
     def add(
         self, ids: Array, labels: Array, lengths: Array, extra: Sequence[str] | None = None
     ) -> None:
-        """Write samples.
+        """Write N samples.
 
         Args:
             ids: the tokens of all, one after the other; int32 (T,).
-            labels: the same for labels; int32 (T,).
-            lengths: of each sample; int (N,), summing up to T.
-            extra: what else each keeps; None: nothing.
+            labels: their labels; int32 (T,).
+            lengths: tokens of each; int (N,), summing up to T.
+            extra: ``Sample.extra`` of each; None: nothing.
         """
         if not len(lengths):
             return
@@ -177,7 +167,7 @@ class ArrowWriter:
 
 
 def _int32(values: Array) -> Any:
-    # not pa.array(), which imports pandas to see whether it has got something of that
+    # not pa.array(), which imports pandas to look for its types
     return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
@@ -189,13 +179,9 @@ def _texts(values: Sequence[str]) -> Any:
 
 
 class Cache:
-    """A folder of prepared rows, whose name is the hash of everything that they depend on.
+    """A folder of prepared rows, named by the hash of everything that they depend on.
 
-    It is made under another name and then renamed, so that it is there as a whole or not at all.
-
-    Args:
-        root: where such folders are.
-        fingerprint: the hash.
+    It is written under another name and then renamed, so that it is complete or absent.
     """
 
     def __init__(self, root: Path, fingerprint: str) -> None:
@@ -225,7 +211,7 @@ class Cache:
             self.root.rmdir()  # if there is nothing else in it
 
     def finish(self, made: Path, files: Iterable[str], about: Mapping[str, Any]) -> None:
-        """Put a folder that ``begin`` made into its place."""
+        """Move a folder that ``begin`` made into its place."""
         sums = {n: ((made / n).stat().st_size, _checksum(made / n)) for n in files}
         text = json.dumps({**about, "format": FORMAT, "files": sums}, indent=1)
         (made / "about.json").write_text(text, encoding="utf-8")

@@ -23,17 +23,15 @@ class Order(Sampler[int]):
     same order as one that was never stopped.
 
     Args:
-        lengths: tokens of each sequence.
-        seed: of the run.
-        kind: ``shuffled``; ``in order``; or ``by length``: shuffled, but batches of like lengths.
-        batch: sequences in a batch.
+        kind: ``shuffled``; ``in order``; or ``by length``: shuffled, but batches of similar
+            lengths.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, kind: Kind, batch: int) -> None:
         self.lengths, self.seed, self.kind, self.batch, self.epoch = lengths, seed, kind, batch, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes, from 0."""
+        """Set the epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -49,8 +47,8 @@ class Order(Sampler[int]):
             return iter(order)
         batches = []
         for start in range(0, number, _SPAN * self.batch):
-            alike = sorted(order[start : start + _SPAN * self.batch], key=self._longest_first)
-            batches += [alike[i : i + self.batch] for i in range(0, len(alike), self.batch)]
+            chunk = sorted(order[start : start + _SPAN * self.batch], key=self._longest_first)
+            batches += [chunk[i : i + self.batch] for i in range(0, len(chunk), self.batch)]
         # the longest first, so that it shows at once whether there is memory for it
         first, rest = batches[:1], batches[1:]
         last = [rest.pop()] if rest else []  # which may not be full, and would shift the others
@@ -64,17 +62,9 @@ class Order(Sampler[int]):
 class RepeatedOrder(Order):
     """The order of prompts whose completions are generated in batches, and compared.
 
-    Each prompt of a batch stands there as often as it has completions; and a batch as often as
-    parts of it are trained, for whoever reads it takes one part each time. Prompts at the end that
-    fill no batch are left out.
-
-    Args:
-        lengths: tokens of each prompt.
-        seed: of the run.
-        kind: see ``Order``.
-        prompts: of a batch.
-        each: completions of a prompt.
-        repeats: how often a batch is read.
+    Each prompt of a batch is repeated ``each`` times, once per completion; each batch is repeated
+    ``repeats`` times, because its reader trains one part of it each time. Prompts at the end that
+    fill no batch are left out. ``prompts`` is the number of prompts in a batch.
     """
 
     def __init__(
@@ -110,14 +100,7 @@ def _tokens(pack: Any) -> int:
 def order_of(
     packs: Any, recipe: Recipe, batch: int, length: Callable[[Any], int] = _tokens
 ) -> Order:
-    """The order that a recipe asks for.
-
-    Args:
-        packs: the sequences.
-        recipe: says which kind, and the seed.
-        batch: sequences in a batch.
-        length: the tokens of a sequence.
-    """
+    """The order that a recipe asks for."""
     kind = kind_of(recipe)
     lengths = [0] * len(packs)
     if kind == "by length":

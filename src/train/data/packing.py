@@ -29,23 +29,13 @@ GRANULE = 64
 def pack(
     lengths: Iterable[int], limit: int, most: int | None = None, window: int | None = None
 ) -> list[list[int]]:
-    """Fill sequences of ``limit`` tokens with whole samples, best fit first.
+    """Fill sequences of ``limit`` tokens with whole samples, best fit first; returns their indices.
 
     Longest first, each sample goes where it leaves the least room (Johnson's best-fit decreasing:
     at most 11/9 of the fewest possible sequences). A million samples take a second or two, because
-    sequences with equal room are one entry in the search.
-
-    Args:
-        lengths: of each sample, in tokens, none longer than ``limit``.
-        limit: tokens per sequence.
-        most: samples per sequence at most; None: any number.
-        window: pack so many samples at a time, in their order; None: all at once.
-
-    Returns:
-        The indices of the samples of each sequence.
-
-    Raises:
-        ValueError: a sample is longer than ``limit``.
+    sequences with equal room are one entry in the search. ``most`` limits the samples per sequence;
+    with ``window``, so many samples are packed at a time, in their order. Raises a ValueError if a
+    sample is longer than ``limit``.
     """
     sizes = np.asarray(list(lengths) if not isinstance(lengths, np.ndarray) else lengths, np.int64)
     if sizes.size and int(sizes.max()) > limit:
@@ -75,23 +65,18 @@ def _best_fit(sizes: np.ndarray, first: int, limit: int, most: int) -> list[list
         else:
             room, group = limit, [index]
             groups.append(group)
-        left = room - size
-        if left and len(group) < most:
-            if left in open_:
-                open_[left].append(group)
+        rest = room - size
+        if rest and len(group) < most:
+            if rest in open_:
+                open_[rest].append(group)
             else:
-                open_[left] = [group]
-                insort(rooms, left)
+                open_[rest] = [group]
+                insort(rooms, rest)
     return groups
 
 
 class Packs(Sequence[Pack]):
-    """Packs of samples, read when they are asked for: a map-style dataset for a data loader.
-
-    Args:
-        samples: where the samples come from.
-        groups: the indices of each pack's samples; see ``pack``.
-    """
+    """A map-style dataset of packs, read on access; ``groups`` is the result of ``pack``."""
 
     def __init__(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> None:
         self.samples, self.groups = samples, groups
@@ -110,12 +95,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """Make one batch.
 
-    Args:
-        packs: B sequences.
-        pad_id: the token that fills up; it is never trained.
-        packing: pass positions (and no mask); otherwise pass a mask, and each pack has one sample.
-        length: the longest sequence there may be.
-        full: fill every sequence up to ``length``.
+    With ``packing`` the batch has positions and no mask; without, a mask, and each pack has one
+    sample. ``full`` fills every sequence up to ``length``.
 
     Returns:
         ``input_ids`` and ``labels`` (B, T), and ``position_ids`` (B, T) or ``attention_mask``
@@ -131,7 +112,7 @@ def collate(
         rest = width - len(tokens)
         ids.append(tokens + [pad_id] * rest)
         labels.append([t for s in samples for t in s.labels] + [IGNORED] * rest)
-        # the filling is a sample of its own, which nothing attends to
+        # the padding is a separate sample, which nothing attends to
         sizes = [*(len(s.input_ids) for s in samples), rest]
         positions.append([i for size in sizes for i in range(size)])
         mask.append([1] * len(tokens) + [0] * rest)

@@ -1,4 +1,4 @@
-"""From a recipe to prepared rows: found, read, tokenized, masked, cut, stored, split."""
+"""From a recipe to prepared rows: find, read, tokenize, mask, truncate, store and split them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 
 DEFAULT_CACHE = "last_run_prepared"
-"""Where rows are kept when the recipe does not say, if this folder is there: `preprocess` makes it.
-Without it they are kept only as long as this process runs."""
+"""The folder of prepared rows where the recipe names none, if it exists: `preprocess` makes it.
+Without it they are kept only as long as this process runs.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def prepare(
 ) -> PreparedData:
     """Prepare the rows of a recipe, or take them from the cache.
 
-    What a function of the recipe makes of rows depends on more than can be hashed: such rows are
-    prepared by each run.
+    Rows that a function of the recipe makes depend on more than can be hashed: each run prepares
+    them.
 
     Args:
         recipe: checked, with absolute paths.
@@ -86,8 +87,8 @@ def prepare(
         console: where to show progress, if it is a terminal; None: nowhere.
         keep: store the rows for later runs even if the recipe names no folder for that.
         limit: take only so many rows of each dataset; None: all.
-        day: the date that chat templates write where they ask for it; None: today's.
-        shared: ``dataset_prepared_path`` is of this run alone, so that all rows may be taken.
+        day: the date for chat templates that ask for it; None: today's.
+        shared: ``dataset_prepared_path`` belongs to this run alone, so that all rows may be taken.
 
     Raises:
         RecipeError: a dataset cannot be read as the recipe says, or the tokenizer lacks something.
@@ -95,7 +96,7 @@ def prepare(
     """
     streams = recipe.streams() and limit is None
     keys = ("test_datasets",) if streams else ("datasets", "test_datasets")
-    found = {
+    inputs = {
         key: [
             sources.find(d, f"{key}.{i}", limit, allow_builders=recipe.consent.allow_builders)
             for i, d in enumerate(getattr(recipe, key))
@@ -104,12 +105,12 @@ def prepare(
     }
     day = day or today()
     work = {
-        key: [_work(s.dataset, recipe, tokenizer, key, day) for s in f] for key, f in found.items()
+        key: [_work(s.dataset, recipe, tokenizer, key, day) for s in f] for key, f in inputs.items()
     }
-    own = any(one.encoder.settings.get("function") for w in work.values() for one in w)
-    root = _root(recipe, keep, fresh=own and not shared)
-    ready = _load(recipe, tokenizer, found, work, console, root) if any(found.values()) else None
-    if own and ready is not None:
+    has_function = any(one.encoder.settings.get("function") for w in work.values() for one in w)
+    root = _root(recipe, keep, fresh=has_function and not shared)
+    ready = _load(recipe, tokenizer, inputs, work, console, root) if any(inputs.values()) else None
+    if has_function and ready is not None:
         assert isinstance(ready.train, Samples)
         content = with_content(ready.fingerprint, ready.train.path.parent.parent)
         ready = replace(ready, fingerprint=content)
@@ -124,11 +125,7 @@ def prepare(
 
 
 def require_encoders(recipe: Recipe, tokenizer: Any) -> None:
-    """See that the tokenizer and its chat template suit each dataset, without reading a row.
-
-    Raises:
-        RecipeError: they do not.
-    """
+    """Raise a RecipeError unless tokenizer and chat template suit each dataset; reads no row."""
     trained = recipe.pretraining_dataset or recipe.datasets
     for key, datasets in (("datasets", trained), ("test_datasets", recipe.test_datasets)):
         for dataset in datasets:
@@ -143,7 +140,6 @@ def _load(
     console: Console | None,
     place: tuple[Path, bool],
 ) -> PreparedData:
-    """Take the rows from the cache, after putting them there if need be."""
     every = [pair for key in found for pair in _pairs(found, work, key)]
     fingerprint = fingerprint_of(recipe, tokenizer, every)
     root, temporary = place
@@ -181,12 +177,12 @@ def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) 
 
 
 def _root(recipe: Recipe, keep: bool, fresh: bool) -> tuple[Path, bool]:
-    """The folder of caches, and whether it goes with this process; ``fresh``: an empty one."""
-    named = recipe.dataset_prepared_path or (
+    """The folder of caches, and whether it is temporary; ``fresh``: an empty one."""
+    path = recipe.dataset_prepared_path or (
         DEFAULT_CACHE if keep or Path(DEFAULT_CACHE).is_dir() else None
     )
-    if named and not fresh:
-        return Path(named).expanduser().resolve(), False
+    if path and not fresh:
+        return Path(path).expanduser().resolve(), False
     return Path(tempfile.mkdtemp(prefix="fusewright-data-")), True
 
 
@@ -200,8 +196,7 @@ def _store(
     work: dict[str, list[Work]],
     console: Console | None,
 ) -> dict[str, Any]:
-    """Prepare everything and put it into the cache."""
-    made = cache.begin()
+    folder = cache.begin()
     try:
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
@@ -209,23 +204,23 @@ def _store(
         files, extra = ["train.arrow"], recipe.kd_trainer or rows_of(recipe) == "prompts"
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
-            with ArrowWriter(made / "train.arrow", extra) as writer:
+            with ArrowWriter(folder / "train.arrow", extra) as writer:
                 for source, one in _pairs(found, work, "datasets"):
                     before = writer.count
-                    own = _write(source, one, writer, recipe, progress, duplicates)
-                    counts, first = counts + own.counts, {**own.first, **first}
+                    prepared = _write(source, one, writer, recipe, progress, duplicates)
+                    counts, first = counts + prepared.counts, {**prepared.first, **first}
                     sizes.append(writer.count - before)
             for i, (source, one) in enumerate(_pairs(found, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
-                with ArrowWriter(made / files[-1], extra) as writer:
+                with ArrowWriter(folder / files[-1], extra) as writer:
                     _write(source, one, writer, recipe, progress, None)
         if sizes:
             order(sizes, recipe)  # rows that cannot be split are not worth keeping
         about = {"counts": dict(counts), "first": first, "sizes": sizes}
-        cache.finish(made, files, about)
+        cache.finish(folder, files, about)
         return {**about, "files": dict.fromkeys(files)}
     except BaseException:
-        cache.abandon(made)
+        cache.abandon(folder)
         raise
 
 
@@ -236,7 +231,7 @@ def _pairs(
 
 
 class PreparedRows(NamedTuple):
-    """How many rows of a dataset there were of each kind, and where the first of some kinds is."""
+    """The counts of a dataset's rows, and where the first of some kinds is."""
 
     counts: Counter[str]
     first: dict[str, str]
@@ -250,11 +245,6 @@ def _write(
     progress: Progress,
     duplicates: Duplicates | None,
 ) -> PreparedRows:
-    """Prepare one dataset.
-
-    Raises:
-        DataError: it is empty, nothing of it is left, or no end of a turn is ever trained.
-    """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     ends: set[int] = set()
@@ -278,20 +268,20 @@ def _write(
     return PreparedRows(counts, first)
 
 
-# --- what the run gets ---------------------------------------------------------------------------
+# --- prepared data -------------------------------------------------------------------------------
 
 
 def _split(
     folder: Path, about: dict[str, Any], recipe: Recipe, fingerprint: str, lease: Lease | None
 ) -> PreparedData:
     samples = Samples(folder / "train.arrow", lease=lease)
-    rows, held = samples.rows, samples.rows[:0]
+    rows, valid = samples.rows, samples.rows[:0]
     if about["sizes"]:
-        rows, held = order(about["sizes"], recipe)
+        rows, valid = order(about["sizes"], recipe)
     counts: Counter[str] = Counter(about["counts"])
     train, validation = samples.select(rows), {}
-    if len(held):
-        part = samples.select(held)
+    if len(valid):
+        part = samples.select(valid)
         limit = recipe.eval_sequence_len
         if limit is not None and (part.lengths > limit).any():
             short = np.flatnonzero(part.lengths <= limit)
@@ -299,7 +289,7 @@ def _split(
             part = part.select(short)
             if not len(part):
                 raise DataError(
-                    f"eval_sequence_len: all {len(held)} rows that were held out are longer than "
+                    f"eval_sequence_len: all {len(valid)} rows that were held out are longer than "
                     f"{limit} tokens"
                 )
         validation["validation"] = part
@@ -315,22 +305,13 @@ def _split(
     return PreparedData(train, validation, dict(counts), fingerprint, about.get("first", {}))
 
 
-# --- which rows are held out, and the order of the others -----------------------------------------
+# --- splitting and ordering ----------------------------------------------------------------------
 
 
 def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]:
-    """Shuffle ``items`` and hold some out.
+    """Shuffle ``items`` and hold some out; ``size`` is a share below 1, or a number of items.
 
-    Args:
-        items: anything.
-        size: a share below 1, or a number of items.
-        seed: of the shuffle.
-
-    Returns:
-        The items to train on, and those held out.
-
-    Raises:
-        DataError: nothing would be left to train on, or nothing would be held out.
+    Returns the items to train on, and those held out. Raises a DataError if either were empty.
     """
     shuffled = list(items)
     random.Random(seed).shuffle(shuffled)
@@ -345,7 +326,6 @@ def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]
 
 
 def _remedy(rows: int, size: float) -> str:
-    """What to do where a share or a number of rows leaves one side empty."""
     if rows < 2:
         return "add rows, or set val_set_size: 0"
     if round(size * rows if size < 1 else size) == 0:
@@ -356,19 +336,12 @@ def _remedy(rows: int, size: float) -> str:
 def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
     """The rows to train on and those to validate on.
 
-    Args:
-        sizes: rows of each dataset; they are numbered one dataset after the other.
-        recipe: ``val_set_size``, the weights of the datasets, shards, and what is shuffled.
-
-    Returns:
-        Numbers of rows, int64 (N,) and (M,). A row may be trained on several times; it is never
-        in both.
-
-    Raises:
-        DataError: nothing would be left on one side.
+    ``sizes`` has the number of rows of each dataset; rows are numbered one dataset after the other.
+    The result is int64 (N,) and (M,): a row may be trained on several times; it is never in both.
+    Raises a DataError if nothing would be left on one side.
     """
-    kept, held = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
-    rest = np.array(kept, np.int64)
+    train, validation = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
+    rest = np.array(train, np.int64)
     mixed = recipe.shuffle_merged_datasets and not recipe.curriculum_sampling
     if not mixed and (recipe.curriculum_sampling or not recipe.shuffle_before_merging_datasets):
         rest.sort()
@@ -384,16 +357,16 @@ def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
             rest = np.random.default_rng(recipe.seed).permutation(rest)
     if recipe.dataset_shard_num:
         rest = rest[recipe.dataset_shard_idx :: recipe.dataset_shard_num]
-    return rest, np.array(held, np.int64)
+    return rest, np.array(validation, np.int64)
 
 
 def _weighed(rows: Array, weight: float) -> Array:
-    """Each row so often: whole times, and the first ones once more for the fraction."""
+    """Repeat each row ``weight`` times; the fraction repeats the first ones once more."""
     whole, part = divmod(weight, 1.0)
     return np.concatenate([*[rows] * int(whole), rows[: round(part * len(rows))]])
 
 
-# --- rows that are read during training -----------------------------------------------------------
+# --- streams -------------------------------------------------------------------------------------
 
 
 class StreamedPacks(IterableDataset[Pack]):
@@ -403,14 +376,9 @@ class StreamedPacks(IterableDataset[Pack]):
     ``streaming_multipack_buffer_size`` samples are collected, shuffled, packed and handed out; no
     more than that, and the batch that is being read, is ever in memory.
 
-    Args:
-        found: the datasets.
-        work: how the rows of each become samples.
-        recipe: length and size of packs, buffer, seed.
-
     Attributes:
-        counts: of the rows that this process read so far, as in ``PreparedData.counts``; a row
-            that is read again counts again.
+        counts: of the rows that this process read so far, as in ``PreparedData.counts``; a row that
+            is read again counts again.
     """
 
     def __init__(self, found: Sequence[DataSource], work: Sequence[Work], recipe: Recipe) -> None:
@@ -421,14 +389,14 @@ class StreamedPacks(IterableDataset[Pack]):
         size = self.recipe.streaming_multipack_buffer_size
         draw = np.random.default_rng(self.recipe.seed)
         while True:
-            samples, kept = self._samples(), 0
+            samples, count = self._samples(), 0
             while buffer := list(islice(samples, size)):
-                kept += len(buffer)
+                count += len(buffer)
                 if self.recipe.shuffle_merged_datasets and not self.recipe.curriculum_sampling:
                     buffer = [buffer[i] for i in draw.permutation(len(buffer))]
                 for group in self._groups(buffer, draw):
                     yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
-            if not kept:
+            if not count:
                 paths = ", ".join(source.dataset.path for source in self.found)
                 raise DataError(f"{paths}: no row of the stream can be trained on")
 
@@ -443,7 +411,6 @@ class StreamedPacks(IterableDataset[Pack]):
         return (groups[i] for i in draw.permutation(len(groups)))
 
     def _samples(self) -> Iterator[tuple[Array, Array]]:
-        """Tokens and labels of one sample after the other, each once."""
         readers = [
             _Reader(source, work, batches(self._own(source.rows())))
             for source, work in zip(self.found, self.work, strict=True)
@@ -469,8 +436,6 @@ class StreamedPacks(IterableDataset[Pack]):
 
 
 class _Reader:
-    """One dataset, from its beginning to its end."""
-
     def __init__(self, source: DataSource, work: Work, rows: Iterator[list[Row]]) -> None:
         self.source, self.work, self.rows = source, work, rows
         self.read = self.kept = 0
@@ -480,12 +445,8 @@ class _Reader:
     def part(self, enough: int) -> Part | None:
         """The next samples, or None at the end.
 
-        Args:
-            enough: after so many rows the model must have begun to learn where turns end, for a
-                stream may have no end, where all that is wrong is known.
-
-        Raises:
-            DataError: a row is not right, or no end of a turn is ever trained.
+        After ``enough`` rows some end of a turn must have been trained: a stream may have no end at
+        which all errors are known. Raises a DataError if none is, or if a row is not right.
         """
         batch = next(self.rows, None)
         encoder, path = self.work.encoder, self.source.dataset.path
@@ -506,38 +467,29 @@ class _Reader:
 def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:
     """The stream of a recipe's ``pretraining_dataset``, or of its ``datasets``.
 
-    Args:
-        recipe: with ``streaming`` or ``pretraining_dataset``.
-        make_work: gives the work for a dataset.
-
-    Raises:
-        DataError: a dataset is not there, or its first row is not right.
+    Raises a DataError if a dataset is not there, or its first row is not right.
     """
-    named = recipe.pretraining_dataset or recipe.datasets
+    datasets = recipe.pretraining_dataset or recipe.datasets
     key = "pretraining_dataset" if recipe.pretraining_dataset else "datasets"
     may_build = recipe.consent.allow_builders
-    found = [
+    inputs = [
         sources.find(d, f"{key}.{i}", streaming=True, allow_builders=may_build)
-        for i, d in enumerate(named)
+        for i, d in enumerate(datasets)
     ]
-    work = [make_work(source.dataset) for source in found]
-    for source, one in zip(found, work, strict=True):  # what is wrong shall be said now
+    work = [make_work(source.dataset) for source in inputs]
+    for source, one in zip(inputs, work, strict=True):  # errors are raised now
         first = list(islice(source.rows(), 1))
         if not first:
             raise DataError(f"{source.dataset.path}: the dataset is empty")
         one.part(first)
-    return StreamedPacks(found, work, recipe)
+    return StreamedPacks(inputs, work, recipe)
 
 
-# --- how far the preparation is -------------------------------------------------------------------
+# --- progress ------------------------------------------------------------------------------------
 
 
 class Progress:
-    """A bar per dataset, while entered.
-
-    Args:
-        console: where; nothing is shown if it is None, or no terminal.
-    """
+    """A bar per dataset, while entered; shown only on a ``console`` that is a terminal."""
 
     def __init__(self, console: Console | None) -> None:
         self._bars: Any = None
@@ -556,7 +508,7 @@ class Progress:
             )
 
     def dataset(self, path: str) -> Callable[[float], None]:
-        """Add a bar; what it returns is called with the share that is done."""
+        """Add a bar; the result is called with the share that is done."""
         if self._bars is None:
             return lambda share: None
         task = self._bars.add_task(Path(path).name, total=1.0)
@@ -578,22 +530,15 @@ class Progress:
             self._bars.stop()
 
 
-# --- the name of prepared rows: a hash of what they were made from, and how -----------------------
+# --- fingerprints --------------------------------------------------------------------------------
 
 
 def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[DataSource, Work]]) -> str:
     """A hash of everything that tokens and labels depend on.
 
-    Where a file is does not count, only what is in it. How rows are split, weighed and shuffled
-    does not count either: that is done with the rows in the cache.
-
-    Args:
-        recipe: the keys that hold for all datasets.
-        tokenizer: with its chat template.
-        every: each dataset, and what is done to it.
-
-    Raises:
-        DataError: a file cannot be read.
+    Of a file only the content counts, not its path. How rows are split, weighed and shuffled does
+    not count either: that is done with the rows in the cache. Raises a DataError if a file cannot
+    be read.
     """
     import tokenizers
     import transformers
@@ -622,18 +567,13 @@ def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[DataSou
 
 
 def with_content(fingerprint: str, root: Path) -> str:
-    """A hash that depends on the prepared rows themselves, too.
-
-    Args:
-        fingerprint: of the rows.
-        root: the folder of caches that they are in.
-    """
+    """A hash that also depends on the prepared rows themselves, in the caches of ``root``."""
     about = Cache(root, fingerprint).load() or {}
     text = f"{fingerprint} {json.dumps(about.get('files'), sort_keys=True)}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-# --- samples that are equal to an earlier one -----------------------------------------------------
+# --- duplicates ----------------------------------------------------------------------------------
 
 
 class Duplicates:
@@ -643,7 +583,7 @@ class Duplicates:
         self._seen: set[bytes] = set()
 
     def without(self, part: Part) -> Part:
-        """The samples that are new, with ``duplicates`` counted."""
+        """The new samples, with ``duplicates`` counted."""
         ends = np.cumsum(part.lengths, dtype=np.int64)
         new = np.zeros(len(part.lengths), bool)
         for i, (end, length) in enumerate(zip(ends.tolist(), part.lengths.tolist(), strict=True)):
@@ -661,6 +601,6 @@ class Duplicates:
             ids=part.ids[tokens],
             labels=part.labels[tokens],
             lengths=part.lengths[new],
-            extra=[text for text, kept in zip(part.extra, new, strict=False) if kept],
+            extra=[text for text, is_new in zip(part.extra, new, strict=False) if is_new],
             counts=counts,
         )

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .prepare import PreparedData
 
 MARK = "▸"
-"""Stands before a trained token, so that it is visible without colour."""
+"""Marks a trained token, so that it is visible without colour."""
 
 
 def summary(prepared: PreparedData, console: Console) -> None:
-    """Print how many rows there were, what became of them, and where they are kept."""
+    """Print the counts of rows and where the prepared ones are stored."""
     from rich.table import Table
 
     table = Table("", "number", box=None)
@@ -48,13 +48,7 @@ def first(prepared: PreparedData, number: int) -> list[Sample]:
 
 
 def show(samples: Iterable[Sample], tokenizer: Any, console: Console) -> None:
-    """Print samples, token by token.
-
-    Args:
-        samples: which.
-        tokenizer: whose tokens they are.
-        console: where to.
-    """
+    """Print samples, token by token."""
     from rich.text import Text
 
     legend = Text.assemble((f"{MARK}trained", "bold green"), "/id  ", ("not trained", "dim"), "/id")

@@ -1,8 +1,8 @@
-"""The share of each process in the sequences: all of them have as many batches, none is repeated.
+"""Shards the sequences over processes: all have as many batches, none is repeated.
 
 The batches of an epoch are numbered as one process would train them; process r of N takes those
 with the numbers r, r + N, r + 2N, … So N processes with one forward pass per step train what one
-process trains with N of them. Where the last ones do not go round, a process gets a batch without
+process trains with N of them. Where the batches do not divide evenly, a process gets one without
 labels: it takes part in the collectives of the step, and adds nothing to it.
 """
 
@@ -26,10 +26,6 @@ class RankBatches(Sampler[list[int]]):
     """The batches of one process, as lists of indices; ``Fillable`` reads them.
 
     Args:
-        order: of all sequences.
-        size: sequences in a batch.
-        rank: the number of the process.
-        ranks: how many there are.
         drop_last: leave out a batch that is not full.
     """
 
@@ -38,11 +34,10 @@ class RankBatches(Sampler[list[int]]):
         self.drop_last = drop_last
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes, from 0."""
+        """Set the epoch, counted from 0."""
         self.order.set_epoch(epoch)
 
     def _whole(self) -> int:
-        """Batches of the epoch, of all processes."""
         return (len(self.order) + (0 if self.drop_last else self.size - 1)) // self.size
 
     def __len__(self) -> int:
@@ -51,18 +46,14 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order, number = list(self.order), self._whole()
         for first in range(0, number, self.ranks):
-            own = first + self.rank
-            at = own * self.size
+            index = first + self.rank
+            at = index * self.size
             # ~i: the sequence i, of which nothing is trained
-            yield order[at : at + self.size] if own < number else [~order[0]]
+            yield order[at : at + self.size] if index < number else [~order[0]]
 
 
 class Fillable(Sequence[Pack]):
-    """Sequences by their index; those by an inverted index are short, and train nothing.
-
-    Args:
-        packs: the sequences.
-    """
+    """Sequences by their index; those by an inverted index (``~i``) are short and untrained."""
 
     def __init__(self, packs: Sequence[Pack]) -> None:
         self.packs = packs
@@ -81,14 +72,7 @@ def filler(pack: Pack) -> Pack:
 
 
 class RankStream(IterableDataset[Pack]):
-    """The sequences of one process from a stream that every process reads.
-
-    Args:
-        packs: the stream, which has no end.
-        size: sequences in a batch.
-        rank: the number of the process.
-        ranks: how many there are.
-    """
+    """The sequences of one process from an endless stream that every process reads."""
 
     def __init__(self, packs: IterableDataset[Pack], size: int, rank: int, ranks: int) -> None:
         self.packs, self.size, self.rank, self.ranks = packs, size, rank, ranks

@@ -1,4 +1,4 @@
-"""One row as tokens and labels: what every part of the data, and the run, speak of."""
+"""One row as tokens and labels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ IGNORED = -100
 class Sample:
     """One row as tokens.
 
-    Attributes:
-        input_ids: the tokens of the whole row.
-        labels: the same where trained, ``IGNORED`` elsewhere (always so for the first token, which
-            has nothing to be predicted from).
-        extra: what else is kept of the row, as JSON; empty: nothing.
+    ``labels`` are the tokens where they are trained, else ``IGNORED`` (always so for the first,
+    which has nothing to be predicted from). ``extra`` is other data of the row, as JSON or empty.
     """
 
     input_ids: list[int]
@@ -35,12 +32,9 @@ class Tokens:
     """A row as tokens.
 
     Attributes:
-        where: file and line.
-        ids: the tokens.
-        spans: what is trained, as (first, behind the last), in order.
+        spans: the trained ranges, half-open and in order.
         ends: the special tokens that end the trained turns, trained or not.
         specials: whether the text of a user, a tool or a prompt has special tokens in it.
-        extra: what else is kept of the row, as JSON; empty: nothing.
     """
 
     where: str
@@ -53,12 +47,12 @@ class Tokens:
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans in order, overlapping and touching ones as one, empty ones left out."""
-    whole: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if begin >= end:
             continue
-        if whole and begin <= whole[-1][1]:
-            whole[-1] = (whole[-1][0], max(end, whole[-1][1]))
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
-            whole.append((begin, end))
-    return whole
+            merged.append((begin, end))
+    return merged

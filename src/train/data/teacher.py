@@ -1,4 +1,4 @@
-"""What a teacher says of a row's tokens: kept with the row, and laid out for a batch."""
+"""The teacher's most likely tokens of a row: stored with the row, and laid out for a batch."""
 
 from __future__ import annotations
 
@@ -34,38 +34,36 @@ class TopTokens:
 
     @classmethod
     def of(cls, entries: Sequence[tuple[Sequence[int], Sequence[float]]]) -> TopTokens:
-        """From the tokens and log-probabilities of each trained token."""
-        most = max(len(ids) for ids, _ in entries) if entries else 0
-        made = cls(
-            np.zeros((len(entries), most), np.int32),
-            np.full((len(entries), most), -np.inf, np.float32),
+        """Build it from the tokens and log-probabilities of each trained token."""
+        width = max(len(ids) for ids, _ in entries) if entries else 0
+        top = cls(
+            np.zeros((len(entries), width), np.int32),
+            np.full((len(entries), width), -np.inf, np.float32),
         )
         for i, (ids, logprobs) in enumerate(entries):
-            made.ids[i, : len(ids)], made.logprobs[i, : len(ids)] = ids, logprobs
-        return made
+            top.ids[i, : len(ids)], top.logprobs[i, : len(ids)] = ids, logprobs
+        return top
 
     def text(self) -> str:
-        """As a sample keeps it."""
+        """Serialize it for ``Sample.extra``."""
         parts = (base64.b64encode(a.tobytes()).decode("ascii") for a in (self.ids, self.logprobs))
         return json.dumps([self.ids.shape[1], *parts])
 
     @classmethod
     def read(cls, text: str) -> TopTokens:
-        """From what ``text`` has made."""
-        most, *parts = json.loads(text)
+        """Read what ``text`` wrote."""
+        width, *parts = json.loads(text)
         ids, logprobs = map(base64.b64decode, parts)
         return cls(
-            np.frombuffer(ids, np.int32).reshape(-1, most),
-            np.frombuffer(logprobs, np.float32).reshape(-1, most),
+            np.frombuffer(ids, np.int32).reshape(-1, width),
+            np.frombuffer(logprobs, np.float32).reshape(-1, width),
         )
 
 
 def with_teacher(batch: dict[str, Any], packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """A batch with what the teacher says of its trained tokens.
+    """A batch with the teacher's log-probabilities of its trained tokens.
 
-    Args:
-        batch: of ``packs``, with ``input_ids`` (B, T); it may have further rows, without labels.
-        packs: the samples of each sequence.
+    Beyond the rows of ``packs``, ``input_ids`` (B, T) may have further rows, without labels.
 
     Returns:
         The batch with ``IDS``, int64, and ``LOGPROBS`` (both B, T, K), each token's where its label
@@ -83,9 +81,9 @@ def with_teacher(batch: dict[str, Any], packs: Sequence[Sequence[Sample]]) -> di
     shape = *batch["input_ids"].shape, max((top.ids.shape[1] for *_, top in taught), default=1)
     ids, logprobs = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
     for row, places, top in taught:
-        most = top.ids.shape[1]  # of a sample that was cut, the teacher's end is left
-        ids[row, places, :most] = top.ids[: len(places)]
-        logprobs[row, places, :most] = top.logprobs[: len(places)]
+        width = top.ids.shape[1]  # a truncated sample has fewer places
+        ids[row, places, :width] = top.ids[: len(places)]
+        logprobs[row, places, :width] = top.logprobs[: len(places)]
     return {
         **batch, IDS: torch.from_numpy(ids), LOGPROBS: torch.from_numpy(logprobs.view(np.int32)),
     }  # fmt: skip
@@ -99,9 +97,8 @@ def take_teacher(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _trained(samples: Sequence[Sample]) -> list[list[int]]:
-    """Where the trained tokens of each sample are in their sequence."""
-    found, begin = [], 0
+    places, begin = [], 0
     for sample in samples:
-        found.append([begin + i for i, label in enumerate(sample.labels) if label != IGNORED])
+        places.append([begin + i for i, label in enumerate(sample.labels) if label != IGNORED])
         begin += len(sample.labels)
-    return found
+    return places

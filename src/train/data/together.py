@@ -1,4 +1,4 @@
-"""Rows prepared once, whatever the number of processes."""
+"""Prepares rows once, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,8 @@ def prepare_together(
     """Let rank 0 prepare the rows of a recipe, and the other processes read them from its cache.
 
     On another machine that does not see the cache, the first process prepares them again. None of
-    them waits at a collective, so preparation may take as long as it does.
-
-    Args:
-        recipe: checked, with absolute paths.
-        tokenizer: as for ``prepare``.
-        console: where rank 0 shows progress.
-        day: as for ``prepare``.
-        world: the processes of the run.
-
-    Raises:
-        RecipeError: as ``prepare`` does.
-        DataError: as ``prepare`` does.
+    them waits at a collective, so preparation may take as long as it does. Arguments and errors are
+    those of ``prepare``.
     """
     mine: list[PreparedData] = []
 
@@ -41,8 +31,8 @@ def prepare_together(
 
     root = world.share(first)
     if not world.main:
-        kept = {"dataset_prepared_path": root} if root else {}
-        same = recipe.model_copy(update=kept)
+        overrides = {"dataset_prepared_path": root} if root else {}
+        same = recipe.model_copy(update=overrides)
         shared = bool(root)
         world.one_per_machine(
             lambda: mine.append(prepare(same, tokenizer, None, day=day, shared=shared))
@@ -51,7 +41,6 @@ def prepare_together(
 
 
 def _cache(prepared: PreparedData) -> Path | None:
-    """The folder of caches that the rows are in; None: all of them are streamed."""
     for samples in (prepared.train, *prepared.validation.values()):
         if isinstance(samples, Samples):
             return samples.path.parent.parent

@@ -45,14 +45,10 @@ class Work:
     limits: Limits
 
     def part(self, rows: list[Row]) -> Part:
-        """Encode a batch and keep what can be trained on.
-
-        Raises:
-            DataError: a row is not right.
-        """
-        made = self.encoder.part(rows, self.limits)
-        made.counts["rows"] = len(rows)
-        return made
+        """Encode a batch and keep what can be trained on; raises a DataError for a wrong row."""
+        part = self.encoder.part(rows, self.limits)
+        part.counts["rows"] = len(rows)
+        return part
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -70,15 +66,10 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
-    """Encode rows.
+    """Encode rows; raises a DataError if a row is not right, or a process died.
 
-    Args:
-        work: what to do.
-        rows: the rows; no more than a few batches per process are in memory.
-        processes: how many. In one, the tokenizer's own threads use all cores.
-
-    Raises:
-        DataError: a row is not right, or a process died.
+    No more than a few batches per process are in memory. In one process, the tokenizer's own
+    threads use all cores.
     """
     if processes <= 1:
         yield from map(work.part, batches(rows))
@@ -101,12 +92,12 @@ def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
                 "set dataset_processes to fewer"
             ) from None
         finally:
-            for left in waiting:
-                left.cancel()
+            for future in waiting:
+                future.cancel()
 
 
 _WORK: list[Work] = []
-"""In a process of the pool: its work. Empty in every other."""
+"""The work of a process of the pool; empty in the main process."""
 
 
 def _begin(work: Work) -> None:
@@ -119,7 +110,6 @@ def _part(batch: list[Row]) -> Part:
 
 
 def _characters(value: Any) -> int:
-    """About how much text is in a row."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

@@ -2,7 +2,6 @@
 
 ``packages`` (versions), ``machine`` (CPU, memory, GPUs), ``imports``, ``compiler`` and
 ``libraries`` (tried out by using them) and ``rules`` (which implementation each rewrite has here,
-asked with its ops' examples) make the checks. They run in a child process that ``child`` watches,
-because a broken library may end it. ``report`` prints each ``result`` in a table, and what mends
-the gaps.
+by its ops' examples) make the checks. They run in a child process that ``child`` watches, because a
+broken library may end it. ``report`` prints each ``result`` in a table, and what mends the gaps.
 """

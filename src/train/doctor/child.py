@@ -29,13 +29,13 @@ _START = (
 )
 
 _ENDS = "it ends the process"
-"""How the note begins of a check during which the child ended."""
+"""The beginning of the note of a check during which the child ended."""
 
 _EACH = 15
 """Seconds that one check may take."""
 
 _SLOW = 60
-"""Seconds that a check may take that reads libraries from a disk, or compiles."""
+"""Seconds for a check that reads libraries from a disk, or compiles."""
 
 _READ = (*(f"import {module}" for module in NEEDED), "compiler", "Triton", "bitsandbytes")
 """The checks that may take so long; so may the first one of each process."""
@@ -48,33 +48,28 @@ _LIBRARY_OF = {
 """Name of a check -> the library that is at fault where the check ends the process."""
 
 Sections = dict[str, list[dict[str, Any]]]
-"""Name of a check -> the records that it made."""
+"""Name of a check -> its records."""
 
 
 def ask(names: Sequence[str], seconds: float) -> Sections:
-    """Make checks.
-
-    Args:
-        names: of ``CHECKS``, in order.
-        seconds: how long all of them may take together.
-    """
-    found: Sections = {}
+    """Run checks of ``CHECKS``, in order, within ``seconds`` for all of them."""
+    done: Sections = {}
     end = time.monotonic() + seconds
-    left = list(names)
-    while left:
-        for name, records in _child(left, end):
-            found[name] = records
-        found |= _skipped(left, found)
-        left = [name for name in left if name not in found]
-        if left and time.monotonic() >= end:
+    rest = list(names)
+    while rest:
+        for name, records in _child(rest, end):
+            done[name] = records
+        done |= _skipped(rest, done)
+        rest = [name for name in rest if name not in done]
+        if rest and time.monotonic() >= end:
             note = f"not checked: doctor reached its limit of {seconds:.0f} seconds"
-            found |= {name: [asdict(_unknown(name, note))] for name in left}
+            done |= {name: [asdict(_unknown(name, note))] for name in rest}
             break
-    return {name: found[name] for name in names}
+    return {name: done[name] for name in names}
 
 
 def _skipped(names: Sequence[str], found: Sections) -> Sections:
-    """The imports not to try: an earlier one ended the process, and they would, too."""
+    """The imports to skip: an earlier one ended the process, and they would, too."""
     imports = [name for name in names if name.startswith("import ")]
     bad = next((n for n in imports if n in found and found[n][0]["note"].startswith(_ENDS)), None)
     if bad is None:
@@ -85,7 +80,7 @@ def _skipped(names: Sequence[str], found: Sections) -> Sections:
 
 
 def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Run one child; yield what each check finds, or how the child ended during it."""
+    """Run one child; yield the results of each check, or how the child ended during it."""
     start = _START.format(module=__name__)
     command = [sys.executable, "-c", start, json.dumps(sys.path), *names]
     current, late, nothing = names[0], "", subprocess.DEVNULL
@@ -116,12 +111,10 @@ def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[st
 
 
 def _unknown(name: str, note: str) -> CheckResult:
-    """The finding of a check that was not made, or not finished."""
     return CheckResult(name, "not known", "unknown", note, AGAIN)
 
 
 def _ended(name: str, code: int) -> CheckResult:
-    """The finding of a check that the child did not survive."""
     module = name.removeprefix("import ")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     note = f"{_ENDS} ({by})"
@@ -135,24 +128,15 @@ def _ended(name: str, code: int) -> CheckResult:
 
 def _environment(folder: str) -> dict[str, str]:
     """The variables of a child that leaves no files behind and does not use the network."""
-    kept = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    return {**os.environ, **kept, **dict.fromkeys(caches, folder)}
+    return {**os.environ, **variables, **dict.fromkeys(caches, folder)}
 
 
 def _lines(
     child: subprocess.Popen[bytes], limit: Callable[[], float], end: float
 ) -> Iterator[bytes]:
-    """The lines of the child, until it closes its output.
-
-    Args:
-        child: whose output is a pipe.
-        limit: seconds that may pass until it writes something.
-        end: of all checks.
-
-    Raises:
-        TimeoutError: one of the two limits was reached.
-    """
+    """The lines of the child until it closes its output; raises a TimeoutError at either limit."""
     assert child.stdout is not None  # it is a pipe
     rest = b""
     while True:
@@ -171,23 +155,22 @@ def _lines(
 
 
 def serve() -> None:
-    """Make the checks that the command line names, and write what they find."""
+    """Run the checks that the command line names, and write the results."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keeps what libraries print out of the JSON
     for name in sys.argv[2:]:
         print(json.dumps({"name": name}), file=out, flush=True)
         try:
-            found = CHECKS[name]()
+            results = CHECKS[name]()
         except Exception as error:  # a check did not expect it
-            found = [_failed(name, error)]
-        records = [one if isinstance(one, dict) else asdict(one) for one in found]
+            results = [_failed(name, error)]
+        records = [one if isinstance(one, dict) else asdict(one) for one in results]
         print(json.dumps({"name": name, "found": records}), file=out, flush=True)
     out.close()
     os._exit(0)  # does not wait for the threads of broken libraries
 
 
 def _failed(name: str, error: Exception) -> CheckResult:
-    """The finding of a check that could not be made."""
     first = first_cause(error)
     if isinstance(first, ImportError) or culprit(first) in OPTIONAL:
         return broken(name, "torch", error)
@@ -195,11 +178,11 @@ def _failed(name: str, error: Exception) -> CheckResult:
 
 
 def _lazily(module: str, function: str) -> Callable[[], Sequence[Any]]:
-    """A check whose module is imported when it is made."""
+    """A check whose module is imported when it is run."""
 
     def check() -> Sequence[Any]:
-        made: Sequence[Any] = getattr(import_module(f".{module}", __package__), function)()
-        return made
+        records: Sequence[Any] = getattr(import_module(f".{module}", __package__), function)()
+        return records
 
     return check
 
@@ -216,4 +199,4 @@ CHECKS: dict[str, Callable[[], Sequence[Any]]] = {
     "codegen": _lazily("rules", "codegen"),
     "rules": _lazily("rules", "rules"),
 }
-"""Name -> what it calls."""
+"""The checks by name."""

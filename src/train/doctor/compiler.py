@@ -20,14 +20,14 @@ int main() { return std::printf("%d", omp_get_max_threads() > 0 ? PY_MAJOR_VERSI
 """Needs what Inductor's kernels need: the headers of Python, and OpenMP."""
 
 REINSTALL = "sudo apt-get install --reinstall g++ libc6-dev"
-"""What mends a compiler that fails for an unknown reason."""
+"""The remedy for a compiler that fails for an unknown reason."""
 
 _MENDS = {
     "Python.h": "sudo apt-get install python3-dev",
     "omp": "sudo apt-get install g++ libgomp1 (for clang++: libomp-dev)",
     "": REINSTALL,
 }
-"""A word in the compiler's error -> what mends that."""
+"""A word in the compiler's error -> the remedy."""
 
 _SECONDS = 25
 """How long the compiler may take, and how long the program: together less than the check may."""
@@ -55,7 +55,6 @@ def compiler() -> list[CheckResult]:
 
 
 def _found() -> str | None:
-    """The compiler that Inductor would call, or None."""
     try:
         from torch._inductor import cpp_builder
     except Exception:  # it imports a broken library, which another check reports
@@ -71,9 +70,9 @@ def _missing() -> CheckResult:
 
     if torch.cuda.is_available():
         return CheckResult("C++ compiler", "none", "unused", "not needed: Triton compiles for GPUs")
-    named = os.environ.get("CXX")
-    if named is not None:
-        note = f"the variable CXX names {named!r}, which does not run; {_EAGER}"
+    program = os.environ.get("CXX")
+    if program is not None:
+        note = f"the variable CXX names {program!r}, which does not run; {_EAGER}"
         mend = "unset CXX, or let it name a compiler that runs"
         return CheckResult("C++ compiler", "none", "missing", note, mend)
     mend = "sudo apt-get install g++, or set the variable CXX to another compiler"
@@ -81,11 +80,7 @@ def _missing() -> CheckResult:
 
 
 def _try(path: str, folder: Path) -> str | None:
-    """Compile and run the program; the first thing that goes wrong, or None.
-
-    Raises:
-        subprocess.TimeoutExpired: a step took too long.
-    """
+    """Compile and run the program; the first problem, or None. It may raise TimeoutExpired."""
     source, program = folder / "try.cpp", folder / "try"
     source.write_text(_PROGRAM)
     include = sysconfig.get_paths()["include"]
@@ -95,13 +90,13 @@ def _try(path: str, folder: Path) -> str | None:
     )
     for step in steps:
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 step, capture_output=True, text=True, check=False, timeout=_SECONDS
             )
         except OSError as error:
             return reason(error)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line]
-            lines += done.stderr.splitlines()
-            return lines[0][:200] if lines else f"{step[0]} ended with {done.returncode}"
-    return None if done.stdout == "3" else f"the program printed {done.stdout!r}"
+        if process.returncode:
+            lines = [line for line in process.stderr.splitlines() if "error" in line]
+            lines += process.stderr.splitlines()
+            return lines[0][:200] if lines else f"{step[0]} ended with {process.returncode}"
+    return None if process.stdout == "3" else f"the program printed {process.stdout!r}"

@@ -37,13 +37,9 @@ def try_import(module: str) -> list[CheckResult]:
 
 
 def broken(name: str, package: str, error: BaseException, needed: bool = False) -> CheckResult:
-    """The finding of a check that failed because a library cannot be imported.
+    """The result of a check that failed because a library cannot be imported.
 
-    Args:
-        name: of the check.
-        package: the library at fault, unless the error shows another one.
-        error: what was raised.
-        needed: training does not work without it.
+    The library at fault is ``package``, unless the error shows another one.
     """
     error = first_cause(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -73,10 +69,10 @@ def first_cause(error: BaseException) -> BaseException:
 
 def culprit(error: BaseException) -> str | None:
     """The library in which an error was raised."""
-    found, trace = None, error.__traceback__
+    library, trace = None, error.__traceback__
     while trace is not None:
         name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
         if name not in _NO_LIBRARIES and name not in sys.stdlib_module_names:
-            found = name
+            library = name
         trace = trace.tb_next
-    return found
+    return library

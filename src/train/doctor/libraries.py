@@ -1,4 +1,4 @@
-"""Libraries that a machine may have: each is imported, and used as training uses it."""
+"""Optional libraries: each is imported, and used as training uses it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _kernel_error(device: Any) -> float:
     from ...kernels.norms.rms_norm import OP
 
     x, weight = torch.randn(8, 64, device=device), torch.randn(64, device=device)
-    found, expected = OP.call(x, weight, 1e-6), OP.reference(x, weight, 1e-6)
-    return float((found - expected).abs().max())
+    result, expected = OP.call(x, weight, 1e-6), OP.reference(x, weight, 1e-6)
+    return float((result - expected).abs().max())
 
 
 def bitsandbytes() -> list[CheckResult]:
@@ -109,9 +109,8 @@ def _relative(found: Any, expected: Any) -> float:
 
 
 def _unusable(name: str, package: str, error: Exception, note: str) -> CheckResult:
-    """The finding of a library that cannot be imported."""
-    found = broken(name, package, error)
-    return replace(found, value="cannot be imported", note=f"{found.note}; {note}")
+    result = broken(name, package, error)
+    return replace(result, value="cannot be imported", note=f"{result.note}; {note}")
 
 
 def attention() -> list[CheckResult]:
@@ -125,16 +124,16 @@ def attention() -> list[CheckResult]:
             works.append(name.removesuffix("_ATTENTION").lower())
     state: Any = "ok" if works else "broken"
     mend = "" if works else "attn_implementation: eager"
-    found = [CheckResult("sdpa", ", ".join(works) or "fails", state, mend=mend)]
+    results = [CheckResult("sdpa", ", ".join(works) or "fails", state, mend=mend)]
     if not gpu:
         note = "needs a GPU; sdpa is used"
         return [
-            *found,
+            *results,
             *(CheckResult(n, "not used", "unused", note) for n in ("flex", "flash-attn")),
         ]
-    found.append(_imported("flex", "torch.nn.attention.flex_attention", "torch"))
-    found.append(_imported("flash-attn", "flash_attn", "flash-attn"))
-    return found
+    results.append(_imported("flex", "torch.nn.attention.flex_attention", "torch"))
+    results.append(_imported("flash-attn", "flash_attn", "flash-attn"))
+    return results
 
 
 def _attend(name: str) -> None:
@@ -173,16 +172,16 @@ def communication() -> list[CheckResult]:
         note, mend = "needed for several processes", "install torch from pytorch.org"
         return [CheckResult("gloo", "not built in", "missing", note, mend)]
     mend = "set GLOO_SOCKET_IFNAME to a network interface, e.g. lo"
-    found = [_try("gloo", "cpu", mend)]
+    results = [_try("gloo", "cpu", mend)]
     if not torch.cuda.is_available():
-        return [*found, CheckResult("nccl", "not used", "unused", "only used on GPUs")]
+        return [*results, CheckResult("nccl", "not used", "unused", "only used on GPUs")]
     if not dist.is_nccl_available():
         mend = "install a build of torch that has NCCL"
         return [
-            *found,
+            *results,
             CheckResult("nccl", "not built in", "missing", "needed for several GPUs", mend),
         ]
-    return [*found, _try("nccl", "cuda", "set NCCL_DEBUG=INFO to see what fails")]
+    return [*results, _try("nccl", "cuda", "set NCCL_DEBUG=INFO to see what fails")]
 
 
 def _try(backend: str, device: str, mend: str) -> CheckResult:

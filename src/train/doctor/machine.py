@@ -22,15 +22,15 @@ def machine() -> list[CheckResult]:
 def _gpus(torch: Any) -> list[CheckResult]:
     if not torch.cuda.is_available():
         return [_no_gpu(torch)]
-    found = []
+    results = []
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)
         sizes = f"{memory(total / 2**20)}, {memory(free / 2**20)} free"
-        found.append(
+        results.append(
             CheckResult(f"GPU {i}", f"{about.name}, {sizes}", note=f"sm_{about.major}{about.minor}")
         )
-    return found
+    return results
 
 
 def _no_gpu(torch: Any) -> CheckResult:
@@ -57,8 +57,8 @@ def _cpu(torch: Any) -> list[CheckResult]:
     cores = f"{usable} of {os.cpu_count()} cores usable; threads: {torch.get_num_threads()}"
     has = ", ".join(processor().instructions()) or "none of AVX2, AVX-512, AMX"
     narrowed = f"as {' and '.join(limits())} has it" if limits() else ""
-    said = CheckResult("instructions", has, note=narrowed)
-    return [CheckResult("CPU", model_name(), note=cores), said]
+    result = CheckResult("instructions", has, note=narrowed)
+    return [CheckResult("CPU", model_name(), note=cores), result]
 
 
 def _memory(torch: Any) -> CheckResult:

@@ -18,28 +18,28 @@ _FOR = {
     "quant": "4-bit and 8-bit weights (adapter: qlora, load_in_8bit)",
     "distributed": "DeepSpeed (key deepspeed)",
 }
-"""What another extra is for."""
+"""The purposes of the other extras."""
 
 
 def packages() -> list[CheckResult]:
     """Python, the packages that fusewright names as its own needs, and some others."""
-    found = [_python()]
-    named = _named()
-    found += [_package(name, *wanted) for name, wanted in named.items()]
+    results = [_python()]
+    required = _named()
+    results += [_package(name, *requirement) for name, requirement in required.items()]
     for name in _OTHERS:
-        if name not in named and (version := _version(name)) is not None:
-            found.append(CheckResult(name, version))
-    return found
+        if name not in required and (version := _version(name)) is not None:
+            results.append(CheckResult(name, version))
+    return results
 
 
 def _python() -> CheckResult:
     about: Any = importlib.metadata.metadata("fusewright")
-    wanted = str(about.get("Requires-Python", ""))
+    versions = str(about.get("Requires-Python", ""))
     version = platform.python_version()
-    if wanted and not _is_in(version, wanted):
-        mend = f"use a Python {wanted}"
-        return CheckResult("python", version, "broken", f"wanted: {wanted}", mend, needed=True)
-    return CheckResult("python", version, note=f"wanted: {wanted}" if wanted else "")
+    if versions and not _is_in(version, versions):
+        mend = f"use a Python {versions}"
+        return CheckResult("python", version, "broken", f"wanted: {versions}", mend, needed=True)
+    return CheckResult("python", version, note=f"wanted: {versions}" if versions else "")
 
 
 def _named() -> dict[str, tuple[str, str]]:
@@ -48,13 +48,13 @@ def _named() -> dict[str, tuple[str, str]]:
         from packaging.requirements import Requirement
     except ImportError:  # transformers needs it, too, and fails without it
         return {name: ("", "") for name in ("torch", "transformers", "peft", "accelerate")}
-    found: dict[str, tuple[str, str]] = {}
+    requirements: dict[str, tuple[str, str]] = {}
     for line in importlib.metadata.requires("fusewright") or ():
         one = Requirement(line)
         for extra in (*_PLAIN, *_FOR):
             if one.marker is None or one.marker.evaluate({"extra": extra}):
-                found.setdefault(one.name, (str(one.specifier), extra))
-    return found
+                requirements.setdefault(one.name, (str(one.specifier), extra))
+    return requirements
 
 
 def _package(name: str, wanted: str, extra: str) -> CheckResult:

@@ -1,4 +1,4 @@
-"""``fusewright doctor``: make all checks, print what they find, and say what mends each gap."""
+"""``fusewright doctor``: run all checks, print their results, and the remedy for each gap."""
 
 from __future__ import annotations
 
@@ -51,20 +51,15 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that was found.
-
-    Attributes:
-        sections: name of a check -> its findings.
-        rules: one row for each rewrite and op.
-    """
+    """The results of each check, and one row for each rewrite and op."""
 
     sections: dict[str, list[CheckResult]]
     rules: list[dict[str, str]] = field(default_factory=list)
 
     def gaps(self) -> list[CheckResult]:
         """What to mend: first what training needs, and no command twice."""
-        every = [f for found in self.sections.values() for f in found if f.is_gap()]
-        lines = {one.mend or f"{one.name}: {one.note}": one for one in reversed(every)}
+        gaps = [f for results in self.sections.values() for f in results if f.is_gap()]
+        lines = {one.mend or f"{one.name}: {one.note}": one for one in reversed(gaps)}
         return sorted(reversed(lines.values()), key=lambda one: not one.needed)
 
     def can_train(self) -> bool:
@@ -73,48 +68,43 @@ class Diagnosis:
 
     def unknown(self) -> list[CheckResult]:
         """The checks that did not finish in time."""
-        return [f for found in self.sections.values() for f in found if f.state == "unknown"]
+        return [f for results in self.sections.values() for f in results if f.state == "unknown"]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``--json``."""
-        sections = {name: [asdict(f) for f in found] for name, found in self.sections.items()}
+        sections = {name: [asdict(f) for f in results] for name, results in self.sections.items()}
         gaps = [asdict(gap) for gap in self.gaps()]
         return {**sections, "rules": self.rules, "gaps": gaps, "can_train": self.can_train()}
 
 
 def run(as_json: bool = False, console: Console | None = None) -> int:
-    """Make all checks and print what they find.
+    """Run all checks and print the results, as JSON and nothing else with ``as_json``.
 
-    Args:
-        as_json: print JSON and nothing else.
-        console: where to print; None for standard output.
-
-    Returns:
-        The exit code: 1 if something that training needs is missing or broken. What is not known
-        does not count.
+    The exit code is 1 if something that training needs is missing or broken. What is not known does
+    not count.
     """
     announce("checking this machine: up to half a minute, longer where libraries load slowly")
-    found = diagnose()
+    diagnosis = diagnose()
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(diagnosis.to_dict(), indent=2))
     else:
-        show(found, console or Terminal(highlight=False))
-    return 0 if found.can_train() else 1
+        show(diagnosis, console or Terminal(highlight=False))
+    return 0 if diagnosis.can_train() else 1
 
 
 def diagnose() -> Diagnosis:
-    """Make all checks. Nothing on the machine is changed."""
-    found = ask(list(CHECKS), _SECONDS)
-    rows = found.pop("rules")
-    if rows and "rule" not in rows[0]:  # the ops could not be asked
-        found["codegen"] += rows
+    """Run all checks. Nothing on the machine is changed."""
+    raw = ask(list(CHECKS), _SECONDS)
+    rows = raw.pop("rules")
+    if rows and "rule" not in rows[0]:  # the ops could not be checked
+        raw["codegen"] += rows
         rows = []
-    sections = {name: [CheckResult.of(one) for one in records] for name, records in found.items()}
+    sections = {name: [CheckResult.of(one) for one in records] for name, records in raw.items()}
     return Diagnosis(sections, rows)
 
 
 def show(found: Diagnosis, console: Console) -> None:
-    """Print the tables, then the gaps with the lines that mend them."""
+    """Print the tables, then the gaps with the commands that mend them."""
     for title, names in _TITLES.items():
         say(console, title)
         console.print(_table([f for name in names for f in found.sections[name]]))

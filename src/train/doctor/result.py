@@ -1,4 +1,4 @@
-"""What doctor finds: one record for each thing that it checks."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 State = Literal["ok", "missing", "broken", "unused", "unknown"]
 """``unused``: it is missing or does not run here, but nothing on this machine would use it.
-``unknown``: the check did not finish in time."""
+``unknown``: the check did not finish in time.
+"""
 
 AGAIN = "run fusewright doctor again: it is faster once the libraries are in the page cache"
 """What to do about a check that did not finish in time."""
@@ -15,12 +16,9 @@ AGAIN = "run fusewright doctor again: it is faster once the libraries are in the
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was checked.
+    """The result for one thing.
 
     Attributes:
-        name: of the thing.
-        value: what was found, in a few words.
-        state: whether it works.
         note: the reason, or what follows from it.
         mend: the command, or the key of a recipe, that closes the gap; empty if there is none.
         needed: training does not work at all without it.

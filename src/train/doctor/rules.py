@@ -1,8 +1,8 @@
-"""Which implementation each rewrite has here, as the ops themselves choose it; and who compiles.
+"""Which implementation each rewrite has here, as the ops themselves choose it; and which codegen.
 
-Each op is called as a model would call it, with tensors that have shapes and, unless it has to
-read them, no contents: what it cannot take it says itself (``Op.unsupported``), and whether it
-launches one of our Triton kernels shows in the operators that it calls.
+Each op is called as a model would call it, with tensors that have shapes and, unless it has to read
+them, no contents: ``Op.unsupported`` has its limits, and whether it launches one of our Triton
+kernels shows in the operators that it calls.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ from ..model.precision import device_for_training
 from .result import CheckResult, reason
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""The dtypes that are asked about."""
+"""The dtypes that are checked."""
 
 
 class _Launches(TorchDispatchMode):
-    """Notes the operators that launch a Triton kernel, also inside of opaque ones.
-
-    Attributes:
-        found: how many were called.
-    """
+    """Counts the operators that launch a Triton kernel, also inside of opaque ones."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # 2026-11-27: torch is not typed here
@@ -58,24 +54,18 @@ def ops_of_rules() -> Iterator[tuple[str, Op]]:
 
     At the end come the ops that no rule calls, each under its own name.
     """
-    left = {op.name: op for op in OPS if op.rule is not None}
+    rest = {op.name: op for op in OPS if op.rule is not None}
     for rule in dict.fromkeys(rule.name for rule in PIPELINE):
-        for op in [op for op in left.values() if (op.rule or op.name) == rule]:
-            yield rule, left.pop(op.name)
-    yield from left.items()
+        for op in [op for op in rest.values() if (op.rule or op.name) == rule]:
+            yield rule, rest.pop(op.name)
+    yield from rest.items()
 
 
 def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """What would run of an op.
+    """The implementation of an op, with tensors of ``dtype``, and the reason for it.
 
-    Args:
-        op: its record.
-        dtype: of activations and weights.
-        device: where they are.
-
-    Returns:
-        ``Triton``, ``CPU``, ``ATen`` (plain operators of PyTorch, on a GPU) or ``reference`` (the
-        model's own operations); and why it is that one.
+    It is ``Triton``, ``CPU``, ``ATen`` (plain operators of PyTorch, on a GPU) or ``reference`` (the
+    model's own operations).
     """
     try:
         with FakeTensorMode():
@@ -88,10 +78,10 @@ def _called(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]
     maker, reasons = Maker(dtype, device, adapters=torch.float32), list[str]()
     for example in op.examples().values():  # PyTorch may be as fast at one of them
         args = example(maker)
-        said = op.unsupported(*args)
-        if not said:
+        reason = op.unsupported(*args)
+        if not reason:
             break
-        reasons = reasons or said
+        reasons = reasons or reason
     else:
         return "reference", "; ".join(reasons)
     with _Launches() as launches:
@@ -104,7 +94,7 @@ def _called(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]
 def rules() -> list[dict[str, str]]:
     """One row for each rule and op: ``rule``, ``op``, both dtypes, and a note."""
     device, disabled = device_for_training(), Environment.read().disable
-    found = []
+    rows = []
     for rule, op in ops_of_rules():
         row: dict[str, str] = {"rule": rule, "op": op.name}
         notes: dict[str, None] = {}
@@ -118,14 +108,14 @@ def rules() -> list[dict[str, str]]:
                 row[name], note = "off", "in FUSEWRIGHT_DISABLE"
             if note:
                 notes[note] = None
-        found.append({**row, "note": "; ".join(notes)})
-    return found
+        rows.append({**row, "note": "; ".join(notes)})
+    return rows
 
 
 def codegen() -> list[CheckResult]:
     """What ``codegen: auto`` chooses for a model of usual size."""
     with FakeTensorMode():
         block = torch.nn.Linear(4096, 4096, device=device_for_training())
-    chosen, why = choose("auto", [block])
+    backend, why = choose("auto", [block])
     note = f"{why}; models whose blocks have fewer than 10 M parameters run in eager PyTorch"
-    return [CheckResult("codegen: auto", chosen, note=note if chosen == "inductor" else why)]
+    return [CheckResult("codegen: auto", backend, note=note if backend == "inductor" else why)]

@@ -32,17 +32,15 @@ from .run_folder import RunFolder
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """What a model makes of one dataset.
+    """The metrics of a model on one dataset.
 
     Attributes:
         loss: mean over the tokens that have a label, in nats; of a preference method, its own, mean
             over the rows; None of a method that is judged by rewards.
         perplexity: its exponential; None of a preference method, and of distillation.
-        samples: rows that were used, or pieces of texts.
-        tokens: tokens of those.
+        samples: rows, or pieces of texts.
         trained_tokens: those of them that have a label.
-        seconds: of the computation.
-        figures: what a preference method measures besides, e.g. ``rewards/margins``.
+        figures: further metrics of a preference method, e.g. ``rewards/margins``.
     """
 
     loss: float | None
@@ -66,20 +64,12 @@ def evaluate(
     as_json: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Compute the loss of ``run``, print it, and write it to ``eval.json`` in its folder.
+    """Compute the loss of ``run``, print it, and write it to ``eval.json``, whose path is returned.
 
     Masks, the limit of length and packing are those of the run's recipe. A folder without
     ``run.json`` is taken for one that was trained on chats, with the defaults of a recipe.
-
-    Args:
-        run: from ``open_run``.
-        files: datasets, read as the first one of the recipe was. None: the rows that the run held
-            out for validation.
-        as_json: print what ``eval.json`` holds, and nothing else.
-        console: where to print; None for standard output.
-
-    Returns:
-        The path of ``eval.json``.
+    ``files`` are datasets, read as the first one of the recipe was, by default the rows that the
+    run held out for validation. With ``as_json`` only the content of ``eval.json`` is printed.
 
     Raises:
         ModelError: the run cannot be loaded, or held out no rows.
@@ -100,19 +90,19 @@ def evaluate(
             from ...compiler.pipeline import optimize
 
             optimize(model, codegen="eager")  # a compilation would take longer than it saves
-        found: dict[str, EvalMetrics] = {}
+        metrics: dict[str, EvalMetrics] = {}
         for name, recipe in recipes.items():
             prepared = rows[name]
             announce(f"evaluating {name or 'the validation rows'}")
             if method_of(recipe) is not None:
-                found |= _by_method(model, recipe, tokenizer, prepared, console)
+                metrics |= _by_method(model, recipe, tokenizer, prepared, console)
             else:
-                found |= _by_token(model, recipe, tokenizer, prepared)
-    path = _write(run, found, recorded)
+                metrics |= _by_token(model, recipe, tokenizer, prepared)
+    path = _write(run, metrics, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
     else:
-        _print(found, recorded, console)
+        _print(metrics, recorded, console)
         say(console, f"written to {path}")
     return path
 
@@ -168,17 +158,17 @@ def _reading(run: RunFolder, file: Path) -> Recipe:
 
 
 def _streamed(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """How rows are read in a run without ``datasets``, as an entry of these."""
+    """The reading of rows in a run without ``datasets``, as an entry of these."""
     if not keys.get("pretraining_dataset"):
         return {"type": "chat_template"}
-    found = {"type": "pretrain", **keys["pretraining_dataset"][0]}
-    column = found.pop("text_column", None)
-    return {**found, "field": column} if column else found
+    entry = {"type": "pretrain", **keys["pretraining_dataset"][0]}
+    column = entry.pop("text_column", None)
+    return {**entry, "field": column} if column else entry
 
 
 _OF_ONE_PLACE = ("builder", "data_files", "split", "name", "revision", "weight", "shards",
                  "shards_idx", "preprocess_shards", "ds_type", "skip")  # fmt: skip
-"""Keys of a dataset that say where its rows are, not how to read them."""
+"""Keys of a dataset about the location of its rows, not the reading of them."""
 
 _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
            "dataset_shard_num", "dataset_shard_idx", "dataset_exact_deduplication")  # fmt: skip
@@ -188,7 +178,6 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 def _by_method(
     model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData, console: Console
 ) -> dict[str, EvalMetrics]:
-    """The same for a model that was trained on preferences or rewards."""
     from ..methods.evaluate import measured
 
     begun = time.perf_counter()
@@ -203,7 +192,7 @@ def _by_method(
 def _by_token(
     model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData
 ) -> dict[str, EvalMetrics]:
-    """The loss per trained token of each dataset, as the recipe's validation has it."""
+    """The loss per trained token of each dataset, computed as in the recipe's validation."""
     task = task_of(recipe)
     return {
         name: _measure(model, batches, prepared.validation[name], task.loss)
@@ -234,13 +223,12 @@ def _metrics(
 
 
 def _whole(found: dict[str, EvalMetrics]) -> float:
-    """What judges all datasets together: the loss per trained token, or a method's per row."""
+    """The summary of all datasets: the loss per trained token, or a method's per row."""
     rows = {n: of.samples if of.figures else of.trained_tokens for n, of in found.items()}
     return sum(of.judged * rows[name] for name, of in found.items()) / sum(rows.values())
 
 
 def _recorded(run: RunFolder) -> float | None:
-    """What the run's last validation gave."""
     loss = run.facts.get("val_loss_after")
     return run.facts.get("val_reward_after") if loss is None else loss
 
@@ -250,7 +238,6 @@ def _figure(found: dict[str, EvalMetrics]) -> str:
 
 
 def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None) -> Path:
-    """Write ``eval.json``, whole or not at all."""
     path = run.folder / "eval.json"
     content = {
         "run": str(run.folder),
@@ -274,11 +261,11 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
 def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("dataset", no_wrap=True)
-    shown = any(of.perplexity is not None for of in found.values())
+    with_perplexity = any(of.perplexity is not None for of in found.values())
     trained = any(of.trained_tokens for of in found.values())  # none of prompts
     for name in (
         _figure(found),
-        *(["perplexity"] if shown else []),
+        *(["perplexity"] if with_perplexity else []),
         "samples",
         "tokens",
         *(["trained"] if trained else []),
@@ -291,8 +278,8 @@ def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Conso
     console.print(table)
     for name, of in found.items():
         if of.figures:
-            said = ", ".join(f"{key} {value:.4g}" for key, value in of.figures.items())
-            say(console, f"{name}: {said}")
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in of.figures.items())
+            say(console, f"{name}: {figures}")
     if len(found) > 1:
         say(console, f"all datasets: {_whole(found):.4f}")
     if recorded is not None:

@@ -42,13 +42,9 @@ def generate(
 ) -> None:
     """Answer ``conversations`` with the model of ``run`` and print the answers, in order.
 
-    Args:
-        run: from ``open_run``.
-        conversations: each ends with what the model shall answer.
-        sampling: how tokens are chosen. With a temperature every batch begins from its seed.
-        batch_size: conversations that are answered at once.
-        as_json: print one object per line, with ``messages``, ``answer``, ``tokens``, ``finish``.
-        out: where to print; None for standard output.
+    Each conversation ends with what the model shall answer. With a temperature every batch begins
+    from the seed of ``sampling``. ``as_json`` prints one object per line, with ``messages``,
+    ``answer``, ``tokens``, ``finish``.
 
     Raises:
         ModelError: the run cannot be loaded, or a conversation cannot be rendered.
@@ -79,16 +75,16 @@ def _stream(writer: TextGenerator, prompt: list[int], out: TextIO) -> None:
 
 
 def _stripped(pieces: Iterator[str]) -> Iterator[str]:
-    """``pieces`` without the white space that begins and ends their text."""
-    held = None
+    """``pieces`` without the white space at the beginning and the end of their text."""
+    pending = None
     for piece in pieces:
-        text = piece.lstrip() if held is None else held + piece
+        text = piece.lstrip() if pending is None else pending + piece
         if not text:
             continue
-        kept = text.rstrip()
-        held = text[len(kept) :]
-        if kept:
-            yield kept
+        visible = text.rstrip()
+        pending = text[len(visible) :]
+        if visible:
+            yield visible
 
 
 def _print(messages: list[Message], answer: Answer, as_json: bool, out: TextIO) -> None:
@@ -103,7 +99,7 @@ def _print(messages: list[Message], answer: Answer, as_json: bool, out: TextIO) 
     out.flush()
 
 
-# Letting a loaded model answer: prompts, stop tokens, batches, a stream that can be stopped.
+# --- answers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,11 +107,8 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
         temperature: None or 0 takes the likeliest token each time; otherwise tokens are drawn.
         top_p: draw only from the likeliest tokens that have this probability together.
-        top_k: draw only from this many.
-        seed: of the draws.
     """
 
     max_new_tokens: int = 256
@@ -131,11 +124,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote.
+    """An answer of the model.
 
     Attributes:
         text: without special tokens.
-        tokens: how many it took, the one that ends it included.
+        tokens: their number, the one that ends the answer included.
         finish: ``"stop"`` when the model ended it, ``"length"`` when the limit did.
     """
 
@@ -148,9 +141,7 @@ class TextGenerator:
     """A model that answers; the model is not changed.
 
     Args:
-        model: in evaluation mode, plain or with an adapter.
         tokenizer: its tokenizer. Without a chat template prompts are continued as they are.
-        sampling: how tokens are chosen.
         variables: what the chat template reads besides the messages.
     """
 
@@ -169,37 +160,30 @@ class TextGenerator:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that the model continues.
 
-        Args:
-            messages: a conversation that ends with the user; without a chat template their
-                contents are joined by line breaks.
-
-        Raises:
-            ModelError: the chat template refuses the conversation, or it leaves no room to answer.
+        ``messages`` end with the user's; without a chat template their contents are joined by line
+        breaks. Raises a ModelError if the chat template refuses them, or they leave no room to
+        answer.
         """
         if self.chats:
             ids = self.tokenizer(self._render(messages), add_special_tokens=False)
         else:
             ids = self.tokenizer("\n".join(m["content"] for m in messages))
-        found: list[int] = ids["input_ids"] or [pad_token(self.tokenizer)]
-        if self.room(found) < 1:
+        tokens: list[int] = ids["input_ids"] or [pad_token(self.tokenizer)]
+        if self.room(tokens) < 1:
             raise ModelError(
-                f"the prompt has {len(found):,} tokens, but the model accepts at most "
+                f"the prompt has {len(tokens):,} tokens, but the model accepts at most "
                 f"{_positions(self.model):,}"
             )
-        return found
+        return tokens
 
     def room(self, prompt: Sequence[int]) -> int:
-        """How many tokens the model can write after ``prompt``."""
+        """The number of tokens that the model can write after ``prompt``."""
         limit = _positions(self.model)
         longest = self.sampling.max_new_tokens
         return longest if limit is None else min(longest, limit - len(prompt))
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """Answer several prompts at once.
-
-        Args:
-            prompts: token ids, of any lengths.
-        """
+        """Answer several prompts at once."""
         pad, width = pad_token(self.tokenizer), max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -209,7 +193,7 @@ class TextGenerator:
     def stream(self, prompt: Sequence[int]) -> Generator[str, None, None]:
         """Yield the answer to one prompt piece by piece.
 
-        Closing the iterator, or an exception in it such as Ctrl-C, ends the model's work, too.
+        Closing the iterator, or an exception in it such as Ctrl-C, also ends the model's work.
         """
         ids = torch.tensor([list(prompt)])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -241,16 +225,16 @@ class TextGenerator:
         streamer: Any = None,
         stop: threading.Event | None = None,
     ) -> torch.Tensor:
-        """Prompts (B, T) and their mask in, prompts and answers (B, T + N) out."""
-        asked = self.sampling
-        choice: dict[str, Any] = {"do_sample": bool(asked.temperature)}
-        if asked.temperature:
+        """Continue prompts (B, T) with their mask; the result, with the prompts, is (B, T + N)."""
+        sampling = self.sampling
+        choice: dict[str, Any] = {"do_sample": bool(sampling.temperature)}
+        if sampling.temperature:
             choice |= {
-                "temperature": asked.temperature,
-                "top_p": 1.0 if asked.top_p is None else asked.top_p,
-                "top_k": asked.top_k or 0,  # 0: all
+                "temperature": sampling.temperature,
+                "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+                "top_k": sampling.top_k or 0,  # 0: all
             }
-            torch.manual_seed(asked.seed)  # only here: a run's own draws stay as they are
+            torch.manual_seed(sampling.seed)  # only here: a run's own draws stay as they are
         make: Any = GenerationConfig
         config = make(
             max_new_tokens=longest,
@@ -271,17 +255,12 @@ class TextGenerator:
 
     def _answer(self, ids: list[int]) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self.stops), None)
-        written = ids if end is None else ids[:end]
-        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        text_ids = ids if end is None else ids[:end]
+        text = self.tokenizer.decode(text_ids, skip_special_tokens=True)
         count = len(ids) if end is None else end + 1
         return Answer(text.strip(), count, "length" if end is None else "stop")
 
     def _render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, with the header of the next answer.
-
-        Raises:
-            ModelError: the chat template refuses the conversation.
-        """
         try:
             return render_chat(self.tokenizer, messages, self.variables, prompt=True)
         except ValueError as error:
@@ -289,16 +268,10 @@ class TextGenerator:
 
 
 def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
-    """Let a model answer as ``fusewright generate`` will: greedily, and asked as in training.
+    """Answer greedily, with prompts as in training, as ``fusewright generate`` will.
 
-    Args:
-        model: in any mode, which it keeps.
-        tokenizer: its tokenizer.
-        question: the user's words.
-        recipe: with the longest answer, and what prompts have besides the question.
-
-    Raises:
-        ModelError: the chat template refuses the question, or it leaves no room to answer.
+    The model keeps its mode; ``recipe`` has the longest answer and the parts of a prompt. Raises a
+    ModelError if the chat template refuses the question, or it leaves no room to answer.
     """
     prompt = ChatPrompt.of(recipe.model_dump(mode="json"))
     sampling = Sampling(max_new_tokens=recipe.sample_max_tokens)
@@ -312,7 +285,7 @@ def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
 
 
 class _Asked(StoppingCriteria):
-    """Ends the answer when somebody asks for it."""
+    """Ends the answer when the event is set."""
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
@@ -322,13 +295,12 @@ class _Asked(StoppingCriteria):
 
 
 def _positions(model: Any) -> int | None:
-    """How many tokens the model takes at most, where its configuration says so."""
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-# ``fusewright chat``: a conversation with a run, in the terminal or over a pipe.
+# --- fusewright chat -----------------------------------------------------------------------------
 
 
 HELP = """\
@@ -340,14 +312,7 @@ Ctrl-C           stop an answer"""
 
 
 class ChatSession:
-    """A conversation.
-
-    Args:
-        writer: who answers.
-        system: the system text, or None.
-        stdin: where the user's lines come from. In a terminal they can be edited.
-        stdout: where answers go.
-    """
+    """A conversation; in a terminal the lines of ``stdin`` can be edited."""
 
     def __init__(
         self,
@@ -393,7 +358,6 @@ class ChatSession:
             self._say(f"fusewright: {error}")
 
     def _line(self) -> str | None:
-        """The next line, or None at the end."""
         if self.terminal:
             try:
                 return input("> ").strip()
@@ -405,24 +369,24 @@ class ChatSession:
 
     def _answer(self, question: str) -> None:
         """Stream the answer; what Ctrl-C left of it stays in the conversation."""
-        asked = [*self.turns, {"role": "user", "content": question}]
-        prompt = self._fitting(asked)
-        said: list[str] = []
+        conversation = [*self.turns, {"role": "user", "content": question}]
+        prompt = self._fitting(conversation)
+        chunks: list[str] = []
         try:
             with contextlib.closing(self.writer.stream(prompt)) as pieces:
                 for piece in pieces:
-                    said.append(piece)
+                    chunks.append(piece)
                     self.stdout.write(shown(piece) if self.terminal else piece)
                     self.stdout.flush()
         except KeyboardInterrupt:
             self._say(" [stopped]", end="")
         self._say("")
         if self.writer.chats:
-            answer = "".join(said).strip()
-            self.turns += [asked[-1], {"role": "assistant", "content": answer}]
+            answer = "".join(chunks).strip()
+            self.turns += [conversation[-1], {"role": "assistant", "content": answer}]
 
     def _fitting(self, asked: list[Message]) -> list[int]:
-        """The tokens of the conversation; its oldest turns go where it has grown too long."""
+        """The tokens of the conversation; its oldest turns are dropped when it is too long."""
         forgotten = 0
         while True:
             try:
@@ -454,7 +418,7 @@ class ChatSession:
             self._say(f"{name} is not a command, or its argument is missing:\n{HELP}")
 
     def _set_system(self, text: str | None) -> None:
-        """Take ``text`` if the chat template can say it."""
+        """Take ``text`` if the chat template has a system text."""
         trial: list[Message] = [{"role": "user", "content": "hello"}]
         if self.writer.chats:
             self.writer.prompt(with_system(trial, text))
@@ -482,10 +446,7 @@ class ChatSession:
 def chat(run: RunFolder, sampling: Sampling, system: str | None = None) -> None:
     """Chat with the model of ``run`` on standard input and output.
 
-    Args:
-        run: from ``open_run``.
-        sampling: how tokens are chosen.
-        system: the system text; None: the one that the run was trained with, if any; empty: none.
+    ``system`` is by default the text that the run was trained with, if any; an empty one: none.
 
     Raises:
         ModelError: the run cannot be loaded.
@@ -497,7 +458,7 @@ def chat(run: RunFolder, sampling: Sampling, system: str | None = None) -> None:
         ChatSession(writer, trained.system if system is None else system).run()
 
 
-# The prompts of ``fusewright generate``, from the command line, a pipe or a file.
+# --- prompts -------------------------------------------------------------------------------------
 
 
 _KEYS = ("role", "content")
@@ -506,10 +467,8 @@ _KEYS = ("role", "content")
 def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
     """Read a file of prompts.
 
-    Args:
-        path: ``.jsonl``, each line a text, ``{"prompt": ...}`` or ``{"messages": [...]}``; any
-            other file: each line is a prompt. Blank lines are passed over.
-        system: a system text for those that have none.
+    A ``.jsonl`` has on each line a text, ``{"prompt": ...}`` or ``{"messages": [...]}``; any other
+    file has a prompt on each line. Blank lines are skipped. ``system`` is for prompts without one.
 
     Raises:
         DataError: it cannot be read, or a line has another form; the message has file and line.
@@ -522,21 +481,20 @@ def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    found = [
+    entries = [
         _messages(line, path, number) if path.suffix == ".jsonl" else [_user(line)]
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    if not found:
+    if not entries:
         raise DataError(f"{path}: the file has no prompts")
-    return [with_system(messages, system) for messages in found]
+    return [with_system(messages, system) for messages in entries]
 
 
 def read_prompt(prompt: str | None, stdin: TextIO) -> str:
     """The prompt of the command line, or of ``stdin`` when it is ``-`` or left out of a pipe.
 
-    Raises:
-        RecipeError: there is none.
+    Raises a RecipeError if there is none.
     """
     if prompt == "-" or (prompt is None and not stdin.isatty()):
         try:
@@ -545,8 +503,8 @@ def read_prompt(prompt: str | None, stdin: TextIO) -> str:
             raise RecipeError("standard input is not UTF-8: save the prompt as UTF-8") from None
     if not prompt:
         raise RecipeError("there is no prompt: write one, or - to read it from standard input")
-    if (said := odd_character(prompt)) is not None:
-        raise RecipeError(f"the prompt {said}: write it as UTF-8")
+    if (problem := odd_character(prompt)) is not None:
+        raise RecipeError(f"the prompt {problem}: write it as UTF-8")
     return prompt
 
 

@@ -1,4 +1,4 @@
-"""What a run trained, ready to use: its recipe, its model with the adapter, its tokenizer."""
+"""Loads the result of a run: its recipe, its model with the adapter, its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 
-# Loading what a folder holds: model, adapter and tokenizer.
+# --- models, adapters and tokenizers -------------------------------------------------------------
 
 
 def load_tokenizer(run: RunFolder) -> Any:
-    """Load the tokenizer of ``run``, with its chat template.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer of ``run``, with its chat template; raises a RecipeError if it cannot."""
     from transformers import AutoTokenizer
 
     if run.tokenizer is None:
@@ -41,8 +37,8 @@ def load_tokenizer(run: RunFolder) -> Any:
         may_run = run.consent.trust_remote_code
         return auto.from_pretrained(run.tokenizer, trust_remote_code=may_run)
     except (OSError, ValueError) as error:
-        said = code_refused(error) or f"cannot be loaded: {first_line(error)}"
-        raise RecipeError(f"{run.tokenizer}: the tokenizer {said}") from error
+        problem = code_refused(error) or f"cannot be loaded: {first_line(error)}"
+        raise RecipeError(f"{run.tokenizer}: the tokenizer {problem}") from error
 
 
 def load_run(
@@ -50,10 +46,7 @@ def load_run(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """Load the tokenizer, then the model, with its adapter, as ``load_model_of`` does.
-
-    Returns:
-        The model, in evaluation mode, and the tokenizer.
+    """Load the tokenizer, then the model in evaluation mode; returns the model and the tokenizer.
 
     Raises:
         ModelError: there is nothing usable, or it does not write text.
@@ -74,15 +67,10 @@ def load_model_of(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Load the model of ``run``, with its adapter.
+    """Load the model of ``run``, with its adapter, in evaluation mode.
 
-    Args:
-        run: from ``open_run``.
-        device: None: the one that training would use.
-        dtype: of the base's weights (bfloat16 or float32); None: as they were trained.
-
-    Returns:
-        The model, in evaluation mode.
+    ``device`` is by default the one that training would use. ``dtype`` is that of the base's
+    weights (bfloat16 or float32), by default the one they were trained in.
 
     Raises:
         ModelError: there is nothing usable, or the adapter does not fit its base.
@@ -99,22 +87,17 @@ def load_model_of(
 
 
 def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
-    """Put the adapter in ``folder`` on its base ``model``.
+    """Put the adapter in ``folder`` on ``model``; the vocabulary grows with the adapter's.
 
-    Args:
-        model: the base; its vocabulary grows with the adapter's.
-        folder: of the adapter.
-        autocast: keep adapters of 16 bits in float32, as PEFT does.
-
-    Raises:
-        ModelError: it does not fit, or cannot be read.
+    ``autocast`` keeps adapters of 16 bits in float32, as PEFT does. Raises a ModelError if the
+    adapter does not fit, or cannot be read.
     """
-    said = adapter_problem(folder)
-    if said is not None:
-        raise ModelError(said)
+    problem = adapter_problem(folder)
+    if problem is not None:
+        raise ModelError(problem)
     try:
         grow(model, adapter_weights(str(folder)))
-    except Exception as error:  # torch and safetensors raise whatever they meet
+    except Exception as error:  # torch and safetensors raise anything
         raise ModelError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
     return put_adapter(model, str(folder), autocast_adapter_dtype=autocast)
 
@@ -122,19 +105,17 @@ def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
 def grow(model: Any, weights: dict[str, Any]) -> None:
     """Resize the vocabulary of ``model``, in place, to that of an adapter that brings one along.
 
-    Args:
-        model: the base.
-        weights: the adapter's tensors, as its file names them.
+    ``weights`` are the adapter's tensors, by the names in its file.
     """
     embeddings = model.get_input_embeddings()
     path = next((name for name, m in model.named_modules() if m is embeddings), None)
-    for own in (f"{path}.weight", f"{path}.base_layer.weight"):
-        found = weights.get(f"base_model.model.{own}")
-        if found is not None and found.shape[0] != embeddings.weight.shape[0]:
-            model.resize_token_embeddings(found.shape[0], mean_resizing=False)
+    for name_in_base in (f"{path}.weight", f"{path}.base_layer.weight"):
+        weight = weights.get(f"base_model.model.{name_in_base}")
+        if weight is not None and weight.shape[0] != embeddings.weight.shape[0]:
+            model.resize_token_embeddings(weight.shape[0], mean_resizing=False)
 
 
-# The recipe of a run that is over, from its ``run.json``: to load its model, or to read rows.
+# --- recipes of finished runs --------------------------------------------------------------------
 
 
 _DATA = ("datasets", "test_datasets", "pretraining_dataset")
@@ -143,21 +124,16 @@ _DONE = (
     "special_tokens", "tokens", "added_tokens_overrides", "resize_token_embeddings_to_32x",
     "overrides_of_model_config", "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
-"""What was done to the base of a whole model: its files have it."""
+"""Keys whose effect is already in the files of a whole model."""
 
 _PRECISION = ("bf16", "fp16", "bfloat16", "float16", "float32")
 
 
 def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
-    """The recipe that loads the model of ``run`` as it was trained, checkpointing left out.
+    """The recipe that loads the model of ``run`` as it was trained, without checkpointing and data.
 
-    Args:
-        run: from ``open_run``.
-        dtype: of the base's weights (bfloat16, float32); None: as they were trained, or float32 for
-            those in float16 where this machine cannot compute in it.
-
-    Returns:
-        A recipe whose ``base_model`` is the run's, and that says nothing about data.
+    ``dtype`` is that of the base's weights (bfloat16, float32); None: as they were trained, or
+    float32 for those in float16 where this machine cannot compute in it.
 
     Raises:
         ModelError: ``run.json`` has keys that this version does not know; or the run was trained
@@ -168,30 +144,29 @@ def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
     for name in (*_DATA, *(() if run.adapter else _DONE)):
         keys.pop(name, None)
     keys |= {"base_model": run.base_model, "gradient_checkpointing": False}
-    asked = None if dtype is None else str(dtype).removeprefix("torch.")
+    requested = None if dtype is None else str(dtype).removeprefix("torch.")
     if not run.adapter and not run.recipe:
-        asked = asked or stored_dtype(run.folder)
-    if asked is None and _validated(run, keys).precision() == "float16" and not _has_gpu():
-        asked = "float32"
-    if asked is not None:
+        requested = requested or stored_dtype(run.folder)
+    if requested is None and _validated(run, keys).precision() == "float16" and not _has_gpu():
+        requested = "float32"
+    if requested is not None:
         for name in _PRECISION:
             keys.pop(name, None)
-        keys["bf16"] = asked == "bfloat16"
+        keys["bf16"] = requested == "bfloat16"
     return _validated(run, keys)
 
 
 def recipe_with(run: RunFolder, changes: Mapping[str, Any]) -> Recipe:
     """The whole recipe of ``run``, with some keys changed; None is unset.
 
-    Raises:
-        ModelError: ``run.json`` has keys that this version does not know.
+    Raises a ModelError if ``run.json`` has keys that this version does not know.
     """
     keys = {"base_model": run.base_model, **written(run.recipe), **changes}
     return _validated(run, {k: v for k, v in keys.items() if v is not None})
 
 
 def _validated(run: RunFolder, keys: Mapping[str, Any]) -> Recipe:
-    """The recipe, with the word of who calls: what the folder says allows nothing."""
+    """The recipe, with the caller's consent: what the folder says allows nothing."""
     try:
         return Recipe.model_validate(keys).allowed(run.consent)
     except ValidationError as error:
@@ -203,9 +178,9 @@ def _validated(run: RunFolder, keys: Mapping[str, Any]) -> Recipe:
 
 
 def _require_same_code(run: RunFolder) -> None:
-    """See that a model that was trained with its own code is not loaded as another one.
+    """Check that a model that was trained with its own code is not loaded as another one.
 
-    Transformers may have a class of its own for it, which it takes where the code is not trusted.
+    Transformers may have another class for it, which it takes where the code is not trusted.
     """
     if not run.recipe.get("trust_remote_code") or run.consent.trust_remote_code:
         return
@@ -216,7 +191,7 @@ def _require_same_code(run: RunFolder) -> None:
         return
     try:
         config, _ = PreTrainedConfig.get_config_dict(source.name)
-    except (OSError, ValueError):  # said with more words where the model is loaded
+    except (OSError, ValueError):  # loading the model explains it better
         return
     if "auto_map" in config:
         what = f"{run.folder}: its run was trained with the code that comes with {run.base_model}"
@@ -232,11 +207,9 @@ def _has_gpu() -> bool:
 def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, Any]:
     """The keys of a recipe that are not at their defaults, as one would write them.
 
-    Args:
-        values: all keys, as in ``run.json``.
-        model: what they are the keys of.
+    ``values`` has all keys of ``model``, as in ``run.json``.
     """
-    kept = {}
+    result = {}
     for older, value in values.items():
         name = aliases(model).get(older, older)
         field = model.model_fields.get(name)
@@ -247,5 +220,5 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
             value = [written(v, inner) if isinstance(v, dict) else v for v in value]
         elif inner and isinstance(value, dict):
             value = written(value, inner)
-        kept[name] = value
-    return kept
+        result[name] = value
+    return result

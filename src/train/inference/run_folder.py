@@ -24,13 +24,10 @@ class RunFolder:
     """A folder that can be loaded.
 
     Attributes:
-        folder: where it is.
-        adapter: whether it holds an adapter; otherwise it holds a whole model.
         base_model: what ``pretrained`` takes: the adapter's base, or the folder itself.
         tokenizer: the folder that has the run's own tokenizer; None: the base's is used.
-        recipe: every key of the recipe, from ``run.json``, but secrets, which it does not have;
-            empty where there is none.
-        facts: the rest of ``run.json``.
+        recipe: every key of the recipe, from ``run.json``, except secrets; empty where there is
+            none.
         consent: what the caller allows. The folder may come from anybody, so that what its recipe
             was allowed counts for nothing.
     """
@@ -47,16 +44,12 @@ class RunFolder:
 def open_run(
     path: str | Path, base_model: str | None = None, consent: Consent | None = None
 ) -> RunFolder:
-    """Find out what ``path`` holds. Nothing is loaded.
+    """Find out what ``path`` holds, without loading it.
 
-    Args:
-        path: an ``output_dir``, a ``checkpoint-N`` in it, a folder with a PEFT adapter, or one with
-            a whole model.
-        base_model: where the adapter's base is; None: where the folder says.
-        consent: what the caller allows; None: nothing.
-
-    Raises:
-        ModelError: there is nothing usable; the message says what was looked for, and where.
+    It may be an ``output_dir``, a ``checkpoint-N`` in it, a folder with a PEFT adapter, or one with
+    a whole model. ``base_model`` is where the adapter's base is, by default where the folder says.
+    ``consent`` is what the caller allows, by default nothing. Raises a ModelError that says what
+    was looked for, and where, if there is nothing usable.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -65,8 +58,8 @@ def open_run(
     folder = folder.resolve()
     facts = _json(_own_folders(folder)[-1] / "run.json")
     recipe = without_hidden(facts.pop("recipe", None) or {})
-    own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
-    run = RunFolder(folder, True, "", next(own, None), recipe, facts, consent or Consent())
+    folders = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
+    run = RunFolder(folder, True, "", next(folders, None), recipe, facts, consent or Consent())
     if (folder / "adapter_config.json").is_file():
         _require(folder, (*_ADAPTERS, LIST), "adapter_config.json")
         base = base_model or _base(folder, recipe)
@@ -80,12 +73,12 @@ def open_run(
 
 
 def stored_dtype(folder: Path) -> str:
-    """The name of the dtype that the model in ``folder`` says it is stored in."""
+    """The name of the dtype in which the model in ``folder`` says it is stored."""
     config = _json(folder / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-# --- where things are -----------------------------------------------------------------------------
+# --- paths ---------------------------------------------------------------------------------------
 
 
 def _own_folders(folder: Path) -> list[Path]:
@@ -96,7 +89,6 @@ def _own_folders(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in ``path``, or an empty one if there is no such file."""
     try:
         return read_object(path) if path.exists() else {}
     except ValueError as error:
@@ -104,26 +96,26 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _base(folder: Path, recipe: dict[str, Any]) -> str:
-    named = recipe.get("base_model") or _json(folder / "adapter_config.json").get(
+    base = recipe.get("base_model") or _json(folder / "adapter_config.json").get(
         "base_model_name_or_path"
     )
-    if not named:
+    if not base:
         raise ModelError(
             f"{folder}: adapter_config.json does not name the base model; --base-model does"
         )
-    return str(named)
+    return str(base)
 
 
 def _located(base: str, folder: Path) -> str:
-    """``base``, once it is known to be there (a Hugging Face id is believed)."""
+    """``base``, after a check that it is there (a Hugging Face id is not checked)."""
     try:
-        found = locate(base, [Path.cwd(), folder])
+        path = locate(base, [Path.cwd(), folder])
     except RecipeError as error:
         raise ModelError(
             f"{folder}: the base model is missing: {error}; --base-model BASE says where it is now"
         ) from None
-    special = base.startswith("package:") or found.gguf_file
-    return base if special or not Path(found.name).is_dir() else str(Path(found.name).resolve())
+    special = base.startswith("package:") or path.gguf_file
+    return base if special or not Path(path.name).is_dir() else str(Path(path.name).resolve())
 
 
 def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
@@ -134,7 +126,6 @@ def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
 
 
 def _nothing(folder: Path) -> str:
-    """Why ``folder`` is of no use, and what may be meant."""
     checkpoints = sorted(
         folder.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name), reverse=True
     )

@@ -1,1 +1,1 @@
-"""The model of a run: finding, loading, quantizing, adapting."""
+"""Finds, loads, quantizes and adapts the model of a run."""

@@ -1,4 +1,4 @@
-"""What of a model is trained: adapters beside it, or all of its weights, or some."""
+"""Selects what of a model is trained: adapters, all of its weights, or some."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
 
     Quantized weights are frozen and everything else keeps its dtype: that of the norms and the
     embeddings is the dtype of the computation, which does not need PEFT's float32 copies of them.
-
-    Raises:
-        RecipeError: the recipe names layers, blocks or parameters that the model does not have.
+    Raises a RecipeError if the model lacks layers, blocks or parameters that the recipe names.
     """
     if recipe.adapter is None:
         return _unfrozen(model, recipe.unfrozen_parameters)
@@ -42,11 +40,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
 
 
 def _require_task(name: str, recipe: Recipe) -> None:
-    """See that an adapter brings the head of a classifier along, which would else be random.
-
-    Raises:
-        RecipeError: it was not trained with one.
-    """
+    """Raise a RecipeError if an adapter lacks the head of a classifier, which would be random."""
     from peft import PeftConfig
 
     head = head_of(recipe)
@@ -54,7 +48,7 @@ def _require_task(name: str, recipe: Recipe) -> None:
         return
     try:
         task = PeftConfig.from_pretrained(name).task_type
-    except Exception:  # PEFT and the hub raise whatever they meet; put_adapter says what
+    except Exception:  # PEFT and the hub raise anything; put_adapter says what
         return
     if task != head.task:
         raise RecipeError(
@@ -67,26 +61,21 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
     from peft import get_peft_model
 
     try:
-        # adapters in fp32 beside 16-bit weights, unless the recipe says otherwise
+        # adapters in fp32 next to 16-bit weights, unless the recipe says otherwise
         return get_peft_model(
             model, config, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
         )
     except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
-        said = f"adapter: PEFT refuses these settings: {first_line(error)}"
-        if recipe.lora_target_linear and "target_modules" in said:
-            said += " List it in lora_exclude_modules, which lora_target_linear leaves out."
-        raise RecipeError(said) from error
+        message = f"adapter: PEFT refuses these settings: {first_line(error)}"
+        if recipe.lora_target_linear and "target_modules" in message:
+            message += " List it in lora_exclude_modules, which lora_target_linear leaves out."
+        raise RecipeError(message) from error
 
 
 def require_names(model: Any, recipe: Recipe) -> None:
-    """See that ``model`` has what the recipe names, and that PEFT takes it.
+    """Raise a RecipeError unless ``model`` has what the recipe names, and PEFT accepts it.
 
-    Args:
-        model: without weights (on the meta device), and of no other use: adapters are put on it.
-        recipe: checked.
-
-    Raises:
-        RecipeError: it has no such layers or parameters, or PEFT refuses the settings.
+    ``model`` is on the meta device, and cannot be used afterwards: adapters are put on it.
     """
     if recipe.adapter is None:
         _matched(model, recipe.unfrozen_parameters or [])
@@ -96,7 +85,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
             _adapted(model, recipe, config)
         except RecipeError:
             raise
-        except Exception:  # what is begun from the weights may be beyond a model without them
+        except Exception:  # initial values from the weights may fail without them
             return
 
 
@@ -104,7 +93,7 @@ def _config(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig
 
     _require_present(model, recipe.lora_modules_to_save, "lora_modules_to_save")
-    given: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "r": recipe.lora_r,
         "lora_alpha": recipe.lora_alpha,
         "rank_pattern": recipe.lora_rank_pattern,
@@ -127,7 +116,7 @@ def _config(model: Any, recipe: Recipe) -> Any:
     }
     try:  # what is unset is PEFT's to choose
         return LoraConfig(
-            task_type=head_of(recipe).task, **{k: v for k, v in given.items() if v is not None}
+            task_type=head_of(recipe).task, **{k: v for k, v in kwargs.items() if v is not None}
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"adapter: PEFT refuses these settings: {first_line(error)}") from error
@@ -138,41 +127,38 @@ def _listed(names: list[str] | str | None) -> list[str] | None:
 
 
 def _saved(model: Any, recipe: Recipe) -> list[str] | None:
-    """What is trained as a whole: the recipe's modules, and a head that PEFT does not know.
-
-    PEFT adds those that it knows by itself, to the list that it is given.
-    """
+    """The modules that are trained as a whole: the recipe's, and a head that PEFT does not know."""
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-    named = list(recipe.lora_modules_to_save or [])
+    modules = list(recipe.lora_modules_to_save or [])
     if head_of(recipe).classifies:
         head = dict.fromkeys(name.partition(".")[0] for name in head_modules(model))
         trained = [n for n in head if any(True for _ in getattr(model, n).parameters())]
-        named += [n for n in trained if n not in (*named, *SEQ_CLS_HEAD_NAMES)]
-    return named or None
+        modules += [n for n in trained if n not in (*modules, *SEQ_CLS_HEAD_NAMES)]
+    return modules or None
 
 
 def _targets(model: Any, recipe: Recipe) -> list[str] | str:
-    named = recipe.lora_target_modules
-    every = recipe.lora_target_linear
-    if named in ("all-linear", ["all-linear"]):
-        named, every = None, True
-    if isinstance(named, str):
-        if every:
+    targets = recipe.lora_target_modules
+    all_linear = recipe.lora_target_linear
+    if targets in ("all-linear", ["all-linear"]):
+        targets, all_linear = None, True
+    if isinstance(targets, str):
+        if all_linear:
             raise RecipeError(
                 "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
-        if not any(re.fullmatch(named, name) for name, _ in model.named_modules()):
-            raise RecipeError(f"lora_target_modules: no layer's whole name matches {named!r}")
-        return named
-    _require_present(model, named, "lora_target_modules")
-    named = list(named or [])
-    if not every:
-        return named
+        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+            raise RecipeError(f"lora_target_modules: no layer's whole name matches {targets!r}")
+        return targets
+    _require_present(model, targets, "lora_target_modules")
+    targets = list(targets or [])
+    if not all_linear:
+        return targets
     # PEFT wants names for layers_to_transform, and does not know the heads of all classifiers
     numbered = recipe.peft_layers_to_transform is not None
-    if not (named or numbered or head_of(recipe).classifies):
+    if not (targets or numbered or head_of(recipe).classifies):
         return "all-linear"
     from transformers.pytorch_utils import Conv1D
 
@@ -182,7 +168,7 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module not in head
     }
-    return sorted(linear | set(named))
+    return sorted(linear | set(targets))
 
 
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
@@ -191,9 +177,9 @@ def _require_present(model: nn.Module, named: list[str] | None, key: str) -> Non
     if unknown:
         kinds = (nn.Linear, nn.Embedding)
         inner = [name for name, m in model.named_modules() if isinstance(m, kinds)]
-        known = dict.fromkeys(name.rpartition(".")[2] for name in inner)
+        names = dict.fromkeys(name.rpartition(".")[2] for name in inner)
         raise RecipeError(
-            f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(known)}"
+            f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(names)}"
         )
 
 
@@ -207,7 +193,7 @@ def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
 
 
 def _matched(model: nn.Module, patterns: list[str]) -> None:
-    """See that every pattern is the beginning of some parameter's name."""
+    """Raise a RecipeError unless every pattern is the beginning of some parameter's name."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         try:
@@ -222,17 +208,14 @@ def _matched(model: nn.Module, patterns: list[str]) -> None:
 
 
 def _reach_blocks(model: Any, recipe: Recipe) -> None:
-    """Let the gradient reach checkpointed blocks where only that of their inputs is looked at."""
+    """Pass the gradient into checkpointed blocks, which look only at that of their inputs."""
     options = recipe.gradient_checkpointing_kwargs or {}
     if recipe.checkpointing() and options.get("use_reentrant"):
         model.enable_input_require_grads()
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are.
-
-    Weights of 4 bits are two to an element of their tensor.
-    """
+    """The numbers of trained and of all parameters; 4-bit weights are two to an element."""
     trained = total = 0
     for p in model.parameters():
         size = p.numel()
@@ -244,7 +227,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return trained, total
 
 
-# An adapter that is on disk: whether its files are whole, and whether it fits its base.
+# --- adapters on disk ----------------------------------------------------------------------------
 
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -262,72 +245,63 @@ def adapter_problem(folder: Path) -> str | None:
     if "peft_type" not in config:
         return f"{folder / 'adapter_config.json'} has no peft_type: it is not of a PEFT adapter"
     if in_shards(folder):
-        said = shards_problem(folder)
-        return f"{said}; copy the whole folder again" if said else None
+        problem = shards_problem(folder)
+        return f"{problem}; copy the whole folder again" if problem else None
     weights = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not weights:
         return f"{folder} has no {WEIGHTS[0]}: saving or copying it was not completed"
-    said = damaged(weights[:1])
-    return f"{said}; copy it again" if said else None
+    problem = damaged(weights[:1])
+    return f"{problem}; copy it again" if problem else None
 
 
 def put_adapter(model: Any, folder: str, **options: Any) -> Any:
-    """Put an adapter on its base; every tensor of its file must have found its place, and no other.
+    """Put an adapter on its base; its file and the model must have the same tensors.
 
-    Args:
-        model: the base, with its vocabulary as the adapter wants it.
-        folder: of the adapter, or its id on the hub.
-        options: for ``PeftModel.from_pretrained``.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        ModelError: it cannot be read, or was made for another base.
+    ``folder`` may also be an id on the hub; ``options`` are for ``PeftModel.from_pretrained``. The
+    vocabulary of ``model`` must already have the adapter's size. Raises a ModelError if the adapter
+    cannot be read, or was made for another base.
     """
     from peft import PeftModel
 
-    if Path(folder).is_dir() and (said := adapter_problem(Path(folder))) is not None:
-        raise ModelError(said)
+    if Path(folder).is_dir() and (problem := adapter_problem(Path(folder))) is not None:
+        raise ModelError(problem)
     try:
         with adapter_folder(folder) as whole:
-            made = PeftModel.from_pretrained(model, whole, **options)
-        left, missing = _misplaced(made, adapter_weights(folder))
-    except Exception as error:  # PEFT, torch and the hub raise whatever they meet
+            adapted = PeftModel.from_pretrained(model, whole, **options)
+        extra, missing = _misplaced(adapted, adapter_weights(folder))
+    except Exception as error:  # PEFT, torch and the hub raise anything
         raise ModelError(_explained(error, folder)) from error
-    if left or missing:
+    if extra or missing:
         many = [f"{len(names)} {what}, such as {names[0]}" for names, what in (
-            (left, "of its tensors do not exist in the base model"),
+            (extra, "of its tensors do not exist in the base model"),
             (missing, "tensors are missing in it"),
         ) if names]  # fmt: skip
         raise ModelError(_other_base(folder, ", and ".join(many)))
-    return made
+    return adapted
 
 
 def _misplaced(model: Any, weights: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Names in the file that the model has no place for, and of adapters that the file lacks."""
+    """Names in the file without a place in the model, and those of adapters that the file lacks."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     if not all(isinstance(config, LoraConfig) for config in model.peft_config.values()):
         return [], []  # others save less than they have, or under other names
-    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # embeddings that are adapted are saved with the adapter, under either name
     base = {_of_base(name) for name in model.state_dict()}
-    left = [name for name in weights if name not in own and _of_base(name) not in base]
-    return left, sorted(own - set(weights))
+    extra = [name for name in weights if name not in expected and _of_base(name) not in base]
+    return extra, sorted(expected - set(weights))
 
 
 def _of_base(name: str) -> str:
-    """The name that a tensor has without adapters around its layer."""
     return name.replace(".base_layer.", ".")
 
 
 def _explained(error: Exception, folder: str) -> str:
-    """Why an adapter could not be loaded, and what to do."""
     text = str(error).strip()
-    found = [match.groupdict() for match in _MISMATCH.finditer(text)]
-    if found:
-        first, more = found[0], len(found) - 1
+    mismatches = [match.groupdict() for match in _MISMATCH.finditer(text)]
+    if mismatches:
+        first, more = mismatches[0], len(mismatches) - 1
         return _other_base(
             folder,
             f"{first['name']} is {first['there']} in its file and {first['here']} here"
@@ -335,14 +309,13 @@ def _explained(error: Exception, folder: str) -> str:
         )
     if "not found in the base model" in text:
         return _other_base(folder, "the layers that it adapts do not exist in the base model")
-    said = (text.splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    reason = (text.splitlines() or [""])[0].rstrip(".") or type(error).__name__
     if isinstance(error, KeyError):
-        said = f"its adapter_config.json says {said}, which this version of PEFT does not know"
-    return f"{folder}: the adapter cannot be loaded: {said}"
+        reason = f"its adapter_config.json says {reason}, which this version of PEFT does not know"
+    return f"{folder}: the adapter cannot be loaded: {reason}"
 
 
 def _other_base(folder: str, what: str) -> str:
-    """What to say of an adapter that was made for another base."""
     base = None
     if (Path(folder) / "adapter_config.json").is_file():
         base = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")

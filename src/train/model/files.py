@@ -1,4 +1,4 @@
-"""The files of a model's folder, looked at before any of them is loaded."""
+"""Inspects the files of a model's folder before any of them is loaded."""
 
 from __future__ import annotations
 
@@ -21,23 +21,21 @@ _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 def cached(name: str, revision: str | None = None) -> Path | None:
-    """The folder in the cache that has a model of the hub; None: it is not there."""
+    """The folder in the cache of a model on the hub; None: it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        path = try_to_load_from_cache(name, "config.json", revision=revision)
     except (HFValidationError, OSError):
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def config_problem(folder: Path, trusted: bool = False) -> str | None:
-    """What is wrong with a folder's ``config.json``; None if nothing shows.
+    """The problem of a folder's ``config.json``; None if nothing shows.
 
-    Args:
-        folder: of a model.
-        trusted: code that comes with the model may run.
+    ``trusted``: code that comes with the model may run.
     """
     path = folder / "config.json"
     try:
@@ -59,27 +57,27 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
         return None
     if "auto_map" in config:
         return why_not_run("needs Python code that comes with it", CODE_SWITCH)
-    meant = did_you_mean(name, types)
+    suggestion = did_you_mean(name, types)
     return (
         f"{path} has the model_type {name!r}, which transformers {transformers.__version__} does "
-        f"not have; {f'{meant} Or ' if meant else ''}a newer transformers may"
+        f"not have; {f'{suggestion} Or ' if suggestion else ''}a newer transformers may"
     )
 
 
 def weights_problem(folder: Path) -> str | None:
-    """What is wrong with the weights in a folder; None if nothing shows. They are not read."""
+    """The problem of the weights in a folder, which are not read; None if nothing shows."""
     if in_shards(folder):
-        said = shards_problem(folder)
-        return f"{said}; {_AGAIN}" if said else None
+        problem = shards_problem(folder)
+        return f"{problem}; {_AGAIN}" if problem else None
     try:
         names = _with_weights(folder)
     except ValueError as error:
         return f"{error}; {_AGAIN}"
     if not names:
         return f"{folder} has a config.json and no weights ({_SAFE}); {_AGAIN}"
-    said = damaged(folder / name for name in names)
-    if said is not None:
-        return f"{said}; {_AGAIN}"
+    problem = damaged(folder / name for name in names)
+    if problem is not None:
+        return f"{problem}; {_AGAIN}"
     for name in names:
         code = _code_in(folder / name) if name.endswith(".bin") else []
         if code:
@@ -88,20 +86,19 @@ def weights_problem(folder: Path) -> str | None:
 
 
 def meta_weights(folder: Path) -> dict[str, Any]:
-    """The weights in a folder on the meta device: names, shapes and dtypes, without the numbers.
+    """The weights in a folder, by name, on the meta device: shapes and dtypes without the numbers.
 
-    Args:
-        folder: in which ``weights_problem`` has found nothing.
+    ``weights_problem`` must have found nothing in it.
     """
     from transformers.modeling_utils import load_state_dict
 
-    found: dict[str, Any] = {}
+    tensors_by_name: dict[str, Any] = {}
     for path in (folder / name for name in _with_weights(folder)):
         if path.suffix == ".safetensors":
-            found |= load_state_dict(str(path), map_location="meta")
+            tensors_by_name |= load_state_dict(str(path), map_location="meta")
         elif path.suffix == ".bin":
-            found |= _meta_pickle(path)
-    return found
+            tensors_by_name |= _meta_pickle(path)
+    return tensors_by_name
 
 
 def _meta_pickle(path: Path) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def _meta_pickle(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_problem(folder: Path) -> str | None:
-    """What is wrong with a tokenizer's files; None if nothing shows."""
+    """The problem of a tokenizer's files; None if nothing shows."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).exists():
             continue
@@ -131,7 +128,7 @@ def tokenizer_problem(folder: Path) -> str | None:
 
 
 def no_tokenizer(folder: Path) -> str:
-    """What to say of a folder whose tokenizer cannot be made."""
+    """The message for a folder whose tokenizer cannot be made."""
     if (folder / "tokenizer.model").is_file():
         return (
             f"{folder} has a tokenizer.model and no tokenizer.json: pip install sentencepiece "
@@ -144,7 +141,7 @@ def no_tokenizer(folder: Path) -> str:
 
 
 def pickled(name: str, code: list[str]) -> str:
-    """What to say of weights that cannot be read without running what is in them."""
+    """The message for weights that cannot be read without running code in them."""
     what = f" ({', '.join(code[:3])})" if code else ""
     return (
         f"{name} contains more than tensors{what}, which may be foreign code and is not run; use a "
@@ -153,11 +150,7 @@ def pickled(name: str, code: list[str]) -> str:
 
 
 def _with_weights(folder: Path) -> list[str]:
-    """The files that transformers takes, the first of them an index if there is one.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
+    """The files that transformers takes, an index first; raises a ValueError if that is damaged."""
     for name in (_SAFE, f"{_SAFE}.index.json", _PICKLED, f"{_PICKLED}.index.json"):
         if (folder / name).exists():
             return [name, *(_shards(folder / name) if name.endswith(".json") else ())]
@@ -165,11 +158,10 @@ def _with_weights(folder: Path) -> list[str]:
 
 
 def _shards(index: Path) -> Iterator[str]:
-    """The files that an index names."""
-    named: Any = read_object(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
+    names: Any = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"{index} is damaged: it has no weight_map")
-    return iter(dict.fromkeys(named.values()))
+    return iter(dict.fromkeys(names.values()))
 
 
 def _code_in(path: Path) -> list[str]:
@@ -182,7 +174,7 @@ def _code_in(path: Path) -> list[str]:
         return []
 
 
-# Files of models, adapters and checkpoints, looked at before anything of them is loaded.
+# --- damage --------------------------------------------------------------------------------------
 
 
 _POINTER = b"version https://git-lfs"
@@ -193,9 +185,7 @@ def damage(path: Path) -> str | None:
     """Why a file cannot be what its name says, in a few words; None if nothing shows.
 
     Only its size and what describes its content are read, so that this is quick for large files.
-
-    Args:
-        path: ``.safetensors``, ``.json``, or of ``torch.save``; others are taken as they are.
+    ``.safetensors``, ``.json`` and files of ``torch.save`` are checked, others are not.
     """
     try:
         with path.open("rb") as file:
@@ -228,14 +218,14 @@ def damage(path: Path) -> str | None:
 def damaged(paths: Iterable[Path]) -> str | None:
     """The first of several files that is damaged, and why; None if none is."""
     for path in paths:
-        said = damage(path)
-        if said is not None:
-            return f"{path} {said}"
+        problem = damage(path)
+        if problem is not None:
+            return f"{path} {problem}"
     return None
 
 
 def tensors(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor in a safetensors file, which is not read further.
+    """Name and shape of each tensor in a safetensors file, of which only the header is read.
 
     Raises:
         ValueError: it is none, not as long as it says, or its header is not valid.
@@ -250,9 +240,9 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"its {size:,} bytes are only a part of it")
         try:
             header = json.loads(file.read(length))
-            found: dict[str, Any] = {k: v for k, v in header.items() if k != "__metadata__"}
-            end = max((int(entry["data_offsets"][1]) for entry in found.values()), default=0)
-            shapes = {name: tuple(entry["shape"]) for name, entry in found.items()}
+            entries: dict[str, Any] = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+            shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             raise ValueError("it does not start like a safetensors file") from None
     whole = 8 + length + end
@@ -263,11 +253,7 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _require_valid_header(path: Path) -> None:
-    """See that the library of the format can read the header, which places each tensor.
-
-    Raises:
-        ValueError: it cannot; the message says why, in its words.
-    """
+    """Raise a ValueError, with the library's reason, if safetensors cannot read the header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -279,14 +265,9 @@ def _require_valid_header(path: Path) -> None:
 
 
 def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file; raises a ValueError, with the path, if it has none.
 
-    Args:
-        path: the file.
-        any_text: it may hold characters that no text has, as vocabularies do.
-
-    Raises:
-        ValueError: it cannot be read, or is none; the message has the path.
+    ``any_text``: it may hold characters that no text has, as vocabularies do.
     """
     try:
         parse = json.loads if any_text else parse_json
@@ -301,11 +282,11 @@ def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:
     return content
 
 
-# Checkpoints in shards on disk: which files they must have, and their tensors made whole.
+# --- checkpoints in shards -----------------------------------------------------------------------
 
 
 FOLDER, LIST = "shards", "shards.json"
-"""Where the shards of a checkpoint are, and the file that lists them."""
+"""The folder of a checkpoint's shards, and the file that lists them."""
 
 _FORMAT = 1
 
@@ -315,10 +296,9 @@ class Shards:
     """A checkpoint in shards.
 
     Attributes:
-        folder: of the checkpoint.
         files: the names of its shards, each with its size.
-        adapter: for each tensor of an adapter's file, the weight that it is; None: whole models.
-        optimizer: what the optimizer's state has besides tensors; None: no state was saved.
+        adapter: for each tensor of an adapter's file, the name of its weight; None: whole models.
+        optimizer: the optimizer's state without its tensors; None: no state was saved.
     """
 
     folder: Path
@@ -341,13 +321,9 @@ class Shards:
 
     @classmethod
     def read(cls, folder: Path) -> Shards:
-        """Read the list of shards, and see that each of them is there, as long as it was.
+        """Read the list of shards of a checkpoint, and check that each is there in its full size.
 
-        Args:
-            folder: of the checkpoint.
-
-        Raises:
-            ValueError: a file is missing or damaged; the message names it.
+        Raises a ValueError that names the file which is missing or damaged.
         """
         path = folder / LIST
         content = read_object(path, any_text=True)
@@ -358,35 +334,31 @@ class Shards:
             raise ValueError(f"{path} is damaged: it does not list the shards")
         if not (optimizer is None or isinstance(optimizer, dict)):
             raise ValueError(f"{path} is damaged: it has no state of the optimizer")
-        found = cls(folder, files, adapter, optimizer)
-        found._require_files()
-        return found
+        shards = cls(folder, files, adapter, optimizer)
+        shards._require_files()
+        return shards
 
     def _require_files(self) -> None:
         for name, size in sorted(self.files.items()):
             path = self.place / name
-            said = damage(path) if Path(name).name == name else "is in another folder"
-            there = path.stat().st_size if said is None else size
-            if there != size:
-                said = f"is damaged: it should have {size:,} bytes and has {there:,}"
-            if said is not None:
-                raise ValueError(f"{path} {said}")
+            problem = damage(path) if Path(name).name == name else "is in another folder"
+            size_on_disk = path.stat().st_size if problem is None else size
+            if size_on_disk != size:
+                problem = f"is damaged: it should have {size:,} bytes and has {size_on_disk:,}"
+            if problem is not None:
+                raise ValueError(f"{path} {problem}")
         for path in sorted(self.place.glob("*.safetensors")):
             if path.name not in self.files:
                 raise ValueError(f"{path} is not one of the files that {LIST} lists")
 
     def weights(self) -> dict[str, Any]:
-        """The whole weights, by the names that they have in the model."""
+        """The whole weights, by the model's names."""
         from ..processes.shards import WEIGHTS, read_whole
 
         return read_whole(self.place, WEIGHTS)
 
     def adapter_weights(self) -> dict[str, Any]:
-        """The whole weights of an adapter, by the names that its file would have.
-
-        Raises:
-            ValueError: one of them is not there.
-        """
+        """The whole adapter weights, by its file's names; raises a ValueError if one is missing."""
         weights, names = self.weights(), dict(self.adapter or {})
         if missing := sorted(set(names.values()) - set(weights)):
             raise ValueError(f"{self.place} has no {missing[0]}")
@@ -409,13 +381,9 @@ def shards_problem(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def adapter_folder(folder: str) -> Iterator[str]:
-    """Yield a folder that has an adapter as PEFT reads it.
+    """Yield a folder that has an adapter as PEFT reads it; one in shards is merged elsewhere.
 
-    Args:
-        folder: of the adapter, or its id on the hub. One in shards is made whole, elsewhere.
-
-    Raises:
-        ValueError: a file is missing or damaged.
+    ``folder`` may also be an id on the hub. Raises a ValueError if a file is missing or damaged.
     """
     if not in_shards(Path(folder)):
         yield folder
@@ -423,26 +391,21 @@ def adapter_folder(folder: str) -> Iterator[str]:
     from safetensors.torch import save_file
 
     tensors = Shards.read(Path(folder)).adapter_weights()
-    with tempfile.TemporaryDirectory(prefix="fusewright-adapter-") as made:
-        shutil.copy(Path(folder) / "adapter_config.json", made)
-        save_file(tensors, Path(made) / "adapter_model.safetensors", metadata={"format": "pt"})
-        yield made
+    with tempfile.TemporaryDirectory(prefix="fusewright-adapter-") as merged:
+        shutil.copy(Path(folder) / "adapter_config.json", merged)
+        save_file(tensors, Path(merged) / "adapter_model.safetensors", metadata={"format": "pt"})
+        yield merged
 
 
 def adapter_weights(folder: str) -> dict[str, Any]:
-    """The tensors of an adapter, by the names in its file.
-
-    Args:
-        folder: of the adapter, in shards or not, or its id on the hub.
-    """
+    """The tensors of an adapter, in shards or not, or on the hub, by the names in its file."""
     if in_shards(Path(folder)):
         return Shards.read(Path(folder)).adapter_weights()
     from peft.utils import load_peft_weights
 
-    found: dict[str, Any] = load_peft_weights(folder, device="cpu")
-    return found
+    weights: dict[str, Any] = load_peft_weights(folder, device="cpu")
+    return weights
 
 
 def _is_list(value: Any, kind: type) -> bool:
-    """Whether a value maps names to values of a kind."""
     return isinstance(value, dict) and all(type(entry) is kind for entry in value.values())

@@ -42,23 +42,17 @@ def pretrained(
 ) -> Any:
     """Call ``factory.from_pretrained`` for whatever ``base_model`` may be.
 
-    Args:
-        factory: one of the Auto classes of transformers.
-        name: as a recipe's ``base_model``.
-        kind: what it makes.
-        key: the recipe's, for messages.
-        on_new_head: called with the weights of the head that the files lack, and which are random;
-            None: there may be none.
-        options: for ``from_pretrained``.
+    ``key`` is the recipe's, for messages. ``on_new_head`` is called with the weights of the head
+    that the files lack, and which are random; None: there may be none.
 
     Raises:
         RecipeError: there is none, it cannot be read, or its weights are not those of its
             configuration.
     """
     source = locate(name, [Path.cwd()])
-    said = _problem(source, kind, options)
-    if said is not None:
-        raise RecipeError(f"{key}: {said}")
+    problem = _problem(source, kind, options)
+    if problem is not None:
+        raise RecipeError(f"{key}: {problem}")
     random_wanted = bool(options.get("ignore_mismatched_sizes"))
     if kind == "model":
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -70,9 +64,9 @@ def pretrained(
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
             if kind == "model" and in_shards(Path(source.name)):
-                found = _from_shards(factory, Path(source.name), **options)
+                loaded = _from_shards(factory, Path(source.name), **options)
             else:
-                found = factory.from_pretrained(source.name, **options)
+                loaded = factory.from_pretrained(source.name, **options)
     except Exception as error:  # a model's code, and the readers of its files, raise anything
         if is_out_of_memory(error):
             raise
@@ -81,13 +75,13 @@ def pretrained(
             folder = cached(name, options.get("revision")) or folder
         why = _explained(error, name, folder, kind, factory, silent)
         raise RecipeError(f"{key}: {why}") from error
-    if kind != "model" or not isinstance(found, tuple):  # code of a model's own may make no pair
-        return found
-    model, info = found
+    if kind != "model" or not isinstance(loaded, tuple):  # a model's code may not return a pair
+        return loaded
+    model, info = loaded
     new = [] if on_new_head is None else _new_in_head(model, info)
-    said = None if random_wanted else _unfit(model, info, new)
-    if said is not None:
-        raise RecipeError(f"{key}: {name}: {said}")
+    problem = None if random_wanted else _unfit(model, info, new)
+    if problem is not None:
+        raise RecipeError(f"{key}: {name}: {problem}")
     if on_new_head is not None and new:
         on_new_head(new)
     return model
@@ -104,45 +98,37 @@ def _from_shards(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if hasattr(factory, "from_config"):  # an Auto class, which needs a folder
         with torch.device("meta"):
-            made = factory.from_config(config, trust_remote_code=trust_remote_code)
-        factory = type(made)
+            model = factory.from_config(config, trust_remote_code=trust_remote_code)
+        factory = type(model)
     weights = Shards.read(folder).weights()
     return factory.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
 def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
-    """A class of transformers by its name, of no other kind than is asked for.
+    """A transformers class by its name, or ``default``; any other must be derived from ``base``.
 
-    Args:
-        name: the recipe's, or None.
-        default: the Auto class, which is taken then.
-        base: what any other has to be derived from.
-        key: the recipe's, for the message.
-
-    Raises:
-        RecipeError: there is no such class.
+    Raises a RecipeError, which begins with ``key``, if there is no such class.
     """
     import transformers
 
     if name in (None, default):
         return getattr(transformers, default)
-    found, kind = getattr(transformers, str(name), None), getattr(transformers, base)
+    result, kind = getattr(transformers, str(name), None), getattr(transformers, base)
     auto = default.startswith("AutoModel") and str(name).startswith("AutoModel")
-    if not (auto and hasattr(found, "from_pretrained")) and not (
-        isinstance(found, type) and issubclass(found, kind)
+    if not (auto and hasattr(result, "from_pretrained")) and not (
+        isinstance(result, type) and issubclass(result, kind)
     ):
         raise RecipeError(
             f"{key}: {name} is not a suitable class of transformers; leave the key out, or use "
             f"{default}"
         )
-    return found
+    return result
 
 
 def meta_model(recipe: Recipe, config: Any) -> Any:
     """The model of a configuration without its weights, on the meta device.
 
-    Raises:
-        RecipeError: there is no such model.
+    Raises a RecipeError if there is no such model.
     """
     import torch
     import transformers
@@ -161,7 +147,6 @@ def meta_model(recipe: Recipe, config: Any) -> Any:
 
 
 def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str | None:
-    """What is wrong with a local folder's files."""
     folder = Path(source.name)
     if source.gguf_file or not folder.is_dir():
         return None
@@ -170,10 +155,10 @@ def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str
     elsewhere = {"subfolder", "variant", "gguf_file", "use_safetensors"} & set(options)
     if kind == "other" or elsewhere:
         return None
-    said = None
+    problem = None
     if "config" not in options:
-        said = config_problem(folder, bool(options.get("trust_remote_code")))
-    return said or (weights_problem(folder) if kind == "model" else None)
+        problem = config_problem(folder, bool(options.get("trust_remote_code")))
+    return problem or (weights_problem(folder) if kind == "model" else None)
 
 
 def _explained(
@@ -184,7 +169,6 @@ def _explained(
     factory: Any,
     silent: str | None = None,
 ) -> str:
-    """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
     if silent is not None and isinstance(error, OSError) and not folder.is_dir():
         return (
             f"{name} is not on this disk, and {silent}; copy its folder to this machine, and name "
@@ -196,9 +180,9 @@ def _explained(
         return f"{name} {refused}"
     if isinstance(error, UnpicklingError):  # its text recommends what should not be done
         return pickled(f"{name}: its file of weights", [])
-    said = weights_problem(folder) if kind == "model" and folder.is_dir() else None
-    if said is not None:  # of a model in the cache
-        return said
+    problem = weights_problem(folder) if kind == "model" and folder.is_dir() else None
+    if problem is not None:  # of a model in the cache
+        return problem
     if isinstance(error, KeyError):
         return f"{name} cannot be loaded: its files lack {text}; download or copy it again"
     if "backend tokenizer" in text:
@@ -215,13 +199,13 @@ def _explained(
 
 
 def first_words(error: BaseException) -> str:
-    """What the first sentence of an error says, or its kind."""
+    """The first sentence of an error, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):  # a heading
         lines.pop(0)
-    said = lines[0] if lines else type(error).__name__
-    kind, colon, rest = said.partition(": ")
-    return rest if colon and kind.endswith("Error") and kind.isidentifier() else said
+    text = lines[0] if lines else type(error).__name__
+    kind, colon, rest = text.partition(": ")
+    return rest if colon and kind.endswith("Error") and kind.isidentifier() else text
 
 
 _FEW = 2
@@ -230,28 +214,28 @@ _FEW = 2
 def _new_in_head(model: Any, info: Mapping[str, Any]) -> list[str]:
     """The parameters of the head that are not in the files, or not in this size."""
     absent = {*(info.get("missing_keys") or ()), *(m[0] for m in info.get("mismatched_keys") or ())}
-    own = (f"{path}.{name}" for path, module in head_modules(model).items()
+    names = (f"{path}.{name}" for path, module in head_modules(model).items()
            for name, _ in module.named_parameters(recurse=False))  # fmt: skip
-    return [name for name in own if name in absent]
+    return [name for name in names if name in absent]
 
 
 def _unfit(model: Any, info: Mapping[str, Any], new: Sequence[str] = ()) -> str | None:
-    """Why the weights in the files are not those of the model, or None.
+    """Why the weights in the files do not fit the model, or None.
 
     What the files lack would be random, and what has another size left out; ``new`` may be random.
     """
     wrong = sorted(tuple(m) for m in info.get("mismatched_keys") or ())
     if wrong:
-        tensor, there, here = wrong[0]
+        tensor, stored, here = wrong[0]
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         if tensor in new:
             return (
-                f"its head has {there[0]} outputs, and num_labels is {here[0]}; use a model whose "
+                f"its head has {stored[0]} outputs, and num_labels is {here[0]}; use a model whose "
                 "head has as many or that has none, or set overrides_of_model_kwargs: "
                 "{ignore_mismatched_sizes: true} for a new head"
             )
         return (
-            f"its weights do not match its config.json: {tensor} is {tuple(there)} in the file "
+            f"its weights do not match its config.json: {tensor} is {tuple(stored)} in the file "
             f"and {tuple(here)} according to the configuration{more}; both must come from the same "
             "model"
         )
@@ -267,24 +251,16 @@ def _unfit(model: Any, info: Mapping[str, Any], new: Sequence[str] = ()) -> str 
 
 
 def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> None:
-    """See that the weights in a folder are those of its configuration, without reading them.
+    """Check the weights in a folder against its configuration, without reading them.
 
     They are loaded as for training, but on the meta device, so that names are mapped, merged and
-    tied in the same way.
-
-    Args:
-        kind: the class of the model.
-        config: its configuration, which is used up.
-        recipe: checked.
-        folder: of the model, in which ``weights_problem`` has found nothing.
-
-    Raises:
-        RecipeError: the shapes differ, weights are missing, or a pickle has more than tensors.
+    tied in the same way. ``config`` is consumed, and ``weights_problem`` must have found nothing.
+    Raises a RecipeError if shapes differ, weights are missing, or a pickle has more than tensors.
     """
     if in_shards(folder) or getattr(config, "quantization_config", None):
         return  # packed weights have other shapes
     try:
-        made, info = kind.from_pretrained(
+        model, info = kind.from_pretrained(
             None, config=config, state_dict=meta_weights(folder),
             output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": "meta"},
         )  # fmt: skip
@@ -293,9 +269,9 @@ def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> N
         raise RecipeError(f"base_model: {why}") from error
     except Exception:  # a model's code raises anything; what is wrong shows when it is loaded
         return
-    said = _unfit(made, info, _new_in_head(made, info) if head_of(recipe).classifies else ())
-    if said is not None:
-        raise RecipeError(f"base_model: {recipe.base_model}: {said}")
+    problem = _unfit(model, info, _new_in_head(model, info) if head_of(recipe).classifies else ())
+    if problem is not None:
+        raise RecipeError(f"base_model: {recipe.base_model}: {problem}")
 
 
 def _gguf(source: ModelSource, kind: Kind) -> dict[str, Any]:

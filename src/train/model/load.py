@@ -1,4 +1,4 @@
-"""The model of a recipe: its weights and their numbers."""
+"""Loads the model of a recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .quantize import (
 from .tokenizer import set_padding
 
 OTHER_EXPERTS = ("scattermoe", "sonicmoe")
-"""Implementations of experts that transformers does not have: kernels of others."""
+"""Implementations of experts that come from other packages than transformers."""
 
 _NOT_OURS = (
     "fan_in_fan_out is set to",  # PEFT adapts the Conv1D of GPT-2 as it should
@@ -40,19 +40,19 @@ _NOT_OURS = (
     "Slicing a flattened dim from root mesh",  # accelerate, for copies of a sharded model
     "Dynamo detected a call to a `functools.lru_cache`",  # of DeepSpeed's markers for profilers
 )
-"""How warnings begin that others give about what they do right by themselves."""
+"""Beginnings of warnings from other libraries about what they handle correctly."""
 
 
 _WARNING = (
     "bitsandbytes", "accelerate", "peft",
     "torch.distributed.tensor._redistribute",  # of shards of parts of layers, gathered in two steps
 )  # fmt: skip
-"""Loggers that warn of what is done right."""
+"""Loggers with warnings about correct behaviour."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and warnings of the libraries below out of our own output."""
+    """Keep the progress bars and warnings of the libraries below out of our output."""
     import transformers
 
     hf: Any = transformers.utils.logging
@@ -91,7 +91,6 @@ def _is_no_retry(record: logging.LogRecord) -> bool:
 
 
 def _is_error(record: logging.LogRecord) -> bool:
-    """Whether something has failed."""
     return record.levelno >= logging.ERROR
 
 
@@ -100,13 +99,9 @@ def load_model(
 ) -> Any:
     """Load ``base_model`` with the head that is trained, without adapters and without a KV cache.
 
-    Args:
-        recipe: checked.
-        device: where to; None: the training device. Weights of 4 or 8 bits are always made there.
-        say: called with a line if the head is new, because the files have none.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read, or not as the recipe wants it.
+    Weights of 4 or 8 bits are always made on the training device, the default of ``device``.
+    ``say`` is called with a line if the head is new, because the files have none. Raises a
+    RecipeError if there is no such model, or it cannot be read as the recipe says.
     """
     require_consent(recipe)
     device, quantizing = device or device_for_training(), device_for_training()
@@ -171,21 +166,20 @@ def _read(recipe: Recipe, options: dict[str, Any], say: Callable[[str], None] | 
 
 
 def _hub(recipe: Recipe) -> dict[str, Any]:
-    """What decides which files of a model on the hub are read, and run."""
-    found: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
+    """The options that decide which files of a model on the hub are read, and run."""
+    options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
     if recipe.revision_of_model:
-        found["revision"] = recipe.revision_of_model
-    return found
+        options["revision"] = recipe.revision_of_model
+    return options
 
 
 def load_config(recipe: Recipe) -> Any:
     """The configuration of the model, with the values that the recipe overrides.
 
-    Raises:
-        RecipeError: it cannot be read, or has no such values.
+    Raises a RecipeError if it cannot be read, or has no such values.
     """
     require_consent(recipe)
-    found = pretrained(
+    config = pretrained(
         class_by_name(
             recipe.cls_model_config, "AutoConfig", "PreTrainedConfig", "cls_model_config"
         ),
@@ -195,18 +189,18 @@ def load_config(recipe: Recipe) -> Any:
         **_hub(recipe),
     )
     for name, value in (recipe.overrides_of_model_config or {}).items():
-        if not hasattr(found, name):
+        if not hasattr(config, name):
             raise RecipeError(
-                f"overrides_of_model_config: {type(found).__name__} has no attribute {name}"
+                f"overrides_of_model_config: {type(config).__name__} has no attribute {name}"
             )
-        setattr(found, name, value)
+        setattr(config, name, value)
     if (labels := head_of(recipe).labels) is not None:
-        found.num_labels = labels
-    return found
+        config.num_labels = labels
+    return config
 
 
 def _checkpoint(model: Any, options: dict[str, Any] | None) -> None:
-    """Checkpoint each block, by the name that this transformers has for it."""
+    """Checkpoint each block, under the name that this version of transformers has for it."""
     options = {"use_reentrant": False, **(options or {})}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -215,29 +209,25 @@ def _checkpoint(model: Any, options: dict[str, Any] | None) -> None:
 
 
 def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
-    """Give every token of the tokenizer a row in the embeddings.
+    """Give every token of the tokenizer a row in the embeddings, and return the number of new rows.
 
-    Returns:
-        How many rows were added.
-
-    Raises:
-        RecipeError: an adapter would leave the new rows untrained, and not save them.
+    Raises a RecipeError if an adapter would leave the new rows untrained, and not save them.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    wanted = len(tokenizer)
+    size = len(tokenizer)
     if recipe.resize_token_embeddings_to_32x:
-        wanted = -(-wanted // 32) * 32
-    if wanted == rows or (wanted < rows and not recipe.shrink_embeddings):
+        size = -(-size // 32) * 32
+    if size == rows or (size < rows and not recipe.shrink_embeddings):
         return 0
     names, saved = _vocabulary(model), tuple(recipe.lora_modules_to_save or ())
     if recipe.adapter and not all(name.endswith(saved) for name in names):  # as PEFT finds them
         raise RecipeError(
-            f"the vocabulary has {wanted} tokens and the model {rows} embeddings; with an adapter, "
+            f"the vocabulary has {size} tokens and the model {rows} embeddings; with an adapter, "
             f"the new ones are trained and saved only with lora_modules_to_save: "
             f"[{', '.join(name.rpartition('.')[2] for name in names)}]"
         )
-    model.resize_token_embeddings(wanted, mean_resizing=recipe.mean_resizing_embeddings)
-    return wanted - rows
+    model.resize_token_embeddings(size, mean_resizing=recipe.mean_resizing_embeddings)
+    return size - rows
 
 
 def _vocabulary(model: Any) -> list[str]:

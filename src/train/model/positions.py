@@ -1,4 +1,4 @@
-"""How long a text the model has learnt to read, and rows that are longer."""
+"""The longest text that a model can read, and rows that are longer."""
 
 from __future__ import annotations
 
@@ -19,30 +19,24 @@ _EXTRA = 8
 
 
 def positions(config: Any) -> int | None:
-    """The positions that a model knows, by its configuration; None: it does not say."""
+    """The positions that a model has by its configuration; None: not specified."""
     decoder = config.get_text_config(decoder=True)
-    known = getattr(decoder, "max_position_embeddings", None)
-    if not isinstance(known, int) or known <= 0:
+    count = getattr(decoder, "max_position_embeddings", None)
+    if not isinstance(count, int) or count <= 0:
         return None
     scaled = getattr(decoder, "rope_parameters", None) or getattr(decoder, "rope_scaling", None)
     if isinstance(scaled, dict):  # stretched: some count what that makes, others do not
         factor = scaled.get("factor")
         first = scaled.get("original_max_position_embeddings")
         if isinstance(factor, int | float) and isinstance(first, int):
-            known = max(known, int(first * factor))
-    return known
+            count = max(count, int(first * factor))
+    return count
 
 
 def require_reach(recipe: Recipe, prepared: Any, say: Callable[[str], None]) -> None:
-    """See that the model can read rows as long as those of a run, and say what it has not learnt.
+    """Raise a RecipeError if the model cannot read rows as long as the prepared ones.
 
-    Args:
-        recipe: of the run.
-        prepared: its rows.
-        say: prints a line.
-
-    Raises:
-        RecipeError: it has no such positions.
+    Lengths that it can read but has not learnt are reported with ``say``.
     """
     from .load import load_config
 
@@ -57,55 +51,48 @@ def require_reach(recipe: Recipe, prepared: Any, say: Callable[[str], None]) -> 
 
 
 def _require_room(recipe: Recipe, config: Any, prompt: int, say: Callable[[str], None]) -> None:
-    """See that the model has positions for completions of the longest prompt.
-
-    Raises:
-        RecipeError: it has no such positions.
-    """
-    known = positions(config)
+    """Raise a RecipeError if the model lacks positions for completions of the longest prompt."""
+    count = positions(config)
     completion = (recipe.trl or TrlKeys()).max_completion_length or _COMPLETION
-    if known is None or prompt + completion <= known:
+    if count is None or prompt + completion <= count:
         return
-    said = (
+    problem = (
         f"trl.max_completion_length: prompts of up to {prompt} tokens and completions of "
-        f"{completion} are more than the {known} positions of the model"
+        f"{completion} are more than the {count} positions of the model"
     )
-    if _has_table(config, known, recipe):
-        raise RecipeError(f"{said}; set it to {max(1, known - prompt)} or less")
-    say(f"{said}; it was not trained on longer ones")
+    if _has_table(config, count, recipe):
+        raise RecipeError(f"{problem}; set it to {max(1, count - prompt)} or less")
+    say(f"{problem}; it was not trained on longer ones")
 
 
 def too_long(recipe: Recipe, config: Any) -> str | None:
-    """Why ``sequence_len`` cannot be, for a model with a table of its positions; else None."""
-    known, longest = positions(config), _longest(recipe)
-    if known is None or longest <= known or not _has_table(config, known, recipe):
+    """Why ``sequence_len`` is too long for a model with a table of its positions; else None."""
+    count, longest = positions(config), _longest(recipe)
+    if count is None or longest <= count or not _has_table(config, count, recipe):
         return None
-    key = "sequence_len" if recipe.sequence_len > known else "eval_sequence_len"
+    key = "sequence_len" if recipe.sequence_len > count else "eval_sequence_len"
     return (
-        f"{key}: {longest} is more than the {known} positions that the model has; set it to {known}"
+        f"{key}: {longest} is more than the {count} positions that the model has; set it to {count}"
     )
 
 
 def beyond(recipe: Recipe, config: Any, lengths: Iterable[Any]) -> str | None:
-    """What to say of rows that are longer than all that the model has learnt; None: of none.
+    """The message for rows longer than all that the model has learnt; None: there are none.
 
-    Args:
-        recipe: of the run.
-        config: of the model.
-        lengths: the tokens of each row, in arrays; none of them if rows are streamed.
+    ``lengths`` has the tokens of each row, in arrays; none of them if rows are streamed.
     """
-    known = positions(config)
-    if known is None or _longest(recipe) <= known:
+    count = positions(config)
+    if count is None or _longest(recipe) <= count:
         return None
-    said = f"sequence_len: {_longest(recipe)} is more than the {known} positions of the model"
+    message = f"sequence_len: {_longest(recipe)} is more than the {count} positions of the model"
     if recipe.streams():
-        return f"{said}; longer rows use positions that it was not trained on"
-    longer = sum(int((part > known).sum()) for part in lengths)
+        return f"{message}; longer rows use positions that it was not trained on"
+    longer = sum(int((part > count).sum()) for part in lengths)
     if not longer:
-        return f"{said}, which is harmless: no row is longer"
+        return f"{message}, which is harmless: no row is longer"
     return (
-        f"{said}: {longer:,} rows are longer, and use positions that it was not trained on; "
-        f"sequence_len: {known} leaves them out"
+        f"{message}: {longer:,} rows are longer, and use positions that it was not trained on; "
+        f"sequence_len: {count} leaves them out"
     )
 
 

@@ -1,4 +1,4 @@
-"""Where training computes, and in which dtype."""
+"""The device and the dtype of training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,8 @@ def device_for_training() -> torch.device:
 def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
     """The dtype of the weights.
 
-    Args:
-        precision: as ``Recipe.precision()`` says.
-        adapters: only adapters are trained, which keep a dtype of their own.
-
-    Raises:
-        RecipeError: the device cannot compute in it.
+    ``precision`` is the result of ``Recipe.precision()``; with ``adapters`` only these are trained,
+    in their own dtype. Raises a RecipeError if the device cannot compute in it.
     """
     gpu = torch.cuda.is_available()
     if precision == "auto":
@@ -57,7 +53,7 @@ def has_bfloat16() -> bool:
 
 
 def precision_warning(precision: str) -> str | None:
-    """What the user should know of a precision that the device only imitates; None otherwise."""
+    """A warning about a precision that the device only emulates; None otherwise."""
     if precision != "bfloat16" or has_bfloat16():
         return None
     device = "GPU" if torch.cuda.is_available() else "CPU"
@@ -69,20 +65,14 @@ def precision_warning(precision: str) -> str | None:
 
 
 _NORMS = ("RMSNorm", "LayerNorm")
-"""How the names of the classes of norms end, where the recipe does not say."""
+"""Suffixes of the class names of norms, where the recipe names none."""
 
 
 def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
-    """Let norms have weights of float32, and compute in it, where the recipe wants that.
+    """Keep the weights of norms in float32, and compute in it, where the recipe says so.
 
-    What they return has the dtype that they were given, so that all else computes as before.
-
-    Args:
-        model: in the dtype of the recipe; changed in place.
-        recipe: which says whether to, and which modules are norms.
-
-    Raises:
-        RecipeError: the model has no such modules.
+    The norms return the dtype of their input, so that all else computes as before. ``model`` has
+    the dtype of the recipe, and is changed in place. Raises a RecipeError if it has no norms.
     """
     if not recipe.fp32_norms:
         return
@@ -99,14 +89,14 @@ def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
-    """Whether a class has one of these names: its end, or with a dot the whole path."""
+    """Whether a class has one of these names: a suffix, or, with a dot, the whole path."""
     path = f"{kind.__module__}.{kind.__qualname__}"
     return any(path == n if "." in n else kind.__name__.endswith(n) for n in names)
 
 
 @functools.cache
 def _with_own_dtype(kind: Any) -> Any:
-    """A subclass of a norm that computes in the dtype of its weights, whatever it is given.
+    """A subclass of a norm that computes in the dtype of its weights, whatever its input's.
 
     A class rather than hooks: a block with a hook inside cannot be captured. Its objects are copied
     and pickled as those of ``kind``, by a function that makes the subclass again.
@@ -115,10 +105,10 @@ def _with_own_dtype(kind: Any) -> Any:
     class Norm(kind):  # type: ignore[misc]  # 2026-11-27: a class that only the model knows
         @functools.wraps(kind.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            own = next(self.parameters()).dtype
-            given = next(v.dtype for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            named = {name: _as(v, own) for name, v in kwargs.items()}
-            return _as(super().forward(*[_as(v, own) for v in args], **named), given)
+            dtype = next(self.parameters()).dtype
+            input_dtype = next(v.dtype for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            cast = {name: _as(v, dtype) for name, v in kwargs.items()}
+            return _as(super().forward(*[_as(v, dtype) for v in args], **cast), input_dtype)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             _, _, *state = super().__reduce_ex__(protocol)
@@ -130,12 +120,11 @@ def _with_own_dtype(kind: Any) -> Any:
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor of numbers in another dtype; anything else as it is."""
     is_float = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(dtype) if is_float else value
 
 
 def _empty(kind: Any) -> Any:
-    """An object of the subclass whose attributes are yet to be set."""
-    made = _with_own_dtype(kind)
-    return made.__new__(made)
+    """An object of the subclass, without attributes."""
+    norm = _with_own_dtype(kind)
+    return norm.__new__(norm)

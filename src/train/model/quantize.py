@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits, by bitsandbytes."""
+"""Quantizes frozen weights to 4 or 8 bits with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
     """The ``BitsAndBytesConfig`` that the recipe asks for, or None.
 
     Four bits are NF4 with quantized scales, computed in ``dtype``, and stored in it where they are
-    sharded; ``bnb_config_kwargs`` win.
-
-    Raises:
-        RecipeError: ``bnb_config_kwargs`` are not what ``BitsAndBytesConfig`` takes.
+    sharded; ``bnb_config_kwargs`` take precedence. Raises a RecipeError if ``BitsAndBytesConfig``
+    does not accept them.
     """
     if not (recipe.load_in_4bit or recipe.load_in_8bit):
         return None
@@ -37,34 +35,32 @@ def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
         }
         if (storage := quant_storage(recipe)) is not None:
             options["bnb_4bit_quant_storage"] = dtype if storage == "auto" else storage
-    given = recipe.bnb_config_kwargs or {}
-    unknown = sorted(set(given) - set(vars(make())))
+    kwargs = recipe.bnb_config_kwargs or {}
+    unknown = sorted(set(kwargs) - set(vars(make())))
     if unknown:
         raise RecipeError(f"bnb_config_kwargs: BitsAndBytesConfig has no {', '.join(unknown)}")
     try:
-        return make(**{**options, **given})
+        return make(**{**options, **kwargs})
     except (TypeError, ValueError, AttributeError, ImportError) as error:
         raise RecipeError(f"bnb_config_kwargs: {error}") from error
 
 
 def quant_storage(recipe: Recipe) -> str | None:
-    """The dtype in which weights of 4 bits are stored; None: bitsandbytes' own, which is uint8.
+    """The dtype in which weights of 4 bits are stored; None: bitsandbytes' default, uint8.
 
-    Shards can be gathered only where all weights have a dtype of floating-point numbers, so it is
-    the dtype of computation under FSDP and ZeRO-3. Each value holds as many 4-bit weights as fit.
-
-    Returns:
-        A dtype's name, or ``"auto"``: the dtype of the model's other weights.
+    Shards can be gathered only where all weights have a floating-point dtype, so it is the dtype of
+    computation under FSDP and ZeRO-3, or ``"auto"``: that of the model's other weights. Each value
+    holds as many 4-bit weights as fit.
     """
     if not recipe.load_in_4bit:
         return None
-    given = recipe.bnb_config_kwargs or {}
-    if (storage := given.get("bnb_4bit_quant_storage")) is not None:
+    kwargs = recipe.bnb_config_kwargs or {}
+    if (storage := kwargs.get("bnb_4bit_quant_storage")) is not None:
         return _name(storage)
     config = recipe.strategy()
     if config.fsdp is None and stage(config.deepspeed or {}) != 3:
         return None
-    compute = given.get("bnb_4bit_compute_dtype")
+    compute = kwargs.get("bnb_4bit_compute_dtype")
     return recipe.precision() if compute is None else _name(compute)
 
 
@@ -73,10 +69,9 @@ def _name(dtype: Any) -> str:
 
 
 def unpacking(recipe: Recipe) -> Any:
-    """The configuration of transformers that unpacks the base model while it is loaded, or None.
+    """The transformers configuration that unpacks the base model while it is loaded, or None.
 
-    Raises:
-        RecipeError: it does not take ``model_quantization_config_kwargs``.
+    Raises a RecipeError if it does not take ``model_quantization_config_kwargs``.
     """
     if recipe.model_quantization_config is None:
         return None
@@ -93,11 +88,7 @@ def unpacking(recipe: Recipe) -> Any:
 
 
 def head_modules(model: Any) -> dict[str, nn.Module]:
-    """The modules of a model's head, by name: what it has above its backbone.
-
-    Args:
-        model: of transformers, without adapters.
-    """
+    """The modules of a model's head, by name: what it has above its backbone, without adapters."""
     output = model.get_output_embeddings()
     if output is not None:  # that of a language model
         return {name: module for name, module in model.named_modules() if module is output}
@@ -109,25 +100,17 @@ def head_modules(model: Any) -> dict[str, nn.Module]:
 def leave_head_out(config: Any, model: Any) -> None:
     """Let the head of a classifier keep its weights: they are new, and trained.
 
-    Bitsandbytes and transformers leave out the last module by themselves, but not one with a bias.
-
-    Args:
-        config: a ``BitsAndBytesConfig``; changed in place.
-        model: which is quantized by it later; only its structure is read.
+    ``config`` is changed in place; of the model only the structure is read. Bitsandbytes and
+    transformers leave out the last module by themselves, but not one with a bias.
     """
     config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *head_modules(model)]
 
 
 def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
-    """Quantize the linear layers of a loaded model in place, all but the output head.
+    """Quantize the linear layers of a loaded model in place on ``device``, all but the output head.
 
-    For weights that transformers cannot quantize while it loads them, such as those of a GGUF
-    file. The result is what ``from_pretrained`` makes of the same weights.
-
-    Args:
-        model: with dense weights.
-        config: a ``BitsAndBytesConfig``.
-        device: where the quantized weights go.
+    For weights that transformers cannot quantize while it loads them, such as those of a GGUF file.
+    The result is what ``from_pretrained`` makes of the same weights.
     """
     skipped = set(config.llm_int8_skip_modules or ())
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -138,9 +121,9 @@ def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
                 continue
             if any(path == skip or path.split(".")[-1] == skip for skip in skipped):
                 continue
-            made = _four(layer, config) if config.load_in_4bit else _eight(layer, config)
-            made.bias = layer.bias
-            setattr(parent, name, made.to(device).train(layer.training))
+            quantized = _four(layer, config) if config.load_in_4bit else _eight(layer, config)
+            quantized.bias = layer.bias
+            setattr(parent, name, quantized.to(device).train(layer.training))
     bits = 4 if config.load_in_4bit else 8
     model.__dict__[f"is_loaded_in_{bits}bit"] = True  # PEFT asks for it
 
@@ -150,10 +133,7 @@ _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4
 
 
 def clear_marks(model: Any) -> None:
-    """Remove what says that a model is quantized, once its weights are plain.
-
-    Otherwise transformers would refuse to save it.
-    """
+    """Remove the marks of a quantized model once its weights are plain, so that it can be saved."""
     for mark in _MARKS:
         if mark in vars(model):
             delattr(model, mark)
@@ -162,11 +142,9 @@ def clear_marks(model: Any) -> None:
 
 
 def dequantize_linears(model: Any, dtype: torch.dtype) -> None:
-    """Make every quantized linear a plain one, in place.
+    """Replace every quantized linear, with or without adapters, by a plain one, in place.
 
-    Args:
-        model: with layers of bitsandbytes, adapters around them or not.
-        dtype: of the new weights. The numbers are those of the layers' own dtype.
+    The weights are dequantized in the layers' own dtype, then cast to ``dtype``.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -185,13 +163,10 @@ def dequantize_linears(model: Any, dtype: torch.dtype) -> None:
 
 
 def stay_trainable(model: nn.Module) -> None:
-    """Let weights of 4 bits keep the layout that gradients go through.
+    """Keep 4-bit weights in the layout that gradients go through; call it before the first use.
 
-    On CPUs with AVX-512 bf16, bitsandbytes repacks them at the first evaluation, for a kernel
-    that has no backward and says nothing: a later training step would have no gradients below.
-
-    Args:
-        model: with the layers of bitsandbytes, before its first use.
+    On CPUs with AVX-512 bf16, bitsandbytes repacks them at the first evaluation, for a kernel that
+    has no backward and raises no error: a later training step would have no gradients below.
     """
     layer: Any
     for layer in model.modules():
@@ -206,54 +181,42 @@ def _four(layer: nn.Linear, config: Any) -> Any:
         "quant_type": config.bnb_4bit_quant_type,
         "quant_storage": config.bnb_4bit_quant_storage,
     }
-    made = bnb.Linear4bit(
+    linear = bnb.Linear4bit(
         layer.in_features, layer.out_features, layer.bias is not None,
         config.bnb_4bit_compute_dtype, device="meta", **options,
     )  # fmt: skip
-    made.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, module=made, **options)
-    return made
+    linear.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, module=linear, **options)
+    return linear
 
 
 def _eight(layer: nn.Linear, config: Any) -> Any:
     bnb: Any = importlib.import_module("bitsandbytes.nn")
-    made = bnb.Linear8bitLt(
+    linear = bnb.Linear8bitLt(
         layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False,
         threshold=config.llm_int8_threshold, device="meta",
     )  # fmt: skip
-    made.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    return made
+    linear.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    return linear
 
 
-# Frozen weights of experts in 4 or 8 bits: bare parameters, which are no linear layers.
-#
-# Such a parameter (experts, out, in) looks like one in the dtype of computation, for transformers
-# and for PEFT. Its numbers are unpacked whenever an operation reads them; one that takes a single
-# expert unpacks only that.
+# --- experts: bare parameters, which are no linear layers ----------------------------------------
 
 
 def quantize_experts(model: nn.Module, recipe: Recipe, config: Any) -> None:
-    """Quantize the bare weights of experts of a loaded model in place.
+    """Quantize the bare weights of experts of a loaded model in place, if the recipe says so.
 
     These are the frozen parameters of three dimensions in modules that have "expert" in their
-    names: what Axolotl quantizes, too.
-
-    Args:
-        model: on the device that quantizes.
-        recipe: which says whether to.
-        config: the ``BitsAndBytesConfig`` of the linear layers.
-
-    Raises:
-        RecipeError: the model has no such weights.
+    names: what Axolotl quantizes, too. Raises a RecipeError if the model has none.
     """
     if not recipe.quantize_moe_experts:
         return
-    found = bare_experts(model)
-    if not found:
+    weights = bare_experts(model)
+    if not weights:
         raise RecipeError(
             "quantize_moe_experts: the model has no bare weights of experts; leave it out: its "
             "linear layers are quantized"
         )
-    for module, name, parameter in found:
+    for module, name, parameter in weights:
         four = config.load_in_4bit
         packed = _experts_in_4_bits(parameter, config) if four else _experts_in_8_bits(parameter)
         setattr(module, name, nn.Parameter(packed, requires_grad=False))
@@ -290,10 +253,11 @@ def _experts_in_8_bits(weights: Tensor) -> PackedExperts:
 class PackedExperts(Tensor):
     """Weights (experts, out, in) of which each expert's are packed.
 
+    For transformers and PEFT, such a parameter looks like one in the dtype of computation. It is
+    unpacked whenever an operation reads it; one that takes a single expert unpacks only that.
+
     Args:
-        packed: the packed numbers of each expert.
         states: what unpacks them: bitsandbytes' ``QuantState``, or the scales of the rows.
-        like: the weights as they were, for their shape, dtype and device.
     """
 
     packed: list[Tensor]
@@ -301,12 +265,12 @@ class PackedExperts(Tensor):
 
     @staticmethod
     def __new__(cls: Any, packed: list[Tensor], states: list[Any], like: Tensor) -> PackedExperts:
-        """Make the tensor, which has no numbers of its own."""
-        made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # 2026-11-27
+        """Make the wrapper, which has no storage."""
+        wrapper: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # 2026-11-27
             cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False
         )
-        made.packed, made.states = packed, states
-        return made  # type: ignore[no-any-return]  # 2026-11-27: torch has no type for it
+        wrapper.packed, wrapper.states = packed, states
+        return wrapper  # type: ignore[no-any-return]  # 2026-11-27: torch has no type for it
 
     def expert(self, number: int) -> Tensor:
         """The weights (out, in) of one expert."""
@@ -331,7 +295,7 @@ class PackedExperts(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-27: torch has it for instances
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on unpacked numbers; what only looks at the tensor keeps it packed."""
+        """Run an operation on unpacked numbers; one that reads metadata keeps the tensor packed."""
         first = args[0] if args else None
         aten = torch.ops.aten
         if isinstance(first, PackedExperts):

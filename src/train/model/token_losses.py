@@ -1,4 +1,4 @@
-"""Losses other than the model's own: of other models' code, and those that weigh tokens.
+"""Losses other than the model's: of models with remote code, and those that weigh tokens.
 
 DFT and EAFT are the cross entropy of a token times a weight without a gradient. The output head and
 the loss are computed in tiles of rows, forward and backward, so that the logits of a batch never
@@ -47,7 +47,7 @@ def by_entropy(logits: Tensor, losses: Tensor, alpha: float = 1.0, k: int = 20) 
 
 
 def weigher(recipe: Recipe) -> Weigh | None:
-    """How the recipe weighs tokens; None: all the same."""
+    """The weighting of tokens by the recipe; None: all the same."""
     if recipe.use_dft:
         return by_probability
     if not recipe.use_eaft:
@@ -63,7 +63,7 @@ def causal_loss(
     num_items_in_batch: Any = None,
     smoother: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The loss over the trained tokens of all processes, for a model that cannot be told of them.
+    """The loss over the trained tokens of all processes, for a model that cannot count them.
 
     Args:
         outputs: of the model, with ``logits`` (B, T, V).
@@ -81,14 +81,10 @@ def causal_loss(
 
 
 class TokenLoss:
-    """Lets a causal LM compute a weighted loss in training, in place of its cross entropy.
+    """Makes a causal LM compute a weighted loss in training, in place of its cross entropy.
 
     It does so inside the model's forward, where DDP looks for what a step uses. All processes have
     as many tiles: their number is that of the largest batch of the recipe.
-
-    Args:
-        recipe: which asks for such a loss.
-        weigh: how it weighs tokens.
     """
 
     def __init__(self, recipe: Recipe, weigh: Weigh) -> None:
@@ -100,12 +96,11 @@ class TokenLoss:
     def on(self, model: Any) -> Iterator[None]:
         """Compute the loss of ``model`` this way while the block runs, backward included.
 
-        Raises:
-            RecipeError: its code computes the loss otherwise.
+        Raises a RecipeError if the model's code computes the loss otherwise.
         """
         causal = causal_lm(model)
         head: Any = causal.get_output_embeddings()
-        own = vars(head).get("forward") if head is not None else None
+        forward = vars(head).get("forward") if head is not None else None
         before = vars(causal).get("_loss_function")
         self._used = False
         causal.loss_function = self._loss
@@ -115,7 +110,7 @@ class TokenLoss:
             yield
         finally:
             if head is not None:
-                _put_back(head, "forward", own)
+                _put_back(head, "forward", forward)
             _put_back(causal, "_loss_function", before)
         if not self._used:
             raise RecipeError(
@@ -143,8 +138,8 @@ class TokenLoss:
 def causal_lm(model: Any) -> Any:
     """The causal LM inside wrappers: of adapters, of processes, of compiled models."""
     inner = model
-    while (found := getattr(inner, "module", None)) is not None:
-        inner = found
+    while (wrapped := getattr(inner, "module", None)) is not None:
+        inner = wrapped
     return inner.get_base_model() if hasattr(inner, "peft_config") else inner
 
 
@@ -161,9 +156,9 @@ def _weighted_sum(logits: Tensor, labels: Tensor, weigh: Weigh, tiles: int) -> T
         source, finish = logits.rows, logits.finish
     else:  # of a head that is no module
         source, finish = logits, _unchanged
-    chosen = labels.reshape(-1).to(source.device)
-    mask = chosen != _IGNORED
-    source, chosen = source.reshape(-1, source.shape[-1])[mask], chosen[mask]
+    flat_labels = labels.reshape(-1).to(source.device)
+    mask = flat_labels != _IGNORED
+    source, flat_labels = source.reshape(-1, source.shape[-1])[mask], flat_labels[mask]
 
     def tile(rows: Tensor, targets: Tensor) -> Tensor:
         values = finish(rows[None])[0].float()
@@ -173,7 +168,7 @@ def _weighted_sum(logits: Tensor, labels: Tensor, weigh: Weigh, tiles: int) -> T
         return (losses * weights).sum()
 
     total = source.new_zeros((), dtype=torch.float32)
-    parts = zip(source.tensor_split(tiles), chosen.tensor_split(tiles), strict=True)
+    parts = zip(source.tensor_split(tiles), flat_labels.tensor_split(tiles), strict=True)
     for rows, targets in parts:
         total = total + checkpoint(tile, rows, targets, use_reentrant=False)
     return total
@@ -184,7 +179,7 @@ def _unchanged(rows: Tensor) -> Tensor:
 
 
 class _Deferred:
-    """The ``forward`` of an output head that waits until somebody reads the logits."""
+    """The ``forward`` of an output head that is deferred until the logits are read."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head, self.forward, self._real = head, head.forward, False
@@ -196,7 +191,7 @@ class _Deferred:
         return _Pending.of(rows, self.call)
 
     def call(self, rows: Tensor) -> Tensor:
-        """The head's result, with the hooks of whoever gathers its weights."""
+        """The head's result, computed under the hooks that gather its weights."""
         self._real = True
         try:
             result: Tensor = self.head(rows)
@@ -210,14 +205,14 @@ _POINTWISE = {
     "add", "__add__", "__radd__", "sub", "__sub__", "neg", "tanh", "clamp", "float", "to",
     "type_as", "contiguous", "clone",
 }  # fmt: skip
-"""What models do with logits before the loss, by the names of torch's functions."""
+"""Pointwise functions of torch that models apply to logits before the loss."""
 
 _ABOUT = {"__get__", "size", "dim", "numel", "is_floating_point", "is_contiguous"}
-"""What needs no values."""
+"""Attributes and methods that need no values."""
 
 
 class _Pending(torch.Tensor):
-    """Logits that are not computed: rows (B, T, D), the head, and what was done with its result."""
+    """Logits that are not computed: rows (B, T, D), the head, and the functions of its result."""
 
     rows: Tensor
     finish: Callable[[Tensor], Tensor]
@@ -228,11 +223,11 @@ class _Pending(torch.Tensor):
         devices = [rows.device] if rows.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             like = finish(rows.detach()[:1, :1])
-        made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # 2026-11-27
+        pending: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # 2026-11-27
             cls, (*rows.shape[:2], like.shape[-1]), dtype=like.dtype, device=rows.device
         )
-        made.rows, made.finish = rows, finish
-        return made  # type: ignore[no-any-return]  # 2026-11-27: torch has no type for it
+        pending.rows, pending.finish = rows, finish
+        return pending  # type: ignore[no-any-return]  # 2026-11-27: torch has no type for it
 
     def then(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> _Pending:
         """The logits after a function that works on each row by itself."""
@@ -255,8 +250,8 @@ class _Pending(torch.Tensor):
                 return first.then(func, *rest)
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
                 raise _unsupported(f"changes logits in place ({name})")
-        real, named = tree_map_only(_Pending, lambda x: x.finish(x.rows), (args, kwargs))
-        return func(*real, **named)
+        real, kwargs_of_rows = tree_map_only(_Pending, lambda x: x.finish(x.rows), (args, kwargs))
+        return func(*real, **kwargs_of_rows)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-27: torch has it for instances

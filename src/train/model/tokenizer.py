@@ -1,4 +1,4 @@
-"""The tokenizer of a recipe, with the tokens and the chat template that the recipe gives it."""
+"""Loads the tokenizer of a recipe, with its tokens and its chat template."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """Load the tokenizer of ``base_model``, or of ``tokenizer_config``, and set it up.
 
     It gets the recipe's ``special_tokens``, ``tokens``, ``added_tokens_overrides`` and chat
-    template, and a token to pad with, as ``pad_token`` says.
-
-    Raises:
-        RecipeError: there is none, it cannot be read, or cannot be given what the recipe asks.
+    template, and a token to pad with; see ``pad_token``. Raises a RecipeError if there is none, it
+    cannot be read, or it cannot be set up as the recipe says.
     """
     from .from_pretrained import class_by_name, pretrained  # slow to import
 
     name = recipe.tokenizer_config or recipe.base_model
-    # said in any case: where it is not, transformers asks on the terminal
+    # always passed: where it is missing, transformers asks on the terminal
     options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
     if not recipe.tokenizer_use_fast:
         options["use_fast"] = False
@@ -59,13 +57,11 @@ _OF_TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "un
 
 
 def _complete_from_tekken(tokenizer: Any, name: str, revision: str | None) -> None:
-    """Give a tokenizer of a ``tekken.json`` what the package mistral-common does with it.
+    """Set up a tokenizer of a ``tekken.json`` as the package mistral-common does.
 
     transformers has made a fast tokenizer of the file, with the same tokens; the chat template is
-    the one that mistral-common writes for the file's version.
-
-    Raises:
-        RecipeError: there is no such file, or no template for its version.
+    the one that mistral-common writes for the file's version. Raises a RecipeError if there is no
+    such file, or no template for its version.
     """
     from mistral_common.integrations.chat_templates import chat_templates
     from transformers.integrations.mistral.tokenizer import resolve_mistral_format
@@ -87,7 +83,6 @@ def _complete_from_tekken(tokenizer: Any, name: str, revision: str | None) -> No
 
 
 def _override(tokenizer: Any, recipe: Recipe) -> None:
-    """Give reserved tokens of the vocabulary new texts."""
     if not recipe.added_tokens_overrides:
         return
     import json
@@ -131,17 +126,17 @@ def _choose_pad(tokenizer: Any) -> None:
     """Take a token of the vocabulary to pad with; the end-of-text token only if there is no other.
 
     Padding is never trained (``data.packing``), so that this cannot untrain the end of a text. A
-    pad token of its own keeps other programs from masking the end of text by its id.
+    separate pad token keeps other programs from masking the end of text by its id.
     """
     if tokenizer.pad_token is not None:
         return
     vocabulary = tokenizer.get_vocab()
-    found = next((t for t in _PADS if t in vocabulary and t != tokenizer.eos_token), None)
-    tokenizer.pad_token = found or tokenizer.eos_token
+    pad = next((t for t in _PADS if t in vocabulary and t != tokenizer.eos_token), None)
+    tokenizer.pad_token = pad or tokenizer.eos_token
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The id that fills up batches: the tokenizer's, or one that surely exists."""
+    """The id of the tokenizer's pad token, or of another that surely exists."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -151,9 +146,7 @@ def pad_token(tokenizer: Any) -> int:
 def set_padding(config: Any, recipe: Recipe) -> None:
     """Tell a classifier which token fills up batches: it reads a text at the last other token.
 
-    Args:
-        config: of the model; changed in place. That of a language model is left as it is.
-        recipe: which says what the tokenizer pads with.
+    ``config`` is changed in place; that of a language model is left as it is.
     """
     if not head_of(recipe).classifies:
         return
@@ -162,7 +155,7 @@ def set_padding(config: Any, recipe: Recipe) -> None:
         part.pad_token_id = token
 
 
-# How a trained model is asked: with the template variables and the system text of its training.
+# --- prompts of a trained model ------------------------------------------------------------------
 
 
 Message = dict[str, str]
@@ -186,11 +179,7 @@ class ChatPrompt:
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> ChatPrompt:
-        """As ``recipe`` trains.
-
-        Args:
-            recipe: keys and values, as in ``run.json``; any may be missing or odd.
-        """
+        """The prompts that ``recipe`` trains, as in ``run.json``; keys may be missing or odd."""
         variables, system = (
             recipe.get(key) for key in ("chat_template_kwargs", "default_system_message")
         )
@@ -211,7 +200,6 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def _adds_system(recipe: Mapping[str, Any]) -> bool:
-    """Whether the rows of a dataset get ``default_system_message``."""
     for key in ("datasets", "pretraining_dataset"):
         rows = recipe.get(key)
         for row in rows if isinstance(rows, list) else ():

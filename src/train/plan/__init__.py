@@ -1,1 +1,1 @@
-"""What a recipe will take, from its configuration alone: memory, time, and how many devices."""
+"""Plans a run from its configuration alone: memory, time, and number of devices."""

@@ -1,4 +1,4 @@
-"""The devices that a run may be planned for: how much memory, how fast, how they are connected."""
+"""The devices that a run may be planned for: memory, speed, and connections."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ class Card:
     """One device.
 
     Attributes:
-        name: as one writes it.
         memory: in bytes.
         flops: peak of dense matrix products in bfloat16 (float16 where there is none), per second.
         bandwidth: of its memory, in bytes per second.
         link: to the other cards of a machine, in bytes per second and direction.
         network: to other machines, for each card, in bytes per second and direction.
-        assumed: whether the name is not known, so that no more than the memory is.
+        assumed: whether the name is unknown, so that only the memory is known.
     """
 
     name: str
@@ -67,12 +66,7 @@ CARDS_OF_A_MACHINE = 8
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run gets.
-
-    Attributes:
-        count: the number of devices.
-        card: each of them.
-    """
+    """The devices of a run: ``count`` of the same card."""
 
     count: int
     card: Card
@@ -87,14 +81,9 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", re.IGNORECASE)
 
 
 def parse_devices(text: str, own: Card | None = None) -> Devices:
-    """Read ``8xH100``, ``8x80GB`` or ``24GB``.
+    """Read ``8xH100``, ``8x80GB`` or ``24GB``; ``own`` is a card that the user has defined.
 
-    Args:
-        text: as written on the command line.
-        own: a card of the user's, which its name stands for.
-
-    Raises:
-        RecipeError: there is no such card.
+    Raises a RecipeError if there is no such card.
     """
     match = _WRITTEN.fullmatch(text.strip())
     count, name = (match.group(1), match.group(2).strip()) if match else (None, text)
@@ -106,10 +95,10 @@ def parse_devices(text: str, own: Card | None = None) -> Devices:
     memory = _MEMORY.fullmatch(name)
     if memory is not None:
         return Devices(number, of_size(int(float(memory.group(1)) * GIB), name))
-    known = {key.lower(): card for key, card in CARDS.items()}
+    cards = {key.lower(): card for key, card in CARDS.items()}
     plain = name.lower().replace(" ", "").replace("_", "-").replace("rtx-", "rtx")
     own_size = next((c for c in CARDS.values() if plain == f"{c.name.lower()}-{_size(c)}gb"), None)
-    card = known.get(plain) or known.get(f"rtx{plain}") or own_size
+    card = cards.get(plain) or cards.get(f"rtx{plain}") or own_size
     if card is None:
         hint = did_you_mean(name, list(CARDS)) or f"there are {', '.join(CARDS)}"
         raise RecipeError(
@@ -136,25 +125,24 @@ _FIELDS = ("name", "memory", "tflops", "bandwidth", "link", "network")
 def parse_card(text: str) -> Card:
     """Read ``name=X,memory=48,tflops=100,bandwidth=900,link=50,network=12`` (GB, GB/s).
 
-    Raises:
-        RecipeError: a field is missing, unknown, or no number.
+    Raises a RecipeError if a field is missing, unknown, or no number.
     """
-    given = dict(part.partition("=")[::2] for part in text.split(",") if part.strip())
-    given = {key.strip(): value.strip() for key, value in given.items()}
-    unknown = [key for key in given if key not in _FIELDS]
-    missing = [key for key in _FIELDS[:3] if key not in given]
+    fields = dict(part.partition("=")[::2] for part in text.split(",") if part.strip())
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    unknown = [key for key in fields if key not in _FIELDS]
+    missing = [key for key in _FIELDS[:3] if key not in fields]
     if unknown or missing:
-        said = f"has no field {unknown[0]!r}" if unknown else f"needs {', '.join(missing)}"
-        raise RecipeError(f"--card: {said}; it is written as {_EXAMPLE}")
+        problem = f"has no field {unknown[0]!r}" if unknown else f"needs {', '.join(missing)}"
+        raise RecipeError(f"--card: {problem}; it is written as {_EXAMPLE}")
     try:
-        sizes = [float(given.get(key, default)) for key, default in _DEFAULTS.items()]
+        sizes = [float(fields.get(key, default)) for key, default in _DEFAULTS.items()]
     except ValueError as error:
         raise RecipeError(f"--card: {error}; it is written as {_EXAMPLE}") from None
     if min(sizes) <= 0:
         raise RecipeError(f"--card: numbers must be positive; it is written as {_EXAMPLE}")
     memory, tflops, bandwidth, link, network = sizes
     return Card(
-        given["name"], int(memory * GIB), tflops * 1e12, bandwidth * GB, link * GB, network * GB
+        fields["name"], int(memory * GIB), tflops * 1e12, bandwidth * GB, link * GB, network * GB
     )
 
 

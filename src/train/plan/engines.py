@@ -1,4 +1,4 @@
-"""Which engines of the field would run a recipe, and what each lacks for it.
+"""Which other engines would run a recipe, and what each lacks for it.
 
 It follows the documentation of Unsloth 2026.11, Axolotl 0.21 and TRL 1.16 (2026-11-27).
 """
@@ -20,14 +20,7 @@ _UNSLOTH = (
 
 
 def which_engines(recipe: Recipe, layout: ProcessLayout, model_type: str, on_gpu: bool) -> str:
-    """One sentence on who else would run this recipe.
-
-    Args:
-        recipe: checked.
-        layout: how its work is shared.
-        model_type: of the model's configuration.
-        on_gpu: whether the run is planned for GPUs.
-    """
+    """One sentence on other engines that would run this recipe."""
     looks: dict[str, Callable[[], list[str]]] = {
         "Axolotl": lambda: _axolotl(recipe, on_gpu),
         "Unsloth": lambda: _unsloth(layout, model_type, on_gpu),
@@ -42,9 +35,9 @@ def which_engines(recipe: Recipe, layout: ProcessLayout, model_type: str, on_gpu
 
 def _axolotl(recipe: Recipe, on_gpu: bool) -> list[str]:
     lacks = [] if on_gpu else ["a GPU"]
-    written = recipe.model_fields_set & set(FusewrightKeys.model_fields)
-    if written:
-        lacks.append(f"the keys {_and(sorted(written))} removed")
+    keys = recipe.model_fields_set & set(FusewrightKeys.model_fields)
+    if keys:
+        lacks.append(f"the keys {_and(sorted(keys))} removed")
     if recipe.base_model.endswith(".gguf") or "package:" in recipe.base_model:
         lacks.append("the weights as safetensors")
     return lacks

@@ -33,7 +33,7 @@ class Process:
         device: bytes on the device: on the CPU the interpreter and the libraries, on a GPU its
             context and the libraries' workspaces.
         compilation: bytes that capture, verification and code generation leave there.
-        slack: what the allocator holds besides, for each byte of activations.
+        slack: the allocator's overhead for each byte of activations.
         is_host: whether the device is the host.
     """
 
@@ -54,11 +54,11 @@ class Memory:
         optimizer: states, and copies of the weights in 32 bits.
         activations: what blocks keep for backward, and the hidden states around the head.
         logits: two tiles of them.
-        working: what one block needs in passing.
+        working: temporary memory of one block.
         communication: gathered weights, whole gradients of a block, buckets.
         verification: with capture and code generation.
         slack: what the allocator cannot use again.
-        host: bytes in the memory of the host besides.
+        host: bytes in the memory of the host, in addition.
         offloaded: of these, inputs of blocks, which are copied in each pass.
         levels: how many blocks keep what.
     """
@@ -92,14 +92,13 @@ class Memory:
 
 
 class _Known:
-    """Usages that are found once for each level."""
+    """Usages, cached by level."""
 
     def __init__(self, usages: Usages) -> None:
         self._usages = usages
         self._found: dict[Level, Usage | None] = {}
 
     def get(self, level: Level, /) -> Usage | None:
-        """The usage at one level."""
         if level not in self._found:
             self._found[level] = self._usages.get(level)
         return self._found[level]
@@ -107,22 +106,18 @@ class _Known:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that a peak is found from.
+    """All that the peak depends on.
 
     Attributes:
-        blueprint: the model.
-        units: its tensors.
-        step: what a step of one micro batch takes.
-        optimizer: its name.
+        step: the usage of a step with one micro batch.
         passes: forward passes per optimizer step.
         checkpointed: whether the recipe asks for gradient checkpointing.
         optimized: whether the recipe's model is optimized: only then blocks have levels.
         experts: whether bare weights of experts are quantized, too.
         copies: of the weights: 2 with a reference model.
-        passes_beside: forward passes without gradients beside those that are trained.
+        passes_beside: further forward passes, without gradients.
         memory: the recipe's key.
-        codegen: what runs the blocks: ``"eager"`` or ``"inductor"``.
-        process: what a process takes anyway.
+        process: the memory of a process without the model.
     """
 
     blueprint: Blueprint
@@ -141,30 +136,30 @@ class TrainingJob:
     passes_beside: int = 0
 
     def blocks(self, factor: float) -> list[Usages]:
-        """What each block of the whole model takes, for ``factor`` times the tokens."""
+        """The usage of each block of the whole model, for ``factor`` times the tokens."""
         return [
-            found
+            usages
             for path, times in self.blueprint.times.items()
-            for found in [_Known(Scaled(self.step.usages[path], factor))] * times
+            for usages in [_Known(Scaled(self.step.usages[path], factor))] * times
         ]
 
     def levels(self) -> tuple[Level, ...]:
         """What a block may keep, the fastest first."""
         mode = Budget.parse(self.memory).mode
-        found = self.all_levels()
+        levels = self.all_levels()
         if mode == "min":
             return ("input",)
-        return found[:1] if mode == "speed" else found
+        return levels[:1] if mode == "speed" else levels
 
     def all_levels(self) -> tuple[Level, ...]:
         """The same, if the planner were free to choose."""
         if not self.optimized:
             return ("input",) if self.checkpointed else ("all",)
-        found = allowed(self.codegen, host=not self.process.is_host)
-        counted = [usages.get(found[0]) for usages in self.step.usages.values()]
+        levels = allowed(self.codegen, host=not self.process.is_host)
+        counted = [usages.get(levels[0]) for usages in self.step.usages.values()]
         if None in counted:  # a block that was counted in eager mode
-            found = ("all", *found[1:])
-        return found[1:] if self.checkpointed and found[0] == "all" else found
+            levels = ("all", *levels[1:])
+        return levels[1:] if self.checkpointed and levels[0] == "all" else levels
 
     def with_bits(self, bits: int | None) -> TrainingJob:
         """The same job with frozen weights of ``bits`` bits; None: of their own dtype."""
@@ -189,7 +184,7 @@ class TrainingJob:
         return min(round(8 * self.step.tokens * rows * factor), most)
 
     def dequantized_bytes(self) -> int:
-        """Bytes of the largest quantized weight as it is multiplied."""
+        """Bytes of the largest quantized weight when it is dequantized for its product."""
         packed = [w for u in self.units for w in u.weights if w.scales]
         return max((w.numbers * w.itemsize for w in packed), default=0)
 
@@ -203,33 +198,29 @@ def estimate(
 ) -> Memory:
     """The peak of the first process of a run.
 
-    Args:
-        job: what is run.
-        layout: how its work is shared.
-        room: bytes that the process may take on its device; None: as much as it likes. Blocks keep
-            less where all that they keep does not fit.
-        factor: how many times the counted tokens a micro batch has.
-        level: what all blocks keep; None: what fits.
+    ``room`` are the bytes that the process may take on its device; blocks keep less where all that
+    they keep does not fit. ``factor`` is how many times the counted tokens a micro batch has;
+    ``level`` is what all blocks keep, by default what fits.
     """
-    own = held(job.units, layout, job.optimizer, job.passes)
-    fixed = _fixed(job, own, layout)
+    states = held(job.units, layout, job.optimizer, job.passes)
+    fixed = _fixed(job, states, layout)
     part = factor / layout.context
     usages = job.blocks(part)
     head, logits = job.head_bytes(part), job.logits_bytes(part)
     setting = _setting(job, fixed, room, head, logits)
     levels = [level] * len(usages) if level else choose(usages, setting)
-    used = [found for u, v in zip(usages, levels, strict=True) if (found := u.get(v)) is not None]
-    kept = sum(u.kept for u in used)
+    used = [entry for u, v in zip(usages, levels, strict=True) if (entry := u.get(v)) is not None]
+    activations = sum(u.kept for u in used)
     passing = max((max(u.forward, u.backward) - u.kept for u in used), default=0)
     passing += job.dequantized_bytes()
     at_head = passing <= head + logits
     return replace(
         fixed,
-        activations=kept + (head if at_head else 0),
+        activations=activations + (head if at_head else 0),
         logits=logits if at_head else 0,
         working=0 if at_head else passing,
-        slack=int(kept * job.process.slack),
-        host=own.host + on_host(levels, usages),
+        slack=int(activations * job.process.slack),
+        host=states.host + on_host(levels, usages),
         offloaded=on_host(levels, usages),
         levels={v: levels.count(v) for v in dict.fromkeys(levels)},
     )
@@ -243,7 +234,6 @@ def smallest_peak(
 
 
 def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
-    """What does not depend on the batch."""
     on_device = 0 if job.process.is_host else 1
     moved = on_device * own.host
     gradients, optimizer = own.gradients, own.optimizer
@@ -294,12 +284,12 @@ def _setting(
 ) -> PlanInputs:
     """The same record that a run plans with, for the memory of another device.
 
-    The host is taken to have as much memory for each device as the device has.
+    The host is assumed to have as much memory for each device as the device has.
     """
     budget = None if room is None else int(SPARE * room)
-    asked = Budget.parse(job.memory)
-    if asked.bytes is not None:
-        budget = asked.bytes
+    parsed = Budget.parse(job.memory)
+    if parsed.bytes is not None:
+        budget = parsed.bytes
     base = sum(fixed.parts().values()) + job.dequantized_bytes()
     # all of these logits exist at one time: none are left for the record's own tiles
     return PlanInputs(base, 0, head + logits, budget, job.levels(), room or 0, 0, job.process.slack)

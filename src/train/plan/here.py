@@ -18,9 +18,8 @@ CPU = "CPU"
 def devices_here(dtype: torch.dtype, processes: int | None) -> Devices:
     """The GPUs of this machine; where there is none, its CPU.
 
-    Args:
-        dtype: of the products whose rate on the CPU is measured.
-        processes: how many train; None: one for each GPU.
+    ``dtype`` is that of the products whose rate on the CPU is measured; ``processes`` train, by
+    default one for each GPU.
     """
     if torch.cuda.is_available():
         return Devices(processes or torch.cuda.device_count(), _gpu())
@@ -29,13 +28,13 @@ def devices_here(dtype: torch.dtype, processes: int | None) -> Devices:
 
 def _gpu() -> Card:
     """The first GPU: as fast as the card of its name, or of its size."""
-    found = torch.cuda.get_device_properties(0)
-    name = str(found.name)
+    properties = torch.cuda.get_device_properties(0)
+    name = str(properties.name)
     words = re.split(r"[\s-]+", name.lower().replace("rtx ", "rtx"))
     like = next((card for card in CARDS.values() if card.name.lower() in words), None)
     if like is not None:
-        return replace(like, name=name, memory=int(found.total_memory))
-    return replace(of_size(found.total_memory, name), name=name)
+        return replace(like, name=name, memory=int(properties.total_memory))
+    return replace(of_size(properties.total_memory, name), name=name)
 
 
 def _cpu(dtype: torch.dtype, processes: int) -> Card:

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Prints a plan."""
 
 from __future__ import annotations
 
@@ -40,12 +40,7 @@ _MEANING = {
 
 
 def show(plan: RunPlan, console: Console) -> None:
-    """Print a plan.
-
-    Args:
-        plan: what was found.
-        console: where to print.
-    """
+    """Print a plan."""
     advice = plan.advice
     say(console, _model(plan))
     say(console, f"rewritten formulas: {', '.join(sorted(plan.rewrites)) or 'none'}")
@@ -107,32 +102,32 @@ def _parts(plan: RunPlan) -> Table:
 
 def _verdict(plan: RunPlan) -> str:
     has = plan.devices.card.memory
-    kept = "; ".join(f"{n} blocks {_KEPT[level]}" for level, n in plan.memory.levels.items())
+    blocks = "; ".join(f"{n} blocks {_KEPT[level]}" for level, n in plan.memory.levels.items())
     room = f"the {_gib(SPARE * has)} GiB that a run may take ({SPARE:.0%} of {_gib(has)})"
     if plan.fits:
-        return f"fits: {_gib(plan.memory.peak)} of {room}; {kept}"
-    return f"DOES NOT FIT: {_gib(plan.memory.peak)} GiB are more than {room}; {kept}"
+        return f"fits: {_gib(plan.memory.peak)} of {room}; {blocks}"
+    return f"DOES NOT FIT: {_gib(plan.memory.peak)} GiB are more than {room}; {blocks}"
 
 
 def _limits(plan: RunPlan) -> list[str]:
-    found = plan.limits
+    fit = plan.limits
     name, count = plan.devices.card.name, plan.devices.count
-    card = f"{found.smallest_card} GiB" if found.smallest_card else "no known card is large enough"
+    card = f"{fit.smallest_card} GiB" if fit.smallest_card else "no known card is large enough"
     smallest = f"smallest memory of each device: {card}"
     if not plan.on_cpu:
-        number = found.fewest_devices
+        number = fit.fewest_devices
         fewest = f"fewest devices: {number}" if number else "more devices do not help"
         smallest = f"{smallest} (with {count}); {fewest} (of {name}, with {plan.layout.engine})"
-    if not found.longest_sequence:
+    if not fit.longest_sequence:
         return [smallest]
     read = " (the model's max_position_embeddings)"
-    by_model = read if found.longest_sequence == found.positions else ""
-    most = (
+    by_model = read if fit.longest_sequence == fit.positions else ""
+    largest = (
         f"with micro_batch_size {plan.recipe.micro_batch_size}, sequence_len up to "
-        f"{found.longest_sequence:,}{by_model}; with sequence_len {plan.recipe.sequence_len:,}, "
-        f"micro_batch_size up to {found.largest_micro_batch:,}"
+        f"{fit.longest_sequence:,}{by_model}; with sequence_len {plan.recipe.sequence_len:,}, "
+        f"micro_batch_size up to {fit.largest_micro_batch:,}"
     )
-    return [smallest, most]
+    return [smallest, largest]
 
 
 def _work(plan: RunPlan) -> list[str]:
@@ -183,23 +178,23 @@ def _cell(most: int, least: int, fits: bool) -> str:
 
 
 def assumptions(plan: RunPlan) -> str:
-    """What a plan takes for granted."""
+    """The assumptions of a plan."""
     card = plan.devices.card
-    said = "every token is trained, sequences are full"
+    data = "every token is trained, sequences are full"
     settings = preference_settings(plan.recipe)
     if settings is not None and settings.rows == "prompts":
-        said += "; the generation of completions is not counted"
+        data += "; the generation of completions is not counted"
     if plan.on_cpu:
-        return f"assumed: {said}; the rate of matrix products was measured here"
+        return f"assumed: {data}; the rate of matrix products was measured here"
     like = " of a card that is as large" if card.assumed else ""
     if plan.recipe.optimizer.startswith(("galore", "apollo")):
-        said += f"; {plan.recipe.optimizer} keeps what AdamW does"
+        data += f"; {plan.recipe.optimizer} keeps what AdamW does"
     between = ""
     if plan.devices.count > 1:
         link = card.link if plan.devices.count <= 8 else card.network
         between = f", {link / 1e9:,.0f} GB/s between cards"
     peak = f"{card.flops / 1e12:,.0f} TFLOP/s in bf16"
-    return f"assumed: {said}; 45% of the peak{like} ({peak}){between}"
+    return f"assumed: {data}; 45% of the peak{like} ({peak}){between}"
 
 
 def _gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run will take, found from its recipe and the configuration of the model."""
+"""Plans a run from its recipe and the configuration of the model."""
 
 from __future__ import annotations
 
@@ -38,36 +38,30 @@ _GPU_CONTEXT = 600 << 20
 """Bytes of a CUDA context with cuBLAS's workspaces on a GPU: assumed, until a GPU was measured."""
 
 _CPU_SLACK = 0.9
-"""On the CPU, bytes that malloc holds besides, for each byte of activations, after some dozen steps
-with sequences of different lengths (measured: 0.1 to 1.4)."""
+"""On the CPU, malloc's overhead for each byte of activations, after some dozen steps with sequences
+of different lengths (measured: 0.1 to 1.4)."""
 
 _CPU_PROCESS = 690 << 20
-"""Bytes that a process on the CPU has without a model: the libraries, the rows, the tokenizer.
-Measured (torch 2.13, transformers 5.24, SmolLM2's tokenizer, 2026-11-27)."""
+"""Bytes of a process on the CPU without a model: the libraries, the rows, the tokenizer. Measured
+(torch 2.13, transformers 5.24, SmolLM2's tokenizer, 2026-11-27).
+"""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What was found.
+    """The plan of a run.
 
     Attributes:
-        recipe: the recipe.
-        devices: what was asked for.
-        layout: how the work is shared.
         parameters: of the model, adapters included.
         trained: of these.
-        depth: the number of blocks.
         between_steps: bytes of tensors that a process has between two steps.
         memory: the peak of a process, by what it is for.
         fits: whether that is at most nine tenths of the device.
         limits: what would still fit.
-        traffic: bytes that a process sends in an optimizer step.
-        speed: how long a step takes.
         steps: optimizer steps of the run; None: neither the recipe nor its rows say.
-        steps_are_estimated: whether they were found by the size of the rows' files.
+        steps_are_estimated: from the size of the rows' files.
         rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
         uncaptured: paths of blocks that run as they are, each with the reason.
-        model_config: of the model.
         advice: what to change, and how other methods compare.
     """
 
@@ -97,34 +91,31 @@ class RunPlan:
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run; None where the number of steps is not known."""
+        """Hours of the whole run; None where the number of steps is not known."""
         return None if self.steps is None else self.steps * self.speed.seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON; bytes, seconds and numbers of tokens."""
-        made: dict[str, Any] = {}
+        data: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
-            made[field.name] = dataclasses.asdict(value) if is_record else value
+            data[field.name] = dataclasses.asdict(value) if is_record else value
         for name in ("recipe", "model_config"):
-            del made[name]
-        made["memory"]["peak"] = self.memory.peak
-        made["devices"] = {"count": self.devices.count, **dataclasses.asdict(self.devices.card)}
-        return {**made, "hours": self.hours}
+            del data[name]
+        data["memory"]["peak"] = self.memory.peak
+        data["devices"] = {"count": self.devices.count, **dataclasses.asdict(self.devices.card)}
+        return {**data, "hours": self.hours}
 
 
 def make_plan(
     recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = False
 ) -> RunPlan:
-    """Plan a run.
+    """Plan a run on ``devices``, by default those of this machine.
 
-    Args:
-        recipe: checked.
-        devices: what it gets; None: what this machine has.
-        processes: of this machine; None: as many as the recipe needs.
-        compare: find out how other methods compare, which takes longer. It is done in any case
-            where the recipe's own does not fit.
+    ``processes`` of this machine are by default as many as the recipe needs. ``compare`` finds out
+    how other methods compare, which takes longer; it is done in any case where the recipe's own
+    does not fit.
 
     Raises:
         RecipeError: the recipe does not fit the number of devices, or names no such model.
@@ -132,19 +123,19 @@ def make_plan(
     """
     _require_known(recipe)
     dtype = _dtype(recipe, elsewhere=devices is not None)
-    asked = devices or devices_here(dtype, processes or recipe.strategy().world())
-    layout = layout_of(recipe, asked.count)
-    make = functools.partial(make_job, dtype=dtype, on_cpu=asked.card.name == CPU)
-    job, room = make(recipe), asked.card.memory
+    target = devices or devices_here(dtype, processes or recipe.strategy().world())
+    layout = layout_of(recipe, target.count)
+    make = functools.partial(make_job, dtype=dtype, on_cpu=target.card.name == CPU)
+    job, room = make(recipe), target.card.memory
     limit = limits(job, recipe, layout, room)
-    known = positions(job.blueprint.config)
-    if known is not None:
-        limit = replace(limit, longest_sequence=min(limit.longest_sequence, known), positions=known)
+    reach = positions(job.blueprint.config)
+    if reach is not None:
+        limit = replace(limit, longest_sequence=min(limit.longest_sequence, reach), positions=reach)
     if compare or not fits(job, layout, room):  # then other methods may
-        advice = advise(job, recipe, layout, asked.card, make)
+        advice = advise(job, recipe, layout, target.card, make)
     else:
-        advice = faster(job, recipe, layout, asked.card)
-    return _planned(job, recipe, layout, asked, advice, limit)
+        advice = faster(job, recipe, layout, target.card)
+    return _planned(job, recipe, layout, target, advice, limit)
 
 
 def _planned(
@@ -157,7 +148,7 @@ def _planned(
 ) -> RunPlan:
     room = devices.card.memory
     memory = estimate(job, layout, room)
-    own = held(job.units, layout, recipe.optimizer)
+    states = held(job.units, layout, recipe.optimizer)
     tokens = job.step.tokens
     keys = _keys_width(job)
     sent = traffic(job.units, layout, job.passes, tokens, job.hidden, keys)
@@ -165,7 +156,7 @@ def _planned(
     return RunPlan(
         recipe, devices, layout,
         parameters=_count(job, trained=False), trained=_count(job, trained=True),
-        depth=job.blueprint.depth, between_steps=own.between_steps,
+        depth=job.blueprint.depth, between_steps=states.between_steps,
         memory=memory, fits=fits(job, layout, room), limits=limit, traffic=sent, speed=pace,
         steps=recipe.max_steps or _steps(recipe, pace.tokens, layout),
         steps_are_estimated=recipe.max_steps is None,
@@ -195,10 +186,7 @@ def _steps(recipe: Recipe, tokens: int, layout: ProcessLayout) -> int | None:
 def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     """Take a step of what a recipe trains, on fake tensors.
 
-    Args:
-        recipe: checked.
-        dtype: of the weights that are not adapters.
-        on_cpu: whether it is to run on the CPU.
+    ``dtype`` is that of the weights that are not adapters.
     """
     blueprint = draw(recipe, dtype)
     codegen = _codegen(recipe, blueprint, "cpu" if on_cpu else "cuda")
@@ -235,7 +223,7 @@ def _rate(recipe: Recipe, dtype: torch.dtype) -> float:
 
 
 def _codegen(recipe: Recipe, blueprint: Blueprint, device: str) -> Codegen:
-    """What will run the blocks of the whole model, of which not all are here."""
+    """The code generation for the blocks of the whole model, of which not all are here."""
     if not recipe.optimize:
         return "eager"
     whole: list[nn.Module] = [
@@ -259,10 +247,5 @@ def _count(job: TrainingJob, trained: bool) -> int:
 
 
 def _require_known(recipe: Recipe) -> None:
-    """See that a recipe is of a kind that can be planned.
-
-    Raises:
-        RecipeError: it is not.
-    """
     if recipe.peft_layer_replication:
         raise RecipeError("peft_layer_replication: plan does not know repeated blocks")

@@ -1,4 +1,4 @@
-"""What to write into a recipe so that it fits, or runs faster; and how other methods compare."""
+"""Recommends keys with which a recipe fits, or runs faster; and compares other methods."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ _FSDP = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """Recommended changes.
 
     Attributes:
         keys: of a recipe, to be changed; empty: leave it as it is.
-        reason: why.
         columns: ways to share the work.
         table: for each method and each way, the peak where blocks keep all and where they keep
             least, in bytes, and whether that fits.
@@ -52,25 +51,17 @@ class Advice:
 def advise(
     job: TrainingJob, recipe: Recipe, layout: ProcessLayout, card: Card, make: MakeJob
 ) -> Advice:
-    """What to change, and how other methods compare.
-
-    Args:
-        job: what is run.
-        recipe: it.
-        layout: how its work is shared.
-        card: a device.
-        make: for other methods.
-    """
+    """What to change, and how other methods compare; ``make`` takes their steps."""
     jobs, room = dict(_jobs(job, recipe, make)), card.memory
     ways = _ways(layout.world)
     table = {
-        method: [_cell(own, way, room) for way in ways.values()] for method, own in jobs.items()
+        method: [_cell(other, way, room) for way in ways.values()] for method, other in jobs.items()
     }
     if fits(job, layout, room):
-        own = faster(job, recipe, layout, card)
+        advice = faster(job, recipe, layout, card)
     else:
-        own = _leaner(jobs, recipe, layout, room)
-    return replace(own, columns=tuple(ways), table=table)
+        advice = _leaner(jobs, recipe, layout, room)
+    return replace(advice, columns=tuple(ways), table=table)
 
 
 def method_of(recipe: Recipe) -> str:
@@ -82,10 +73,10 @@ def method_of(recipe: Recipe) -> str:
 
 def _jobs(job: TrainingJob, recipe: Recipe, make: MakeJob) -> Iterator[tuple[str, TrainingJob]]:
     """The job of each method: LoRA's step serves QLoRA, too."""
-    own = method_of(recipe)
-    adapted = job if own != "full" else make(recipe.model_copy(update=_changes("LoRA", recipe)))
+    current = method_of(recipe)
+    adapted = job if current != "full" else make(recipe.model_copy(update=_changes("LoRA", recipe)))
     for method in _METHODS:
-        if method == own:
+        if method == current:
             yield method, job
         elif method == "full":
             yield method, make(recipe.model_copy(update=_METHODS["full"]))
@@ -101,7 +92,6 @@ def _changes(method: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _ways(world: int) -> dict[str, ProcessLayout]:
-    """The ways in which ``world`` processes can share the work."""
     if world == 1:
         return {"one process": ProcessLayout("one process")}
     ways = {
@@ -119,15 +109,15 @@ def _ways(world: int) -> dict[str, ProcessLayout]:
 
 def _cell(job: TrainingJob, layout: ProcessLayout, room: int) -> tuple[int, int, bool]:
     levels = job.all_levels()
-    most = estimate(job, layout, None, level=levels[0]).peak
+    largest = estimate(job, layout, None, level=levels[0]).peak
     least = min(estimate(job, layout, None, level=v).peak for v in levels)
-    return most, least, fits(job, layout, room)
+    return largest, least, fits(job, layout, room)
 
 
 def faster(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, card: Card) -> Advice:
     """For a run that fits: the same batch in fewer, larger passes, where that takes less time."""
     passes = recipe.accumulation()
-    best, found = _WORTH * _seconds(job, layout, card, 1), Advice()
+    best, advice = _WORTH * _seconds(job, layout, card, 1), Advice()
     for factor in (f for f in range(2, passes + 1) if passes % f == 0):
         if not fits(replace(job, passes=passes // factor), layout, card.memory, factor):
             break
@@ -137,23 +127,23 @@ def faster(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, card: Card) 
                 "micro_batch_size": recipe.micro_batch_size * factor,
                 "gradient_accumulation_steps": passes // factor,
             }
-            best, found = seconds, Advice(keys, "the same batch in fewer passes takes less time")
-    return found
+            best, advice = seconds, Advice(keys, "the same batch in fewer passes takes less time")
+    return advice
 
 
 def _seconds(job: TrainingJob, layout: ProcessLayout, card: Card, factor: int) -> float:
     """Of an optimizer step with micro batches ``factor`` times as large, and as many fewer."""
-    own = replace(job, passes=job.passes // factor)
-    memory = estimate(own, layout, card.memory, factor)
+    larger = replace(job, passes=job.passes // factor)
+    memory = estimate(larger, layout, card.memory, factor)
     tokens = job.step.tokens * factor
-    sent = traffic(job.units, layout, own.passes, tokens, job.hidden)
-    return speed(own, memory, layout, sent, card, factor).seconds
+    sent = traffic(job.units, layout, larger.passes, tokens, job.hidden)
+    return speed(larger, memory, layout, sent, card, factor).seconds
 
 
 def _leaner(
     jobs: dict[str, TrainingJob], recipe: Recipe, layout: ProcessLayout, room: int
 ) -> Advice:
-    """For a run that does not fit: the least change after which it does."""
+    """For a run that does not fit: the smallest change after which it does."""
     for keys, job, way in _candidates(jobs, recipe, layout):
         if keys and fits(job, way, room) and _is_valid(recipe, keys):
             return Advice(keys, "with these it fits")
@@ -164,14 +154,14 @@ def _leaner(
 def _candidates(
     jobs: dict[str, TrainingJob], recipe: Recipe, layout: ProcessLayout
 ) -> Iterator[tuple[dict[str, Any], TrainingJob, ProcessLayout]]:
-    """Keys to change, with what they make of the run: what changes least comes first."""
-    own, order = method_of(recipe), list(_METHODS)
+    """Keys to change, and the changed run: what changes least comes first."""
+    current, order = method_of(recipe), list(_METHODS)
     ways: list[tuple[ProcessLayout, dict[str, Any]]] = [(layout, {})]
     if layout.engine == "DDP":
         world = layout.world
         ways.append((ProcessLayout("FSDP2", world, shard=world), _FSDP))
-    for method in order[order.index(own) :]:
-        keys = {} if method == own else _written(method, recipe)
+    for method in order[order.index(current) :]:
+        keys = {} if method == current else _written(method, recipe)
         for way, more in ways:
             for lean in ({}, {"memory": "auto"}):
                 job = replace(jobs[method], memory=lean.get("memory", jobs[method].memory))
@@ -179,7 +169,6 @@ def _candidates(
 
 
 def _is_valid(recipe: Recipe, keys: dict[str, Any]) -> bool:
-    """Whether the recipe with these keys is one."""
     values = recipe.model_dump(mode="json", exclude_unset=True, exclude={"consent"})
     try:
         check({**values, **keys}, with_data=False)
@@ -189,7 +178,7 @@ def _is_valid(recipe: Recipe, keys: dict[str, Any]) -> bool:
 
 
 def _written(method: str, recipe: Recipe) -> dict[str, Any]:
-    """The keys of another method as one writes them."""
+    """The keys of another method, as in a recipe."""
     keys = {"adapter": _METHODS[method]["adapter"], **_changes(method, recipe)}
     return {key: value for key, value in keys.items() if value not in (None, False)}
 

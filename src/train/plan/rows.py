@@ -1,4 +1,4 @@
-"""How many rows and tokens a recipe has, by its files."""
+"""The number of rows and tokens of a recipe, by its files."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from pathlib import Path
 from ..recipe.recipe import Recipe
 
 _BYTES_PER_TOKEN = 4
-"""Of text, with what JSON puts around it: assumed."""
+"""Bytes of text for a token, with the JSON around it: assumed."""
 
 _LINES = {".jsonl", ".csv", ".tsv"}
 _TEXT = {".jsonl", ".json", ".csv", ".tsv", ".txt"}
 
 
 def estimate_tokens(recipe: Recipe) -> int | None:
-    """The tokens of an epoch.
-
-    Args:
-        recipe: checked.
-
-    Returns:
-        None where some rows are not in plain files on this machine.
-    """
+    """The tokens of an epoch; None where some rows are not in plain files on this machine."""
     total = 0.0
     for dataset in recipe.datasets:
         files = _files(Path(dataset.path))
@@ -36,11 +29,7 @@ def estimate_tokens(recipe: Recipe) -> int | None:
 def count_rows(recipe: Recipe) -> int | None:
     """The rows of an epoch, by the lines of their files.
 
-    Args:
-        recipe: checked.
-
-    Returns:
-        None where some rows are not in files of one row a line on this machine.
+    None where some rows are not in files of one row a line on this machine.
     """
     total = 0.0
     for dataset in recipe.datasets:

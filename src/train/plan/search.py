@@ -1,4 +1,4 @@
-"""What would fit: how long a sequence, how large a batch, how many devices, how large a card."""
+"""The limits of what fits: sequence length, batch, number of devices, size of a card."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Headroom:
-    """What would still fit.
+    """The largest and smallest settings that fit.
 
     Attributes:
         longest_sequence: in tokens, with the recipe's micro batch; 0: not even a short one.
         largest_micro_batch: sequences, with the recipe's length; 0: not even one.
-        smallest_card: GiB of the smallest card that does, with the asked number; None: none does.
-        fewest_devices: of the asked card, of those that are powers of two; None: none does.
-        positions: how long a text the model has learnt to read, which limits a sequence, too.
+        smallest_card: GiB of the smallest card that fits, in the same number; None: none does.
+        fewest_devices: of the same card, a power of two; None: none fits.
+        positions: the longest text that the model has learnt to read, which also limits a sequence.
     """
 
     longest_sequence: int
@@ -42,14 +42,7 @@ def fits(job: TrainingJob, layout: ProcessLayout, room: int, factor: float = 1.0
 
 
 def limits(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int) -> Headroom:
-    """What would still fit into ``room`` bytes for each process.
-
-    Args:
-        job: what is run.
-        recipe: it.
-        layout: how the work is shared.
-        room: bytes of a device.
-    """
+    """What would still fit into ``room`` bytes for each process."""
     factor = _largest(lambda f: fits(job, layout, room, f))
     length = int(recipe.sequence_len * factor) // 64 * 64
     rows = int(recipe.micro_batch_size * factor)

@@ -1,4 +1,4 @@
-"""How long a step takes, and a run: operations and bytes against what a device does in a second."""
+"""The time of a step and of a run: operations and bytes against the rates of a device."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ _CPU_UTILIZATION = 0.55
 """The same of a CPU's matrix products: SmolLM2's step spends three fifths of its time in them."""
 
 _HIDDEN = 0.7
-"""The part of a step in which sending goes on beside computing: assumed."""
+"""The part of a step in which communication overlaps with computation: assumed."""
 
 
 _HOST_LINK = 20e9
-"""Bytes per second of copies between a GPU and its host (PCIe 4 x16): they run beside the work."""
+"""Bytes per second of copies between a GPU and its host (PCIe 4 x16), which overlap with work."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one process does in an optimizer step, and how long that takes.
+    """The work of one process in an optimizer step, and its time.
 
     Attributes:
         flops: floating-point operations, recomputation included.
-        sent: bytes that it sends.
         compute_seconds: of the operations, or of reading and writing weights and states, whichever
             takes longer.
         network_seconds: of the bytes alone.
-        seconds: of the step: sending goes on beside computing, in part.
+        seconds: of the step: communication overlaps with computation, in part.
         tokens: of all processes.
     """
 
@@ -57,20 +56,16 @@ def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: 
     """The floating-point operations of one process in one micro batch.
 
     A multiply-add is two; attention is counted without its causal half left out, as PyTorch does.
-
-    Args:
-        job: what is run.
-        memory: says what each block keeps, and so what is computed again.
-        layout: how the work is shared.
-        factor: how many times the counted tokens a micro batch has.
+    ``memory`` decides what each block keeps, and so what is computed again; ``factor`` is how many
+    times the counted tokens a micro batch has.
     """
-    left = Counter(memory.levels)
+    counts = Counter(memory.levels)
     total = 0.0
     for usages in job.blocks(factor):
-        level = next(v for v in left if left[v])
-        left[level] -= 1
-        found = usages.get(HOSTED.get(level, level))  # copies to the host are no operations
-        total += found.flops if found is not None else 0
+        level = next(v for v in counts if counts[v])
+        counts[level] -= 1
+        usage = usages.get(HOSTED.get(level, level))  # copies to the host are no operations
+        total += usage.flops if usage is not None else 0
         total += job.passes_beside * _forward(job, usages)
     tokens = round(job.step.tokens * factor)
     total += head_flops(job, tokens) + job.passes_beside * head_flops(job, tokens, forward=True)
@@ -84,14 +79,9 @@ def _forward(job: TrainingJob, usages: Usages) -> float:
 
 
 def head_flops(job: TrainingJob, tokens: int, forward: bool = False) -> int:
-    """Of the output head, with every token trained.
+    """Of the output head, with every token trained; ``forward``: of the forward pass alone.
 
     Each of its matrices has a product in forward and one in backward; a trained one has one more.
-
-    Args:
-        job: what is run.
-        tokens: how many.
-        forward: of the forward pass alone.
     """
     head = job.blueprint.model.get_output_embeddings()
     total = 0
@@ -109,15 +99,9 @@ def speed(
     card: Card,
     factor: float = 1.0,
 ) -> Speed:
-    """How long an optimizer step takes.
+    """The time of an optimizer step, on a device ``card`` for each process.
 
-    Args:
-        job: what is run.
-        memory: its memory.
-        layout: how the work is shared.
-        sent: what a process sends.
-        card: the device of each process.
-        factor: how many times the counted tokens a micro batch has.
+    ``factor`` is how many times the counted tokens a micro batch has.
     """
     flops = job.passes * step_flops(job, memory, layout, factor)
     part = _CPU_UTILIZATION if job.process.is_host else _UTILIZATION * job.rate
@@ -140,7 +124,7 @@ def _moved(job: TrainingJob, memory: Memory, layout: ProcessLayout) -> int:
 
 
 def _seconds(sent: Traffic, layout: ProcessLayout, card: Card) -> float:
-    """Of what is sent: inside of a machine as far as those fit into one that share a copy."""
+    """Of what is sent: over links if the processes that share a copy fit into one machine."""
     inside = sent.weights + sent.gradients + sent.activations
     shares = layout.shard * layout.tensor * layout.context
     if layout.engine.startswith("ZeRO"):

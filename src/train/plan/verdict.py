@@ -10,14 +10,10 @@ from ..recipe.recipe import Recipe
 
 
 def verdict(recipe: Recipe, processes: int | None) -> list[str]:
-    """Whether a recipe fits on this machine, and how long a step takes.
+    """Whether a recipe fits on this machine, and how long a step takes, in a few sentences.
 
-    Args:
-        recipe: checked.
-        processes: how many train it; None: as many as it needs.
-
-    Returns:
-        A few sentences; one where the model's configuration is not on this disk.
+    By default as many processes as the recipe needs. One sentence where the model's configuration
+    is not on this disk.
     """
     source = locate(recipe.base_model, [Path.cwd()])
     if source.gguf_file is None and not Path(source.name).is_dir():

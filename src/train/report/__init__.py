@@ -1,1 +1,1 @@
-"""What a run says: figures, log, report page, model card."""
+"""Reports of a run: figures, log, report page, model card."""

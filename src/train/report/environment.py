@@ -1,4 +1,4 @@
-"""Where a run takes place: versions, the machine, and the memory of the process."""
+"""The environment of a run: versions, the machine, and the memory of the process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ...memory.meter import process_status
 
 def versions() -> dict[str, str]:
     """The versions that matter for a run."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in ("fusewright", "torch", "transformers", "peft", "accelerate", "triton"):
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            result[name] = "not installed"
+    return result
 
 
 def machine() -> dict[str, Any]:
@@ -46,10 +46,10 @@ def peak_rss_mb() -> float:
 
 def memory() -> dict[str, float]:
     """The peaks of this process so far, in MiB: ``rss_mb``, and ``cuda_mb`` on a GPU."""
-    found = {"rss_mb": peak_rss_mb()}
+    peaks = {"rss_mb": peak_rss_mb()}
     if torch.cuda.is_available():
-        found["cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return found
+        peaks["cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks
 
 
 def rss_mb() -> float:

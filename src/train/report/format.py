@@ -1,4 +1,4 @@
-"""Figures as people read them: times, amounts of memory, smoothed curves."""
+"""Human-readable figures: times, amounts of memory, smoothed curves."""
 
 from __future__ import annotations
 
@@ -38,13 +38,7 @@ def millions(count: float) -> str:
 
 
 def parameter_counts(trained: float, total: float, adapter: bool) -> str:
-    """How many parameters a model has, and where or how many the trained ones are.
-
-    Args:
-        trained: parameters that are trained.
-        total: all of them.
-        adapter: the trained ones are an adapter's.
-    """
+    """The number of parameters, and where (``adapter``) or how many the trained ones are."""
     if adapter:
         return f"{millions(total - trained)} in the base model, {millions(trained)} in the adapter"
     return (
@@ -56,9 +50,7 @@ class Smooth:
     """A running mean in which a value's weight fades to a tenth within some twenty steps.
 
     Values that are not numbers are left out, so that one of them does not hide all that follow.
-
-    Args:
-        decay: how much of a value's weight is left after one more value.
+    ``decay`` is the part of a value's weight that is left after one more value.
     """
 
     def __init__(self, decay: float = 0.9) -> None:
@@ -77,9 +69,9 @@ class Smooth:
 
 
 def resumption(recipe: Mapping[str, Any]) -> str:
-    """What the recipe of a stopped run needs in order to resume; empty: it resumes as it is."""
-    wanted = recipe.get("resume_from_checkpoint")
-    if wanted is True or (recipe.get("auto_resume_from_checkpoints") and not wanted):
+    """What the recipe of a stopped run needs in order to resume; empty: nothing."""
+    checkpoint = recipe.get("resume_from_checkpoint")
+    if checkpoint is True or (recipe.get("auto_resume_from_checkpoints") and not checkpoint):
         return " without overwrite_output_dir" if recipe.get("overwrite_output_dir") else ""
     return " with resume_from_checkpoint: true"
 
@@ -87,8 +79,8 @@ def resumption(recipe: Mapping[str, Any]) -> str:
 def rows_message(data: dict[str, int]) -> str:
     """A line on the rows of a run."""
     if not data.get("rows"):
-        held = data.get("validation_samples", 0)
-        return "data: a stream" + (f"; {held:,} rows for validation" if held else "")
+        validation = data.get("validation_samples", 0)
+        return "data: a stream" + (f"; {validation:,} rows for validation" if validation else "")
     dropped = {
         "too_long": "too long",
         "too_short": "too short",
@@ -110,7 +102,7 @@ def rows_message(data: dict[str, int]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: write them as text."""
+    """Infinity and NaN as text, because JSON has neither; other values as they are."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

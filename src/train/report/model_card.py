@@ -1,4 +1,4 @@
-"""The model card of a run: ``README.md``, as the Hugging Face hub shows it beside a model."""
+"""The model card of a run: ``README.md``, as the Hugging Face hub shows it with a model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write(result: Any, folder: str | Path) -> Path | None:
-    """Write the card, unless there is one that a person has written or changed.
+    """Write the card to ``README.md`` in ``folder``, unless a person has written or changed it.
 
-    Args:
-        result: a ``RunResult``, a mapping like ``run.json``, or the path of one or of its folder.
-        folder: where ``README.md`` goes.
-
-    Returns:
-        The file; None when a card of somebody's own is there, which is left alone.
+    ``result`` is a ``RunResult``, a mapping like ``run.json``, or the path of one or of its folder.
+    Returns the file, or None when the existing card is left alone.
 
     Raises:
         DataError: ``result`` is a path, and there is no record of a run.
@@ -48,14 +44,14 @@ def write(result: Any, folder: str | Path) -> Path | None:
 
 
 def is_generated(path: Path) -> bool:
-    """Whether nobody has put any work into a card: PEFT's empty form, or ours unchanged."""
+    """Whether no person has edited a card: PEFT's empty form, or ours unchanged."""
     try:
         text = path.read_bytes().decode("utf-8")  # line ends as they are: they are in the digest
     except (OSError, UnicodeDecodeError):
         return False
-    found = _MARK.search(text)
-    if found is not None:
-        return found[1] == _digest(_MARK.sub("", text))
+    mark = _MARK.search(text)
+    if mark is not None:
+        return mark[1] == _digest(_MARK.sub("", text))
     return "\n# Model Card for Model ID\n" in text and text.count("[More Information Needed]") > 20
 
 
@@ -64,19 +60,13 @@ def _digest(text: str) -> str:
 
 
 def render(facts: Facts, picture: bool) -> str:
-    """The card as Markdown.
-
-    Args:
-        facts: of the run.
-        picture: ``loss.png`` is beside it.
-    """
+    """The card as Markdown; ``picture``: with ``loss.png`` in its folder."""
     parts = [*_opening(facts.published()), *_use(facts), *_results(facts.published(), picture)]
     text = f"---\n{_data(facts).to_yaml()}\n---\n" + "\n".join(parts).rstrip() + "\n"
     return text + f"\n<!-- written by fusewright, {_digest(text)} -->\n"
 
 
 def _data(facts: Facts) -> ModelCardData:
-    """What the hub reads of a card."""
     recipe = facts.recipe
     base, adapter = _hub_id(recipe.get("base_model")), recipe.get("adapter")
     rows = [row.get("path") for row in _datasets(facts)]
@@ -95,11 +85,10 @@ def _data(facts: Facts) -> ModelCardData:
 _PIPELINES = {
     "reward-model": "text-classification", "process-reward-model": "token-classification",
 }  # fmt: skip
-"""What the hub calls the use of models that write no text."""
+"""The hub's names for the use of models that write no text."""
 
 
 def _task_tags(facts: Facts) -> list[str]:
-    """The tags of the method, as the cards have them that TRL writes."""
     if facts.task is not None:
         return ["trl", facts.task]
     return ["sft", "distillation"] if facts.recipe.get("kd_trainer") else ["sft"]
@@ -108,8 +97,8 @@ def _task_tags(facts: Facts) -> list[str]:
 def _hub_id(name: Any) -> str | None:
     """A name on the hub; None for a file, a folder or a package."""
     text = str(name or "")
-    there = Path(text).expanduser().exists() or Path(text).suffix in (".jsonl", ".json", ".gguf")
-    return text if _HUB_ID.fullmatch(text) and not there else None
+    is_local = Path(text).expanduser().exists() or Path(text).suffix in (".jsonl", ".json", ".gguf")
+    return text if _HUB_ID.fullmatch(text) and not is_local else None
 
 
 def _datasets(facts: Facts) -> list[dict[str, Any]]:
@@ -123,14 +112,14 @@ def _license(base: str) -> str | None:
     if _hub_id(base):
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(base, NAME)
-        card = Path(found) if isinstance(found, str) else None
+        cached = try_to_load_from_cache(base, NAME)
+        card = Path(cached) if isinstance(cached, str) else None
     try:
         entries = metadata_load(card) if card else None
     except (OSError, ValueError, YAMLError):  # none, or not as it should be
         return None
-    found_license = entries.get("license") if entries else None
-    return found_license if isinstance(found_license, str) else None
+    license_id = entries.get("license") if entries else None
+    return license_id if isinstance(license_id, str) else None
 
 
 def _opening(facts: Facts) -> Iterator[str]:
@@ -154,20 +143,20 @@ def _results(facts: Facts, picture: bool) -> Iterator[str]:
         text = folded(facts.recipe)
         yield f"<details>\n<summary>The recipe</summary>\n\n{_fenced(text.chosen, 'yaml')}\n"
         yield "All other keys have their defaults.\n\n</details>\n"
-    made = [f"{k} {v}" for k, v in facts.mapping("versions").items() if v != "not installed"]
-    if made:
-        yield f"## Versions\n\n{_line(', '.join(made))}"
+    versions = [f"{k} {v}" for k, v in facts.mapping("versions").items() if v != "not installed"]
+    if versions:
+        yield f"## Versions\n\n{_line(', '.join(versions))}"
 
 
 def _sources(facts: Facts) -> str:
     """The data by name, without the folders of one machine."""
     names = [str(row.get("path") or "") for row in _datasets(facts)]
-    shown = [
+    sources = [
         f"[{n}](https://huggingface.co/datasets/{n})" if _hub_id(n) else f"`{Path(n).name}`"
         for n in names
         if n
     ]
-    return ", ".join(shown) or "unnamed data"
+    return ", ".join(sources) or "unnamed data"
 
 
 def _use(facts: Facts) -> Iterator[str]:
@@ -239,11 +228,11 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Text as itself: without line breaks, and nothing in it is Markdown or HTML."""
+    """Text without line breaks, escaped so that nothing in it is Markdown or HTML."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(head) - 1)]
-    written = [head, rule, *([_line(cell) for cell in row] for row in rows)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in written)
+    rows_of_cells = [head, rule, *([_line(cell) for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows_of_cells)

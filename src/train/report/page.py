@@ -1,4 +1,4 @@
-"""The report page of a run: ``report.html``, one file that needs nothing else.
+"""The report page of a run: ``report.html``, a self-contained file.
 
 It holds its own style and its curves as SVG, runs no script and fetches nothing (its content
 security policy forbids both, whatever a model may have answered). It is readable on a phone, in the
@@ -26,18 +26,13 @@ from . import page_sections as sections
 from .format import Smooth, duration, memory
 from .run_facts import Facts
 
-# Curves for the report page: plain geometry, in thousandths of the plot's width and height.
-#
-# The plot is stretched to whatever room there is, with lines of constant width, and the labels
-# stand beside it as text: so it is readable on a phone and on a wide screen, and needs no script.
-
-
+# --- plots: plain geometry, in thousandths of the width and height -------------------------------
 SIZE = 1000
 """The plot's width and height in its own units."""
 MOST = 400
 """Points of a line: more than a screen has pixels for are thinned out."""
 STRIPS = 100
-"""Places of a plot that tell their values when they are pointed at."""
+"""Places of a plot that show their values on hover."""
 MANY = 25
 """From so many points on, a noisy curve also gets a smoothed one."""
 
@@ -50,8 +45,6 @@ class Series:
     """One curve.
 
     Attributes:
-        name: for the legend.
-        points: in the order of their steps.
         smoothed: draw a running mean over it, when it is long.
         dots: draw the points themselves, for curves of few points.
     """
@@ -81,7 +74,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Strip:
-    """A vertical strip that tells its values: ``left`` and ``width``, the text, and the marks."""
+    """A vertical strip that shows its values: ``left`` and ``width``, the text, and the marks."""
 
     left: float
     width: float
@@ -92,18 +85,12 @@ class Strip:
 
 @dataclass(frozen=True)
 class Chart:
-    """All that a template needs to draw a chart.
+    """The data of a chart, for the template.
 
     Attributes:
-        title: what it shows, with its unit.
         summary: the same in words, for those who cannot see it.
-        legend: names of the curves, in their order.
-        x: ticks of the steps.
-        y: ticks of the values.
-        lines: from back to front.
         dots: ``(series, x, y)``.
         lost: x of steps whose value is not a number.
-        strips: from left to right.
     """
 
     title: str
@@ -125,11 +112,7 @@ def chart(
 ) -> Chart | None:
     """Lay out a chart; None when there is no point to draw.
 
-    Args:
-        title: with the unit.
-        series: the curves; empty ones are left out.
-        show: writes a value.
-        from_zero: let the axis begin at 0.
+    ``show`` formats a value; with ``from_zero`` the axis begins at 0.
     """
     series = [s for s in series if s.points]
     values = [y for s in series for _, y in s.points if math.isfinite(y)]
@@ -166,7 +149,6 @@ def chart(
 
 
 def _label(value: float) -> str:
-    """A tick's value, as short as it is exact."""
     if value and abs(value) < 1e-2:
         digits, _, power = f"{value:.6e}".partition("e")
         return f"{float(digits):g}e{int(power)}"
@@ -228,16 +210,16 @@ def _path(points: Sequence[Point], place: Callable[[Point], Point]) -> str:
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most ``MOST`` points: the lowest and the highest of each bucket, and what is lost."""
+    """At most ``MOST`` points: of each bucket the lowest, the highest, and one that is lost."""
     if len(points) <= MOST:
         return points
-    kept = []
+    thinned = []
     for bucket in _buckets(points, MOST // 2):
         good = [p for p in bucket if _ok(p[1])]
         ends = [min(good, key=lambda p: p[1]), max(good, key=lambda p: p[1])] if good else []
         lost = [p for p in bucket if not _ok(p[1])][:1]
-        kept += sorted({*ends, *lost}, key=lambda p: p[0])
-    return kept
+        thinned += sorted({*ends, *lost}, key=lambda p: p[0])
+    return thinned
 
 
 def _buckets(points: Sequence[Point], number: int) -> Iterator[Sequence[Point]]:
@@ -252,35 +234,34 @@ def _strips(
     """Strips side by side, each around one step."""
     steps = sorted({p[0] for s in series for p in s.points})
     centres = [bucket[-1][0] for bucket in _buckets([(x, 0.0) for x in steps], STRIPS)]
-    known = [dict(s.points) for s in series]
+    maps = [dict(s.points) for s in series]
     centres_at = [place((step, 0))[0] for step in centres]
     borders = [(a + b) / 2 for a, b in itertools.pairwise(centres_at)]
     edges = [0.0, *borders, float(SIZE)]
     for step, left, right in zip(centres, edges[:-1], edges[1:], strict=True):
-        points = [(i, s.name, known[i][step]) for i, s in enumerate(series) if step in known[i]]
+        points = [(i, s.name, maps[i][step]) for i, s in enumerate(series) if step in maps[i]]
         words = ", ".join(f"{name} {show(y) if _ok(y) else y}" for _, name, y in points)
         marks = tuple(_mark(i, place((step, y))) for i, _, y in points if _ok(y))
         yield Strip(_round(left), _round(right - left), f"step {step:,.0f}: {words}", marks)
 
 
 def _summary(series: Sequence[Series], show: Callable[[float], str]) -> str:
-    """What the curves do, in a sentence each."""
-    said = []
+    sentences = []
     for s in series:
         good = [p for p in s.points if _ok(p[1])]
         if not good:
-            said.append(f"{s.name}: no value is a number.")
+            sentences.append(f"{s.name}: no value is a number.")
             continue
         (x0, y0), (x1, y1) = good[0], good[-1]
         lowest, highest = min(y for _, y in good), max(y for _, y in good)
-        said.append(
+        sentences.append(
             f"{s.name}: {show(y0)} at step {x0:,.0f}, {show(y1)} at step {x1:,.0f}; "
             f"between {show(lowest)} and {show(highest)}."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
-# --- what preference methods measure -------------------------------------------------------------
+# --- figures of preference methods ---------------------------------------------------------------
 
 MEASURED = (
     ("Accuracy", ("rewards/accuracies", "accuracy"), False),
@@ -292,15 +273,14 @@ MEASURED = (
 
 
 def measured(history: Callable[[str], Sequence[Point]]) -> Iterator[tuple[str, list[Series]]]:
-    """The titles and curves of what is measured of answers, in training and in validation.
+    """The titles and curves of the figures of answers, in training and in validation.
 
-    Args:
-        history: gives the points of a figure.
+    ``history`` returns the points of a figure.
     """
-    for title, keys, named in MEASURED:
+    for title, keys, by_figure in MEASURED:
         series = []
         for key in keys:
-            of = f"{key.rpartition('/')[2]}, " if named else ""
+            of = f"{key.rpartition('/')[2]}, " if by_figure else ""
             series.append(Series(f"{of}training", history(key), smoothed=True))
             series.append(Series(f"{of}validation", history(f"eval_{key}"), dots=True))
         yield title, series
@@ -328,7 +308,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows, as text; what is empty or None is left out."""
+    """The content of the template, as text; what is empty or None is left out."""
 
     title: str
     line: str
@@ -353,19 +333,14 @@ class Page:
 
     @property
     def contents(self) -> list[tuple[str, str]]:
-        """``(id, name)`` of the sections that there are."""
+        """``(id, name)`` of the sections that are not empty."""
         return [(id_, name) for id_, name, attribute in _CONTENTS if getattr(self, attribute)]
 
 
 def write(result: Any, folder: str | Path) -> Path:
-    """Write the page of a run, whole or not at all.
+    """Write the page of a run to ``report.html`` in ``folder``, whole or not at all.
 
-    Args:
-        result: a ``RunResult``, a mapping like ``run.json``, or the path of one or of its folder.
-        folder: where ``report.html`` goes.
-
-    Returns:
-        The file.
+    ``result`` is a ``RunResult``, a mapping like ``run.json``, or the path of one or of its folder.
 
     Raises:
         DataError: ``result`` is a path, and there is no record of a run.
@@ -439,7 +414,6 @@ def compose(facts: Facts) -> Page:
 
 
 def _line(facts: Facts) -> str:
-    """The line below the title."""
     steps, planned = facts.number("steps"), facts.number("steps_planned")
     parts = []
     if steps is not None and planned:
@@ -458,12 +432,12 @@ def _line(facts: Facts) -> str:
     return " · ".join(parts)
 
 
-# --- the large figures ---------------------------------------------------------------------------
+# --- headlines -----------------------------------------------------------------------------------
 
 
 def _headline(facts: Facts) -> list[Headline]:
-    found = (_loss(facts), _speed(facts), _memory(facts), _time(facts))
-    return [f for f in found if f is not None]
+    headlines = (_loss(facts), _speed(facts), _memory(facts), _time(facts))
+    return [f for f in headlines if f is not None]
 
 
 def _loss(facts: Facts) -> Headline | None:
@@ -516,12 +490,12 @@ def _memory(facts: Facts) -> Headline | None:
 
 def _time(facts: Facts) -> Headline | None:
     parts = facts.mapping("seconds")
-    known = [v for v in parts.values() if isinstance(v, int | float)]
-    if not known:
+    seconds = [v for v in parts.values() if isinstance(v, int | float)]
+    if not seconds:
         return None
     first = facts.number("first_step_s")
     more = f"the first step took {_seconds(first)}" if first else ""
-    return Headline("Time", duration(sum(known)), more)
+    return Headline("Time", duration(sum(seconds)), more)
 
 
 def _seconds(value: float) -> str:
@@ -530,7 +504,7 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else duration(value)
 
 
-# --- the curves ----------------------------------------------------------------------------------
+# --- curves --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -545,7 +519,7 @@ class _Curve:
         return chart(self.title, self.series, self.show, self.from_zero)
 
     def columns(self) -> list[Series]:
-        """The curves for a table: what the title says belongs to the name."""
+        """The curves for a table, where the names include what the title says."""
         if len(self.series) == 1 and self.from_zero:
             return [Series(self.title, self.series[0].points)]
         return [Series(f"{s.name} {self.what}", s.points) for s in self.series]
@@ -559,11 +533,13 @@ def _curves(facts: Facts) -> list[_Curve]:
     judged = [Series("training", facts.history(figure), smoothed=True)]
     judged += [Series(name, facts.history(k), dots=True) for k, name in facts.validations()]
     title = "Loss" if facts.task is not None else "Loss per trained token"
-    found = [_Curve(title if figure == "loss" else "Reward", judged, three, False, figure)]
+    curves = [_Curve(title if figure == "loss" else "Reward", judged, three, False, figure)]
     if figure != "loss":
-        found.append(_Curve(title, [Series("training", facts.history("loss"), True)], three, False))
+        curves.append(
+            _Curve(title, [Series("training", facts.history("loss"), True)], three, False)
+        )
     for title, several in measured(facts.history):
-        found.append(_Curve(title, several, three, False, title.lower()))
+        curves.append(_Curve(title, several, three, False, title.lower()))
     for title, key, show in (
         ("Divergence from the reference model", "kl", three),
         ("Entropy of a token", "entropy", three),
@@ -574,12 +550,12 @@ def _curves(facts: Facts) -> list[_Curve]:
     ):
         smoothed = key != "learning_rate"
         series = Series(title.lower(), facts.history(key), smoothed)
-        found.append(_Curve(title, [series], show))
+        curves.append(_Curve(title, [series], show))
     used = facts.history("cuda_mb") or facts.history("rss_mb")
     gib = [(step, mib / 1024) for step, mib in used]
-    found.append(_Curve("Memory in use, GiB", [Series("memory", gib)], lambda v: f"{v:.2f}"))
+    curves.append(_Curve("Memory in use, GiB", [Series("memory", gib)], lambda v: f"{v:.2f}"))
     return [
         _Curve(c.title, [s for s in c.series if s.points], c.show, c.from_zero, c.what)
-        for c in found
+        for c in curves
         if any(s.points for s in c.series)
     ]

@@ -71,30 +71,30 @@ class Rewrites:
 
 
 def ending(facts: Facts) -> Ending:
-    """How the run ended, and what is left of it."""
+    """How the run ended, and what results it left."""
     status = facts.text("status") or "unknown"
     tone, label = _TONES.get(status, ("warn", status))
     if status == "finished":
         return Ending(tone, label, "")
     kind = "adapter" if facts.recipe.get("adapter") else "model"
     steps, planned = facts.number("steps"), facts.number("steps_planned")
-    said = []
+    sentences = []
     if steps is not None and planned and steps >= planned:
-        said.append(
+        sentences.append(
             f"All steps were done; the steps after training were interrupted{_by_signal(facts)}."
         )
     elif steps is not None and planned:
-        said.append(f"It ended after step {steps:,.0f} of {planned:,.0f}{_by_signal(facts)}.")
+        sentences.append(f"It ended after step {steps:,.0f} of {planned:,.0f}{_by_signal(facts)}.")
     if facts.text("reason"):
-        said.append(facts.text("reason").rstrip(".") + ".")
+        sentences.append(facts.text("reason").rstrip(".") + ".")
     if steps:
-        said.append(f"The {kind} of the last complete step is saved and can be used.")
+        sentences.append(f"The {kind} of the last complete step is saved and can be used.")
     if facts.text("checkpoint"):
-        said.append(
+        sentences.append(
             f"To resume from {facts.text('checkpoint')}, run the same recipe"
             f"{resumption(facts.recipe)}."
         )
-    return Ending(tone, label, " ".join(said))
+    return Ending(tone, label, " ".join(sentences))
 
 
 def _by_signal(facts: Facts) -> str:
@@ -106,31 +106,31 @@ def _by_signal(facts: Facts) -> str:
 
 
 def problems(facts: Facts) -> list[str]:
-    """What failed without ending the run, and what must not be overlooked."""
-    said = []
+    """Failures that did not end the run, and other things to notice."""
+    lines = []
     check = facts.mapping("adapter_check")
     if check.get("exact") is False:
-        said.append(
+        lines.append(
             "The saved adapter is broken: plain PEFT gives other logits than the trained model."
         )
     for problem in facts.rows("problems"):
         if isinstance(problem, Mapping):
-            said.append(f"{problem.get('part', 'Something')} failed: {problem.get('error', '')}")
+            lines.append(f"{problem.get('part', 'Something')} failed: {problem.get('error', '')}")
         else:
-            said.append(str(problem))
-    return said
+            lines.append(str(problem))
+    return lines
 
 
 def warnings(facts: Facts) -> list[str]:
-    """Keys of the recipe that were subsumed or do not apply, and what the run warned of."""
-    said = without_effect(facts.recipe)
+    """Keys of the recipe that were subsumed or do not apply, and the run's warnings."""
+    messages = without_effect(facts.recipe)
     for entry in facts.rows("warnings"):
         if isinstance(entry, Mapping):
             parts = (str(entry.get(k) or "") for k in ("key", "status", "note"))
-            said.append(": ".join(p for p in parts if p))
+            messages.append(": ".join(p for p in parts if p))
         else:
-            said.append(str(entry))
-    return said
+            messages.append(str(entry))
+    return messages
 
 
 def data(facts: Facts) -> tuple[Table | None, Rows]:
@@ -177,16 +177,16 @@ def model(facts: Facts) -> Rows:
 
 def completions(facts: Facts) -> list[ShownCompletion]:
     """Completions to look at, of the first generation and of the last one."""
-    found = []
+    result = []
     for entry in facts.rows("completions"):
         if not isinstance(entry, Mapping):
             continue
         rewards = entry.get("rewards")
-        known = rewards if isinstance(rewards, Mapping) else {}
-        said = [f"{name} {_figure(number(value))}" for name, value in known.items()]
+        by_name = rewards if isinstance(rewards, Mapping) else {}
+        scores = [f"{name} {_figure(number(value))}" for name, value in by_name.items()]
         step, prompt, text = (str(entry.get(k) or "") for k in ("step", "prompt", "completion"))
-        found.append(ShownCompletion(step, prompt, text, ", ".join(said)))
-    return found
+        result.append(ShownCompletion(step, prompt, text, ", ".join(scores)))
+    return result
 
 
 def rewrites(facts: Facts) -> Rewrites | None:
@@ -197,16 +197,16 @@ def rewrites(facts: Facts) -> Rewrites | None:
     report = Report.from_dict(entries)
     head, *rows = report.table() or [()]
     idle = [n for i, n in enumerate(head) if n in _GAPS and all(r[i] == "0" for r in rows)]
-    kept = [i for i, name in enumerate(head) if name not in idle]  # a phone has room for four
+    keep = [i for i, name in enumerate(head) if name not in idle]  # a phone has room for four
     never = f" (never {' or '.join(idle)})" if idle else ""
     caption = f"Rules, how often each was applied{never}, and its largest error against float64"
-    cells = [tuple(row[i] for i in kept) for row in (head, *rows)]
+    cells = [tuple(row[i] for i in keep) for row in (head, *rows)]
     table = Table(caption, cells[0], cells[1:]) if rows else None
     return Rewrites(report.headline(), table, report.remarks(), report.gains())
 
 
 def resources(facts: Facts) -> Rows:
-    """Memory: what was in use, and the plan."""
+    """Memory: the measured peaks, and the plan."""
     rows = []
     for key, name in (
         ("loaded_rss_mb", "after loading"),
@@ -224,8 +224,8 @@ def resources(facts: Facts) -> Rows:
 
 def times(facts: Facts) -> list[tuple[str, str, str]]:
     """Each part of the run, its time, and its share in percent."""
-    known = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
-    parts = {k: v for k, v in known.items() if v is not None and math.isfinite(v) and v >= 0}
+    seconds = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
+    parts = {k: v for k, v in seconds.items() if v is not None and math.isfinite(v) and v >= 0}
     total = sum(parts.values())
     long = {k: v for k, v in parts.items() if v >= 0.5} or parts  # not the many that take no time
     return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in long.items()]
@@ -235,7 +235,7 @@ def use(facts: Facts) -> Rows:
     """Explanations, each with something to copy; none when nothing was trained."""
     if not facts.folder or not facts.number("steps"):
         return []
-    found = [
+    rows = [
         (
             "With fusewright, in a terminal, in the folder of this page:",
             run_facts.commands(facts.recipe),
@@ -244,8 +244,8 @@ def use(facts: Facts) -> Rows:
     code = run_facts.snippet(facts.recipe, ".")
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
-        found.append((f"With plain {below}, in Python, in the same folder:", code))
-    return found
+        rows.append((f"With plain {below}, in Python, in the same folder:", code))
+    return rows
 
 
 def machine(facts: Facts) -> Rows:
@@ -260,13 +260,13 @@ def numbers(columns: Sequence[tuple[str, list[tuple[float, float]]]]) -> Table |
     steps = sorted({step for points in values for step in points})
     if not steps:
         return None
-    chosen = steps
+    shown = steps
     if len(steps) > MOST_ROWS:  # evenly, and the few steps at which something else was logged
         stride = (len(steps) - 1) / (MOST_ROWS - 1)
         rare = {s for points in values if len(points) < MOST_ROWS / 2 for s in points}
-        chosen = sorted(rare | {steps[round(i * stride)] for i in range(MOST_ROWS)})
-    rows = [(f"{s:,.0f}", *(_figure(points.get(s)) for points in values)) for s in chosen]
-    caption = "Logged figures" + (f", {len(chosen)} of {len(steps):,} steps" * (chosen != steps))
+        shown = sorted(rare | {steps[round(i * stride)] for i in range(MOST_ROWS)})
+    rows = [(f"{s:,.0f}", *(_figure(points.get(s)) for points in values)) for s in shown]
+    caption = "Logged figures" + (f", {len(shown)} of {len(steps):,} steps" * (shown != steps))
     return Table(caption, ("step", *(name for name, _ in columns)), rows)
 
 

@@ -28,7 +28,7 @@ from .format import Smooth, duration, memory
 from .throughput import ThroughputMeter
 
 RECENT = 10
-"""Steps that rates and the time left are taken over."""
+"""Steps over which rates and the remaining time are averaged."""
 QUIET = 600.0
 """Seconds after which a log gets a line, however long a tenth of the steps may take."""
 
@@ -39,7 +39,7 @@ class MetricsLine:
     Attributes:
         fields: ``(importance, text)`` from left to right; the least important ones are left out
             first.
-        interrupts: when a signal came, a line below tells what happens now.
+        interrupts: after a signal, a further line shows what happens now.
     """
 
     def __init__(self, interrupts: Interrupts) -> None:
@@ -47,15 +47,15 @@ class MetricsLine:
         self.interrupts = interrupts
 
     def update(self, fields: list[tuple[int, str]]) -> None:
-        """Show these fields from now on."""
+        """Replace the fields."""
         self.fields = fields
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = options.max_width - 2  # for the ^C that a terminal echoes: it must not wrap
-        shown = list(self.fields)
-        while len(shown) > 1 and len(self._joined(shown)) > room:
-            shown.remove(max(shown, key=lambda f: f[0]))
-        yield Text(self._joined(shown), no_wrap=True, overflow="ellipsis")
+        visible = list(self.fields)
+        while len(visible) > 1 and len(self._joined(visible)) > room:
+            visible.remove(max(visible, key=lambda f: f[0]))
+        yield Text(self._joined(visible), no_wrap=True, overflow="ellipsis")
         if self.interrupts.signal is not None:
             yield Text(Interrupts.STOPPING, style="bold yellow")
 
@@ -91,19 +91,16 @@ class _Clock(ProgressColumn):
 class ProgressCallback(TrainerCallback):
     """Shows how the steps go; it times none of them, and changes nothing.
 
-    In a terminal: a bar with the time left, and below it the loss (smoothed, and the last one), the
-    learning rate, trained tokens per second, the share of the device's peak, the memory and the
-    epoch. Elsewhere: a line at the first step and at every tenth of all. Validations and
-    checkpoints have lines of their own. What others print or warn appears above the bar.
-
-    The terminal is given back by ``close``.
+    In a terminal: a bar with the remaining time, and below it the loss (smoothed, and the last
+    one), the learning rate, trained tokens per second, the share of the device's peak, the memory
+    and the epoch. Elsewhere: a line at the first step and at every tenth of all. Validations and
+    checkpoints have their own lines. Output and warnings of others appear above the bar. ``close``
+    releases the terminal.
 
     Args:
-        meter: has timed and counted the steps.
-        interrupts: whose signals the bar tells of.
-        console: where to print.
+        interrupts: whose signals the bar shows.
         total: optimizer steps of the whole run.
-        used: gives the memory in use, in MiB; None: it is not shown.
+        used: returns the memory in use, in MiB; None: it is not shown.
     """
 
     def __init__(
@@ -133,7 +130,7 @@ class ProgressCallback(TrainerCallback):
     # --- the terminal ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave the bar as it stands, and give the terminal back."""
+        """Leave the bar as it is, and release the terminal."""
         self.display.close()
         self.bar = None
 
@@ -157,7 +154,6 @@ class ProgressCallback(TrainerCallback):
         self.display.enter_context(self.interrupts.shown_elsewhere())
 
     def _show(self, state: Any) -> None:
-        """Bring the display up to date."""
         if self.bar is None or self.task is None:
             return
         self.figures.update(self._fields(state))
@@ -167,7 +163,7 @@ class ProgressCallback(TrainerCallback):
         return f", {duration(self._left(self.step))} left" if self._is_timed() else ""
 
     def _fields(self, state: Any) -> list[tuple[int, str]]:
-        """What is known by now, from left to right, each with its importance (0: the highest)."""
+        """The figures so far, from left to right, each with its importance (0: the highest)."""
         fields: list[tuple[int, str]] = []
         if not self.meter.seconds:
             fields.append((0, "the first step takes longer than the others"))
@@ -192,24 +188,23 @@ class ProgressCallback(TrainerCallback):
         return fields
 
     def _is_timed(self) -> bool:
-        """Whether a step was made that tells of others: not the first one, which compiles."""
+        """Whether a typical step was timed: not the first one, which compiles."""
         return len(self.meter.seconds) > 1 or self.step >= self.total
 
     def _left(self, step: int) -> float:
         return self.meter.median_step(last=RECENT) * max(0, self.total - step)
 
     def _line(self, state: Any) -> None:
-        """A line of text, where there is no terminal."""
         self.due, self.said = False, time.perf_counter()
         fields = "  ".join(text for _, text in self._fields(state))
         eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""
         self.say(f"  step {state.global_step}/{self.total}  {fields}{eta}")
 
     def saved(self, step: int) -> None:
-        """Tell of a written checkpoint: Trainer's ``on_save`` comes after a failure, too."""
+        """Report a written checkpoint: Trainer's ``on_save`` comes after a failure, too."""
         self.say(f"  step {step}: saved checkpoint-{step}")
 
-    # --- what the trainer calls ------------------------------------------------------------------
+    # --- callbacks -------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the display."""
@@ -223,16 +218,16 @@ class ProgressCallback(TrainerCallback):
         """Move the bar, or print a line where one is due."""
         if self.used is not None:
             self.mib = self.used()
-        step, every = state.global_step, max(1, self.total // 10)
+        step, interval = state.global_step, max(1, self.total // 10)
         self.step = step
         self._show(state)
         late = time.perf_counter() - self.said > QUIET
-        self.due = self.bar is None and (step in (1, self.total) or step % every == 0 or late)
+        self.due = self.bar is None and (step in (1, self.total) or step % interval == 0 or late)
         if self.due and not control.should_log:  # else the line waits for this step's loss
             self._line(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take in the logged figures."""
+        """Update the figures from the log."""
         logs = kwargs.get("logs") or {}
         judged = (
             f"eval_{(getattr(args, 'metric_for_best_model', None) or '').removeprefix('eval_')}"
@@ -253,7 +248,6 @@ class ProgressCallback(TrainerCallback):
             self._line(state)
 
     def _validation(self, step: int, key: str, figure: str, value: float) -> None:
-        """A line on one validation set, with the change since the one before."""
         name = key.removeprefix("eval_").removesuffix(figure).strip("_")
         text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:z.3f}"
         if key in self.validated:

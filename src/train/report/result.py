@@ -32,21 +32,21 @@ _CARRIED = (
 
 @dataclass
 class RunResult:
-    """What a run did.
+    """The results of a run.
 
     Attributes:
         output_dir: the folder with the adapter (or model), ``loss.png`` and ``run.json``.
         status: how it ended. ``"interrupted"``: by a signal; ``"nan"``: a loss or a gradient was
             NaN or infinite; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint
             could not be written. The weights are those of the last complete step that was saved.
-        signal: the number of that signal.
-        reason: what ended it, in words, where that was not the last step.
-        checkpoint: the last one, which a run can resume from, or None.
+        signal: its number, of an interrupted run.
+        reason: why it ended before the last step, in words.
+        checkpoint: the last one, from which a run can resume, or None.
         resumed_from: the step of the checkpoint that it resumed from, or None.
-        problems: what failed after training, each with ``part`` and ``error``; it cost no weights.
+        problems: failures after training, each with ``part`` and ``error``; they cost no weights.
         recipe: every key with the value that was used; secrets are hidden.
-        data: how many rows, samples, sequences and tokens there were, and what was left out.
-        parameters: how many are trained, and how many there are.
+        data: the numbers of rows, samples, sequences and tokens, and of what was left out.
+        parameters: the numbers of trained parameters, and of all.
         dtype: of the model's weights.
         steps: optimizer steps done.
         steps_planned: optimizer steps the recipe asks for.
@@ -68,7 +68,7 @@ class RunResult:
         figures_after: the same after the last step.
         best_step: the step of the checkpoint that was loaded at the end because it was the best
             one, where that is not the last step; or None.
-        figure: what validations judge the run by, ``loss`` or ``reward``.
+        figure: the figure by which validations judge the run, ``loss`` or ``reward``.
         completions: some of those that were generated in training, first and last, each with
             ``step``, ``prompt``, ``completion``, ``rewards`` by name and ``advantage``.
         sample: ``question``, and the answers ``before`` and ``after``.
@@ -81,7 +81,7 @@ class RunResult:
         seconds: of each part of the run.
         history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
             ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
-            of training until then), and what a method measures; or ``eval_loss`` (and
+            of training until then), and the figures of a method; or ``eval_loss`` (and
             ``eval_NAME_loss`` of several datasets) or ``eval_reward``, and a method's other figures
             with ``eval_`` before them.
         versions: of Python and the libraries.
@@ -138,7 +138,7 @@ class RunResult:
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with.
+        """The exit code of the command.
 
         0: finished. 128 + n: stopped by signal n. 1: it ended early by itself, or the saved adapter
         is not what was trained.
@@ -149,37 +149,27 @@ class RunResult:
         return int(broken or self.status != "finished")
 
     def carried(self) -> dict[str, Any]:
-        """What a checkpoint keeps for a run that resumes from it."""
+        """The figures that a checkpoint keeps for a run that resumes from it."""
         return {name: getattr(self, name) for name in _CARRIED}
 
     def resume(self, step: int, carried: dict[str, Any]) -> None:
-        """Begin where another run stopped.
-
-        Args:
-            step: of the checkpoint.
-            carried: what that kept; anything else in it is left out.
-        """
+        """Begin at a checkpoint's step, with its ``carried`` figures; unknown ones are ignored."""
         self.resumed_from = step
         for name in _CARRIED:
             setattr(self, name, carried.get(name, getattr(self, name)))
 
     def end(self, status: Status, reason: str | None = None) -> None:
-        """Training ended, in this way and for this reason."""
+        """Record how training ended, and for which reason."""
         self.status, self.reason = status, reason
 
     def interrupt(self, signal: int) -> None:
-        """A signal came: what is left to do is left undone."""
+        """Record a signal: the rest of the run is skipped."""
         self.signal = signal
         if self.status == "finished":
             self.status = "interrupted"
 
     def measure(self, meter: ThroughputMeter, log: Sequence[dict[str, Any]]) -> None:
-        """Take the figures of training.
-
-        Args:
-            meter: what the steps took.
-            log: the trainer's log.
-        """
+        """Take the figures of training from the meter and the trainer's log."""
         self.tokens, self.trained_tokens = sum(meter.tokens), sum(meter.trained)
         self.tokens_per_s = meter.rate(meter.tokens)
         self.trained_tokens_per_s = meter.rate(meter.trained)
@@ -192,24 +182,24 @@ class RunResult:
             self.loss_first, self.loss_last = losses[0], losses[-1]
 
     def validated(self, when: Literal["before", "after"]) -> float | None:
-        """What a validation has given for the figure that judges the run, if there was one."""
+        """The figure of a validation that judges the run, if there was one."""
         value: float | None = getattr(self, f"val_{self.figure}_{when}")
         return value
 
     def validate(self, when: Literal["before", "after"], figures: Mapping[str, float]) -> None:
-        """Take it from the figures of a validation, and keep the others."""
+        """Take that figure from a validation, and keep the others."""
         setattr(self, f"val_{self.figure}_{when}", figures[f"eval_{self.figure}"])
-        kept = {name: value for name, value in figures.items() if name.startswith("eval_")}
-        setattr(self, f"figures_{when}", kept)
+        others = {name: value for name, value in figures.items() if name.startswith("eval_")}
+        setattr(self, f"figures_{when}", others)
 
     @property
     def judged(self) -> str:
         """The figure that decides which checkpoint is the best."""
-        named = self.recipe.get("metric_for_best_model") or self.figure
-        return str(named).removeprefix("eval_")
+        metric = self.recipe.get("metric_for_best_model") or self.figure
+        return str(metric).removeprefix("eval_")
 
     def complete(self) -> None:
-        """Take what is known at the end: both validations as entries, and the peak memory."""
+        """Take the figures of the end: both validations as entries, and the peak memory."""
         name = f"eval_{self.figure}"
         logged = {entry["step"] for entry in self.history if name in entry}
         for step, value, others in (
@@ -226,11 +216,7 @@ class RunResult:
             self.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
 
     def ending(self, adapter: bool) -> Iterator[str]:
-        """What to say at the end of a run that did not finish.
-
-        Args:
-            adapter: the run trained one.
-        """
+        """The messages at the end of a run that did not finish; ``adapter``: it trained one."""
         if self.status == "finished":
             return
         yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._kept(adapter)
@@ -310,16 +296,11 @@ class RunResult:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
 
 
-# What a run prints, how long its parts take, and which of them failed.
+# --- the log -------------------------------------------------------------------------------------
 
 
 class RunLog:
-    """Prints, and notes times and failures in the result.
-
-    Args:
-        result: of the run.
-        console: where to print.
-    """
+    """Prints, and records times and failures in the result."""
 
     def __init__(self, result: RunResult, console: Console) -> None:
         self.result, self.console = result, console

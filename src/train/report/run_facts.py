@@ -1,4 +1,4 @@
-"""What ``run.json`` says, read with tolerance: a run that ended early lacks half of it."""
+"""The entries of ``run.json``, read with tolerance: a run that ended early lacks half of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TASKS = {
     "reward-model": "reward modeling (Bradley and Terry)",
     "process-reward-model": "process reward modeling",
 }  # fmt: skip
-"""What trains on preferences or rewards, by the tag that model cards have for it."""
+"""Methods of preferences and rewards, by their tags in model cards."""
 
 
 _PATH = re.compile(
@@ -38,15 +38,11 @@ _PATH = re.compile(
 )
 """An absolute path in a text, on its own or in quotes."""
 _LOCAL = re.compile(r"^(?:file|sqlite):/+")
-"""How an address begins that is a path."""
+"""The beginning of an address that is a path."""
 
 
 class Facts:
-    """The entries of a run, each of which may be missing or of an unexpected kind.
-
-    Args:
-        entries: as in ``run.json``.
-    """
+    """The entries of a run, as in ``run.json``; each may be missing or of an unexpected kind."""
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
         self.entries = entries
@@ -55,8 +51,7 @@ class Facts:
     def of(cls, result: Any) -> Facts:
         """Read a ``RunResult``, a mapping, or the path of a ``run.json`` or of its folder.
 
-        Raises:
-            DataError: there is no such file, or it holds no JSON object.
+        Raises a DataError if there is no such file, or it holds no JSON object.
         """
         if is_dataclass(result) and not isinstance(result, type):
             return cls(asdict(result))
@@ -77,8 +72,8 @@ class Facts:
         names: dict[str, str] = {}  # of the recipe's paths: they may have spaces elsewhere, too
         recipe = _changed(self.entries.get("recipe"), lambda text: _whole_path(text, names))
         rest = _changed(self.entries, lambda text: _without_paths(text, names))
-        written = {key: self.entries.get(key) for key in ("sample", "completions")}
-        return Facts({**rest, "recipe": recipe, **written})
+        generated = {key: self.entries.get(key) for key in ("sample", "completions")}
+        return Facts({**rest, "recipe": recipe, **generated})
 
     def number(self, key: str) -> float | None:
         """A number that is set, even an infinite one; None for everything else."""
@@ -104,13 +99,13 @@ class Facts:
 
         A value that is not a number becomes NaN; of two entries for one step the later one counts.
         """
-        found: dict[float, float] = {}
+        by_step: dict[float, float] = {}
         for entry in self.rows("history"):
             step = number(entry.get("step")) if isinstance(entry, Mapping) else None
             if step is not None and math.isfinite(step) and entry.get(key) is not None:
                 value = number(entry[key])
-                found[step] = math.nan if value is None else value
-        return sorted(found.items())
+                by_step[step] = math.nan if value is None else value
+        return sorted(by_step.items())
 
     def validations(self) -> Iterator[tuple[str, str]]:
         """``(key, name)`` of each validation's loss, or reward, in the history."""
@@ -122,10 +117,10 @@ class Facts:
 
     @property
     def figure(self) -> str:
-        """What validations judge the run by: ``loss`` or ``reward``."""
+        """The figure by which validations judge the run: ``loss`` or ``reward``."""
         return "reward" if self.text("figure") == "reward" else "loss"
 
-    # --- what a run is called --------------------------------------------------------------------
+    # --- names -----------------------------------------------------------------------------------
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -140,7 +135,7 @@ class Facts:
 
     @property
     def method(self) -> str:
-        """How it was trained, e.g. ``LoRA rank 16``."""
+        """The method of training, e.g. ``LoRA rank 16``."""
         adapter = self.recipe.get("adapter")
         name = METHODS.get(adapter, str(adapter))
         rank = self.recipe.get("lora_r")
@@ -152,12 +147,12 @@ class Facts:
         for key in ("reward_model", "process_reward_model"):
             if self.recipe.get(key):
                 return key.replace("_", "-")
-        named = self.recipe.get("rl")
-        return str(named) if named in TASKS else None
+        method = self.recipe.get("rl")
+        return str(method) if method in TASKS else None
 
     @property
     def folder(self) -> str:
-        """Where the results are; empty when that is not known."""
+        """The folder of the results; empty when it is not known."""
         return self.text("output_dir")
 
 
@@ -172,7 +167,6 @@ def number(value: Any) -> float | None:
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """Data with ``change`` made to every text in it."""
     if isinstance(value, Mapping):
         return {key: _changed(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -181,10 +175,7 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _whole_path(value: str, names: dict[str, str]) -> str:
-    """A value of the recipe, cut down to its last part if all of it is an absolute path.
-
-    What only begins like one is a prompt (``/no_think``), or a token.
-    """
+    """The last part of a value that is an absolute path; others may be prompts (``/no_think``)."""
     path = _LOCAL.sub("/", value)
     is_path = PurePath(path).is_absolute() and len(PurePath(path).parts) > 2 and "\n" not in path
     if not is_path or (" " in path and not Path(path).exists()):
@@ -193,7 +184,7 @@ def _whole_path(value: str, names: dict[str, str]) -> str:
 
 
 def _without_paths(text: str, names: Mapping[str, str]) -> str:
-    """A message whose absolute paths are cut down likewise."""
+    """A message with its absolute paths cut to their last parts."""
     text = _LOCAL.sub("/", text)
     for path in sorted(names, key=len, reverse=True):
         below = re.escape(path) + r"(?:/[^\s/'\",;:()<>]+)*"
@@ -201,7 +192,7 @@ def _without_paths(text: str, names: Mapping[str, str]) -> str:
     return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)
 
 
-# How to use what a run left behind: commands and code to copy, for the report and the card.
+# --- commands and code to copy, for the report and the card --------------------------------------
 
 
 _LANGUAGE = """\
@@ -214,11 +205,7 @@ fusewright merge .                     # one model without adapters"""
 
 
 def commands(recipe: Mapping[str, Any]) -> str:
-    """Shell commands for the results in the current folder.
-
-    Args:
-        recipe: of the run.
-    """
+    """Shell commands for the results in the current folder."""
     return _ALL if _head(recipe).classifies else _LANGUAGE + _ALL
 
 
@@ -228,16 +215,10 @@ def _head(recipe: Mapping[str, Any]) -> Head:
 
 
 def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
-    """Python that loads the result and uses it with nothing of ours.
+    """Python that loads the result and uses it without this package.
 
-    A language model answers a question; a reward model judges an answer.
-
-    Args:
-        recipe: of the run.
-        folder: where its results are, or their id on the hub.
-
-    Returns:
-        The code; None for an adapter whose base model is not here.
+    A language model answers a question; a reward model judges an answer. ``folder`` is where the
+    results are, or their id on the hub. None for an adapter whose base model is not here.
     """
     base = str(recipe.get("base_model") or "")
     head = _head(recipe)
@@ -269,9 +250,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def _judging(recipe: Mapping[str, Any]) -> str:
     asking = ChatPrompt.of(recipe)
     answer = {"role": "assistant", "content": "An answer"}
-    asked = json.dumps([*asking.question("Your question"), answer], ensure_ascii=False)
+    conversation = json.dumps([*asking.question("Your question"), answer], ensure_ascii=False)
     return f"""inputs = tokenizer.apply_chat_template(
-    {asked},
+    {conversation},
     return_tensors="pt", return_dict=True,{_more(asking.variables)}
 )
 print(model(**inputs).logits)"""
@@ -279,9 +260,9 @@ print(model(**inputs).logits)"""
 
 def _answering(recipe: Mapping[str, Any]) -> str:
     asking = ChatPrompt.of(recipe)
-    asked = json.dumps(asking.question("Your question"), ensure_ascii=False)
+    conversation = json.dumps(asking.question("Your question"), ensure_ascii=False)
     return f"""inputs = tokenizer.apply_chat_template(
-    {asked},
+    {conversation},
     add_generation_prompt=True, return_tensors="pt", return_dict=True,{_more(asking.variables)}
 )
 answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
@@ -301,7 +282,7 @@ def _load_base(base: str, source: ModelSource, head: Head) -> str:
 
 
 def _more(variables: Mapping[str, Any]) -> str:
-    """Further arguments of a call, on a line of their own; empty when there are none."""
+    """Further arguments of a call, on a separate line; empty when there are none."""
     if not variables:
         return ""
     if all(name.isidentifier() and not keyword.iskeyword(name) for name in variables):

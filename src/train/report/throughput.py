@@ -1,4 +1,4 @@
-"""What the steps took, and how much of the machine they used.
+"""The time of the steps, and how much of the machine they used.
 
 The share of the peak ("model FLOPs utilization", Chowdhery et al., "PaLM", 2022, appendix B) counts
 the operations that the model's formulas ask for, not those that were run: what gradient
@@ -29,7 +29,7 @@ GPU_PEAKS = {
 
 @dataclass
 class ThroughputMeter:
-    """What the steps so far took.
+    """Time and tokens of the steps so far.
 
     Attributes:
         seconds: of each step.
@@ -37,8 +37,8 @@ class ThroughputMeter:
         trained: of each step, the tokens with a label.
         compiling: which steps, counted from 0, were the first of their process: the run's first
             one, and the first after each resumption.
-        flops: floating-point operations of a training step per token, see ``flops_per_token``;
-            0 where that is not known.
+        flops: floating-point operations of a training step per token, see ``flops_per_token``; 0
+            where that is not known.
         peak: operations per second that the device can do, see ``peak_flops``; None: not known.
     """
 
@@ -88,24 +88,24 @@ class ThroughputMeter:
         return self.rate(self.tokens, last) * self.flops / self.peak
 
     def entries(self, last: int) -> dict[str, float]:
-        """What the log says of the ``last`` steps: their speed, and the seconds of all steps."""
+        """The log's entries about the ``last`` steps: their speed, and the seconds of all steps."""
         last = max(1, last)
-        found = {
+        result = {
             "trained_tokens_per_s": self.rate(self.trained, last), "time": sum(self.seconds),
         }  # fmt: skip
         share = self.utilization(last)
-        return found if share is None else {**found, "mfu": share}
+        return result if share is None else {**result, "mfu": share}
 
     def state_dict(self) -> dict[str, list[Any]]:
-        """What a checkpoint keeps: the complete steps, without the current one."""
-        done = len(self.seconds)
-        kept: dict[str, list[Any]] = {
-            name: getattr(self, name)[:done] for name in ("seconds", "tokens", "trained")
+        """The complete steps, without the current one, for a checkpoint."""
+        count = len(self.seconds)
+        state: dict[str, list[Any]] = {
+            name: getattr(self, name)[:count] for name in ("seconds", "tokens", "trained")
         }
-        return {**kept, "compiling": [step for step in self.compiling if step < done]}
+        return {**state, "compiling": [step for step in self.compiling if step < count]}
 
     def load_state_dict(self, kept: dict[str, list[Any]]) -> None:
-        """Restore what a checkpoint kept; the next step is the first of this process."""
+        """Restore ``state_dict``; the next step is the first of this process."""
         for name, values in kept.items():
             setattr(self, name, list(values))
         self.compiling.append(len(self.seconds))
@@ -119,11 +119,8 @@ def flops_per_token(model: nn.Module, context: float = 0.0) -> float:
     gradient's way, 2·N where it comes before everything that is trained (Kaplan et al., "Scaling
     Laws for Neural Language Models", 2020, section 2.1, with the frozen cases told apart).
     Embeddings are looked up and cost nothing. Of experts only those count that a token is sent to.
-    Causal attention adds 6·L·H·D·T: two products over half of T keys, and twice that in backward.
-
-    Args:
-        model: any model, with or without adapters, quantized or not.
-        context: T, how many tokens the sample of an average token has, see ``mean_context``.
+    Causal attention adds 6·L·H·D·T: two products over half of T keys, and twice that in backward. T
+    is ``context``, the tokens of the sample of an average token, see ``mean_context``.
     """
     total, reached = 0.0, False
     for module, name, weight in _weights(model):
@@ -138,11 +135,7 @@ def flops_per_token(model: nn.Module, context: float = 0.0) -> float:
 
 
 def mean_context(lengths: Sequence[int]) -> float:
-    """How long the sample of an average token is: long samples have more of the tokens.
-
-    Args:
-        lengths: of the samples, in tokens.
-    """
+    """The length of the sample of an average token: long samples have more of the tokens."""
     tokens = sum(lengths)
     return sum(n * n for n in lengths) / tokens if tokens else 0.0
 
@@ -154,7 +147,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _size(module: nn.Module, name: str, weight: nn.Parameter) -> float:
-    """How many weights a matrix has; of a packed one, how many it stands for."""
+    """The number of weights of a matrix; a packed one counts as unpacked."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if name == "weight" and isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return float(sizes[0] * sizes[1])
@@ -167,7 +160,6 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _share(model: nn.Module, experts: int) -> float:
-    """The share of the experts that a token is sent to."""
     each = getattr(_text_config(model), "num_experts_per_tok", None)
     return min(1.0, each / experts) if isinstance(each, int) else 1.0
 
@@ -184,27 +176,21 @@ def _attention_width(model: nn.Module) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float | None:
-    """Say how many operations per second the device can do in products of ``dtype``.
+    """The operations per second that the device can do in products of ``dtype``.
 
     From ``GPU_PEAKS`` for the GPUs in it, else measured: the best of some products of 1024 x 1024
-    (on a GPU 8192 x 8192) matrices, which large products of a model come near to.
-
-    Args:
-        device: where the model is.
-        dtype: of its weights.
-        seconds: how long a measurement may take, after one product to warm up.
-
-    Returns:
-        Floating-point operations per second, or None where the device has no such product.
+    (on a GPU 8192 x 8192) matrices, which large products of a model come near to. ``seconds`` is
+    how long a measurement may take, after one product to warm up. None where the device has no such
+    product.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        found = next((peak for part, peak in GPU_PEAKS.items() if part in name), None)
-        if found is not None:
-            return found * 1e12
+        listed = next((peak for part, peak in GPU_PEAKS.items() if part in name), None)
+        if listed is not None:
+            return listed * 1e12
     size = 8192 if device.type == "cuda" else 1024
     try:
-        # a generator of its own: the run's random numbers must not depend on this
+        # a separate generator: the run's random numbers must not depend on this
         generator = torch.Generator(device).manual_seed(0)
         numbers = torch.rand(size, size, device=device, generator=generator).to(dtype)
         numbers @ numbers

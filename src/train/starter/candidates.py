@@ -17,7 +17,7 @@ from ..data.sample import Tokens
 from ..recipe.recipe import Recipe
 from .look import RowsRead
 
-# How long rows are in tokens: counted as a run would count them, or estimated and said to be.
+# --- lengths of rows -----------------------------------------------------------------------------
 
 
 _CHARACTERS = 3.5
@@ -29,12 +29,9 @@ _WHOLE = 1 << 30
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the rows in the sample.
+    """Tokens of each row in the sample; ``counted`` with a tokenizer, not estimated.
 
-    Attributes:
-        tokens: of each row.
-        trained: the fraction of them that is trained; None: not known.
-        counted: whether a tokenizer has counted them.
+    ``trained`` is the fraction of them that is trained; None: not known.
     """
 
     tokens: np.ndarray[Any, Any]
@@ -61,12 +58,7 @@ def tokenizer_of(recipe: Recipe) -> tuple[Any, str]:
 
 
 def measure(recipe: Recipe, rows: RowsRead, tokenizer: Any) -> Lengths:
-    """Count the tokens of the sample.
-
-    Args:
-        recipe: says how rows are read.
-        rows: with the sample.
-        tokenizer: of the model, or None.
+    """Count the tokens of the sample as ``recipe`` reads it, or estimate them without a tokenizer.
 
     Raises:
         DataError: a row is not right, or has what the chat template leaves out.
@@ -78,16 +70,15 @@ def measure(recipe: Recipe, rows: RowsRead, tokenizer: Any) -> Lengths:
         sizes = [_size(read.read(row, where)) for where, row in rows.sample]
         return Lengths(np.array(sizes), None, counted=False)
     encoder = Encoder(dataset, recipe, tokenizer, _WHOLE)
-    found = encoder.encode(rows.sample)
-    tokens = np.array([len(one.ids) for one in found])
-    trained = sum(end - begin for one in found for begin, end in one.spans)
+    encoded = encoder.encode(rows.sample)
+    tokens = np.array([len(one.ids) for one in encoded])
+    trained = sum(end - begin for one in encoded for begin, end in one.spans)
     if not trained:
         raise DataError(f"{dataset.path}: no row has anything to train")
     return Lengths(tokens, trained / max(1, int(tokens.sum())), counted=True)
 
 
 def _size(read: Any) -> int:
-    """The tokens of a row, estimated by its characters."""
     if isinstance(read, Tokens):
         return len(read.ids)
     if isinstance(read, Chat):
@@ -107,7 +98,8 @@ _TEXT = 2048
 
 _KEPT = 0.95
 """A length that keeps this fraction of the rows is long enough: all adapters are tried there before
-any shorter length is."""
+any shorter length is.
+"""
 
 LORA: dict[str, Any] = {
     "adapter": "lora",
@@ -125,13 +117,7 @@ LORA_WHY = (
 
 @dataclass(frozen=True)
 class Candidates:
-    """What to try.
-
-    Args:
-        rows: what was read.
-        lengths: of the rows.
-        longest: the longest text that the model can read, if that is known.
-    """
+    """The adapters and lengths to try; ``longest`` is the model's longest text, if known."""
 
     rows: RowsRead
     lengths: Lengths
@@ -146,10 +132,8 @@ class Candidates:
         """Adapters, with the reason for each, and lengths.
 
         All adapters are tried at lengths that keep enough rows before any shorter length is: 4-bit
-        weights lose less than rows that are left out.
-
-        Raises:
-            RecipeError: no length keeps a row.
+        weights lose less than rows that are left out. Raises a RecipeError if no length keeps a
+        row.
         """
         lengths = self.usable()
         enough = [length for length in lengths if self.kept(length) >= _KEPT]
@@ -162,20 +146,16 @@ class Candidates:
                 yield from ((adapter, why, length) for adapter, why in self._adapters())
 
     def usable(self) -> list[int]:
-        """Sequence lengths that keep a row: what the rows need first, then shorter ones.
-
-        Raises:
-            RecipeError: there is none.
-        """
-        wanted = self._wanted()
+        """Lengths that keep a row, the best one first; raises a RecipeError if there is none."""
+        best = self._wanted()
         if self.longest is not None:
-            wanted = min(wanted, self.longest)
-        found = [wanted]
-        while found[-1] > _LEAST:
-            found.append(_rounded(found[-1] // 2))
+            best = min(best, self.longest)
+        lengths = [best]
+        while lengths[-1] > _LEAST:
+            lengths.append(_rounded(lengths[-1] // 2))
         if not self.is_text:  # the shortest one that keeps enough
-            found.append(min(wanted, _rounded(self.lengths.at(100 * _KEPT))))
-        usable = sorted({length for length in found if self.kept(length)}, reverse=True)
+            lengths.append(min(best, _rounded(self.lengths.at(100 * _KEPT))))
+        usable = sorted({length for length in lengths if self.kept(length)}, reverse=True)
         if not usable:
             raise RecipeError(
                 f"--model: the model reads up to {self.longest:,} tokens, and the shortest row has "
@@ -188,29 +168,29 @@ class Candidates:
         return 1.0 if self.is_text else float((self.lengths.tokens <= length).mean())
 
     def why(self, length: int) -> str:
-        """The reason for a length, with what is lost by it."""
+        """The reason for a length, with the rows and tokens that it loses."""
         limit = "the positions of the model" if length == self.longest else "memory"
         if self.is_text:
-            said = "longer texts become several samples"
+            text = "longer texts become several samples"
             if length < self._wanted():
-                said += f", each with LESS CONTEXT than {_TEXT:,} tokens, because of {limit}"
-            return said
+                text += f", each with LESS CONTEXT than {_TEXT:,} tokens, because of {limit}"
+            return text
         how = "counted by the tokenizer"
         if not self.lengths.counted:
             how = "ESTIMATED from characters: the tokenizer is not on this disk"
-        said = (
+        text = (
             f"half of the rows have up to {self.lengths.at(50):,} tokens, 99% up to "
             f"{self.lengths.at(99):,} ({how})"
         )
-        kept = self.kept(length)
-        if kept == 1:
-            return f"{said}; none is longer"
-        cut = f"{1 - kept:.1%} are longer and are left out"
-        if kept >= _KEPT:
-            return f"{said}; {cut}"
+        fraction = self.kept(length)
+        if fraction == 1:
+            return f"{text}; none is longer"
+        cut = f"{1 - fraction:.1%} are longer and are left out"
+        if fraction >= _KEPT:
+            return f"{text}; {cut}"
         tokens = self.lengths.tokens
-        lost = float(tokens[tokens > length].sum() / tokens.sum())
-        return f"{said}. ROWS ARE LOST, because of {limit}: {cut}, with {lost:.1%} of all tokens"
+        share = float(tokens[tokens > length].sum() / tokens.sum())
+        return f"{text}. ROWS ARE LOST, because of {limit}: {cut}, with {share:.1%} of all tokens"
 
     def _adapters(self) -> Iterator[tuple[dict[str, Any], str]]:
         if self.rows.shape.kind == "text (completion)":
@@ -224,13 +204,13 @@ class Candidates:
 
     def _wanted(self) -> int:
         """The length that is best for the rows, whatever the model and the memory allow."""
-        wanted = _TEXT if self.is_text else _rounded(self.lengths.at(99))
-        packs = self.is_text or self.lengths.at(50) <= wanted // 2 or wanted < _PACK
-        return max(wanted, _PACK) if packs else wanted
+        best = _TEXT if self.is_text else _rounded(self.lengths.at(99))
+        packs = self.is_text or self.lengths.at(50) <= best // 2 or best < _PACK
+        return max(best, _PACK) if packs else best
 
 
 def has_bitsandbytes() -> bool:
-    """Whether weights of 4 bits can be asked for."""
+    """Whether the recipe can ask for weights of 4 bits."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 

@@ -24,21 +24,12 @@ from ..recipe.recipe import Recipe
 from .candidates import LORA, LORA_WHY, Candidates, has_bitsandbytes
 from .look import RowsRead
 
-# Whether a recipe fits into memory: the one place that ``init`` asks.
-#
-# The answer is that of ``fusewright plan``. A step is counted once for each way of training; other
-# lengths and batches are multiples of it.
+# --- memory: the answer of ``fusewright plan`` ---------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MemoryVerdict:
-    """Whether a recipe fits.
-
-    Attributes:
-        fits: None: it cannot be said.
-        needs: bytes that it needs at least, if that is known.
-        note: the same in words.
-    """
+    """Whether a recipe fits (None: not known), and the bytes that it needs at least, if known."""
 
     fits: bool | None
     needs: int | None
@@ -81,10 +72,10 @@ class PlanJudge:
         job = self._job(recipe)
         tokens = recipe.micro_batch_size * recipe.sequence_len
         needs = smallest_peak(job, layout_of(recipe, 1), room, tokens / job.step.tokens)
-        said = (
+        note = (
             f"needs at least {gigabytes(needs)} of {gigabytes(room)}, according to fusewright plan"
         )
-        return MemoryVerdict(needs <= SPARE * room, needs, said)
+        return MemoryVerdict(needs <= SPARE * room, needs, note)
 
     def _job(self, recipe: Recipe) -> TrainingJob:
         method = method_of(recipe)
@@ -99,7 +90,7 @@ class PlanJudge:
 
 
 def positions_of(recipe: Recipe) -> int | None:
-    """How many tokens the recipe's model can read; None: it does not say, or is not here."""
+    """The tokens that the recipe's model can read; None: not specified, or no model here."""
     with quiet():
         try:
             return positions(load_config(recipe))
@@ -137,13 +128,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Draft:
-    """The keys that were chosen.
-
-    Attributes:
-        values: the recipe.
-        why: key -> the reason.
-        verdict: whether it fits.
-    """
+    """The chosen keys, the reason of each, and whether the recipe fits."""
 
     values: Values
     why: dict[str, str]
@@ -152,13 +137,9 @@ class Draft:
 
 @dataclass
 class Chooser:
-    """Chooses the keys.
+    """Chooses the keys; ``budget`` is ``--memory`` as it was given, and in bytes.
 
-    Args:
-        base: ``base_model`` and ``datasets``, and why.
-        candidates: what to try; with the rows and their lengths.
-        budget: ``--memory`` as it was given, and in bytes; None: none was given.
-        fits: judges.
+    ``base`` has ``base_model`` and ``datasets``, and why.
     """
 
     base: Mapping[str, tuple[Any, str]]
@@ -173,10 +154,8 @@ class Chooser:
     def choose(self) -> Draft:
         """The first of the candidates that fits, each with the largest batch that does.
 
-        Where the judge cannot say, LoRA with the smallest batch.
-
-        Raises:
-            RecipeError: none of them fits, or no row is short enough for the model.
+        LoRA with the smallest batch where the judge cannot say. Raises a RecipeError if none of
+        them fits, or no row is short enough for the model.
         """
         memory = self.budget[1] if self.budget else None
         verdict = None
@@ -200,7 +179,7 @@ class Chooser:
         )
 
     def _unchecked(self, verdict: MemoryVerdict) -> Draft:
-        """What needs little memory, as it is not known what fits."""
+        """The draft that needs little memory, as it is not known what fits."""
         why = f"{LORA_WHY}. {_UNCHECKED}"
         draft = self._draft(LORA, why, self.candidates.usable()[0], 1)
         assert draft is not None  # a batch of 1 is never more than a step has
@@ -215,10 +194,10 @@ class Chooser:
         per_step = 1 << (min(_ROWS_PER_STEP, max(1, total // _STEPS)).bit_length() - 1)
         if micro > per_step:
             return None
-        held, held_why = self._held()
+        val_size, held_why = self._held()
         epochs, epochs_why = self._epochs()
-        chosen: list[tuple[str, Any, str]] = [
-            ("val_set_size", held, held_why),
+        keys: list[tuple[str, Any, str]] = [
+            ("val_set_size", val_size, held_why),
             ("sequence_len", length, self.candidates.why(length)),
             ("sample_packing", True, _PACKING),
             ("micro_batch_size", micro, "sequences per forward pass"),
@@ -243,16 +222,16 @@ class Chooser:
         before = [(key, value, why if key == "adapter" else "") for key, value in adapter.items()]
         if not adapter:
             reasons["base_model"] += f"; {why}"
-        for key, value, reason in [*before, *chosen]:
+        for key, value, reason in [*before, *keys]:
             values[key], reasons[key] = value, reason
         return Draft(values, reasons, MemoryVerdict(None, None, ""))
 
     def _sequences(self, length: int) -> int:
-        """Sequences of an epoch, as far as rows were read."""
+        """Sequences of an epoch, among the rows that were read."""
         tokens = self.candidates.lengths.tokens
-        kept = tokens if self.candidates.is_text else tokens[tokens <= length]
-        mean = float(kept.mean())
-        share = len(kept) / len(tokens)
+        fitting = tokens if self.candidates.is_text else tokens[tokens <= length]
+        mean = float(fitting.mean())
+        share = len(fitting) / len(tokens)
         return max(1, int(self._rows.count * share * mean / length * 1.05))
 
     def _held(self) -> tuple[int | float, str]:
@@ -268,8 +247,8 @@ class Chooser:
             return 1, "there are many rows: one pass"
         if self._rows.count < 10_000:
             few = f"{self._rows.count:,} rows are few: three passes"
-            held, _ = self._held()
-            return 3, f"{few}. Watch eval_loss: fewer may be enough" if held else few
+            val_size, _ = self._held()
+            return 3, f"{few}. Watch eval_loss: fewer may be enough" if val_size else few
         return (
             (2, "two passes") if self._rows.count < 50_000 else (1, "there are many rows: one pass")
         )

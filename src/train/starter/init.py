@@ -31,14 +31,12 @@ _TEMPLATES = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3", "<end_of_turn>": "
 
 @dataclass(frozen=True)
 class InitOptions:
-    """What the command was asked for.
+    """The options of the command.
 
     Attributes:
-        data: what ``path`` may be in a recipe.
-        model: what ``base_model`` may be; None: a small one.
+        data: as ``path`` in a recipe.
+        model: as ``base_model`` in a recipe; None: a small one.
         memory: a budget such as ``24GB``; None: what this machine has.
-        output: the file to write; None: standard output.
-        overwrite: replace that file.
     """
 
     data: str
@@ -49,11 +47,7 @@ class InitOptions:
 
 
 def run(options: InitOptions, fits: Fits | None = None) -> None:
-    """Write the recipe.
-
-    Args:
-        options: what was asked for.
-        fits: says whether a recipe fits; None: ``fusewright plan`` does.
+    """Write the recipe; ``fits`` judges whether it fits, by default as ``fusewright plan`` does.
 
     Raises:
         RecipeError: an option is wrong, nothing fits, or the file is there already.
@@ -108,11 +102,7 @@ def _model(name: str | None) -> tuple[str, str]:
 
 
 def _dataset(path: str, model: str) -> Dataset:
-    """The dataset with an absolute path.
-
-    Raises:
-        RecipeError: nothing is there.
-    """
+    """The dataset with an absolute path; raises a RecipeError if nothing is there."""
     return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
 
 
@@ -132,11 +122,6 @@ def _entry(options: InitOptions, rows: RowsRead) -> dict[str, Any]:
 def _measured(
     model: str, why: str, entry: dict[str, Any], rows: RowsRead
 ) -> tuple[Recipe, dict[str, tuple[Any, str]], Lengths]:
-    """The lengths of the rows, and the keys that say how they are read.
-
-    Raises:
-        DataError: a row is not right, or has what the chat template leaves out.
-    """
     base: dict[str, tuple[Any, str]] = {"base_model": (model, why)}
     plain = check({"base_model": model, "datasets": [entry]}).recipe
     tokenizer, missing = tokenizer_of(plain)
@@ -169,34 +154,34 @@ _PREFERENCES = (
 
 def _rows_why(rows: RowsRead) -> str:
     features, kind = rows.features, rows.shape.kind
-    said = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
+    lines = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
     if features.roles and kind == "chat":
-        said.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
+        lines.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
     if features.tools:
-        said.append(f"{features.tools:,} rows have tools or tool calls")
+        lines.append(f"{features.tools:,} rows have tools or tool calls")
     if features.thinking:
-        said.append(f"reasoning is in the field {features.thinking} of messages")
+        lines.append(f"reasoning is in the field {features.thinking} of messages")
     if features.marks:
-        said.append(
+        lines.append(
             f"{features.marks:,} answers have reasoning in tags such as <think>, which is trained "
             "as is (split_thinking: true gives it to the template instead)"
         )
     if features.mapping() is not None:
-        said.append("GUESSED (roles): chats are opened by the user and closed by the assistant")
+        lines.append("GUESSED (roles): chats are opened by the user and closed by the assistant")
     if rows.shape.answers:
-        said.append(_PREFERENCES)
-    return ". ".join(said)
+        lines.append(_PREFERENCES)
+    return ". ".join(lines)
 
 
 def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) -> list[str]:
-    given = ["fusewright init", options.data]
-    given += ["--model", options.model] if options.model else []
-    given += ["--memory", options.memory] if options.memory else []
+    command = ["fusewright init", options.data]
+    command += ["--model", options.model] if options.model else []
+    command += ["--memory", options.memory] if options.memory else []
     many = "all" if rows.complete else "the first"
     how = "counted" if lengths.counted else "estimated"
     looked = min(rows.count, SAMPLE)
     return [
-        f"A starter recipe, written by: {' '.join(given)}",
+        f"A starter recipe, written by: {' '.join(command)}",
         f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "
         f"Memory: {draft.verdict.note}.",
         "Check it with: fusewright train RECIPE --dry-run. All keys: docs/recipes.md.",
@@ -204,7 +189,7 @@ def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) 
     ]
 
 
-# The recipe as YAML, with a comment above each choice that says why.
+# --- YAML ----------------------------------------------------------------------------------------
 
 
 _GROUPS = {
@@ -215,18 +200,13 @@ _GROUPS = {
     "bf16": "The machine",
     "output_dir": "The results",
 }
-"""The key that a group begins with -> its title."""
+"""The first key of a group -> the group's title."""
 
 _WIDTH = 96
 
 
 def to_yaml(draft: Draft, head: Sequence[str]) -> str:
-    """The text of the file.
-
-    Args:
-        draft: the keys with their reasons.
-        head: what is said first, a paragraph each.
-    """
+    """The text of the file; ``head`` has its first paragraphs."""
     lines = [line for paragraph in head for line in _comment(paragraph)]
     for key, value in draft.values.items():
         if key in _GROUPS:

@@ -14,7 +14,7 @@ from ..data.readers import sources
 from ..data.readers.files import Row
 from ..recipe.recipe import Dataset
 
-# What a row is, by the fields that it has: the type of dataset that reads it.
+# --- shapes of rows ------------------------------------------------------------------------------
 
 
 _LISTS = ("messages", "conversations", "conversation")
@@ -27,11 +27,11 @@ _TEXTS = ("text", "content", "document")
 
 @dataclass(frozen=True)
 class Shape:
-    """What one row is.
+    """The type of one row.
 
     Attributes:
         kind: in words, e.g. ``chat``; rows of several kinds are not one dataset.
-        keys: what the entry of ``datasets`` must say so that it is read so.
+        keys: what the entry of ``datasets`` must have so that it is read so.
         answers: it is read as its better answer, of a pair.
     """
 
@@ -45,17 +45,13 @@ class Shape:
 
 
 def shape_of(row: Any, where: str) -> Shape:
-    """The shape of a row.
-
-    Raises:
-        DataError: it has none of the fields that tell it.
-    """
+    """The shape of a row; raises a DataError if it has none of the fields that tell it."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: must be an object with named fields, such as messages or text")
     for test in (_preference, _tokenized, _chat, _segments, _prompt, _instruction, _text):
-        found = test(row)
-        if found is not None:
-            return found
+        shape = test(row)
+        if shape is not None:
+            return shape
     has = ", ".join(map(repr, row)) or "no fields"
     raise DataError(
         f"{where}: no known format has these fields ({has}). Known are: messages; instruction and "
@@ -68,17 +64,17 @@ def shape_of(row: Any, where: str) -> Shape:
 def _preference(row: Mapping[str, Any]) -> Shape | None:
     if not {"chosen", "rejected"} <= set(row):
         return None
-    asked = next((name for name in _ASKED if name in row), None)
+    prompt = next((name for name in _ASKED if name in row), None)
     kind = "preference pairs"
-    if asked is None and isinstance(row["chosen"], list):  # the whole conversation, twice
+    if prompt is None and isinstance(row["chosen"], list):  # the whole conversation, twice
         keys = (("type", "chat_template"), *_names("chosen", row["chosen"]))
         return Shape(kind, keys, answers=True)
-    if asked is None:
+    if prompt is None:
         return Shape(kind, (("type", "completion"), ("field", "chosen")), answers=True)
-    if isinstance(row["chosen"], list) and not isinstance(row[asked], list):
+    if isinstance(row["chosen"], list) and not isinstance(row[prompt], list):
         keys = (("type", "chat_template"), *_names("chosen", row["chosen"]))
         return Shape(kind, keys, answers=True)  # TRL's older form: the prompt is in it, too
-    keys = (("type", "prompt_completion"), ("field_human", asked), ("field_model", "chosen"))
+    keys = (("type", "prompt_completion"), ("field_human", prompt), ("field_model", "chosen"))
     return Shape(kind, keys, answers=True)
 
 
@@ -95,7 +91,6 @@ def _chat(row: Mapping[str, Any]) -> Shape | None:
 
 
 def _is_chat(value: Any) -> bool:
-    """Whether it is a list of messages, whatever its name."""
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
         return False
     first = value[0]
@@ -103,7 +98,6 @@ def _is_chat(value: Any) -> bool:
 
 
 def _names(name: str, messages: Any) -> list[tuple[str, Any]]:
-    """The keys that say where the messages are, and what their fields are called."""
     keys: list[tuple[str, Any]] = [] if name in _LISTS else [("field_messages", name)]
     first = messages[0] if isinstance(messages, list) and messages else {}
     if not isinstance(first, Mapping):
@@ -126,14 +120,14 @@ def _prompt(row: Mapping[str, Any]) -> Shape | None:
 
 
 def _instruction(row: Mapping[str, Any]) -> Shape | None:
-    asked = next((name for name in _ASKED if name in row), None)
+    prompt = next((name for name in _ASKED if name in row), None)
     answered = next((name for name in _ANSWERED if name in row), None)
-    if asked is None or answered is None:
+    if prompt is None or answered is None:
         return None
     system = next((name for name in _SYSTEMS if name in row), None)
     keys = [("type", "alpaca_w_system.load_instruct" if system else "alpaca")]
-    named = {"instruction": asked, "output": answered, "system": system or "system"}
-    keys += [(f"field_{usual}", own) for usual, own in named.items() if usual != own]
+    names = {"instruction": prompt, "output": answered, "system": system or "system"}
+    keys += [(f"field_{usual}", used) for usual, used in names.items() if usual != used]
     return Shape("instruction and answer (alpaca)", tuple(keys))
 
 
@@ -158,14 +152,13 @@ _MARKS = ("<think>", "<reasoning>", "<|begin_of_thought|>")
 
 @dataclass
 class ChatFeatures:
-    """What the chats of the rows have.
+    """Features of the chats of the rows.
 
     Attributes:
         roles: names of roles, with how many messages have each.
         first: the roles of the first messages that are not the system's.
         last: the roles of the last messages.
         tools: rows with a list of tools, or calls of them.
-        thinking: the field of a message that holds the reasoning, or None.
         marks: answers with the reasoning in marks such as ``<think>``.
     """
 
@@ -177,16 +170,16 @@ class ChatFeatures:
     marks: int = 0
 
     def add(self, messages: Any, tools: Any) -> None:
-        """Take in one chat."""
+        """Add one chat."""
         turns = (
             [m for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
         )
         names = [str(_of(m, "role", "from", "speaker", "author")) for m in turns]
         self.roles.update(names)
-        asked = [name for name in names if name != "system"]
-        if asked:
-            self.first[asked[0]] += 1
-            self.last[asked[-1]] += 1
+        others = [name for name in names if name != "system"]
+        if others:
+            self.first[others[0]] += 1
+            self.last[others[-1]] += 1
         self.tools += bool(tools) or any(m.get("tool_calls") for m in turns)
         for message in turns:
             self.thinking = self.thinking or next((t for t in _THOUGHTS if message.get(t)), None)
@@ -201,25 +194,21 @@ class ChatFeatures:
         answers, asks = self.last.most_common(1)[0][0], self.first.most_common(1)[0][0]
         if answers == asks:
             return None
-        given = {answers: "assistant", asks: "user"}
-        found: dict[str, list[str]] = {role: list(names) for role, names in ROLES.items()}
+        guessed = {answers: "assistant", asks: "user"}
+        result: dict[str, list[str]] = {role: list(names) for role, names in ROLES.items()}
         for name in unknown:
-            if name in given:
-                found[given[name]].append(name)
-        return found
+            if name in guessed:
+                result[guessed[name]].append(name)
+        return result
 
 
 @dataclass(frozen=True)
 class RowsRead:
-    """What was read.
+    """The rows that were read.
 
     Attributes:
         dataset: with an absolute path, as a recipe's entry.
-        shape: what all rows are.
-        count: how many were read.
         complete: whether these are all.
-        sample: some of them, each with file and line.
-        features: of chats.
     """
 
     dataset: Dataset
@@ -237,25 +226,22 @@ def _of(message: Mapping[str, Any], *names: str) -> Any:
 def look(dataset: Dataset) -> RowsRead:
     """Read the rows of a dataset, as many as are needed to know them.
 
-    Args:
-        dataset: with an absolute path, or the id of one on the hub, which is streamed.
-
-    Raises:
-        DataError: there are none, one cannot be read, has no known format, or another one than the
-            first; the message has file and line.
+    ``dataset`` has an absolute path, or the id of one on the hub, which is streamed. Raises a
+    DataError, with file and line, if there are no rows, or one cannot be read, has no known format,
+    or another one than the first.
     """
     source = sources.find(dataset, "DATA", streaming=True)
-    most = _MOST if source.files or hasattr(source.table, "__len__") else _MOST_OF_HUB
+    limit = _MOST if source.files or hasattr(source.table, "__len__") else _MOST_OF_HUB
     draw, sample, features = random.Random(0), list[Row](), ChatFeatures()
     first: tuple[str, Shape] | None = None
     count = 0
-    for where, row in replace(source, limit=most + 1).rows():
+    for where, row in replace(source, limit=limit + 1).rows():
         shape = shape_of(row, where)
         if first is None:
             first = where, shape
         elif shape != first[1]:
             raise DataError(_mixed(where, shape, *first))
-        if count == most:
+        if count == limit:
             break
         if shape.kind in ("chat", "preference pairs"):
             features.add(row.get(_field(row, shape)), row.get("tools"))
@@ -265,20 +251,19 @@ def look(dataset: Dataset) -> RowsRead:
         elif (place := draw.randrange(count)) < SAMPLE:
             sample[place] = where, row
     else:
-        most += 1
+        limit += 1
     if first is None:
         raise DataError(f"{dataset.path}: the dataset is empty")
-    return RowsRead(dataset, first[1], count, count < most, sample, features)
+    return RowsRead(dataset, first[1], count, count < limit, sample, features)
 
 
 def _field(row: Mapping[str, Any], shape: Shape) -> str:
     entry = shape.entry()
-    named = (entry.get("field_messages"), "messages", "conversations", "conversation")
-    return next((name for name in named if name and name in row), "messages")
+    fields = (entry.get("field_messages"), "messages", "conversations", "conversation")
+    return next((name for name in fields if name and name in row), "messages")
 
 
 def _mixed(where: str, shape: Shape, place: str, first: Shape) -> str:
-    """What to say of rows of several formats."""
     if shape.kind == first.kind:
         ours, theirs = (", ".join(f"{k}: {v}" for k, v in s.keys) for s in (shape, first))
         return (

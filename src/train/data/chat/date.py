@@ -1,7 +1,7 @@
-"""The day that chat templates write, where they ask for it with ``strftime_now``.
+"""The day for chat templates that ask for it with ``strftime_now``.
 
-The rows of a run have one day, the day it started: those that are prepared after midnight,
-streamed for days or prepared again by a resumed run have the same date in them.
+All rows of a run have the day it started: those that are prepared after midnight, streamed for days
+or prepared again by a resumed run have the same date in them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def asks_for_day(source: str) -> bool:
 def with_day(source: str, day: str) -> str:
     """The template with ``strftime_now`` telling ``day``, one line longer; or as it is.
 
-    Args:
-        source: the Jinja text.
-        day: as ``today`` returns it. Its time is midnight: rows that are kept serve the whole day.
+    ``day`` is as ``today`` returns it, its time midnight: cached rows serve the whole day.
     """
     if not asks_for_day(source):
         return source
@@ -59,11 +57,11 @@ def with_day(source: str, day: str) -> str:
 
 
 def _codes(moment: datetime) -> dict[str, str]:
-    """What each code of ``strftime`` stands for, by the code without its percent sign."""
-    found = {}
+    """The value of each ``strftime`` code, by the code without its percent sign."""
+    values = {}
     for code in (flag + letter for flag in ("", *"-_0^#") for letter in ascii_letters):
         try:
-            found[code] = moment.strftime(f"%{code}")
+            values[code] = moment.strftime(f"%{code}")
         except ValueError:  # some platforms refuse what they do not know
             continue
-    return found
+    return values

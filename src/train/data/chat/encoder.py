@@ -5,8 +5,8 @@ Nothing before the answer (the system text, the question, the header of the turn
 the end of the turn (templates put a line break there) is.
 
 Each conversation is rendered once and tokenized once, together with many others; tokens are matched
-with turns by their offsets in the text, never by tokenizing a part of it again. Where turns are is
-told by the template's own ``{% generation %}`` marks (``template``) or found (``turns``).
+with turns by their offsets in the text, never by tokenizing a part of it again. Turns come from the
+template's own ``{% generation %}`` marks (``template``), or are found by ``Turns``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,13 @@ class ChatEncoder:
     """Renders, tokenizes and masks conversations.
 
     Args:
-        tokenizer: a fast tokenizer.
         source: the chat template; None for the tokenizer's own.
-        rules: what is trained.
         variables: what the template may read besides the messages and the special tokens.
-        day: the date that the template writes where it asks for it; None: today's.
-        thinking: the key of the assistant's thoughts.
+        day: the date for a template that asks for it; None: today's.
 
     Raises:
-        RecipeError: there is no chat template, the tokenizer cannot tell where its tokens came
-            from, or one of ``eot_tokens`` is not one token.
+        RecipeError: there is no chat template, the tokenizer has no offsets, or one of
+            ``eot_tokens`` is not one token.
     """
 
     tokenizer: Any
@@ -88,9 +85,9 @@ class ChatEncoder:
         """
         texts, turns = [], []
         for _, group in groupby(chats, lambda chat: json.dumps(chat.tools)):
-            more, found = self._rendered(list(group))
+            more, places_of = self._rendered(list(group))
             texts += more
-            turns += found
+            turns += places_of
         encodings = tokenize(self.tokenizer, texts)
         return [
             self._flagged(chat, self.masker.mask(chat, text, places, encoding))
@@ -100,8 +97,7 @@ class ChatEncoder:
     def question(self, chat: Chat) -> list[int]:
         """The tokens of a conversation, up to where the assistant's next answer begins.
 
-        Raises:
-            DataError: the template refuses the conversation.
+        Raises a DataError if the template refuses the conversation.
         """
         name = "tool_use" if chat.tools and "tool_use" in self.templates else "default"
         self.features[name].require(chat)
@@ -110,18 +106,16 @@ class ChatEncoder:
         return ids
 
     def has_special(self, chat: Chat) -> bool:
-        """Whether others than the assistant write special tokens."""
+        """Whether anyone but the assistant writes special tokens."""
         if self.special is None:
             return False
         others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
         return any(isinstance(text, str) and self.special.search(text) for text in others)
 
     def _flagged(self, chat: Chat, tokens: Tokens) -> Tokens:
-        """The tokens, with a note if others than the assistant write special ones."""
         return replace(tokens, specials=True) if self.has_special(chat) else tokens
 
     def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Placed]]]:
-        """The texts and turns of conversations with the same tools."""
         tools = chats[0].tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template = self.templates[name]
@@ -143,12 +137,12 @@ class ChatEncoder:
 
 
 def one_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """What finds one of ``tokens`` in a text; None: there are none."""
+    """A pattern for one of ``tokens``; None: there are none."""
     return re.compile("|".join(map(re.escape, filter(None, tokens)))) if any(tokens) else None
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """The encodings (``ids``, ``offsets``) of texts that hold their special tokens already."""
+    """The encodings (``ids``, ``offsets``) of texts that already contain their special tokens."""
     if not texts:
         return []
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
@@ -185,7 +179,7 @@ _MOST = 4096
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A sequence of roles, rendered: ``literals[k]`` stands before the k-th content in the text.
+    """A sequence of roles, rendered: ``literals[k]`` is the text before the k-th content.
 
     Attributes:
         order: the message whose content is the k-th in the text.
@@ -218,12 +212,7 @@ class _Skeleton:
 
 
 class Turns:
-    """Finds turns.
-
-    Args:
-        template: the chat template, without marks.
-        special: the texts of the tokenizer's special tokens.
-    """
+    """Finds turns; ``template`` is without marks, ``special`` the texts of the special tokens."""
 
     def __init__(self, template: Template, special: Sequence[str]) -> None:
         self.template = template
@@ -232,29 +221,19 @@ class Turns:
         self._trim = (False, False)
 
     def find(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
-        """The turn of every message.
+        """The turn of every message; ``where`` is file and line, for the error.
 
-        Args:
-            messages: the conversation.
-            tools: its tools, or None.
-            text: the conversation as the template renders it.
-            where: file and line, for the error.
-
-        Returns:
-            One turn per message; None for one that leaves no trace (a system message that the
-            template merges or drops, for example).
-
-        Raises:
-            DataError: an answer cannot be located.
+        It is None for a message that leaves no trace (a system message that the template merges or
+        drops, for example). Raises a DataError if an answer cannot be located.
         """
         plain = all(
             len(m) == 2 and isinstance(m.get("content"), str) and "role" in m for m in messages
         )
         if plain:
             skeleton = self._skeleton(tuple(m["role"] for m in messages), tools)
-            found = skeleton and self._match(skeleton, messages, text)
-            if found:
-                return list(found)
+            turns = skeleton and self._match(skeleton, messages, text)
+            if turns:
+                return list(turns)
         return self.analysis.turns(messages, tools, text, where)
 
     def _match(self, skeleton: _Skeleton, messages: Messages, text: str) -> list[Turn] | None:
@@ -265,13 +244,11 @@ class Turns:
                 m["content"].strip() if way[m["role"] == "assistant"] else m["content"]
                 for m in messages
             ]
-            found = skeleton.turns(contents, text)
-            if found:
+            turns = skeleton.turns(contents, text)
+            if turns:
                 self._trim = way
-                return found
+                return turns
         return None
-
-    # --- once per sequence of roles --------------------------------------------------------------
 
     def _skeleton(self, roles: tuple[str, ...], tools: Any) -> _Skeleton | None:
         key = (roles, json.dumps(tools) if tools else None)

@@ -1,6 +1,6 @@
-"""What of a conversation a chat template leaves out, which would be trained without a word.
+"""Detects parts of a conversation that a chat template silently leaves out.
 
-A template is free to ignore whatever it does not know: one that has never heard of ``tool_calls``
+A template is free to ignore whatever it does not know: one without support for ``tool_calls``
 writes an empty turn in their place. So each kind of conversation is tried once: a part of it is
 changed, and where the text stays the same, that part is lost.
 """
@@ -17,7 +17,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 """Keys of a message with what the assistant thinks before it answers."""
 
 _SIGN = "\ue020"
-"""Stands in no text."""
+"""A character that occurs in no text."""
 
 _MOST = 4096
 """Kinds of conversations that are remembered."""
@@ -29,11 +29,9 @@ _REMEDIES = {
 
 
 class Features:
-    """Sees that a template writes what the rows have.
+    """Checks that a template writes what the rows have.
 
-    Args:
-        template: the chat template.
-        thinking: the key of thoughts, besides the usual ones.
+    ``thinking`` is the message's key of thoughts, in addition to the usual ones.
     """
 
     def __init__(self, template: Template, thinking: str = THOUGHTS[0]) -> None:
@@ -42,19 +40,15 @@ class Features:
         self._whole: set[Any] = set()
 
     def require(self, chat: Chat) -> None:
-        """See that nothing of a conversation is left out.
-
-        Raises:
-            DataError: something is; the message names it.
-        """
+        """Raise a DataError that names what the template leaves out of a conversation."""
         if chat.tools is None and all(map(_is_plain, chat.messages)):
             return
         kind = (bool(chat.tools), *(self._kind(message) for message in chat.messages))
         if kind in self._whole:
             return
-        lost = list(dict.fromkeys(self._lost(chat)))
-        if lost:
-            raise DataError(self._said(chat, lost))
+        missing = list(dict.fromkeys(self._lost(chat)))
+        if missing:
+            raise DataError(self._said(chat, missing))
         if len(self._whole) >= _MOST:
             self._whole.clear()
         self._whole.add(kind)
@@ -66,7 +60,7 @@ class Features:
         return message["role"], keys, len(calls), *(bool(_function(c)[1]) for c in calls)
 
     def _lost(self, chat: Chat) -> Iterator[tuple[str, str]]:
-        """The parts that leave no trace: a name, and which remedy there is."""
+        """The parts that leave no trace: the name, and which remedy there is."""
         messages, tools = chat.messages, chat.tools
         text = self.template.render(messages, tools, where=chat.where)
 
@@ -80,22 +74,21 @@ class Features:
             yield "tools", ""
         for i, message in enumerate(messages):
             for name, remedy, changed in self._changes(message):
-                shown, as_was = messages, text
+                current, as_was = messages, text
                 if remedy == "thinking":  # which many drop, on purpose, once the answer is given
-                    shown = messages[: i + 1]
+                    current = messages[: i + 1]
                     as_was = self._through(chat, i, text)
-                if same([*shown[:i], changed, *shown[i + 1 :]], tools, as_was):
+                if same([*current[:i], changed, *current[i + 1 :]], tools, as_was):
                     yield name, remedy
 
     def _through(self, chat: Chat, i: int, text: str) -> str:
-        """The conversation up to message ``i``."""
         try:
             return self.template.render(chat.messages[: i + 1], chat.tools)
         except DataError:
             return text
 
     def _changes(self, message: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """A message with one part changed, for each part that has to be seen."""
+        """Copies of a message with one part changed, for each part that must be seen."""
         role, calls = message["role"], message.get("tool_calls") or []
         if message.get("content") and (role not in ("user", "assistant") or calls):
             what = "the text beside tool_calls" if calls else f"the content of {role!r} messages"
@@ -132,7 +125,6 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
 
 
 def _function(call: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The name and the arguments of a call."""
     function = call.get("function", call)
     if not isinstance(function, Mapping):
         return None, None
@@ -140,7 +132,6 @@ def _function(call: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _with(call: Mapping[str, Any], part: str, value: Any) -> dict[str, Any]:
-    """The call with another name, or other arguments."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": {**call["function"], part: value}}
     return {**call, part: value}

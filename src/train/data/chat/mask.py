@@ -14,7 +14,7 @@ from .probe import Turn
 from .template import Chat, Detail, Span
 
 Placed = tuple[int | None, Turn | None]
-"""A turn and its message; None for one that is trained whosever it is."""
+"""A turn and its message; None for one that is trained whoever wrote it."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,10 @@ class Rules:
     """What is trained in a conversation.
 
     Attributes:
-        roles: the roles whose turns are trained.
         eos: which of the tokenizer's ends of sequence: those of trained ``turn``s, ``all``, only
             the ``last`` of a conversation, or ``none``.
         eot: the same for other tokens that end a turn.
-        eot_tokens: the tokens that end a turn, besides those that the template puts there.
-        everything: train every token.
+        eot_tokens: the tokens that end a turn, in addition to the template's.
     """
 
     roles: frozenset[str] = frozenset({"assistant"})
@@ -38,15 +36,7 @@ class Rules:
 
 
 class Masker:
-    """Matches turns with tokens.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        rules: what is trained.
-
-    Raises:
-        RecipeError: one of ``eot_tokens`` is not one token.
-    """
+    """Matches turns with tokens; raises a RecipeError if one of ``eot_tokens`` is not one token."""
 
     def __init__(self, tokenizer: Any, rules: Rules) -> None:
         self.rules = rules
@@ -59,16 +49,9 @@ class Masker:
         self.trims = '"trim_offsets": true' in json.dumps(after)
 
     def mask(self, chat: Chat, text: str, turns: list[Placed], encoding: Any) -> Tokens:
-        """The tokens of a conversation, and which are trained.
+        """The tokens of a rendered conversation, and which are trained.
 
-        Args:
-            chat: the conversation.
-            text: as it was rendered.
-            turns: where its turns are.
-            encoding: the text's tokens.
-
-        Raises:
-            DataError: what a message says of its characters cannot be followed.
+        Raises a DataError if the details of a message do not fit its characters.
         """
         ids: list[int] = encoding.ids
         if self.rules.everything:
@@ -77,22 +60,22 @@ class Masker:
         spans: list[Span] = []
         ends: set[int] = set()
         for i, turn in turns:
-            wanted = i is None or self._wanted(chat, i)
-            if turn is None or not wanted:
+            trained = i is None or self._wanted(chat, i)
+            if turn is None or not trained:
                 continue
-            first, behind = self._tokens(turn, text, ids, encoding, begin_of)
-            ended = behind > first and ids[behind - 1] in self.special
-            end = behind - 1 if ended else _next_special(ids, behind, self.special)
+            first, stop = self._tokens(turn, text, ids, encoding, begin_of)
+            ended = stop > first and ids[stop - 1] in self.special
+            end = stop - 1 if ended else _next_special(ids, stop, self.special)
             if end is not None:
                 ends.add(ids[end])
-            last = behind - 1 if ended else behind
-            if i is None or wanted is True:
+            last = stop - 1 if ended else stop
+            if i is None or trained is True:
                 spans.append((first, last))
             else:
                 begins = {k: begin_of(k) for k in range(first, last)}
-                spans += _detailed(chat, i, turn, wanted, begins, text)
+                spans += _detailed(chat, i, turn, trained, begins, text)
             if ended and self._policy(ids[last]) in ("turn", "all"):
-                spans.append((last, behind))
+                spans.append((last, stop))
         if self.loose:
             spans += self._loose_ends(ids)
         return Tokens(chat.where, ids, joined(spans), frozenset(ends))
@@ -105,7 +88,6 @@ class Masker:
         return not any(flag and message["role"] != "assistant" for message, flag in pairs)
 
     def _wanted(self, chat: Chat, i: int) -> bool | list[Detail]:
-        """Whether message ``i`` is trained, or which characters of it."""
         flag = chat.train[i] if chat.train is not None else None
         return chat.messages[i]["role"] in self.rules.roles if flag is None else flag
 
@@ -113,7 +95,6 @@ class Masker:
         return self.rules.eos if token == self.eos else self.rules.eot
 
     def _loose_ends(self, ids: list[int]) -> Iterable[Span]:
-        """The ends of turns that are trained whoever's turn it is."""
         for policy, tokens in (
             (self.rules.eos, {self.eos}),
             (self.rules.eot, self.eot - {self.eos}),
@@ -124,17 +105,13 @@ class Masker:
             yield from ((i, i + 1) for i in (places if policy == "all" else places[-1:]))
 
     def _begins(self, encoding: Any) -> Callable[[int], int]:
-        """Says where a token begins, in characters; one by one, for few are asked for.
-
-        Some tokenizers leave spaces out of the offsets; they belong to the token behind them.
-        """
+        """Says where a token begins, in characters; one by one, because few are asked for."""
         chars = encoding.token_to_chars
         if not self.trims:
             return lambda i: int(chars(i)[0])
         return lambda i: int(min(chars(i)[0], chars(i - 1)[1])) if i else 0
 
     def _first(self, at: int, count: int, encoding: Any, begin_of: Callable[[int], int]) -> int:
-        """The first token that begins at this character, or later."""
         token = None if self.trims else encoding.char_to_token(at)
         if token is None:  # a character that belongs to no token, or perhaps to another one
             return bisect_left(range(count), at, key=begin_of)
@@ -143,17 +120,14 @@ class Masker:
     def _tokens(
         self, turn: Turn, text: str, ids: list[int], encoding: Any, begin_of: Callable[[int], int]
     ) -> Span:
-        """The tokens of a turn, with the token that ends it and without what follows that.
-
-        A token that begins before the turn is not part of it, even if it reaches into it.
-        """
+        """The tokens that begin inside a turn, through the one that ends it."""
         first = self._first(turn.begin, len(ids), encoding, begin_of)
-        behind = len(ids)
+        stop = len(ids)
         if turn.end < len(text):
-            behind = self._first(turn.end, len(ids), encoding, begin_of)
-        if first >= behind:
+            stop = self._first(turn.end, len(ids), encoding, begin_of)
+        if first >= stop:
             return first, first
-        end = behind - 1
+        end = stop - 1
         while end > first and ids[end] not in self.special:
             if text[begin_of(end) : encoding.token_to_chars(end)[1]].strip():
                 break
@@ -162,17 +136,12 @@ class Masker:
             ids[end] in self.special
         ):  # the line break after the end of the turn belongs to no message
             return first, end + 1
-        if behind < len(ids) and ids[behind] in self.special:  # marks that leave the end out
-            behind += 1
-        return first, behind
+        if stop < len(ids) and ids[stop] in self.special:  # marks that leave the end out
+            stop += 1
+        return first, stop
 
 
 def _one_token(tokenizer: Any, token: str) -> int:
-    """The id of a token that the recipe names.
-
-    Raises:
-        RecipeError: the tokenizer has no such token.
-    """
     ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Where the turns of one conversation stand, found by rendering parts of it.
+"""Finds the turns of one conversation by rendering parts of it.
 
 The turn of the assistant is what it has to write: what ``messages[:i+1]`` has and ``messages[:i]``
 with the generation prompt has not. Templates that render earlier turns differently (they drop
@@ -42,9 +42,9 @@ class _Habits:
     """What a template writes around an answer.
 
     Attributes:
-        prompts: what a generation prompt and the header of a rendered answer have in common,
+        prompts: the common parts of a generation prompt and the header of a rendered answer,
             longest first: it may differ between the last answer and earlier ones.
-        stops: special tokens that stand right behind an answer.
+        stops: special tokens that directly follow an answer.
     """
 
     prompts: tuple[str, ...] = ()
@@ -52,12 +52,7 @@ class _Habits:
 
 
 class Analysis:
-    """Analyses conversations.
-
-    Args:
-        template: the chat template.
-        special: the texts of the tokenizer's special tokens.
-    """
+    """Analyses conversations; ``special`` are the texts of the tokenizer's special tokens."""
 
     def __init__(self, template: Template, special: Sequence[str]) -> None:
         self.template = template
@@ -68,14 +63,7 @@ class Analysis:
     def turns(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
         """The turn of every message; None for one that leaves no trace.
 
-        Args:
-            messages: the conversation.
-            tools: its tools, or None.
-            text: the conversation as the template renders it.
-            where: file and line, for the error.
-
-        Raises:
-            DataError: an answer cannot be located.
+        ``where`` is file and line, for the DataError that an answer cannot be located.
         """
         turns: list[Turn | None] = []
         at = 0
@@ -99,11 +87,7 @@ class Analysis:
     def answer(
         self, messages: Messages, i: int, tools: Any, text: str, where: str
     ) -> tuple[int, int]:
-        """Where the turn of the assistant's message ``i`` begins and ends in ``text``.
-
-        Raises:
-            DataError: it cannot be located.
-        """
+        """The range of the assistant's message ``i``; raises a DataError if it is not found."""
         begin = self._begin(messages, i, tools, text, where)
         last = i + 1 == len(messages)
         through = text if last else self.template.render(messages[: i + 1], tools, where=where)
@@ -118,7 +102,7 @@ class Analysis:
         return marked
 
     def through_special(self, text: str, at: int) -> int:
-        """Behind the special token at ``at``, or ``at`` when there is none."""
+        """The end of the special token at ``at``, or ``at`` when there is none."""
         return at + len(self._special_at(text, at))
 
     def _begin(self, messages: Messages, i: int, tools: Any, text: str, where: str) -> int | None:
@@ -139,11 +123,7 @@ class Analysis:
     def _marked(
         self, messages: Messages, i: int, tools: Any, text: str, begin: int | None, through: str
     ) -> tuple[int, int] | None:
-        """The turn, by marks in the messages.
-
-        ``begin`` is where it begins, if that is known. ``through`` is how it looks as the last one:
-        the token that ends it there may end it here, too.
-        """
+        """The turn, by marks; what ends ``through``, where it is the last turn, may end it here."""
         if self._last[0] != text:  # the same for all answers of a conversation
             self._last = (text, self._marks(messages, tools, text))
         marks = self._last[1]
@@ -160,44 +140,42 @@ class Analysis:
                     begin = at + len(prompt)
                     break
         limit = min((m for m in marks[i + 1 :] if m is not None), default=len(text))
-        own = next((s for s in self.special if through.rstrip().endswith(s)), "")
-        known = {own, *self._habits().stops} - {""}
-        stops = [(text.find(s, inside, limit), s) for s in known]
-        found = min(((at, s) for at, s in stops if at >= 0), default=None)
-        if begin is None or found is None:
+        end_token = next((s for s in self.special if through.rstrip().endswith(s)), "")
+        stop_tokens = {end_token, *self._habits().stops} - {""}
+        stops = [(text.find(s, inside, limit), s) for s in stop_tokens]
+        stop = min(((at, s) for at, s in stops if at >= 0), default=None)
+        if begin is None or stop is None:
             return None
-        return begin, found[0] + len(found[1])
+        return begin, stop[0] + len(stop[1])
 
     def _behind(
         self, messages: Messages, i: int, tools: Any, text: str, marks: list[int | None]
     ) -> int | None:
-        """Behind what a generation prompt writes after the message before, if the text has it."""
+        """The end of what a generation prompt adds to the message before, if the text has it."""
         mark = marks[i - 1] if i else None
         if mark is None:
             return None
-        asked = [*messages[: i - 1], _with_mark(messages[i - 1], "\ue010\ue011")]
-        tail = self.template.render(asked, tools, prompt=True).rpartition("\ue010\ue011")[2]
+        question = [*messages[: i - 1], _with_mark(messages[i - 1], "\ue010\ue011")]
+        tail = self.template.render(question, tools, prompt=True).rpartition("\ue010\ue011")[2]
         return mark + len(tail) if tail and text.startswith(tail, mark) else None
 
     def _marks(self, messages: Messages, tools: Any, text: str) -> list[int | None] | None:
         """A place inside each message's turn; None if marks change what the template does."""
         marked = [_with_mark(m, f"\ue010{i}\ue011") for i, m in enumerate(messages)]
         try:
-            shown = self.template.render(marked, tools)
+            rendered = self.template.render(marked, tools)
         except DataError:
             return None
-        if _MARK.sub("", shown) != text:
+        if _MARK.sub("", rendered) != text:
             return None
         marks: list[int | None] = [None] * len(messages)
         gone = 0
-        for sign in _MARK.finditer(shown):
+        for sign in _MARK.finditer(rendered):
             i = int(sign[1])
             if marks[i] is None:  # a name may come again, with the result of its call
                 marks[i] = sign.start() - gone
             gone += len(sign[0])
         return marks
-
-    # --- once per template -----------------------------------------------------------------------
 
     def _habits(self) -> _Habits:
         if self._known is None:
@@ -225,7 +203,7 @@ class Analysis:
         return _Habits(tuple(ordered), tuple(stops - {""}))
 
     def _shared(self, a: str, b: str) -> int:
-        """How far two texts are the same, without a part of a special token."""
+        """The length of the common prefix, without a part of a special token."""
         pairs = enumerate(zip(a, b, strict=False))
         end = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
         for token in self.special:

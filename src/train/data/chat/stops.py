@@ -14,16 +14,10 @@ _TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content":
 def render_chat(
     tokenizer: Any, messages: Sequence[Any], variables: Mapping[str, Any], prompt: bool
 ) -> str:
-    """The text of a conversation.
+    """The text of a conversation; raises a ValueError if the template refuses it.
 
-    Args:
-        tokenizer: with a chat template.
-        messages: of the conversation.
-        variables: what the template reads besides them.
-        prompt: whether the header of the next answer follows.
-
-    Raises:
-        ValueError: the template refuses the conversation.
+    ``variables`` are what the template reads besides the messages; ``prompt`` appends the header of
+    the next answer.
     """
     from jinja2 import TemplateError
 
@@ -36,17 +30,11 @@ def render_chat(
 
 
 def stop_tokens(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> list[int]:
-    """The tokens that end an answer: those of model and tokenizer, and the template's own.
-
-    Args:
-        model: which answers.
-        tokenizer: its tokenizer.
-        variables: what the chat template reads besides the messages.
-    """
+    """The tokens that end an answer: those of model and tokenizer, and the template's own."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = configured if isinstance(configured, list) else [configured]
-    found = [*found, tokenizer.eos_token_id, _end_of_turn(tokenizer, variables)]
-    return list(dict.fromkeys(token for token in found if token is not None))
+    tokens = configured if isinstance(configured, list) else [configured]
+    tokens = [*tokens, tokenizer.eos_token_id, _end_of_turn(tokenizer, variables)]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
 def _end_of_turn(tokenizer: Any, variables: Mapping[str, Any]) -> int | None:
@@ -54,9 +42,9 @@ def _end_of_turn(tokenizer: Any, variables: Mapping[str, Any]) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        _, found, after = render_chat(tokenizer, _TURNS, variables, False).rpartition(_ANSWER)
+        _, answer, after = render_chat(tokenizer, _TURNS, variables, False).rpartition(_ANSWER)
     except ValueError:  # whoever asks the model says so, with the conversation that it refuses
         return None
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []
     return next((token for token in ids if token in special), None)

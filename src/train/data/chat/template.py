@@ -1,4 +1,4 @@
-"""A chat template: rendering, and what the template itself says of the assistant's words."""
+"""Renders chat templates, with the spans that they mark as the assistant's words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Detail = Mapping[str, Any]
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REFUSALS = (TypeError, ValueError, LookupError, AttributeError)
-"""What a template raises that trips over a message, besides Jinja's own errors."""
+"""What a template raises when a message does not suit it, besides Jinja's own errors."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ class Chat:
     """One conversation.
 
     Attributes:
-        where: file and line, for messages.
-        messages: ``{"role": ..., "content": ...}`` in order.
         tools: the functions that the assistant may call, as JSON schemas, or None.
-        train: by message: whether it is trained, which of its characters are, or None: as its role.
+        train: by message: whether it is trained, which of its characters are, or None: by its role.
     """
 
     where: str
@@ -45,12 +43,11 @@ class Template:
     """One chat template, rendered as ``tokenizer.apply_chat_template`` renders it.
 
     Args:
-        source: the Jinja text.
         variables: what it may read besides the messages, e.g. ``bos_token``.
-        day: the date that it writes where it asks for it; None: today's.
+        day: the date for a template that asks for it; None: today's.
 
     Raises:
-        RecipeError: it is no Jinja.
+        RecipeError: it is not valid Jinja.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], day: str | None = None) -> None:
@@ -59,21 +56,14 @@ class Template:
         self.variables = dict(variables)
         self.marked = _MARK.search(source) is not None
         """Whether it marks the assistant's words with ``{% generation %}``."""
-        self._render([], None, "")  # said before any row is read
+        self._render([], None, "")  # fails before any row is read
 
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation; raises a DataError if the template refuses it.
 
-        Args:
-            messages: the conversation.
-            tools: the functions that the assistant may call, as JSON schemas, or None.
-            prompt: append the header of the assistant's next turn.
-            where: file and line, for the error.
-
-        Raises:
-            DataError: the template refuses the conversation.
+        ``tools`` are JSON schemas; ``prompt`` appends the header of the assistant's next turn.
         """
         return self._render([messages], tools, where, add_generation_prompt=prompt)[0][0]
 
@@ -82,12 +72,8 @@ class Template:
     ) -> tuple[list[str], list[list[Span]] | None]:
         """The texts of conversations that have the same tools, and the marked spans.
 
-        Returns:
-            The texts; and the spans within each that the template marks as the assistant's, or None
-            when it has no marks.
-
-        Raises:
-            DataError: as ``render``; it names the first conversation that is refused.
+        The spans are those that the template marks as the assistant's; None when it has no marks.
+        Raises a DataError that names the first conversation that the template refuses.
         """
         options = {"return_assistant_tokens_mask": True} if self.marked else {}
         try:
@@ -119,7 +105,7 @@ class Template:
                 f"chat_template: line {line} of it is not valid Jinja: {error.message}"
             ) from None
         except (TemplateError, *REFUSALS) as error:
-            said = str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
             at = f"{where}: " if where else ""
-            raise DataError(f"{at}the chat template refuses this conversation: {said}") from None
+            raise DataError(f"{at}the chat template refuses this conversation: {reason}") from None
         return texts, spans

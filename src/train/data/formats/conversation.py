@@ -1,4 +1,4 @@
-"""Rows that hold a conversation: a list of messages, in the names of OpenAI, ShareGPT or anyone."""
+"""Rows with a conversation: a list of messages, with the names of OpenAI, ShareGPT or others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLES = {
     "system": ("system",),
     "tool": ("tool", "observation", "function_response"),
 }
-"""The roles, and the names that rows have for them."""
+"""The roles, and their names in rows."""
 
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("role", "content"), ("from", "value"))
@@ -33,7 +33,6 @@ class Conversation:
     """Reads rows of the types ``chat_template`` and ``sharegpt``.
 
     Args:
-        dataset: names of fields, roles, and what is trained.
         template: the chat template; roles that it names need no mapping.
         default_system: the system message of conversations that have none, or None.
     """
@@ -58,11 +57,7 @@ class Conversation:
         self.thinking = dataset.template_thinking_key or "reasoning_content"
 
     def read(self, row: Any, where: str) -> Chat:
-        """The conversation of a row.
-
-        Raises:
-            DataError: it has none, or one of its messages is not right.
-        """
+        """The conversation of a row; raises a DataError if it is missing or a message is wrong."""
         field = self._field(fields_of(row, where, self.dataset.field_messages))
         turns = need(row, field, where)
         if not isinstance(turns, list | tuple) or not turns:
@@ -71,9 +66,9 @@ class Conversation:
         if chat.train is None and all(
             m["role"] not in self.dataset.roles_to_train for m in chat.messages
         ):
-            wanted = " or ".join(map(repr, self.dataset.roles_to_train))
+            trained = " or ".join(map(repr, self.dataset.roles_to_train))
             roles = ", ".join(dict.fromkeys(m["role"] for m in chat.messages))
-            raise DataError(f"{where}: no message has the role {wanted} (only {roles})")
+            raise DataError(f"{where}: no message has the role {trained} (only {roles})")
         return chat
 
     def chat(self, turns: list[Any], row: Mapping[str, Any], where: str) -> Chat:
@@ -87,15 +82,7 @@ class Conversation:
         return Chat(where, messages, self._tools(row, where), train if flagged else None)
 
     def messages(self, turns: list[Any], where: str) -> list[dict[str, Any]]:
-        """Messages with the names that templates have for roles and fields.
-
-        Args:
-            turns: at least one message, as rows have them.
-            where: file and line, for the error.
-
-        Raises:
-            DataError: one of them is not right.
-        """
+        """Messages with the templates' names of roles; raises a DataError for a wrong one."""
         pair = self._pair(turns[0])
         return [self._message(t, i, where, pair) for i, t in enumerate(turns, start=1)]
 
@@ -106,7 +93,6 @@ class Conversation:
         return next((name for name in _LISTS if name in row), "messages")
 
     def _pair(self, first: Any) -> tuple[str, str]:
-        """The names of a message's role and content."""
         role, content = self.mappings.get("role"), self.mappings.get("content")
         guess = _PAIRS[0]
         if isinstance(first, dict) and "role" not in first and "from" in first:
@@ -150,15 +136,14 @@ class Conversation:
         if name not in self.roles:
             if f"'{name}'" in self.template or f'"{name}"' in self.template:
                 return name
-            known = ", ".join(self.roles)
+            roles = ", ".join(self.roles)
             raise DataError(
-                f"{where}: message {i} has the role {name!r}, which is not one of {known}; map it "
+                f"{where}: message {i} has the role {name!r}, which is not one of {roles}; map it "
                 f"with roles: {{assistant: [{name}]}}, or whichever role it is"
             )
         return self.roles[name]
 
     def _training(self, turn: Any, i: int, where: str) -> bool | list[Detail] | None:
-        """Whether the message itself says that it is trained."""
         flag, name = self._flags
         detail = turn.get(name) if name else None
         value = turn.get(flag) if flag else None
@@ -191,7 +176,6 @@ class Conversation:
         row: Mapping[str, Any],
         where: str,
     ) -> None:
-        """Add, or leave out, the system message."""
         if self.dataset.drop_system_message:
             if messages[0]["role"] == "system":
                 del messages[0], train[0]
@@ -226,7 +210,7 @@ class Conversation:
         return _without_nulls(tools)
 
     def _split(self, message: dict[str, Any]) -> None:
-        """Take marked thoughts out of an answer."""
+        """Move marked thoughts out of an answer."""
         content = message.get("content") or ""
         for begin, end in _THOUGHTS:
             if begin not in content or end not in content:
@@ -281,7 +265,7 @@ def _json(text: str, place: str) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """What Arrow fills in for fields that only other rows have is taken out again."""
+    """Remove the nulls that Arrow fills in for fields that only other rows have."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value

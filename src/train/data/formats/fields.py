@@ -1,4 +1,4 @@
-"""What every kind of row has in common: fields by name, and complaints about them."""
+"""Fields of rows by name, and the errors about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HINTS = {
 
 
 def kind(value: Any) -> str:
-    """What a value is, for a message."""
+    """The kind of a value, for a message."""
     names = {
         list: "a list", tuple: "a list", str: "text", bool: "true or false", dict: "an object",
         type(None): "null",
@@ -24,22 +24,14 @@ def kind(value: Any) -> str:
 
 
 def fields_of(row: Any, where: str, field: str) -> Mapping[str, Any]:
-    """The row, which must be an object.
-
-    Raises:
-        DataError: it is not.
-    """
+    """The row as an object; raises a DataError if it is none."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be an object with the field {field!r}, not {kind(row)}")
     return row
 
 
 def need(row: Mapping[str, Any], field: str, where: str) -> Any:
-    """A field that must be there.
-
-    Raises:
-        DataError: it is missing; the message lists the fields that are there.
-    """
+    """A required field; raises a DataError that lists the fields there are, if it is missing."""
     if field in row:
         return row[field]
     has = ", ".join(repr(k) for k in row) or "no fields"
@@ -49,20 +41,12 @@ def need(row: Mapping[str, Any], field: str, where: str) -> Any:
 
 
 def need_text(row: Mapping[str, Any], field: str, where: str) -> str:
-    """A field with text in it.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
+    """A field with text in it; raises a DataError if it is missing, or something else."""
     return as_text(need(row, field, where), field, where)
 
 
 def as_text(value: Any, field: str, where: str, todo: str | None = None) -> str:
-    """The value of a field, which must be text; ``todo`` says what helps where it is not.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """The value of a field, which must be text; ``todo`` is the remedy in the DataError if not."""
     if not isinstance(value, str):
         hint = f"; {todo}" if todo else ""
         raise DataError(f"{where}: the field {field!r} must be text, not {kind(value)}{hint}")
@@ -70,9 +54,5 @@ def as_text(value: Any, field: str, where: str, todo: str | None = None) -> str:
 
 
 def may_text(row: Mapping[str, Any], field: str, where: str) -> str:
-    """The same, or no text where the field is missing or null.
-
-    Raises:
-        DataError: there is something else.
-    """
+    """As ``need_text``, but without text where the field is missing or null."""
     return "" if row.get(field) is None else need_text(row, field, where)

@@ -1,4 +1,4 @@
-"""Rows that hold an instruction and its answer, put into the words of Alpaca and its relatives."""
+"""Rows with an instruction and its answer, in the prompts of Alpaca and its relatives."""
 
 from __future__ import annotations
 
@@ -14,44 +14,42 @@ from .segments import Segments
 
 
 class Prompt(Wording):
-    """Reads rows that are worded so."""
+    """Reads rows with one wording of the prompt."""
 
     def read(self, row: Any, where: str) -> Segments:
         """The prompt, which is not trained, and the answer, which is, with the end of the text.
 
-        Raises:
-            DataError: a field is missing, or has no text in it.
+        Raises a DataError if a field is missing, or has no text in it.
         """
         row = fields_of(row, where, self.fields.instruction)
         instruction = need_text(row, self.fields.instruction, where)
-        given = may_text(row, self.fields.input, where) if self.fields.input else ""
+        input_text = may_text(row, self.fields.input, where) if self.fields.input else ""
         output = need_text(row, self.fields.output, where)
         system = may_text(row, self.fields.system, where) if self.fields.system else ""
         if not system:
-            system = self.defaults[0] if given else self.defaults[1]
+            system = self.defaults[0] if input_text else self.defaults[1]
         head = filled(self.style.system, {"system": system}) if system else ""
-        form = self.style.turn if given else self.style.bare
-        prompt = head + filled(form, {"instruction": instruction, "input": given})
+        form = self.style.turn if input_text else self.style.bare
+        prompt = head + filled(form, {"instruction": instruction, "input": input_text})
         return Segments(where, ((prompt, False), (self.answer + output, True)), bos=True, eos=True)
 
 
 _PROMPT = ("instruction", "input")
-"""What may be filled into the prompt of a row."""
+"""The fields that the format of a prompt may use."""
 
 
 def worded(wording: Wording, dataset: Dataset) -> Prompt:
-    """What reads rows of a wording; the dataset's own field names and prompt win.
+    """The reader of a wording; the dataset's field names and prompt take precedence.
 
-    Raises:
-        RecipeError: ``input_format`` names something that a row does not have.
+    Raises a RecipeError if ``input_format`` names something that a row does not have.
     """
-    own = {
+    overrides = {
         "instruction": dataset.field_instruction or dataset.field_human,
         "input": dataset.field_input,
         "output": dataset.field_output or dataset.field_model,
         "system": dataset.field_system,
     }
-    fields = replace(wording.fields, **{k: v for k, v in own.items() if v})
+    fields = replace(wording.fields, **{k: v for k, v in overrides.items() if v})
     style = wording.style
     if form := dataset.input_format:
         require_fillable("input_format", form, _PROMPT)
@@ -60,11 +58,7 @@ def worded(wording: Wording, dataset: Dataset) -> Prompt:
 
 
 def spelled_out(form: PromptFormat) -> Prompt:
-    """The prompt of a type that the recipe spells out.
-
-    Raises:
-        RecipeError: a format names something that a row does not have.
-    """
+    """The prompt of a type in the recipe; raises a RecipeError for unknown fields."""
     turn = form.format if form.format is not None else "{instruction} {input}"
     bare = form.no_input_format if form.no_input_format is not None else turn
     style = Style(form.system_format or "{system}", turn, bare)
@@ -81,21 +75,17 @@ def spelled_out(form: PromptFormat) -> Prompt:
 
 
 def require_fillable(key: str, text: str, known: Sequence[str]) -> None:
-    """See that a format asks only for the fields that there are.
-
-    Raises:
-        RecipeError: it does not, or its braces do not match.
-    """
+    """Raise a RecipeError if a format asks for unknown fields, or its braces do not match."""
     try:
         filled(text, dict.fromkeys(known, ""))
     except (LookupError, ValueError, AttributeError, TypeError) as error:
-        shown = " and ".join(f"{{{k}}}" for k in known)
+        fields = " and ".join(f"{{{k}}}" for k in known)
         raise RecipeError(
-            f"datasets: {key}: only {shown} can be filled in, and {text!r} has something else "
+            f"datasets: {key}: only {fields} can be filled in, and {text!r} has something else "
             f"({error}); write other braces twice"
         ) from None
 
 
 def filled(form: str, values: Mapping[str, str]) -> str:
-    """A format with values for what it asks for in braces."""
+    """A format with values in place of the names in braces."""
     return form.format(**values)

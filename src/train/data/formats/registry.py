@@ -1,4 +1,4 @@
-"""The types of rows, by the names that recipes have for them."""
+"""The types of rows, by their names in recipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .instruction import spelled_out, worded
 from .segments import SegmentEncoder, Segments
 
 Row = tuple[str, Any]
-"""File and line, and what stands there."""
+"""File and line, and the row."""
 
 
 class Format(Protocol):
@@ -35,11 +35,7 @@ class Format(Protocol):
 
 
 class Completion:
-    """A text, all of it trained; a long one becomes several samples.
-
-    Args:
-        field: where the text is.
-    """
+    """A text, all of it trained; a long one becomes several samples."""
 
     def __init__(self, field: str) -> None:
         self.field = field
@@ -51,7 +47,7 @@ class Completion:
 
 
 class InputOutput:
-    """Pieces of text with a label each, and no other word: the row has all special tokens."""
+    """Pieces of text with a label each, and no other text: the row has all special tokens."""
 
     def read(self, row: Any, where: str) -> Segments:
         """The pieces of a row."""
@@ -72,12 +68,7 @@ class InputOutput:
 
 
 class PromptCompletion:
-    """A prompt and what follows it, both as text or both as messages.
-
-    Args:
-        dataset: names of fields.
-        conversation: reads messages.
-    """
+    """A prompt and what follows it, both as text or both as messages."""
 
     def __init__(self, dataset: Dataset, conversation: Conversation) -> None:
         self.prompt = dataset.field_human or "prompt"
@@ -97,17 +88,13 @@ class PromptCompletion:
                 f"or both lists of messages, not {kind(prompt)} and {kind(completion)}"
             )
         chat = self.conversation.chat([*prompt, *completion], row, where)
-        asked = len(chat.messages) - len(completion)
-        own = chat.train or [None] * len(chat.messages)
-        return replace(chat, train=[False] * asked + list(own[asked:]))
+        prompt_turns = len(chat.messages) - len(completion)
+        train = chat.train or [None] * len(chat.messages)
+        return replace(chat, train=[False] * prompt_turns + list(train[prompt_turns:]))
 
 
 class Tokenized:
-    """Tokens and labels that somebody has prepared.
-
-    Args:
-        size: of the tokenizer's vocabulary.
-    """
+    """Prepared tokens and labels; ``size`` is that of the tokenizer's vocabulary."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -141,11 +128,9 @@ class Encoder:
     """Turns the rows of one dataset into tokens.
 
     Args:
-        dataset: how its rows are read.
-        recipe: what holds for all datasets.
         tokenizer: a fast tokenizer; it can be pickled together with this.
         longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
-        day: the date that a chat template writes where it asks for it; None: today's.
+        day: the date for a chat template that asks for it; None: today's.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
@@ -186,11 +171,7 @@ class Encoder:
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
-        """Read, render, tokenize and mask rows.
-
-        Raises:
-            DataError: a row is not right; the message has its file and line.
-        """
+        """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
         read = [self.format.read(row, where) for where, row in rows]
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]
@@ -211,15 +192,11 @@ class Encoder:
         return samples
 
     def part(self, rows: Sequence[Row], limits: Limits) -> Part:
-        """Encode rows, and keep what can be trained on.
-
-        Raises:
-            DataError: a row is not right; the message has its file and line.
-        """
+        """Encode rows and keep what can be trained on; raises a DataError, with file and line."""
         return keep(self.encode(rows), limits)
 
     def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
-        """See that the model learns to stop, as ``require_ends`` does."""
+        """Check that the model learns to stop; see ``require_ends``."""
         require_ends(path, self.tokenizer, self.chats, ends, trained)
 
 
@@ -233,7 +210,7 @@ def template_of(dataset: Dataset, recipe: Recipe, tokenizer: Any) -> Any:
 def chat_encoder(
     dataset: Dataset, recipe: Recipe, tokenizer: Any, source: Any, rules: Rules, day: str
 ) -> ChatEncoder:
-    """What renders, tokenizes and masks the conversations of a dataset."""
+    """The renderer, tokenizer and masker of a dataset's conversations."""
     return ChatEncoder(
         tokenizer, source, rules, recipe.chat_template_kwargs or {}, day,
         dataset.template_thinking_key or THOUGHTS[0],
@@ -247,16 +224,9 @@ def writes_day(chats: ChatEncoder | None) -> bool:
 
 
 def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:
-    """What reads the rows of a dataset.
+    """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 
-    Args:
-        dataset: how they are read.
-        recipe: what holds for all datasets.
-        template: the chat template, whose own roles need no mapping; None: there is none.
-        size: of the tokenizer's vocabulary.
-
-    Raises:
-        RecipeError: there is no such type.
+    The roles that the chat template names need no mapping; ``size`` is that of the vocabulary.
     """
     kind_ = dataset.type
     if isinstance(kind_, PromptFormat):
@@ -291,7 +261,7 @@ READERS: dict[str, Callable[[RowType, Dataset, Conversation], Format]] = {
     "prompt_completion": lambda _, dataset, conversation: PromptCompletion(dataset, conversation),
     "instruction": lambda row_type, dataset, _: _instruction(row_type, dataset),
 }
-"""What reads the rows of a type, by what the type's record says."""
+"""The constructors of readers, by the type's record."""
 
 
 def _numbers(value: Any) -> bool:
@@ -311,27 +281,20 @@ def _rules(dataset: Dataset, recipe: Recipe, everything: bool) -> Rules:
 def require_ends(
     path: str, tokenizer: Any, chats: ChatEncoder | None, ends: set[int], trained: set[int]
 ) -> None:
-    """See that the tokens that end turns are trained.
+    """Raise a DataError, which begins with ``path``, if a token that ends turns is never trained.
 
-    Args:
-        path: the dataset, for messages.
-        tokenizer: whose tokens they are.
-        chats: what has encoded its conversations; None: it has none.
-        ends: tokens that end a trained turn.
-        trained: those of them, and of those that are watched, that are trained.
-
-    Raises:
-        DataError: one is never trained; the message names it.
+    ``ends`` are those of the trained turns; ``trained`` are the tokens that are trained, of these
+    and of the watched ones. ``chats`` is the encoder of the dataset's conversations, if it has any.
     """
     rules = chats.rules if chats else Rules()
     if rules.everything:
         return
     eos = tokenizer.eos_token_id
-    wanted = set(chats.masker.eot if chats else ()) | ends
-    if chats and not wanted and eos is not None:
-        wanted = {eos}
-    policies = {t: rules.eos if t == eos else rules.eot for t in wanted}
-    for token in sorted(wanted - trained):
+    required = set(chats.masker.eot if chats else ()) | ends
+    if chats and not required and eos is not None:
+        required = {eos}
+    policies = {t: rules.eos if t == eos else rules.eot for t in required}
+    for token in sorted(required - trained):
         if policies[token] == "none":
             continue
         text = tokenizer.convert_ids_to_tokens(token)

@@ -20,8 +20,6 @@ class Segments:
     """One row as pieces of text.
 
     Attributes:
-        where: file and line, for messages.
-        parts: texts, and whether each is trained.
         bos: begin with the token that the tokenizer puts before a text, if it has one.
         eos: end with the tokenizer's end of text, trained if the last piece is.
         divide: cut the tokens into samples of the longest length that there may be.
@@ -35,13 +33,7 @@ class Segments:
 
 
 class SegmentEncoder:
-    """Tokenizes pieces of text.
-
-    Args:
-        tokenizer: any tokenizer.
-        everything: train every token.
-        longest: the longest sample, for rows that are divided.
-    """
+    """Tokenizes pieces of text."""
 
     def __init__(self, tokenizer: Any, everything: bool, longest: int) -> None:
         self.tokenizer, self.everything, self.longest = tokenizer, everything, longest
@@ -53,8 +45,7 @@ class SegmentEncoder:
     def encode(self, rows: Sequence[Segments]) -> list[Tokens]:
         """Encode rows; a divided one becomes several samples.
 
-        Raises:
-            RecipeError: a text must end, and the tokenizer has no token for that.
+        Raises a RecipeError if a text must end, and the tokenizer has no token for that.
         """
         texts = [text for row in rows for text, _ in row.parts]
         pieces = iter(tokenize(self.tokenizer, texts))
@@ -96,7 +87,6 @@ class SegmentEncoder:
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for begin in range(len(whole) - len(plain) + 1):

@@ -15,7 +15,7 @@ from .fields import kind
 from .registry import Encoder, Row
 
 Entry = tuple[list[int], list[float]]
-"""The tokens that a teacher names in place of one, and their log-probabilities."""
+"""The teacher's tokens at one position, and their log-probabilities."""
 
 _FIELDS = ("logprobs", "llm_text_generation_vllm_logprobs")
 
@@ -29,9 +29,9 @@ _FORMS = (
 
 
 def encoder_of(dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str) -> Encoder:
-    """What turns rows of supervised training, or of distillation, into tokens."""
-    made = TaughtEncoder if recipe.kd_trainer else Encoder
-    return made(dataset, recipe, tokenizer, longest, day)
+    """The encoder for rows of supervised training, or of distillation."""
+    encoder = TaughtEncoder if recipe.kd_trainer else Encoder
+    return encoder(dataset, recipe, tokenizer, longest, day)
 
 
 class TaughtEncoder(Encoder):
@@ -44,11 +44,7 @@ class TaughtEncoder(Encoder):
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
-        """Read, render, tokenize and mask rows, with the teacher's part of each.
-
-        Raises:
-            DataError: a row is not right; the message has its file and line.
-        """
+        """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
         samples = super().encode(rows)
         return [
             replace(tokens, extra=self.teacher.read(row, tokens).text())
@@ -57,25 +53,22 @@ class TaughtEncoder(Encoder):
 
 
 class Teacher:
-    """Reads what a teacher says of a row's tokens.
+    """Reads a teacher's log-probabilities from rows.
 
     Args:
-        field: where it is; None: where Axolotl looks for it, or its example's rows have it.
-        temperature: of its log-probabilities.
-        size: of the tokenizer's vocabulary.
+        field: their field; None: where Axolotl, or its example's rows, have it.
+        temperature: of the log-probabilities.
     """
 
     def __init__(self, field: str | None, temperature: float, size: int) -> None:
         self.field, self.temperature, self.size = field, temperature, size
 
     def read(self, row: Any, tokens: Tokens) -> TopTokens:
-        """What the teacher says of the trained tokens of a row.
+        """The teacher's tokens for the trained tokens of a row.
 
-        The list has an entry for each trained token, in their order; or one for each token of the
-        row, the first of which may be missing, as nothing comes before it.
-
-        Raises:
-            DataError: it is not right; the message has file and line.
+        The row's list has an entry for each trained token, in their order; or one for each token of
+        the row, the first of which may be missing, as nothing comes before it. Raises a DataError,
+        with file and line, if the list is not right.
         """
         field = self.field or next((name for name in _FIELDS if name in row), _FIELDS[0])
         where = f"{tokens.where}: the field {field!r}"
@@ -90,19 +83,21 @@ class Teacher:
             raise DataError(f"{where} must be {_FORMS}, not {kind(listed)}")
         if not listed:
             raise DataError(f"{where} is an empty list: leave the row out, or ask the teacher anew")
-        named = row.get("target_token_ids")
-        if named is not None and (not isinstance(named, list | tuple) or len(named) != len(listed)):
+        token_ids = row.get("target_token_ids")
+        if token_ids is not None and (
+            not isinstance(token_ids, list | tuple) or len(token_ids) != len(listed)
+        ):
             raise DataError(
                 f"{where} has {len(listed)} entries, and 'target_token_ids' must be a list with as "
                 "many: write both for the same tokens"
             )
         trained = [p for a, b in tokens.spans for p in range(max(a, 1), b)]
-        chosen = []
+        entries_of_trained = []
         for at in self._places(len(listed), trained, len(tokens.ids), where):
-            ids = None if named is None else named[at]
+            ids = None if token_ids is None else token_ids[at]
             entry = self._pairs(listed[at], ids, f"{where}, entry {at + 1}")
-            chosen.append((entry[0], [self.temperature * value for value in entry[1]]))
-        return TopTokens.of(chosen)
+            entries_of_trained.append((entry[0], [self.temperature * value for value in entry[1]]))
+        return TopTokens.of(entries_of_trained)
 
     def _places(self, count: int, trained: list[int], length: int, where: str) -> Sequence[int]:
         """Which entries are those of the trained tokens."""
@@ -117,7 +112,6 @@ class Teacher:
         )
 
     def _pairs(self, entry: Any, named: Any, where: str) -> Entry:
-        """The tokens and log-probabilities of an entry."""
         if not isinstance(entry, list | tuple | dict):
             raise DataError(f"{where} must be a list of tokens with log-probabilities, not "
                             f"{kind(entry)}: {_FORMS}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""From rows of preferences to tokens: what reads each type, and what the parts of a row become.
+"""From rows of preferences to tokens.
 
 Conversations are rendered and tokenized as those of supervised training are, whole and once for
 each answer: what comes before the answer is the prompt, and the answer ends with the token that
@@ -39,10 +39,9 @@ class PreferenceEncoder:
     """Turns the rows of one dataset of preferences into tokens.
 
     Args:
-        dataset: how its rows are read.
-        recipe: what holds for all datasets, with a preference method or a reward model.
+        recipe: the keys for all datasets, with a preference method or a reward model.
         tokenizer: a fast tokenizer; it can be pickled together with this.
-        day: the date that a chat template writes where it asks for it; None: today's.
+        day: the date for a chat template that asks for it; None: today's.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
@@ -87,24 +86,16 @@ class PreferenceEncoder:
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
     def part(self, rows: Sequence[Row], limits: Limits) -> Part:
-        """Encode rows, and keep what can be trained on.
-
-        Raises:
-            DataError: a row is not right; the message has its file and line.
-        """
+        """Encode rows and keep what can be trained on; raises a DataError, with file and line."""
         return keep_answers(self.encode(rows), limits, self.longest_prompt, self.longest_answer)
 
     def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
-        """See that answers end with the token that ends them, as ``require_ends`` does."""
+        """Check that answers end with the token that ends them; see ``require_ends``."""
         if self.answered:
             require_ends(path, self.tokenizer, self.chats, ends, trained)
 
     def encode(self, rows: Sequence[Row]) -> list[TokenizedRow]:
-        """Read and tokenize rows.
-
-        Raises:
-            DataError: a row is not right; the message has its file and line.
-        """
+        """Read and tokenize rows; raises a DataError, with file and line, for a wrong one."""
         read = [self.reader.read(row, where) for where, row in rows]
         chats = [c for r in read for c in _chats(r)]
         encoded = iter(self._required_chats(chats).encode(chats) if chats else ())
@@ -117,7 +108,7 @@ class PreferenceEncoder:
         encoded: Iterator[Tokens],
         pieces: Iterator[list[int]],
     ) -> TokenizedRow:
-        """The tokens of a row, which takes its own from what has been tokenized."""
+        """The tokens of a row, taken in order from what has been tokenized."""
         if isinstance(row, JudgedSteps):
             return self._steps(row, pieces)
         if row.empty:
@@ -155,7 +146,7 @@ class PreferenceEncoder:
         return TokenizedRow(
             row.where, prompt, tuple(answers),
             ends=frozenset({self._eos()} if answers else ()), equal=row.equal,
-            # the forms of chats have special tokens of their own
+            # the chat formats write their own special tokens
             specials=marked and not isinstance(self.reader, FormReader | SpelledOutReader),
             extra="" if answers else _kept(row),
         )  # fmt: skip
@@ -194,7 +185,6 @@ def _rules(dataset: Dataset, recipe: Recipe) -> Rules:
 
 
 def _chats(row: Preference | JudgedSteps) -> Iterator[Chat]:
-    """The conversations of a row: one for each answer."""
     if isinstance(row, JudgedSteps) or row.empty or isinstance(row.prompt, str):
         return
     for answer in row.answers:
@@ -204,7 +194,6 @@ def _chats(row: Preference | JudgedSteps) -> Iterator[Chat]:
 
 
 def _texts(row: Preference | JudgedSteps) -> Iterator[str]:
-    """The texts of a row: its prompt, and each answer or step."""
     if isinstance(row, JudgedSteps):
         yield from (row.prompt, *row.steps)
     elif isinstance(row.prompt, str) and not row.empty:
@@ -213,11 +202,7 @@ def _texts(row: Preference | JudgedSteps) -> Iterator[str]:
 
 
 def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
-    """A row whose conversations have been tokenized, one for each answer.
-
-    The prompt is what they have in common before the answers: templates may write an earlier turn
-    differently, depending on what comes later.
-    """
+    """The prompt is what precedes all answers: a template may write a turn by what follows it."""
     if any(not tokens.spans for tokens in encoded):
         raise DataError(
             f"{row.where}: the chat template leaves the answer out: compare what it writes with "
@@ -239,12 +224,11 @@ def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
 
 
 def _kept(row: Preference) -> str:
-    """What is kept of a prompt besides its tokens, as JSON."""
+    """The JSON of what is kept of a prompt besides its tokens."""
     return json.dumps({"prompt": row.prompt, "columns": dict(row.columns)})
 
 
 def _with_prompt_variables(recipe: Recipe) -> Recipe:
-    """A recipe whose ``chat_template_kwargs`` are those of its prompts, where it has some."""
     variables = recipe.trl.chat_template_kwargs if recipe.trl is not None else None
     if rows_of(recipe) != "prompts" or variables is None:
         return recipe

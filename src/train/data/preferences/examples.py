@@ -1,4 +1,4 @@
-"""Prepared rows of preferences as the trainers read them, by TRL's names for their parts."""
+"""Prepared rows of preferences for trainers, by TRL's names for their parts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,9 @@ class Examples(Sequence[Example]):
 
     ``pairs`` have ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; ``labelled`` rows have
     ``prompt_ids``, ``completion_ids`` and ``label``; ``prompts`` have ``prompt``, ``prompt_ids``
-    and the other fields of the rows; ``steps`` have ``input_ids`` and ``labels``.
-
-    Args:
-        samples: prepared rows.
-        rows: what they are.
-        whole: answers of pairs have the prompt before them, as reward models read them; there are
-            no ``prompt_ids`` then.
+    and the other fields of the rows; ``steps`` have ``input_ids`` and ``labels``. With ``whole``,
+    the answers of pairs begin with the prompt, as reward models read them, and there are no
+    ``prompt_ids``.
     """
 
     def __init__(self, samples: Sequence[Sample], rows: RowKind, whole: bool = False) -> None:
@@ -42,9 +38,9 @@ class Examples(Sequence[Example]):
         if self.rows == "steps":
             return {"input_ids": sample.input_ids, "labels": sample.labels}
         if self.rows == "prompts":
-            kept = json.loads(sample.extra)
-            columns = {name: kept["columns"].get(name) for name in self.columns}
-            return {**columns, "prompt": kept["prompt"], "prompt_ids": sample.input_ids}
+            extra = json.loads(sample.extra)
+            columns = {name: extra["columns"].get(name) for name in self.columns}
+            return {**columns, "prompt": extra["prompt"], "prompt_ids": sample.input_ids}
         return self._answers(sample)
 
     @cached_property
@@ -52,8 +48,8 @@ class Examples(Sequence[Example]):
         """The other fields that any row has."""
         if self.rows != "prompts":
             return []
-        found = (json.loads(sample.extra)["columns"] for sample in self.samples)
-        return list(dict.fromkeys(name for columns in found for name in columns))
+        extras = (json.loads(sample.extra)["columns"] for sample in self.samples)
+        return list(dict.fromkeys(name for columns in extras for name in columns))
 
     def _answers(self, sample: Sample) -> Example:
         ids, labels = sample.input_ids, sample.labels

@@ -1,8 +1,8 @@
-"""What becomes of rows of preferences that are too long or empty, and their tokens as samples.
+"""Limits for rows of preferences that are too long or empty, and their tokens as samples.
 
-A sample is the tokens of the prompt and of the answers, one after the other. The labels say whose
-they are: ``IGNORED`` in the prompt, ``GOOD`` in the better (or desirable) answer, ``BAD`` in the
-worse one. In rows of judged steps, the last token of each step has the label of the step.
+A sample is the tokens of the prompt and of the answers, one after the other. The labels say which
+part a token is in: ``IGNORED`` in the prompt, ``GOOD`` in the better (or desirable) answer, ``BAD``
+in the worse one. In rows of judged steps, the last token of each step has the label of the step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOOD, BAD = 1, 0
 
 @dataclass(frozen=True)
 class TokenizedAnswer:
-    """The tokens of an answer, with the one that ends it, and whether it is a good one."""
+    """The tokens of an answer, through its end token, and whether it is a good one."""
 
     ids: list[int]
     good: bool
@@ -34,15 +34,11 @@ class TokenizedRow:
     """A row of preferences as tokens.
 
     Attributes:
-        where: file and line.
-        prompt: the tokens of the prompt, the header of the answer included.
         answers: the answers, the better one first.
         labels: the label of each token of the only answer, where each step of it has one.
         ends: the tokens that end the answers.
-        empty: the prompt or an answer says nothing.
-        equal: both answers are the same.
+        empty: the prompt or an answer is empty.
         specials: the text of the user, or of the prompt, has special tokens in it.
-        extra: what else is kept of the row, as JSON.
     """
 
     where: str
@@ -69,20 +65,14 @@ class TokenizedRow:
 def keep_answers(
     rows: Sequence[TokenizedRow], limits: Limits, prompt: int | None, answer: int | None = None
 ) -> Part:
-    """Make samples of rows.
+    """Make samples of rows; raises a DataError for a long or empty one if ``excess`` is ``raise``.
 
-    Args:
-        rows: the rows.
-        limits: of the sequences that are a prompt and an answer.
-        prompt: the longest prompt, in tokens; None: no limit of its own.
-        answer: the longest answer, likewise; longer ones are cut.
-
-    Raises:
-        DataError: a row is too long or empty, and ``excess`` is ``raise``.
+    ``limits`` are for a prompt and an answer together; ``prompt`` and ``answer`` are the longest of
+    each, in tokens, if any. Longer answers are cut.
     """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
-    kept: list[TokenizedRow] = []
+    rows_within: list[TokenizedRow] = []
     for whole in rows:
         row = whole if answer is None else _cut_answers(whole, answer)
         if row.empty:
@@ -104,12 +94,12 @@ def keep_answers(
             for key in _kinds(row, fitting):
                 counts[key] += 1
                 first.setdefault(key, row.where)
-            kept.append(fitting)
-    return replace(_laid_out(kept, counts, limits.watched), first=first)
+            rows_within.append(fitting)
+    return replace(_laid_out(rows_within, counts, limits.watched), first=first)
 
 
 def _kinds(row: TokenizedRow, fitting: TokenizedRow) -> Iterator[str]:
-    """What a row that is kept counts as; ``fitting``: the row within the limits."""
+    """The counts of a row that is kept; ``fitting``: the row within the limits."""
     if row.specials:
         yield "special_tokens_in_text"
     if len(row.answers) == 2:
@@ -119,7 +109,7 @@ def _kinds(row: TokenizedRow, fitting: TokenizedRow) -> Iterator[str]:
 
 
 def _same_tokens(row: TokenizedRow) -> bool:
-    """Whether what is left of both answers is the same."""
+    """Whether both answers are the same after truncation."""
     return len(row.answers) == 2 and row.answers[0].ids == row.answers[1].ids
 
 
@@ -131,19 +121,19 @@ def _fitted(
     row: TokenizedRow, limits: Limits, prompt: int | None, counts: Counter[str]
 ) -> TokenizedRow | None:
     """The row within the limits; None: it is left out."""
-    most = limits.longest if prompt is None else min(prompt, limits.longest)
-    if len(row.prompt) <= most and row.length <= limits.longest:
+    limit = limits.longest if prompt is None else min(prompt, limits.longest)
+    if len(row.prompt) <= limit and row.length <= limits.longest:
         return row
     counts["too_long"] += 1
     if limits.excess == "raise":
-        if len(row.prompt) > most and most != limits.longest:
-            said = f"the prompt has {len(row.prompt)} tokens, and max_prompt_len is {most}"
+        if len(row.prompt) > limit and limit != limits.longest:
+            problem = f"the prompt has {len(row.prompt)} tokens, and max_prompt_len is {limit}"
         else:
-            said = f"{row.length} tokens, and sequence_len is {limits.longest}"
-        raise DataError(f"{row.where}: {said}")
+            problem = f"{row.length} tokens, and sequence_len is {limits.longest}"
+        raise DataError(f"{row.where}: {problem}")
     if limits.excess == "drop" or not row.answers:  # a prompt that is cut is another question
         return None
-    begin = max(0, len(row.prompt) - most)
+    begin = max(0, len(row.prompt) - limit)
     cut = replace(row, prompt=row.prompt[begin:])  # the end of it has the question
     return _cut_answers(cut, limits.longest - len(cut.prompt))
 

@@ -1,4 +1,4 @@
-"""Rows of preferences: what a row says, whatever its type, and what reads each type."""
+"""Rows of preferences, whatever their type, and the readers of each type."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ from ..formats.instruction import filled, require_fillable
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer to a prompt.
-
-    Attributes:
-        content: its text, or its messages, all of them the assistant's.
-        good: whether it is the better one of two, or desirable.
-    """
+    """An answer to a prompt: a text or the assistant's messages; ``good``: better or desirable."""
 
     content: str | Messages
     good: bool
@@ -42,10 +37,9 @@ class Preference:
     """A prompt, and how answers to it are judged.
 
     Attributes:
-        where: file and line, for messages.
         prompt: its text, or its messages, which do not end with the assistant's.
-        answers: the better one before the worse one; none in a row that is a prompt alone. They are
-            text where the prompt is, and messages where it is that.
+        answers: the better one before the worse one, as text or messages like the prompt; none in a
+            row that is a prompt alone.
         tools: the functions that the assistant may call, as JSON schemas, or None.
         columns: the other fields of a prompt alone, for the functions that judge completions.
     """
@@ -58,7 +52,7 @@ class Preference:
 
     @property
     def empty(self) -> bool:
-        """Whether the prompt, or an answer, says nothing."""
+        """Whether the prompt or an answer is empty."""
         return _blank(self.prompt) or any(_blank(answer.content) for answer in self.answers)
 
     @property
@@ -72,8 +66,6 @@ class JudgedSteps:
     """An answer in steps.
 
     Attributes:
-        where: file and line, for messages.
-        prompt: the text before it.
         steps: the text of each step, with what separates it from the next.
         labels: the class of each step; None: it is not trained.
     """
@@ -108,23 +100,19 @@ _OTHERS = (
     ({"completion", "label"}, "rl: kto"),
     ({"completions", "labels"}, "process_reward_model"),
 )
-"""Fields that tell what rows are for."""
+"""Fields that show the purpose of rows."""
 
 
 def part_of(row: Mapping[str, Any], field: str, where: str) -> Any:
-    """A field that must be there.
-
-    Raises:
-        DataError: it is missing; the message says what to do.
-    """
+    """A required field; raises a DataError with the remedy if it is missing."""
     if field in row:
         return row[field]
     has = ", ".join(map(repr, row)) or "no fields"
     other = ""
     if any(field in fields for fields, _ in _OTHERS):
         other = next((use for fields, use in _OTHERS if fields <= set(row)), "")
-    named = _NAMED_BY.get(field)
-    todo = f"name the field that has it with {named}" if named else "rename the field that has it"
+    key = _NAMED_BY.get(field)
+    todo = f"name the field that has it with {key}" if key else "rename the field that has it"
     hint = f"such rows are for {other}" if other else todo
     raise DataError(f"{where}: the field {field!r} is missing (the row has {has}); {hint}")
 
@@ -135,27 +123,21 @@ def text_of_part(
     where: str,
     todo: str = "for messages, use a type that reads them, such as chat_template",
 ) -> str:
-    """A field with text in it; ``todo`` says what helps where there is something else.
+    """A field with text in it; raises a DataError if it is missing, or something else.
 
-    Raises:
-        DataError: it is missing, or something else.
+    ``todo`` is the remedy where there is something else.
     """
     return as_text(part_of(row, field, where), field, where, todo)
 
 
 def require_same_question(before: Sequence[Messages], names: Sequence[str], where: str) -> None:
-    """See that the answers of a row are to the same question.
+    """Raise a DataError unless the answers of a row are to the same question.
 
-    Args:
-        before: the messages before each answer; none where the answer is alone.
-        names: the fields of the answers.
-        where: file and line, for the error.
-
-    Raises:
-        DataError: they are not.
+    ``before`` has the messages before each answer, none where the answer is alone; ``names`` are
+    the fields of the answers.
     """
-    asked = [messages for messages in before if messages]
-    if len(asked) == 2 and asked[0] != asked[1]:
+    prompts = [messages for messages in before if messages]
+    if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise DataError(
             f"{where}: the messages before the answer differ in {names[0]!r} and {names[1]!r}; "
             "only answers to the same question are compared: leave the row out"
@@ -163,27 +145,23 @@ def require_same_question(before: Sequence[Messages], names: Sequence[str], wher
 
 
 def spoken(text: str, role: str, conversation: Conversation) -> dict[str, str]:
-    """A text as a message, in the names that the messages of the dataset have."""
+    """A text as a message, with the dataset's names of its fields."""
     names = conversation.mappings
     return {names.get("role", "role"): role, names.get("content", "content"): text}
 
 
 def judgement(value: Any, field: str, where: str) -> bool:
-    """A label that says whether something is good; 0 and 1 are taken for false and true.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """Whether a label is good; 0 and 1 count as false and true, others raise a DataError."""
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    said = repr(value) if isinstance(value, int | float) else kind(value)
+    got = repr(value) if isinstance(value, int | float) else kind(value)
     todo = "leave rows without a label out"
     if value is not None:
         todo = "convert ratings to true (good) or false (bad) first"
-    raise DataError(f"{where}: the field {field!r} must be true or false, not {said}; {todo}")
+    raise DataError(f"{where}: the field {field!r} must be true or false, not {got}; {todo}")
 
 
-# --- messages, or the plain texts that TRL's trainers read ----------------------------------------
+# --- messages, or plain texts --------------------------------------------------------------------
 
 
 _PROMPT = "prompt"
@@ -197,11 +175,9 @@ class MessageReader:
     Where prompt and answers are texts and no field has messages, they stay texts.
 
     Args:
-        dataset: names of fields.
-        conversation: reads messages.
         labelled: rows have one answer and a label; else a better and a worse one.
         whole: answers are conversations, whose last message is the answer.
-        prompts: where the prompt is, best first; None: as above.
+        prompts: fields of the prompt, best first; None: as described above.
     """
 
     def __init__(
@@ -253,14 +229,12 @@ class MessageReader:
         return next((n for n in names if row.get(n) is not None and row[n] != whole), None)
 
     def _as_messages(self, field: str | None, prompt: Any, values: list[Any]) -> bool:
-        """Whether a row is a conversation, not a text that goes on."""
-        asked = field is not None and (self.prompts is not None or field == self.asked)
-        return asked or isinstance(prompt, list) or not all(isinstance(v, str) for v in values)
+        chats = field is not None and (self.prompts is not None or field == self.asked)
+        return chats or isinstance(prompt, list) or not all(isinstance(v, str) for v in values)
 
     # --- texts -----------------------------------------------------------------------------------
 
     def _texts(self, prompt: Any, values: list[str], where: str) -> tuple[str, list[str]]:
-        """The prompt, and the answers behind it."""
         if isinstance(prompt, str):
             return prompt, values
         if self.labelled:
@@ -283,14 +257,13 @@ class MessageReader:
         row: Mapping[str, Any],
         where: str,
     ) -> tuple[Chat, list[Messages]]:
-        """The prompt as a conversation, and the messages of each answer."""
-        found = [self._messages(v, n, where) for v, n in zip(values, self.answers, strict=True)]
-        if prompt is None or (isinstance(prompt, str) and self._repeats(found)):
-            count = self._shared(found, where)
+        listed = [self._messages(v, n, where) for v, n in zip(values, self.answers, strict=True)]
+        if prompt is None or (isinstance(prompt, str) and self._repeats(listed)):
+            count = self._shared(listed, where)
             if self.whole:
-                require_same_question([m[:-1] for m in found], self.answers, where)
+                require_same_question([m[:-1] for m in listed], self.answers, where)
             turns = self._turns(values[0])[:count]
-            found = [messages[-1:] if self.whole else messages[count:] for messages in found]
+            listed = [messages[-1:] if self.whole else messages[count:] for messages in listed]
             field = self.answers[0]
         else:
             turns = self._turns(prompt, "user")
@@ -302,13 +275,12 @@ class MessageReader:
                 f"{where}: the prompt in {field!r} ends with a message of the assistant; it must "
                 "end with the user's, and the answers come after it"
             )
-        answers = [_without(chat.messages, messages) for messages in found]
+        answers = [_without(chat.messages, messages) for messages in listed]
         for name, messages in zip(self.answers, answers, strict=True):
             _require_assistant(messages, name, where)
         return Chat(where, chat.messages, chat.tools), answers
 
     def _turns(self, value: Any, role: str = "assistant") -> list[Any]:
-        """Messages as a row has them."""
         if isinstance(value, str):
             return [spoken(value, role, self.conversation)]
         return [value] if isinstance(value, dict) else list(value)
@@ -317,11 +289,10 @@ class MessageReader:
         return self.conversation.messages(self._turns(value), f"{where}: {name!r}")
 
     def _repeats(self, found: list[Messages]) -> bool:
-        """Whether the answers are whole conversations."""
         return all(len(messages) > 1 for messages in found)
 
     def _shared(self, found: list[Messages], where: str) -> int:
-        """How many messages the answers begin with that are the prompt's."""
+        """The number of messages at the beginning of the answers that are the prompt's."""
         least = min(map(len, found)) - 1
         if self.whole or self.labelled:
             return len(found[0]) - 1
@@ -341,19 +312,15 @@ class MessageReader:
 def _require_answer(value: Any, name: str, where: str) -> None:
     if isinstance(value, str | dict) or (isinstance(value, list) and value):
         return
-    said = "an empty list" if value == [] else kind(value)
+    got = "an empty list" if value == [] else kind(value)
     raise DataError(
-        f"{where}: the field {name!r} must be text or a list of messages, not {said}; leave rows "
+        f"{where}: the field {name!r} must be text or a list of messages, not {got}; leave rows "
         "without an answer out"
     )
 
 
 def _require_assistant(messages: Messages, name: str, where: str) -> None:
-    """See that an answer is the assistant's.
-
-    Raises:
-        DataError: another one speaks in it.
-    """
+    """Raise a DataError unless all messages of an answer are the assistant's."""
     other = next((m["role"] for m in messages if m["role"] != "assistant"), None)
     if other is None:
         return
@@ -369,7 +336,6 @@ def _require_assistant(messages: Messages, name: str, where: str) -> None:
 
 
 def _without(prompt: Messages, messages: Messages) -> Messages:
-    """An answer without the messages of the prompt that it repeats."""
     for count in range(min(len(prompt), len(messages) - 1), 0, -1):
         if prompt[-count:] == messages[:count]:
             return messages[count:]
@@ -377,7 +343,7 @@ def _without(prompt: Messages, messages: Messages) -> Messages:
 
 
 def _common_words(first: str, second: str) -> str:
-    """What two texts begin with, up to the last space."""
+    """The common beginning of two texts, up to the last space."""
     pairs = enumerate(zip(first, second, strict=False))
     count = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     while count and not first[count - 1 : count].isspace():
@@ -392,7 +358,7 @@ def _no_prompt(where: str, answers: str) -> str:
     )
 
 
-# --- texts in the form of ChatML, of Llama 3, or any ----------------------------------------------
+# --- texts in the form of ChatML, Llama 3 or others ----------------------------------------------
 
 
 _CHOSEN, _REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_response")
@@ -402,11 +368,8 @@ class FormReader:
     """Reads rows of the types ``chatml`` and ``llama3``, and of their variants.
 
     Args:
-        form: how the text is written.
         prompts: the fields that may have the prompt; none: the prompt is what the answer's
             conversation begins with.
-        dataset: names of fields.
-        conversation: reads messages.
         labelled: rows have one answer and a label; else a better and a worse one.
     """
 
@@ -421,9 +384,9 @@ class FormReader:
         self.form, self.conversation, self.labelled = form, conversation, labelled
         self.prompts = prompts
         self.system = dataset.field_system or "system"
-        chosen = (dataset.field_chosen,) if dataset.field_chosen else _CHOSEN
+        fields = (dataset.field_chosen,) if dataset.field_chosen else _CHOSEN
         rejected = (dataset.field_rejected,) if dataset.field_rejected else _REJECTED
-        self.answers = [("completion",)] if labelled else [chosen, rejected]
+        self.answers = [("completion",)] if labelled else [fields, rejected]
 
     def read(self, row: Any, where: str) -> Preference:
         """The prompt and the answers of a row, as texts."""
@@ -432,10 +395,10 @@ class FormReader:
         good = [True, False]
         if self.labelled:
             good = [judgement(part_of(row, "label", where), "label", where)]
-        found = [self._answer(part_of(row, name, where), name, where) for name in names]
-        contents = [text for _, text in found]
-        require_same_question([before for before, _ in found], names, where)
-        history = found[0][0]
+        parsed = [self._answer(part_of(row, name, where), name, where) for name in names]
+        contents = [text for _, text in parsed]
+        require_same_question([before for before, _ in parsed], names, where)
+        history = parsed[0][0]
         if len(history) == 1 and any(name in row for name in self.prompts):
             history = []  # the same question again
         if not history:
@@ -450,9 +413,9 @@ class FormReader:
         return Preference(where, self._written(history), tuple(answers))
 
     def _written(self, history: Messages) -> str:
-        """The prompt; one that says nothing is no text at all."""
-        asked = any(m["content"].strip() for m in history if m["role"] != "system")
-        if not asked:
+        """The prompt; an empty one is no text at all."""
+        has_question = any(m["content"].strip() for m in history if m["role"] != "system")
+        if not has_question:
             return ""
         turn = self.form.turn
         turns = (turn.format(role=m["role"], content=m.get("content", "")) for m in history)
@@ -467,13 +430,12 @@ class FormReader:
         return text_of_part(row, _first(row, self.prompts), where)
 
     def _answer(self, value: Any, name: str, where: str) -> tuple[Messages, str]:
-        """The messages before an answer, and its text."""
         if isinstance(value, str):
             return [], value
         if not isinstance(value, list) or not value:
-            said = "an empty list" if value == [] else kind(value)
+            got = "an empty list" if value == [] else kind(value)
             raise DataError(
-                f"{where}: the field {name!r} must be text or a list of messages, not {said}; "
+                f"{where}: the field {name!r} must be text or a list of messages, not {got}; "
                 "leave rows without an answer out"
             )
         messages = self.conversation.messages(value, f"{where}: {name!r}")
@@ -495,7 +457,6 @@ class SpelledOutReader:
     """Reads rows of a type that the recipe writes as keys.
 
     Args:
-        form: the names of fields, and the formats of prompt and answers.
         labelled: rows have one answer and a label; else a better and a worse one.
 
     Raises:
@@ -526,7 +487,7 @@ class SpelledOutReader:
     def read(self, row: Any, where: str) -> Preference:
         """The prompt and the answers of a row, as texts."""
         row = fields_of(row, where, self.fields["prompt"])
-        asked = text_of_part(row, self.fields["prompt"], where)
+        question = text_of_part(row, self.fields["prompt"], where)
         system = may_text(row, self.system, where)
         texts = [text_of_part(row, self.fields[name], where) for name in self.forms]
         good = [True, False]
@@ -536,7 +497,9 @@ class SpelledOutReader:
             JudgedAnswer(filled(form, {name: text}) if text.strip() else "", flag)
             for (name, form), text, flag in zip(self.forms.items(), texts, good, strict=True)
         )
-        prompt = filled(self.prompt, {"system": system, "prompt": asked}) if asked.strip() else ""
+        prompt = (
+            filled(self.prompt, {"system": system, "prompt": question}) if question.strip() else ""
+        )
         return Preference(where, prompt, tuple(answers))
 
 
@@ -545,23 +508,18 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
     return next((name for name in names if name in row), names[0])
 
 
-# --- prompts alone: completions are generated for them, and judged --------------------------------
+# --- prompts without answers ----------------------------------------------------------------------
 
 
 _TAKEN = (
     "prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
     "trainer_state", "log_extra", "log_metric", "environments", "image", "images",
 )  # fmt: skip
-"""What the trainer itself hands to the functions that judge completions, or reads."""
+"""Names that the trainer itself reads, or passes to the functions that judge completions."""
 
 
 class PromptReader:
-    """Reads a prompt, as text or as messages, and keeps the other fields of the row.
-
-    Args:
-        dataset: names of fields.
-        conversation: reads messages.
-    """
+    """Reads a prompt, as text or as messages, and keeps the other fields of the row."""
 
     def __init__(self, dataset: Dataset, conversation: Conversation) -> None:
         self.field, self.conversation = dataset.field_messages, conversation
@@ -572,9 +530,9 @@ class PromptReader:
         field = self.field if row.get(self.field) is not None else "prompt"
         value = part_of(row, field, where)
         if not isinstance(value, str) and not (isinstance(value, list) and value):
-            said = "an empty list" if value == [] else kind(value)
+            got = "an empty list" if value == [] else kind(value)
             raise DataError(
-                f"{where}: the field {field!r} must be text or a list of messages, not {said}; "
+                f"{where}: the field {field!r} must be text or a list of messages, not {got}; "
                 "leave rows without a prompt out"
             )
         columns = {k: v for k, v in row.items() if k != field}
@@ -593,11 +551,7 @@ class PromptReader:
 
 
 def _require_column(name: str, value: Any, where: str) -> None:
-    """See that a field can be kept, and handed to a function.
-
-    Raises:
-        DataError: it cannot.
-    """
+    """Raise a DataError unless a field can be kept, and passed to a function."""
     if name in _TAKEN:
         raise DataError(
             f"{where}: the field {name!r} has a name that the trainer keeps for itself; rename it"
@@ -611,15 +565,14 @@ def _require_column(name: str, value: Any, where: str) -> None:
         ) from None
 
 
-# --- answers in steps, each with a label ----------------------------------------------------------
+# --- answers in labelled steps -------------------------------------------------------------------
 
 
 class StepReader:
     """Reads a prompt, the steps of an answer to it, and the label of each.
 
     Args:
-        dataset: what separates steps, and which of them are trained.
-        classes: how many labels there are, from 0.
+        classes: the number of labels, from 0.
     """
 
     def __init__(self, dataset: Dataset, classes: int) -> None:
@@ -634,10 +587,10 @@ class StepReader:
         steps, labels = part_of(row, "completions", where), part_of(row, "labels", where)
         for name, value in (("completions", steps), ("labels", labels)):
             if not isinstance(value, list) or not value:
-                said = "an empty list" if value == [] else kind(value)
+                got = "an empty list" if value == [] else kind(value)
                 raise DataError(
                     f"{where}: the field {name!r} must be a list with an item for each step, not "
-                    f"{said}; split an answer into its steps, or leave the row out"
+                    f"{got}; split an answer into its steps, or leave the row out"
                 )
         if len(steps) != len(labels):
             raise DataError(
@@ -650,35 +603,32 @@ class StepReader:
                     f"{where}: step {i} in 'completions' must be text, not {kind(step)}"
                 )
         classes = [self._class(label, i, where) for i, label in enumerate(labels, start=1)]
-        known = [
+        targets = [
             None if self.last_only and i < len(classes) - 1 else c for i, c in enumerate(classes)
         ]
-        return JudgedSteps(where, prompt, tuple(s + self.separator for s in steps), tuple(known))
+        return JudgedSteps(where, prompt, tuple(s + self.separator for s in steps), tuple(targets))
 
     def _class(self, label: Any, i: int, where: str) -> int:
         if isinstance(label, int) and 0 <= int(label) < self.classes:
             return int(label)
-        wanted = "true or false" if self.classes == 2 else f"a number from 0 to {self.classes - 1}"
-        said = repr(label) if isinstance(label, int | float) else kind(label)
+        valid = "true or false" if self.classes == 2 else f"a number from 0 to {self.classes - 1}"
+        got = repr(label) if isinstance(label, int | float) else kind(label)
         raise DataError(
-            f"{where}: label {i} in 'labels' must be {wanted}, not {said}; convert ratings first"
+            f"{where}: label {i} in 'labels' must be {valid}, not {got}; convert ratings first"
         )
 
 
-# --- rows that a Python function of the recipe changes before -------------------------------------
+# --- rows that a function of the recipe changes --------------------------------------------------
 
 
 class OwnTypeReader:
     """Reads rows of a type that is a function, in the form that Axolotl calls it.
 
     ``function(recipe)`` returns what changes a row, ``change(row, tokenizer=None) -> row``, alone
-    or in a pair with ``{"remove_columns": [names]}`` (or ``"__all__"``): the fields that the row
-    loses besides.
+    or in a pair with ``{"remove_columns": [names]}`` (or ``"__all__"``): fields that the row loses.
 
     Args:
-        name: of the function.
-        inner: reads the changed rows.
-        recipe: what the function gets, as a mapping; and the caller's permission.
+        recipe: passed to the function as a mapping; it has the caller's permission.
 
     Raises:
         RecipeError: the function cannot be loaded, or is not allowed.
@@ -691,65 +641,56 @@ class OwnTypeReader:
     def _load(self) -> None:
         function = load_function(self.name, "datasets: type", self.recipe.consent)
         try:
-            made = function(self.recipe.model_dump(mode="json"))
+            change = function(self.recipe.model_dump(mode="json"))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever the code raises, SystemExit among it
-            said = what_failed(error, function)
-            raise RecipeError(f"datasets: type: {self.name} {said}") from error
+            reason = what_failed(error, function)
+            raise RecipeError(f"datasets: type: {self.name} {reason}") from error
         options: Any = {}
-        if isinstance(made, tuple) and len(made) == 2:
-            made, options = made
-        if not callable(made) or not isinstance(options, Mapping):
+        if isinstance(change, tuple) and len(change) == 2:
+            change, options = change
+        if not callable(change) or not isinstance(options, Mapping):
             raise RecipeError(
                 f"datasets: type: {self.name} must return a function that changes a row, not "
-                f"{kind(made)}"
+                f"{kind(change)}"
             )
-        self.change: Callable[..., Any] = made
+        self.change: Callable[..., Any] = change
         self.removed = options.get("remove_columns") or ()
 
     def read(self, row: Any, where: str) -> Preference | JudgedSteps:
         """The content of a row, after the function has changed it."""
         row = fields_of(row, where, "prompt")
         try:
-            made = self.change(dict(row), tokenizer=None)
+            changed = self.change(dict(row), tokenizer=None)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # likewise
+        except BaseException as error:  # whatever the code raises
             raise DataError(f"{where}: {self.name} {what_failed(error, self.change)}") from error
-        if not isinstance(made, Mapping):
-            raise DataError(f"{where}: {self.name} must return an object, not {kind(made)}")
-        kept = {} if self.removed == "__all__" else row
-        kept = {name: value for name, value in kept.items() if name not in self.removed}
-        return self.inner.read({**kept, **made}, where)
+        if not isinstance(changed, Mapping):
+            raise DataError(f"{where}: {self.name} must return an object, not {kind(changed)}")
+        rest = {} if self.removed == "__all__" else row
+        rest = {name: value for name, value in rest.items() if name not in self.removed}
+        return self.inner.read({**rest, **changed}, where)
 
     def __getstate__(self) -> dict[str, Any]:
         """Other processes load the function again: what it returns cannot be pickled."""
         return {k: v for k, v in vars(self).items() if k not in ("change", "removed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the function."""
         vars(self).update(state)
         self._load()
 
 
-# --- the reader of a dataset ----------------------------------------------------------------------
+# --- the reader of a dataset ---------------------------------------------------------------------
 
 
 def reader_of(
     dataset: Dataset, recipe: Recipe, rows: RowKind, conversation: Conversation, classes: int = 2
 ) -> PreferenceReader:
-    """What reads the rows of a dataset.
+    """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 
-    Args:
-        dataset: how they are read.
-        recipe: what holds for all datasets.
-        rows: what they are.
-        conversation: reads messages.
-        classes: the labels of judged steps.
-
-    Raises:
-        RecipeError: there is no such type.
+    ``classes`` is the number of labels of judged steps.
     """
     labelled = rows == "labelled"
     if isinstance(dataset.type, PromptFormat):
@@ -761,9 +702,9 @@ def reader_of(
         return OwnTypeReader(dataset.type, inner, recipe)
     if rows == "steps" and name in ("chat_template", "stepwise_supervised"):
         return StepReader(dataset, classes)
-    known = preference_types(rows)
-    if name not in known:
-        raise RecipeError(f"datasets: type: {dataset.type!r} is not one of {', '.join(known)}")
+    types = preference_types(rows)
+    if name not in types:
+        raise RecipeError(f"datasets: type: {dataset.type!r} is not one of {', '.join(types)}")
     if rows == "prompts":
         return PromptReader(dataset, conversation)
     row_type = PREFERENCE_TYPES[name]

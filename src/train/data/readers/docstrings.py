@@ -86,13 +86,11 @@ def headline(kind: str, name: str, thing: Any) -> str:
 
 
 class Documented(NamedTuple):
-    """Something that has a docstring of its own.
+    """Something with its own docstring.
 
     Attributes:
-        module: the name of its module.
         kind: ``module``, ``class`` or ``function``.
-        question: what one asks about it.
-        answer: what ``help()`` says.
+        answer: the output of ``help()``.
         summary: the first paragraph of the docstring, on one line.
     """
 
@@ -119,10 +117,10 @@ def documented() -> Iterator[Documented]:
             if not SHORTEST <= len(text) <= LONGEST or text in seen:
                 continue
             seen.add(text)
-            owner, _, own = dotted.rpartition(".")
-            lines = [f"Help on {kind} {own}{f' in {owner}' if owner else ''}:", ""]
+            owner, _, attribute = dotted.rpartition(".")
+            lines = [f"Help on {kind} {attribute}{f' in {owner}' if owner else ''}:", ""]
             if kind != "module":
-                lines.append(headline(kind, own, thing))
+                lines.append(headline(kind, attribute, thing))
             answer = "\n".join([*lines, textwrap.indent(text, "    ")])
             summary = " ".join(text.split("\n\n")[0].split())
             yield Documented(name, kind, ask[kind].format(dotted), answer, summary)
@@ -140,7 +138,7 @@ def chats() -> Iterator[dict[str, Any]]:
 
 
 def _groups(one: Documented) -> tuple[tuple[str, ...], ...]:
-    """The names of the groups that it is in, the narrowest first."""
+    """The groups that it is in, the narrowest first."""
     return (one.module, one.kind), (one.module,), ()
 
 
@@ -151,13 +149,13 @@ def pairs() -> Iterator[dict[str, Any]]:
     coming after the last. So most answers are right once and wrong once: none is better by itself.
     Alone of its kind, a thing gets the next one of its module, or else the next one of all.
     """
-    found = list(documented())
-    alike: dict[tuple[str, ...], list[Documented]] = defaultdict(list)
-    for one in found:
+    things = list(documented())
+    groups: dict[tuple[str, ...], list[Documented]] = defaultdict(list)
+    for one in things:
         for name in _groups(one):
-            alike[name].append(one)
-    for one in found:
-        group = next(alike[name] for name in _groups(one) if len(alike[name]) > 1)
+            groups[name].append(one)
+    for one in things:
+        group = next(groups[name] for name in _groups(one) if len(groups[name]) > 1)
         other = group[(group.index(one) + 1) % len(group)]
         yield {
             "messages": [message("user", one.question)],

@@ -1,4 +1,4 @@
-"""The rows of one file, each with the place that it comes from, one after the other.
+"""Reads the rows of one file, each with its place in it.
 
 JSON lines are read here and not by ``datasets``, because that makes one table of them: it needs the
 same fields in every row, fills in nulls, and knows no line numbers.
@@ -20,7 +20,7 @@ from ...json_text import BadJsonError, parse_json, row_of
 from ...printable import odd_characters
 
 Row = tuple[str, Any]
-"""File and line, and what stands there."""
+"""File and line, and the row."""
 
 Progress = Callable[[float], None]
 """Called with the share of a file that has been read."""
@@ -35,10 +35,8 @@ def read_file(
 ) -> Iterator[Row]:
     """Read a file row by row; it is never in memory as a whole, unless it is one JSON list.
 
-    Args:
-        path: a file.
-        kind: one of ``KINDS``; None: by the end of its name.
-        progress: is called now and then.
+    ``kind`` is one of ``KINDS``, by default the one of the file's suffix; ``progress`` is called
+    now and then.
 
     Raises:
         DataError: it cannot be read, is of no known kind, or is damaged.
@@ -53,10 +51,10 @@ def read_file(
     try:
         yield from reader(path, progress or (lambda share: None))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        said = "the compressed file is damaged or incomplete: copy it again"
+        damaged = "the compressed file is damaged or incomplete: copy it again"
         if isinstance(error, OSError) and error.errno is not None:
-            said = first_line(error)
-        raise DataError(f"{path}: cannot be read: {said}") from None
+            damaged = first_line(error)
+        raise DataError(f"{path}: cannot be read: {damaged}") from None
 
 
 def kind_of(path: Path) -> str | None:
@@ -66,7 +64,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, counted from 1, without what ends them."""
+    """The lines of a text file, counted from 1, without their line ends."""
     size = max(1, path.stat().st_size)
     opened = _PACKED.get(path.suffix, open)
     with path.open("rb") as raw, opened(raw, "rb") if path.suffix in _PACKED else raw as file:
@@ -115,7 +113,7 @@ def _json(path: Path, progress: Progress) -> Iterator[Row]:
 
 
 def _text(path: Path, progress: Progress) -> Iterator[Row]:
-    """Every line is a row with the field ``text``; empty lines are passed over."""
+    """Every line is a row with the field ``text``; empty lines are skipped."""
     for number, line in _lines(path, progress):
         if line.strip():
             row = {"text": line}
@@ -123,7 +121,7 @@ def _text(path: Path, progress: Progress) -> Iterator[Row]:
 
 
 def _csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[Row]:
-    """Rows of text under the names in the first line."""
+    """Rows of text, with the first line as field names."""
     from pyarrow import ArrowInvalid, csv, string
 
     read = csv.ReadOptions(use_threads=False, block_size=1 << 26)  # else errors have no row
@@ -139,8 +137,8 @@ def _csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[Row]:
     except ArrowInvalid as error:
         if "Empty CSV" in str(error):
             return
-        said = first_line(error).removeprefix("CSV parse error: ")
-        raise DataError(f"{path}: not valid CSV: {said}") from None
+        reason = first_line(error).removeprefix("CSV parse error: ")
+        raise DataError(f"{path}: not valid CSV: {reason}") from None
 
 
 def _tsv(path: Path, progress: Progress) -> Iterator[Row]:
@@ -189,9 +187,9 @@ def _numbered(
             try:
                 rows = batch.slice(begin, _BATCH).to_pylist()
             except UnicodeDecodeError:
-                most = min(batch.num_rows - begin, _BATCH)
+                count = min(batch.num_rows - begin, _BATCH)
                 raise DataError(
-                    f"{path}: a text in the rows {number + 1} to {number + most} is not UTF-8: "
+                    f"{path}: a text in the rows {number + 1} to {number + count} is not UTF-8: "
                     "write the table again from text that is"
                 ) from None
             for row in rows:
@@ -202,14 +200,10 @@ def _numbered(
 
 
 def text_in(row: Any, where: str) -> str:
-    """``where``, once it is known that the texts of a row are text.
-
-    Raises:
-        DataError: one has characters that no text has.
-    """
-    for at, said in odd_characters(row):
+    """``where``, after a check that the texts of a row are text; raises a DataError if not."""
+    for at, problem in odd_characters(row):
         field = ".".join(map(str, at))
-        raise DataError(f"{where}: {field} {said}; replace it, or leave it out")
+        raise DataError(f"{where}: {field} {problem}; replace it, or leave it out")
     return where
 
 
@@ -225,15 +219,11 @@ SUFFIXES = {
     "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "tsv": "tsv",
     "parquet": "parquet", "arrow": "arrow", "txt": "text",
 }  # fmt: skip
-"""The kind of a file by the end of its name."""
+"""The kind of a file by its suffix."""
 
 
 def hash_file(path: Path) -> bytes:
-    """The SHA-256 of a file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """The SHA-256 of a file; raises a DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

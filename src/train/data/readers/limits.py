@@ -1,4 +1,4 @@
-"""What becomes of rows that are too long, too short, or have nothing to train."""
+"""Rows that are too long, too short, or have nothing to train."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ class Limits:
     """Which samples are kept.
 
     Attributes:
-        longest: tokens of the longest sample.
-        shortest: tokens of the shortest sample.
         excess: what happens to longer ones: ``drop``, ``truncate`` or ``raise``.
-        watched: tokens of which it is noted whether they are trained.
+        watched: tokens to record in ``Part.trained``.
     """
 
     longest: int
@@ -34,7 +32,7 @@ class Limits:
 
 @dataclass
 class Part:
-    """Samples, one after the other, and what was left out.
+    """Samples, one after the other, and counts of what was left out.
 
     Attributes:
         ids: their tokens; int32 (T,).
@@ -43,8 +41,7 @@ class Part:
         counts: ``rows``, ``too_long`` (also those that were ``truncated``), ``too_short``,
             ``nothing_to_train``, ``special_tokens_in_text``.
         ends: tokens that end a trained turn of these rows.
-        trained: tokens of these, and of those that are watched, that are trained at least once.
-        extra: what each sample keeps besides its tokens; empty: none keeps anything.
+        trained: those of ``ends`` and of the watched tokens that are trained at least once.
         first: file and line of the first row of some of the counts.
     """
 
@@ -59,34 +56,24 @@ class Part:
 
 
 def warnings(counts: Mapping[str, int], first: Mapping[str, str] | None = None) -> list[str]:
-    """What to say of rows that are trained, though something is odd about them, or are left out.
-
-    Args:
-        counts: how many rows are odd in each way.
-        first: file and line of the first one of each.
-    """
-    said = []
+    """Messages about rows that are odd though trained, or left out; ``first`` is as in ``Part``."""
+    lines = []
     for key, (one, several) in _ODD.items():
         number, where = counts.get(key, 0), (first or {}).get(key)
         if number:
             at = f" ({where if number == 1 else f'the first is {where}'})" if where else ""
-            said.append(f"warning: {one if number == 1 else f'{number:,} {several}'}{at}")
+            lines.append(f"warning: {one if number == 1 else f'{number:,} {several}'}{at}")
     good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
     if bool(good) != bool(bad):
         kind = "desirable" if good else "undesirable"
-        said.append(f"warning: all {good + bad:,} answers are {kind}: KTO compares both kinds")
-    return said
+        lines.append(f"warning: all {good + bad:,} answers are {kind}: KTO compares both kinds")
+    return lines
 
 
 def require_contrast(counts: Mapping[str, int], first: Mapping[str, str]) -> None:
-    """See that rows of preferences have something to compare.
+    """Raise a DataError if all pairs are equal, or KTO has only one kind of answers.
 
-    Args:
-        counts: as in ``PreparedData.counts``.
-        first: file and line of the first row of each kind; of older caches it is empty.
-
-    Raises:
-        DataError: all pairs are equal, or KTO has only one kind of answers.
+    ``first`` is empty for older caches.
     """
     equal = counts.get("equal_answers", 0)
     if "equal_answers" in first and not counts.get("different_answers"):
@@ -107,12 +94,7 @@ def require_contrast(counts: Mapping[str, int], first: Mapping[str, str]) -> Non
 
 
 def nothing_left(counts: Mapping[str, int], limits: Limits) -> str:
-    """Why no row of a dataset is left, and what to do.
-
-    Args:
-        counts: how many rows there were, and why they were left out.
-        limits: of their lengths.
-    """
+    """Why no row of a dataset is left, and what to do."""
     reasons = [
         (f"{counts[key]:,} {words}", todo)
         for key, words, todo in (
@@ -142,17 +124,13 @@ _ODD = {
     "equal_answers": (f"1 row has {_EQUAL}", f"rows have {_EQUAL}"),
     "empty": (f"1 row has {_EMPTY} is left out", f"rows have {_EMPTY} are left out"),
 }
-"""What to say of one such row, and of several."""
+"""The message for one such row, and for several."""
 
 
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
-    """Make samples of rows.
-
-    Raises:
-        DataError: a row is too long, and ``excess`` is ``raise``.
-    """
+    """Make samples of rows; raises a DataError if one is too long, and ``excess`` is ``raise``."""
     counts: Counter[str] = Counter()
-    kept: list[tuple[Tokens, int]] = []
+    selected: list[tuple[Tokens, int]] = []
     for row in rows:
         counts["special_tokens_in_text"] += row.specials
         length = len(row.ids)
@@ -169,10 +147,10 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
             counts["too_short"] += 1
         elif any(max(a, 1) < min(b, length) for a, b in row.spans):  # the first is never trained
             counts["truncated"] += length < len(row.ids)
-            kept.append((row, length))
+            selected.append((row, length))
         else:
             counts["nothing_to_train"] += 1
-    return _laid_out(kept, counts, limits.watched)
+    return _laid_out(selected, counts, limits.watched)
 
 
 def _laid_out(
@@ -185,9 +163,9 @@ def _laid_out(
     ends: set[int] = set()
     for row, length in kept:
         ids[begin : begin + length] = row.ids[:length]
-        for first, behind in row.spans:
-            first, behind = begin + max(first, 1), begin + min(behind, length)
-            labels[first:behind] = ids[first:behind]
+        for first, end in row.spans:
+            first, end = begin + max(first, 1), begin + min(end, length)
+            labels[first:end] = ids[first:end]
         ends |= row.ends if length == len(row.ids) else frozenset()  # else it may be cut off
         begin += length
     trained = {token for token in ends | watched if bool((labels == token).any())}

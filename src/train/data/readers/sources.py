@@ -27,13 +27,11 @@ _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\
 
 @dataclass(frozen=True)
 class DataSource:
-    """The rows of one dataset, found but not read.
+    """The location of one dataset's rows, which are not read yet.
 
     Attributes:
-        dataset: what the recipe says of it.
         files: the files that hold its rows, in order.
         table: a table, or a stream, of the ``datasets`` library that holds them instead.
-        limit: how many rows are taken at most, or None.
     """
 
     dataset: Dataset
@@ -42,13 +40,9 @@ class DataSource:
     limit: int | None = None
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
-        """Yield the rows that the recipe wants, in order.
-
-        Raises:
-            DataError: a file cannot be read, or is damaged.
-        """
-        every = self._every(progress or (lambda share: None))
-        rows = self._sliced(every)
+        """Yield the rows that the recipe asks for; raises a DataError if a file cannot be read."""
+        rows_of_all = self._every(progress or (lambda share: None))
+        rows = self._sliced(rows_of_all)
         if self.dataset.skip:
             rows = islice(rows, self.dataset.skip, None)
         if self.dataset.shards:
@@ -56,7 +50,7 @@ class DataSource:
         yield from islice(rows, self.limit)
 
     def digest(self) -> str:
-        """A hash of the content, and of what the files say that it is."""
+        """A hash of the content, and of the files' suffixes."""
         if self.table is not None:
             return str(self.table._fingerprint)
         parts = (hash_file(path) + path.suffix.lower().encode() for path in self.files)
@@ -72,13 +66,13 @@ class DataSource:
                 yield text_in(row, f"{name} {i}"), row
             return
         ds_type = self.dataset.ds_type
-        for done, path in enumerate(self.files):
-            # `ds_type: json` is said of JSON lines, too
+        for index, path in enumerate(self.files):
+            # `ds_type: json` may also mean JSON lines
             kind = None if ds_type == "json" and kind_of(path) in ("json", "jsonl") else ds_type
-            yield from read_file(path, kind, partial(_forward, progress, done, len(self.files)))
+            yield from read_file(path, kind, partial(_forward, progress, index, len(self.files)))
 
     def _sliced(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The part of the split that is asked for; ends are counted only where they must be."""
+        """The requested part of the split; ends are counted only where they must be."""
         match = _SPLIT.fullmatch(self.dataset.split or "train")
         begin, end = (match["begin"], match["end"]) if match else (None, None)
         if begin is None and end is None:
@@ -87,8 +81,8 @@ class DataSource:
         if all(x is None or x.isdigit() for x in (begin, end)):
             yield from islice(rows, int(begin or 0), int(end) if end else None)
             return
-        kept = list(rows)
-        yield from kept[_place(begin, len(kept)) : _place(end, len(kept))]
+        everything = list(rows)
+        yield from everything[_place(begin, len(everything)) : _place(end, len(everything))]
 
 
 def find(
@@ -98,20 +92,14 @@ def find(
     streaming: bool = False,
     allow_builders: bool = False,
 ) -> DataSource:
-    """Find a dataset, building it if it has a builder, may be built, and is not there yet.
+    """Find a dataset; if it is missing, has a builder and ``allow_builders``, build it.
 
-    Args:
-        dataset: with an absolute path, or the name of a dataset on the hub.
-        key: where in the recipe it is, for messages.
-        limit: how many rows to take at most.
-        streaming: do not download a dataset of the hub as a whole.
-        allow_builders: the caller's own word that a builder may be run.
-
-    Raises:
-        DataError: it is not there, or its builder fails or is not allowed.
+    ``key`` is its place in the recipe, for messages. A dataset of the hub is not downloaded as a
+    whole with ``streaming``. Raises a DataError if it is not there, or its builder fails or is not
+    allowed.
     """
-    path, own = Path(dataset.path), is_own(dataset.path)
-    if dataset.builder and not own and must_build(dataset.builder, path):
+    path, packaged = Path(dataset.path), is_own(dataset.path)
+    if dataset.builder and not packaged and must_build(dataset.builder, path):
         if not allow_builders:
             raise DataError(f"{key}: builder: {refused_builder(dataset.builder, path)}")
         _build(Path(dataset.builder), path)
@@ -121,7 +109,7 @@ def find(
             f"{key}: split: {dataset.split!r} is not a split; write train, train[:100] or "
             "train[:10%]"
         )
-    if own:
+    if packaged:
         _require_train(path, split["name"])
         return DataSource(dataset, table=PackageRows(dataset.path), limit=limit)
     if path.is_dir():
@@ -129,7 +117,7 @@ def find(
     if path.exists() or path.is_absolute() or dataset.ds_type:
         if not path.exists():
             raise DataError(f"{path}: file not found")
-        if not own and not path.is_file():
+        if not packaged and not path.is_file():
             raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
         _require_train(path, split["name"])
         return DataSource(dataset, (path,), limit=limit)
@@ -152,32 +140,31 @@ def _place(at: str | None, total: int) -> int | None:
 
 
 def _build(builder: Path, path: Path) -> None:
-    """Run a builder, in a process of its own, so that what it imports does not stay here."""
-    done = subprocess.run(
+    """Run a builder in another process, so that what it imports does not stay here."""
+    process = subprocess.run(
         [sys.executable, str(builder), str(path)], capture_output=True, text=True, check=False
     )
-    if done.returncode or not path.exists():
-        said = (done.stderr or done.stdout).strip().splitlines()
+    if process.returncode or not path.exists():
+        output = (process.stderr or process.stdout).strip().splitlines()
         raise DataError(
-            f"{builder}: did not build {path} (exit code {done.returncode})"
-            + (f": {said[-1]}" if said else "")
+            f"{builder}: did not build {path} (exit code {process.returncode})"
+            + (f": {output[-1]}" if output else "")
         )
 
 
 def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
-    """A folder that ``datasets`` has saved, or one with files in it."""
     saved = any((path / n).is_file() for n in ("dataset_dict.json", "state.json"))
     if saved:
         return DataSource(dataset, table=_saved(path, split))
     from datasets import load_dataset_builder
 
-    named = dataset.data_files
+    patterns = dataset.data_files
     try:
-        if named is not None:
-            files = {"train": _named(path, [named] if isinstance(named, str) else named)}
+        if patterns is not None:
+            files = {"train": _named(path, [patterns] if isinstance(patterns, str) else patterns)}
         else:  # file names say which split a file belongs to, as everywhere
-            found = load_dataset_builder(str(path)).config.data_files or {}
-            files = {str(k): [Path(f) for f in v] for k, v in found.items()}
+            by_split = load_dataset_builder(str(path)).config.data_files or {}
+            files = {str(k): [Path(f) for f in v] for k, v in by_split.items()}
     except (OSError, ValueError) as error:  # EmptyDatasetError and DataFilesNotFoundError, too
         raise DataError(f"{path}: no data files are in this folder: {first_line(error)}") from None
     except RuntimeError as error:
@@ -193,10 +180,10 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
 def _named(folder: Path, names: list[str]) -> list[Path]:
     files: list[Path] = []
     for name in names:
-        found = sorted(folder.glob(name))
-        if not found:
+        matches = sorted(folder.glob(name))
+        if not matches:
             raise DataError(f"{folder}: data_files: there is no {name} in this folder")
-        files += found
+        files += matches
     return files
 
 
@@ -206,7 +193,7 @@ def _saved(path: Path, split: str) -> Any:
     try:
         table = load_from_disk(str(path))
     except Exception as error:
-        # Arrow, JSON and the library's own: a damaged folder raises whatever is met first
+        # Arrow's, JSON's and the library's errors: it depends on which part is damaged
         raise DataError(f"{path}: cannot be read by datasets: {first_line(error)}") from None
     if not isinstance(table, DatasetDict):
         return table
@@ -230,7 +217,7 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
             data_files=[files] if isinstance(files, str) else files, streaming=streaming,
         )  # fmt: skip
     except Exception as error:
-        # no network, no such dataset, no permission, a bad split: each is a class of its own
+        # no network, no such dataset, no permission, a bad split: each raises another class
         raise DataError(
             f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; there is no "
             "local file or folder of this name either"

@@ -1,1 +1,1 @@
-"""What a model has, and what a step of it takes: counted without weights."""
+"""The size of a model, and the usage of a step: counted without weights."""

@@ -1,8 +1,7 @@
-"""The model of a recipe without its weights: one block of each kind, and how often it stands there.
+"""The model of a recipe without its weights: one block of each kind, and how often it occurs.
 
-Models have dozens of equal blocks. What one of a kind holds and takes is found once, and counted as
-often as the kind stands in the model; only where a recipe adapts blocks by their number is every
-block kept.
+Models have dozens of equal blocks. One of a kind is counted, and multiplied by the number of its
+kind; only where a recipe adapts blocks by their number is every block kept.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ class Blueprint:
 
     Attributes:
         model: with at least one block of each kind.
-        config: that of the whole model.
         blocks: those of ``model``, by their paths in it.
-        times: how many blocks of the whole model each of them stands for.
-        depth: the number of blocks of the whole model.
+        times: the number of the whole model's blocks that each represents.
     """
 
     model: Any
@@ -48,12 +45,8 @@ class Blueprint:
 def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     """The model that ``recipe`` trains, without weights.
 
-    Args:
-        recipe: checked.
-        dtype: of the weights that are not adapters.
-
-    Raises:
-        RecipeError: there is no such model, or it has no such layers.
+    ``dtype`` is that of the weights that are not adapters. Raises a RecipeError if there is no such
+    model, or it has no such layers.
     """
     with quiet():
         config = load_config(recipe)
@@ -64,21 +57,17 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
         times = _keep_one_of_each(model, _numbers_blocks(recipe))
         model = _adapted(model, recipe)
     blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
-    own = {path: times.get(id(block), 1) for path, block in blocks.items()}
-    return Blueprint(model.train(), config, blocks, own, sum(own.values()))
+    times_of = {path: times.get(id(block), 1) for path, block in blocks.items()}
+    return Blueprint(model.train(), config, blocks, times_of, sum(times_of.values()))
 
 
 def _require_plain(config: Any) -> None:
-    """See that the weights are not quantized already.
-
-    Raises:
-        RecipeError: they are.
-    """
-    given = getattr(config, "quantization_config", None)
-    if given:
-        named = given.get("quant_method") if isinstance(given, dict) else None
+    """Raise a RecipeError if the weights are quantized already."""
+    saved = getattr(config, "quantization_config", None)
+    if saved:
+        method = saved.get("quant_method") if isinstance(saved, dict) else None
         raise RecipeError(
-            f"base_model: its weights are quantized already ({named or 'quantization_config'}), "
+            f"base_model: its weights are quantized already ({method or 'quantization_config'}), "
             "which plan cannot count: plan the model that they were made from"
         )
 
@@ -94,12 +83,12 @@ def _adapted(model: Any, recipe: Recipe) -> Any:
         config.inference_mode = False
         wide = recipe.peft_autocast_adapter_dtype
         return get_peft_model(model, config, autocast_adapter_dtype=wide)
-    # what adapters begin with may be made from the weights, which are not here
+    # initial values of adapters may be made from the weights, which are not here
     return add_adapter(model, recipe.model_copy(update={"peft_init_lora_weights": True}))
 
 
 def kind_of(block: nn.Module) -> Kind:
-    """What tells the kind of ``block``."""
+    """The kind of ``block``."""
     return type(block), tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
 
 
@@ -107,26 +96,20 @@ _BY_NUMBER = ("peft_layers_to_transform", "peft_layers_pattern", "peft_layer_rep
 
 
 def _numbers_blocks(recipe: Recipe) -> bool:
-    """Whether a recipe names single blocks, so that equal ones are not alike any more."""
-    named = [
+    """Whether a recipe names single blocks, so that equal ones differ after all."""
+    keys = [
         recipe.lora_target_modules, recipe.lora_exclude_modules, recipe.lora_target_parameters,
         recipe.lora_modules_to_save, recipe.unfrozen_parameters,
     ]  # fmt: skip
     return any(getattr(recipe, key) for key in _BY_NUMBER) or any(
-        re.search(r"\d", str(value)) is not None for value in named if value
+        re.search(r"\d", str(value)) is not None for value in keys if value
     )
 
 
 def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
-    """Take equal blocks but the first out of the model's lists.
+    """Remove equal blocks but the first from the model's lists, unless ``every`` is kept.
 
-    Args:
-        model: it is changed.
-        every: keep them all the same.
-
-    Returns:
-        How many blocks each of those that are left stands for, by ``id``; one for those that are
-        not named.
+    Returns, by ``id``, how many blocks each of the remaining ones represents; one if not named.
     """
     blocks = {id(r.module): kind_of(r.module) for r in find(model) if r.kind == "block"}
     if every or len(set(blocks.values())) == len(blocks):
@@ -137,12 +120,12 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
         if not kinds or None in kinds:
             continue
         keep = [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
-        # of one block alone it is not seen that it is one: a second stands beside it
+        # a single block does not show that it repeats: a second one is kept
         if len(keep) == 1 and len(kinds) > 1:
             keep.append(1)
-        whole, kept = Counter(kinds), Counter(kinds[i] for i in keep)
+        whole, remaining = Counter(kinds), Counter(kinds[i] for i in keep)
         for i in keep:
-            share, more = divmod(whole[kinds[i]], kept[kinds[i]])
+            share, more = divmod(whole[kinds[i]], remaining[kinds[i]])
             times[id(stack[i])] = share + (more if kinds.index(kinds[i]) == i else 0)
         modules = [stack[i] for i in keep]
         del stack[:]

@@ -1,4 +1,4 @@
-"""How the work of a run lies on its processes, and what each holds of weights and states."""
+"""The distribution of a run over its processes, and what each holds of weights and states."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ _PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class ProcessLayout:
-    """Who has what.
+    """The distribution of a run over its processes.
 
     Attributes:
         engine: what shares the work.
-        world: the number of processes.
         shard: the number of processes that share one copy of the weights.
         replicate: the number of such copies.
         tensor: the number of processes that share each layer.
@@ -34,7 +33,7 @@ class ProcessLayout:
         reshards: whether gathered weights are freed after forward.
         weights_on_host: whether shards, gradients and states are in the memory of the host.
         states_on_host: whether the optimizer's states are.
-        persistent: up to how many numbers ZeRO-3 leaves a parameter whole.
+        persistent: the largest size in numbers that ZeRO-3 leaves whole.
     """
 
     engine: Engine
@@ -50,7 +49,7 @@ class ProcessLayout:
 
     @property
     def data_ranks(self) -> int:
-        """Processes, or groups of them, that train batches of their own."""
+        """The number of processes, or groups of them, that train different batches."""
         return self.world // (self.tensor * self.context)
 
     @property
@@ -60,11 +59,7 @@ class ProcessLayout:
 
 
 def layout_of(recipe: Recipe, world: int) -> ProcessLayout:
-    """The layout of a recipe's run on ``world`` processes.
-
-    Raises:
-        RecipeError: the recipe needs another number.
-    """
+    """The layout of a recipe's run; raises a RecipeError if it needs another ``world``."""
     strategy = recipe.strategy()
     strategy.require_world(world)
     if strategy.engine == "deepspeed":
@@ -98,11 +93,11 @@ def _zero(strategy: Strategy, world: int) -> ProcessLayout:
     def offloads(key: str) -> bool:
         return str((zero.get(key) or {}).get("device", "none")) != "none"
 
-    kept = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
+    persistent = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
     return ProcessLayout(
         names[number], world, shard=world if number == 3 else 1,
         weights_on_host=offloads("offload_param"), states_on_host=offloads("offload_optimizer"),
-        persistent=_PERSISTENT if kept == "auto" else int(kept),
+        persistent=_PERSISTENT if persistent == "auto" else int(persistent),
     )  # fmt: skip
 
 
@@ -115,7 +110,7 @@ class Held:
         gradients: of its gradients, once they are all there.
         optimizer: of the optimizer's states, and of copies of the weights in 32 bits.
         kept_gradients: those of the gradients' bytes that stay between steps.
-        buffers: of buffers that the engine keeps, for what it sends.
+        buffers: of the engine's buffers for communication.
         host: of all of these that are in the memory of the host.
     """
 
@@ -133,14 +128,10 @@ class Held:
 
 
 def held(units: Sequence[Unit], layout: ProcessLayout, optimizer: str, passes: int = 1) -> Held:
-    """What the first process holds.
+    """The bytes that the first process holds.
 
-    Args:
-        units: of the model.
-        layout: of the run.
-        optimizer: the name of the recipe's.
-        passes: forward passes per optimizer step. FSDP2 adds whole gradients up where there are
-            several, and reduces them in the last one.
+    ``passes`` are the forward passes per optimizer step: FSDP2 adds whole gradients up where there
+    are several, and reduces them in the last one.
     """
     total = Held(0, 0, 0)
     for unit in units:
@@ -183,16 +174,16 @@ def _held_by_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
         return Held(round(weights), 0, 0)
     wide = replace(w, itemsize=4)
     master = 4 * w.numbers * part
-    own = round(w.numbers * 4 * part)
+    states = round(w.numbers * 4 * part)
     whole = w.numbers * w.itemsize if layout.engine == "ZeRO-1" else 0
     return Held(
-        round(weights), own + whole, round(master) + state_bytes(optimizer, wide, part),
-        kept_gradients=own,
+        round(weights), states + whole, round(master) + state_bytes(optimizer, wide, part),
+        kept_gradients=states,
     )  # fmt: skip
 
 
 def _moved(total: Held, layout: ProcessLayout) -> Held:
-    """The same with what the layout keeps on the host counted there."""
+    """The same, with the bytes that the layout keeps on the host counted there."""
     host = 0
     if layout.weights_on_host:
         host += total.weights + total.gradients

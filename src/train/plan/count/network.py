@@ -1,4 +1,4 @@
-"""How many bytes a process sends in one optimizer step."""
+"""The bytes that a process sends in one optimizer step."""
 
 from __future__ import annotations
 
@@ -42,27 +42,22 @@ def traffic(
     hidden: int,
     keys: int | None = None,
 ) -> Traffic:
-    """What a process sends in an optimizer step.
+    """The bytes that a process sends in an optimizer step of ``passes`` forward passes.
 
-    Args:
-        units: of the model.
-        layout: of the run.
-        passes: forward passes per optimizer step.
-        tokens: of a micro batch.
-        hidden: the size of a hidden state.
-        keys: the size of a token's keys, of all heads; None: that of a hidden state.
+    ``tokens`` are those of a micro batch, ``hidden`` is the size of a hidden state, and ``keys``
+    that of a token's keys, of all heads, by default ``hidden``.
     """
     stored = sum(u.times * w.bytes for u in units for w in u.weights)
     trained = sum(u.times * w.numbers * w.itemsize for u in units for w in u.weights if w.trains)
     blocks = sum(u.times for u in units if u.name)
     stored, trained = stored // layout.tensor, trained // layout.tensor
-    size, own = _itemsize(units), tokens // layout.context
+    size, local_tokens = _itemsize(units), tokens // layout.context
     activations = (
         passes
         * blocks
         * round(
-            _all_reduces(layout, own * hidden * size)
-            + _ring_of_keys(layout, own, keys or hidden, size)
+            _all_reduces(layout, local_tokens * hidden * size)
+            + _ring_of_keys(layout, local_tokens, keys or hidden, size)
         )
     )
     n, shard = layout.world, layout.shard
@@ -76,7 +71,7 @@ def traffic(
         return Traffic(round(_ring(n) * trained), round(_ring(n) * trained * times))
     gathers = 2 if layout.reshards else 1
     outside = sum(w.bytes for u in units if not u.name for w in u.weights) // layout.tensor
-    # the unit around all others stays gathered until backward
+    # the root unit stays gathered until backward
     gathered = stored * gathers - (outside if gathers == 2 and layout.engine != "ZeRO-3" else 0)
     between = 2 * _ring(layout.replicate) * trained / max(shard, 1)
     # FSDP2 reduces once an optimizer step: accelerate turns it off for the passes before

@@ -17,12 +17,8 @@ def state_bytes(optimizer: str, weight: Weight, part: float = 1.0) -> int:
     Two moments for AdamW and its kin, one for Lion, RMSprop and Adagrad, sums of rows and columns
     for Adafactor (Shazeer & Stern 2018), none for SGD. Those of PyTorch and transformers have the
     dtype of the parameter, those of bitsandbytes 32 or 8 bits. GaLore and APOLLO are taken for
-    AdamW: what their projections save is left out.
-
-    Args:
-        optimizer: its name in a recipe.
-        weight: the parameter.
-        part: the fraction of it that the process has.
+    AdamW: what their projections save is left out. ``part`` is the fraction of the parameter that
+    the process has.
     """
     numbers = weight.numbers * part
     if optimizer.startswith(_NONE):

@@ -25,10 +25,9 @@ from .blueprint import Blueprint, kind_of
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of one micro batch takes.
+    """The usage of a step with one micro batch.
 
     Attributes:
-        usages: of each block of the blueprint, by its path.
         rewrites: how many formulas of the blueprint's blocks and head are rewritten, by rule.
         tokens: of the micro batch that was counted.
         uncaptured: paths of the blocks that run as they are, each with the reason.
@@ -41,19 +40,12 @@ class Step:
 
 
 def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int = 1) -> Step:
-    """Run one step of the blueprint on fake tensors.
+    """Run one step of the blueprint, whose tensors become fake ones, with ``recipe``'s micro batch.
 
     Blocks that are captured are counted as graphs, at each level of what they may keep. Others, and
-    all of them with ``optimize: false``, are counted as they run in eager mode.
-
-    Args:
-        blueprint: its model's tensors become fake ones.
-        recipe: says how large a micro batch is.
-        codegen: what would run the graphs.
-        sequences: that each row of a micro batch stands for.
-
-    Raises:
-        ModelError: the model cannot run on tensors without contents.
+    all of them with ``optimize: false``, are counted as they run in eager mode. Each row of a micro
+    batch represents ``sequences`` rows. Raises a ModelError if the model cannot run on tensors
+    without contents.
     """
     model, (rows, length) = (
         blueprint.model,
@@ -72,11 +64,11 @@ def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int 
             known = {kind_of(b): u for b, u in (planner.usages() if planner else ())}
             rewrites, reasons = report.by_rule(), _reasons(report)
             restore(model)
-        left = {p: b for p, b in blueprint.blocks.items() if kind_of(b) not in known}
-        if left:
-            known |= _counted(model, left, ids)
+        uncounted = {p: b for p, b in blueprint.blocks.items() if kind_of(b) not in known}
+        if uncounted:
+            known |= _counted(model, uncounted, ids)
     usages = {path: known[kind_of(block)] for path, block in blueprint.blocks.items()}
-    why = {path: reasons.get(path, "it was not captured") for path in left if recipe.optimize}
+    why = {path: reasons.get(path, "it was not captured") for path in uncounted if recipe.optimize}
     return Step(usages, rewrites, rows * length, why)
 
 
@@ -90,18 +82,17 @@ def _run(model: nn.Module, ids: Tensor) -> None:
 
 
 def _reasons(report: Any) -> dict[str, str]:
-    """Why blocks run as they were, by their paths."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for bypass in report.bypasses:
-        found.setdefault(bypass.module, bypass.reason)
-    return found
+        reasons.setdefault(bypass.module, bypass.reason)
+    return reasons
 
 
 # --- in eager mode --------------------------------------------------------------------------------
 
 
 def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> dict[Any, Usages]:
-    """What blocks take in eager mode, by their kinds; under a fake mode."""
+    """The usages of blocks in eager mode, by their kinds; under a fake mode."""
     calls: dict[int, tuple[Any, Any]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -113,57 +104,57 @@ def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> 
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[Any, Usages] = {}
+    usages: dict[Any, Usages] = {}
     for path, block in blocks.items():
         if id(block) not in calls:
             raise ModelError(f"{path} is a block that no training step calls: it cannot be planned")
-        if kind_of(block) not in found:
-            found[kind_of(block)] = _usages(block, *calls[id(block)])
-    return found
+        if kind_of(block) not in usages:
+            usages[kind_of(block)] = _usages(block, *calls[id(block)])
+    return usages
 
 
 def _usages(block: nn.Module, args: Any, kwargs: Any) -> Usages:
     """Of one call: where it keeps what eager mode keeps, and where it keeps its inputs."""
-    given = [t.detach() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-    inputs = sum(t.nbytes for t in given if t.is_floating_point())
+    values = [t.detach() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+    inputs = sum(t.nbytes for t in values if t.is_floating_point())
     args, kwargs = torch.utils._pytree.tree_map(_leaf, (args, kwargs))
     living = Living()
     living.exclude(tree_iter((args, kwargs)))
     living.exclude(block.parameters())
     with living:
-        made = [t for t in tree_iter(block(*args, **kwargs)) if isinstance(t, Tensor)]
-        forward, kept, flops = living.most, living.bytes, living.flops
+        outputs = [t for t in tree_iter(block(*args, **kwargs)) if isinstance(t, Tensor)]
+        forward, saved, flops = living.most, living.bytes, living.flops
         living.most = 0
-        wanted = [t for t in made if t.requires_grad]
-        if wanted:
-            torch.autograd.backward(wanted, [torch.ones_like(t) for t in wanted])
+        roots = [t for t in outputs if t.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
     gradients = sum(p.grad.nbytes for p in block.parameters() if p.grad is not None)
     block.zero_grad()
-    whole = Usage(kept, forward, living.most, gradients, living.flops)
+    whole = Usage(saved, forward, living.most, gradients, living.flops)
     lean = Usage(inputs, forward, living.most, gradients, living.flops + flops)
     levels: dict[Level, Usage] = {"all": whole, "input": lean}
     return levels
 
 
 def _leaf(value: Any) -> Any:
-    """A tensor that has a gradient of its own, as what a block is given has."""
+    """A tensor that is a leaf with its own gradient, as a block's input has one."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.detach().requires_grad_()
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Put fake tensors of the CPU in the place of those of the meta device; under a fake mode."""
-    made: dict[int, Tensor] = {}
+    """Replace tensors of the meta device by fake tensors of the CPU; under a fake mode."""
+    fakes: dict[int, Tensor] = {}
 
     def fake(t: Tensor) -> Tensor:
-        if id(t) not in made:
+        if id(t) not in fakes:
             empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
             is_parameter = isinstance(t, nn.Parameter)
-            made[id(t)] = nn.Parameter(empty, t.requires_grad) if is_parameter else empty
-        return made[id(t)]
+            fakes[id(t)] = nn.Parameter(empty, t.requires_grad) if is_parameter else empty
+        return fakes[id(t)]
 
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            tensors: dict[str, Any] = own
+        for registry in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = registry
             tensors.update({k: fake(t) for k, t in tensors.items() if t is not None})

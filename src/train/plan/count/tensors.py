@@ -1,6 +1,6 @@
 """The tensors of a model, by the unit that is gathered at a time: how many numbers, how many bytes.
 
-Blocks are units of their own; what is outside of them (embeddings, final norm, head) is one more.
+Each block is a unit; what is outside of them (embeddings, final norm, head) is one more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ABSMAX_BLOCK = 64
 """Weights of 4 bits that share a scale (bitsandbytes' default)."""
 
 _NESTED_BLOCK = 256
-"""Scales that share a scale of their own, where they are quantized, too."""
+"""Scales that share a second scale, where they are quantized, too."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Weight:
         rows: its size in the first dimension, which is what is divided between processes.
         bytes: of the whole tensor, its scales not included where it is quantized.
         scales: bytes of those, which no strategy divides.
-        itemsize: bytes of a number as it is computed with.
-        trains: whether it has a gradient.
+        itemsize: bytes of a number in the dtype of computation.
         is_matrix: whether it has two dimensions or more.
     """
 
@@ -45,17 +44,17 @@ class Weight:
     scales: int = 0
 
     def shard(self, ranks: int) -> float:
-        """The part of it that the first of ``ranks`` processes has: whole rows, as in FSDP2."""
+        """The bytes that the first of ``ranks`` processes has: whole rows, as in FSDP2."""
         return math.ceil(self.rows / ranks) / self.rows if self.rows else 1.0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is gathered at a time.
+    """Weights that are gathered together.
 
     Attributes:
         name: the path of its first block, or ``""`` for what is outside of all blocks.
-        times: how often it stands in the model.
+        times: how often it occurs in the model.
         weights: of one of them.
     """
 
@@ -67,19 +66,17 @@ class Unit:
 def units(blueprint: Blueprint, bits: int | None, experts: bool = False) -> list[Unit]:
     """The units of a model.
 
-    Args:
-        blueprint: the model.
-        bits: of quantized linear layers, 4 or 8; None: nothing is quantized.
-        experts: whether bare weights of experts are quantized, too.
+    ``bits`` of quantized linear layers are 4 or 8; None: nothing is quantized. With ``experts``,
+    bare weights of experts are quantized, too.
     """
     quantized = set() if bits is None else _quantized(blueprint.model, experts)
     inside = {id(p) for b in blueprint.blocks.values() for p in b.parameters()}
     rest = [p for p in blueprint.model.parameters() if id(p) not in inside]
-    found = [
+    result = [
         Unit(path, blueprint.times[path], tuple(_weights(block.parameters(), quantized, bits)))
         for path, block in blueprint.blocks.items()
     ]
-    return [*found, Unit("", 1, tuple(_weights(iter(rest), quantized, bits)))]
+    return [*result, Unit("", 1, tuple(_weights(iter(rest), quantized, bits)))]
 
 
 def _weights(
@@ -97,14 +94,14 @@ def _quantized(model: Any, experts: bool) -> set[int]:
     """The weights that are replaced: of frozen linear layers but the head, and of experts."""
     head = model.get_output_embeddings()
     heads = set() if head is None else set(head.modules())
-    found = {
+    replaced = {
         id(m.weight)
         for m in model.modules()
         if type(m) is nn.Linear and m not in heads and not m.weight.requires_grad
     }
     if experts:
-        found |= {id(p) for _, _, p in bare_experts(model) if not p.requires_grad}
-    return found
+        replaced |= {id(p) for _, _, p in bare_experts(model) if not p.requires_grad}
+    return replaced
 
 
 def quantized_bytes(weight: Tensor, bits: int) -> tuple[int, int]:
