@@ -1,4 +1,4 @@
-"""The courses of the learning rate that transformers has no name for."""
+"""Learning rate schedules that transformers has no name for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..recipe.recipe import Recipe
 
 
 def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
-    """Make the schedule for nothing: some need arguments that only they know of.
+    """Make the schedule once to check it, because only it knows which arguments it needs.
 
     Raises:
         RecipeError: it cannot be made.
@@ -40,25 +40,14 @@ def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
 def own_schedule(
     recipe: Recipe, optimizer: Optimizer, warmup: int, total: int
 ) -> LRScheduler | None:
-    """The schedule of ``recipe`` if it is one of ours; None: transformers has it.
-
-    Args:
-        recipe: the recipe.
-        optimizer: whose learning rates are set.
-        warmup: steps of warm-up.
-        total: steps of the run.
-    """
+    """The schedule of ``recipe`` for ``warmup`` and ``total`` steps; None: transformers has it."""
     if recipe.jagged_restart_steps:
         return _restarted(recipe, optimizer, warmup, total)
     return _own(recipe, optimizer, warmup, total)
 
 
 def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler:
-    """A schedule that decays before each restart and warms up after it, as ReLoRA's does.
-
-    Raises:
-        ValueError: the schedule has no rate for each step.
-    """
+    # decays before each restart and warms up after it, as ReLoRA's; ValueError: no rate for a step
     inner = _own(recipe, optimizer, warmup, total) or get_scheduler(
         recipe.lr_scheduler, optimizer, warmup, total,
         scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
@@ -88,7 +77,7 @@ def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) ->
 
 
 _LEAST = 0.001
-"""The part of the learning rate that a restart begins with."""
+"""The fraction of the learning rate that a restart begins with."""
 
 
 def _own(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler | None:
@@ -96,7 +85,7 @@ def _own(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRSch
         options = {"div_factor": recipe.lr_div_factor or 25.0, **(recipe.lr_scheduler_kwargs or {})}
         if warmup:
             options.setdefault("pct_start", warmup / total)
-        # Adam's momentum stays as the recipe says; and the last step asks for one rate more
+        # Adam's momentum stays as in the recipe; and the last step asks for one rate more
         options.setdefault("cycle_momentum", False)
         rates = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, max_lr=rates, total_steps=total + 1, **options)
