@@ -1,7 +1,7 @@
 """Whether a checked recipe can be trained here, as far as that shows before anything is loaded.
 
-Both a run and ``--dry-run`` begin with it. What needs torch or transformers is looked at only where
-there is something to look at: a model that is on this disk, a precision, an attention.
+Both a run and ``--dry-run`` begin with it. What needs torch or transformers is checked only where
+there is something to check: a model that is on this disk, a precision, an attention.
 """
 
 from __future__ import annotations
@@ -21,29 +21,23 @@ from .requirements import OTHER_ATTENTIONS, attention, missing_packages
 
 
 def require_startable(recipe: Recipe, processes: int = 1) -> None:
-    """See that nothing keeps a recipe from being trained here.
-
-    Args:
-        recipe: checked.
-        processes: how many train it.
+    """Check that nothing keeps a checked recipe from being trained here.
 
     Raises:
         RecipeError: something does; the message lists all of it.
     """
-    if found := obstacles(recipe, processes):
-        raise RecipeError("\n  ".join(found))
+    if problems := obstacles(recipe, processes):
+        raise RecipeError("\n  ".join(problems))
 
 
 def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
-    """What keeps a recipe from being trained here: a sentence each, with its key.
+    """What keeps a checked recipe from being trained here: a sentence each, with its key.
 
-    Args:
-        recipe: checked.
-        processes: how many train it; None: that is not known yet.
+    ``processes`` train it; None: not known yet.
     """
-    found = [*model_obstacles(recipe)]
-    found += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
-    return [*found, *_output(recipe, processes)]
+    problems = [*model_obstacles(recipe)]
+    problems += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
+    return [*problems, *_output(recipe, processes)]
 
 
 def model_obstacles(recipe: Recipe) -> Iterator[str]:
@@ -56,10 +50,8 @@ def model_obstacles(recipe: Recipe) -> Iterator[str]:
 def encoding_obstacles(recipe: Recipe) -> Iterator[str]:
     """What would keep any row from being tokenized: the tokenizer, or its chat template.
 
-    A run sees it when it prepares its rows; a dry run, which reads none, asks here.
-
-    Args:
-        recipe: one that has no ``obstacles``.
+    A run sees it when it prepares its rows; a dry run, which reads none, asks here. The recipe has
+    no ``obstacles``.
     """
     named = recipe.tokenizer_config or recipe.base_model
     source = locate(named, [Path.cwd()])
@@ -89,8 +81,8 @@ def _precision(recipe: Recipe) -> Iterator[str]:
 
 
 def _attention(recipe: Recipe) -> Iterator[str]:
-    name, said = attention(recipe)
-    if name in (None, "eager", "sdpa") or said is not None:
+    name, problem = attention(recipe)
+    if name in (None, "eager", "sdpa") or problem is not None:
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -102,7 +94,7 @@ def _attention(recipe: Recipe) -> Iterator[str]:
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
-    """The files of the base model, if they are on this disk."""
+    # the files of the base model, if they are on this disk
     source = locate(recipe.base_model, [Path.cwd()])
     folder: Path | None = Path(source.name)
     if source.gguf_file is not None:
@@ -119,36 +111,34 @@ def _model(recipe: Recipe) -> Iterator[str]:
     from .model.load import load_config, quiet
     from .model.positions import too_long
 
-    here, made = recipe.model_copy(update={"base_model": str(folder)}), None
+    here, kind_and_config = recipe.model_copy(update={"base_model": str(folder)}), None
     try:
         with quiet():
             config = load_config(here)
             if recipe.model_type is None:
                 model = meta_model(here, config)
-                made = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
+                kind_and_config = (
+                    type(model),
+                    copy.deepcopy(model.config),
+                )  # adapters may replicate layers
                 require_names(model, recipe)
                 _require_groups(model, recipe)
-            said = too_long(here, config)
+            problem = too_long(here, config)
     except RecipeError as error:
         yield str(error)
         return
-    if said is not None:
-        yield said
+    if problem is not None:
+        yield problem
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
-        yield from _weights(recipe, folder, made)
+        yield from _weights(recipe, folder, kind_and_config)
 
 
 def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -> Iterator[str]:
-    """The weights in a folder, as far as shows without reading them.
-
-    Args:
-        recipe: checked.
-        folder: of the base model.
-        made: the model's class and configuration; None: unknown, and nothing is compared with it.
-    """
-    said = modelfiles.weights_problem(folder)
-    if said is not None:
-        yield f"base_model: {said}"
+    # The weights in a folder, without reading them. ``made``: the model's class and configuration;
+    # None: unknown, and nothing is compared with it.
+    problem = modelfiles.weights_problem(folder)
+    if problem is not None:
+        yield f"base_model: {problem}"
     elif made is not None:
         from .model.from_pretrained import require_fit
         from .model.load import quiet
@@ -161,11 +151,7 @@ def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -
 
 
 def _require_groups(model: Any, recipe: Recipe) -> None:
-    """See that processes can share the layers, or the sequences, of a model.
-
-    Raises:
-        RecipeError: they cannot.
-    """
+    # whether processes can share the layers, or the sequences, of a model; RecipeError: they cannot
     strategy = recipe.strategy()
     if strategy.tensor > 1:
         from .processes.tensor_parallel import require_divisible
@@ -178,7 +164,7 @@ def _require_groups(model: Any, recipe: Recipe) -> None:
 
 
 def _reference(recipe: Recipe) -> Iterator[str]:
-    """Whether a reference model that moves is whole in each process, as checkpoints keep it."""
+    # a reference model that moves must be whole in each process, as checkpoints keep it
     strategy = recipe.strategy()
     whole = strategy.engine == "ddp" and strategy.tensor == 1
     if recipe.trl is not None and recipe.trl.sync_ref_model and not whole:
@@ -186,7 +172,7 @@ def _reference(recipe: Recipe) -> Iterator[str]:
 
 
 def _beforehand(recipe: Recipe, processes: int | None) -> Iterator[str]:
-    """Whether the reference's part can be computed before training."""
+    # whether the reference's part can be computed before training
     if recipe.precompute_ref_log_probs and processes is not None and processes > 1:
         yield (
             "precompute_ref_log_probs: works in one process only, and there are "
@@ -195,7 +181,7 @@ def _beforehand(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 
 def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
-    """Whether completions can be generated in whole groups."""
+    # whether completions can be generated in whole groups
     if rows_of(recipe) != "prompts":
         return
     if processes is None:
@@ -207,7 +193,6 @@ def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 
 def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
-    """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
     from .checkpoint.output_folder import check_output
 
@@ -224,17 +209,17 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 def _tokenizer(recipe: Recipe) -> Iterator[str]:
     named = recipe.tokenizer_config or recipe.base_model
-    said = modelfiles.tokenizer_problem(Path(named)) if Path(named).is_dir() else None
-    if said is not None:
-        yield f"{'tokenizer_config' if recipe.tokenizer_config else 'base_model'}: {said}"
+    problem = modelfiles.tokenizer_problem(Path(named)) if Path(named).is_dir() else None
+    if problem is not None:
+        yield f"{'tokenizer_config' if recipe.tokenizer_config else 'base_model'}: {problem}"
 
 
 def _adapter(recipe: Recipe) -> Iterator[str]:
     folder = Path(recipe.lora_model_dir).expanduser() if recipe.lora_model_dir else None
     if recipe.adapter and folder is not None and folder.is_dir():
-        said = adapter_problem(folder)
-        if said is not None:
-            yield f"lora_model_dir: {said}"
+        problem = adapter_problem(folder)
+        if problem is not None:
+            yield f"lora_model_dir: {problem}"
 
 
 _LOOKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (

@@ -47,7 +47,7 @@ from .trainer.watchdog import NonFiniteStepError
 
 
 class TrainingRun:
-    """One run of one recipe. ``run`` does its parts in the order in which they stand below.
+    """One run of one recipe. ``run`` does its parts in the order in which they are below.
 
     - everything that can be wrong with the recipe and the rows is found before weights are loaded;
     - validation before and after, and one question answered before and after;
@@ -70,10 +70,7 @@ class TrainingRun:
     Of several processes, each does all of it with its share of the batches, and rank 0 alone
     prints and writes.
 
-    Args:
-        recipe: checked, with absolute paths.
-        console: where to print.
-        world: the processes of the run; None: this one alone.
+    The recipe is checked, with absolute paths.
     """
 
     def __init__(self, recipe: Recipe, console: Console, world: World | None = None) -> None:
@@ -132,7 +129,7 @@ class TrainingRun:
         return self.result
 
     def _finish(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        """Let rank 0 write and print what sums the run up."""
+        # rank 0 writes and prints the summary
         with interrupts.deferring_signals(interrupts.WRITING):
             if self.world.main:
                 finish.write(self.result, self.run_log)
@@ -147,16 +144,18 @@ class TrainingRun:
     # --- in the order of `run` -------------------------------------------------------------------
 
     def _may_start(self) -> None:
-        """Check the folder and the packages; find the checkpoint to resume from, if any."""
         recipe, world = self.recipe, self.world
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
-        said = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
+        warnings = (
+            precision_warning(recipe.precision()),
+            processes_message(recipe.strategy(), world),
+        )
         others = notices(recipe)
-        for line in filter(None, (world.unread, *messages(recipe), *others, *said)):
+        for line in filter(None, (world.unread, *messages(recipe), *others, *warnings)):
             self.run_log.say(line)
-        found = world.share(lambda: str(resume.find(recipe) or ""))
-        start = Path(found) if found else None
+        checkpoint = world.share(lambda: str(resume.find(recipe) or ""))
+        start = Path(checkpoint) if checkpoint else None
         if start is not None:
             saved = resume.load(start, recipe, world.batch_ranks)
             self.resumed = resume.Resumed(start, saved)
@@ -164,7 +163,7 @@ class TrainingRun:
             self.run_log.say(f"resuming from {start}")
 
     def _prepare(self, tokenizer: Any) -> Any:
-        """The rows as samples, and those as sequences to train on."""
+        # the rows as samples, and those as sequences to train on
         recipe, world = self.recipe, self.world
         day = world.share(lambda: self.result.started[:10])
         prepared = prepare_together(recipe, tokenizer, self.console, day, world)
@@ -185,7 +184,6 @@ class TrainingRun:
         return prepared
 
     def _model(self, tokenizer: Any) -> Any:
-        """The model with its adapters, seeded and checked."""
         recipe, result = self.recipe, self.result
         on_cpu = is_sharded(recipe.strategy(), self.world)
         model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu)
@@ -200,16 +198,15 @@ class TrainingRun:
     def _context(
         self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
     ) -> Context:
-        """What the trainer needs besides the model and the rows."""
-        made = make_context(
+        context = make_context(
             self.task, model, tokenizer, prepared, interrupts, self.console, self.result.carried
         )
-        for name, batches in made.validation.items():
+        for name, batches in context.validation.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)
-        return made
+        return context
 
     def _before(self, model: Any, context: Context) -> None:
-        """Optimize; answer and validate, once the model is as its processes have it."""
+        # optimizes; answers and validates, once the model is as its processes have it
         recipe = self.recipe
         shards = is_sharded(recipe.strategy(), self.world)
         if not shards:
@@ -231,7 +228,6 @@ class TrainingRun:
         context.on_ready = on_ready
 
     def _train(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        """Train until the last step, or until something ends it."""
         result = self.result
         result.steps_planned = trainer.args.max_steps
         with self.run_log.timed("training"):
@@ -255,8 +251,8 @@ class TrainingRun:
             result.end(trainer.ended(), trainer.checkpoints.write_error)
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
-        left = result.steps_planned - done
-        self.run_log.say(f"training for {left} step{'s' * (left != 1)}{first}")
+        remaining = result.steps_planned - done
+        self.run_log.say(f"training for {remaining} step{'s' * (remaining != 1)}{first}")
         start = resumed.folder if resumed else None
         try:
             with resume.without_code(start):
@@ -274,18 +270,15 @@ class TrainingRun:
             raise
 
     def _clear(self) -> None:
-        """Remove what an earlier run left, once the first step is complete.
-
-        This cannot be undone, and much can still be refused before that, such as too small a memory
-        budget. A NaN loss in the first step also leaves a batch and a report.
-        """
+        # Removes what an earlier run left, once the first step is complete: this cannot be undone,
+        # and much can still be refused before that, such as too small a memory budget. A NaN loss
+        # in the first step also leaves a batch and a report.
         if not self._cleared:
             self._cleared = True
             here = self.resumed is not None and self.resumed.folder.parent == self.folder
             self.world.share(lambda: output_folder.clear_output(self.folder, here))
 
     def _save(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        """Save what was trained."""
         self._clear()
         if not self.result.steps:
             return
@@ -296,7 +289,6 @@ class TrainingRun:
             self.result.interrupt(interrupts.signal)
 
     def _measure(self, trainer: EngineMixin) -> None:
-        """Take the figures of training."""
         result = self.result
         if self.recipe.streams() and not self.recipe.dataloader_num_workers:
             result.data.update(self.sequences.counts)  # else other processes have counted
@@ -307,7 +299,7 @@ class TrainingRun:
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
-    """Run ``recipe``; see ``fusewright.train.train``."""
+    """Run ``recipe``, as ``fusewright.train.train`` does."""
     with joined(recipe.ddp_timeout) as world:
         strategy = recipe.strategy()
         strategy.require_world(world.size)

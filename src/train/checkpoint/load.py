@@ -79,12 +79,12 @@ def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     dtypes = [value.dtype for value in stored.values() if value.is_floating_point()]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     with without_zero3():
-        loaded, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
+        instance, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
             None, config=copy.deepcopy(model.config), state_dict=stored, dtype=widest,
             output_loading_info=True,
         )  # fmt: skip
     invented = set(info["missing_keys"])  # which have random numbers
-    return {name: value for name, value in loaded.state_dict().items() if name not in invented}
+    return {name: value for name, value in instance.state_dict().items() if name not in invented}
 
 
 @contextlib.contextmanager

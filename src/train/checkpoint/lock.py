@@ -87,18 +87,18 @@ class LockHolder:
 
 @contextlib.contextmanager
 def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep every other run out of ``folder``, which is created if needed.
+    """Keep every other run out of ``folder``, which is new_folders if needed.
 
     Folders that are still empty at the end are removed again. ``say`` reports a lock taken over.
 
     Raises:
         RecipeError: another process has it, or it cannot be written to.
     """
-    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         handle = _taken(folder, say)
     except BaseException:
-        _remove_empty(created)
+        _remove_empty(new_folders)
         raise
     try:
         yield
@@ -109,7 +109,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         _give_back(folder, handle, ended=True)
     finally:
         os.close(handle)
-        _remove_empty(created)
+        _remove_empty(new_folders)
 
 
 def _taken(folder: Path, say: Callable[[str], None]) -> int:

@@ -62,7 +62,7 @@ def require_own(folder: Path) -> None:
 
 def _require_writable(folder: Path) -> None:
     # tries to make ``folder`` and a file in it, which is removed again
-    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -71,7 +71,7 @@ def _require_writable(folder: Path) -> None:
         reason = error.strerror or error
         raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
     finally:
-        for path in created:
+        for path in new_folders:
             with contextlib.suppress(OSError):
                 path.rmdir()
 

@@ -122,10 +122,10 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Group
     shards = Shards.read(folder)
     named = _without_tensors(shards)
     parameters = dict(model.named_parameters())
-    stored = sizes(shards.place)
+    full_sizes = sizes(shards.place)
     tensors: dict[str, Any] = {}
     initial: Any = None
-    for full, (size, dtype) in stored.items():
+    for full, (size, dtype) in full_sizes.items():
         kind, _, name = full.partition("/")
         if kind == WEIGHTS:
             continue

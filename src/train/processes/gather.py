@@ -68,12 +68,12 @@ def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any], grou
 def by_number(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """A state by the names of parameters, converted to their numbers as in ``state_dict``."""
     numbers = {name: i for i, name in enumerate(n for names in groups for n in names)}
-    numbered = [list(map(numbers.__getitem__, names)) for names in groups]
+    number_groups = [list(map(numbers.__getitem__, names)) for names in groups]
     return {
         "state": {numbers[name]: values for name, values in state["state"].items()},
         "param_groups": [
             {**group, "params": indices}
-            for group, indices in zip(state["param_groups"], numbered, strict=True)
+            for group, indices in zip(state["param_groups"], number_groups, strict=True)
         ],
     }
 

@@ -37,8 +37,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, i
     )
     with _own_errors():
         save(dict(tensors), storage_writer=writer)
-    written = folder.glob(f"shard-{rank + 1:05d}-*")
-    return {path.name: path.stat().st_size for path in written}
+    paths = folder.glob(f"shard-{rank + 1:05d}-*")
+    return {path.name: path.stat().st_size for path in paths}
 
 
 def read(folder: Path, tensors: dict[str, Any]) -> None:

@@ -80,10 +80,10 @@ def divide(model: nn.Module, mesh: DeviceMesh) -> None:
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     for name, style in _rules(base):
-        for module, planned in _styles(base.get_submodule(name), name, style):
+        for module, parallel_style in _styles(base.get_submodule(name), name, style):
             # without src_data_rank, the parts of the first process are sent to the others
-            planned.src_data_rank = None
-            parallelize_module(module.to(device), mesh, planned)
+            parallel_style.src_data_rank = None
+            parallelize_module(module.to(device), mesh, parallel_style)
             _free(module)
 
 

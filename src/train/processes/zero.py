@@ -119,13 +119,13 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
 
 def _numbered(own: list[dict[str, Any]], groups: Groups) -> list[dict[str, Any]]:
     # with the numbers of their parameters; DeepSpeed has left out groups without any
-    groups_left, numbered, first = iter(own), [], 0
+    remaining, result, first = iter(own), [], 0
     for names in groups:
-        group = next(groups_left) if names else own[0]
+        group = next(remaining) if names else own[0]
         numbers = list(range(first, first + len(names)))
-        numbered.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
+        result.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
         first += len(names)
-    return numbered
+    return result
 
 
 def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
@@ -226,14 +226,12 @@ def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         return
     args = () if key is None else (key,)
     get = utils.safe_get_local_fp32_param if key is None else utils.safe_get_local_optimizer_state
-    set_local = (
-        utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
-    )
+    put = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
     size = get(parameter, *args).numel()
     shards: Any = parameter
     first = size * dist.get_rank(shards.ds_process_group)
     part = value.flatten()[first : first + size]
-    set_local(parameter, nn.functional.pad(part, (0, size - part.numel())), *args)
+    put(parameter, nn.functional.pad(part, (0, size - part.numel())), *args)
 
 
 def _is_whole(value: Any) -> bool:
