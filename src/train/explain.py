@@ -95,9 +95,7 @@ def run(
 def load(request: ExplainOptions) -> tuple[Any, str]:
     """The model to explain, in training mode, and a sentence on what it is.
 
-    Raises:
-        RecipeError: there is no such model, or it cannot be read.
-        ModelError: it cannot be built, or does not fit into memory.
+    Raises RecipeError and ModelError as ``run`` does.
     """
     folder = Path(request.model).expanduser()
     if not folder.exists() and request.model in _model_types():

@@ -57,11 +57,9 @@ def parse_json(text: str) -> Any:
     except ValueError:  # Python reads no integers of more than some thousand digits
         raise BadJsonError("not valid JSON: a number has too many digits") from None
     if _ESCAPED.search(text):
-        for at, message in odd_characters(value):
+        for at, flaw in odd_characters(value):
             place = ".".join(map(str, at))
-            raise BadJsonError(
-                f"{place + ' ' if place else ''}{message}; replace it, or leave it out"
-            )
+            raise BadJsonError(f"{place + ' ' if place else ''}{flaw}; replace it, or leave it out")
     return value
 
 

@@ -197,11 +197,11 @@ class PackageRows:
             rows_file = Path(folder) / "rows.jsonl"
             # -I: neither the current folder nor the environment can put a module in the way
             command = [sys.executable, "-I", str(maker), str(rows_file), form]
-            completed = subprocess.run(command, capture_output=True, text=True, check=False)
-            if completed.returncode:
-                output = (completed.stderr or completed.stdout).strip().splitlines()
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                lines = (result.stderr or result.stdout).strip().splitlines()
                 raise DataError(
-                    f"{path}: cannot be made: {output[-1] if output else completed.returncode}"
+                    f"{path}: cannot be made: {lines[-1] if lines else result.returncode}"
                 )
             text = rows_file.read_bytes()
         self._lines = text.splitlines()

@@ -21,11 +21,7 @@ from .requirements import OTHER_ATTENTIONS, attention, missing_packages
 
 
 def require_startable(recipe: Recipe, processes: int = 1) -> None:
-    """Check that nothing keeps a checked recipe from being trained here.
-
-    Raises:
-        RecipeError: something does; the message lists all of it.
-    """
+    """Raise RecipeError with all that keeps a checked recipe from being trained here."""
     if problems := obstacles(recipe, processes):
         raise RecipeError("\n  ".join(problems))
 
@@ -53,10 +49,10 @@ def encoding_obstacles(recipe: Recipe) -> Iterator[str]:
     A run sees it when it prepares its rows; a dry run, which reads none, asks here. The recipe has
     no ``obstacles``.
     """
-    named = recipe.tokenizer_config or recipe.base_model
-    source = locate(named, [Path.cwd()])
+    place = recipe.tokenizer_config or recipe.base_model
+    source = locate(place, [Path.cwd()])
     here = source.gguf_file is not None or Path(source.name).is_dir()
-    if not here and modelfiles.cached(named, recipe.revision_of_model) is None:
+    if not here and modelfiles.cached(place, recipe.revision_of_model) is None:
         return  # a dry run downloads nothing
     from .data.prepare import require_encoders
     from .model.load import quiet
@@ -111,16 +107,13 @@ def _model(recipe: Recipe) -> Iterator[str]:
     from .model.load import load_config, quiet
     from .model.positions import too_long
 
-    here, kind_and_config = recipe.model_copy(update={"base_model": str(folder)}), None
+    here, meta = recipe.model_copy(update={"base_model": str(folder)}), None
     try:
         with quiet():
             config = load_config(here)
             if recipe.model_type is None:
                 model = meta_model(here, config)
-                kind_and_config = (
-                    type(model),
-                    copy.deepcopy(model.config),
-                )  # adapters may replicate layers
+                meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
                 require_names(model, recipe)
                 _require_groups(model, recipe)
             problem = too_long(here, config)
@@ -130,7 +123,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if problem is not None:
         yield problem
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
-        yield from _weights(recipe, folder, kind_and_config)
+        yield from _weights(recipe, folder, meta)
 
 
 def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -> Iterator[str]:
@@ -208,8 +201,8 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 
 def _tokenizer(recipe: Recipe) -> Iterator[str]:
-    named = recipe.tokenizer_config or recipe.base_model
-    problem = modelfiles.tokenizer_problem(Path(named)) if Path(named).is_dir() else None
+    place = recipe.tokenizer_config or recipe.base_model
+    problem = modelfiles.tokenizer_problem(Path(place)) if Path(place).is_dir() else None
     if problem is not None:
         yield f"{'tokenizer_config' if recipe.tokenizer_config else 'base_model'}: {problem}"
 

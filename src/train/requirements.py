@@ -198,7 +198,7 @@ def tracking(recipe: Recipe) -> Iterator[None]:
 def _environment(recipe: Recipe) -> dict[str, str]:
     keys = recipe.comet_api_key, recipe.swanlab_api_key
     comet_key, swanlab_key = (key.get_secret_value() if key else None for key in keys)
-    named = {
+    settings = {
         "WANDB_PROJECT": recipe.wandb_project,
         "WANDB_ENTITY": recipe.wandb_entity,
         "WANDB_NAME": recipe.wandb_name,
@@ -228,7 +228,7 @@ def _environment(recipe: Recipe) -> dict[str, str]:
                 "SWANLAB": "swanlab"}  # fmt: skip
     used = set(recipe.reporters())
     variables = {}
-    for name, value in named.items():
+    for name, value in settings.items():
         if value is not None and trackers.get(name.split("_")[0], "trackio") in used:
             variables[name] = str(value).lower() if isinstance(value, bool) else str(value)
     if "tensorboard" in used:

@@ -147,12 +147,9 @@ class TrainingRun:
         recipe, world = self.recipe, self.world
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
-        warnings = (
-            precision_warning(recipe.precision()),
-            processes_message(recipe.strategy(), world),
-        )
+        text = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
         others = notices(recipe)
-        for line in filter(None, (world.unread, *messages(recipe), *others, *warnings)):
+        for line in filter(None, (world.unread, *messages(recipe), *others, *text)):
             self.run_log.say(line)
         checkpoint = world.share(lambda: str(resume.find(recipe) or ""))
         start = Path(checkpoint) if checkpoint else None

@@ -87,7 +87,7 @@ class LockHolder:
 
 @contextlib.contextmanager
 def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep every other run out of ``folder``, which is new_folders if needed.
+    """Keep every other run out of ``folder``, which is created if needed.
 
     Folders that are still empty at the end are removed again. ``say`` reports a lock taken over.
 
@@ -191,9 +191,9 @@ def _give_back(folder: Path, handle: int, ended: bool) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
         if not ended and any(folder.iterdir()) and not is_run(folder):
-            left = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            LockHolder(**{**asdict(LockHolder.this()), "over": True}).write(left)
-            os.close(left)
+            marker = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            LockHolder(**{**asdict(LockHolder.this()), "over": True}).write(marker)
+            os.close(marker)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -35,11 +35,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
 
 
 def require_own(folder: Path) -> None:
-    """Check that ``folder`` does not exist, is empty, or is a run's.
-
-    Raises:
-        RecipeError: it is something else.
-    """
+    """Raise RecipeError unless ``folder`` does not exist, is empty, or is a run's."""
     problem = why_not_ours_to_write(folder)
     if problem is not None:
         raise RecipeError(f"output_dir: {problem}")

@@ -79,11 +79,7 @@ class Saved:
 
     @classmethod
     def read(cls, folder: Path) -> Saved:
-        """Read it from a checkpoint.
-
-        Raises:
-            RecipeError: the checkpoint is not one of this package, or lacks files.
-        """
+        """Read it from a checkpoint; RecipeError if that is of other origin, or lacks files."""
         try:
             content = parse_json((folder / _FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -252,11 +248,7 @@ def _unreadable(path: Path) -> str:
 
 
 def require_same_data(resumed: Resumed, fingerprint: str) -> None:
-    """Check that a checkpoint's run had the rows that this one has.
-
-    Raises:
-        RecipeError: it had others.
-    """
+    """Raise RecipeError unless a checkpoint's run had the rows that this one has."""
     if resumed.saved.data != fingerprint:
         raise RecipeError(
             f"{resumed.folder} was trained on other rows: the datasets, their template or the "

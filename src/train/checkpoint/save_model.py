@@ -23,11 +23,7 @@ _PROBE = 64
 def save_whole(
     model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None
 ) -> None:
-    """As ``save``, but every file is complete, or as it was before.
-
-    Raises:
-        CheckpointWriteError: the disk is full, or cannot be written to.
-    """
+    """As ``save``, but every file is complete or as before; CheckpointWriteError on a full disk."""
     part = folder / PART
     try:
         shutil.rmtree(part, ignore_errors=True)

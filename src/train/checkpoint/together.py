@@ -45,12 +45,9 @@ def write_together(world: World, folder: Path, step: int, write: Callable[[Path]
 
 
 def require_shared(world: World, folder: Path) -> None:
-    """Check that the run's folder is the same on all machines; a collective.
+    """Raise RecipeError unless the run's folder is the same on all machines; a collective.
 
     Rank 0 has the lock in it.
-
-    Raises:
-        RecipeError: a machine has another folder of that name, or none.
     """
     if not world.several:
         return

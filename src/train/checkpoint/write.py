@@ -110,11 +110,7 @@ class Checkpoints:
         self.resumed_from: Path | None = None
 
     def resume_from(self, folder: Path) -> None:
-        """Note which checkpoint is resumed from.
-
-        Raises:
-            RecipeError: the trainer's state in it is damaged; Trainer would not say which.
-        """
+        """Note the checkpoint that is resumed from; RecipeError if its trainer state is damaged."""
         self.resumed_from = folder
         self.state_of(folder)
 

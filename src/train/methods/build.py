@@ -85,11 +85,7 @@ class PreferenceTask(SupervisedTask):
         return self.method.figures
 
     def require_figure(self, args: Any, names: Iterable[str]) -> None:
-        """Check that validations have the figure that judges them.
-
-        Raises:
-            RecipeError: they have not.
-        """
+        """Raise RecipeError unless validations have the figure that judges them."""
         metric, sets = args.metric_for_best_model, list(names)
         known = [f"eval_{self.figure}", *(f"eval_{name}" for name in self.figures)]
         known += [f"eval_{name}_{self.figure}" for name in sets if len(sets) > 1]

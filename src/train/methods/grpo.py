@@ -343,11 +343,7 @@ def _generation_of(resumed: Saved | None) -> Mapping[str, Any] | None:
 
 
 class CompletionTask(PreferenceTask):
-    """GRPO and GDPO.
-
-    Raises:
-        RecipeError: a reward cannot be imported.
-    """
+    """GRPO and GDPO; RecipeError if a reward cannot be imported."""
 
     figure: Figure = "reward"
 
@@ -390,11 +386,7 @@ class CompletionTask(PreferenceTask):
         return -(-number // sizes.each) * sizes.each
 
     def require_figure(self, args: Any, names: Iterable[str]) -> None:
-        """Check that validations have the figure that judges them.
-
-        Raises:
-            RecipeError: they have not.
-        """
+        """Raise RecipeError unless validations have the figure that judges them."""
         if (args.metric_for_best_model or "").removeprefix("eval_") == "loss":
             raise RecipeError(
                 f"metric_for_best_model: the loss of {self.settings.method} does not say how good "

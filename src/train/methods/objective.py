@@ -208,11 +208,7 @@ class Preferences(Objective):
         return self.trainer.compute_loss(self.trainer.model, batch)
 
     def require_judged(self, figures: Mapping[str, float]) -> None:
-        """Check that a validation had the figure that judges it.
-
-        Raises:
-            RecipeError: it had not.
-        """
+        """Raise RecipeError unless a validation had the figure that judges it."""
         judged = self.trainer.args.metric_for_best_model
         if judged is not None and f"eval_{judged.removeprefix('eval_')}" not in figures:
             raise RecipeError(
@@ -280,17 +276,15 @@ class UnevenGather:
         return values
 
     def _rows(self, values: Tensor) -> Tensor:
-        data = (
-            values.detach().reshape(1, *values.shape[1:]) if values.ndim == 0 else values.detach()
-        )
+        row = values.detach().reshape(1, *values.shape[1:]) if values.ndim == 0 else values.detach()
         if not self.counts():
-            data = data[:0]
-        size = torch.tensor([len(data)], device=data.device)
+            row = row[:0]
+        size = torch.tensor([len(row)], device=row.device)
         sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, size)
         numbers = [int(s) for s in sizes]
-        padded = data.new_zeros(max(numbers), *data.shape[1:])
-        padded[: len(data)] = data
+        padded = row.new_zeros(max(numbers), *row.shape[1:])
+        padded[: len(row)] = row
         parts = [torch.empty_like(padded) for _ in numbers]
         dist.all_gather(parts, padded)
         return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])

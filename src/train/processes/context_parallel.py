@@ -22,11 +22,7 @@ _IGNORED = -100
 
 
 def require_ring_attention(strategy: Strategy) -> None:
-    """Check that torch has ring attention for the devices of this machine.
-
-    Raises:
-        RecipeError: it has not.
-    """
+    """Raise RecipeError unless torch has ring attention for the devices of this machine."""
     if strategy.context > 1 and not torch.cuda.is_available():
         raise RecipeError(
             f"{_KEY}: torch's ring attention has no kernel for CPUs: train this on GPUs, or leave "
@@ -35,11 +31,7 @@ def require_ring_attention(strategy: Strategy) -> None:
 
 
 def require_causal(model: Any) -> None:
-    """Check that all layers are of full causal attention, which accelerate's hooks find.
-
-    Raises:
-        RecipeError: one is not.
-    """
+    """Raise RecipeError unless all layers are of full causal attention, which accelerate hooks."""
     from ...compiler.regions import find
 
     name, config = type(model).__name__, model.config

@@ -84,8 +84,8 @@ def by_name(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
     return {
         "state": {names[number]: values for number, values in state["state"].items()},
         "param_groups": [
-            {**group, "params": list(own)}
-            for group, own in zip(state["param_groups"], groups, strict=True)
+            {**group, "params": list(members)}
+            for group, members in zip(state["param_groups"], groups, strict=True)
         ],
     }
 

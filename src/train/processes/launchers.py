@@ -64,9 +64,7 @@ def placement(environ: Environment) -> Placement:
 
 
 def device_index(placed: Placement, gpus: int) -> int:
-    """Which of the ``gpus`` that a process sees it uses.
-
-    A launcher may show each process only one.
+    """Which of the ``gpus`` that a process sees it uses; a launcher may show each only its own.
 
     Raises:
         RecipeError: there are fewer than processes on this machine.

@@ -70,10 +70,7 @@ def _local(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
 def divide(model: nn.Module, mesh: DeviceMesh) -> None:
     """Divide the layers of a model, with its adapters, over a mesh of one dimension, in place.
 
-    The model is whole, and the same on every process.
-
-    Raises:
-        RecipeError: the model cannot be divided so, with the reason.
+    The model is whole, and the same on every process; RecipeError if it cannot be divided so.
     """
     base = base_model(model)
     require_divisible(base, mesh.size())

@@ -23,12 +23,9 @@ MASTER = "master"
 
 
 def require_one_dtype(model: nn.Module, arguments: Any) -> None:
-    """Check that all trained weights have one dtype: ZeRO puts them into one buffer.
+    """Raise RecipeError unless all trained weights have one dtype: ZeRO puts them into one buffer.
 
     Before DeepSpeed has the model. Where DeepSpeed has a dtype of 16 bits, it casts all weights.
-
-    Raises:
-        RecipeError: they have several.
     """
     config = getattr(arguments, "hf_deepspeed_config", None)
     if config is None or config.dtype() is not torch.float32:

@@ -67,7 +67,7 @@ class VerifyOptions:
         steps: how many each way trains.
         processes: how many share the steps in the last way.
         json: a file for all figures; None: none is written.
-        keep: whether the scratch folder stays.
+        keep: keep the scratch folder.
     """
 
     name: str
@@ -447,14 +447,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """The comparison of all ways of one recipe.
-
-    Attributes:
-        recipe: its name.
-        chosen: the samples of the steps.
-        rows: by way, the reference first.
-        limits: how far a way may be from the reference.
-    """
+    """The comparison of all ways of one recipe; ``rows`` are by way, the reference first."""
 
     recipe: str
     chosen: Selection

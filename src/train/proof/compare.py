@@ -104,8 +104,8 @@ def deviations(
     """Compare one way with the reference: figures of the workers, and folders of tensors."""
     problems = list(_odd_losses(figures["losses"], reference["losses"]))
     losses = [
-        _relative(abs(own - exact), abs(exact))
-        for own, exact in zip(figures["losses"], reference["losses"], strict=False)
+        _relative(abs(loss - exact), abs(exact))
+        for loss, exact in zip(figures["losses"], reference["losses"], strict=False)
     ]
     gradients, missing = _gradients(folder / GRADIENTS, reference_folder / GRADIENTS)
     problems += missing
@@ -130,8 +130,8 @@ def _gradients(path: Path, reference: Path) -> tuple[dict[str, float], list[str]
     off: dict[str, float] = defaultdict(float)
     size: dict[str, float] = defaultdict(float)
     problems = []
-    with safe_open(path, "pt") as own, safe_open(reference, "pt") as exact:
-        names, expected = set(own.keys()), list(exact.keys())
+    with safe_open(path, "pt") as tensors, safe_open(reference, "pt") as exact:
+        names, expected = set(tensors.keys()), list(exact.keys())
         for some, words in (
             (set(expected) - names, "no gradient for"),
             (names - set(expected), "a gradient, which the reference has not, for"),
@@ -142,7 +142,7 @@ def _gradients(path: Path, reference: Path) -> tuple[dict[str, float], list[str]
             if name not in names:
                 continue
             truth = exact.get_tensor(name).double()
-            difference = own.get_tensor(name).double() - truth
+            difference = tensors.get_tensor(name).double() - truth
             for kind in (kind_of(name), ALL):
                 off[kind] += float(difference.square().sum())
                 size[kind] += float(truth.square().sum())
@@ -154,9 +154,9 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _change(path: Path, reference: Path) -> float:
-    with safe_open(path, "pt") as own, safe_open(reference, "pt") as exact:
-        names = sorted(set(exact.keys()) & set(own.keys()))
-        pairs = [(own.get_tensor(name), exact.get_tensor(name)) for name in names]
+    with safe_open(path, "pt") as tensors, safe_open(reference, "pt") as exact:
+        names = sorted(set(exact.keys()) & set(tensors.keys()))
+        pairs = [(tensors.get_tensor(name), exact.get_tensor(name)) for name in names]
     if not pairs:
         return math.nan
     distance = torch.cat([(a.double() - b.double()).abs().reshape(-1) for a, b in pairs])
@@ -168,8 +168,8 @@ def _nearest(distance: Tensor) -> Tensor:
     # without the largest values; with them, if one is not finite
     if not bool(torch.isfinite(distance).all()):
         return distance
-    kept = max(1, round(distance.numel() * (1 - LEFT_OUT)))
-    return distance.sort().values[:kept]
+    count = max(1, round(distance.numel() * (1 - LEFT_OUT)))
+    return distance.sort().values[:count]
 
 
 @dataclass(frozen=True)

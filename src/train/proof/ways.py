@@ -25,7 +25,6 @@ class BatchLayout:
     """How the samples of each step become batches.
 
     Attributes:
-        packing: whether a sequence may hold several samples.
         rows: sequences in a batch.
         passes: batches of a step, in each process.
         processes: how many processes share a step.
@@ -119,12 +118,10 @@ def select(sequences: Iterable[Sequence[Sample]], steps: int, size: int) -> Sele
     for sequence in groups:
         numbers.append(tuple(range(at, at + len(sequence))))
         at += len(sequence)
-    with_repeats = [numbers[i % len(numbers)] for i in range(steps * size)]
+    these = [numbers[i % len(numbers)] for i in range(steps * size)]
     ids = flat[0].input_ids[:_FILLER_TOKENS]
     filler = Sample(ids, [IGNORED] * len(ids))
-    return Selection(
-        [*flat, filler], [with_repeats[i : i + size] for i in range(0, len(with_repeats), size)]
-    )
+    return Selection([*flat, filler], [these[i : i + size] for i in range(0, len(these), size)])
 
 
 def sequences_per_step(recipe: Recipe) -> int:

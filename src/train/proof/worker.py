@@ -51,9 +51,7 @@ class Job:
 
     Attributes:
         recipe: the keys of the way's recipe that are not at their defaults.
-        consent: the switches that the caller has given.
         exact: whether to compute in a higher precision.
-        sequences: of the layout.
     """
 
     recipe: dict[str, Any]

@@ -197,15 +197,13 @@ def _model(values: Values) -> Iterator[Problem]:
         if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
             yield ("quantize_moe_experts",), "needs load_in_4bit: true or load_in_8bit: true"
         elif any(values.get(k) for k in ("fsdp", "fsdp_config", "deepspeed")):
-            message = "packed experts cannot be sharded: leave it out, or train with DDP"
-            yield ("quantize_moe_experts",), message
+            text = "packed experts cannot be sharded: leave it out, or train with DDP"
+            yield ("quantize_moe_experts",), text
     if (config := values.get("model_quantization_config")) is not None:
         options = values.get("model_quantization_config_kwargs")
         if not (isinstance(options, Mapping) and options.get("dequantize")):
-            message = (
-                f"{config} needs model_quantization_config_kwargs: {{dequantize: true}}: weights"
-            )
-            yield ("model_quantization_config",), f"{message} that stay packed cannot be trained"
+            text = f"{config} needs model_quantization_config_kwargs: {{dequantize: true}}: weights"
+            yield ("model_quantization_config",), f"{text} that stay packed cannot be trained"
     yield from _template(values, ())
 
 
@@ -355,18 +353,16 @@ def _distillation(values: Values) -> Iterator[Problem]:
     for loc, dataset in _datasets(values):
         kind = dataset.get("type")
         if distils and not is_of_teacher(kind):
-            message = (
-                f"kd_trainer needs rows with a teacher's log-probabilities: {TEACHER_TYPES[0]}"
-            )
-            yield (*loc, "type"), message
+            text = f"kd_trainer needs rows with a teacher's log-probabilities: {TEACHER_TYPES[0]}"
+            yield (*loc, "type"), text
         elif not distils and is_of_teacher(kind):
             yield (*loc, "type"), "needs kd_trainer: true; without a teacher, use chat_template"
     if distils and values.get("kd_alpha") == 0 and not values.get("kd_ce_alpha"):
         yield ("kd_alpha",), "must be above 0, or else kd_ce_alpha: with both 0, there is no loss"
     before, after = (values.get(k) for k in ("kd_top_k_before_softmax", "kd_normalize_topk"))
     if distils and None not in (before, after) and bool(before) != bool(after):
-        message = f"is the older name of kd_normalize_topk, which is {str(after).lower()}"
-        yield ("kd_top_k_before_softmax",), f"{message}: set one of them"
+        text = f"is the older name of kd_normalize_topk, which is {str(after).lower()}"
+        yield ("kd_top_k_before_softmax",), f"{text}: set one of them"
 
 
 # --- preferences and rewards ----------------------------------------------------------------------
@@ -453,17 +449,15 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
 def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
     if not trl.get("sync_ref_model"):
         return
-    message = None
+    text = None
     if values.get("adapter"):
-        message = "needs a reference model of its own, and an adapter has the model without it"
+        text = "needs a reference model of its own, and an adapter has the model without it"
     elif values.get("precompute_ref_log_probs"):
-        message = (
-            "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
-        )
+        text = "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
     elif values.get("rl") in GENERATING and not (trl.get("beta") or values.get("rl_beta")):
-        message = "needs rl_beta above 0: without it there is no reference model"
-    if message is not None:
-        yield ("trl", "sync_ref_model"), f"{message}; leave one of them out"
+        text = "needs rl_beta above 0: without it there is no reference model"
+    if text is not None:
+        yield ("trl", "sync_ref_model"), f"{text}; leave one of them out"
 
 
 def _limits(values: Values, method: str, named: str) -> Iterator[Problem]:

@@ -91,20 +91,18 @@ def check(
     _move_tokens(values, where)
     problems = _rename(Recipe, values, where, ())
     problems += _override(values, overrides or {}, where)
-    set_values = _without_nulls(values)
-    odd = list(odd_characters(set_values))
+    content = _without_nulls(values)
+    odd = list(odd_characters(content))
     problems += odd
     recipe = None
     try:
-        recipe = Recipe.model_validate(set_values)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems += explained(error, set_values)
-    near_keys = {nearest_key(Recipe, k) for k in set_values if k not in Recipe.model_fields} - {
-        None
-    }
+        problems += explained(error, content)
+    near = {nearest_key(Recipe, k) for k in content if k not in Recipe.model_fields} - {None}
     known = {loc for loc, _ in problems}
-    for loc, problem in conflicts(set_values):
-        misspelt = any(str(key) in problem or key == loc[0] for key in near_keys)
+    for loc, problem in conflicts(content):
+        misspelt = any(str(key) in problem or key == loc[0] for key in near)
         if not misspelt and loc not in known:
             problems.append((loc, problem))
     if recipe is not None and not odd:  # no path has such characters

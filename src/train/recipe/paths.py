@@ -264,11 +264,7 @@ def needs_consent(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
 
 
 def require_consent(recipe: Recipe) -> None:
-    """Check that nothing in ``recipe`` needs consent that the caller has not given.
-
-    Raises:
-        RecipeError: something does.
-    """
+    """Raise RecipeError if anything in ``recipe`` needs consent that the caller has not given."""
     for place, problem in needs_consent(recipe):
         raise RecipeError(f"{'.'.join(map(str, place))}: {problem}")
 

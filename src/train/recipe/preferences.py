@@ -127,11 +127,7 @@ class GenerationSizes:
         return self.batch // self.each
 
     def passes(self, rows: int) -> int:
-        """Completions that are trained on in an epoch; prompts that fill no batch are left out.
-
-        Raises:
-            RecipeError: all of them are.
-        """
+        """Completions trained in an epoch, of prompts that fill a batch; RecipeError if none do."""
         if rows < self.prompts:
             raise RecipeError(
                 f"micro_batch_size: completions of {self.prompts} prompts are generated at a time "

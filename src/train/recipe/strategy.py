@@ -81,11 +81,7 @@ class Strategy:
         return self.shard * self.replicate * self.group if self.shard else None
 
     def require_world(self, size: int) -> None:
-        """Check that the number of processes, on all machines together, fits the recipe.
-
-        Raises:
-            RecipeError: it needs another number.
-        """
+        """Raise RecipeError unless the number of processes, on all machines together, fits."""
         required = self.world()
         if required == size or (required is None and size % (self.replicate * self.group) == 0):
             return

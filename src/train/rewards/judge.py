@@ -30,7 +30,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 class Judge:
-    """A reward, called as TRL calls it.
+    """A reward, called as TRL calls it; with fewer arguments if it takes no further ones.
 
     One that fails, or does not return a reward for each completion, gives 0 to all of them: other
     processes wait for the rewards of this one. ``require_rewards`` then raises in all of them.
@@ -38,11 +38,6 @@ class Judge:
     Attributes:
         failure: what went wrong; None: nothing so far.
         silence: ``"None"`` or ``"NaN"`` if it last judged no completion; None: it judged some.
-
-    Args:
-        reward: the function; if it takes no further arguments, it gets only those that it takes.
-        key: where it is in the recipe.
-        name: of its figures.
     """
 
     def __init__(self, reward: Callable[..., Any], key: str, name: str) -> None:
@@ -126,12 +121,9 @@ def judges(rewards: Sequence[Callable[..., Any]]) -> list[Judge]:
 
 
 def require_columns(rewards: Sequence[Callable[..., Any]], columns: Iterable[str]) -> None:
-    """Check that rows have the fields that rewards need: of the right answer, or as arguments.
+    """Raise DataError if rows lack a field that a reward needs, of the answer or as an argument.
 
     ``columns`` are the fields besides the prompt.
-
-    Raises:
-        DataError: none has one of them.
     """
     arguments = [*GIVEN, *columns]
     for i, reward in enumerate(rewards):
@@ -160,11 +152,7 @@ def without_columns(reward: Callable[..., Any], given: Iterable[str]) -> str | N
 
 
 def require_rewards(found: Iterable[Judge], world: World) -> None:
-    """Check that no reward has failed, in any process; a collective.
-
-    Raises:
-        RewardError: one has; the message is the same in all processes.
-    """
+    """Raise the same RewardError in all processes if a reward has failed in any; a collective."""
     failure = next((judge.failure for judge in found if judge.failure is not None), None)
     message = next(filter(None, world.gather(failure)), None)
     if message is not None:
@@ -203,12 +191,9 @@ SEVERAL = 5
 
 
 def require_judged(judges: Sequence[Judge], rewards: Tensor, world: World) -> None:
-    """Check that any completion has a reward; a collective.
+    """Raise the same RewardError in all processes if no completion has a reward; a collective.
 
     ``rewards`` are those of all processes, (completions, judges); NaN: not judged.
-
-    Raises:
-        RewardError: none has; the message is the same in all processes.
     """
     if not len(rewards) or not bool(rewards.isnan().all()):
         return

@@ -29,11 +29,7 @@ class Steps:
     per_epoch: int | None
 
     def every(self, interval: float, key: str) -> int:
-        """An interval in whole steps; below 1, ``interval`` is a share of all steps.
-
-        Raises:
-            RecipeError: it is a number above 1 that is not whole.
-        """
+        """An interval in whole steps; below 1, a share of all; RecipeError if it is not whole."""
         if interval < 1:
             return max(1, math.ceil(self.total * interval))
         if interval != int(interval):
@@ -121,9 +117,8 @@ def training_arguments(
     except (ValueError, ImportError) as error:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
     check_deepspeed(arguments)
-    arguments._n_gpu = min(
-        1, arguments.n_gpu
-    )  # of several, one process would train on all: nn.DataParallel
+    # of several, one process would train on all: nn.DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 

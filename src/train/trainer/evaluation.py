@@ -121,11 +121,7 @@ def wants_perplexity(recipe: Recipe) -> bool:
 
 
 def require_figure(metric: str | None, names: Iterable[str], perplexity: bool = False) -> None:
-    """Check that validations have ``metric``, named with or without ``eval_``, if it is set.
-
-    Raises:
-        RecipeError: they have not.
-    """
+    """Raise RecipeError unless validations have ``metric``, with or without ``eval_``, if any."""
     sets = list(names)
     figures = ["eval_loss", *(f"eval_{name}_loss" for name in sets if len(sets) > 1)]
     figures += ["eval_perplexity"] * perplexity

@@ -113,11 +113,7 @@ class Objective:
         return with_perplexity(figures, context.recipe)
 
     def require_judged(self, figures: Mapping[str, float]) -> None:
-        """Check that a validation had the figure that judges it.
-
-        Raises:
-            RecipeError: it had not.
-        """
+        """Raise RecipeError unless a validation had the figure that judges it."""
 
     def probe(self) -> dict[str, Any]:
         """A batch of one row, to compare models on."""

@@ -15,11 +15,7 @@ from ..recipe.recipe import Recipe
 
 
 def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
-    """Make the schedule once to check it, because only it knows which arguments it needs.
-
-    Raises:
-        RecipeError: it cannot be made.
-    """
+    """Make the schedule once, because only it knows its arguments; RecipeError if it fails."""
     if any(isinstance(v, list) for v in (recipe.lr_scheduler_kwargs or {}).values()):
         return  # one for each group of parameters, which are not known yet
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
@@ -73,7 +69,7 @@ def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) ->
     def scaled(own: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: own(step) * share(step)
 
-    return LambdaLR(optimizer, [scaled(own) for own in inner.lr_lambdas])
+    return LambdaLR(optimizer, [scaled(factor) for factor in inner.lr_lambdas])
 
 
 _LEAST = 0.001

@@ -188,11 +188,7 @@ class NonFiniteGuard:
         return float(norm)
 
     def look(self) -> None:
-        """Check all steps since the last call.
-
-        Raises:
-            NonFiniteStepError: for the first of them that is not finite.
-        """
+        """Raise NonFiniteStepError for the first step since the last call that is not finite."""
         steps, self._steps = self._steps, []
         for seen in steps:
             # a NaN loss has a NaN gradient: one check is enough
