@@ -23,7 +23,7 @@ _SYSTEM_APART = (
 
 
 def _mistral(begin: str, end: str, answer: str, place: str) -> str:
-    # the system message is in the question at ``place`` (first, last)
+    """The ``[INST]`` family; the system message is in the question at ``place`` (first, last)."""
     return (
         f"{_SYSTEM_APART}{{{{ bos_token }}}}{{% for message in turns %}}{_ALTERNATE}"
         f"{{% if message['role'] == 'user' %}}{{{{ '{begin}' }}}}"
@@ -148,7 +148,7 @@ def unknown_template(name: str) -> str | None:
 
 
 def _own(name: str, own: Any) -> Any:
-    # RecipeError: the tokenizer has no template, or one of another kind than the recipe names
+    """The tokenizer's template; RecipeError if there is none, or one of another kind."""
     if own is None:
         raise RecipeError(
             f"chat_template: {name} is what the tokenizers of these models bring, and this one "

@@ -113,7 +113,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 
 def _short(value: Any, original: Any) -> Any:
-    # entries of ``datasets`` without their defaults
+    """Entries of ``datasets`` without their defaults."""
     if isinstance(original, list) and original and hasattr(original[0], "model_dump"):
         keep = {"path", "type"}
         return [

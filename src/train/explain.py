@@ -137,7 +137,7 @@ def _config(request: ExplainOptions) -> Any:
 
 
 def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options: Any) -> Any:
-    # reads with ``from_pretrained``; the error for an unknown name has similar ones
+    """Read with ``from_pretrained``; the error for an unknown name has similar ones."""
     # set in any case: without it, transformers asks on the terminal
     options["trust_remote_code"] = request.trust_remote_code
     try:
@@ -179,7 +179,7 @@ def _default_config(model_type: str) -> Any:
 
 
 def _random(request: ExplainOptions, config: Any) -> tuple[Any, str]:
-    # a shallow model with random weights, and its description
+    """A shallow model with random weights, and its description."""
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -208,7 +208,7 @@ def _require_memory(name: str, planned: nn.Module) -> None:
 
 
 def _shorten(config: Any, layers: int | None) -> str:
-    # in place; returns a description
+    """Limit the depth of ``config``, in place; return a description."""
     decoder = config.get_text_config(decoder=True)
     depth = getattr(decoder, "num_hidden_layers", None)
     if not isinstance(depth, int):
@@ -224,7 +224,7 @@ def _shorten(config: Any, layers: int | None) -> str:
 
 
 def _one_of_each(lists: Sequence[list[Any]]) -> int:
-    # the layers that have one of each kind, by lists with one entry for each layer
+    """How many layers have one of each kind, by lists with one entry for each layer."""
     depth = _ENOUGH
     for values in lists:
         if all(isinstance(v, str) for v in values):

@@ -247,7 +247,7 @@ def publish(
 
 
 def _upload(trainer: EngineMixin) -> None:
-    # the run's folder without checkpoints, to the hub
+    """Upload the run's folder, without checkpoints, to the hub."""
     from huggingface_hub import upload_folder
 
     upload_folder(

@@ -79,7 +79,7 @@ def row_of(text: str, bad: BadJsonError) -> int | None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # of a key that is there twice, other readers take the first, the last, or both
+    """An object; of a key that is there twice, other readers take the first, the last, or both."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]

@@ -47,5 +47,5 @@ def why_not_ours_to_write(folder: Path) -> str | None:
 
 
 def _in_a_home(folder: Path, home: Path) -> bool:
-    # the home of this account may be below ``/var``; ``/`` is none
+    """Whether it is in the home of this account, which may be below ``/var``; ``/`` is none."""
     return folder.is_relative_to(home) and home != Path(home.anchor) and home not in _SYSTEM

@@ -100,7 +100,7 @@ def _hint(module: ModuleType, function: str) -> str:
 
 
 def _file_of(function: Callable[..., Any]) -> str | None:
-    # of a callable object, that of its class; None: unknown
+    """The file of a function, or of a callable object's class; None: unknown."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inspect.unwrap(inner.func)
@@ -124,7 +124,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _file_module(path: Path) -> ModuleType:
-    # imported once, by a name that no other module has
+    """The module in a file, which is imported once, by a name that no other module has."""
     name = f"_of_recipe_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -144,7 +144,7 @@ def _file_module(path: Path) -> ModuleType:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    # behind all other folders
+    """Let modules in ``folder`` be imported, behind all others."""
     sys.path.append(str(folder))
     try:
         yield

@@ -90,7 +90,7 @@ def _attention(recipe: Recipe) -> Iterator[str]:
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
-    # the files of the base model, if they are on this disk
+    """The files of the base model, if they are on this disk."""
     source = locate(recipe.base_model, [Path.cwd()])
     folder: Path | None = Path(source.name)
     if source.gguf_file is not None:
@@ -127,8 +127,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
 
 
 def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -> Iterator[str]:
-    # The weights in a folder, without reading them. ``made``: the model's class and configuration;
-    # None: unknown, and nothing is compared with it.
+    """Check a folder's weights for ``made``, the model's class and configuration, if known."""
     problem = modelfiles.weights_problem(folder)
     if problem is not None:
         yield f"base_model: {problem}"
@@ -144,7 +143,7 @@ def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -
 
 
 def _require_groups(model: Any, recipe: Recipe) -> None:
-    # whether processes can share the layers, or the sequences, of a model; RecipeError: they cannot
+    """Raise RecipeError unless processes can share the layers, or the sequences, of a model."""
     strategy = recipe.strategy()
     if strategy.tensor > 1:
         from .processes.tensor_parallel import require_divisible
@@ -157,7 +156,7 @@ def _require_groups(model: Any, recipe: Recipe) -> None:
 
 
 def _reference(recipe: Recipe) -> Iterator[str]:
-    # a reference model that moves must be whole in each process, as checkpoints keep it
+    """Whether a reference model that moves is whole in each process, as checkpoints keep it."""
     strategy = recipe.strategy()
     whole = strategy.engine == "ddp" and strategy.tensor == 1
     if recipe.trl is not None and recipe.trl.sync_ref_model and not whole:
@@ -165,7 +164,7 @@ def _reference(recipe: Recipe) -> Iterator[str]:
 
 
 def _beforehand(recipe: Recipe, processes: int | None) -> Iterator[str]:
-    # whether the reference's part can be computed before training
+    """Whether the reference's part can be computed before training."""
     if recipe.precompute_ref_log_probs and processes is not None and processes > 1:
         yield (
             "precompute_ref_log_probs: works in one process only, and there are "
@@ -174,7 +173,7 @@ def _beforehand(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 
 def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
-    # whether completions can be generated in whole groups
+    """Whether completions can be generated in whole groups."""
     if rows_of(recipe) != "prompts":
         return
     if processes is None:

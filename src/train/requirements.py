@@ -73,7 +73,7 @@ def attention(recipe: Recipe) -> tuple[str | None, str | None]:
 
 
 def _not_here(name: str) -> str | None:
-    # why it cannot be used on this machine; None: it can, or it has no such name
+    """Why an attention cannot be used on this machine; None: it can, or it has no such name."""
     if name in OTHER_ATTENTIONS:
         return "is not an attention of transformers"
     module, package = _ATTENTIONS.get(name, ("", ""))

@@ -129,7 +129,7 @@ class TrainingRun:
         return self.result
 
     def _finish(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        # rank 0 writes and prints the summary
+        """Let rank 0 write and print the summary."""
         with interrupts.deferring_signals(interrupts.WRITING):
             if self.world.main:
                 finish.write(self.result, self.run_log)
@@ -160,7 +160,7 @@ class TrainingRun:
             self.run_log.say(f"resuming from {start}")
 
     def _prepare(self, tokenizer: Any) -> Any:
-        # the rows as samples, and those as sequences to train on
+        """The rows as samples, and those as sequences to train on."""
         recipe, world = self.recipe, self.world
         day = world.share(lambda: self.result.started[:10])
         prepared = prepare_together(recipe, tokenizer, self.console, day, world)
@@ -203,7 +203,7 @@ class TrainingRun:
         return context
 
     def _before(self, model: Any, context: Context) -> None:
-        # optimizes; answers and validates, once the model is as its processes have it
+        """Optimize; answer and validate, once the model is as its processes have it."""
         recipe = self.recipe
         shards = is_sharded(recipe.strategy(), self.world)
         if not shards:
@@ -267,9 +267,9 @@ class TrainingRun:
             raise
 
     def _clear(self) -> None:
-        # Removes what an earlier run left, once the first step is complete: this cannot be undone,
-        # and much can still be refused before that, such as too small a memory budget. A NaN loss
-        # in the first step also leaves a batch and a report.
+        """Remove what an earlier run left, once the first step is complete."""
+        # This cannot be undone, and much can still be refused before that, such as too small a
+        # memory budget. A NaN loss in the first step also leaves a batch and a report.
         if not self._cleared:
             self._cleared = True
             here = self.resumed is not None and self.resumed.folder.parent == self.folder

@@ -110,7 +110,7 @@ def write_error_reason(error: BaseException) -> str | None:
 
 
 def _to_disk(path: Path) -> None:
-    # waits until a file, or the list of a folder's files, is on the disk
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

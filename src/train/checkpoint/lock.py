@@ -113,7 +113,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _taken(folder: Path, say: Callable[[str], None]) -> int:
-    # takes the lock; returns the open file
+    """Take the lock, and return the open file."""
     path, start = folder / LOCK, time.monotonic()
     while True:
         try:
@@ -141,7 +141,7 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
 
 
 def _locked(handle: int) -> bool:
-    # tries to lock an open file; without a lock, by its content
+    """Try to lock an open file; on file systems without locks, by its content."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -164,7 +164,7 @@ def _claimed(handle: int) -> bool:
 
 
 def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
-    # waits for the orphans of a killed run, so that the lock is tried again; else RecipeError
+    """Wait for the orphans of a killed run, so that the lock is tried again; else RecipeError."""
     holder = LockHolder.read(handle)
     if (holder is None or holder.gone()) and waited < _ORPHANS:
         time.sleep(_SETTLED)
@@ -185,8 +185,8 @@ def _same(path: Path, handle: int) -> bool:
 
 
 def _give_back(folder: Path, handle: int, ended: bool) -> None:
-    # A run that broke off and left nothing else leaves the lock file, which says whose it was:
-    # else its folder would be taken for one of other people's files.
+    """Remove the lock file, or leave it in a folder with nothing else of the run."""
+    # it says whose the folder was, which would else be taken for one of other people's files
     path = folder / LOCK
     with contextlib.suppress(OSError):
         path.unlink()

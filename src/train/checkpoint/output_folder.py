@@ -57,7 +57,7 @@ def require_own(folder: Path) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    # tries to make ``folder`` and a file in it, which is removed again
+    """Try to make ``folder`` and a file in it, which is removed again."""
     new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

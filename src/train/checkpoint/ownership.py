@@ -81,7 +81,7 @@ def few(names: list[str]) -> str:
 
 
 def _is_log(path: Path) -> bool:
-    # whether this process prints into it
+    """Whether this process prints into it."""
     try:
         status = os.stat(path)
         ours = [os.fstat(stream.fileno()) for stream in (sys.__stdout__, sys.__stderr__) if stream]

@@ -159,7 +159,7 @@ def find(recipe: Recipe) -> Path | None:
 
 
 def _named(path: Path) -> Path:
-    # the checkpoint ``path``, or the last one in it, if it is a run's folder
+    """The checkpoint ``path``, or the last one in it, if it is a run's folder."""
     if checkpoint.step_of(path) is not None and path.is_dir():
         return path
     inside = checkpoint.checkpoints(path) if path.is_dir() else []
@@ -199,7 +199,7 @@ def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
 
 
 def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:
-    # a step must have as many forward passes as in the run that made the checkpoint
+    """Raise RecipeError unless a step has as many forward passes as in the run of a checkpoint."""
     then = Recipe.model_construct(**saved.recipe).accumulation() * saved.processes
     if (saved.processes, processes) == (1, 1) or then == recipe.accumulation() * processes:
         return  # what differs with one process is said key by key

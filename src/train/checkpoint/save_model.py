@@ -66,7 +66,7 @@ def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None 
 
 @contextlib.contextmanager
 def _with_cache(model: Any) -> Iterator[None]:
-    # generation wants a cache; training has switched it off in the configuration
+    """Let the configuration ask for a cache, as generation wants; training has switched it off."""
     model.config.use_cache = True
     try:
         yield

@@ -63,9 +63,8 @@ def write_list(part: Path, model: Any, tokenizer: Any, written: Written) -> None
 
 
 def _settings(model: Any, tokenizer: Any, part: Path) -> dict[str, str] | None:
-    # Writes configurations and tokenizer; returns the names in an adapter's file, and the model's.
+    """Write configurations and tokenizer; return names in an adapter's file, and the model's."""
     # PEFT decides on those: it saves numbers in place of the weights, and that file is removed
-    # again.
     if not hasattr(model, "peft_config"):
         save(model, tokenizer, part, {})
         for path in part.glob("model*.safetensors*"):
@@ -141,7 +140,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Group
 
 
 def _begun(model: nn.Module, optimizer: Any) -> Any:
-    # the state of an optimizer by names, as its first step creates it
+    """The state of an optimizer by names, as its first step creates it."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return get_optimizer_state_dict(model, optimizer)["state"]
@@ -165,7 +164,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _encoded(value: Any) -> Any:
-    # as JSON; ``_decoded`` restores tuples and single numbers of tensors
+    """A value as JSON; ``_decoded`` restores tuples and single numbers of tensors."""
     if isinstance(value, dict):
         return {name: _encoded(entry) for name, entry in value.items()}
     if isinstance(value, tuple):

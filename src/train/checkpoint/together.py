@@ -61,7 +61,7 @@ def require_shared(world: World, folder: Path) -> None:
 
 
 def _appears(path: Path) -> bool:
-    # whether a file exists, or soon does: a network file system may show it late
+    """Whether a file exists, or soon does: a network file system may show it late."""
     end = time.monotonic() + _LATE
     while not path.exists():
         if time.monotonic() > end:
@@ -89,7 +89,7 @@ def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) 
 
 
 def _write(world: World, part: Path, write: Callable[[Path], None]) -> None:
-    # writes, and learns whether all processes could
+    """Write, and learn whether all processes could."""
     reason = None
     try:
         write(part)

@@ -50,7 +50,7 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
 
 
 def _write_whole(trainer: Any, part: Path) -> None:
-    # weights and the optimizer's state come together on rank 0, which writes them
+    """Bring weights and the optimizer's state together on rank 0, which writes them."""
     whole = trainer.sharding.whole_state()
     optimizer = None if trainer.args.save_only_model else trainer.sharding.optimizer_state()
     if trainer.world.main:
@@ -60,7 +60,7 @@ def _write_whole(trainer: Any, part: Path) -> None:
 
 
 def _write_shards(trainer: Any, part: Path) -> None:
-    # each process writes its shares; a full disk fails that for all of them
+    """Let each process write its shares; a full disk fails that for all of them."""
     optimizer = None
     if not trainer.args.save_only_model:
         optimizer = named_state(*trainer.sharding.optimizer_and_names())

@@ -81,8 +81,8 @@ class Distillation:
         return total if some else total * 0.0
 
     def _read(self, rows: Tensor, targets: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        # of the logits (N, V): the log-probabilities of the teacher's tokens at the temperature
-        # (N, K), and the cross entropy of the labels (N,) if it counts
+        """Log-probabilities (N, K) of the tokens ``ids``, and cross entropy (N,) if it counts."""
+        # the logits are (N, V); log-probabilities are at the temperature
         if self.temperature == 1.0 and self.ce_alpha and ids.shape[-1] < _MOST:  # read once
             columns = torch.cat([targets[:, None], ids], dim=-1)
             chosen = F.log_softmax(rows, dim=-1).gather(-1, columns)
@@ -92,8 +92,8 @@ class Distillation:
         return F.log_softmax(scaled, dim=-1).gather(-1, ids), losses
 
     def _divergences(self, student: Tensor, teacher: Tensor) -> Tensor:
-        # The divergence of each row over the teacher's tokens. student: log-probabilities at the
-        # temperature (N, K); teacher: at temperature 1, not normalized, -inf where no token is.
+        """The divergence of each row, over the teacher's tokens (N, K)."""
+        # student: at the temperature; teacher: at 1, not normalized, -inf where there is no token
         missing, q = ~torch.isfinite(teacher), student
         if self.normalizes:
             q = q - q.masked_fill(missing, -math.inf).logsumexp(-1, keepdim=True)

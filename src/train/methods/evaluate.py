@@ -37,8 +37,8 @@ def measured(
 
 
 def _alone(recipe: Recipe) -> Recipe:
-    # without what belongs to training: nothing is pushed, tracked, judged or precomputed, and any
-    # number of rows will do
+    """The recipe of a trainer that only validates."""
+    # nothing is pushed, tracked, judged or precomputed, and any number of rows will do
     switches = ("wandb", "mlflow", "comet", "trackio", "swanlab", "tensorboard")
     update: dict[str, Any] = {
         **dict.fromkeys((f"use_{name}" for name in switches), False),

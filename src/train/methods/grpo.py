@@ -234,7 +234,7 @@ class Completions(Preferences):
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
-        # what is generated here must not change training
+        """Keep what is generated here from changing training."""
         logs = copy.deepcopy(self.trainer._logs)
         try:
             with same_draws(self.trainer.args.seed):
@@ -243,7 +243,7 @@ class Completions(Preferences):
             self.trainer._logs = logs
 
     def _judged(self, rows: Any) -> Iterator[Tensor]:
-        # rewards of completions of all rows, (completions, rewards) of each batch
+        """The rewards of completions of all rows, (completions, rewards) of each batch."""
         trainer = self.trainer
         each = trainer.num_generations_eval
         most = max(1, trainer.args.per_device_eval_batch_size // each)
@@ -312,7 +312,7 @@ class Completions(Preferences):
             write_batches(folder, self._state.batches, self.trainer.world)
 
     def _is_midway(self, passes: int) -> bool:
-        # whether more is trained of what was generated before so many passes
+        """Whether more is trained of what was generated before so many passes."""
         trainer = self.trainer
         return bool(passes % (trainer.args.steps_per_generation * trainer.num_iterations))
 
@@ -376,12 +376,12 @@ class CompletionTask(PreferenceTask):
         return arguments_for(recipe, passes, world, self.method.arguments, kwargs, self.figure)
 
     def _requested(self) -> dict[str, Any]:
-        # without vLLM where it is not installed, which ``requirements.notices`` reports
+        """Without vLLM where it is not installed, which ``requirements.notices`` reports."""
         requested = super()._requested()
         return {k: v for k, v in requested.items() if has_vllm() or "vllm" not in k}
 
     def _validated_at_a_time(self, sizes: GenerationSizes, world: World) -> int:
-        # completions that each process generates at a time to validate: those of whole prompts
+        """Completions that each process generates at a time to validate, those of whole prompts."""
         number = self.recipe.eval_batch_size or sizes.batch // world.size
         return -(-number // sizes.each) * sizes.each
 

@@ -184,7 +184,7 @@ class Preferences(Objective):
         return {"eval_loss": total / rows, **figures}
 
     def _sum(self, name: str) -> tuple[float, float]:
-        # the summed losses of the rows of a dataset, and their number
+        """The summed losses of the rows of a dataset, and their number."""
         trainer = self.trainer
         batches = copy.copy(trainer.context.validation[name])
         # as the trainer has them, which may have added the reference's part

@@ -131,7 +131,7 @@ def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    # passes signals on to the processes, which decide what they mean; stops those that are left
+    """Pass signals on to the processes, which decide what they mean; stop those that are left."""
     came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -180,7 +180,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
 def _cause(
     first: _Ended | None, children: Sequence[subprocess.Popen[bytes]], announced: bool
 ) -> _Ended | None:
-    # the process that made the others end; ``first`` was it at the last check
+    """The process that made the others end; ``first`` was it at the last check."""
     failure = _failed(children)
     killed = failure is not None and failure.code == -signal.SIGKILL
     if first is None or (killed and not announced):  # nobody here has killed it by then
@@ -189,7 +189,7 @@ def _cause(
 
 
 def _failed(children: Sequence[subprocess.Popen[bytes]]) -> _Ended | None:
-    # one that was killed comes before those that failed after it
+    """A process that has failed; one that was killed comes before those that failed after it."""
     failures = [
         _Ended(rank, child.pid, child.returncode)
         for rank, child in enumerate(children)

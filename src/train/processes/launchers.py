@@ -131,22 +131,22 @@ def _number(environ: Environment, name: str, default: int | None = None) -> int:
 
 
 def _job(environ: Environment, launcher: str) -> int:
-    # differs between the runs of a machine, and all processes of one run know it
+    """A number that differs between the runs of a machine, and that all processes of one know."""
     if launcher == "srun":
         return _number(environ, "SLURM_JOB_ID", 0) + 1000 * _number(environ, "SLURM_STEP_ID", 0)
     return zlib.crc32(name.encode()) if (name := environ.get("PMIX_NAMESPACE")) else 0
 
 
 def _local_size(environ: Environment, launcher: str, size: int) -> int:
-    # DeepSpeed has another name for it
+    """Processes on this machine; DeepSpeed has another name for it."""
     if launcher == "torchrun" and "LOCAL_SIZE" in environ:
         return _number(environ, "LOCAL_SIZE")
     return -(-size // _number(environ, "SLURM_STEP_NUM_NODES", 1))
 
 
 def _tasks_here(environ: Environment, size: int) -> int:
-    # the tasks of a SLURM step on this machine; ``SLURM_NTASKS_PER_NODE`` is the job's, and need
-    # not be true of its step
+    """The tasks of a SLURM step on this machine."""
+    # ``SLURM_NTASKS_PER_NODE`` is the job's, and need not be true of its step
     counts: list[int] = []
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):

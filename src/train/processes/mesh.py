@@ -90,7 +90,7 @@ def processes_message(strategy: Strategy, world: World) -> str | None:
 
 
 def _unused(strategy: Strategy) -> list[str]:
-    # options of FSDP without effect where it has nothing to shard
+    """Options of FSDP without effect where it has nothing to shard."""
     fsdp = strategy.fsdp
     if fsdp is None:
         return []

@@ -97,8 +97,8 @@ def sharded_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    # The first error of a process replaces PyTorch's account of all of them, which is no
-    # ``Exception``, and has the tracebacks of all processes as its text.
+    """Raise the first error of a process, in place of PyTorch's account of all of them."""
+    # that account is no ``Exception``, and has the tracebacks of all processes as its text
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

@@ -142,7 +142,7 @@ def _text_config(model: Any) -> Any:
 
 
 def _plan(model: Any) -> dict[str, str]:
-    # without the output head, whose weights may be those of the embeddings
+    """Transformers' plan without the output head, whose weights may be those of the embeddings."""
     plan = dict(getattr(model, "tp_plan", None) or {})
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = {name for name, module in model.named_modules() if module is head}
@@ -150,8 +150,7 @@ def _plan(model: Any) -> dict[str, str]:
 
 
 def _rules(model: Any) -> list[tuple[str, str]]:
-    # the divided modules, each with its style; RecipeError: a parameter of no linear layer would
-    # have to be divided
+    """The divided modules with their styles; RecipeError if a parameter is of no linear layer."""
     plan = _plan(model)
     left = [_pattern(kind) for kind, style in plan.items() if style in _LEFT]
     modules = dict(model.named_modules())
@@ -192,9 +191,9 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def _styles(module: nn.Module, name: str, style: str) -> list[tuple[nn.Module, ParallelStyle]]:
-    # A planned module itself, or the linears of its adapter, each with its style. The first factor
-    # of an adapter reads what its layer reads, and the second writes what the layer writes. So by
-    # columns the second one is divided, and by rows the first.
+    """A planned module itself, or the linears of its adapter, each with its style."""
+    # The first factor of an adapter reads what its layer reads, and the second writes what the
+    # layer writes. So by columns the second one is divided, and by rows the first.
     if style == _HEADS:
         return [(module, HeadwiseNorm())]
     columns = style in _COLUMNS
@@ -222,7 +221,7 @@ def _row_style(whole: bool) -> ParallelStyle:
 
 
 def _free(module: nn.Module) -> None:
-    # frees the whole weights, of which the parts are views
+    """Free the whole weights, of which the parts are views."""
     for parameter in module.parameters(recurse=False):
         if isinstance(parameter, DTensor):
             local = parameter._local_tensor

@@ -185,7 +185,7 @@ class World:
                 raise SystemExit(2 if number is None else 128 + number)
 
     def _said(self, rank: int) -> str | None:
-        # the message of a process that has failed, if it comes soon
+        """The message of a process that has failed, if it comes soon."""
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
             if self._store.check([f"failed-{rank}"]):
@@ -265,7 +265,7 @@ def _group(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _losses(machines: bool = False) -> Iterator[None]:
-    # turns PyTorch's errors about a lost process into ProcessLostError
+    """Turn PyTorch's errors about a lost process into ProcessLostError."""
     try:
         yield
     except RuntimeError as error:  # an OSError is of a file, a pipe or a download
@@ -285,7 +285,7 @@ def _losses(machines: bool = False) -> Iterator[None]:
 
 
 def _launcher_has_store() -> bool:
-    # whether it outlives rank 0
+    """Whether the rendezvous' store outlives rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -78,7 +78,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # those that a state dict has
+    """The buffers that a state dict has."""
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -115,7 +115,7 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
 
 
 def _numbered(own: list[dict[str, Any]], groups: Groups) -> list[dict[str, Any]]:
-    # with the numbers of their parameters; DeepSpeed has left out groups without any
+    """The groups with the numbers of their parameters; DeepSpeed has left out those without any."""
     remaining, result, first = iter(own), [], 0
     for names in groups:
         group = next(remaining) if names else own[0]
@@ -181,8 +181,8 @@ def drop_masters(state: Mapping[Any, dict[str, Any]]) -> None:
 
 
 def _begin_state(engine: Any, example: dict[str, Any], whole: Collection[str]) -> None:
-    # makes what the optimizer makes in its first step, with the counts of ``example``, a
-    # parameter's state; the values in ``whole`` have a number for each element
+    """Make what the optimizer makes in its first step, with the counts of ``example``."""
+    # ``example`` is the state of a parameter; values in ``whole`` have a number for each element
     optimizer, base = engine.optimizer, _base(engine)
     for flat in next(getattr(optimizer, name) for name in _MASTERS if hasattr(optimizer, name)):
         values = base.state[flat]
@@ -197,7 +197,7 @@ def _begin_state(engine: Any, example: dict[str, Any], whole: Collection[str]) -
 
 
 def _link_state(engine: Any) -> None:
-    # lets parameters find their state; DeepSpeed does that when the first group has some
+    """Let parameters find their state; DeepSpeed does that when the first group has some."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
@@ -211,7 +211,7 @@ _MASTERS = (
 
 
 def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-    # sets a parameter's state (None: its master) to the part of ``value`` in this process
+    """Set a parameter's state (None: its master) to the part of ``value`` in this process."""
     from deepspeed import utils
 
     value = value.float().to(parameter.device)

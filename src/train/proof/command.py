@@ -126,7 +126,7 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
 
 @contextlib.contextmanager
 def _scratch(keep: bool, tell: Callable[[str], None]) -> Iterator[Path]:
-    # only its owner can read the folder, and it is removed in the end, whatever happens
+    """A folder that only its owner can read, and that is removed in the end, whatever happens."""
     folder = Path(tempfile.mkdtemp(prefix="fusewright-verify-"))
     try:
         yield folder
@@ -142,7 +142,7 @@ def _gpus() -> int | None:
 
 
 def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selection:
-    # the samples of the first steps, in the order in which the recipe trains them
+    """The samples of the first steps, in the order in which the recipe trains them."""
     tell("preparing the rows")
     prepared = prepare(recipe, load_tokenizer(recipe))
     sequences = training_sequences(prepared, recipe)
@@ -183,7 +183,7 @@ def _announcement(recipe: Recipe, ways: Sequence[Way], chosen: Selection) -> Ite
 
 
 def _seconds(recipe: Recipe, chosen: Selection) -> float | None:
-    # approximately what a way takes; None: unknown, as measuring on a GPU would take its memory
+    """Estimated duration of a way; None: unknown, as measuring on a GPU would take its memory."""
     if torch.cuda.is_available():
         return None
     try:
@@ -222,7 +222,7 @@ class Runner:
 
 
 def _run(ways: Sequence[Way], chosen: Selection, runner: Runner) -> list[Run]:
-    # the first run is the reference; RecipeError: the recipe is refused in eager mode
+    """Run all ways, the reference first; RecipeError if eager mode refuses the recipe."""
     exact, eager, *others = ways
     number = sum(way.layout is not None for way in ways)
     runs = [runner.run(exact, f"1/{number}"), runner.run(eager, f"2/{number}")]
@@ -246,7 +246,7 @@ def _run(ways: Sequence[Way], chosen: Selection, runner: Runner) -> list[Run]:
 
 
 def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Allowed]:
-    # a row for each run, the reference's first, and the limits that eager mode sets
+    """A row for each run, the reference's first, and the limits that eager mode sets."""
     reference, eager, *others = runs
 
     def off(run: Run) -> Deviations:
@@ -352,14 +352,14 @@ def _reason(folder: Path, code: int) -> str:
 
 
 def _last(lines: list[str]) -> list[str]:
-    # what a process printed around its end: what faulthandler begins with, if it wrote that
+    """What a process printed around its end: what faulthandler begins with, if it wrote that."""
     fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python")), None)
     return lines[-_LAST:] if fatal is None else lines[max(fatal - 4, 0) : fatal + _LAST]
 
 
 @contextlib.contextmanager
 def _started(folder: Path, number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    # no process is left afterwards, whatever ends the block
+    """The processes of a worker; none is left afterwards, whatever ends the block."""
     worker = ["-P", "-X", "faulthandler", "-m", "fusewright.train.proof.worker", str(folder)]
     command = [sys.executable, *worker]
     processes: list[subprocess.Popen[bytes]] = []
@@ -391,7 +391,7 @@ def _store() -> Any:
 
 
 def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    # also those that they have started (compilers, readers)
+    """End the processes, and those that they have started (compilers, readers)."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -402,7 +402,7 @@ def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _wait(
     processes: Sequence[subprocess.Popen[bytes]], folder: Path, say: Callable[[str], None]
 ) -> int:
-    # passes on what rank 0 prints; returns the exit code of the first that failed
+    """Wait for all, and pass on what rank 0 prints; return the exit code of the first failure."""
     since: float | None = None
     first = 0
     with (folder / "rank-0.out").open(encoding="utf-8", errors="replace") as lines:
@@ -598,7 +598,7 @@ class Comparison:
 
 
 def _peaks(run: Run) -> str:
-    # of its GPU where it has one
+    """The peak memory of each process: of its GPU where it has one."""
     each: Sequence[dict[str, float]] = run.figures.get("memory", ())
     return " + ".join(memory(peaks.get("cuda_mb", peaks["rss_mb"])) for peaks in each)
 

@@ -165,7 +165,7 @@ def _change(path: Path, reference: Path) -> float:
 
 
 def _nearest(distance: Tensor) -> Tensor:
-    # without the largest values; with them, if one is not finite
+    """``distance`` without its largest values; with them, if one is not finite."""
     if not bool(torch.isfinite(distance).all()):
         return distance
     count = max(1, round(distance.numel() * (1 - LEFT_OUT)))

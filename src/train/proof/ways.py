@@ -157,7 +157,7 @@ def second_eager(way: Way, chosen: Selection) -> Way:
 
 
 def _repacked(recipe: Recipe, chosen: Selection) -> Way:
-    # packed if the recipe does not pack, and one by one if it does
+    """The same samples packed if the recipe does not pack, and one by one if it does."""
     rows = recipe.micro_batch_size
     if recipe.packs():
         name = "unpacked"
@@ -184,7 +184,7 @@ def _packed(step: Step, samples: Sequence[Sample], recipe: Recipe) -> list[tuple
 
 
 def _accumulated(chosen: Selection, packing: bool, rows: int) -> Way:
-    # in batches of one sequence; or in one batch, where the recipe has such batches
+    """Each step in batches of one sequence; or in one batch, where the recipe has such batches."""
     size = len(chosen.steps[0])
     other = 1 if rows > 1 else size
     layout = BatchLayout.of(chosen.steps, packing, other)

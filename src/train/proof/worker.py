@@ -118,7 +118,7 @@ def _end(folder: Path, code: int, result: dict[str, Any]) -> int:
 def _train(
     folder: Path, job: Job, recipe: Recipe, world: World, interrupts: Interrupts
 ) -> dict[str, Any]:
-    # trains the steps; returns their part of ``result.json``
+    """Train the steps; return their part of ``result.json``."""
     strategy = recipe.strategy()
     strategy.require_world(world.size)
     tokenizer = load_tokenizer(recipe)
@@ -273,7 +273,7 @@ def _rounds_activations(model: nn.Module) -> bool:
 
 
 def _dequantize(model: Any) -> None:
-    # makes every quantized linear a plain one, without rounding to the computation's dtype
+    """Make every quantized linear a plain one, without rounding to the computation's dtype."""
     for module in model.modules():
         weight = module._parameters.get("weight")
         if (state := getattr(weight, "quant_state", None)) is not None:

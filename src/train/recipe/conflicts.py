@@ -109,7 +109,7 @@ def declared_without_effect(
 
 @functools.cache
 def _ruled(model: type[Keys]) -> dict[str, KeyRules]:
-    # those that have rules, or keys inside
+    """The keys of a class that have rules, or keys inside."""
     rules = {name: rules_of(model, name) for name in model.model_fields}
     plain = KeyRules()
     return {
@@ -121,7 +121,7 @@ def _ruled(model: type[Keys]) -> dict[str, KeyRules]:
 def _groups(
     model: type[Keys], name: str, values: Values
 ) -> Iterator[tuple[type[Keys], Loc, Values]]:
-    # the mappings in a key's value whose keys are read: their class, and their places in it
+    """The mappings in a key's value whose keys are read: their class, and their places in it."""
     inner = nested(model.model_fields[name].annotation)
     if inner is not None and not issubclass(inner, UnreadKeys):
         yield from ((inner, place, group) for place, group in groups_in(values.get(name)))
@@ -136,14 +136,14 @@ def groups_in(value: Any) -> Iterator[tuple[Loc, Values]]:
 
 
 def _texts(rules: Mapping[str, str] | Sequence[str], default: str) -> Iterator[tuple[str, str]]:
-    # the conditions of a rule, each with its message
+    """The conditions of a rule, each with its message."""
     for condition in rules:
         message = rules[condition] if isinstance(rules, Mapping) else default
         yield condition, message.replace("{condition}", condition)
 
 
 def _holds(model: type[Keys], values: Values, condition: str) -> str | None:
-    # the first key of a condition that asks for something; None: the condition does not hold
+    """The first key of a condition that asks for something; None: the condition does not hold."""
     for part in condition.split(" or "):
         name, colon, expected = part.partition(": ")
         if not colon and _asks(model, values, name):
@@ -157,7 +157,7 @@ def _holds(model: type[Keys], values: Values, condition: str) -> str | None:
 
 
 def _asks(model: type[Keys], values: Values, name: str) -> bool:
-    # whether a key, or a key in a group, asks for something
+    """Whether a key, or a key in a group, asks for something."""
     value: Any = values
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -169,7 +169,7 @@ def _asks(model: type[Keys], values: Values, name: str) -> bool:
 
 
 def _with_method(values: Values) -> Values:
-    # with the method that the recipe asks for, by its name in messages
+    """The same with the method that the recipe asks for, by its name in messages."""
     method = method_in(values)
     if method is None:
         return values
@@ -272,7 +272,7 @@ def _rows(values: Values) -> Iterator[Problem]:
 
 
 def _weights(values: Values) -> Iterator[Loc]:
-    # of datasets to train on that ask for something
+    """The places of weights of datasets to train on that ask for something."""
     for name in ("datasets", "pretraining_dataset"):
         listed = values.get(name)
         for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
@@ -580,7 +580,7 @@ def _unread_distributed(values: Values) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _keys(values: Values) -> DistributedKeys | None:
-    # None where one of them has a problem itself
+    """The keys of several processes; None where one of them has a problem itself."""
     keys: dict[str, Any] = {}
     for name in DistributedKeys.model_fields:
         value = values.get(name)
@@ -595,7 +595,7 @@ def _keys(values: Values) -> DistributedKeys | None:
 
 
 def _sharding_key(recipe: DistributedKeys) -> str | None:
-    # the key of the engine that shards the model; None: none does
+    """The key of the engine that shards the model; None: none does."""
     if recipe.deepspeed:
         return "deepspeed"
     if not is_sharded(recipe):
@@ -676,7 +676,7 @@ def _groups_of_processes(values: Values, recipe: DistributedKeys) -> Iterator[Pr
 
 
 def _data_parallel(recipe: DistributedKeys, keys: list[tuple[str, ...]]) -> Iterator[Problem]:
-    # what averages gradients over several groups, or over the parts of a sequence
+    """What averages gradients over several groups, or over the parts of a sequence."""
     if recipe.deepspeed:
         for loc in keys:
             yield loc, "DeepSpeed does not go with it here: use fsdp_config in place of deepspeed"
@@ -703,7 +703,7 @@ def _tensor(values: Values) -> Iterator[Problem]:
 
 
 def _context(values: Values, key: str) -> Iterator[Problem]:
-    # torch's ring attention knows the causal mask, and no other
+    """What torch's ring attention cannot do: it knows the causal mask, and no other."""
     for name in ("sample_packing", "eval_sample_packing"):
         if values.get(name):
             yield (
@@ -732,6 +732,7 @@ _OTHERS = ("ademamix", "rmsprop_bnb", "adafactor")
 
 
 def _sharded_optimizers(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
+    """Optimizers that cannot step as the other keys say."""
     # Optimizers of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
     # FSDP's. DeepSpeed steps the shares of all parameters as one, whose blocks of 8 bits are those
     # of no parameter.
@@ -834,7 +835,7 @@ def _unread_preferences(values: Values) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _named(methods: Sequence[str]) -> str:
-    # as a recipe names them, with the verb
+    """The methods as a recipe names them, with the verb."""
     if len(methods) > 4:
         return "a preference method (key rl) reads"
     models = [f"{name}_model" for name in methods if name in HEADS]

@@ -45,14 +45,14 @@ def json_schema() -> dict[str, Any]:
 
 
 def _add_older_names(model: type[Keys], schema: dict[str, Any], here: str) -> None:
-    # ``here`` is the place of the schema
+    """Add the older names of a class's keys to its schema, which is at ``here``."""
     for old, new in aliases(model).items():
         where = f"{here}/properties/{new}"
         schema["properties"][old] = {"$ref": where, "deprecated": True}
 
 
 def _nullable(key: dict[str, Any]) -> dict[str, Any]:
-    # the key, which may be null, too: that is how a recipe says that it is unset
+    """The same key, which may be null, too: that is how a recipe says that it is unset."""
     null = {"type": "null"}
     if "anyOf" in key:
         return key if null in key["anyOf"] else {**key, "anyOf": [*key["anyOf"], null]}

@@ -118,8 +118,7 @@ def check(
 def _rename(
     model: type[Keys], values: dict[str, Any], where: dict[Loc, str], loc: Loc
 ) -> list[tuple[Loc, str]]:
-    # Renames keys with an older name, and adds their lines to ``where``; returns keys that have
-    # both names.
+    """Rename keys with an older name, also in ``where``; return keys that have both names."""
     problems: list[tuple[Loc, str]] = []
     names: dict[str, tuple[str, ...]] = {old: (new,) for old, new in aliases(model).items()}
     for old, new in {**names, **moved(model)}.items():
@@ -147,7 +146,7 @@ def _rename(
 
 
 def _move_tokens(values: dict[str, Any], where: dict[Loc, str]) -> None:
-    # ``tokens`` with keys and values is the old spelling of ``special_tokens``
+    """Read ``tokens`` with keys and values as ``special_tokens``, whose old spelling it is."""
     old, new = values.get("tokens"), values.get("special_tokens")
     if not isinstance(old, dict) or (isinstance(new, dict | list) and new):
         return  # a list, or one that is set twice: a problem of its own
@@ -159,7 +158,7 @@ def _move_tokens(values: dict[str, Any], where: dict[Loc, str]) -> None:
 def _override(
     values: dict[str, Any], overrides: Mapping[str, Any], where: dict[Loc, str]
 ) -> list[tuple[Loc, str]]:
-    # sets what the command line says; returns what cannot be set
+    """Set what the command line says; return what cannot be set."""
     problems: list[tuple[Loc, str]] = []
     for dotted, value in overrides.items():
         loc = current(Recipe, dotted)
@@ -173,7 +172,7 @@ def _override(
 
 
 def _put(values: Any, loc: Loc, value: Any) -> bool:
-    # sets the value at ``loc``; False when there is nothing to set it in
+    """Set the value at ``loc``; False when there is nothing to set it in."""
     for part, following in itertools.pairwise(loc):
         if isinstance(values, dict) and isinstance(following, str) and values.get(part) is None:
             values[part] = {}  # the keys of an unset group, e.g. special_tokens
@@ -192,7 +191,7 @@ def _put(values: Any, loc: Loc, value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    # a copy that may be changed
+    """A copy of nested mappings and lists that may be changed."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

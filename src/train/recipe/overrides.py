@@ -44,7 +44,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _no_value(key: str) -> str:
-    # a word that no value follows is often a misspelt switch
+    """The message about a word that no value follows: often it is a misspelt switch."""
     known = {*Recipe.model_fields, *aliases(Recipe), *moved(Recipe)}
     if key.removeprefix("no_").partition(".")[0] in known:
         return "needs a value"

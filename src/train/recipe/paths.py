@@ -168,7 +168,7 @@ def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str
 
 
 def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> _D:
-    # a path that nothing on disk has may be an id of the hub
+    """The dataset with absolute paths. A path that nothing on disk has may be an id of the hub."""
     update: dict[str, Any] = {}
     path, builder = dataset.path, dataset.builder
     if is_own(path):
@@ -204,7 +204,7 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
 
 
 def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
-    # the absolute path of a template's file, or the template itself
+    """The absolute path of a template's file, or the template itself."""
     if "{" in text or "\n" in text:
         return text
     file = find_file(text, folders)
@@ -282,5 +282,5 @@ def _runs_code(name: str, value: Any) -> str | None:
 
 
 def _is_hub_kernel(name: Any) -> bool:
-    # ``owner/name``
+    """Whether an attention is a kernel on the hub, ``owner/name``."""
     return isinstance(name, str) and "/" in name

@@ -39,7 +39,7 @@ def explained(error: ValidationError, values: Any) -> list[tuple[Loc, str]]:
 
 
 def _place(detail: ErrorDetails, values: Any) -> Loc:
-    # the part of the location that the recipe has; pydantic adds the names of union branches
+    """The part of the location that the recipe has; pydantic adds the names of union branches."""
     loc: list[str | int] = []
     for part in detail["loc"]:
         try:
@@ -81,7 +81,7 @@ def _quoted(value: Any) -> str:
 
 
 def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:
-    # of the allowed names, whether or not the case is right
+    """The most similar of the allowed names, whether or not the case is right."""
     key = max((i for i, part in enumerate(loc) if isinstance(part, str)), default=0)
     field = model_at(loc[:key]).model_fields.get(str(loc[key]))
     special = extra_of(field).get("values", ()) if field else ()

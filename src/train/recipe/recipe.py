@@ -151,5 +151,5 @@ class Recipe(
 
 
 def _either(said: bool | None, implied: Any) -> bool:
-    # what a switch says, or else what other keys imply
+    """The value of a switch, or else what other keys imply."""
     return bool(implied) if said is None else said

@@ -111,7 +111,7 @@ def messages(recipe: Recipe) -> list[str]:
 
 
 def _every(values: Mapping[str, Any]) -> Iterator[Entry]:
-    # keys of preference methods do nothing without a method
+    """The status of every key; keys of preference methods do nothing without a method."""
     read = has_method(values)
     for entry in _walk(Recipe, values, ()):
         if not read and entry.loc[0] in OF_METHODS and entry.value is not None:

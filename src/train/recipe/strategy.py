@@ -110,7 +110,7 @@ class Strategy:
         raise RecipeError(problem)
 
     def _group_problem(self, needed: int | None, run: str) -> str:
-        # the problem with a number of processes that is no multiple of the group's
+        """The problem with a number of processes that is no multiple of the group's."""
         sizes = {
             "tensor_parallel_size": self.tensor, "context_parallel_size": self.context,
             "dp_shard_size": self.shard, "dp_replicate_size": self.replicate,

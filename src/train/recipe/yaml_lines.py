@@ -96,7 +96,7 @@ def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
 
 
 def _number(node: yaml.Node, loc: Loc, lines: dict[Loc, int]) -> Iterator[Loc]:
-    # fills ``lines`` for what is below ``node``; yields keys that come twice
+    """Fill ``lines`` for what is below ``node``; yield keys that come twice."""
     if len(lines) > _MOST:
         raise ValueError(f"with its aliases it holds more than {_MOST:,} values")
     if isinstance(node, yaml.MappingNode):

@@ -211,12 +211,12 @@ def shown(generated: Mapping[str, Any], step: int, each: int, most: int | None) 
 
 
 def _prompt(prompt: Any) -> str:
-    # of messages, with their roles
+    """The text of a prompt; of messages, with their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{m.get('role', '')}: {m.get('content') or ''}" for m in prompt)
 
 
 def _cut(text: str) -> str:
-    # a model also writes characters that no JSON may hold
+    """The beginning of a text; a model also writes characters that no JSON may hold."""
     return printable(text if len(text) <= _LONGEST else text[:_LONGEST] + " …")

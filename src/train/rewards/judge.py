@@ -173,7 +173,7 @@ def _needed_arguments(reward: Callable[..., Any]) -> list[str]:
 
 
 def _named_arguments(reward: Callable[..., Any]) -> set[str] | None:
-    # None: any
+    """The arguments that a function takes; None: any."""
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # a builtin's are not known
@@ -319,7 +319,7 @@ def means(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> dict
 
 
 def _total(rewards: Tensor, weights: Tensor) -> Tensor:
-    # NaN where no reward has judged the completion
+    """The weighted sum of the rewards of each completion; NaN where no reward has judged it."""
     total = (rewards * weights).nansum(dim=1)
     total[rewards.isnan().all(dim=1)] = math.nan
     return total

@@ -92,7 +92,7 @@ def _sequences(samples: Samples, recipe: Recipe, packing: bool, length: int) -> 
 
 
 def _in_order(lengths: Sequence[int], limit: int, most: int) -> list[list[int]]:
-    # fills sequences of ``limit`` tokens with samples as they come
+    """Fill sequences of ``limit`` tokens with samples as they come."""
     groups: list[list[int]] = []
     room = 0
     for index, size in enumerate(lengths):

@@ -163,6 +163,6 @@ def _collate(recipe: Recipe, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
 
 
 def _peak(model: Any, world: World) -> float | None:
-    # operations per second of the devices of all processes; None: unknown
+    """Operations per second of the devices of all processes; None: unknown."""
     peak = peak_flops(device_for_training(), model.dtype)
     return None if peak is None else peak * world.size

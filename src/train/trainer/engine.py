@@ -165,7 +165,7 @@ class EngineMixin(_Trainer):
         return self.objective.order(train_dataset or self.train_dataset)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resumed: Any) -> Any:
-        # Trainer would ask DeepSpeed for a checkpoint of DeepSpeed's own form
+        """As Trainer's, which would ask DeepSpeed for a checkpoint of DeepSpeed's own form."""
         prepare: Any = super()._prepare_for_training
         if not self.sharding.zero_stage:
             return prepare(max_steps, train_dataloader, resumed)
@@ -272,7 +272,7 @@ class EngineMixin(_Trainer):
         return self.sharding.divides or bool(super()._has_mixed_mesh_grads(model))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Trainer has clipped the gradients; the norm is checked before the update
+        """The norm of the gradients, which Trainer has clipped; checked before the update."""
         clipped: Any = super()._get_grad_norm
         norm = clipped(model, grad_norm)
         if self.accelerator.scaler is not None:  # it skips such steps by itself, at first often
@@ -317,7 +317,7 @@ class EngineMixin(_Trainer):
         super().log(logs, start_time)
 
     def _last_logged_loss(self) -> int:
-        # the step of the last entry that has a loss
+        """The step of the last entry that has a loss."""
         entries = reversed(self.state.log_history)
         return next((int(e["step"]) for e in entries if "loss" in e), 0)
 
@@ -475,7 +475,7 @@ class FlowCallback(TrainerCallback):
         return self.interrupts.world.share(take)
 
     def _stopping(self) -> bool:
-        # whether any process got a signal: all of them end at the same step
+        """Whether any process got a signal: all of them end at the same step."""
         self.interrupts.agree()
         return self.interrupts.signal is not None
 

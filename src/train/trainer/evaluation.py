@@ -158,7 +158,7 @@ def _sum(
     world: World,
     mean: Loss,
 ) -> tuple[float, int]:
-    # the summed losses of all trained tokens, and their number
+    """The summed losses of all trained tokens, and their number."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0

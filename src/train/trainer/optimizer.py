@@ -79,8 +79,8 @@ def step_one_by_one(optimizer: Any) -> list[dict[str, Any]]:
 def _two_groups(
     model: Any, decayed: set[str], recipe: Recipe, rate: float | None
 ) -> list[dict[str, Any]]:
-    # Trainer's groups would be split where parameters are divided; a checkpoint has the groups of
-    # one process
+    """Trainer's groups, for parameters that are divided."""
+    # Trainer would split its groups there, and a checkpoint has the groups of one process
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for n, p in trained if n in decayed], "weight_decay": recipe.weight_decay},
@@ -100,7 +100,7 @@ def embedding_rate(recipe: Recipe) -> float | None:
 def _groups(
     model: Any, decayed: set[str], recipe: Recipe, rate: float | None
 ) -> list[dict[str, Any]]:
-    # groups with and without decay, for each learning rate
+    """Groups with and without decay, for each learning rate."""
     embedded = {id(p) for p in _embeddings(model)} if rate is not None else set()
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

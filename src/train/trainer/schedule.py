@@ -43,7 +43,7 @@ def own_schedule(
 
 
 def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler:
-    # decays before each restart and warms up after it, as ReLoRA's; ValueError: no rate for a step
+    """Decay before each restart, warm up after it, as ReLoRA; ValueError without rates by step."""
     inner = _own(recipe, optimizer, warmup, total) or get_scheduler(
         recipe.lr_scheduler, optimizer, warmup, total,
         scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,

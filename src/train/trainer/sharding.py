@@ -233,6 +233,6 @@ class Sharding:
         return zero.whole_schedule(state, self._names) if self.zero_stage else state
 
     def _end_prefetch(self) -> None:
-        # ZeRO-3 may have begun to gather for the next forward pass
+        """Let ZeRO-3 finish what a forward pass has begun to gather for the next one."""
         if self.trainer.deepspeed is not None:  # there is none where no step was left to train
             self.trainer.deepspeed.empty_partition_cache()
