@@ -139,6 +139,7 @@ def best_step(trainer: EngineMixin) -> int | None:
 
 
 def _examine_alone(trainer: EngineMixin, result: RunResult, run_log: RunLog) -> None:
+    """Check the saved adapter, and answer."""
     model: Any = trainer.model
     context, recipe = trainer.context, trainer.context.recipe
     unchecked = save_model.uncheckable(model) if recipe.adapter else None
@@ -201,6 +202,7 @@ def differences(ranks: Sequence[Statuses | None]) -> list[str]:
 
 
 def _validated_last(result: RunResult) -> dict[str, float] | None:
+    """The figures of the last step's validation, if there was one."""
     validations = {h["step"]: h for h in result.history if f"eval_{result.figure}" in h}
     return validations.get(result.steps)
 

@@ -92,6 +92,7 @@ def what_failed(error: BaseException, function: Callable[..., Any]) -> str:
 
 
 def _hint(module: ModuleType, function: str) -> str:
+    """What the module has in place of a missing function."""
     if hasattr(module, function):
         return f": it is of the type {type(getattr(module, function)).__name__}"
     names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -111,6 +112,7 @@ def _file_of(function: Callable[..., Any]) -> str | None:
 
 
 def _parts(name: str) -> tuple[str, str]:
+    """The file and the function of a name."""
     if ".py:" in name:
         file, _, function = name.rpartition(":")
         return file, function

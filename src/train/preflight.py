@@ -185,6 +185,7 @@ def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 
 def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
+    """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
     from .checkpoint.output_folder import check_output
 

@@ -146,6 +146,7 @@ _TRL = (1, 16)
 
 
 def _trl(method: Method) -> list[str]:
+    """What of TRL is missing for a preference method; imports nothing."""
     key = METHODS[method].head.key or f"rl: {method}"
     install = 'pip install "fusewright[rl]"'
     try:
@@ -196,6 +197,7 @@ def tracking(recipe: Recipe) -> Iterator[None]:
 
 
 def _environment(recipe: Recipe) -> dict[str, str]:
+    """The variables that the trackers read, as far as the recipe sets them."""
     keys = recipe.comet_api_key, recipe.swanlab_api_key
     comet_key, swanlab_key = (key.get_secret_value() if key else None for key in keys)
     settings = {

@@ -154,6 +154,7 @@ def _locked(handle: int) -> bool:
 
 
 def _claimed(handle: int) -> bool:
+    """Take a lock file where the file system has no locks."""
     before = LockHolder.read(handle)
     if before is not None and not before.gone():
         return False
@@ -179,6 +180,7 @@ def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
 
 
 def _same(path: Path, handle: int) -> bool:
+    """Whether the open file is still the one at its path."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.stat(path), os.fstat(handle))
     return False

@@ -104,6 +104,7 @@ class Saved:
 
 
 def _require_files(folder: Path) -> None:
+    """Raise RecipeError unless a checkpoint has all that a run needs to resume from it."""
     shards = in_shards(folder)
     optimizer = () if shards else ("optimizer.pt",)
     for name in (*optimizer, "scheduler.pt", "trainer_state.json"):
@@ -258,6 +259,7 @@ def require_same_data(resumed: Resumed, fingerprint: str) -> None:
 
 
 def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
+    """What differs, by the innermost keys."""
     if then == now:
         return
     if isinstance(then, dict) and isinstance(now, dict):

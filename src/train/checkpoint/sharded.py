@@ -160,6 +160,7 @@ def _without_tensors(shards: Shards) -> dict[str, Any]:
 
 
 def _is_array(value: Any) -> bool:
+    """Whether a value is a tensor of more than a single number."""
     return isinstance(value, DTensor) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
@@ -177,6 +178,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
+    """The opposite of ``_encoded``."""
     if isinstance(value, list):
         return [_decoded(entry) for entry in value]
     if not isinstance(value, dict):

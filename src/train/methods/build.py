@@ -73,6 +73,7 @@ class PreferenceTask(SupervisedTask):
         return arguments_for(self.recipe, sequences, world, self.method.arguments, kwargs)
 
     def _requested(self) -> dict[str, Any]:
+        """What the recipe says of the method, by the names of TRL's arguments."""
         checkpointing = self.recipe.gradient_checkpointing_kwargs
         return {
             **self.settings.arguments,
@@ -123,6 +124,7 @@ class PreferenceTask(SupervisedTask):
         )  # fmt: skip
 
     def _judging(self, context: Context) -> dict[str, Any]:
+        """The collator of TRL's trainer, and its rows for validation."""
         extra: dict[str, Any] = {"data_collator": self.method.collate(pad_token(context.tokenizer))}
         sets = {name: self._dataset(b.packs) for name, b in context.validation.items()}
         if sets and self.settings.reference:  # they may compute the reference's part beforehand
@@ -132,6 +134,7 @@ class PreferenceTask(SupervisedTask):
         return extra
 
     def _dataset(self, examples: Any) -> Any:
+        """The rows as a dataset for TRL."""
         change = self.method.before_precomputing
         if change is not None and self.recipe.precompute_ref_log_probs:
             return as_dataset(examples, change, self.recipe.micro_batch_size)

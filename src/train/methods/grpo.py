@@ -146,6 +146,7 @@ class Grpo(EngineMixin, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL h
         return self.rewards
 
     def _note_texts(self) -> None:
+        """Note some of the completions that were generated last, and keep the first ones."""
         step = self.state.global_step + 1
         each, most = self.num_generations, self.args.num_completions_to_print
         texts = shown(self._logs, step, each, most)
@@ -338,6 +339,7 @@ class Completions(Preferences):
 
 
 def _generation_of(resumed: Saved | None) -> Mapping[str, Any] | None:
+    """The generation that a checkpoint kept."""
     generation = resumed.carried.get(_CARRIED) if resumed is not None else None
     return generation if isinstance(generation, Mapping) else None
 

@@ -74,6 +74,7 @@ class Preferences(Objective):
 
     @property
     def _moving_reference(self) -> Any:
+        """The reference model if it follows the trained one; else None."""
         moves = getattr(self.trainer.args, "sync_ref_model", False)
         return getattr(self.trainer, "ref_model", None) if moves else None
 

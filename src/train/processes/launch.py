@@ -155,6 +155,7 @@ def _signal(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all of them; only briefly once one has failed."""
     first: _Ended | None = None
     since, announced = 0.0, False
     while any(child.poll() is None for child in children):

@@ -109,4 +109,5 @@ class Interrupts:
             os.write(2, f"\n{self._message}\n".encode())
 
     def _echoes(self, number: int) -> bool:
+        """Whether a launcher has sent this signal because of the first."""
         return number != self._arrived and time.monotonic() - self._when < _ECHO

@@ -176,16 +176,19 @@ def _pattern(kind: str) -> re.Pattern[str]:
 
 
 def _within(name: str, patterns: list[re.Pattern[str]]) -> bool:
+    """Whether a name is that of a module that is left whole, or of a part of it."""
     parts = name.split(".")
     starts = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(pattern.fullmatch(start) for pattern in patterns for start in starts)
 
 
 def _divides_heads(rules: list[tuple[str, str]]) -> bool:
+    """Whether attention heads are divided between processes."""
     return any(style == "colwise" and ("attn" in n or "attention" in n) for n, style in rules)
 
 
 def _inner(module: nn.Module) -> nn.Module:
+    """The linear layer inside an adapter's."""
     inner = getattr(module, "base_layer", module)
     return inner if isinstance(inner, nn.Module) else module
 

@@ -221,6 +221,7 @@ def joined(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _group(timeout: float | None) -> Iterator[World]:
+    """The processes, in PyTorch's process group."""
     placed = placement(os.environ)
     if placed.size == 1:
         yield World()
@@ -423,6 +424,7 @@ def address_to(host: str) -> str | None:
 
 
 def _interface(own: str) -> str | None:
+    """The network interface that has an address of this machine."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == own.partition("%")[0] for entry in addresses):
             return name

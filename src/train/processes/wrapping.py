@@ -106,6 +106,7 @@ def check_deepspeed(arguments: Any) -> None:
 
 
 def _require_known(zero: Mapping[str, Any]) -> None:
+    """Check the keys and values of ``zero_optimization`` by DeepSpeed's own model."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -232,10 +232,12 @@ def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
 
 
 def _is_whole(value: Any) -> bool:
+    """Whether a value of the state has an element for each of the parameter."""
     return torch.is_tensor(value) and value.numel() > 1
 
 
 def _base(engine: Any) -> Any:
+    """The optimizer that ZeRO steps."""
     return engine.optimizer.optimizer
 
 

@@ -158,6 +158,7 @@ def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selectio
 
 
 def _announcement(recipe: Recipe, ways: Sequence[Way], chosen: Selection) -> Iterator[str]:
+    """What will be run, and how long it takes."""
     names = [way.name for way in ways if way.layout is not None]
     steps, size = len(chosen.steps), len(chosen.steps[0])
     passes = recipe.accumulation()
@@ -607,6 +608,7 @@ def _peaks(run: Run) -> str:
 
 
 def _defaults(group: type[Keys]) -> dict[str, Any]:
+    """The keys of a group, each as if it were unset."""
     fields = group.model_fields.items()
     return {name: field.get_default(call_default_factory=True) for name, field in fields}
 

@@ -192,6 +192,7 @@ def _accumulated(chosen: Selection, packing: bool, rows: int) -> Way:
 
 
 def _shared(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None) -> Way:
+    """Each step shared by several processes, as the recipe shares it."""
     name = f"{processes} processes"
     if (reason := _why_alone(recipe, processes, gpus)) is not None:
         return Way(name, optimize=True, skipped=reason)

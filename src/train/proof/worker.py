@@ -191,6 +191,7 @@ def fill_zeros(model: nn.Module, seed: int) -> None:
 
 
 def _rewrites(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """What was rewritten, by rule."""
     if not recipe.optimize:
         return {"rewritten": {}, "codegen": None}
     from ...compiler.pipeline import explain

@@ -177,6 +177,7 @@ def _with_method(values: Values) -> Values:
 
 
 def _datasets(values: Values) -> Iterator[tuple[Loc, Values]]:
+    """The datasets that are trained and validated on, with their places."""
     for name in ("datasets", "test_datasets"):
         for place, dataset in groups_in(values.get(name)):
             if place:
@@ -461,6 +462,7 @@ def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
 
 
 def _limits(values: Values, method: str, named: str) -> Iterator[Problem]:
+    """Keys that a method does not support."""
     if method == "kto":
         message = "must be 2 or more: KTO compares a prompt with the answer to another one"
         if values.get("micro_batch_size") in (None, 1):
@@ -484,6 +486,7 @@ def _labels(values: Values, method: str) -> Iterator[Problem]:
 
 
 def _class(values: Values, method: str | None) -> Iterator[Problem]:
+    """A ``model_type`` with another head than what the recipe trains."""
     model_class = values.get("model_type")
     if not isinstance(model_class, str):
         return
@@ -664,6 +667,7 @@ _TENSOR = ("tensor_parallel_size",)
 
 
 def _groups_of_processes(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
+    """Keys that conflict with tensor or context parallelism."""
     context = context_key(recipe)
     sizes = {_TENSOR: recipe.tensor_parallel_size, context: contexts(recipe)}
     yield from _data_parallel(recipe, [loc for loc, size in sizes.items() if size > 1])
@@ -794,6 +798,7 @@ def _unread_keys(values: Values) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _first_set(values: Values, *keys: str) -> Any:
+    """The value of the first of the keys that has one."""
     return next((values[k] for k in keys if values.get(k) is not None), None)
 
 

@@ -99,6 +99,7 @@ def _in_package(name: str) -> ModelSource:
 
 
 def _in_folder(path: Path, shown: str) -> ModelSource:
+    """The model in ``path``, which is a GGUF file or a folder."""
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(str(path.parent), path.name)
     if (path / "config.json").is_file():

@@ -54,6 +54,7 @@ def _no_value(key: str) -> str:
 
 
 def _is_switch(dotted: str) -> bool:
+    """Whether a key may be a boolean."""
     model: type[Keys] | None = Recipe
     annotation: Any = None
     for name in current(Recipe, dotted):

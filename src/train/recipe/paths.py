@@ -73,6 +73,7 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
 
 
 def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
+    """The Python functions that a recipe names, with the paths of their files."""
     update: dict[str, Any] = {}
     for loc, name in _named_functions(recipe):
         key, i = str(loc[0]), loc[-1]
@@ -90,6 +91,7 @@ def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[
 
 
 def _named_functions(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
+    """The Python functions that a recipe names, with their places."""
     rows = rows_of(recipe)
     if rows is None:
         return
@@ -140,6 +142,7 @@ def broken_functions(recipe: Recipe, keys: Collection[str] = FUNCTIONS) -> Probl
 
 
 def _unallowed(datasets: list[Dataset], key: str) -> Problems:
+    """Builders that the caller has not allowed."""
     return [
         ((key, i, "builder"), refused_builder(d.builder, d.path))
         for i, d in enumerate(datasets)
@@ -148,6 +151,7 @@ def _unallowed(datasets: list[Dataset], key: str) -> Problems:
 
 
 def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
+    """The paths of the model, its tokenizer and its adapter."""
     update: dict[str, Any] = {}
     for name in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
         value = getattr(recipe, name)
@@ -216,6 +220,7 @@ def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> s
 def _deepspeed(
     recipe: Recipe, value: str | dict[str, Any], folders: list[Path], problems: Problems
 ) -> str | dict[str, Any]:
+    """The absolute path of a configuration of DeepSpeed, if it is in a file."""
     file = find_file(value, folders) if isinstance(value, str) else None
     try:
         config = read_config(str(file) if file else value)
@@ -270,6 +275,7 @@ def require_consent(recipe: Recipe) -> None:
 
 
 def _runs_code(name: str, value: Any) -> str | None:
+    """What an argument of ``from_pretrained``, or a value of a configuration, would run."""
     if name == "weights_only" and not value:
         return "weights in pickles can contain code"
     if name in ("trust_remote_code", "allow_all_kernels") and value:

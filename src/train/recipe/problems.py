@@ -75,6 +75,7 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
 
 
 def _quoted(value: Any) -> str:
+    """A value as in Python, cut where it is long."""
     cut = reprlib.Repr()
     cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 3, 200, 200, 100
     return cut.repr(value)

@@ -165,6 +165,7 @@ def _is_async(reward: Callable[..., Any]) -> bool:
 
 
 def _needed_arguments(reward: Callable[..., Any]) -> list[str]:
+    """The arguments that a function cannot be called without."""
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # a builtin's are not known
@@ -253,6 +254,7 @@ class RewardWatch:
             )
 
     def _which(self) -> str:
+        """The values of each reward."""
         return ", ".join(
             f"{name} "
             + (f"gave {least:.4g} to all" if least == most else "did not tell them apart")

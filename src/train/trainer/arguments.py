@@ -123,6 +123,7 @@ def training_arguments(
 
 
 def _plain_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """The defaults of ``TrainingArguments`` where ``kind`` has others."""
     plain = {f.name: f for f in dataclasses.fields(TrainingArguments)}
     defaults = {}
     for f in dataclasses.fields(kind):
@@ -145,6 +146,7 @@ def _logging(recipe: Recipe, count: Steps) -> dict[str, Any]:
 
 
 def _loading(recipe: Recipe, among: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the data loader."""
     return {
         "dataloader_num_workers": recipe.dataloader_num_workers,
         "dataloader_prefetch_factor": recipe.dataloader_prefetch_factor,
@@ -175,6 +177,7 @@ def arguments_for(
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:
+    """Arguments for several processes."""
     arguments: dict[str, Any] = {
         **ddp_arguments(recipe),
         "average_tokens_across_devices": True,  # a gradient weighs tokens, not processes

@@ -64,6 +64,7 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
 def _with_second_row(
     packs: Sequence[Any], usual: int, make: Callable[[Sequence[Any]], dict[str, Any]]
 ) -> dict[str, Any]:
+    """A batch of ``packs``; a single one gets a copy without labels, where batches have more."""
     if len(packs) != 1 or usual == 1:
         return make(packs)
     batch = make([*packs, *packs])

@@ -462,6 +462,7 @@ class FlowCallback(TrainerCallback):
             self.trainer.checkpoints.save_now()
 
     def _file_appeared(self, step: int) -> bool:
+        """Whether the file that asks for a checkpoint exists; it is removed."""
         settings = self.recipe.dynamic_checkpoint
         if settings is None or not settings.enabled or step % settings.check_interval:
             return False

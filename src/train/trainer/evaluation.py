@@ -65,6 +65,7 @@ class Batches:
         return len(self._indices(turn))
 
     def _number(self, turn: int) -> int:
+        """The number of a batch of this process among those of all."""
         return turn * self.world.batch_ranks + self.world.batch_rank
 
     def _indices(self, turn: int) -> range:

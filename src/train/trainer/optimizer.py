@@ -119,6 +119,7 @@ def _groups(
 
 
 def _group_rate(name: str, recipe: Recipe) -> float | None:
+    """The learning rate of the group in ``lr_groups`` that a parameter is of, if any."""
     groups = recipe.lr_groups or ()
     return next((g.lr for g in groups if any(part in name for part in g.modules)), None)
 
