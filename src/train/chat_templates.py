@@ -1,4 +1,4 @@
-"""Chat templates by name, for tokenizers that bring none, or that a recipe gives another one.
+"""Chat templates by name, for tokenizers without one, or recipes that set another one.
 
 They write what the models of that name were trained on. They have no generation marks, because
 other programs that read a saved template do not know them; masks come without (``data.turns``).
@@ -23,7 +23,7 @@ _SYSTEM_APART = (
 
 
 def _mistral(begin: str, end: str, answer: str, place: str) -> str:
-    """The ``[INST]`` family; the system message stands in the ``place`` (first, last) question."""
+    """The ``[INST]`` family; the system message is in the question at ``place`` (first, last)."""
     return (
         f"{_SYSTEM_APART}{{{{ bos_token }}}}{{% for message in turns %}}{_ALTERNATE}"
         f"{{% if message['role'] == 'user' %}}{{{{ '{begin}' }}}}"
@@ -81,7 +81,7 @@ TEMPLATES: dict[str, str] = {
 """The templates, as Jinja."""
 
 ALIASES = {"inst": "mistral_v1", "mistral": "mistral_v1", "gemma2": "gemma", "phi3": "phi_3"}
-"""Other names of the same templates."""
+"""Aliases of the same templates."""
 
 _CHATML, _COHERE, _GEMMA = ("<|im_start|>",), ("<|START_OF_TURN_TOKEN|>",), ("<start_of_turn>",)
 
@@ -112,12 +112,9 @@ _FALLBACK = "tokenizer_default_fallback_"
 
 
 def find_template(name: str | None, jinja: str | None, tokenizer: Any) -> Any:
-    """The chat template that two keys of a recipe ask for.
+    """The chat template of the keys ``chat_template`` and ``chat_template_jinja``.
 
-    Args:
-        name: ``chat_template``.
-        jinja: ``chat_template_jinja``: Jinja text, or the path of a file with it.
-        tokenizer: whose own template is the default.
+    ``jinja`` is Jinja text, or the path of a file with it.
 
     Returns:
         Jinja text; the tokenizer's own (text, or several by name); or None, where it has none.
@@ -125,20 +122,20 @@ def find_template(name: str | None, jinja: str | None, tokenizer: Any) -> Any:
     Raises:
         RecipeError: there is no template of this name, or no file at this path.
     """
-    own = getattr(tokenizer, "chat_template", None) or None
+    default = getattr(tokenizer, "chat_template", None) or None
     if jinja and name in (None, "jinja"):
         return _jinja(jinja)
     if name is None or name == "tokenizer_default":
-        return own
+        return default
     if name == "jinja":
         raise RecipeError("chat_template: jinja needs chat_template_jinja, the template itself")
     if name.startswith(_FALLBACK):
-        return own or _named(name.removeprefix(_FALLBACK))
-    return _own(name, own) if name in TOKENIZERS_OWN else _named(name)
+        return default or _named(name.removeprefix(_FALLBACK))
+    return _own(name, default) if name in TOKENIZERS_OWN else _named(name)
 
 
 def unknown_template(name: str) -> str | None:
-    """What is wrong with a value of ``chat_template``, or None."""
+    """The problem with a value of ``chat_template``, or None."""
     name = name.removeprefix(_FALLBACK)
     known = sorted([*TEMPLATES, *ALIASES, *TOKENIZERS_OWN])
     if name in known or name in ("tokenizer_default", "jinja"):
@@ -151,11 +148,7 @@ def unknown_template(name: str) -> str | None:
 
 
 def _own(name: str, own: Any) -> Any:
-    """The tokenizer's own template, which must be of the kind that the recipe names.
-
-    Raises:
-        RecipeError: the tokenizer has none, or one of another kind.
-    """
+    """The tokenizer's template; RecipeError if there is none, or one of another kind."""
     if own is None:
         raise RecipeError(
             f"chat_template: {name} is what the tokenizers of these models bring, and this one "
@@ -174,10 +167,10 @@ def _own(name: str, own: Any) -> Any:
 def _named(name: str) -> str:
     if name in TOKENIZERS_OWN:  # as a fallback, for a tokenizer without a template
         return str(_own(name, None))
-    found = TEMPLATES.get(ALIASES.get(name, name))
-    if found is None:
+    template = TEMPLATES.get(ALIASES.get(name, name))
+    if template is None:
         raise RecipeError(f"chat_template: {unknown_template(name)}")
-    return found
+    return template
 
 
 def _jinja(text: str) -> str:

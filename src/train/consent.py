@@ -1,4 +1,4 @@
-"""Foreign code: what would run it, and the caller's own word for that.
+"""Foreign code: what would run it, and the caller's consent.
 
 A recipe, a run's folder and a dataset may come from anybody, and what they bring is data: their
 ``trust_remote_code: true`` or ``builder`` runs nothing by itself. Only the caller can allow that,
@@ -18,12 +18,10 @@ FUNCTION_SWITCH = "--allow-code"
 
 @dataclass(frozen=True)
 class Consent:
-    """What the caller allows, in person.
+    """The foreign code that the caller allows.
 
-    Attributes:
-        trust_remote_code: run the Python code that comes with the model and its tokenizer.
-        allow_builders: run the Python files that datasets name as ``builder``.
-        allow_code: run the Python functions that the recipe names, as rewards or to change rows.
+    It is code of the model and its tokenizer, ``builder`` files of datasets, and Python functions
+    that the recipe names, as rewards or to change rows.
     """
 
     trust_remote_code: bool = False
@@ -46,7 +44,7 @@ def why_not_run(what: str, switch: str) -> str:
 
 
 def code_refused(error: BaseException) -> str | None:
-    """What to say when transformers has refused to run code that comes with a model; else None."""
+    """The message where transformers has refused to run code that comes with a model; else None."""
     if "trust_remote_code" not in str(error):
         return None
     return why_not_run("needs Python code that comes with it", CODE_SWITCH)
@@ -54,8 +52,8 @@ def code_refused(error: BaseException) -> str | None:
 
 def must_build(builder: str | Path, path: str | Path) -> bool:
     """Whether ``path``, which ``builder`` makes, is missing or older than that."""
-    made, maker = Path(path), Path(builder)
-    return not made.exists() or made.stat().st_mtime < maker.stat().st_mtime
+    target, maker = Path(path), Path(builder)
+    return not target.exists() or target.stat().st_mtime < maker.stat().st_mtime
 
 
 def refused_builder(builder: str | Path, path: str | Path) -> str:

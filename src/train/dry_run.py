@@ -36,20 +36,17 @@ _COLOURS = {
 def show(checked: Checked, console: Console, processes: int | None = None) -> None:
     """Print the table of written keys, the resolved recipe as YAML, and whether it fits.
 
-    Args:
-        checked: what was read.
-        console: where to print. What is printed below the table is itself a recipe, but for its
-            secrets.
-        processes: how many will train it; None: as many as it needs.
+    What is printed below the table is itself a recipe, but for its secrets. ``processes`` will
+    train it; None: as many as it needs.
 
     Raises:
         RecipeError: training would refuse the recipe; once all is printed.
     """
     written = entries(checked.values, checked.recipe)
-    found = sorted(written, key=lambda e: _number(_line(e, checked)))
+    by_line = sorted(written, key=lambda e: _number(_line(e, checked)))
     say(console, f"{checked.name}\n")
-    console.print(_table(checked, found))
-    counts = {status: sum(_status(e) == status for e in found) for status in _COLOURS}
+    console.print(_table(checked, by_line))
+    counts = {status: sum(_status(e) == status for e in by_line) for status in _COLOURS}
     say(console, ", ".join(f"{n} {status}" for status, n in counts.items() if n))
     for line in notices(checked.recipe):
         say(console, line)
@@ -70,7 +67,7 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
 
 
 def _table(checked: Checked, found: Sequence[Entry]) -> Table:
-    """The written keys, and what each does."""
+    """The written keys with their status."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("key", "line", "status", "value"):
         table.add_column(header, no_wrap=True)
@@ -110,14 +107,14 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The same as YAML, which is a recipe that does the same where it needs no secrets."""
+    """``resolved`` as YAML: a recipe that does the same where it needs no secrets."""
     return yaml.safe_dump(
         resolved(recipe), sort_keys=False, allow_unicode=True, default_flow_style=False, width=96
     )
 
 
 def _short(value: Any, original: Any) -> Any:
-    """Entries of ``datasets`` without what is theirs by default."""
+    """Entries of ``datasets`` without their defaults."""
     if isinstance(original, list) and original and hasattr(original[0], "model_dump"):
         keep = {"path", "type"}
         return [

@@ -30,17 +30,17 @@ from .terminal import Terminal, announce, say
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
 _ENOUGH = 2
 _MOST = 12
-"""Layers of a random model: two, or as many as it takes to have one of each kind."""
+"""Most layers of a random model: two, or as many as it takes to have one of each kind."""
 
 
 @dataclass(frozen=True)
 class ExplainOptions:
-    """What the command was asked for.
+    """The options of the command.
 
     Attributes:
         model: what a recipe's ``base_model`` may be, a folder with no more than a ``config.json``,
             or the name of a model type of transformers.
-        layers: how deep the model shall be, or None: as deep as it is, or a few if random.
+        layers: the depth, or None: as deep as it is, or a few if random.
         lora: put LoRA of rank 8 on all linears.
         fp32: weights in float32, not in what training would choose.
         trust_remote_code: run the code that comes with the model.
@@ -63,12 +63,8 @@ def run(
 ) -> None:
     """Load the model, optimize it, run one tiny step, and print what was done.
 
-    Args:
-        request: which model, and how.
-        graph: print each kind of graph, before and after the rules.
-        module: print the graph of this module only.
-        as_json: print the report (and the graphs) as JSON and nothing else.
-        console: where to print; None for standard output.
+    ``graph`` prints each kind of graph, before and after the rules; ``module`` only that of this
+    module; ``as_json`` the report (and the graphs) as JSON and nothing else.
 
     Raises:
         RecipeError: there is no such model, or it cannot be read.
@@ -99,9 +95,7 @@ def run(
 def load(request: ExplainOptions) -> tuple[Any, str]:
     """The model to explain, in training mode, and a sentence on what it is.
 
-    Raises:
-        RecipeError: there is no such model, or it cannot be read.
-        ModelError: it cannot be built, or does not fit into memory.
+    Raises RecipeError and ModelError as ``run`` does.
     """
     folder = Path(request.model).expanduser()
     if not folder.exists() and request.model in _model_types():
@@ -119,7 +113,7 @@ def load(request: ExplainOptions) -> tuple[Any, str]:
     return model.train(), f"{what}{lora}; {dtype} on {weight.device}"
 
 
-# --- a model with its own weights -----------------------------------------------------------------
+# --- a model with pretrained weights --------------------------------------------------------------
 
 
 def _pretrained(request: ExplainOptions) -> tuple[Any, str]:
@@ -143,20 +137,20 @@ def _config(request: ExplainOptions) -> Any:
 
 
 def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options: Any) -> Any:
-    """Read with ``from_pretrained``; a name that is nothing gets the names that are near."""
-    # said in any case: where it is not, transformers asks on the terminal
+    """Read with ``from_pretrained``; the error for an unknown name has similar ones."""
+    # set in any case: without it, transformers asks on the terminal
     options["trust_remote_code"] = request.trust_remote_code
     try:
         return pretrained(factory, request.model, kind=kind, **options)
     except RecipeError as error:
-        said = str(error).removeprefix("base_model: ")
-        raise RecipeError(f"{said}{_hint(request.model, said)}") from error
+        problem = str(error).removeprefix("base_model: ")
+        raise RecipeError(f"{problem}{_hint(request.model, problem)}") from error
 
 
 def _hint(name: str, said: str) -> str:
-    """What may have been meant by the name of a model that could not be loaded."""
-    meant = did_you_mean(name, _model_types()) if name.isidentifier() else ""
-    return f"; {meant}" if meant else ""
+    """Suggestions for the name of a model that could not be loaded."""
+    suggestion = did_you_mean(name, _model_types()) if name.isidentifier() else ""
+    return f"; {suggestion}" if suggestion else ""
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -186,7 +180,7 @@ def _default_config(model_type: str) -> Any:
 
 
 def _random(request: ExplainOptions, config: Any) -> tuple[Any, str]:
-    """A shallow model with random weights, and what to say of it."""
+    """A shallow model with random weights, and its description."""
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -215,7 +209,7 @@ def _require_memory(name: str, planned: nn.Module) -> None:
 
 
 def _shorten(config: Any, layers: int | None) -> str:
-    """Limit the depth of ``config``, in place; returns what was done."""
+    """Limit the depth of ``config``, in place; return a description."""
     decoder = config.get_text_config(decoder=True)
     depth = getattr(decoder, "num_hidden_layers", None)
     if not isinstance(depth, int):
@@ -223,11 +217,11 @@ def _shorten(config: Any, layers: int | None) -> str:
             raise ModelError("the configuration does not say how deep it is: leave --layers out")
         return "all layers"
     lists = {k: v for k, v in vars(decoder).items() if isinstance(v, list) and len(v) == depth}
-    wanted = min(layers or _one_of_each(list(lists.values())), depth)
-    decoder.num_hidden_layers = wanted
+    number = min(layers or _one_of_each(list(lists.values())), depth)
+    decoder.num_hidden_layers = number
     for name, values in lists.items():
-        setattr(decoder, name, values[:wanted])
-    return f"{wanted} of {depth} layers" if wanted < depth else f"all {depth} layers"
+        setattr(decoder, name, values[:number])
+    return f"{number} of {depth} layers" if number < depth else f"all {depth} layers"
 
 
 def _one_of_each(lists: Sequence[list[Any]]) -> int:
@@ -252,12 +246,12 @@ def _with_lora(model: nn.Module) -> Any:
 
 
 def _chosen(model: nn.Module, module: str | None) -> list[Listing]:
-    found = listings(model)
+    all_listings = listings(model)
     if module is None:
-        return found
-    one = find_listing(model, found, module)
+        return all_listings
+    one = find_listing(model, all_listings, module)
     if one is None:
-        paths = [path for listing in found for path in listing.modules]
+        paths = [path for listing in all_listings for path in listing.modules]
         near = difflib.get_close_matches(module, paths, 3, 0.4) or paths[:6]
         names = ", ".join(path or '""' for path in near)
         raise ModelError(f"no graph was captured for module {module!r}; graphs exist for {names}")

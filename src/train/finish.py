@@ -1,4 +1,4 @@
-"""What is asked of the model before and after training, and how the results are saved."""
+"""Questions to the model before and after training, and saving the results."""
 
 from __future__ import annotations
 
@@ -39,14 +39,7 @@ def answer_before(model: Any, context: Context, result: RunResult, run_log: RunL
 def validate_before(
     context: Context, result: RunResult, run_log: RunLog, figures: Callable[[], dict[str, float]]
 ) -> None:
-    """Validate, unless the resumed run has done so, or the recipe does not want it.
-
-    Args:
-        context: has the rows.
-        result: of the run.
-        run_log: prints.
-        figures: validates.
-    """
+    """Validate by ``figures``, unless the resumed run has, or the recipe does not want it."""
     if context.recipe.eval_on_start is False:
         return
     if not context.validation or result.validated("before") is not None:
@@ -81,7 +74,7 @@ def save(trainer: EngineMixin, result: RunResult) -> None:
 def save_batch(
     bad: NonFiniteStepError, trainer: EngineMixin, result: RunResult, run_log: RunLog
 ) -> None:
-    """Keep the rows of a step that ended training, for somebody to look at."""
+    """Save the rows of a step that ended training, for inspection."""
     with run_log.guarded("saving the batch"):
         text = bad.save(result.output_dir, trainer.context.tokenizer)
         result.end("nan", f"{bad}; its rows are in {text}")
@@ -90,24 +83,24 @@ def save_batch(
 def examine(trainer: EngineMixin, result: RunResult, run_log: RunLog) -> None:
     """Explain the model; if training finished, validate, check the saved adapter, and answer.
 
-    A part that fails costs none of the others. Of several processes, all take part in what needs
-    sharded weights; the rest is rank 0's.
+    If a part fails, the others still run. Of several processes, all take part in what needs sharded
+    weights; the rest is rank 0's.
     """
     model: Any = trainer.model
     context, world = trainer.context, trainer.context.world
     recipe = context.recipe
     result.completions = trainer.objective.completions
     if recipe.optimize:
-        found: Report | None = None
+        report: Report | None = None
         with run_log.guarded("explaining"):
             from ..compiler.pipeline import explain
 
-            found = explain(model)
-            result.optimize = found.to_dict()
-            run_log.say(str(found) if recipe.verbose else summary(found))
+            report = explain(model)
+            result.optimize = report.to_dict()
+            run_log.say(str(report) if recipe.verbose else summary(report))
         if world.several:
             with run_log.guarded("comparing the ranks"):  # also with one that could not explain
-                sites = None if found is None else statuses(found)
+                sites = None if report is None else statuses(report)
                 for line in differences(world.gather(sites)):
                     run_log.say(line)
     if result.status != "finished":
@@ -176,32 +169,30 @@ Statuses = dict[str, str]
 """``module: rule`` -> the status of each of its sites, with the reason where it has one."""
 
 _SHOWN = 3
-"""Sites that are named for a rank, at most."""
+"""Most sites that are named for a rank."""
 
 
 def statuses(found: Report) -> Statuses:
-    """What is the same on all ranks: the sites, without their figures."""
-    made: Statuses = {}
+    """The sites without their figures, which should be the same on all ranks."""
+    result: Statuses = {}
     for s in found.sites:
         name, text = f"{s.module}: {s.rule}", f"{s.status} ({s.reason})" if s.reason else s.status
-        made[name] = f"{made[name]}, {text}" if name in made else text
-    return made
+        result[name] = f"{result[name]}, {text}" if name in result else text
+    return result
 
 
 def differences(ranks: Sequence[Statuses | None]) -> list[str]:
-    """What was done elsewhere than on rank 0, a line for each rank that differs.
-
-    Args:
-        ranks: of each rank its sites; None where they could not be explained.
-    """
+    """What differs from rank 0, a line for each rank; None: its sites could not be explained."""
     lines, first = [], ranks[0]
-    for rank, own in enumerate(ranks):
-        if own is None or first is None:
-            lines += [f"rank {rank} cannot say what was rewritten"] if own is None else []
+    for rank, sites_of_rank in enumerate(ranks):
+        if sites_of_rank is None or first is None:
+            lines += [f"rank {rank} cannot say what was rewritten"] if sites_of_rank is None else []
             continue
-        differing = [k for k in sorted(own | first) if own.get(k) != first.get(k)]
+        differing = [
+            k for k in sorted(sites_of_rank | first) if sites_of_rank.get(k) != first.get(k)
+        ]
         sites = [
-            f"{k} {own.get(k, 'not found')} in place of {first.get(k, 'not found')}"
+            f"{k} {sites_of_rank.get(k, 'not found')} in place of {first.get(k, 'not found')}"
             for k in differing[:_SHOWN]
         ]
         more = f"; and at {len(differing) - _SHOWN} more places" if differing[_SHOWN:] else ""
@@ -211,22 +202,22 @@ def differences(ranks: Sequence[Statuses | None]) -> list[str]:
 
 
 def _validated_last(result: RunResult) -> dict[str, float] | None:
-    """The figures of the last step's validation, if the loop has validated there."""
+    """The figures of the last step's validation, if there was one."""
     validations = {h["step"]: h for h in result.history if f"eval_{result.figure}" in h}
     return validations.get(result.steps)
 
 
 def summary(found: Report) -> str:
     """The optimize report in a line."""
-    kept = len(found.gaps()) + len(found.bypasses)
-    left = f"; {kept} left as before: report.html says why" if kept else ""
+    number = len(found.gaps()) + len(found.bypasses)
+    left = f"; {number} left as before: report.html says why" if number else ""
     return f"optimized: {found.headline()}{left} (--verbose: the whole table)"
 
 
 def write(result: RunResult, run_log: RunLog) -> None:
-    """Write the files that sum a run up: the plot, the page, the model card, and ``run.json``.
+    """Write the summary files of a run: the plot, the page, the model card, and ``run.json``.
 
-    One that cannot be written costs none of the others.
+    If one cannot be written, the others still are.
     """
     from .report import model_card as card
     from .report import page
@@ -246,7 +237,7 @@ def write(result: RunResult, run_log: RunLog) -> None:
 def publish(
     trainer: EngineMixin, result: RunResult, run_log: RunLog, interrupts: Interrupts
 ) -> None:
-    """Upload what is there, if the recipe wants that, and note in ``run.json`` what came of it."""
+    """Upload what is there, if the recipe wants that, and record the outcome in ``run.json``."""
     if not (trainer.args.push_to_hub and result.steps):
         return
     with run_log.guarded("push to the hub"):
@@ -258,7 +249,7 @@ def publish(
 
 
 def _upload(trainer: EngineMixin) -> None:
-    """Upload the run's folder, checkpoints left out, to the hub."""
+    """Upload the run's folder, without checkpoints, to the hub."""
     from huggingface_hub import upload_folder
 
     upload_folder(

@@ -1,4 +1,4 @@
-"""JSON as rows, prompts and tools come in it, with one way to say what is wrong."""
+"""JSON in rows, prompts and tools, with uniform error messages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from .printable import odd_characters
 
 _ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
-"""What a character that no text has is written as; most texts have none of these."""
+"""Escapes of characters that no text has; most texts have none of these."""
 
 
 _BETWEEN = re.compile(r"[\s,]*")
-"""What stands between two rows of a list."""
+"""What is between two rows of a list."""
 
 
 class BadJsonError(ValueError):
-    """A text that is not JSON, or has what no text has; the message says what.
+    """A text that is not JSON, or has characters that no text has.
 
     Attributes:
         line: where, if that is known; counted from 1.
@@ -33,16 +33,16 @@ class BadJsonError(ValueError):
 
     def of(self, what: str) -> str:
         """The message as a sentence about ``what``."""
-        said = str(self)
-        return f"{what} {'is' if said.startswith('not ') else 'cannot be read:'} {said}"
+        message = str(self)
+        return f"{what} {'is' if message.startswith('not ') else 'cannot be read:'} {message}"
 
 
 def parse_json(text: str) -> Any:
-    """The value that ``text`` is.
+    """Parse ``text``.
 
     Raises:
-        BadJsonError: it is none, it is nested too deep, has a key twice, or characters that no text
-            has.
+        BadJsonError: it is not JSON, is nested too deep, has a key twice, or characters that no
+            text has.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -57,19 +57,14 @@ def parse_json(text: str) -> Any:
     except ValueError:  # Python reads no integers of more than some thousand digits
         raise BadJsonError("not valid JSON: a number has too many digits") from None
     if _ESCAPED.search(text):
-        for at, said in odd_characters(value):
+        for at, flaw in odd_characters(value):
             place = ".".join(map(str, at))
-            raise BadJsonError(f"{place + ' ' if place else ''}{said}; replace it, or leave it out")
+            raise BadJsonError(f"{place + ' ' if place else ''}{flaw}; replace it, or leave it out")
     return value
 
 
 def row_of(text: str, bad: BadJsonError) -> int | None:
-    """Which row of a list, counted from 1, is the first that is bad in the same way.
-
-    Args:
-        text: the list.
-        bad: what was found, somewhere in it.
-    """
+    """The number, counted from 1, of the first row of a list with the same problem as ``bad``."""
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     at, row = text.find("[") + 1, 1
     try:
@@ -85,9 +80,9 @@ def row_of(text: str, bad: BadJsonError) -> int | None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of a key that is there twice, other readers take the first, the last, or both."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise BadJsonError(f"the key {twice!r} is duplicated in one object; remove one of the two")
-    return made
+    return result

@@ -1,4 +1,4 @@
-"""Where no run may write, and files that are written completely or not at all."""
+"""Folders that no run may write to, and atomic writes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ _FREE = tuple(
         "/private/var/folders",
     )
 )  # fmt: skip
-"""Folders in those of the system that are for everybody."""
+"""Folders for everybody within those of the system."""
 
 
 def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
     """Write ``text`` to ``path`` in UTF-8: the file is there completely, or as it was before.
 
-    Args:
-        path: the file.
-        text: its content.
-        errors: of ``str.encode``.
+    ``errors`` is that of ``str.encode``.
     """
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(text.encode("utf-8", errors))
@@ -36,11 +33,7 @@ def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
 
 
 def why_not_ours_to_write(folder: Path) -> str | None:
-    """Why no run may write into ``folder``, wherever it is run from; None: it may.
-
-    Args:
-        folder: absolute, with links resolved.
-    """
+    """Why no run may write into ``folder``, which is absolute without links; None: it may."""
     home = Path.home().resolve()
     if folder == Path(folder.anchor) or folder == home or folder in home.parents:
         return f"{folder} is not a folder for one run; choose a new one in it"

@@ -1,6 +1,6 @@
-"""Python functions that a recipe names: they judge completions, or change rows.
+"""Python functions that a recipe names: rewards, or functions that change rows.
 
-They are code of the recipe's author, so that none is loaded without the caller's permission
+They are code of the recipe's author, so none is loaded without the caller's permission
 (``consent``).
 """
 
@@ -29,17 +29,13 @@ from .consent import Consent, refused_function
 def located(name: str, folders: Sequence[Path]) -> str:
     """The name of a function with the absolute path of its file, ``PATH.py:function``.
 
-    Args:
-        name: ``module.function``, or the path of a file with a colon and the function.
-        folders: where the file may be, best first.
-
-    Returns:
-        That name; or ``name`` as it is, where no folder has the file: it may be in an installed
-        package.
+    ``name`` is ``module.function``, or the path of a file with a colon and the function; it is
+    returned as it is where none of ``folders``, best first, has the file: it may be in an installed
+    package.
     """
     file, function = _parts(name)
-    found = (folder / Path(file).expanduser() for folder in folders)
-    path = next((path for path in found if path.is_file()), None)
+    paths = (folder / Path(file).expanduser() for folder in folders)
+    path = next((path for path in paths if path.is_file()), None)
     return name if path is None else f"{path.resolve()}:{function}"
 
 
@@ -49,19 +45,14 @@ def module_of(name: str) -> str | None:
         return None if Path(_parts(name)[0]).is_file() else Path(_parts(name)[0]).stem
     top = name.partition(".")[0]
     try:
-        found = importlib.util.find_spec(top) if top != "__main__" else None  # which runs nothing
+        spec = importlib.util.find_spec(top) if top != "__main__" else None  # which runs nothing
     except ValueError:  # a module that this process has made, not found
-        found = None
-    return None if found else top
+        spec = None
+    return None if spec else top
 
 
 def load_function(name: str, key: str, consent: Consent) -> Callable[..., Any]:
-    """Load a function.
-
-    Args:
-        name: of the function, as ``located`` returns it.
-        key: where in the recipe it is, for messages.
-        consent: what the caller allows.
+    """Load a function by its name from ``located``; ``key`` is its place in the recipe.
 
     Raises:
         RecipeError: the caller does not allow it, or there is no such function.
@@ -75,23 +66,22 @@ def load_function(name: str, key: str, consent: Consent) -> Callable[..., Any]:
         raise
     except BaseException as error:  # whatever the code does when it is imported
         ended = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else None
-        said = ended or first_line(error)
-        raise RecipeError(f"{key}: {name} cannot be imported: {said}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
+        message = ended or first_line(error)
+        raise RecipeError(f"{key}: {name} cannot be imported: {message}") from error
+    attribute = getattr(module, function, None)
+    if not callable(attribute):
         where = Path(file).name if ".py:" in name else module.__name__
         raise RecipeError(f"{key}: {where} has no function {function!r}{_hint(module, function)}")
-    loaded: Callable[..., Any] = found
+    loaded: Callable[..., Any] = attribute
     return loaded
 
 
 def what_failed(error: BaseException, function: Callable[..., Any]) -> str:
-    """What a function did, with its own line: ``raised KeyError at FILE:3: 'answer'``.
+    """What a function did, with the line: ``raised KeyError at FILE:3: 'answer'``.
 
-    Args:
-        error: what came out of it; also ``SystemExit``, which must not end the run in silence.
-        function: what was called. The line is the innermost one in its file, because the lines of
-            libraries that it calls tell its author little.
+    ``error`` may be ``SystemExit``, which must not end the run in silence. The line is the
+    innermost one in the function's file, because the lines of libraries that it calls tell its
+    author little.
     """
     file = _file_of(function)
     lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
@@ -102,16 +92,16 @@ def what_failed(error: BaseException, function: Callable[..., Any]) -> str:
 
 
 def _hint(module: ModuleType, function: str) -> str:
-    """What there is instead of a function."""
+    """What the module has in place of a missing function."""
     if hasattr(module, function):
         return f": it is of the type {type(getattr(module, function)).__name__}"
-    own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-    meant = did_you_mean(function, own)
-    return f"; {meant}" if meant else ""
+    names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    suggestion = did_you_mean(function, names)
+    return f"; {suggestion}" if suggestion else ""
 
 
 def _file_of(function: Callable[..., Any]) -> str | None:
-    """The file of a function, or of a callable object's class; None: that is not known."""
+    """The file of a function, or of a callable object's class; None: unknown."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inspect.unwrap(inner.func)
@@ -164,11 +154,11 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-# Rows that the package itself makes, so that a recipe can be tried without a download.
+# --- rows that the package makes, so that a recipe can be tried without a download ----------------
 
 
 PREFIX = "fusewright:"
-"""What the paths of such rows begin with."""
+"""Prefix of the paths of such rows."""
 
 _MADE_BY = {
     "docstrings": ("data/readers/docstrings.py", "chats"),
@@ -191,10 +181,9 @@ def why_none(path: str) -> str | None:
 
 
 class PackageRows:
-    """The rows of a name, made by a process of their own: what it imports does not stay here.
+    """The rows of a name such as ``fusewright:docstrings``.
 
-    Args:
-        path: such as ``fusewright:docstrings``.
+    Another process makes them: what it imports does not stay here.
 
     Raises:
         DataError: there is no such name, or they cannot be made.
@@ -207,14 +196,16 @@ class PackageRows:
         file, form = _MADE_BY[path.removeprefix(PREFIX)]
         maker = Path(__file__).parent / file
         with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
-            made = Path(folder) / "rows.jsonl"
+            rows_file = Path(folder) / "rows.jsonl"
             # -I: neither the current folder nor the environment can put a module in the way
-            asked = [sys.executable, "-I", str(maker), str(made), form]
-            done = subprocess.run(asked, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = (done.stderr or done.stdout).strip().splitlines()
-                raise DataError(f"{path}: cannot be made: {said[-1] if said else done.returncode}")
-            text = made.read_bytes()
+            command = [sys.executable, "-I", str(maker), str(rows_file), form]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                lines = (result.stderr or result.stdout).strip().splitlines()
+                raise DataError(
+                    f"{path}: cannot be made: {lines[-1] if lines else result.returncode}"
+                )
+            text = rows_file.read_bytes()
         self._lines = text.splitlines()
         self._fingerprint = hashlib.sha256(text).hexdigest()
 

@@ -1,7 +1,7 @@
 """Whether a checked recipe can be trained here, as far as that shows before anything is loaded.
 
-Both a run and ``--dry-run`` begin with it. What needs torch or transformers is looked at only where
-there is something to look at: a model that is on this disk, a precision, an attention.
+Both a run and ``--dry-run`` begin with it. What needs torch or transformers is checked only where
+there is something to check: a model that is on this disk, a precision, an attention.
 """
 
 from __future__ import annotations
@@ -21,29 +21,19 @@ from .requirements import OTHER_ATTENTIONS, attention, missing_packages
 
 
 def require_startable(recipe: Recipe, processes: int = 1) -> None:
-    """See that nothing keeps a recipe from being trained here.
-
-    Args:
-        recipe: checked.
-        processes: how many train it.
-
-    Raises:
-        RecipeError: something does; the message lists all of it.
-    """
-    if found := obstacles(recipe, processes):
-        raise RecipeError("\n  ".join(found))
+    """Raise RecipeError with all that keeps a checked recipe from being trained here."""
+    if problems := obstacles(recipe, processes):
+        raise RecipeError("\n  ".join(problems))
 
 
 def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
-    """What keeps a recipe from being trained here: a sentence each, with its key.
+    """What keeps a checked recipe from being trained here: a sentence each, with its key.
 
-    Args:
-        recipe: checked.
-        processes: how many train it; None: that is not known yet.
+    ``processes`` train it; None: not known yet.
     """
-    found = [*model_obstacles(recipe)]
-    found += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
-    return [*found, *_output(recipe, processes)]
+    problems = [*model_obstacles(recipe)]
+    problems += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
+    return [*problems, *_output(recipe, processes)]
 
 
 def model_obstacles(recipe: Recipe) -> Iterator[str]:
@@ -56,15 +46,13 @@ def model_obstacles(recipe: Recipe) -> Iterator[str]:
 def encoding_obstacles(recipe: Recipe) -> Iterator[str]:
     """What would keep any row from being tokenized: the tokenizer, or its chat template.
 
-    A run sees it when it prepares its rows; a dry run, which reads none, asks here.
-
-    Args:
-        recipe: one that has no ``obstacles``.
+    A run sees it when it prepares its rows; a dry run, which reads none, asks here. The recipe has
+    no ``obstacles``.
     """
-    named = recipe.tokenizer_config or recipe.base_model
-    source = locate(named, [Path.cwd()])
+    place = recipe.tokenizer_config or recipe.base_model
+    source = locate(place, [Path.cwd()])
     here = source.gguf_file is not None or Path(source.name).is_dir()
-    if not here and modelfiles.cached(named, recipe.revision_of_model) is None:
+    if not here and modelfiles.cached(place, recipe.revision_of_model) is None:
         return  # a dry run downloads nothing
     from .data.prepare import require_encoders
     from .model.load import quiet
@@ -89,8 +77,8 @@ def _precision(recipe: Recipe) -> Iterator[str]:
 
 
 def _attention(recipe: Recipe) -> Iterator[str]:
-    name, said = attention(recipe)
-    if name in (None, "eager", "sdpa") or said is not None:
+    name, problem = attention(recipe)
+    if name in (None, "eager", "sdpa") or problem is not None:
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -119,36 +107,30 @@ def _model(recipe: Recipe) -> Iterator[str]:
     from .model.load import load_config, quiet
     from .model.positions import too_long
 
-    here, made = recipe.model_copy(update={"base_model": str(folder)}), None
+    here, meta = recipe.model_copy(update={"base_model": str(folder)}), None
     try:
         with quiet():
             config = load_config(here)
             if recipe.model_type is None:
                 model = meta_model(here, config)
-                made = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
+                meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
                 require_names(model, recipe)
                 _require_groups(model, recipe)
-            said = too_long(here, config)
+            problem = too_long(here, config)
     except RecipeError as error:
         yield str(error)
         return
-    if said is not None:
-        yield said
+    if problem is not None:
+        yield problem
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
-        yield from _weights(recipe, folder, made)
+        yield from _weights(recipe, folder, meta)
 
 
 def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -> Iterator[str]:
-    """The weights in a folder, as far as shows without reading them.
-
-    Args:
-        recipe: checked.
-        folder: of the base model.
-        made: the model's class and configuration; None: unknown, and nothing is compared with it.
-    """
-    said = modelfiles.weights_problem(folder)
-    if said is not None:
-        yield f"base_model: {said}"
+    """Check a folder's weights for ``made``, the model's class and configuration, if known."""
+    problem = modelfiles.weights_problem(folder)
+    if problem is not None:
+        yield f"base_model: {problem}"
     elif made is not None:
         from .model.from_pretrained import require_fit
         from .model.load import quiet
@@ -161,11 +143,7 @@ def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -
 
 
 def _require_groups(model: Any, recipe: Recipe) -> None:
-    """See that processes can share the layers, or the sequences, of a model.
-
-    Raises:
-        RecipeError: they cannot.
-    """
+    """Raise RecipeError unless processes can share the layers, or the sequences, of a model."""
     strategy = recipe.strategy()
     if strategy.tensor > 1:
         from .processes.tensor_parallel import require_divisible
@@ -223,18 +201,18 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
 
 
 def _tokenizer(recipe: Recipe) -> Iterator[str]:
-    named = recipe.tokenizer_config or recipe.base_model
-    said = modelfiles.tokenizer_problem(Path(named)) if Path(named).is_dir() else None
-    if said is not None:
-        yield f"{'tokenizer_config' if recipe.tokenizer_config else 'base_model'}: {said}"
+    place = recipe.tokenizer_config or recipe.base_model
+    problem = modelfiles.tokenizer_problem(Path(place)) if Path(place).is_dir() else None
+    if problem is not None:
+        yield f"{'tokenizer_config' if recipe.tokenizer_config else 'base_model'}: {problem}"
 
 
 def _adapter(recipe: Recipe) -> Iterator[str]:
     folder = Path(recipe.lora_model_dir).expanduser() if recipe.lora_model_dir else None
     if recipe.adapter and folder is not None and folder.is_dir():
-        said = adapter_problem(folder)
-        if said is not None:
-            yield f"lora_model_dir: {said}"
+        problem = adapter_problem(folder)
+        if problem is not None:
+            yield f"lora_model_dir: {problem}"
 
 
 _LOOKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (

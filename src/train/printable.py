@@ -1,4 +1,4 @@
-"""Characters that no text has, and those that act on a terminal in place of being shown."""
+"""Characters that no text has, and those that control a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ODD = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile(r"[^\t\n\x20-\x7e\x85\xa0-\U0010ffff]|[\ud800-\udfff\ufffe\uffff]")
 
 _ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tabs and line breaks, and what turns the direction of writing round."""
+"""Control characters but tabs and line breaks, and those that change the writing direction."""
 
 
 def printable(text: str) -> str:
@@ -23,12 +23,12 @@ def printable(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    r"""``text`` for a terminal: ``\x1b`` and its like stand there as one would write them."""
+    r"""``text`` for a terminal, with control characters as escapes such as ``\x1b``."""
     return _ACTS.sub(_escape, text)
 
 
 def shown_json(text: str) -> str:
-    """The same for JSON, which stays what it was."""
+    """As ``shown`` for JSON, whose meaning stays the same."""
     return _ACTS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -38,36 +38,31 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def odd_character(text: str) -> str | None:
-    """What is wrong with ``text``: a NUL, or a lone surrogate; None if nothing is."""
-    found = _ODD.search(text)
-    if found is None:
+    """The problem with ``text``: a NUL, or a lone surrogate; None if there is none."""
+    match = _ODD.search(text)
+    if match is None:
         return None
-    code = ord(found[0])
+    code = ord(match[0])
     what = f"a lone surrogate (\\u{code:04x})"
     if not code:
         what = "a NUL"
     elif 0xDC80 <= code <= 0xDCFF:  # as words of the command line come
         what = "a byte that is not UTF-8"
-    return f"is not text: character {found.start() + 1} is {what}"
+    return f"is not text: character {match.start() + 1} is {what}"
 
 
 def odd_characters(
     value: Any, at: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Where in nested data there is text with such characters, and what is wrong with it.
-
-    Args:
-        value: text, numbers, lists and mappings.
-        at: where it is itself.
-    """
+    """The places in nested data of text with such characters, below ``at``, and the problems."""
     if isinstance(value, str):
-        said = odd_character(value)
-        if said is not None:
-            yield at, said
+        problem = odd_character(value)
+        if problem is not None:
+            yield at, problem
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            if isinstance(key, str) and (said := odd_character(key)) is not None:
-                yield at, f"has a name that {said}"
+            if isinstance(key, str) and (problem := odd_character(key)) is not None:
+                yield at, f"has a name that {problem}"
             yield from odd_characters(inner, (*at, key))
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):

@@ -20,7 +20,7 @@ _TRACKERS = {
     "trackio": ("trackio", "trackio"),
     "swanlab": ("swanlab", "swanlab"),
 }
-"""The module of each tracker, and the package that has it."""
+"""The module and the package of each tracker."""
 
 _OPTIMIZERS = {
     "galore": ("galore_torch", "galore-torch"),
@@ -40,7 +40,7 @@ _OPTIMIZERS = {
         for name in ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged_", "rmsprop_bnb")
     },
 }
-"""The same for optimizers, by how their names begin."""
+"""The same for optimizers, by prefixes of their names."""
 
 
 _ATTENTIONS = {
@@ -56,13 +56,10 @@ them with rounded products."""
 
 
 def attention(recipe: Recipe) -> tuple[str | None, str | None]:
-    """The attention that a model is loaded with, and what to say where it is another than asked.
+    """The attention that a model is loaded with, and a message where it is not the requested one.
 
     Implementations differ in speed, not in values. What cannot be had here is replaced by the
-    model's own choice, which is ``sdpa`` for nearly all.
-
-    Returns:
-        Its name in transformers, or None for the model's own choice; and a message, or None.
+    model's own choice, which is ``sdpa`` for nearly all. Both are None without a name or a message.
     """
     name = recipe.attention()
     if name in (None, "eager", "sdpa"):
@@ -76,7 +73,7 @@ def attention(recipe: Recipe) -> tuple[str | None, str | None]:
 
 
 def _not_here(name: str) -> str | None:
-    """Why an attention cannot be had on this machine; None: it can, or it has no such name."""
+    """Why an attention cannot be used on this machine; None: it can, or it has no such name."""
     if name in OTHER_ATTENTIONS:
         return "is not an attention of transformers"
     module, package = _ATTENTIONS.get(name, ("", ""))
@@ -90,9 +87,9 @@ def _not_here(name: str) -> str | None:
 
 
 def notices(recipe: Recipe) -> list[str]:
-    """What to say of what is replaced here, because it is not installed."""
+    """The messages about what is replaced here, because it is not installed."""
     attentions = attention(recipe)[1]
-    return [said for said in (attentions, _vllm_notice(recipe)) if said]
+    return [notice for notice in (attentions, _vllm_notice(recipe)) if notice]
 
 
 def has_vllm() -> bool:
@@ -114,21 +111,21 @@ def _vllm_notice(recipe: Recipe) -> str | None:
 def missing_packages(recipe: Recipe) -> list[str]:
     """What the recipe names and cannot be imported: a sentence each; imports nothing."""
     missing = []
-    wanted = [
+    required = [
         (_KEYS[name], name, _TRACKERS[name]) for name in recipe.reporters() if name in _TRACKERS
     ]
-    wanted += [
+    required += [
         ("optimizer", recipe.optimizer, package)
         for start, package in _OPTIMIZERS.items()
         if recipe.optimizer.startswith(start)
     ]
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(recipe, key):
-            wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
+            required.append((key, "true", ("bitsandbytes", "bitsandbytes")))
     if recipe.tokenizer_use_mistral_common:
         tokens = ("mistral_common", "mistral-common")
-        wanted.append(("tokenizer_use_mistral_common", "true", tokens))
-    for key, value, (module, package) in wanted:
+        required.append(("tokenizer_use_mistral_common", "true", tokens))
+    for key, value, (module, package) in required:
         if not _is_there(module):
             missing.append(
                 f"{key}: {value} needs the package {package}, which is not installed: "
@@ -145,20 +142,20 @@ def missing_packages(recipe: Recipe) -> list[str]:
 
 
 _TRL = (1, 16)
-"""The first version of TRL whose trainers have what is asked of them here."""
+"""The first version of TRL whose trainers have what the methods here need."""
 
 
 def _trl(method: Method) -> list[str]:
-    """What TRL lacks for a preference method; imports nothing."""
+    """What of TRL is missing for a preference method; imports nothing."""
     key = METHODS[method].head.key or f"rl: {method}"
     install = 'pip install "fusewright[rl]"'
     try:
-        there = importlib.metadata.version("trl")
+        present = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
         return [f"{key} needs the package trl, which is not installed: {install}"]
-    found = tuple(int(part) for part in there.split(".")[:2] if part.isdecimal())
-    if found < _TRL:
-        return [f"{key} needs trl {'.'.join(map(str, _TRL))} or newer, and {there} is installed: "
+    version = tuple(int(part) for part in present.split(".")[:2] if part.isdecimal())
+    if version < _TRL:
+        return [f"{key} needs trl {'.'.join(map(str, _TRL))} or newer, and {present} is installed: "
                 f"{install}"]  # fmt: skip
     return []
 
@@ -182,13 +179,13 @@ _KEYS = {
 
 @contextlib.contextmanager
 def tracking(recipe: Recipe) -> Iterator[None]:
-    """Tell the trackers what the recipe says, in the way that they all have: the environment.
+    """Tell the trackers what the recipe says, by environment variables, which all of them read.
 
-    Variables are as before once the block is left.
+    The variables are restored at the end.
     """
-    wanted = _environment(recipe)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    variables = _environment(recipe)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -203,7 +200,7 @@ def _environment(recipe: Recipe) -> dict[str, str]:
     """The variables that the trackers read, as far as the recipe sets them."""
     keys = recipe.comet_api_key, recipe.swanlab_api_key
     comet_key, swanlab_key = (key.get_secret_value() if key else None for key in keys)
-    named = {
+    settings = {
         "WANDB_PROJECT": recipe.wandb_project,
         "WANDB_ENTITY": recipe.wandb_entity,
         "WANDB_NAME": recipe.wandb_name,
@@ -232,10 +229,10 @@ def _environment(recipe: Recipe) -> dict[str, str]:
     trackers = {"WANDB": "wandb", "MLFLOW": "mlflow", "HF": "mlflow", "COMET": "comet_ml",
                 "SWANLAB": "swanlab"}  # fmt: skip
     used = set(recipe.reporters())
-    found = {}
-    for name, value in named.items():
+    variables = {}
+    for name, value in settings.items():
         if value is not None and trackers.get(name.split("_")[0], "trackio") in used:
-            found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+            variables[name] = str(value).lower() if isinstance(value, bool) else str(value)
     if "tensorboard" in used:
-        found["TENSORBOARD_LOGGING_DIR"] = os.path.join(recipe.output_dir, "runs")
-    return found
+        variables["TENSORBOARD_LOGGING_DIR"] = os.path.join(recipe.output_dir, "runs")
+    return variables

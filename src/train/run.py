@@ -47,7 +47,7 @@ from .trainer.watchdog import NonFiniteStepError
 
 
 class TrainingRun:
-    """One run of one recipe. ``run`` does its parts in the order in which they stand below.
+    """One run of one recipe. ``run`` does its parts in the order in which they are below.
 
     - everything that can be wrong with the recipe and the rows is found before weights are loaded;
     - validation before and after, and one question answered before and after;
@@ -70,10 +70,7 @@ class TrainingRun:
     Of several processes, each does all of it with its share of the batches, and rank 0 alone
     prints and writes.
 
-    Args:
-        recipe: checked, with absolute paths.
-        console: where to print.
-        world: the processes of the run; None: this one alone.
+    The recipe is checked, with absolute paths.
     """
 
     def __init__(self, recipe: Recipe, console: Console, world: World | None = None) -> None:
@@ -132,7 +129,7 @@ class TrainingRun:
         return self.result
 
     def _finish(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        """Let rank 0 write and print what sums the run up."""
+        """Let rank 0 write and print the summary."""
         with interrupts.deferring_signals(interrupts.WRITING):
             if self.world.main:
                 finish.write(self.result, self.run_log)
@@ -151,12 +148,12 @@ class TrainingRun:
         recipe, world = self.recipe, self.world
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
-        said = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
+        text = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
         others = notices(recipe)
-        for line in filter(None, (world.unread, *messages(recipe), *others, *said)):
+        for line in filter(None, (world.unread, *messages(recipe), *others, *text)):
             self.run_log.say(line)
-        found = world.share(lambda: str(resume.find(recipe) or ""))
-        start = Path(found) if found else None
+        checkpoint = world.share(lambda: str(resume.find(recipe) or ""))
+        start = Path(checkpoint) if checkpoint else None
         if start is not None:
             saved = resume.load(start, recipe, world.batch_ranks)
             self.resumed = resume.Resumed(start, saved)
@@ -201,12 +198,12 @@ class TrainingRun:
         self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
     ) -> Context:
         """What the trainer needs besides the model and the rows."""
-        made = make_context(
+        context = make_context(
             self.task, model, tokenizer, prepared, interrupts, self.console, self.result.carried
         )
-        for name, batches in made.validation.items():
+        for name, batches in context.validation.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)
-        return made
+        return context
 
     def _before(self, model: Any, context: Context) -> None:
         """Optimize; answer and validate, once the model is as its processes have it."""
@@ -255,8 +252,8 @@ class TrainingRun:
             result.end(trainer.ended(), trainer.checkpoints.write_error)
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
-        left = result.steps_planned - done
-        self.run_log.say(f"training for {left} step{'s' * (left != 1)}{first}")
+        remaining = result.steps_planned - done
+        self.run_log.say(f"training for {remaining} step{'s' * (remaining != 1)}{first}")
         start = resumed.folder if resumed else None
         try:
             with resume.without_code(start):
@@ -274,11 +271,9 @@ class TrainingRun:
             raise
 
     def _clear(self) -> None:
-        """Remove what an earlier run left, once the first step is complete.
-
-        This cannot be undone, and much can still be refused before that, such as too small a memory
-        budget. A NaN loss in the first step also leaves a batch and a report.
-        """
+        """Remove what an earlier run left, once the first step is complete."""
+        # This cannot be undone, and much can still be refused before that, such as too small a
+        # memory budget. A NaN loss in the first step also leaves a batch and a report.
         if not self._cleared:
             self._cleared = True
             here = self.resumed is not None and self.resumed.folder.parent == self.folder
@@ -296,7 +291,7 @@ class TrainingRun:
             self.result.interrupt(interrupts.signal)
 
     def _measure(self, trainer: EngineMixin) -> None:
-        """Take the figures of training."""
+        """Record the figures of training."""
         result = self.result
         if self.recipe.streams() and not self.recipe.dataloader_num_workers:
             result.data.update(self.sequences.counts)  # else other processes have counted
@@ -307,7 +302,7 @@ class TrainingRun:
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
-    """Run ``recipe``; see ``fusewright.train.train``."""
+    """Run ``recipe``, as ``fusewright.train.train`` does."""
     with joined(recipe.ddp_timeout) as world:
         strategy = recipe.strategy()
         strategy.require_world(world.size)

@@ -15,14 +15,14 @@ from .printable import shown
 from .recipe.secrets import scrub
 
 _PIPE = 10_000
-"""Columns of what is no terminal, so that nothing is wrapped there."""
+"""Columns where the output is no terminal, so that nothing is wrapped there."""
 
 
 class Terminal(Console):
     """Rich's console, which sends its own escapes and none of the text's.
 
-    Rows, prompts, answers, names of files and errors of libraries may be anybody's words. This is
-    where all of them pass, in tables and bars, too.
+    Rows, prompts, answers, names of files and errors of libraries may be anybody's words. All of
+    them are printed by this class, in tables and bars, too.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -47,8 +47,8 @@ class Terminal(Console):
         columns, used = [], 0
         for column in objects[0].columns:
             header = (column.header,) if objects[0].show_header else ()
-            given: Any = (*header, *column.cells)
-            cells = [self.render_str(c) if isinstance(c, str) else c.copy() for c in given]
+            entries: Any = (*header, *column.cells)
+            cells = [self.render_str(c) if isinstance(c, str) else c.copy() for c in entries]
             widest = max(cell.cell_len for cell in cells)
             used += widest + 2
             for cell in cells if used <= self.width * 3 // 4 else ():
@@ -84,7 +84,7 @@ def say(console: Console, text: str | Text) -> None:
 
 
 def announce(text: str) -> None:
-    """Say on standard error what now takes a while, if that is a terminal."""
+    """Announce on standard error what takes a while, if that is a terminal."""
     console = Terminal(stderr=True)
     if console.is_terminal:
         say(console, text)

@@ -1,1 +1,1 @@
-"""What is written while a run trains and at its end, and resuming from it."""
+"""Checkpoints and final results of a run, and resuming."""

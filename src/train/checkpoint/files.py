@@ -1,8 +1,8 @@
-"""Checkpoints on disk: each one is there whole, or not at all.
+"""Checkpoints on disk: each one complete, or absent.
 
 A checkpoint is written into a hidden folder, which gets its name once all of its files are on the
-disk; one that has to go loses its name first. So whatever is called ``checkpoint-N`` can be loaded,
-at whatever moment the process, or the machine, was stopped.
+disk; to remove one, its name goes first. So whatever is called ``checkpoint-N`` can be loaded, at
+whatever moment the process, or the machine, was stopped.
 """
 
 from __future__ import annotations
@@ -35,25 +35,21 @@ def step_of(folder: Path) -> int | None:
 
 
 def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is in the run folder ``folder``."""
+    """The path of the checkpoint of ``step`` in the run folder ``folder``."""
     return folder / f"checkpoint-{step}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder, by their steps."""
-    found = [p for p in folder.glob("checkpoint-*") if step_of(p) is not None and p.is_dir()]
-    return sorted(found, key=lambda p: step_of(p) or 0)
+    """The checkpoints in a run folder, sorted by step."""
+    folders = [p for p in folder.glob("checkpoint-*") if step_of(p) is not None and p.is_dir()]
+    return sorted(folders, key=lambda p: step_of(p) or 0)
 
 
 @contextlib.contextmanager
 def writing(folder: Path, step: int) -> Iterator[Path]:
-    """Yield an empty folder; what is written into it becomes the checkpoint of ``step``.
+    """Yield an empty folder, which becomes the checkpoint of ``step`` in the run's ``folder``.
 
     If the block raises, nothing is left of it.
-
-    Args:
-        folder: of the run.
-        step: the optimizer step.
 
     Raises:
         CheckpointWriteError: the disk is full, or cannot be written to.
@@ -88,18 +84,12 @@ def discard(path: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
-    """Remove the oldest checkpoints until ``limit`` are left; those in ``keep`` stay.
-
-    Args:
-        folder: of the run.
-        limit: how many may stay; None: all.
-        keep: the newest and the best one.
-    """
+    """Remove the oldest checkpoints of a run until ``limit`` are left; those in ``keep`` stay."""
     if limit is None:
         return
-    there = checkpoints(folder)
-    extra = max(0, len(there) - max(limit, len(set(keep) & set(there))))
-    for path in [p for p in there if p not in keep][:extra]:
+    existing = checkpoints(folder)
+    extra = max(0, len(existing) - max(limit, len(set(keep) & set(existing))))
+    for path in [p for p in existing if p not in keep][:extra]:
         discard(path)
 
 

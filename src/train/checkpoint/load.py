@@ -1,4 +1,4 @@
-"""Reading checkpoints, with errors that say which one, and what to do."""
+"""Reading checkpoints, with errors that name the checkpoint and the remedy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ from .resume import another, without_code
 
 @contextlib.contextmanager
 def readable(folder: Any) -> Iterator[None]:
-    """Turn what goes wrong with a checkpoint's files into a RecipeError.
-
-    Args:
-        folder: of the checkpoint; None: nothing is read.
-    """
+    """Turn errors in reading a checkpoint's files into a RecipeError; None: nothing is read."""
     try:
         with without_code(Path(folder) if folder is not None else None):
             yield
@@ -40,11 +36,7 @@ def readable(folder: Any) -> Iterator[None]:
 
 
 def trained_weights(folder: Path, model: Any) -> dict[str, Tensor]:
-    """The weights of a checkpoint, by the names that they have in the model.
-
-    Args:
-        folder: of the checkpoint.
-        model: which the checkpoint is of; only its names are read.
+    """The weights of a checkpoint, by their names in ``model``.
 
     Raises:
         ValueError: it does not have all that is trained.
@@ -58,7 +50,7 @@ def trained_weights(folder: Path, model: Any) -> dict[str, Tensor]:
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
-    # PEFT leaves the adapter's name out, and more of some kinds
+    # PEFT leaves out the adapter's name, and more in some kinds of adapters
     numbers = get_peft_model_state_dict(model, state_dict=numbers, save_embedding_layers=False)
     stored = load_peft_weights(str(folder), device="cpu")
     return {names[int(number)]: stored[key] for key, number in numbers.items()}
@@ -81,25 +73,24 @@ def _of_whole_model(folder: Path, model: Any) -> dict[str, Tensor]:
 
 
 def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights as the model has them: transformers saves experts, for one, in an older form.
-
-    ``load_state_dict`` does not know that form, and would leave the weights as they are.
-    """
+    """Weights by the names that the model has for them."""
+    # transformers saves experts, for one, in an older form, which ``load_state_dict`` does not
+    # know: it would leave those weights as they are
     kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
     dtypes = [value.dtype for value in stored.values() if value.is_floating_point()]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     with without_zero3():
-        made, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
+        instance, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
             None, config=copy.deepcopy(model.config), state_dict=stored, dtype=widest,
             output_loading_info=True,
         )  # fmt: skip
     invented = set(info["missing_keys"])  # which have random numbers
-    return {name: value for name, value in made.state_dict().items() if name not in invented}
+    return {name: value for name, value in instance.state_dict().items() if name not in invented}
 
 
 @contextlib.contextmanager
 def without_zero3() -> Iterator[None]:
-    """Let transformers load weights whole; under ZeRO-3 it would divide them."""
+    """Let transformers load whole weights; under ZeRO-3 it would divide them."""
     state: Any = deepspeed_state
     before = state._hf_deepspeed_config_weak_ref
     state.unset_hf_deepspeed_config()

@@ -1,9 +1,9 @@
-"""One run at a time in a folder.
+"""A lock that allows one run at a time in a folder.
 
 The lock is the system's (``flock``), which takes it away from a process that ends, however it does.
-So a lock file that is left behind stops nobody: whoever comes next takes it over, and says so. A
-file system without such locks (some network ones) is left with what the file says: a process of
-this machine that is no more has lost its lock, and of other machines nothing can be known.
+So a stale lock file stops nobody: the next run takes it over, and says so. On a file system without
+such locks (some network ones), the content of the file decides: a process of this machine that no
+longer exists has lost its lock, and of other machines nothing can be known.
 """
 
 from __future__ import annotations
@@ -38,11 +38,9 @@ class LockHolder:
     """The process that has a lock.
 
     Attributes:
-        pid: its number.
-        host: its machine.
-        begun: when it was started, in seconds since 1970; tells it from a later one of its number.
+        begun: when it was started, in seconds since 1970; tells it from a later one with this pid.
         since: date and time of the lock, UTC.
-        over: whether it has given the lock back, and left the file.
+        over: whether it has released the lock, and left the file.
     """
 
     pid: int
@@ -59,7 +57,7 @@ class LockHolder:
 
     @classmethod
     def read(cls, handle: int) -> LockHolder | None:
-        """What a lock file says; None if that is nothing."""
+        """The content of a lock file; None if it is invalid."""
         try:
             return cls(**json.loads(os.pread(handle, 1 << 12, 0)))
         except (OSError, ValueError, TypeError):
@@ -71,7 +69,7 @@ class LockHolder:
         os.pwrite(handle, json.dumps(asdict(self)).encode() + b"\n", 0)
 
     def gone(self) -> bool:
-        """Whether the process surely is no more."""
+        """Whether the process certainly no longer exists."""
         if self.over:
             return True
         if self.host != socket.gethostname():
@@ -89,22 +87,18 @@ class LockHolder:
 
 @contextlib.contextmanager
 def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep every other run out of ``folder``, which is made if it is not there.
+    """Keep every other run out of ``folder``, which is created if needed.
 
-    Folders that were made for nothing are removed again.
-
-    Args:
-        folder: the run's.
-        say: prints a line; called when a lock is taken over.
+    Folders that are still empty at the end are removed again. ``say`` reports a lock taken over.
 
     Raises:
         RecipeError: another process has it, or it cannot be written to.
     """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         handle = _taken(folder, say)
     except BaseException:
-        _remove_empty(made)
+        _remove_empty(new_folders)
         raise
     try:
         yield
@@ -115,12 +109,12 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         _give_back(folder, handle, ended=True)
     finally:
         os.close(handle)
-        _remove_empty(made)
+        _remove_empty(new_folders)
 
 
 def _taken(folder: Path, say: Callable[[str], None]) -> int:
-    """Take the lock; returns the open file."""
-    path, begun = folder / LOCK, time.monotonic()
+    """Take the lock, and return the open file."""
+    path, start = folder / LOCK, time.monotonic()
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,13 +124,13 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
             raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
         try:
             if _locked(handle):
-                there = _same(path, handle)
+                current = _same(path, handle)
             else:
-                there = _wait_or_refuse(folder, handle, time.monotonic() - begun)
+                current = _wait_or_refuse(folder, handle, time.monotonic() - start)
         except BaseException:
             os.close(handle)
             raise
-        if there:
+        if current:
             break
         os.close(handle)  # it was given back, and removed, in between
     before = LockHolder.read(handle)
@@ -147,7 +141,7 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
 
 
 def _locked(handle: int) -> bool:
-    """Try to lock an open file. Where there are no locks, by what it says."""
+    """Try to lock an open file; on file systems without locks, by its content."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -171,11 +165,7 @@ def _claimed(handle: int) -> bool:
 
 
 def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
-    """Wait for the orphans of a killed run, so that it is tried again; else refuse.
-
-    Raises:
-        RecipeError: another process has the lock.
-    """
+    """Wait for the orphans of a killed run, so that the lock is tried again; else RecipeError."""
     holder = LockHolder.read(handle)
     if (holder is None or holder.gone()) and waited < _ORPHANS:
         time.sleep(_SETTLED)
@@ -190,24 +180,22 @@ def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
 
 
 def _same(path: Path, handle: int) -> bool:
-    """Whether the open file is still the one under its name."""
+    """Whether the open file is still the one at its path."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.stat(path), os.fstat(handle))
     return False
 
 
 def _give_back(folder: Path, handle: int, ended: bool) -> None:
-    """Remove the lock file; but where a run broke off and left nothing else, it says whose it was.
-
-    Otherwise its folder would be taken for one of other people's files.
-    """
+    """Remove the lock file, or leave it in a folder with nothing else of the run."""
+    # it says whose the folder was, which would else be taken for one of other people's files
     path = folder / LOCK
     with contextlib.suppress(OSError):
         path.unlink()
         if not ended and any(folder.iterdir()) and not is_run(folder):
-            left = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            LockHolder(**{**asdict(LockHolder.this()), "over": True}).write(left)
-            os.close(left)
+            marker = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            LockHolder(**{**asdict(LockHolder.this()), "over": True}).write(marker)
+            os.close(marker)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The folder that results go into: whether it may be written to, and its emptying."""
+"""The folder of the results: whether it may be written to, and clearing it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from .ownership import PART, few, foreign_files, link_in, results
 
 
 def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
-    """See that results may go into ``folder``; changes nothing.
+    """Check that results may go into ``folder``; changes nothing.
 
-    Args:
-        folder: the run's.
-        overwrite: an earlier run may be replaced.
-        resumed: the run resumes from a checkpoint there, and may have left more than that.
+    ``overwrite``: an earlier run may be replaced. ``resumed``: the run resumes from a checkpoint
+    there, and may have left more than that.
 
     Raises:
         RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
@@ -28,20 +26,16 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     """
     require_own(folder)
     _require_writable(folder)
-    found = next(results(folder), None)
-    if found is not None and not overwrite and not (resumed and not _finished(folder)):
+    result = next(results(folder), None)
+    if result is not None and not overwrite and not (resumed and not _finished(folder)):
         raise RecipeError(
-            f"output_dir: {folder} already holds a run ({found.name}); choose another folder, or "
+            f"output_dir: {folder} already holds a run ({result.name}); choose another folder, or "
             "pass --overwrite (overwrite_output_dir: true)"
         )
 
 
 def require_own(folder: Path) -> None:
-    """See that ``folder`` is not there, empty, or a run's.
-
-    Raises:
-        RecipeError: it is something else.
-    """
+    """Raise RecipeError unless ``folder`` does not exist, is empty, or is a run's."""
     problem = why_not_ours_to_write(folder)
     if problem is not None:
         raise RecipeError(f"output_dir: {problem}")
@@ -63,8 +57,8 @@ def require_own(folder: Path) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Try to make ``folder`` and a file in it; what was made is removed again."""
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    """Try to make ``folder`` and a file in it, which is removed again."""
+    new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -73,7 +67,7 @@ def _require_writable(folder: Path) -> None:
         reason = error.strerror or error
         raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
     finally:
-        for path in made:
+        for path in new_folders:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
@@ -90,9 +84,7 @@ def _finished(folder: Path) -> bool:
 def clear_output(folder: Path, resumed: bool = False) -> None:
     """Make ``folder``, and remove what an earlier run left in it (nothing else).
 
-    Args:
-        folder: the run's.
-        resumed: it resumes from a checkpoint there; only what a killed process left half done goes.
+    If the run resumes from a checkpoint there, only what a killed process left half done goes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)

@@ -15,7 +15,7 @@ LOCK = ".fusewright.lock"
 """The file that says which process writes into a folder (see ``lock``)."""
 
 PART = ".results.part"
-"""Where the results are written, before they are moved to their places."""
+"""Where the results are written before they are moved to their places."""
 
 RESULTS = (
     "run.json", "loss.png", "report.html", "eval.json",
@@ -26,9 +26,9 @@ RESULTS = (
 _HARMLESS = frozenset({
     ".gitignore", ".gitkeep", ".DS_Store", "lost+found", "runs", LOCK, card.NAME,
 })  # fmt: skip
-"""What may be in a folder that is as good as empty.
+"""What may be in a folder that counts as empty.
 
-``runs`` is TensorBoard's, from its start; a card of somebody's own is left as it is.
+``runs`` is TensorBoard's, from its start; a model card of the user's own is left as it is.
 """
 
 _MARKER = "fusewright.json"
@@ -70,21 +70,21 @@ def results(folder: Path) -> Iterator[Path]:
 def link_in(folder: Path) -> Path | None:
     """A link under a name that a run writes to: it would write somewhere else."""
     names = [*RESULTS, card.NAME, PART, "completions", *(f"{name}.part" for name in RESULTS)]
-    named = [folder / name for name in names]
-    return next((p for p in [*named, *folder.glob("nan-batch-*")] if p.is_symlink()), None)
+    paths = [folder / name for name in names]
+    return next((p for p in [*paths, *folder.glob("nan-batch-*")] if p.is_symlink()), None)
 
 
 def few(names: list[str]) -> str:
-    """Some of many names."""
+    """A few of many names, as text."""
     more = len(names) - _FEW
     return ", ".join(names[:_FEW]) + (f" and {more} more" if more > 0 else "")
 
 
 def _is_log(path: Path) -> bool:
-    """Whether it is where this process prints to."""
+    """Whether this process prints into it."""
     try:
-        there = os.stat(path)
+        status = os.stat(path)
         ours = [os.fstat(stream.fileno()) for stream in (sys.__stdout__, sys.__stderr__) if stream]
     except (OSError, ValueError):
         return False
-    return any(os.path.samestat(there, one) for one in ours)
+    return any(os.path.samestat(status, one) for one in ours)

@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
+"""Resuming: which checkpoint, whether it fits, and what it keeps besides the weights."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ _MAY_DIFFER_TOO = (
     "ddp", "fsdp", "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio",
     "swanlab", "use_", "hf_",
 )  # fmt: skip
-"""Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
-compared by their content."""
+"""Keys, and prefixes of keys, that do not change what is trained. Rows are compared by content."""
 _OF_THE_LOSS = frozenset({"use_dft", "use_eaft"})
-"""Keys that do, though they begin so."""
+"""Keys that do change it, in spite of such a prefix."""
 _OF_A_STEP = ("gradient_accumulation_steps", "batch_size")
 """Keys that are compared together with the number of processes."""
 _OF_A_STREAM = ("dataloader_num_workers",)
@@ -57,11 +56,10 @@ class Saved:
         recipe: every key of the run that made it.
         data: the fingerprint of its prepared rows.
         step: how many optimizer steps were done.
-        meter: what ``ThroughputMeter`` has counted.
+        meter: the counts of ``ThroughputMeter``.
         pending_loss: the loss that is summed up and not logged yet.
         last_logged: the step at which it was logged last.
         carried: figures of the run from before it trained.
-        processes: how many there were.
     """
 
     recipe: dict[str, Any]
@@ -81,11 +79,7 @@ class Saved:
 
     @classmethod
     def read(cls, folder: Path) -> Saved:
-        """Read it from a checkpoint.
-
-        Raises:
-            RecipeError: the checkpoint is none of ours, or lacks files.
-        """
+        """Read it from a checkpoint; RecipeError if that is of other origin, or lacks files."""
         try:
             content = parse_json((folder / _FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -110,7 +104,7 @@ class Saved:
 
 
 def _require_files(folder: Path) -> None:
-    """See that a checkpoint has all that a run needs to resume from it."""
+    """Raise RecipeError unless a checkpoint has all that a run needs to resume from it."""
     shards = in_shards(folder)
     optimizer = () if shards else ("optimizer.pt",)
     for name in (*optimizer, "scheduler.pt", "trainer_state.json"):
@@ -120,21 +114,21 @@ def _require_files(folder: Path) -> None:
                 "leaves that out)"
             )
     parts = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _CHECKED)
-    said = damaged(parts) or (shards_problem(folder) if shards else None)
-    if said is not None:
-        raise RecipeError(another(folder, said))
+    problem = damaged(parts) or (shards_problem(folder) if shards else None)
+    if problem is not None:
+        raise RecipeError(another(folder, problem))
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run resumes from: a checkpoint's folder, and what that keeps besides the weights."""
+    """What a run resumes from: a checkpoint's folder, and what it keeps besides the weights."""
 
     folder: Path
     saved: Saved
 
 
 def another(folder: Path, why: str) -> str:
-    """What to say of a checkpoint that is damaged."""
+    """The message about a damaged checkpoint."""
     return (
         f"{folder} cannot be resumed from: {why}; name an earlier checkpoint in "
         "resume_from_checkpoint, or start from the beginning"
@@ -145,22 +139,22 @@ def find(recipe: Recipe) -> Path | None:
     """The checkpoint to resume from; None: the run starts from the beginning.
 
     Raises:
-        RecipeError: it names one that is not there.
+        RecipeError: the recipe names one that is not there.
     """
-    folder, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
-    if wanted is True and recipe.overwrite_output_dir:
+    folder, requested = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    if requested is True and recipe.overwrite_output_dir:
         raise RecipeError(
             "resume_from_checkpoint: true resumes the run in output_dir, and "
             "overwrite_output_dir replaces it; set only one"
         )
-    if isinstance(wanted, str):
-        return _named(Path(wanted))
-    if not (wanted or recipe.auto_resume_from_checkpoints) or recipe.overwrite_output_dir:
+    if isinstance(requested, str):
+        return _named(Path(requested))
+    if not (requested or recipe.auto_resume_from_checkpoints) or recipe.overwrite_output_dir:
         return None
-    there = checkpoint.checkpoints(folder)
-    if there:
-        return there[-1]
-    if wanted:
+    existing = checkpoint.checkpoints(folder)
+    if existing:
+        return existing[-1]
+    if requested:
         raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
     return None
 
@@ -176,13 +170,10 @@ def _named(path: Path) -> Path:
 
 
 def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
-    """Read a checkpoint's own file, and see that its run was the same as this one.
+    """Read what a checkpoint keeps, and check that its run was the same as this one.
 
-    Args:
-        path: the checkpoint's folder.
-        recipe: of this run.
-        processes: of this run; None: not known yet. Their number may be another one if the number
-            of forward passes per step makes up for it.
+    The number of ``processes`` (None: not known yet) may differ if the number of forward passes per
+    step makes up for it.
 
     Raises:
         RecipeError: it cannot be resumed from, or other keys decided what it trained.
@@ -190,7 +181,7 @@ def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
     saved = Saved.read(path)
     if processes is not None:
         _require_same_batch(saved, path, recipe, processes)
-    # without secrets, which may change, and which the message must not tell
+    # without secrets, which may change, and which the message must not show
     then, now = hide(saved.recipe), hide(recipe.recorded())
     differing = [
         line
@@ -209,16 +200,12 @@ def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
 
 
 def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:
-    """See that a step has as many forward passes as in the run that made a checkpoint.
-
-    Raises:
-        RecipeError: it has not, with the number that makes up for other processes.
-    """
+    """Raise RecipeError unless a step has as many forward passes as in the run of a checkpoint."""
     then = Recipe.model_construct(**saved.recipe).accumulation() * saved.processes
     if (saved.processes, processes) == (1, 1) or then == recipe.accumulation() * processes:
         return  # what differs with one process is said key by key
     fitting = then // processes
-    said = (
+    remedy = (
         f"set gradient_accumulation_steps: {fitting}"
         if fitting * processes == then
         else f"use a number of processes that divides {then}"
@@ -226,18 +213,18 @@ def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int
     raise RecipeError(
         f"{path} was made by {saved.processes} process{'es' * (saved.processes > 1)} with {then} "
         f"forward passes per step in all, and here are {processes} with "
-        f"{recipe.accumulation()} each; {said}"
+        f"{recipe.accumulation()} each; {remedy}"
     )
 
 
 @contextlib.contextmanager
 def without_code(path: Path | None) -> Iterator[None]:
-    """Say which file it is where a pickle of a checkpoint holds more than tensors and numbers.
+    """Name the file where a pickle of a checkpoint holds more than tensors and numbers.
 
     Only such are read: anything else in a pickle may be code, and would be run.
 
     Raises:
-        RecipeError: one holds more, or is damaged.
+        RecipeError: a pickle holds more, or is damaged.
     """
     try:
         yield
@@ -262,11 +249,7 @@ def _unreadable(path: Path) -> str:
 
 
 def require_same_data(resumed: Resumed, fingerprint: str) -> None:
-    """See that a checkpoint's run had the rows that this one has.
-
-    Raises:
-        RecipeError: it had others.
-    """
+    """Raise RecipeError unless a checkpoint's run had the rows that this one has."""
     if resumed.saved.data != fingerprint:
         raise RecipeError(
             f"{resumed.folder} was trained on other rows: the datasets, their template or the "
@@ -276,7 +259,7 @@ def require_same_data(resumed: Resumed, fingerprint: str) -> None:
 
 
 def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
-    """What is not as it was, by the innermost keys."""
+    """What differs, by the innermost keys."""
     if then == now:
         return
     if isinstance(then, dict) and isinstance(now, dict):

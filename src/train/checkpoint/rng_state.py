@@ -17,7 +17,7 @@ from ..processes.world import World
 
 @dataclass(frozen=True)
 class RngState:
-    """A moment's state: Python's, NumPy's, PyTorch's on the CPU and on the GPU."""
+    """The state of Python's, NumPy's and PyTorch's generators, on the CPU and on the GPU."""
 
     python: Any
     numpy: Any
@@ -26,7 +26,7 @@ class RngState:
 
     @classmethod
     def now(cls) -> RngState:
-        """The state at this moment."""
+        """The current state."""
         gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu)
 
@@ -51,7 +51,7 @@ class RngState:
 
 @contextlib.contextmanager
 def same_draws(seed: int) -> Iterator[None]:
-    """Let all processes draw the same random numbers in the block, and their own again after it."""
+    """Let all processes draw the same random numbers in the block, and different ones after it."""
     before = RngState.now()
     torch.manual_seed(seed)
     try:
@@ -61,9 +61,9 @@ def same_draws(seed: int) -> Iterator[None]:
 
 
 def seed_rank(seed: int, world: World) -> None:
-    """Let each process draw numbers of its own, for dropout; the weights are there by now.
+    """Seed each process differently, for dropout, once the weights are initialized.
 
-    Those of one group draw the same: what they have whole must stay the same.
+    Processes of one group draw the same: what each of them has whole must stay the same.
     """
     if world.several:
         torch.manual_seed(seed + world.batch_rank)
@@ -72,7 +72,7 @@ def seed_rank(seed: int, world: World) -> None:
 def share_in_groups(world: World) -> None:
     """Give the processes of each group the state of its first one; a collective.
 
-    Those that read a checkpoint of another strategy would else draw numbers of their own.
+    Those that read a checkpoint of another strategy would else draw different numbers.
     """
     if world.group > 1:
         first = world.rank - world.rank % world.group

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the check that it can be used."""
+"""Saving the trained model, and the check that the saved adapter can be used."""
 
 from __future__ import annotations
 
@@ -17,17 +17,13 @@ from .files import CheckpointWriteError, write_error_reason
 from .ownership import PART
 
 _PROBE = 64
-"""Tokens that the saved adapter is tried on."""
+"""Tokens that the saved adapter is tested with."""
 
 
 def save_whole(
     model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None
 ) -> None:
-    """As ``save``, but every file is there whole or as it was before.
-
-    Raises:
-        CheckpointWriteError: the disk is full, or cannot be written to.
-    """
+    """As ``save``, but every file is complete or as before; CheckpointWriteError on a full disk."""
     part = folder / PART
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -52,23 +48,19 @@ def save_whole(
 def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Write the adapter (or the whole model, if it has none) and the tokenizer.
 
-    Args:
-        model: which the weights are of.
-        tokenizer: of the run.
-        folder: where to.
-        state: the weights by their names, where the model has only a part of them.
+    ``state`` has the weights by name, where the model has only a part of them.
     """
-    given: dict[str, Any] = {} if state is None else {"state_dict": state}
+    kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
-        # of adapters, that which is trained: a reference's may be there, too; "auto" would ask the
-        # hub whether the vocabulary grew
-        chosen = list(model.active_adapters)
+        # only the trained adapter: a reference's may be there, too; "auto" would ask the hub
+        # whether the vocabulary grew
+        adapters = list(model.active_adapters)
         model.save_pretrained(
-            folder, save_embedding_layers=False, selected_adapters=chosen, **given
+            folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
         )
     else:
         with _with_cache(model):
-            model.save_pretrained(folder, **given)
+            model.save_pretrained(folder, **kwargs)
     tokenizer.save_pretrained(folder)
 
 
@@ -84,7 +76,7 @@ def _with_cache(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """How the saved adapter compares, on plain PEFT over the plain base model.
+    """How the saved adapter compares, in plain PEFT on the plain base model.
 
     Attributes:
         exact: its logits equal those of the trained adapter there, bit for bit.
@@ -97,15 +89,15 @@ class AdapterCheck:
 
 
 _LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Ways to begin LoRA's weights (``init_lora_weights``) that leave the base weights alone."""
+"""Initializations of LoRA (``init_lora_weights``) that leave the base weights alone."""
 
 
 def uncheckable(model: Any) -> str | None:
-    """Why the saved adapter of ``model`` cannot be tried on the base that is in memory, or None."""
+    """Why the saved adapter of ``model`` cannot be tested on the base in memory, or None."""
     for config in model.peft_config.values():
-        begun = getattr(config, "init_lora_weights", None)
-        if begun not in _LEAVE_BASE:
-            return f"{begun} has changed the base weights in memory"
+        init = getattr(config, "init_lora_weights", None)
+        if init not in _LEAVE_BASE:
+            return f"{init} has changed the base weights in memory"
         if getattr(config, "layer_replication", None):
             return "the base model has replicated layers"
     return None
@@ -115,13 +107,11 @@ def uncheckable(model: Any) -> str | None:
 def check_adapter(
     model: Any, recipe: Recipe, folder: Path, batch: dict[str, Any]
 ) -> tuple[Any, AdapterCheck]:
-    """Load the saved adapter as anybody would, and compare.
+    """Load the saved adapter from ``folder`` with plain PEFT, and compare.
 
-    Args:
-        model: the trained PEFT model; restored, and stripped of its adapters.
-        recipe: says whether it is optimized, and in which dtype adapters are loaded.
-        folder: where the adapter is.
-        batch: a batch, as the trainer takes them; only what the model reads is used.
+    ``model`` is the trained PEFT model; it is restored, and stripped of its adapters. The recipe
+    says whether it is optimized, and in which dtype adapters are loaded. Of ``batch``, which is one
+    of the trainer's, only what the model reads is used.
 
     Returns:
         The plain base model with the adapter from ``folder``, and the comparison.
@@ -149,12 +139,9 @@ def check_adapter(
 
 
 def plot(history: Sequence[dict[str, float]], path: Path, name: str = "loss") -> None:
-    """Draw training and validation loss over the steps as a PNG.
+    """Draw training and validation loss (or the figure ``name``) over the steps as a PNG.
 
-    Args:
-        history: entries with ``step`` and ``loss`` or ``eval_loss``.
-        path: the file.
-        name: another figure to draw in place of the loss.
+    Entries of ``history`` have ``step`` and ``loss`` or ``eval_loss``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

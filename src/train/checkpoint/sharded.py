@@ -1,6 +1,6 @@
-"""Checkpoints of which each process writes its shares, without any of them having the whole.
+"""Checkpoints in shards: each process writes its own, and none has the whole.
 
-Numbers that are no tensors, such as the counts of steps and the learning rates, are in JSON.
+Values that are not tensors, such as step counts and learning rates, are in JSON.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..processes.world import World
 from .save_model import save
 
 _STATE = "optimizer."
-"""How the kinds of the optimizer's tensors begin."""
+"""Prefix of the kinds of the optimizer's tensors."""
 
 
 Written = tuple[dict[str, int], dict[str, Any] | None]
-"""The files of all processes with their sizes, and what the optimizer's state has besides them."""
+"""The files of all processes with their sizes, and the optimizer's state besides tensors."""
 
 
 def write_shards(
@@ -33,14 +33,8 @@ def write_shards(
 ) -> Written:
     """Write the weights and the optimizer's state of all processes; a collective.
 
-    Args:
-        part: the folder that becomes the checkpoint.
-        world: the processes.
-        model: sharded by FSDP2.
-        state: of the optimizer, by the names of parameters; None: it is not saved.
-
-    Returns:
-        What is to be given to ``write_list``.
+    The model is sharded by FSDP2. ``state`` is the optimizer's, by the names of parameters; None:
+    it is not saved. The result is for ``write_list``.
     """
     tensors = {f"{WEIGHTS}/{name}": value for name, value in sharded_weights(model).items()}
     rest = None
@@ -48,38 +42,29 @@ def write_shards(
         values = state["state"]
         tensors |= {
             f"{_STATE}{key}/{name}": value
-            for name, own in values.items()
-            for key, value in own.items()
+            for name, entry in values.items()
+            for key, value in entry.items()
             if _is_array(value)
         }
         numbers = {
-            name: {key: _encoded(value) for key, value in own.items() if not _is_array(value)}
-            for name, own in values.items()
+            name: {key: _encoded(value) for key, value in entry.items() if not _is_array(value)}
+            for name, entry in values.items()
         }
         rest = {"state": numbers, "param_groups": _encoded(state["param_groups"])}
     written = world.gather(write(part / FOLDER, tensors, world.rank))
-    files = {name: size for own in written for name, size in own.items()}
+    files = {name: size for entry in written for name, size in entry.items()}
     return files, rest
 
 
 def write_list(part: Path, model: Any, tokenizer: Any, written: Written) -> None:
-    """Write what a checkpoint in shards has once: its list of files, configurations, tokenizer.
-
-    Args:
-        part: the folder that becomes the checkpoint.
-        model: which the weights are of.
-        tokenizer: of the run.
-        written: from ``write_shards``.
-    """
+    """Write what a checkpoint in shards has once: its list of files, configurations, tokenizer."""
     files, optimizer = written
     Shards(part, files, _settings(model, tokenizer, part), optimizer).write()
 
 
 def _settings(model: Any, tokenizer: Any, part: Path) -> dict[str, str] | None:
-    """Write configurations and tokenizer; returns the names in an adapter's file, and the model's.
-
-    PEFT decides on those: it saves numbers in place of the weights, and that file is removed again.
-    """
+    """Write configurations and tokenizer; return names in an adapter's file, and the model's."""
+    # PEFT decides on those: it saves numbers in place of the weights, and that file is removed
     if not hasattr(model, "peft_config"):
         save(model, tokenizer, part, {})
         for path in part.glob("model*.safetensors*"):
@@ -94,11 +79,7 @@ def _settings(model: Any, tokenizer: Any, part: Path) -> dict[str, str] | None:
 
 
 def load_weights(folder: Path, model: Any) -> None:
-    """Load the weights of a checkpoint in shards: a sharded model reads its own shares only.
-
-    Args:
-        folder: of the checkpoint.
-        model: whole, or sharded by FSDP2.
+    """Load a checkpoint in shards; a model sharded by FSDP2 reads its own shares only.
 
     Raises:
         ValueError: a file is missing or damaged, or has not all that is trained.
@@ -117,9 +98,7 @@ def load_weights(folder: Path, model: Any) -> None:
 def read_optimizer(folder: Path, groups: Groups) -> dict[str, Any]:
     """The optimizer's whole state, as ``state_dict`` has it for one process.
 
-    Args:
-        folder: of the checkpoint, in shards or not.
-        groups: the names of the optimizer's parameters.
+    The checkpoint may be in shards or not; ``groups`` are the names of the optimizer's parameters.
     """
     if not (folder / FOLDER).is_dir():
         whole: Any = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -134,13 +113,7 @@ def read_optimizer(folder: Path, groups: Groups) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Groups) -> None:
-    """Give an optimizer over sharded parameters its shares of a checkpoint in shards.
-
-    Args:
-        folder: of the checkpoint.
-        model: sharded by FSDP2.
-        optimizer: over its parameters.
-        groups: their names.
+    """Load the shares of an optimizer over parameters sharded by FSDP2 from a checkpoint in shards.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -148,10 +121,10 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Group
     shards = Shards.read(folder)
     named = _without_tensors(shards)
     parameters = dict(model.named_parameters())
-    there = sizes(shards.place)
-    made: dict[str, Any] = {}
-    begun: Any = None
-    for full, (size, dtype) in there.items():
+    full_sizes = sizes(shards.place)
+    tensors: dict[str, Any] = {}
+    initial: Any = None
+    for full, (size, dtype) in full_sizes.items():
         kind, _, name = full.partition("/")
         if kind == WEIGHTS:
             continue
@@ -159,31 +132,31 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Group
         if like.shape == size:
             value: Any = torch.zeros_like(like, dtype=dtype)
         else:  # of rows or columns, say; only the optimizer knows how it shares them
-            begun = begun or _begun(model, optimizer)
-            value = begun[name][key]
-        made[full] = named["state"][name][key] = value
-    read(shards.place, made)
+            initial = initial or _begun(model, optimizer)
+            value = initial[name][key]
+        tensors[full] = named["state"][name][key] = value
+    read(shards.place, tensors)
     optimizer.load_state_dict(by_number(named, groups))
 
 
 def _begun(model: nn.Module, optimizer: Any) -> Any:
-    """The state of an optimizer by names, as a first step makes it."""
+    """The state of an optimizer by names, as its first step creates it."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return get_optimizer_state_dict(model, optimizer)["state"]
 
 
 def named_state(optimizer: Any, groups: Groups) -> dict[str, Any]:
-    """The state of an optimizer as it is here, by the names of parameters."""
+    """The state of an optimizer in this process, by the names of parameters."""
     return by_name(optimizer.state_dict(), groups)
 
 
 def _without_tensors(shards: Shards) -> dict[str, Any]:
     if shards.optimizer is None:
         raise ValueError("it has no state of the optimizer")
-    kept: Any = shards.optimizer
-    state = {name: _decoded(own) for name, own in kept["state"].items()}
-    return {"state": state, "param_groups": _decoded(kept["param_groups"])}
+    saved: Any = shards.optimizer
+    state = {name: _decoded(entry) for name, entry in saved["state"].items()}
+    return {"state": state, "param_groups": _decoded(saved["param_groups"])}
 
 
 def _is_array(value: Any) -> bool:
@@ -192,7 +165,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _encoded(value: Any) -> Any:
-    """A value as JSON has it; tuples and single numbers of tensors come back as they are."""
+    """A value as JSON; ``_decoded`` restores tuples and single numbers of tensors."""
     if isinstance(value, dict):
         return {name: _encoded(entry) for name, entry in value.items()}
     if isinstance(value, tuple):
@@ -218,7 +191,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _dtype(name: Any) -> torch.dtype:
-    found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"its shards.json has a dtype {name!r}, which PyTorch does not have")
-    return found
+    return dtype

@@ -1,4 +1,4 @@
-"""A checkpoint that several processes write: there whole, or not at all, for all of them."""
+"""A checkpoint that several processes write: complete, or absent, for all of them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,15 @@ from .files import CheckpointWriteError, write_error_reason
 from .ownership import LOCK
 
 _LATE = 20.0
-"""Seconds after which what another machine has written must be seen."""
+"""Seconds after which what another machine has written must be visible."""
 
 
 def write_together(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Make a checkpoint of what ``write`` puts into a folder.
+    """Make a checkpoint of what ``write`` puts into a folder; all processes call this.
 
     Rank 0 makes the hidden folder, all processes write into it, and rank 0 gives it its name once
-    all of them have. So ``folder`` must be the same on all machines.
-
-    Args:
-        world: the processes of the run, all of which call this.
-        folder: of the run.
-        step: the optimizer step.
-        write: called with the folder. Its collectives come before anything that a full disk can
-            make fail on one process alone.
+    all of them have. So ``folder``, the run's, must be the same on all machines. The collectives of
+    ``write`` come before anything that a full disk can make fail on one process alone.
 
     Raises:
         CheckpointWriteError: the disk of one of them is full, or cannot be written to. It is
@@ -51,14 +45,9 @@ def write_together(world: World, folder: Path, step: int, write: Callable[[Path]
 
 
 def require_shared(world: World, folder: Path) -> None:
-    """See that the folder of the run is the same on all machines; a collective.
+    """Raise RecipeError unless the run's folder is the same on all machines; a collective.
 
-    Args:
-        world: the processes of the run.
-        folder: of the run, in which rank 0 has the lock.
-
-    Raises:
-        RecipeError: a machine has another folder of that name, or none.
+    Rank 0 has the lock in it.
     """
     if not world.several:
         return
@@ -72,7 +61,7 @@ def require_shared(world: World, folder: Path) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, or soon is: a network file system may show it late."""
+    """Whether a file exists, or soon does: a network file system may show it late."""
     end = time.monotonic() + _LATE
     while not path.exists():
         if time.monotonic() > end:
@@ -84,7 +73,7 @@ def _appears(path: Path) -> bool:
 
 
 def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Rank 0's part of it."""
+    """Rank 0's part of ``write_together``."""
     failed, announced = "", False
     try:
         with files.writing(folder, step) as part:

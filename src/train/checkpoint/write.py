@@ -22,12 +22,8 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
     """Write all that a run needs to resume from here, in the form that ``Trainer`` reads.
 
     Of several processes, each writes its random state and its shards, and rank 0 the rest.
-
-    Args:
-        trainer: with the engine.
-        part: the folder that becomes the checkpoint.
-        saved: what the Trainer does not keep.
-        unfinished: the random state to save in place of the present one, which has moved on.
+    ``saved`` is what the Trainer does not keep; ``unfinished`` the random state to save in place of
+    the present one, which has moved on.
     """
     state, main = trainer.state, trainer.world.main
     trainer.store_flos()  # a collective, as the next ones: before what a full disk can stop
@@ -56,33 +52,29 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
 def _write_whole(trainer: Any, part: Path) -> None:
     """Bring weights and the optimizer's state together on rank 0, which writes them."""
     whole = trainer.sharding.whole_state()
-    kept = None if trainer.args.save_only_model else trainer.sharding.optimizer_state()
+    optimizer = None if trainer.args.save_only_model else trainer.sharding.optimizer_state()
     if trainer.world.main:
         save(trainer.model, trainer.context.tokenizer, part, whole)
         if not trainer.args.save_only_model:
-            torch.save(kept, part / "optimizer.pt")
+            torch.save(optimizer, part / "optimizer.pt")
 
 
 def _write_shards(trainer: Any, part: Path) -> None:
     """Let each process write its shares; a full disk fails that for all of them."""
-    kept = None
+    optimizer = None
     if not trainer.args.save_only_model:
-        kept = named_state(*trainer.sharding.optimizer_and_names())
-    written = write_shards(part, trainer.world, trainer.model, kept)
+        optimizer = named_state(*trainer.sharding.optimizer_and_names())
+    listing = write_shards(part, trainer.world, trainer.model, optimizer)
     if trainer.world.main:
-        write_list(part, trainer.model, trainer.context.tokenizer, written)
+        write_list(part, trainer.model, trainer.context.tokenizer, listing)
 
 
 def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | None:
     """The best checkpoint that exists, or is about to; None: none was validated.
 
     The Trainer knows the best validation. Where there are more of those than checkpoints, it may
-    have no checkpoint, and an early one would pass for the best.
-
-    Args:
-        trainer: with the engine; its log has the figures of all validations.
-        folder: of the run.
-        resumed: the checkpoint that the run has resumed from; those before it are beside it.
+    have no checkpoint, and an early one would pass for the best. Checkpoints before ``resumed``,
+    from which the run has resumed, are in the same folder as that one.
     """
     args, state = trainer.args, trainer.state
     if args.metric_for_best_model is None:
@@ -103,16 +95,12 @@ def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | N
 
 
 class Checkpoints:
-    """The checkpoints of a run: written whole or not at all, the best one known, old ones removed.
+    """The checkpoints of a run: written completely, the best one known, old ones removed.
 
     Attributes:
         write_error: why a checkpoint could not be written, which ended the run; or None.
         saved_at: the step of the last checkpoint.
         resumed_from: the checkpoint that the run has resumed from, or None.
-
-    Args:
-        trainer: with the engine.
-        folder: of the run.
     """
 
     def __init__(self, trainer: Any, folder: Path) -> None:
@@ -122,16 +110,12 @@ class Checkpoints:
         self.resumed_from: Path | None = None
 
     def resume_from(self, folder: Path) -> None:
-        """Note which checkpoint is resumed from.
-
-        Raises:
-            RecipeError: the trainer's state in it is damaged; Trainer would not say which.
-        """
+        """Note the checkpoint that is resumed from; RecipeError if its trainer state is damaged."""
         self.resumed_from = folder
         self.state_of(folder)
 
     def resume_at_end(self, folder: Path) -> None:
-        """Take the state of a checkpoint after which nothing is left to train."""
+        """Restore the state of a checkpoint after which nothing is left to train."""
         self.trainer.state = self.state_of(folder)
         self.resumed_from = folder
         self.note_best()

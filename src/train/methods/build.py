@@ -1,4 +1,4 @@
-"""From a recipe of a method to its trainer: arguments, batches, figures, the reference model."""
+"""The trainer of a preference method: arguments, batches, figures, the reference model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,15 @@ from .rows import as_dataset, blank
 
 @dataclass(frozen=True)
 class Method:
-    """A method of training: what it is made of.
+    """The components of a training method.
 
     Attributes:
-        trainer: the trainer.
-        arguments: the class of its arguments.
-        collate: makes batches, given the token that fills up.
-        figures: what validations measure beside the figure that judges them.
+        collate: makes batches, given the padding token.
+        figures: what validations measure besides the figure that judges them.
         fixed: arguments that are not keys of the method.
-        objective: makes what the trainer's loss is weighed and measured by.
-        task: from a recipe's rows to the trainer; None: ``PreferenceTask``.
         whole_texts: whether a row's texts are prompt and answer in one.
-        before_precomputing: what fixed batches of rows are changed by, before the reference's part
-            of the loss is computed for them.
+        before_precomputing: changes fixed batches of rows before the reference's part of the loss
+            is computed for them.
     """
 
     trainer: type[EngineMixin]
@@ -52,13 +48,7 @@ class Method:
 
 
 class PreferenceTask(SupervisedTask):
-    """Training on preferences or rewards, by a trainer of TRL.
-
-    Args:
-        recipe: checked.
-        settings: what it says of the method.
-        method: what that is made of.
-    """
+    """Training on preferences or rewards, by a trainer of TRL."""
 
     validates_first = False
 
@@ -79,8 +69,8 @@ class PreferenceTask(SupervisedTask):
 
     def arguments(self, sequences: Any, world: World) -> Any:
         """The arguments of TRL's trainer."""
-        own = {**self.method.fixed(self.recipe), **self._requested()}
-        return arguments_for(self.recipe, sequences, world, self.method.arguments, own)
+        kwargs = {**self.method.fixed(self.recipe), **self._requested()}
+        return arguments_for(self.recipe, sequences, world, self.method.arguments, kwargs)
 
     def _requested(self) -> dict[str, Any]:
         """What the recipe says of the method, by the names of TRL's arguments."""
@@ -92,15 +82,11 @@ class PreferenceTask(SupervisedTask):
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """What validations measure beside the figure that judges them."""
+        """What validations measure besides the figure that judges them."""
         return self.method.figures
 
     def require_figure(self, args: Any, names: Iterable[str]) -> None:
-        """See that validations have the figure that is to judge them.
-
-        Raises:
-            RecipeError: they have not.
-        """
+        """Raise RecipeError unless validations have the figure that judges them."""
         metric, sets = args.metric_for_best_model, list(names)
         known = [f"eval_{self.figure}", *(f"eval_{name}" for name in self.figures)]
         known += [f"eval_{name}_{self.figure}" for name in sets if len(sets) > 1]
@@ -126,29 +112,29 @@ class PreferenceTask(SupervisedTask):
         resumed: Saved | None,
         on_first_step: Callable[[], None],
     ) -> EngineMixin:
-        """TRL's trainer in this engine's loop; see ``make_trainer``."""
+        """TRL's trainer in this package's loop, by ``make_trainer``."""
         args = self.arguments(sequences, context.world)
-        own = {"processing_class": context.tokenizer, **self._judging(context)}
+        kwargs = {"processing_class": context.tokenizer, **self._judging(context)}
         precomputes = getattr(args, "precompute_ref_log_probs", False)
         if self.settings.reference and not self.recipe.adapter and not precomputes:
-            own["ref_model"] = reference_model(self.recipe, context.tokenizer)
+            kwargs["ref_model"] = reference_model(self.recipe, context.tokenizer)
         return make_trainer(
             context, model, self._dataset(sequences), resumed, on_first_step,
-            self.method.trainer, args, own, self.objective(),
+            self.method.trainer, args, kwargs, self.objective(),
         )  # fmt: skip
 
     def _judging(self, context: Context) -> dict[str, Any]:
-        """What TRL's trainer makes batches by, and the rows that it validates on."""
-        own: dict[str, Any] = {"data_collator": self.method.collate(pad_token(context.tokenizer))}
+        """The collator of TRL's trainer, and its rows for validation."""
+        extra: dict[str, Any] = {"data_collator": self.method.collate(pad_token(context.tokenizer))}
         sets = {name: self._dataset(b.packs) for name, b in context.validation.items()}
         if sets and self.settings.reference:  # they may compute the reference's part beforehand
-            own["eval_dataset"] = sets
+            extra["eval_dataset"] = sets
         elif sets:
-            own["eval_dataset"] = next(iter(sets.values()))  # required; validation is ours
-        return own
+            extra["eval_dataset"] = next(iter(sets.values()))  # required; validation is ours
+        return extra
 
     def _dataset(self, examples: Any) -> Any:
-        """The rows as TRL wants them."""
+        """The rows as a dataset for TRL."""
         change = self.method.before_precomputing
         if change is not None and self.recipe.precompute_ref_log_probs:
             return as_dataset(examples, change, self.recipe.micro_batch_size)

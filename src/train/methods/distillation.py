@@ -1,8 +1,7 @@
 """Distillation: the divergence from a teacher's most likely tokens, in place of the model's loss.
 
-The loss is computed from the logits that the model returns. Those of an optimized model are lazy,
-and all that is read of them is what ends in tiles: the log-probabilities of the teacher's tokens,
-and the cross entropy.
+The logits of an optimized model are lazy, and all that is read of them is computed in tiles: the
+log-probabilities of the teacher's tokens, and the cross entropy.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..trainer.evaluation import Batches, validate
 from ..trainer.objective import FloatLogits, Objective
 
 _MOST = 64
-"""Columns of the log-probabilities that lazy logits give without being computed, at most."""
+"""The most columns of log-probabilities that lazy logits give without being computed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Distillation:
         )
 
     def total(self, logits: Tensor, labels: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of all trained tokens, added up.
+        """The summed loss of all trained tokens.
 
         Args:
             logits: (B, T, V), in float32.
@@ -82,12 +81,8 @@ class Distillation:
         return total if some else total * 0.0
 
     def _read(self, rows: Tensor, targets: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """All that is read of the logits (N, V).
-
-        Returns:
-            The log-probabilities of the teacher's tokens, at the temperature (N, K); and the cross
-            entropy of the labels (N,), if it counts.
-        """
+        """Log-probabilities (N, K) of the tokens ``ids``, and cross entropy (N,) if it counts."""
+        # the logits are (N, V); log-probabilities are at the temperature
         if self.temperature == 1.0 and self.ce_alpha and ids.shape[-1] < _MOST:  # read once
             columns = torch.cat([targets[:, None], ids], dim=-1)
             chosen = F.log_softmax(rows, dim=-1).gather(-1, columns)
@@ -97,12 +92,8 @@ class Distillation:
         return F.log_softmax(scaled, dim=-1).gather(-1, ids), losses
 
     def _divergences(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence of each row, over the teacher's tokens.
-
-        Args:
-            student: log-probabilities at the temperature; (N, K).
-            teacher: the same at temperature 1, not normalized, -inf where there is no token.
-        """
+        """The divergence of each row, over the teacher's tokens (N, K)."""
+        # student: at the temperature; teacher: at 1, not normalized, -inf where there is no token
         missing, q = ~torch.isfinite(teacher), student
         if self.normalizes:
             q = q - q.masked_fill(missing, -math.inf).logsumexp(-1, keepdim=True)
@@ -119,19 +110,15 @@ class Distillation:
 
 
 class DistillationObjective(Objective):
-    """Supervised training whose loss, in training and validation, is that of distillation.
-
-    Args:
-        distillation: the loss.
-    """
+    """Supervised training whose loss, in training and validation, is that of distillation."""
 
     def __init__(self, distillation: Distillation) -> None:
         self.distillation = distillation
 
     def attach(self, trainer: Any) -> None:
-        """Take the trainer, once it is set up."""
+        """Bind the trainer, once it is set up."""
         super().attach(trainer)
-        # whether there is one decides how Trainer counts and scales; each batch has its own
+        # whether one is set decides how Trainer counts and scales; each batch sets its own
         trainer.compute_loss_func = self._no_loss
 
     def _no_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +127,7 @@ class DistillationObjective(Objective):
     def loss(
         self, compute: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Trainer's own, with the loss of distillation."""
+        """As Trainer's, with the loss of distillation."""
         inputs = dict(batch)
         ids, teacher = take_teacher(inputs)
 
@@ -156,17 +143,13 @@ class DistillationObjective(Objective):
             self.trainer.compute_loss_func = self._no_loss
 
     def figures(self) -> dict[str, float]:
-        """The loss per trained token of the validation rows; a collective, as the plain one is."""
+        """The loss per trained token of the validation rows; a collective."""
         context, loss = self.trainer.context, MeanLoss(self.distillation)
         return validate(self.trainer.model, context.validation, context.say, context.world, loss)
 
 
 class MeanLoss:
-    """The loss per trained token of a batch.
-
-    Args:
-        distillation: the loss.
-    """
+    """The loss per trained token of a batch."""
 
     def __init__(self, distillation: Distillation) -> None:
         self.distillation = distillation
@@ -183,11 +166,7 @@ class MeanLoss:
 
 
 class DistillationTask(SupervisedTask):
-    """Training on rows with a teacher's log-probabilities.
-
-    Args:
-        recipe: checked.
-    """
+    """Training on rows with a teacher's log-probabilities."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)

@@ -1,4 +1,4 @@
-"""The figures of a trained model on rows of preferences, as validation during training has them."""
+"""The figures of a trained model on preference rows, as validation during training has them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,9 @@ from .task import task_of
 def measured(
     model: Any, recipe: Recipe, tokenizer: Any, prepared: Any, console: Console
 ) -> dict[str, dict[str, float]]:
-    """What validation measures, by the name of the dataset.
+    """What validation measures, ``loss`` included, by the name of the dataset.
 
-    Args:
-        model: trained by the recipe.
-        recipe: with a preference method.
-        tokenizer: of the run.
-        prepared: the rows of the recipe; those of ``validation`` are measured.
-        console: where to print.
-
-    Returns:
-        The figures of each dataset, ``loss`` among them.
+    The rows are those of ``prepared.validation``.
     """
     recipe = _alone(recipe)
     task, interrupts = task_of(recipe), Interrupts()
@@ -36,19 +28,17 @@ def measured(
     context = Context(recipe, tokenizer, console, interrupts, validation=sets)
     trainer = task.trainer(context, model, task.sequences(prepared), None, lambda: None)
     restore_reference(trainer.model, recipe)
-    found = {}
+    by_dataset = {}
     for name in sets:
         context.validation = {name: sets[name]}
         figures = trainer.figures()
-        found[name] = {key.removeprefix("eval_"): value for key, value in figures.items()}
-    return found
+        by_dataset[name] = {key.removeprefix("eval_"): value for key, value in figures.items()}
+    return by_dataset
 
 
 def _alone(recipe: Recipe) -> Recipe:
-    """The recipe of a trainer that only validates, without what belongs to training.
-
-    Nothing is pushed, tracked, judged or computed beforehand, and any number of rows will do.
-    """
+    """The recipe of a trainer that only validates."""
+    # nothing is pushed, tracked, judged or precomputed, and any number of rows will do
     switches = ("wandb", "mlflow", "comet", "trackio", "swanlab", "tensorboard")
     update: dict[str, Any] = {
         **dict.fromkeys((f"use_{name}" for name in switches), False),

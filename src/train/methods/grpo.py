@@ -1,4 +1,4 @@
-"""GRPO and GDPO: completions that the model writes, and rewards that compare them."""
+"""GRPO and GDPO: rewards that compare completions which the model generates."""
 
 from __future__ import annotations
 
@@ -49,18 +49,17 @@ from .rows import PromptDataset
 
 _CARRIED = "generation"
 _UNLIKE_TRAINING = ("num_tokens", "clip_ratio/", "cispo_clip_ratio", "vespo/", "reward")
-"""How those of TRL's figures begin that say nothing of validations, or are computed here."""
+"""Beginnings of TRL's figures that mean nothing in validation, or are computed here."""
 
 
 class Grpo(EngineMixin, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
     """GRPO (Shao et al. 2024) and GDPO (Liu et al. 2026).
 
     Each batch of the loader is that of a generation, of which a pass trains a part (TRL's
-    ``_prepare_inputs``). A checkpoint between two generations keeps the parts that are left.
+    ``_prepare_inputs``). A checkpoint between two generations keeps the remaining parts.
 
     Args:
-        ref_model: the reference model, where that is another one than the trained one without its
-            adapter.
+        ref_model: the reference model, unless it is the trained one without its adapter.
         kwargs: those of ``EngineMixin``.
 
     Attributes:
@@ -68,7 +67,7 @@ class Grpo(EngineMixin, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL h
         rewards: of the completions that were generated last, (completions, rewards).
     """
 
-    args: Any  # TRL's and Trainer's own attributes
+    args: Any  # TRL's and Trainer's attributes
     ref_model: Any
     reward_funcs: Any
     generation_config: Any
@@ -78,17 +77,17 @@ class Grpo(EngineMixin, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL h
 
     def __init__(self, *args: Any, ref_model: Any = None, **kwargs: Any) -> None:
         del kwargs["data_collator"]  # TRL has its own, which leaves the rows as they are
-        given: Any = kwargs["args"]
+        arguments: Any = kwargs["args"]
         self._prompt_ids: list[list[int]] = []
         self.rewards = torch.empty(0)
         self.texts: dict[str, list[Shown]]
-        requested = given.beta, given.sync_ref_model, given.log_completions
-        given.log_completions = False  # it would make a folder before the first step
+        requested = arguments.beta, arguments.sync_ref_model, arguments.log_completions
+        arguments.log_completions = False  # it would make a folder before the first step
         if ref_model is not None:  # it would load one
-            given.beta, given.sync_ref_model = 0.0, False
+            arguments.beta, arguments.sync_ref_model = 0.0, False
         super().__init__(*args, **kwargs)
-        given.beta, given.sync_ref_model, given.log_completions = requested
-        self.beta, self.log_completions = given.beta, given.log_completions
+        arguments.beta, arguments.sync_ref_model, arguments.log_completions = requested
+        self.beta, self.log_completions = arguments.beta, arguments.log_completions
         self.num_completions_to_print = -1  # to the terminal; the report shows them
         if ref_model is not None:
             add_reference(self, ref_model)
@@ -106,7 +105,7 @@ class Grpo(EngineMixin, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL h
         self.generation_kwargs.update(values)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Generate where it is time to; forward and backward of a part of what was generated."""
+        """Generate when it is due; forward and backward of a part of what was generated."""
         model.train()
         start = time.perf_counter()
         batch = self._prepare_inputs(inputs)
@@ -154,7 +153,7 @@ class Grpo(EngineMixin, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL h
         self.texts = {"first": self.texts.get("first", texts), "last": texts}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was measured; write completions, if that is asked for."""
+        """Add what was measured; write completions if requested."""
         if self.log_completions and self.world.main:
             Path(self.args.output_dir, "completions").mkdir(parents=True, exist_ok=True)
         if "loss" in logs:
@@ -170,8 +169,7 @@ class _State:
         passes: forward and backward passes so far, of this process.
         batches: what was generated last.
         tokens: that the trainer has seen.
-        entropy: the coefficient of the entropy, and what it was last.
-        texts: completions to look at.
+        entropy: the coefficient of the entropy, and its last value.
     """
 
     passes: int = 0
@@ -182,7 +180,7 @@ class _State:
 
 
 class Completions(Preferences):
-    """The objective of GRPO: the rewards of completions, and the generation they are from."""
+    """The objective of GRPO: the rewards of completions, and the generation they come from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +200,7 @@ class Completions(Preferences):
 
     @property
     def rows_per_batch(self) -> int:
-        """Rows in a batch of the loader, which is that of a generation."""
+        """Rows in a batch of the loader: those of a generation."""
         return super().rows_per_batch * int(self.trainer.args.steps_per_generation)
 
     def counts(self, batch: Any) -> bool:
@@ -212,11 +210,11 @@ class Completions(Preferences):
     # --- validation ------------------------------------------------------------------------------
 
     def figures(self) -> dict[str, float]:
-        """The mean reward of completions of the validation prompts, and what goes with it.
+        """The mean reward of completions of the validation prompts, and further figures.
 
         ``eval_reward``; ``eval_rewards/NAME/mean`` of each reward; what TRL measures of completions
         and of the model; and, of several datasets, ``eval_NAME_reward`` each. The draws are the
-        same each time. With several processes, a collective.
+        same each time. A collective.
         """
         trainer = self.trainer
         judged: dict[str, list[Tensor]] = {}
@@ -237,7 +235,7 @@ class Completions(Preferences):
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
-        """Let what is generated leave no trace in training."""
+        """Keep what is generated here from changing training."""
         logs = copy.deepcopy(self.trainer._logs)
         try:
             with same_draws(self.trainer.args.seed):
@@ -256,7 +254,7 @@ class Completions(Preferences):
         while start < len(rows):
             size = min(most, -(-(len(rows) - start) // ranks))
             at = start + rank * size
-            # all processes have as many; those past the end do not count
+            # all processes take the same number; those past the end do not count
             share = [rows[i if i < len(rows) else 0] for i in range(at, at + size)]
             repeated = [row for row in share for _ in range(each)]
             batch = trainer._generate_and_score_completions(repeated)
@@ -281,7 +279,7 @@ class Completions(Preferences):
     # --- checkpoints -----------------------------------------------------------------------------
 
     def end_step(self) -> None:
-        """Note what a checkpoint needs if the next step does not finish."""
+        """Record what a checkpoint needs if the next step does not finish."""
         super().end_step()
         self._note_state()
 
@@ -293,7 +291,7 @@ class Completions(Preferences):
         )  # fmt: skip
 
     def carried(self) -> dict[str, Any]:
-        """The place in the generation, beside what was measured."""
+        """The position in the generation, besides what was measured."""
         state = self._state
         coefficient, last = state.entropy
         generation = {
@@ -305,7 +303,7 @@ class Completions(Preferences):
 
     @contextmanager
     def writing(self, folder: Path) -> Iterator[None]:
-        """Around the writing of a checkpoint, which also has what is generated and not trained."""
+        """A context around writing a checkpoint, which adds what is generated and not trained."""
         state, seen = self.trainer.state, self.trainer.state.num_input_tokens_seen
         state.num_input_tokens_seen = self._state.tokens  # without those of an unfinished step
         with super().writing(folder):
@@ -341,22 +339,13 @@ class Completions(Preferences):
 
 
 def _generation_of(resumed: Saved | None) -> Mapping[str, Any] | None:
-    """What a checkpoint kept of the generation."""
-    kept = resumed.carried.get(_CARRIED) if resumed is not None else None
-    return kept if isinstance(kept, Mapping) else None
+    """The generation that a checkpoint kept."""
+    generation = resumed.carried.get(_CARRIED) if resumed is not None else None
+    return generation if isinstance(generation, Mapping) else None
 
 
 class CompletionTask(PreferenceTask):
-    """GRPO and GDPO.
-
-    Args:
-        recipe: checked.
-        settings: what it says of the method.
-        method: what that is made of.
-
-    Raises:
-        RecipeError: a reward cannot be imported.
-    """
+    """GRPO and GDPO; RecipeError if a reward cannot be imported."""
 
     figure: Figure = "reward"
 
@@ -367,7 +356,7 @@ class CompletionTask(PreferenceTask):
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """What validations measure beside the reward."""
+        """What validations measure besides the reward."""
         means = [f"rewards/{judge.__name__}/mean" for judge in self.judges]
         return (*super().figures, *means, *(["kl"] if self.settings.reference else []))
 
@@ -380,16 +369,16 @@ class CompletionTask(PreferenceTask):
     def arguments(self, sequences: Examples, world: World) -> Any:
         """The arguments of TRL's trainer; its batches are of completions."""
         recipe, sizes = self.recipe, generation_sizes(self.recipe, world.size)
-        own = {
+        kwargs = {
             **self._requested(),
             "num_generations": sizes.each,
             "per_device_eval_batch_size": self._validated_at_a_time(sizes, world),
         }
         passes = range(sizes.passes(len(sequences)))
-        return arguments_for(recipe, passes, world, self.method.arguments, own, self.figure)
+        return arguments_for(recipe, passes, world, self.method.arguments, kwargs, self.figure)
 
     def _requested(self) -> dict[str, Any]:
-        """What the recipe says, without vLLM where that is not installed; the run tells so."""
+        """Without vLLM where it is not installed, which ``requirements.notices`` reports."""
         requested = super()._requested()
         return {k: v for k, v in requested.items() if has_vllm() or "vllm" not in k}
 
@@ -399,11 +388,7 @@ class CompletionTask(PreferenceTask):
         return -(-number // sizes.each) * sizes.each
 
     def require_figure(self, args: Any, names: Iterable[str]) -> None:
-        """See that validations have the figure that is to judge them.
-
-        Raises:
-            RecipeError: they have not.
-        """
+        """Raise RecipeError unless validations have the figure that judges them."""
         if (args.metric_for_best_model or "").removeprefix("eval_") == "loss":
             raise RecipeError(
                 f"metric_for_best_model: the loss of {self.settings.method} does not say how good "
@@ -418,14 +403,13 @@ class CompletionTask(PreferenceTask):
         return PromptDataset(examples)
 
 
-# --- batches that were generated before a checkpoint and are trained on after it ------------------
-#
-# One file for each process, read by as many processes as there are then. Pass k of process r of N
-# is the one with the number k * N + r of all, as in ``data.ranks``.
+# --- batches that were generated before a checkpoint and are trained after it ----------------
+# One file for each process, read by any number of processes. Pass k of process r of N has the
+# number k * N + r of all, as in ``data.ranks``.
 
 
 def write_batches(folder: Path, batches: Sequence[Mapping[str, Any]], world: World) -> None:
-    """Write the batches of this process into a checkpoint; what is None in them is left out."""
+    """Write the batches of this process into a checkpoint, without what is None in them."""
     tensors = {
         f"{k}.{name}": value.detach().cpu().clone().contiguous()
         for k, batch in enumerate(batches)
@@ -436,25 +420,20 @@ def write_batches(folder: Path, batches: Sequence[Mapping[str, Any]], world: Wor
 
 
 def read_batches(folder: Path, world: World, processes: int) -> list[dict[str, Tensor]]:
-    """Read the batches of this process from a checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        world: the processes of the run.
-        processes: how many wrote the checkpoint.
+    """Read the batches of this process from a checkpoint that ``processes`` have written.
 
     Raises:
         RecipeError: a file is missing.
     """
-    found: dict[int, dict[str, Tensor]] = {}
+    batches: dict[int, dict[str, Tensor]] = {}
     for rank in range(processes):
         file = _file(folder, rank)
         if not file.is_file():
             raise RecipeError(another(folder, f"it has no {file.name}"))
         for key, value in load_file(file).items():
             k, _, name = key.partition(".")
-            found.setdefault(int(k) * processes + rank, {})[name] = value
-    return [found[i] for i in range(world.batch_rank, len(found), world.batch_ranks)]
+            batches.setdefault(int(k) * processes + rank, {})[name] = value
+    return [batches[i] for i in range(world.batch_rank, len(batches), world.batch_ranks)]
 
 
 def _file(folder: Path, rank: int) -> Path:

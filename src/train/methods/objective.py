@@ -1,4 +1,4 @@
-"""The objective that methods of preferences and rewards share: the loss of another trainer."""
+"""The objective of the preference methods: the loss of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ _PENDING = "pending_metrics"
 
 
 class Preferences(Objective):
-    """The loss of TRL's trainer, with what it measures beside it, per row.
+    """The loss of TRL's trainer and its further figures, per row.
 
-    Args:
-        float_logits: whether the trainer reads logits that must be float32; see ``FloatLogits``.
+    ``float_logits``: whether the trainer reads logits that must be float32, by ``FloatLogits``.
 
     Attributes:
         factor: in several processes, what a loss is multiplied by so that a step's gradient is the
@@ -49,7 +48,7 @@ class Preferences(Objective):
 
     @contextmanager
     def dtypes_left(self, model: Any) -> Iterator[None]:
-        """Keep the dtypes of trained weights: TRL would round those beside 4-bit ones to bf16."""
+        """Keep the dtypes of trained weights: TRL would round those next to 4-bit ones to bf16."""
         trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         yield
         for parameter, data in trained:
@@ -57,7 +56,7 @@ class Preferences(Objective):
                 parameter.data = data
 
     def attach(self, trainer: Any) -> None:
-        """Take the trainer, once it is set up."""
+        """Bind the trainer, once it is set up."""
         super().attach(trainer)
         drop_idle_copy(trainer.model)
         if trainer.world.several:  # of this trainer's own accelerator, which TRL asks for figures
@@ -104,16 +103,16 @@ class Preferences(Objective):
             self.factor = number * world.batch_ranks / max(1.0, whole)
 
     def counts(self, batch: Any) -> bool:
-        """Whether a batch counts; one that only takes part does not."""
+        """Whether a batch counts; one that only fills does not."""
         return bool(batch["trained"])
 
     def begin_batch(self, batch: Any) -> None:
-        """Note whether the batch counts."""
+        """Record whether the batch counts."""
         self._counts = self.counts(batch)
 
     @contextmanager
     def measured_once(self) -> Iterator[None]:
-        """Around each try to train a batch: of one that fails, nothing is measured."""
+        """Around each try to train a batch: a failed one leaves nothing measured."""
         measured = self.pending("train")
         lengths = {name: len(values) for name, values in measured.items()}
         tokens = getattr(self.trainer, "_total_train_tokens", None)
@@ -129,34 +128,34 @@ class Preferences(Objective):
     def loss(
         self, compute: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The method's own; of a batch that only takes part, nothing counts."""
+        """The method's loss; a batch that only fills counts for nothing."""
         called = FloatLogits(model) if self.float_logits else model
         return self.weighed(model, compute(called, batch, *args, **kwargs))
 
     def weighed(self, model: Any, loss: Any) -> Any:
-        """A loss of this process, as a part of the step's mean."""
+        """A process's loss, as a part of the step's mean."""
         if not (self.trainer.world.several and model.training):
             return loss
         return loss * (self.factor if self._counts else 0.0)
 
     def end_step(self) -> None:
-        """Note what is measured and not yet logged."""
+        """Record what is measured and not yet logged."""
         tokens = int(getattr(self.trainer, "_total_train_tokens", 0))
         self._measured = copy.deepcopy(dict(self.pending("train"))), tokens
 
     def pending(self, mode: str) -> Metrics:
         """What the method has measured since the last log, in ``"train"`` or ``"eval"``."""
-        held = vars(self.trainer).get("_metrics")
-        if held is None:
-            held = vars(self.trainer)["_stored_metrics"]
-        metrics: Metrics = held[mode]
+        all_metrics = vars(self.trainer).get("_metrics")
+        if all_metrics is None:
+            all_metrics = vars(self.trainer)["_stored_metrics"]
+        metrics: Metrics = all_metrics[mode]
         return metrics
 
     # --- validation ------------------------------------------------------------------------------
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around a validation and what is logged of it: the mode says that it is not training."""
+        """A context around a validation and its log, in which the mode is not training."""
         model: Any = self.trainer.model
         training = model.training
         model.eval()
@@ -166,9 +165,9 @@ class Preferences(Objective):
             model.train(training)
 
     def figures(self) -> dict[str, float]:
-        """The mean loss per row, ``eval_loss``, and what the method measures beside it.
+        """The mean loss per row, ``eval_loss``, and what the method measures besides it.
 
-        Several datasets also have ``eval_NAME_loss`` each. With several processes, a collective.
+        Several datasets also have ``eval_NAME_loss`` each. A collective.
         """
         sums: dict[str, tuple[float, float]] = {}
         self._sizes = []
@@ -186,7 +185,7 @@ class Preferences(Objective):
         return {"eval_loss": total / rows, **figures}
 
     def _sum(self, name: str) -> tuple[float, float]:
-        """The losses of the rows of a dataset, added up, and their number."""
+        """The summed losses of the rows of a dataset, and their number."""
         trainer = self.trainer
         batches = copy.copy(trainer.context.validation[name])
         # as the trainer has them, which may have added the reference's part
@@ -202,19 +201,15 @@ class Preferences(Objective):
             number = batches.rows(turn) if counts else 0
             self._sizes.append(int(trainer.world.sums([number])[0]))
             total, rows = total + loss * number, rows + number
-        both = trainer.world.sums([total, rows])
-        return both[0], both[1]
+        sums = trainer.world.sums([total, rows])
+        return sums[0], sums[1]
 
     def evaluated_loss(self, batch: Any) -> Any:
-        """The loss of a batch that is not trained; what is measured goes to ``eval``."""
+        """The loss of a batch that is not trained; its figures go to ``eval``."""
         return self.trainer.compute_loss(self.trainer.model, batch)
 
     def require_judged(self, figures: Mapping[str, float]) -> None:
-        """See that a validation had the figure that judges it.
-
-        Raises:
-            RecipeError: it had not.
-        """
+        """Raise RecipeError unless a validation had the figure that judges it."""
         judged = self.trainer.args.metric_for_best_model
         if judged is not None and f"eval_{judged.removeprefix('eval_')}" not in figures:
             raise RecipeError(
@@ -240,17 +235,17 @@ class Preferences(Objective):
 
     @contextmanager
     def writing(self, folder: Path) -> Iterator[None]:
-        """Around the writing of a checkpoint, which also has a reference model that moves."""
+        """A context around writing a checkpoint, which adds a reference model that moves."""
         yield
         if self._moving_reference is not None and self.trainer.world.main:
             write_reference(self._moving_reference, folder)
 
 
 class Odds(Preferences):
-    """That of ORPO and CPO, whose trainers of TRL measure everything as training."""
+    """The objective of ORPO and CPO, whose trainers of TRL measure everything as training."""
 
     def evaluated_loss(self, batch: Any) -> Any:
-        """The loss; unless told otherwise, it would be measured as training's."""
+        """The loss; by default it would be measured as training's."""
         trainer = self.trainer
         loss, measured = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="eval")
         trainer.store_metrics(measured, train_eval="eval")
@@ -258,25 +253,20 @@ class Odds(Preferences):
 
 
 class UnevenGather:
-    """In place of ``accelerate``'s ``gather``, which needs as many rows of every process.
+    """A replacement of accelerate's ``gather``, which needs the same number of rows everywhere.
 
     The last batch of an epoch may have fewer rows, and a process may have none left: it then takes
-    part with nothing.
-
-    Args:
-        counts: whether this process's batch counts.
+    part with nothing. ``counts`` says whether this process's batch counts.
     """
 
     def __init__(self, counts: Callable[[], bool]) -> None:
         self.counts = counts
 
     def __call__(self, values: Any, *args: Any, **kwargs: Any) -> Any:
-        """The rows of all processes, one after the other; single values become rows.
+        """The rows of all processes, concatenated; single values become rows.
 
-        Args:
-            values: a tensor, or tensors in tuples, lists and dicts.
-            args: of ``accelerate``; without effect.
-            kwargs: likewise.
+        ``values`` is a tensor, or tensors in tuples, lists and dicts; ``args`` and
+        ``kwargs`` have no effect.
         """
         if isinstance(values, Tensor):
             return self._rows(values)
@@ -287,15 +277,15 @@ class UnevenGather:
         return values
 
     def _rows(self, values: Tensor) -> Tensor:
-        own = values.detach().reshape(1, *values.shape[1:]) if values.ndim == 0 else values.detach()
+        row = values.detach().reshape(1, *values.shape[1:]) if values.ndim == 0 else values.detach()
         if not self.counts():
-            own = own[:0]
-        size = torch.tensor([len(own)], device=own.device)
+            row = row[:0]
+        size = torch.tensor([len(row)], device=row.device)
         sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, size)
         numbers = [int(s) for s in sizes]
-        padded = own.new_zeros(max(numbers), *own.shape[1:])
-        padded[: len(own)] = own
+        padded = row.new_zeros(max(numbers), *row.shape[1:])
+        padded[: len(row)] = row
         parts = [torch.empty_like(padded) for _ in numbers]
         dist.all_gather(parts, padded)
         return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])

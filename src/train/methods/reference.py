@@ -1,4 +1,4 @@
-"""The model that another one is compared with while it is trained."""
+"""The reference model that a model is compared with while it is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..recipe.recipe import Recipe
 from ..trainer.ready import optimize_model
 
 _COPY = "ref"
-"""The adapter in which TRL keeps what the trained one was at first."""
+"""The adapter in which TRL keeps the initial state of the trained one."""
 
 _FILE = "reference.safetensors"
 """The weights of a reference model in a checkpoint."""
@@ -29,11 +29,9 @@ _IDLE = ("lora_A", "lora_embedding_A", "lora_magnitude_vector", "modules_to_save
 
 
 def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """The base model as it is before training, without gradients; optimized if the recipe is.
+    """The base model before training, without gradients; optimized if the recipe is.
 
-    Args:
-        recipe: without an adapter.
-        tokenizer: whose tokens the embeddings need rows for.
+    For a recipe without an adapter. The embeddings get rows for the tokens of ``tokenizer``.
     """
     with without_zero3():  # TRL's trainer shards it as a whole
         model = load_model(recipe)
@@ -46,18 +44,13 @@ def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def write_reference(model: Any, folder: Path) -> None:
-    """Write the weights of a reference model that moves into a checkpoint.
-
-    Args:
-        model: the reference model, whole.
-        folder: of the checkpoint.
-    """
+    """Write the weights of a reference model that moves, whole, into a checkpoint."""
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     save_file(weights, folder / _FILE)
 
 
 def read_reference(model: Any, folder: Path) -> None:
-    """Give a reference model the weights that it had at a checkpoint.
+    """Load the weights that a reference model had at a checkpoint.
 
     Raises:
         RecipeError: the checkpoint has none, or those of another model.
@@ -73,11 +66,7 @@ def read_reference(model: Any, folder: Path) -> None:
 
 
 def drop_idle_copy(model: Any) -> None:
-    """Remove TRL's copy of an adapter that changes nothing yet: the model without it is the same.
-
-    Args:
-        model: as TRL's trainer has left it.
-    """
+    """Remove TRL's copy of an adapter that changes nothing yet: the plain model is the same."""
     if _COPY not in getattr(model, "peft_config", {}):
         return
     if all(_is_idle(name, p) for name, p in model.named_parameters() if f".{_COPY}." in name):
@@ -85,12 +74,7 @@ def drop_idle_copy(model: Any) -> None:
 
 
 def restore_reference(model: Any, recipe: Recipe) -> None:
-    """Compare a trained adapter with what it began as, not with the copy that TRL makes of it.
-
-    Args:
-        model: as TRL's trainer has left it.
-        recipe: by which it was trained.
-    """
+    """Compare a trained adapter with its initial state, not with the copy that TRL makes of it."""
     if _COPY not in getattr(model, "peft_config", {}):
         return
     model.delete_adapter(_COPY)
@@ -106,12 +90,7 @@ def _is_idle(name: str, weight: torch.Tensor) -> bool:
 
 
 def add_reference(trainer: Any, model: Any) -> None:
-    """Compare the model of TRL's trainer of GRPO with another one, as with the one that it loads.
-
-    Args:
-        trainer: changed in place.
-        model: the reference.
-    """
+    """Set ``model`` as the reference of TRL's GRPO trainer, as if TRL had loaded it."""
     add_fused_lm_head(model, temperature=trainer.temperature)
     if trainer.is_deepspeed_enabled:
         trainer.ref_model = prepare_deepspeed(model, trainer.accelerator)

@@ -1,4 +1,4 @@
-"""Prepared rows as TRL's trainers take them, and batches of them."""
+"""Prepared rows as datasets for TRL's trainers, and batches of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data import IGNORED
 from ..data.preferences.examples import Example, Examples
 
 _CHUNK = 1_000
-"""Rows that are made into columns at a time."""
+"""Rows that are turned into columns at a time."""
 
 FILLS = "fills"
 """Marks an example that only fills the batch of a process."""
@@ -29,10 +29,7 @@ def as_dataset(
 ) -> Dataset:
     """The examples as a dataset in memory, with their columns.
 
-    Args:
-        examples: the rows.
-        change: is called with ``size`` of them at a time, and returns as many.
-        size: how many.
+    ``change`` is called with ``size`` examples at a time, and returns the same number.
     """
     columns: dict[str, list[pa.Array]] = {}
     for start in range(0, len(examples), size):
@@ -46,7 +43,7 @@ def as_dataset(
 
 
 class PreparedDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has no types
-    """Rows that are tokenized: what a trainer would do to prepare them is done already."""
+    """Tokenized rows, for which a trainer's preparation does nothing."""
 
     def map(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The rows as they are; functions that add figures to them are applied."""
@@ -56,17 +53,14 @@ class PreparedDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets ha
 
 
 def tokens_of(example: Example) -> int:
-    """How long an example is: the tokens of its prompt and of all its answers."""
+    """Tokens of an example's prompt and of all its answers."""
     return sum(len(value) for name, value in example.items() if name.endswith("_ids"))
 
 
 class PromptDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has no types
-    """Prompts with the other fields of their rows, which are read when they are asked for.
+    """Prompts with the other fields of their rows, which are read on demand.
 
     The fields may hold anything that JSON does; as columns they would all need one type each.
-
-    Args:
-        examples: the rows.
     """
 
     def __init__(self, examples: Examples) -> None:
@@ -82,11 +76,7 @@ class PromptDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has 
 
 
 class FillableExamples(Sequence[Example]):
-    """Examples by their index; those by an inverted index count for nothing.
-
-    Args:
-        examples: by their index.
-    """
+    """Examples by index; those by an inverted index (``~i``) count for nothing."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
@@ -107,12 +97,11 @@ def blank(batch: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Counted:
-    """Makes batches as ``collate`` does, with the numbers of their ``tokens`` and ``trained`` ones.
+    """Batches of ``collate``, with the counts ``tokens`` and ``trained``.
 
     Attributes:
-        collate: makes tensors of examples.
-        tokens: the mask, or masks, of all tokens.
-        trained: the mask, or masks, of those that the loss is of.
+        tokens: the masks of all tokens.
+        trained: the masks of those that the loss is of.
     """
 
     collate: Callable[[Sequence[Example]], dict[str, Any]]
@@ -120,7 +109,7 @@ class Counted:
     trained: tuple[str, ...] = ("completion_mask",)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """A batch; of an example that only fills it, both numbers are 0."""
+        """A batch; of an example that only fills it, both counts are 0."""
         batch = self.collate(examples)
         fills = any(FILLS in example for example in examples)
         tokens = sum(int(batch[name].sum()) for name in self.tokens)
@@ -129,19 +118,16 @@ class Counted:
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of numbers as one tensor, (rows, longest), int64, ``value`` behind the shorter ones."""
+    """Rows as one int64 tensor, (rows, longest), padded with ``value`` on the right."""
     return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
 
 
 @dataclass(frozen=True)
 class SeparateAnswers:
-    """Makes batches in which the better and the worse answers are tensors of their own.
+    """Batches for TRL's trainers of ORPO and CPO, with a tensor for each kind of answer.
 
-    So read them TRL's trainers of ORPO and CPO: ``chosen_input_ids``, ``chosen_attention_mask``
-    and ``chosen_labels``, and the same for ``rejected`` and, without labels, for ``prompt``.
-
-    Attributes:
-        pad_id: the token that fills up.
+    They have ``chosen_input_ids``, ``chosen_attention_mask`` and ``chosen_labels``, and the same
+    for ``rejected`` and, without labels, for ``prompt``.
     """
 
     pad_id: int
@@ -149,14 +135,14 @@ class SeparateAnswers:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The tensors of a batch."""
         prompts = [example["prompt_ids"] for example in examples]
-        found = dict(self._part("prompt", prompts))
+        batch = dict(self._part("prompt", prompts))
         for name in ("chosen", "rejected"):
             answers = [example[f"{name}_ids"] for example in examples]
-            both = list(zip(prompts, answers, strict=True))
-            found |= self._part(name, [[*prompt, *answer] for prompt, answer in both])
-            labels = [[IGNORED] * len(prompt) + list(answer) for prompt, answer in both]
-            found[f"{name}_labels"] = padded(labels, IGNORED)
-        return found
+            pairs = list(zip(prompts, answers, strict=True))
+            batch |= self._part(name, [[*prompt, *answer] for prompt, answer in pairs])
+            labels = [[IGNORED] * len(prompt) + list(answer) for prompt, answer in pairs]
+            batch[f"{name}_labels"] = padded(labels, IGNORED)
+        return batch
 
     def _part(self, name: str, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}_input_ids", padded(rows, self.pad_id)
@@ -165,16 +151,12 @@ class SeparateAnswers:
 
 @dataclass(frozen=True)
 class JudgedStepBatches:
-    """Makes batches of answers whose steps are judged at their last tokens.
-
-    Attributes:
-        pad_id: the token that fills up.
-    """
+    """Makes batches of answers whose steps are judged at their last tokens."""
 
     pad_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels`` and the mask of these, (rows, longest)."""
+        """``input_ids``, ``attention_mask``, ``labels``, ``label_mask``; each (rows, longest)."""
         ids = [example["input_ids"] for example in examples]
         labels = padded([example["labels"] for example in examples], IGNORED)
         return {
@@ -187,13 +169,10 @@ class JudgedStepBatches:
 
 @dataclass(frozen=True)
 class MismatchedAnswers:
-    """Lets KTO compare prompts with the answers to other prompts of their batch.
+    """Adds the mismatched pairs of KTO: prompts with the answers to other prompts of their batch.
 
     Its estimate of the divergence from the reference model is made of such pairs (Ethayarajh et
-    al. 2024, section 4): each prompt with the answer before its own.
-
-    Attributes:
-        collate: TRL's, which reads them in ``KL_completion_ids``.
+    al. 2024, section 4): each prompt with the answer before its own, in ``KL_completion_ids``.
     """
 
     collate: Callable[[Sequence[Example]], dict[str, Any]]
@@ -204,9 +183,9 @@ class MismatchedAnswers:
 
 
 def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Examples with the answer before their own, where they have none such (``KL_completion_ids``).
+    """Examples with the answer before their own as ``KL_completion_ids``, unless they have one.
 
-    The first one has the last one's.
+    The first one gets the last one's.
     """
     answers = [example["completion_ids"] for example in examples]
     others = [answers[-1], *answers[:-1]]

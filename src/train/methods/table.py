@@ -1,8 +1,8 @@
-"""The methods of preferences and rewards: one record each, by the name that recipes have for it.
+"""The preference and reward methods: one record each, by their names in recipes.
 
-Above the records are their trainers: TRL's, and one of process rewards, each with only what it does
-otherwise than the engine wants. GRPO's is in ``grpo.py``. What a recipe says of a method (its rows,
-its keys, whether it needs a reference model) is in ``recipe/methods_table.py``.
+Above the records are their trainers: TRL's, and one of process rewards, each with only what differs
+from ``EngineMixin``. GRPO's is in ``grpo.py``. What a recipe says of a method (its rows, its keys,
+whether it needs a reference model) is in ``recipe/methods_table.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Dpo(EngineMixin, DPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has
     """Direct preference optimization (Rafailov et al. 2023) and IPO (Azar et al. 2023)."""
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """The log-probabilities of the reference; TRL hands all else in a batch to the model."""
+        """The log-probabilities of the reference; TRL passes all else in a batch to the model."""
         counts = ("tokens", "trained")
         theirs: Any = super().compute_ref_log_probs
         return theirs(model, {name: value for name, value in inputs.items() if name not in counts})
@@ -84,7 +84,7 @@ class ProcessRewardModel(EngineMixin, Trainer):
         self._metrics: dict[str, Metrics] = {mode: {} for mode in ("train", "eval")}
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The mean over the labelled tokens of a batch, (); measures how many of them are right."""
+        """The mean loss over the labelled tokens of a batch, (); also measures the accuracy."""
         return self.objective.loss(self._cross_entropy, model, inputs)
 
     def _cross_entropy(self, model: Any, inputs: Any) -> Any:
@@ -99,7 +99,7 @@ class ProcessRewardModel(EngineMixin, Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's own, with what was measured since the last log."""
+        """As Trainer's, with what was measured since the last log."""
         if "loss" in logs:
             measured = self._metrics["train"]
             logs |= {name: sum(values) / len(values) for name, values in measured.items()}
@@ -160,7 +160,7 @@ METHODS: dict[str, Method] = {
     "kto": Method(
         Kto, KTOConfig, _labelled,
         ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl"),
-        # the order is ours; without "sequential" it warns
+        # the order is fixed here; without "sequential" TRL warns
         lambda recipe: {"max_length": None, "train_sampling_strategy": "sequential"},
         before_precomputing=mismatched,
     ),

@@ -1,4 +1,4 @@
-"""Which trainer a recipe asks for."""
+"""The selection of a recipe's trainer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from .distillation import DistillationTask
 
 
 def task_of(recipe: Recipe) -> SupervisedTask:
-    """What a recipe trains, from its prepared rows to the trainer.
-
-    Args:
-        recipe: checked.
-    """
+    """The task of a checked recipe: its rows, arguments and trainer."""
     settings = preference_settings(recipe)
     if recipe.kd_trainer:
         return DistillationTask(recipe)

@@ -1,8 +1,8 @@
-"""Context parallelism: torch's ring attention, in accelerate's and transformers' hands.
+"""Context parallelism: torch's ring attention, through accelerate and transformers.
 
 Each process of a group has two parts of every sequence, one from either end, and attention sees the
 keys and values of all of them. It knows the causal mask and no other, so rows are not packed, and
-what fills them up comes after everything that is trained.
+padding comes after everything that is trained.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ _IGNORED = -100
 
 
 def require_ring_attention(strategy: Strategy) -> None:
-    """See that torch has ring attention for the devices that are here.
-
-    Raises:
-        RecipeError: it has not.
-    """
+    """Raise RecipeError unless torch has ring attention for the devices of this machine."""
     if strategy.context > 1 and not torch.cuda.is_available():
         raise RecipeError(
             f"{_KEY}: torch's ring attention has no kernel for CPUs: train this on GPUs, or leave "
@@ -35,14 +31,7 @@ def require_ring_attention(strategy: Strategy) -> None:
 
 
 def require_causal(model: Any) -> None:
-    """See that all layers of a model are of full causal attention, which accelerate's hooks find.
-
-    Args:
-        model: with or without adapters.
-
-    Raises:
-        RecipeError: one is not.
-    """
+    """Raise RecipeError unless all layers are of full causal attention, which accelerate hooks."""
     from ...compiler.regions import find
 
     name, config = type(model).__name__, model.config
@@ -68,16 +57,11 @@ def require_causal(model: Any) -> None:
 
 
 def divisible(batch: Mapping[str, Tensor], size: int, pad_id: int) -> dict[str, Tensor]:
-    """A batch whose sequences can be divided, with what transformers needs for that.
-
-    Args:
-        batch: ``input_ids`` and ``labels`` (B, T), and what else there is.
-        size: how many processes share each sequence.
-        pad_id: the token that fills up.
+    """A batch whose sequences ``size`` processes can share, with what transformers needs.
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` and ``shift_labels`` (B, T'), where T' is a
-        multiple of twice ``size``. There is no mask: a causal one hides the filling.
+        multiple of twice ``size``. There is no mask: a causal one hides the padding.
     """
     width = batch["input_ids"].shape[1]
     rest = -width % (2 * size)

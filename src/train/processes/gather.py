@@ -1,7 +1,6 @@
 """Weights and optimizer states in parts of several processes, as one process has them.
 
-So a checkpoint has one form whatever made it, and can be resumed from by any number of processes
-and any strategy.
+So every checkpoint has the same form, and any number of processes with any strategy can resume.
 """
 
 from __future__ import annotations
@@ -25,12 +24,7 @@ def in_parts(model: nn.Module) -> bool:
 
 
 def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Any]:
-    """The weights of a model that FSDP2 has sharded, by their names; on rank 0 whole, on the CPU.
-
-    Args:
-        model: the sharded model.
-        trained_only: leave out those that are frozen.
-    """
+    """The weights of a model sharded by FSDP2, by name; whole, on rank 0, on the CPU."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(**_FULL, ignore_frozen_params=trained_only)
@@ -38,11 +32,9 @@ def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
-    """Give a model that FSDP2 has sharded whole weights; the opposite of ``whole_weights``.
+    """Load whole weights, the same on every process, into a model sharded by FSDP2.
 
-    Args:
-        model: the sharded model.
-        state: the weights by their names, the same on every process. Others stay as they are.
+    Weights without an entry in ``state`` stay as they are.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -53,28 +45,18 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
 def whole_optimizer(model: nn.Module, optimizer: Any, groups: Groups) -> dict[str, Any] | None:
     """The state of an optimizer over sharded parameters, as ``state_dict`` has it for whole ones.
 
-    Args:
-        model: the sharded model.
-        optimizer: over its parameters.
-        groups: their names.
-
-    Returns:
-        The state on rank 0; None on the others.
+    On rank 0; None on the others. ``groups`` are the names of its parameters.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    found: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**_FULL))
-    return by_number(found, groups) if found else None
+    state: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**_FULL))
+    return by_number(state, groups) if state else None
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any], groups: Groups) -> None:
-    """Give an optimizer over sharded parameters the state of one over whole ones.
+    """Load a ``state_dict`` over whole parameters into an optimizer over sharded ones.
 
-    Args:
-        model: the sharded model.
-        optimizer: over its parameters.
-        state: a ``state_dict``, the same on every process.
-        groups: the names of the parameters.
+    ``state`` is the same on every process; ``groups`` are the names of the parameters.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -84,26 +66,26 @@ def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any], grou
 
 
 def by_number(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
-    """A state by the names of parameters as one by their numbers, which ``state_dict`` has."""
+    """A state by the names of parameters, converted to their numbers as in ``state_dict``."""
     numbers = {name: i for i, name in enumerate(n for names in groups for n in names)}
-    given = [list(map(numbers.__getitem__, names)) for names in groups]
+    number_groups = [list(map(numbers.__getitem__, names)) for names in groups]
     return {
         "state": {numbers[name]: values for name, values in state["state"].items()},
         "param_groups": [
-            {**group, "params": own}
-            for group, own in zip(state["param_groups"], given, strict=True)
+            {**group, "params": indices}
+            for group, indices in zip(state["param_groups"], number_groups, strict=True)
         ],
     }
 
 
 def by_name(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """The opposite of ``by_number``."""
-    names = [name for own in groups for name in own]
+    names = [name for members in groups for name in members]
     return {
         "state": {names[number]: values for number, values in state["state"].items()},
         "param_groups": [
-            {**group, "params": list(own)}
-            for group, own in zip(state["param_groups"], groups, strict=True)
+            {**group, "params": list(members)}
+            for group, members in zip(state["param_groups"], groups, strict=True)
         ],
     }
 

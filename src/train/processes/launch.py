@@ -1,4 +1,4 @@
-"""``fusewright train --nproc N``: the command again, in several processes of this machine.
+"""``fusewright train --nproc N``: the same command in several processes of this machine.
 
 It is ``torchrun --standalone`` with three differences: a signal reaches every process once and
 waits as long as saving takes, one message says which process has ended and why, and processors are
@@ -23,14 +23,14 @@ from .signals import heeded
 from .world import PARENT
 
 _OWN_WORDS = 10.0
-"""Seconds that the other processes get to end with a message of their own, once one has failed."""
+"""Seconds that the other processes get to end with their own message, once one has failed."""
 _SAVING = 15.0
 """Seconds between SIGTERM and SIGKILL after that: they may be saving."""
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """A process that has failed: its rank, its number, and what it ended with."""
+    """A process that has failed: its rank, its process id, and its exit code."""
 
     rank: int
     pid: int
@@ -46,17 +46,16 @@ class _Ended:
 
     @property
     def exit_code(self) -> int:
-        """As a shell gives it."""
+        """As a shell reports it."""
         return self.code if self.code >= 0 else 128 - self.code
 
 
 def number_of_processes(wanted: str | None, alone: bool = False) -> int:
     """How many processes ``train`` starts; 1: it does the work itself.
 
-    Args:
-        wanted: the value of ``--nproc``: a number, or ``gpu`` for one per GPU. None: one per GPU
-            where there are several, unless a launcher has started this process.
-        alone: whether the recipe is for one process, where nothing else is wanted.
+    ``wanted`` is the value of ``--nproc``: a number, or ``gpu`` for one per GPU. None: one per GPU
+    where there are several, unless a launcher has started this process, or the recipe is for one
+    process (``alone``).
 
     Raises:
         RecipeError: it is neither, or a launcher is there already.
@@ -70,9 +69,9 @@ def number_of_processes(wanted: str | None, alone: bool = False) -> int:
             "already; leave --nproc out, and give the number to the launcher"
         )
     if wanted in ("gpu", "auto"):
-        if not (found := _gpus()) and wanted == "gpu":
+        if not (gpus := _gpus()) and wanted == "gpu":
             raise RecipeError("--nproc: there is no GPU here; give a number of processes")
-        return max(1, found)
+        return max(1, gpus)
     if not wanted.isdecimal() or not int(wanted):
         raise RecipeError(f"--nproc: {wanted} is neither a number of processes nor gpu")
     return int(wanted)
@@ -85,11 +84,7 @@ def _gpus() -> int:
 
 
 def launch(number: int, arguments: Sequence[str]) -> int:
-    """Run ``fusewright ARGUMENTS`` in several processes, until all have ended.
-
-    Args:
-        number: of processes.
-        arguments: of the command, without ``--nproc``.
+    """Run ``fusewright ARGUMENTS`` in ``number`` processes, until all have ended.
 
     Returns:
         The exit code: 0, or that of the first process that failed.
@@ -112,18 +107,15 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     with _forwarding(children):
         for rank in range(number):
             environ = rank_environment(rank, number, store.port)
-            # in a session of its own: what a terminal sends comes once, through this process
+            # in its own session: what a terminal sends comes once, through this process
             children.append(subprocess.Popen(command, env=environ, start_new_session=True))
         return _wait(children)
 
 
 def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
-    """The variables of a process that this one starts as one of several.
+    """The environment variables of one of several processes that this one starts.
 
-    Args:
-        rank: its number.
-        number: how many there are.
-        port: of a store of this process, at which they meet.
+    ``port`` is that of the store of this process, at which they meet.
     """
     threads = max(1, (os.cpu_count() or 1) // number)
     return {
@@ -163,7 +155,7 @@ def _signal(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all of them; once one has failed, not for long."""
+    """Wait for all of them; only briefly once one has failed."""
     first: _Ended | None = None
     since, announced = 0.0, False
     while any(child.poll() is None for child in children):
@@ -189,19 +181,19 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
 def _cause(
     first: _Ended | None, children: Sequence[subprocess.Popen[bytes]], announced: bool
 ) -> _Ended | None:
-    """The process that the others ended because of; ``first`` was it when this was last asked."""
-    found = _failed(children)
-    killed = found is not None and found.code == -signal.SIGKILL
+    """The process that made the others end; ``first`` was it at the last check."""
+    failure = _failed(children)
+    killed = failure is not None and failure.code == -signal.SIGKILL
     if first is None or (killed and not announced):  # nobody here has killed it by then
-        return found
+        return failure
     return first
 
 
 def _failed(children: Sequence[subprocess.Popen[bytes]]) -> _Ended | None:
     """A process that has failed; one that was killed comes before those that failed after it."""
-    found = [
+    failures = [
         _Ended(rank, child.pid, child.returncode)
         for rank, child in enumerate(children)
         if child.poll() not in (None, 0)
     ]
-    return min(found, key=lambda ended: (ended.code >= 0, ended.rank), default=None)
+    return min(failures, key=lambda ended: (ended.code >= 0, ended.rank), default=None)

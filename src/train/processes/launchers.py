@@ -1,8 +1,8 @@
-"""Who has started this process, and as which of how many: read from the environment.
+"""The rank of this process and the number of all, from the launcher's environment variables.
 
 ``torchrun``, ``accelerate launch``, ``deepspeed`` and ``fusewright train --nproc`` set the
-variables of PyTorch's ``env://`` rendezvous. SLURM's ``srun`` and Open MPI's ``mpirun`` have names
-of their own, which are translated.
+variables of PyTorch's ``env://`` rendezvous. SLURM's ``srun`` and Open MPI's ``mpirun`` have other
+names, which are translated.
 """
 
 from __future__ import annotations
@@ -32,21 +32,14 @@ _NAMES = {
 SLURM, mpirun starts its helpers by srun, so those of srun come last."""
 
 _PATIENCE = 10.0
-"""Seconds after which a process says itself what is wrong, because nobody has stopped it."""
+"""Seconds after which a process reports what is wrong itself, because nobody has stopped it."""
 
 _PORTS = range(15_000, 35_000)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a process stands among those of its run.
-
-    Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        local_rank: its number on its machine.
-        local_size: how many there are on its machine.
-    """
+    """The position of a process in its run; ``rank`` and ``local_rank`` count from 0."""
 
     rank: int = 0
     size: int = 1
@@ -55,10 +48,9 @@ class Placement:
 
 
 def placement(environ: Environment) -> Placement:
-    """Read the placement of this process; the variables of ``env://`` are set if need be.
+    """Read the placement of this process.
 
-    Args:
-        environ: the environment; changed where a launcher has other names than PyTorch.
+    ``environ`` is changed where a launcher has other names than PyTorch's ``env://``.
 
     Raises:
         RecipeError: the launcher's variables contradict each other, or are no numbers.
@@ -72,11 +64,7 @@ def placement(environ: Environment) -> Placement:
 
 
 def device_index(placed: Placement, gpus: int) -> int:
-    """Which of the GPUs that a process sees is its own.
-
-    Args:
-        placed: the process.
-        gpus: how many it sees. A launcher may show each process a single one, its own.
+    """Which of the ``gpus`` that a process sees it uses; a launcher may show each only its own.
 
     Raises:
         RecipeError: there are fewer than processes on this machine.
@@ -93,7 +81,7 @@ def device_index(placed: Placement, gpus: int) -> int:
 
 @contextlib.contextmanager
 def said_once(environ: Environment) -> Iterator[None]:
-    """Let one process of a machine say what all of them find wrong before they know each other.
+    """Let one process of a machine report what all of them find wrong before they are connected.
 
     The others give it time: a launcher stops them once one has ended.
     """
@@ -150,17 +138,15 @@ def _job(environ: Environment, launcher: str) -> int:
 
 
 def _local_size(environ: Environment, launcher: str, size: int) -> int:
-    """Processes on this machine; DeepSpeed has its own name for them."""
+    """Processes on this machine; DeepSpeed has another name for it."""
     if launcher == "torchrun" and "LOCAL_SIZE" in environ:
         return _number(environ, "LOCAL_SIZE")
     return -(-size // _number(environ, "SLURM_STEP_NUM_NODES", 1))
 
 
 def _tasks_here(environ: Environment, size: int) -> int:
-    """The tasks of a SLURM step on this machine.
-
-    What says so of a job (``SLURM_NTASKS_PER_NODE``) need not be true of its step.
-    """
+    """The tasks of a SLURM step on this machine."""
+    # ``SLURM_NTASKS_PER_NODE`` is the job's, and need not be true of its step
     counts: list[int] = []
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
@@ -179,11 +165,11 @@ def _first_host(environ: Environment, launcher: str, one_machine: bool) -> str:
         return "127.0.0.1"
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if hosts and shutil.which("scontrol"):
-        found = subprocess.run(
+        names = subprocess.run(
             ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False
         ).stdout.split()
-        if found:
-            return found[0]
+        if names:
+            return names[0]
     if hosts:
         return first_host(hosts)
     raise RecipeError(

@@ -1,4 +1,4 @@
-"""The processes of a run as accelerate's mesh: copies, shards, parts of sequences and of layers."""
+"""The processes of a run as accelerate's mesh: replicas, shards, context and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .world import World
 
 
 def uses_fsdp(strategy: Strategy, world: World) -> bool:
-    """Whether FSDP has anything to share: it does not where one group has all processes."""
+    """Whether FSDP has anything to shard: it has not where one group has all processes."""
     return strategy.fsdp is not None and world.size > strategy.tensor
 
 
 def parallelism(strategy: Strategy, world: World) -> Any:
     """Accelerate's mesh of processes; None with DeepSpeed, or if all share one copy.
 
-    Of tensor parallelism beside FSDP, accelerate is told nothing: what it does then are things of
-    older versions of transformers. Its mesh has the dimension ``tp`` all the same, over which
-    nothing is sharded or averaged.
+    Of tensor parallelism with FSDP, accelerate is told nothing: what it does then is for older
+    versions of transformers. Its mesh has the dimension ``tp`` all the same, over which nothing is
+    sharded or averaged.
 
     Raises:
         RecipeError: nothing would be left to shard.
@@ -35,7 +35,7 @@ def parallelism(strategy: Strategy, world: World) -> Any:
 
     groups = {"tp_size": strategy.tensor, "cp_size": strategy.context}
     if not uses_fsdp(strategy, world):
-        found = ParallelismConfig(**groups) if strategy.group > 1 else None
+        config = ParallelismConfig(**groups) if strategy.group > 1 else None
     else:
         copies = strategy.replicate
         shard = strategy.shard or world.size // copies // strategy.group
@@ -45,14 +45,14 @@ def parallelism(strategy: Strategy, world: World) -> Any:
                 "shard: lower it, or start more processes"
             )
         sizes = {"dp_replicate_size": copies, "dp_shard_size": shard}
-        found = ParallelismConfig(**sizes, **groups)
+        config = ParallelismConfig(**sizes, **groups)
         if strategy.tensor > 1:
-            whole = found.get_device_mesh(device_type())
-            found = ParallelismConfig(**sizes, cp_size=strategy.context)
-            found.device_mesh = whole
-    if found is not None:
-        found.get_device_mesh(device_type())
-    return found
+            whole = config.get_device_mesh(device_type())
+            config = ParallelismConfig(**sizes, cp_size=strategy.context)
+            config.device_mesh = whole
+    if config is not None:
+        config.get_device_mesh(device_type())
+    return config
 
 
 def is_sharded(strategy: Strategy, world: World) -> bool:
@@ -65,57 +65,53 @@ def is_sharded(strategy: Strategy, world: World) -> bool:
 
 
 def processes_message(strategy: Strategy, world: World) -> str | None:
-    """What to say about the processes of a run; None: there is nothing to say."""
+    """The message about the processes of a run; None: there is nothing to say."""
     if not world.several:
         if strategy.engine == "ddp":
             return None
         alone = f"{strategy.engine}: one process has all the weights, so they are not sharded"
         return "; ".join([alone, *_unused(strategy)])
-    said = [f"processes: {world.size}"]
+    parts = [f"processes: {world.size}"]
     if strategy.engine == "deepspeed":
-        said.append(f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}")
+        parts.append(f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}")
     elif uses_fsdp(strategy, world):
         several = strategy.replicate > 1
         what = f"{strategy.replicate} copies of the weights, each" if several else "weights are"
-        said.append(f"{what} sharded (FSDP2)")
+        parts.append(f"{what} sharded (FSDP2)")
     elif strategy.group == 1:
-        said.append("each has all the weights (DDP)")
+        parts.append("each has all the weights (DDP)")
     if strategy.tensor > 1:
-        said.append(f"{strategy.tensor} share each layer (tensor parallelism)")
+        parts.append(f"{strategy.tensor} share each layer (tensor parallelism)")
     if strategy.context > 1:
-        said.append(f"{strategy.context} share each sequence (context parallelism)")
+        parts.append(f"{strategy.context} share each sequence (context parallelism)")
     if not uses_fsdp(strategy, world):
-        said += _unused(strategy)
-    return "; ".join(said)
+        parts += _unused(strategy)
+    return "; ".join(parts)
 
 
 def _unused(strategy: Strategy) -> list[str]:
-    """What was asked of FSDP that nothing does where it has nothing to shard."""
+    """Options of FSDP without effect where it has nothing to shard."""
     fsdp = strategy.fsdp
     if fsdp is None:
         return []
-    asked = {
+    options = {
         "offload_params": fsdp.offload_params,
         "mixed_precision_policy": fsdp.mixed_precision is not None,
     }
-    names = [f"fsdp_config.{name}" for name, is_set in asked.items() if is_set]
+    names = [f"fsdp_config.{name}" for name, is_set in options.items() if is_set]
     return [f"{' and '.join(names)}: not used, nothing is sharded"] if names else []
 
 
 def device_type() -> str:
-    """Where the processes of a run compute."""
+    """The type of device that the processes of a run compute on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_mesh(accelerator: Any, plugin: Any, mesh: Any) -> None:
     """Make an accelerator shard by FSDP, or over a mesh, as it would not by itself.
 
-    It thinks that there must be a GPU for either, and that it knows of all dimensions of a mesh.
-
-    Args:
-        accelerator: made without them, or with them.
-        plugin: from ``fsdp_plugin``; None: nothing is sharded by FSDP.
-        mesh: from ``parallelism``.
+    It assumes that either needs a GPU, and that it knows all dimensions of a mesh. ``plugin`` is
+    from ``fsdp_plugin`` (None: FSDP shards nothing), ``mesh`` from ``parallelism``.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType

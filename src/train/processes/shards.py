@@ -1,8 +1,8 @@
 """Files of tensors of which each process writes its own share, and reads what it needs.
 
 ``torch.distributed.checkpoint`` writes and reads them as safetensors, whose headers say which part
-of a tensor each file has. Its usual form has a pickle beside them, which would run whatever code
-somebody has put into it; this one has none, and a pickle that is there is never opened.
+of a tensor each file has. Its usual form also has a pickle, which would run any code that somebody
+has put into it; this one has none, and an existing pickle is never opened.
 """
 
 from __future__ import annotations
@@ -17,22 +17,15 @@ import torch
 from torch import Tensor, nn
 
 WEIGHTS = "weights"
-"""How the names of weights begin; those of an optimizer's state begin with its key."""
+"""Prefix of the names of weights; an optimizer's state has its key as the prefix."""
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, int]:
     """Write the shares of this process; a collective, which fails for all if it fails for one.
 
-    A file has the tensors of one kind, so that no more than those are copied at a time.
-
-    Args:
-        folder: where to; it is made.
-        tensors: by ``KIND/NAME``, the same names on every process. What is not sharded is written
-            by one of them.
-        rank: of this process.
-
-    Returns:
-        The files of this process, with their sizes.
+    A file has the tensors of one kind, so that no more than those are copied at a time. ``tensors``
+    are by ``KIND/NAME``, the same names on every process. What is not sharded is written by one of
+    them. Returns the files of this process, with their sizes.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -44,18 +37,14 @@ def write(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, i
     )
     with _own_errors():
         save(dict(tensors), storage_writer=writer)
-    own = folder.glob(f"shard-{rank + 1:05d}-*")
-    return {path.name: path.stat().st_size for path in own}
+    paths = folder.glob(f"shard-{rank + 1:05d}-*")
+    return {path.name: path.stat().st_size for path in paths}
 
 
 def read(folder: Path, tensors: dict[str, Any]) -> None:
-    """Fill tensors from files, whatever number of processes has written them.
+    """Fill ``tensors`` from files by their names, whatever number of processes has written them.
 
     Of a sharded tensor, only the share of this process is read. The processes need not agree.
-
-    Args:
-        folder: with the files.
-        tensors: by their names there.
 
     Raises:
         ValueError: a tensor is not there, or has another size.
@@ -72,8 +61,8 @@ def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Size and dtype of each whole tensor in files of shares."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
+    metadata: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}
 
 
 def read_whole(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -89,7 +78,7 @@ def read_whole(folder: Path, kind: str) -> dict[str, Tensor]:
 
 
 def sharded_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model that FSDP2 has sharded, as they are: each process has its share.
+    """The weights of a model sharded by FSDP2, of which each process has its share.
 
     Where adapters are trained these are the trained ones; else all of them, each once, and buffers.
     """
@@ -97,21 +86,19 @@ def sharded_weights(model: nn.Module) -> dict[str, Tensor]:
 
     adapters = hasattr(model, "peft_config")
     options = StateDictOptions(ignore_frozen_params=adapters)
-    found: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    weights: dict[str, Any] = dict(get_model_state_dict(model, options=options))
     if adapters:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        return {name: value for name, value in found.items() if name in trained}
+        return {name: value for name, value in weights.items() if name in trained}
     once = {name for name, _ in model.named_parameters()}
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    return {name: value for name, value in found.items() if name not in again}
+    return {name: value for name, value in weights.items() if name not in again}
 
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise what has gone wrong in a process in place of the account of all of them.
-
-    That account is no ``Exception``, and has the tracebacks of all processes as its text.
-    """
+    """Raise the first error of a process, in place of PyTorch's account of all of them."""
+    # that account is no ``Exception``, and has the tracebacks of all processes as its text
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP, at the right moment."""
+"""Ctrl-C, SIGTERM and SIGHUP, handled at the right moment."""
 
 from __future__ import annotations
 
@@ -15,26 +15,19 @@ from .world import World
 
 
 def heeded() -> list[int]:
-    """Ctrl-C, the system's wish, and a terminal that was closed, unless nohup has the last ignored.
-
-    Windows has no such terminals.
-    """
+    """The signals to handle: SIGHUP unless nohup has it ignored, and not on Windows."""
     hangup: Any = getattr(signal, "SIGHUP", None)
     closed = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([hangup] if closed else [])]
 
 
 _ECHO = 1.0
-"""Seconds in which a signal of another kind is the same wish: of Ctrl-C, DeepSpeed's launcher makes
-a SIGTERM beside the SIGINT that the terminal has sent."""
+"""Seconds in which a signal of another kind is the same request: on Ctrl-C, DeepSpeed's launcher
+sends a SIGTERM besides the SIGINT of the terminal."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The user or the system asked the run to end at once.
-
-    Attributes:
-        signal: the number of the signal.
-    """
+    """The user or the system asked the run to end at once, by the signal ``signal``."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -47,9 +40,6 @@ class Interrupts:
     Outside of ``deferring_signals`` a signal raises ``Stopped`` where it arrives. Inside, the first
     one only sets ``signal``, for the training loop to see after the batch, step or validation that
     it is at (``FlowCallback``); a second one raises.
-
-    Args:
-        world: the processes of the run.
 
     Attributes:
         signal: the one that came, to this process or, once they agree, to another; or None.
@@ -81,7 +71,7 @@ class Interrupts:
     def agree(self) -> None:
         """Make a deferred signal known to all processes of the run; a collective.
 
-        Until then it is no one's ``signal``, so that all of them end at the same step.
+        Before that, ``signal`` is set in none of them, so that all of them end at the same step.
         """
         if self.world.several and self.signal is None:
             self.signal = self.world.most(self._arrived or 0) or None
@@ -119,5 +109,5 @@ class Interrupts:
             os.write(2, f"\n{self._message}\n".encode())
 
     def _echoes(self, number: int) -> bool:
-        """Whether a launcher has made a second signal of the first."""
+        """Whether a launcher has sent this signal because of the first."""
         return number != self._arrived and time.monotonic() - self._when < _ECHO

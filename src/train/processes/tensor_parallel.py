@@ -1,6 +1,6 @@
 """Tensor parallelism: the products of each layer divided between processes, by DTensor.
 
-Which layer is divided how is what transformers says of a model (its ``tp_plan``), and torch's
+transformers' ``tp_plan`` of a model says which layer is divided how, and torch's
 ``parallelize_module`` does it. Linears are divided by columns or by rows, with their adapters.
 Everything else is whole on each process: norms, embeddings, the output head, and experts.
 """
@@ -35,7 +35,7 @@ _KEY = "tensor_parallel_size"
 _COLUMNS = ("colwise", "colwise_rep", "colwise_gather_output")
 _ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input")
 _WHOLE = ("colwise_rep", "colwise_gather_output", "rowwise_rep", "rowwise_split_input")
-"""The styles between which activations are whole; between others, each process has its part."""
+"""The styles with whole activations between them; between others, each process has its part."""
 _HEADS = "replicated_with_grad_allreduce"
 _LEFT = ("embedding_rowwise", "embedding_colwise", "moe_tp_experts", "replicate")
 """The styles of what can be left whole, with all that is in it, without a change elsewhere."""
@@ -68,33 +68,26 @@ def _local(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
 
 
 def divide(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide the layers of a model between the processes of a mesh, in place.
+    """Divide the layers of a model, with its adapters, over a mesh of one dimension, in place.
 
-    Args:
-        model: with its adapters; whole, and the same on every process.
-        mesh: of one dimension.
-
-    Raises:
-        RecipeError: the model cannot be divided so, with the reason.
+    The model is whole, and the same on every process; RecipeError if it cannot be divided so.
     """
     base = base_model(model)
     require_divisible(base, mesh.size())
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     for name, style in _rules(base):
-        for module, made in _styles(base.get_submodule(name), name, style):
+        for module, parallel_style in _styles(base.get_submodule(name), name, style):
             # without src_data_rank, the parts of the first process are sent to the others
-            made.src_data_rank = None
-            parallelize_module(module.to(device), mesh, made)
+            parallel_style.src_data_rank = None
+            parallelize_module(module.to(device), mesh, parallel_style)
             _free(module)
 
 
 def require_divisible(model: nn.Module, size: int) -> None:
-    """See that transformers has a plan for a model, and that it divides by so many processes.
+    """Check that transformers has a plan for a model, and that it divides by ``size`` processes.
 
-    Args:
-        model: without adapters; it may be on the meta device.
-        size: how many processes share each layer.
+    The model has no adapters; it may be on the meta device.
 
     Raises:
         RecipeError: it has none, or it does not, with what to do instead.
@@ -157,29 +150,25 @@ def _plan(model: Any) -> dict[str, str]:
 
 
 def _rules(model: Any) -> list[tuple[str, str]]:
-    """The modules that are divided, each with its style.
-
-    Raises:
-        RecipeError: a parameter that belongs to no linear layer would have to be divided.
-    """
+    """The divided modules with their styles; RecipeError if a parameter is of no linear layer."""
     plan = _plan(model)
     left = [_pattern(kind) for kind, style in plan.items() if style in _LEFT]
     modules = dict(model.named_modules())
-    found: list[tuple[str, str]] = []
+    rules: list[tuple[str, str]] = []
     for kind, style in plan.items():
         if style in _LEFT:
             continue
         pattern = _pattern(kind)
-        found += [(n, style) for n in modules if pattern.fullmatch(n) and not _within(n, left)]
+        rules += [(n, style) for n in modules if pattern.fullmatch(n) and not _within(n, left)]
         for name, _ in model.named_parameters():
             if name not in modules and pattern.fullmatch(name) and not _within(name, left):
                 raise RecipeError(
                     f"{_KEY}: {name} would have to be divided, and is no linear layer: leave "
                     f"{_KEY} out, and use fsdp_config"
                 )
-    heads = {name.rpartition(".")[0] for name, style in found if style == "colwise"}
+    heads = {name.rpartition(".")[0] for name, style in rules if style == "colwise"}
     # what is left whole needs no sum of gradients, and nor has a norm between whole activations
-    return [(n, s) for n, s in found if s != _HEADS or n.rpartition(".")[0] in heads]
+    return [(n, s) for n, s in rules if s != _HEADS or n.rpartition(".")[0] in heads]
 
 
 def _pattern(kind: str) -> re.Pattern[str]:
@@ -187,14 +176,14 @@ def _pattern(kind: str) -> re.Pattern[str]:
 
 
 def _within(name: str, patterns: list[re.Pattern[str]]) -> bool:
-    """Whether a name is that of something that is left whole, or of a part of it."""
+    """Whether a name is that of a module that is left whole, or of a part of it."""
     parts = name.split(".")
     starts = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(pattern.fullmatch(start) for pattern in patterns for start in starts)
 
 
 def _divides_heads(rules: list[tuple[str, str]]) -> bool:
-    """Whether processes have some of the attention heads each."""
+    """Whether attention heads are divided between processes."""
     return any(style == "colwise" and ("attn" in n or "attention" in n) for n, style in rules)
 
 
@@ -205,11 +194,9 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def _styles(module: nn.Module, name: str, style: str) -> list[tuple[nn.Module, ParallelStyle]]:
-    """What of a planned module is divided how: itself, or the linears of its adapter.
-
-    The first factor of an adapter reads what its layer reads, and the second writes what the layer
-    writes. So by columns the second one is divided, and by rows the first.
-    """
+    """A planned module itself, or the linears of its adapter, each with its style."""
+    # The first factor of an adapter reads what its layer reads, and the second writes what the
+    # layer writes. So by columns the second one is divided, and by rows the first.
     if style == _HEADS:
         return [(module, HeadwiseNorm())]
     columns = style in _COLUMNS
@@ -237,7 +224,7 @@ def _row_style(whole: bool) -> ParallelStyle:
 
 
 def _free(module: nn.Module) -> None:
-    """Let go of the whole weights, of which the parts are views."""
+    """Free the whole weights, of which the parts are views."""
     for parameter in module.parameters(recurse=False):
         if isinstance(parameter, DTensor):
             local = parameter._local_tensor

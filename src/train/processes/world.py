@@ -1,8 +1,8 @@
-"""The processes of a run, and how they agree.
+"""The processes of a run, and their communication.
 
 What rank 0 does alone (preparing rows, writing files), the others wait for at the rendezvous'
-store, however long it takes: a collective would run into its time-out. What all of them do together
-is a collective on small CPU tensors (gloo), so that no GPU is synchronized.
+store, however long it takes: a collective would time out. What all of them do together is a
+collective on small CPU tensors (gloo), so that no GPU is synchronized.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .launchers import Environment, Placement, device_index, placement
 T = TypeVar("T")
 
 PARENT = "FUSEWRIGHT_PARENT"
-"""The variable that ``--nproc`` gives its processes: its own number."""
+"""The variable with the process id of ``--nproc``'s parent."""
 
 _POLL = 0.5
-"""Seconds between two looks at the store, at most."""
+"""Most seconds between two polls of the store."""
 _PATIENCE = 3.0
 """Seconds that a failing process waits for the message of another one."""
 
@@ -57,12 +57,10 @@ class World:
         size: how many there are.
         local_rank: its number on its machine.
         local_size: how many there are on its machine.
-        group: how many processes train the same batch; see ``share_batches``.
-        unread: what to say about settings of the launcher that are not read; None: nothing.
+        group: how many processes train the same batch; set by ``share_batches``.
+        unread: the message about settings of the launcher that are not read, or None.
 
-    Args:
-        placed: which process this is.
-        store: the rendezvous' store; None: there is one process.
+    ``store`` is the rendezvous' store; None: there is one process.
     """
 
     def __init__(self, placed: Placement | None = None, store: Any = None) -> None:
@@ -84,7 +82,7 @@ class World:
         return self.size > 1
 
     def share_batches(self, group: int) -> None:
-        """Say how many processes train the same batch: those of so many consecutive ranks."""
+        """Set how many processes of consecutive ranks train the same batch."""
         self.group = group
 
     @property
@@ -98,10 +96,7 @@ class World:
         return self.size // self.group
 
     def share(self, make: Callable[[], T]) -> T:
-        """Let rank 0 make a value, which the others wait for; there is no time-out.
-
-        Args:
-            make: called by rank 0 alone; what it returns must survive JSON.
+        """Let rank 0 make a value, which must survive JSON; the others wait, with no time-out.
 
         Raises:
             SystemExit: on the other ranks, where ``make`` fails; rank 0 says why.
@@ -126,7 +121,7 @@ class World:
         self.share(lambda: None)
 
     def one_per_machine(self, work: Callable[[], Any]) -> None:
-        """Let the first process of each machine do ``work``, then the others of it; no time-out.
+        """Let the first process of each machine do ``work``, then its others; no time-out.
 
         Rank 0, which has done it, does not take part. Machines may get ranks one by one.
         """
@@ -141,12 +136,12 @@ class World:
             self._store.set(f"{done}-{self.rank}", "")
 
     def gather(self, value: T) -> list[T]:
-        """What every process gives, by rank; a collective."""
+        """The values of all processes, by rank; a collective."""
         if not self.several:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sums of numbers over the batches of all processes; a collective."""
@@ -183,14 +178,14 @@ class World:
                 time.sleep(2 * _POLL)  # until the others have read that
             if self.main or not isinstance(error, FusewrightError | KeyboardInterrupt):
                 return
-            said = self._said(0)
-            if said is not None and (said == text or isinstance(error, ProcessLostError)):
+            message = self._said(0)
+            if message is not None and (message == text or isinstance(error, ProcessLostError)):
                 time.sleep(_PATIENCE)  # a launcher stops the others once one has ended
                 number = getattr(error, "signal", None)  # of a KeyboardInterrupt
                 raise SystemExit(2 if number is None else 128 + number)
 
     def _said(self, rank: int) -> str | None:
-        """What a process has failed with, if it says so soon."""
+        """The message of a process that has failed, if it comes soon."""
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
             if self._store.check([f"failed-{rank}"]):
@@ -213,8 +208,7 @@ class World:
 def joined(timeout: float | None) -> Iterator[World]:
     """Join the other processes of the run, if a launcher has started several, until the end.
 
-    Args:
-        timeout: how long a collective may take, in seconds; None: PyTorch's default.
+    ``timeout`` is that of collectives, in seconds; None: PyTorch's default.
 
     Raises:
         RecipeError: the launcher's variables are not right.
@@ -227,7 +221,7 @@ def joined(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _group(timeout: float | None) -> Iterator[World]:
-    """The processes, and PyTorch's group of them."""
+    """The processes, in PyTorch's process group."""
     placed = placement(os.environ)
     if placed.size == 1:
         yield World()
@@ -272,27 +266,23 @@ def _group(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _losses(machines: bool = False) -> Iterator[None]:
-    """Turn what PyTorch says of a process that is gone into an error that says so.
-
-    Args:
-        machines: whether there are several.
-    """
+    """Turn PyTorch's errors about a lost process into ProcessLostError."""
     try:
         yield
     except RuntimeError as error:  # an OSError is of a file, a pipe or a download
         if not lost(error):
             raise
-        said = (
+        message = (
             "another process of this run has ended, so this one cannot continue either; what it "
             "said is above, or in its launcher's log. Start the run again with "
             "auto_resume_from_checkpoints: true to resume"
         )
         if machines and "connectFullMesh" in str(error):  # of gloo, before anything else
-            said = (
+            message = (
                 "another process of this run cannot be reached: it has ended (what it said is "
                 f"above, or in its launcher's log), or gloo takes the wrong network: {HINT}"
             )
-        raise ProcessLostError(f"{said} ({first_line(error)})") from error
+        raise ProcessLostError(f"{message} ({first_line(error)})") from error
 
 
 def _launcher_has_store() -> bool:
@@ -301,13 +291,13 @@ def _launcher_has_store() -> bool:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error is PyTorch's way of saying that another process is gone."""
+    """Whether an error is PyTorch's way of reporting that another process is gone."""
     kinds = (dist.DistNetworkError, dist.DistStoreError)
     return isinstance(error, kinds) or bool(_LOST.search(str(error)))
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM, and so save, when the process that has started this one is killed."""
+    """Get SIGTERM, and so save, when the parent of this process is killed."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -315,10 +305,10 @@ def end_with_parent() -> None:
         raise SystemExit(1)
 
 
-# What ``accelerate launch`` was told of the training. The recipe decides, so it is not read.
+# --- settings of ``accelerate launch``, which are not read: the recipe decides --------------------
 #
 # Its options and the files of ``accelerate config`` arrive as environment variables, which
-# transformers and accelerate read at many places.
+# transformers and accelerate read in many places.
 
 
 _BEGIN = (
@@ -327,7 +317,7 @@ _BEGIN = (
     "ACCELERATE_FP8_", "ACCELERATE_DOWNCAST_BF16", "ACCELERATE_TORCH_DEVICE", "FSDP_", "FP8_",
     "MEGATRON_LM_", "PARALLELISM_CONFIG_",
 )  # fmt: skip
-"""How the names of those variables begin."""
+"""Prefixes of those variables."""
 
 _SAID = {
     "ACCELERATE_USE_FSDP": "use_fsdp",
@@ -349,11 +339,10 @@ _NOTHING = ("", "no", "none", "false", "auto")
 def ignored(environ: Environment) -> Iterator[str | None]:
     """Take the settings of ``accelerate launch`` out of the environment, until the end.
 
-    Args:
-        environ: as before once the block is left, whatever libraries have set in it.
+    The environment is then as before, whatever libraries have set in it.
 
     Yields:
-        What to say about those that would have changed the run; None: there is none.
+        The message about those that would have changed the run; None: there is none.
     """
     before = {name: environ.pop(name) for name in _settings(environ)}
     try:
@@ -369,19 +358,19 @@ def _settings(environ: Environment) -> list[str]:
 
 
 def _message(settings: dict[str, str]) -> str | None:
-    found = []
+    parts = []
     for name, option in _SAID.items():
         value = settings.get(name, "").lower()
         if value not in _NOTHING:
-            found.append(option if value == "true" else f"{option} {value}")
+            parts.append(option if value == "true" else f"{option} {value}")
     if settings.get("ACCELERATE_USE_CPU", "").lower() == "true" and torch.cuda.is_available():
-        found.append("cpu (CUDA_VISIBLE_DEVICES= hides the GPUs)")
-    if not found:
+        parts.append("cpu (CUDA_VISIBLE_DEVICES= hides the GPUs)")
+    if not parts:
         return None
-    return f"the recipe decides; not applied from accelerate launch: {', '.join(found)}"
+    return f"the recipe decides; not applied from accelerate launch: {', '.join(parts)}"
 
 
-# The network between the machines of a run, where a launcher does not say which it is.
+# --- the network between the machines, where a launcher does not say which it is ------------------
 
 
 _VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -390,7 +379,7 @@ HINT = (
     f"set {_VARIABLE} (and NCCL_SOCKET_IFNAME) on each machine to its network interface that the "
     "others reach, which `ip addr` lists"
 )
-"""What to do where processes find the store of rank 0, but not each other."""
+"""The remedy where processes find the store of rank 0, but not each other."""
 
 
 def choose_interface(environ: Environment, placed: Placement, store: Any) -> None:
@@ -398,51 +387,45 @@ def choose_interface(environ: Environment, placed: Placement, store: Any) -> Non
 
     By itself it takes the address of this machine's name. On many systems that is a loopback
     address, which the others cannot reach. NCCL never takes such an address. The machine that the
-    rendezvous is at may find itself at such an address, too: there traffic to the others decides.
+    rendezvous is at may see itself at such an address, too: there traffic to the others decides.
 
-    Args:
-        environ: the environment; changed unless the variable is set.
-        placed: this process. With one machine, nothing is changed.
-        store: the rendezvous' store, where each process finds the addresses of the others.
+    ``environ`` is changed unless the variable is set, or there is one machine. ``store`` is the
+    rendezvous', where each process finds the addresses of the others.
     """
     if placed.size == placed.local_size:
         return
-    own = address_to(environ["MASTER_ADDR"])
-    store.set(f"address-{placed.rank}", own or "")
+    address = address_to(environ["MASTER_ADDR"])
+    store.set(f"address-{placed.rank}", address or "")
     if _VARIABLE in environ:
         return
     for rank in range(placed.size):
-        if own is not None:
+        if address is not None:
             break
         other = str(store.get(f"address-{rank}"), "utf-8")
-        own = address_to(other) if other else None
-    name = None if own is None else _interface(own)
+        address = address_to(other) if other else None
+    name = None if address is None else _interface(address)
     if name is not None:
         environ[_VARIABLE] = name
 
 
 def address_to(host: str) -> str | None:
-    """The address of this machine that traffic to another one has.
+    """The address of this machine in traffic to ``host``, which may be this machine itself.
 
-    Args:
-        host: its name or address; of this machine: the result is the same address.
-
-    Returns:
-        None: it is a loopback address, or it cannot be known.
+    None: it is a loopback address, or it cannot be known.
     """
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # of a datagram: sends nothing
-            own = str(probe.getsockname()[0])
+            source = str(probe.getsockname()[0])
     except OSError:
         return None
-    return None if ipaddress.ip_address(own).is_loopback else own
+    return None if ipaddress.ip_address(source).is_loopback else source
 
 
 def _interface(own: str) -> str | None:
     """The network interface that has an address of this machine."""
-    for name, found in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == own.partition("%")[0] for entry in found):
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own.partition("%")[0] for entry in addresses):
             return name
     return None

@@ -1,4 +1,4 @@
-"""From the strategy of a recipe to accelerate's settings."""
+"""Accelerate's settings for the strategy of a recipe."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ from ..recipe.strategy import Fsdp
 
 
 def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
-    """Accelerate's settings of FSDP2.
-
-    Args:
-        fsdp: those of the recipe.
-        model: which is to be sharded.
-    """
+    """Accelerate's settings of FSDP2, for the model that is to be sharded."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     policies = {
         "transformer": "transformer_based_wrap", "size": "size_based_wrap", "none": "no_wrap",
     }  # fmt: skip
-    given: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "fsdp_version": 2,
         "auto_wrap_policy": policies[fsdp.wrap],
         "reshard_after_forward": fsdp.reshard_after_forward,
@@ -38,15 +33,15 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
     }
     if fsdp.offload_params:
         pins = fsdp.pin_memory and torch.cuda.is_available()  # which is for copies to a GPU
-        given["cpu_offload"] = CPUOffloadPolicy(pin_memory=pins)
+        kwargs["cpu_offload"] = CPUOffloadPolicy(pin_memory=pins)
     if fsdp.wrap == "transformer":
-        given["transformer_cls_names_to_wrap"] = list(fsdp.classes) or block_classes(model)
+        kwargs["transformer_cls_names_to_wrap"] = list(fsdp.classes) or block_classes(model)
     if fsdp.wrap == "size":
-        given["min_num_params"] = fsdp.min_num_params
+        kwargs["min_num_params"] = fsdp.min_num_params
     if fsdp.mixed_precision is not None:
         dtype = getattr(torch, fsdp.mixed_precision)
-        given["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
-    return FullyShardedDataParallelPlugin(**given)
+        kwargs["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
+    return FullyShardedDataParallelPlugin(**kwargs)
 
 
 def block_classes(model: nn.Module) -> list[str]:
@@ -61,11 +56,10 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The configuration that the Trainer hands to DeepSpeed, once it has filled in ``auto``.
 
-    Args:
-        given: the recipe's.
-        dtype: of the weights. DeepSpeed trains a copy of 32 bits of those that have 16.
-        adapters: only those are trained: over bf16 in 32 bits, as in one process, which DeepSpeed
-            would cast. Over fp16, it scales the loss, so they have 16 bits, and a copy of 32.
+    ``given`` is the recipe's, ``dtype`` that of the weights: DeepSpeed trains a copy in 32 bits of
+    those that have 16. If only ``adapters`` are trained, over bf16 they have 32 bits, as in one
+    process, which DeepSpeed would cast. Over fp16, it scales the loss, so they have 16 bits, and a
+    copy in 32.
 
     Raises:
         RecipeError: it names another dtype.
@@ -78,12 +72,12 @@ def deepspeed_config(
     _require_known(config["zero_optimization"])
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for name, kind in kinds.items():
-        asked = config.get(name, {}).get("enabled", "auto")
-        if asked not in ("auto", dtype is kind):
+        enabled = config.get(name, {}).get("enabled", "auto")
+        if enabled not in ("auto", dtype is kind):
             raise RecipeError(
-                f"deepspeed: {name}.enabled is {json.dumps(asked)}, but the recipe trains in "
+                f"deepspeed: {name}.enabled is {json.dumps(enabled)}, but the recipe trains in "
                 f"{str(dtype).removeprefix('torch.')}: write auto for it, or set {name}: "
-                f"{json.dumps(asked)}"
+                f"{json.dumps(enabled)}"
             )
         left = adapters and kind is torch.bfloat16
         config[name] = {**config.get(name, {}), "enabled": dtype is kind and not left}
@@ -104,24 +98,24 @@ def check_deepspeed(arguments: Any) -> None:
     dtypes = ("- ds bf16.enabled=", "- ds fp16.enabled=")
     config.mismatches = [m for m in config.mismatches if not m.startswith(dtypes)]
     if config.mismatches:
-        given, _, own = config.mismatches[0].removeprefix("- ds ").partition(" vs hf ")
+        theirs, _, ours = config.mismatches[0].removeprefix("- ds ").partition(" vs hf ")
         raise RecipeError(
-            f"deepspeed: {given} in its configuration, but the recipe and the number of processes "
-            f"give {own}: write auto"
+            f"deepspeed: {theirs} in its configuration, but the recipe and the number of processes "
+            f"give {ours}: write auto"
         )
 
 
 def _require_known(zero: Mapping[str, Any]) -> None:
-    """See that DeepSpeed knows the keys of ``zero_optimization``, and takes their values."""
+    """Check the keys and values of ``zero_optimization`` by DeepSpeed's own model."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:
         DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
     except ValidationError as error:
-        found = error.errors()[0]
-        key = ".".join(map(str, ("zero_optimization", *found["loc"])))
-        raise RecipeError(f"deepspeed: {key}: {found['msg']}") from None
+        detail = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *detail["loc"])))
+        raise RecipeError(f"deepspeed: {key}: {detail['msg']}") from None
 
 
 _BY_RECIPE = (

@@ -1,9 +1,9 @@
-"""Weights and optimizer states that DeepSpeed's ZeRO has in parts, as one process has them.
+"""Weights and optimizer states in parts of DeepSpeed's ZeRO, as one process has them.
 
 DeepSpeed's own checkpoints can be read by as many processes as have written them. These go tensor
 by tensor through its interface for debugging (``deepspeed.utils.safe_get_full_…``), and have the
 form of every other checkpoint. Where weights have 16 bits, the state of each parameter also has its
-``master`` of 32 bits, which DeepSpeed trains.
+``master`` in 32 bits, which DeepSpeed trains.
 """
 
 from __future__ import annotations
@@ -23,14 +23,9 @@ MASTER = "master"
 
 
 def require_one_dtype(model: nn.Module, arguments: Any) -> None:
-    """See that all weights that are trained have one dtype: ZeRO puts them into one buffer.
+    """Raise RecipeError unless all trained weights have one dtype: ZeRO puts them into one buffer.
 
-    Args:
-        model: before DeepSpeed has it.
-        arguments: the Trainer's. Where DeepSpeed has a dtype of 16 bits, it casts all weights.
-
-    Raises:
-        RecipeError: they have several.
+    Before DeepSpeed has the model. Where DeepSpeed has a dtype of 16 bits, it casts all weights.
     """
     config = getattr(arguments, "hf_deepspeed_config", None)
     if config is None or config.dtype() is not torch.float32:
@@ -48,33 +43,30 @@ def require_one_dtype(model: nn.Module, arguments: Any) -> None:
 
 
 def whole_weights(model: nn.Module, trained_only: bool, keep: bool) -> dict[str, Tensor]:
-    """The weights of a model in ZeRO-3, by their names; a collective.
+    """The weights of a model in ZeRO-3, by name; a collective.
 
-    Args:
-        model: the module inside the engine.
-        trained_only: leave out those that are frozen.
-        keep: whether this process keeps them (on the CPU); if not, the result is empty.
+    ``model`` is the module inside the engine. Empty where this process does not ``keep`` them, on
+    the CPU.
     """
     from deepspeed import zero
 
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if trained_only and not parameter.requires_grad:
             continue
         with zero.GatheredParameters([parameter]):
             if keep:
-                found[name] = parameter.detach().to("cpu", copy=True)
+                weights[name] = parameter.detach().to("cpu", copy=True)
     if keep and not trained_only:
-        found |= {name: buffer.detach().cpu() for name, buffer in _buffers(model)}
-    return found
+        weights |= {name: buffer.detach().cpu() for name, buffer in _buffers(model)}
+    return weights
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a model in ZeRO-3 whole weights; a collective. The optimizer's copies stay as they are.
+    """Load whole weights into a model in ZeRO-3; a collective. The optimizer's copies stay.
 
-    Args:
-        model: the module inside the engine.
-        state: the weights by their names, the same on every process. Others stay as they are.
+    ``model`` is the module inside the engine. ``state`` is the same on every process; weights
+    without an entry stay as they are.
     """
     from deepspeed import zero
 
@@ -96,22 +88,17 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] | None:
     """The state of the engine's optimizer, as ``state_dict`` has it for one process; a collective.
 
-    Args:
-        engine: DeepSpeed's.
-        groups: the names of the optimizer's parameters, before DeepSpeed took it over.
-        keep: whether this process keeps it (on the CPU).
-
-    Returns:
-        The state; None where it is not kept.
+    ``groups`` are the names of its parameters, before DeepSpeed took it over. None where this
+    process does not ``keep`` the state, on the CPU.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     parameters = dict(engine.module.named_parameters())
     base = _base(engine)
     _link_state(engine)
-    own: dict[str, Any] = next(iter(base.state.values()), {})
-    whole = [key for key, value in own.items() if _is_whole(value)]
-    rest = {key: value for key, value in own.items() if key not in whole}
+    first: dict[str, Any] = next(iter(base.state.values()), {})
+    whole = [key for key, value in first.items() if _is_whole(value)]
+    rest = {key: value for key, value in first.items() if key not in whole}
     state: dict[int, dict[str, Any]] = {}
     for number, name in enumerate(name for names in groups for name in names):
         parameter = parameters[name]
@@ -129,25 +116,22 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
 
 def _numbered(own: list[dict[str, Any]], groups: Groups) -> list[dict[str, Any]]:
     """The groups with the numbers of their parameters; DeepSpeed has left out those without any."""
-    given, found, first = iter(own), [], 0
+    remaining, result, first = iter(own), [], 0
     for names in groups:
-        group = next(given) if names else own[0]
+        group = next(remaining) if names else own[0]
         numbers = list(range(first, first + len(names)))
-        found.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
+        result.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
         first += len(names)
-    return found
+    return result
 
 
 def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
-    """Give the engine's optimizer the state of one over whole parameters.
+    """Load the state of an optimizer over whole parameters into the engine's.
 
-    Args:
-        engine: DeepSpeed's.
-        state: a ``state_dict``, the same on every process.
-        groups: the names of the parameters.
+    ``state`` is a ``state_dict``, the same on every process; ``groups`` are the parameters' names.
     """
     parameters = dict(engine.module.named_parameters())
-    names = [name for own in groups for name in own]
+    names = [name for members in groups for name in members]
     # those of a parameter with one element look like counts
     whole = {k for values in state["state"].values() for k, v in values.items() if _is_whole(v)}
     _begin_state(engine, next(iter(state["state"].values()), {}), whole)
@@ -159,19 +143,19 @@ def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
             elif key != MASTER and key in whole:
                 _set(parameter, value, key)
     filled = [group for group in state["param_groups"] if group["params"]]
-    for group, kept in zip(_base(engine).param_groups, filled, strict=True):
-        group.update({key: value for key, value in kept.items() if key != "params"})
+    for group, saved in zip(_base(engine).param_groups, filled, strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
 
 
 def whole_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
-    """The state of a schedule, whose lists have an entry per group, with those of empty groups."""
+    """The state of a schedule, whose lists have an entry per group, empty ones included."""
     filled = sum(map(bool, groups))
 
     def whole(value: Any) -> Any:
         if not isinstance(value, list) or len(value) != filled:
             return value
-        given = iter(value)
-        return [next(given) if names else value[0] for names in groups]
+        entries = iter(value)
+        return [next(entries) if names else value[0] for names in groups]
 
     return {key: whole(value) for key, value in state.items()}
 
@@ -197,13 +181,8 @@ def drop_masters(state: Mapping[Any, dict[str, Any]]) -> None:
 
 
 def _begin_state(engine: Any, example: dict[str, Any], whole: Collection[str]) -> None:
-    """Make what the optimizer makes in its first step, with the counts of ``example``.
-
-    Args:
-        engine: DeepSpeed's.
-        example: the state of a parameter.
-        whole: the names of values that have a number for each of the parameter.
-    """
+    """Make what the optimizer makes in its first step, with the counts of ``example``."""
+    # ``example`` is the state of a parameter; values in ``whole`` have a number for each element
     optimizer, base = engine.optimizer, _base(engine)
     for flat in next(getattr(optimizer, name) for name in _MASTERS if hasattr(optimizer, name)):
         values = base.state[flat]
@@ -228,11 +207,11 @@ def _link_state(engine: Any) -> None:
 _MASTERS = (
     "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition",
 )  # fmt: skip
-"""What the kinds of ZeRO call the weights that they step."""
+"""The names of the stepped weights in the kinds of ZeRO."""
 
 
 def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-    """Set a parameter's state (None: its master) to the part of ``value`` that is here."""
+    """Set a parameter's state (None: its master) to the part of ``value`` in this process."""
     from deepspeed import utils
 
     value = value.float().to(parameter.device)
@@ -242,18 +221,18 @@ def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         return
-    given = () if key is None else (key,)
+    args = () if key is None else (key,)
     get = utils.safe_get_local_fp32_param if key is None else utils.safe_get_local_optimizer_state
     put = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
-    size = get(parameter, *given).numel()
+    size = get(parameter, *args).numel()
     shards: Any = parameter
     first = size * dist.get_rank(shards.ds_process_group)
-    own = value.flatten()[first : first + size]
-    put(parameter, nn.functional.pad(own, (0, size - own.numel())), *given)
+    part = value.flatten()[first : first + size]
+    put(parameter, nn.functional.pad(part, (0, size - part.numel())), *args)
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a value of the state has a number for each of the parameter."""
+    """Whether a value of the state has an element for each of the parameter."""
     return torch.is_tensor(value) and value.numel() > 1
 
 

@@ -53,21 +53,21 @@ from .ways import Selection, Way, second_eager, select, sequences_per_step, ways
 from .worker import RESULT, SAMPLES, Job, write_samples
 
 _START_SECONDS = 20.0
-"""What a process takes until its first step, about: imports, and loading a small model."""
+"""Approximate time from a process's start to its first step: imports, loading a small model."""
 _SHARE_OF_PEAK = 0.3
-"""Of the speed that a device has in large products, what a step of eager mode reaches, about."""
+"""Approximate share of a device's speed in large products that a step of eager mode reaches."""
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What the command was asked for beside the recipe.
+    """The options of the command.
 
     Attributes:
         name: of the recipe, for the messages.
         steps: how many each way trains.
         processes: how many share the steps in the last way.
         json: a file for all figures; None: none is written.
-        keep: whether the scratch folder stays.
+        keep: keep the scratch folder.
     """
 
     name: str
@@ -78,11 +78,9 @@ class VerifyOptions:
 
 
 def verify(recipe: Recipe, options: VerifyOptions) -> int:
-    """Compare the ways of a recipe, and print the table.
+    """Compare the ways of a checked recipe with absolute paths, and print the table.
 
-    Args:
-        recipe: checked, with absolute paths. Nothing is written where it says.
-        options: of the command.
+    Nothing is written where the recipe says.
 
     Returns:
         The exit code: 0 if all ways passed that were run, else 1.
@@ -156,7 +154,7 @@ def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selectio
     return select(islice(in_order, steps * size), steps, size)
 
 
-# --- what is going to happen ---------------------------------------------------------------------
+# --- the announcement ----------------------------------------------------------------------------
 
 
 def _announcement(recipe: Recipe, ways: Sequence[Way], chosen: Selection) -> Iterator[str]:
@@ -186,7 +184,7 @@ def _announcement(recipe: Recipe, ways: Sequence[Way], chosen: Selection) -> Ite
 
 
 def _seconds(recipe: Recipe, chosen: Selection) -> float | None:
-    """What a way takes, about; None: not known. On a GPU a measurement would take its memory."""
+    """Estimated duration of a way; None: unknown, as measuring on a GPU would take its memory."""
     if torch.cuda.is_available():
         return None
     try:
@@ -206,14 +204,7 @@ def _seconds(recipe: Recipe, chosen: Selection) -> float | None:
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs ways of one recipe.
-
-    Attributes:
-        recipe: the user's.
-        steps: how many each way trains.
-        folder: scratch, with the samples.
-        tell: prints a line.
-    """
+    """Runs ways of one recipe; ``folder`` is scratch, with the samples."""
 
     recipe: Recipe
     steps: int
@@ -221,7 +212,7 @@ class Runner:
     tell: Callable[[str], None]
 
     def run(self, way: Way, number: str) -> Run:
-        """Run one way, and say how it went."""
+        """Run one way, and report the result."""
         if way.layout is not None:
             self.tell(f"{number} {way.name}: {way.layout.text()}")
         run = run_way(self.recipe, way, self.steps, self.folder, self.recipe.consent, self.tell)
@@ -232,11 +223,7 @@ class Runner:
 
 
 def _run(ways: Sequence[Way], chosen: Selection, runner: Runner) -> list[Run]:
-    """Run all of them; the first run of the result is the reference.
-
-    Raises:
-        RecipeError: the recipe is refused in eager mode.
-    """
+    """Run all ways, the reference first; RecipeError if eager mode refuses the recipe."""
     exact, eager, *others = ways
     number = sum(way.layout is not None for way in ways)
     runs = [runner.run(exact, f"1/{number}"), runner.run(eager, f"2/{number}")]
@@ -274,34 +261,33 @@ def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Allowe
         if run.status != "trained":
             rows.append(Row(run, None, run.status, [run.reason]))
             continue
-        found = off(run)
-        said = exceeded(found, limits)
-        rows.append(Row(run, found, "failed" if said else "passed", said))
+        deviation = off(run)
+        problems = exceeded(deviation, limits)
+        rows.append(Row(run, deviation, "failed" if problems else "passed", problems))
     return rows, limits
 
 
-# Each way is run in processes of its own: no state is shared, and memory is counted from zero.
+# --- processes: each way has its own, so no state is shared, and memory is counted from zero ------
 
 
 _POLL = 0.1
 _OTHERS = 20.0
 """Seconds that the other processes of a way get to end, once one has failed."""
 _LAST = 12
-"""Lines of what a process printed that are shown when a signal has ended it: where it was."""
+"""Lines of a process's output that are shown when a signal has ended it, as a traceback of it."""
 _ERROR = re.compile(r"(?:\[rank\d+\]:\s)?(\w[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
 """The last line of a traceback."""
 
 
 @dataclass
 class Run:
-    """How one way went.
+    """The result of running one way.
 
     Attributes:
-        way: which.
         status: ``"trained"``; ``"skipped"``: it cannot be run here; ``"failed"``: it should have.
         reason: why it was skipped or failed.
         folder: where its tensors are.
-        figures: what its worker has counted; see ``worker``.
+        figures: what its ``worker`` has counted.
         seconds: that it took, loading included.
     """
 
@@ -316,30 +302,23 @@ class Run:
 def run_way(
     recipe: Recipe, way: Way, steps: int, folder: Path, consent: Consent, say: Callable[[str], None]
 ) -> Run:
-    """Run one way to its end.
+    """Run one way to its end, and return the result.
 
-    Args:
-        recipe: the user's.
-        way: with a layout, unless it is skipped.
-        steps: how many.
-        folder: of all ways; it has the samples, and gets a folder for this one.
-        consent: what the caller allows.
-        say: prints a line.
-
-    Returns:
-        How it went. Its processes have ended, whatever happens here.
+    ``recipe`` is the user's. ``way`` has a layout, unless it is skipped. ``folder``, that of all
+    ways, has the samples, and gets a folder for this one. Its processes have ended at the return,
+    whatever happens here.
     """
     if way.layout is None:
         return Run(way, "skipped", way.skipped)
-    own = folder / way.name.replace(" ", "-")
-    own.mkdir()
-    changed = recipe_of(recipe, way, steps, str(own / "out"))
+    way_folder = folder / way.name.replace(" ", "-")
+    way_folder.mkdir()
+    changed = recipe_of(recipe, way, steps, str(way_folder / "out"))
     keys = changed.model_dump(mode="json", exclude_defaults=True)
-    Job(keys, consent, way.exact, way.layout.sequences).write(own)
+    Job(keys, consent, way.exact, way.layout.sequences).write(way_folder)
     start = time.monotonic()
-    with _started(own, way.layout.processes) as processes:
-        code = _wait(processes, own, say)
-    return _ended(way, own, code, time.monotonic() - start)
+    with _started(way_folder, way.layout.processes) as processes:
+        code = _wait(processes, way_folder, say)
+    return _ended(way, way_folder, code, time.monotonic() - start)
 
 
 def _ended(way: Way, folder: Path, code: int, seconds: float) -> Run:
@@ -364,13 +343,13 @@ def _reason(folder: Path, code: int) -> str:
         name = signal.Signals(-code).name
         if name == "SIGKILL":
             return "its process was killed by SIGKILL (the system does that when memory is short)"
-        said = "\n  ".join(line for lines in printed for line in _last(lines)) or "nothing"
-        return f"its process was killed by {name}; what was last printed:\n  {said}"
-    lines = [line for own in printed for line in own]
-    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
-    causes = [said for said in errors if "ProcessLostError" not in said] or errors
-    said = causes[0] if causes else (lines or ["it printed nothing"])[-1].strip()
-    return f"its process ended with exit code {code}: {said}"
+        message = "\n  ".join(line for lines in printed for line in _last(lines)) or "nothing"
+        return f"its process was killed by {name}; what was last printed:\n  {message}"
+    lines = [line for texts in printed for line in texts]
+    errors = [match[1] for line in lines if (match := _ERROR.match(line))]
+    causes = [message for message in errors if "ProcessLostError" not in message] or errors
+    message = causes[0] if causes else (lines or ["it printed nothing"])[-1].strip()
+    return f"its process ended with exit code {code}: {message}"
 
 
 def _last(lines: list[str]) -> list[str]:
@@ -394,7 +373,7 @@ def _started(folder: Path, number: int) -> Iterator[list[subprocess.Popen[bytes]
                 environ = {**os.environ, PARENT: str(os.getpid())}
                 if store is not None:
                     environ = rank_environment(rank, number, store.port)
-                # in a session of its own: Ctrl-C in a terminal is this process's to deal with
+                # in its own session: Ctrl-C in a terminal is for this process to handle
                 processes.append(
                     subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
@@ -424,7 +403,7 @@ def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _wait(
     processes: Sequence[subprocess.Popen[bytes]], folder: Path, say: Callable[[str], None]
 ) -> int:
-    """Wait for all, and pass on what rank 0 prints; the exit code of the first that failed."""
+    """Wait for all, and pass on what rank 0 prints; return the exit code of the first failure."""
     since: float | None = None
     first = 0
     with (folder / "rank-0.out").open(encoding="utf-8", errors="replace") as lines:
@@ -444,7 +423,7 @@ def _wait(
             time.sleep(_POLL)
 
 
-# What ``verify`` prints and writes: a row for each way, and a sentence for each that failed.
+# --- the table and the JSON ----------------------------------------------------------------------
 
 
 VERDICTS = {"passed": "passed", "failed": "FAILED", "skipped": "skipped"}
@@ -452,10 +431,9 @@ VERDICTS = {"passed": "passed", "failed": "FAILED", "skipped": "skipped"}
 
 @dataclass
 class Row:
-    """One way, compared.
+    """The comparison of one way.
 
     Attributes:
-        run: how it went.
         found: how far it is from the reference; None: of the reference, or it was not trained.
         verdict: ``"reference"``, ``"limit"`` (eager mode, which sets it), ``"passed"``,
             ``"failed"`` or ``"skipped"``.
@@ -470,14 +448,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """All ways of one recipe.
-
-    Attributes:
-        recipe: its name.
-        chosen: the samples of the steps.
-        rows: by way, the reference first.
-        limits: how far a way may be from the reference.
-    """
+    """The comparison of all ways of one recipe; ``rows`` are by way, the reference first."""
 
     recipe: str
     chosen: Selection
@@ -497,26 +468,26 @@ class Comparison:
 
     def table(self) -> Table:
         """The table, for a terminal."""
-        made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in ("way", "batches"):
-            made.add_column(name, no_wrap=True)
+            grid.add_column(name, no_wrap=True)
         for name in (
             "loss", "loss off", "gradients off", "change off", "tokens/s", "peak memory"
         ):  # fmt: skip
-            made.add_column(name, justify="right", no_wrap=True)
-        made.add_column("", no_wrap=True)
+            grid.add_column(name, justify="right", no_wrap=True)
+        grid.add_column("", no_wrap=True)
         for row in self.rows:
             if row.run.status == "trained":
-                made.add_row(*map(Text, self._cells(row)))
+                grid.add_row(*map(Text, self._cells(row)))
             else:
                 layout = row.run.way.layout
                 cells = [row.run.way.name, layout.text() if layout else "-", *["-"] * 6]
-                made.add_row(*map(Text, [*cells, VERDICTS[row.verdict]]))
+                grid.add_row(*map(Text, [*cells, VERDICTS[row.verdict]]))
             if row.verdict == "limit":
                 of = self.limits
                 offs = [f"{d:.1e}" for d in (of.loss, of.gradient, of.change)]
-                made.add_row(*map(Text, ["  allowed", "", "", *offs, "", "", ""]))
-        return made
+                grid.add_row(*map(Text, ["  allowed", "", "", *offs, "", "", ""]))
+        return grid
 
     def _cells(self, row: Row) -> list[str]:
         run, found = row.run, row.found
@@ -535,7 +506,7 @@ class Comparison:
         ]  # fmt: skip
 
     def sentences(self) -> Iterator[str]:
-        """What is below the table."""
+        """The sentences below the table."""
         masks = sorted({mask for row in self.rows for mask in row.run.figures.get("masks", ())})
         yield (
             f"off: relative to the reference; gradients are those of the first step, and the "
@@ -604,8 +575,8 @@ class Comparison:
             "versions": versions(),
             "machine": machine(),
         }
-        found: dict[str, Any] = finite(content)
-        return found
+        result: dict[str, Any] = finite(content)
+        return result
 
     def _way(self, row: Row) -> dict[str, Any]:
         run, layout = row.run, row.run.way.layout
@@ -633,7 +604,7 @@ def _peaks(run: Run) -> str:
     return " + ".join(memory(peaks.get("cuda_mb", peaks["rss_mb"])) for peaks in each)
 
 
-# The recipe of one way: the user's own, without all that writes, validates, draws or reports.
+# --- the recipe of a way: the user's, without output, validation, random draws and reports --------
 
 
 def _defaults(group: type[Keys]) -> dict[str, Any]:
@@ -665,30 +636,23 @@ _OFF: dict[str, Any] = {
     "lr_quadratic_warmup": False, "lr_div_factor": None, "jagged_restart_steps": None,
     "jagged_restart_warmup_steps": None, "jagged_restart_anneal_steps": None,
 }  # fmt: skip
-"""Keys that no way has, with the values that turn them off."""
+"""Keys that are turned off in all ways, with the values that do it."""
 
 _ALONE: dict[str, Any] = {
     "fsdp": None, "fsdp_config": None, "deepspeed": None, "dp_shard_size": None,
     "dp_replicate_size": None, "tensor_parallel_size": 1, "context_parallel_size": 1,
     "context_parallel": None, "ddp": None,
 }  # fmt: skip
-"""The same for one process."""
+"""The same for ways of one process."""
 
 
 def alone(recipe: Recipe) -> Recipe:
-    """What the ways of one process have in common."""
+    """The recipe of all ways of one process."""
     return recipe.model_copy(update={**_OFF, **_ALONE})
 
 
 def recipe_of(recipe: Recipe, way: Way, steps: int, folder: str) -> Recipe:
-    """What one way trains by.
-
-    Args:
-        recipe: the user's, checked.
-        way: with a layout.
-        steps: how many.
-        folder: in place of ``output_dir``.
-    """
+    """The recipe by which one way, which has a layout, trains ``steps`` steps into ``folder``."""
     layout = way.layout
     assert layout is not None
     changed = {

@@ -101,18 +101,11 @@ def kind_of(name: str) -> str:
 def deviations(
     figures: dict[str, Any], folder: Path, reference: dict[str, Any], reference_folder: Path
 ) -> Deviations:
-    """Compare one way with the reference.
-
-    Args:
-        figures: of the way, as its worker has written them.
-        folder: with its tensors.
-        reference: the reference's figures.
-        reference_folder: with its tensors.
-    """
+    """Compare one way with the reference: figures of the workers, and folders of tensors."""
     problems = list(_odd_losses(figures["losses"], reference["losses"]))
     losses = [
-        _relative(abs(own - exact), abs(exact))
-        for own, exact in zip(figures["losses"], reference["losses"], strict=False)
+        _relative(abs(loss - exact), abs(exact))
+        for loss, exact in zip(figures["losses"], reference["losses"], strict=False)
     ]
     gradients, missing = _gradients(folder / GRADIENTS, reference_folder / GRADIENTS)
     problems += missing
@@ -137,8 +130,8 @@ def _gradients(path: Path, reference: Path) -> tuple[dict[str, float], list[str]
     off: dict[str, float] = defaultdict(float)
     size: dict[str, float] = defaultdict(float)
     problems = []
-    with safe_open(path, "pt") as own, safe_open(reference, "pt") as exact:
-        names, expected = set(own.keys()), list(exact.keys())
+    with safe_open(path, "pt") as tensors, safe_open(reference, "pt") as exact:
+        names, expected = set(tensors.keys()), list(exact.keys())
         for some, words in (
             (set(expected) - names, "no gradient for"),
             (names - set(expected), "a gradient, which the reference has not, for"),
@@ -149,7 +142,7 @@ def _gradients(path: Path, reference: Path) -> tuple[dict[str, float], list[str]
             if name not in names:
                 continue
             truth = exact.get_tensor(name).double()
-            difference = own.get_tensor(name).double() - truth
+            difference = tensors.get_tensor(name).double() - truth
             for kind in (kind_of(name), ALL):
                 off[kind] += float(difference.square().sum())
                 size[kind] += float(truth.square().sum())
@@ -161,9 +154,9 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _change(path: Path, reference: Path) -> float:
-    with safe_open(path, "pt") as own, safe_open(reference, "pt") as exact:
-        names = sorted(set(exact.keys()) & set(own.keys()))
-        pairs = [(own.get_tensor(name), exact.get_tensor(name)) for name in names]
+    with safe_open(path, "pt") as tensors, safe_open(reference, "pt") as exact:
+        names = sorted(set(exact.keys()) & set(tensors.keys()))
+        pairs = [(tensors.get_tensor(name), exact.get_tensor(name)) for name in names]
     if not pairs:
         return math.nan
     distance = torch.cat([(a.double() - b.double()).abs().reshape(-1) for a, b in pairs])
@@ -175,19 +168,13 @@ def _nearest(distance: Tensor) -> Tensor:
     """``distance`` without its largest values; with them, if one is not finite."""
     if not bool(torch.isfinite(distance).all()):
         return distance
-    kept = max(1, round(distance.numel() * (1 - LEFT_OUT)))
-    return distance.sort().values[:kept]
+    count = max(1, round(distance.numel() * (1 - LEFT_OUT)))
+    return distance.sort().values[:count]
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """How far a way may be from the reference.
-
-    Attributes:
-        losses: in each step.
-        gradients: by the kind of weight, and of ``ALL``.
-        change: of the weights.
-    """
+    """How far a way may be from the reference; ``losses`` by step, ``gradients`` as there."""
 
     losses: tuple[float, ...]
     gradients: dict[str, float]
@@ -195,12 +182,9 @@ class Allowed:
 
     @classmethod
     def of(cls, eager: Deviations, dtype: str, tokens: int) -> Allowed:
-        """The rule above.
+        """The limits by the rule above, from the deviations of eager mode.
 
-        Args:
-            eager: how far eager mode is.
-            dtype: of the recipe's computation.
-            tokens: trained in a step, about.
+        ``dtype`` is that of the recipe's computation; about ``tokens`` are trained in a step.
         """
         slack = unit(getattr(torch, dtype))
         of_loss = slack + unit(torch.float32) * math.log2(max(2, tokens)) / 2
@@ -225,18 +209,18 @@ class Allowed:
 
 
 def exceeded(found: Deviations, limits: Allowed) -> list[str]:
-    """What of a way is further from the reference than it may be: a clause each; none: it passes.
+    """The clauses about what is further from the reference than it may be; none: the way passes.
 
     A deviation that is NaN exceeds every limit, and a limit that is NaN is exceeded by everything.
     """
-    said = list(found.problems)
+    clauses = list(found.problems)
     kinds = {
         kind: d
         for kind, d in found.gradients.items()
         if not d <= limits.gradients.get(kind, math.nan)
     }
     if not found.gradients:
-        said.append("it has no gradients")
+        clauses.append("it has no gradients")
     elif kinds:
         worst = sorted((kind for kind in kinds if kind != ALL), key=lambda k: -_order(kinds[k]))
         shown = ", ".join(
@@ -244,16 +228,16 @@ def exceeded(found: Deviations, limits: Allowed) -> list[str]:
             for kind in (worst or [ALL])[:3]
         )
         more = f" and {len(worst) - 3} more kinds of weights" if len(worst) > 3 else ""
-        said.append(f"the gradients of the first step differ in {shown}{more}")
+        clauses.append(f"the gradients of the first step differ in {shown}{more}")
     for step, (d, limit) in enumerate(zip(found.losses, limits.losses, strict=False), start=1):
         if not d <= limit and not _is_said(step, found.problems):
-            said.append(f"the loss of step {step} is off by {d:.1e}, and {limit:.1e} is allowed")
+            clauses.append(f"the loss of step {step} is off by {d:.1e}, and {limit:.1e} is allowed")
             break
     if not found.change <= limits.change:
-        said.append(
+        clauses.append(
             f"the weights' change is off by {found.change:.1e}, and {limits.change:.1e} is allowed"
         )
-    return said
+    return clauses
 
 
 def _order(deviation: float) -> float:
@@ -264,14 +248,14 @@ def _is_said(step: int, problems: Sequence[str]) -> bool:
     return any(f"the loss of step {step} is" in problem for problem in problems)
 
 
-# A trainer that keeps what is compared: losses, gradients, the change of the weights, memory.
+# --- a trainer that records what is compared -----------------------------------------------------
 
 
 GRADIENTS, CHANGES = "gradients.safetensors", "changes.safetensors"
 _START = "start.safetensors"
 
 MOST = 2**26
-"""Trained weights up to which all are compared; of more, so many, evenly chosen."""
+"""Up to this number of trained weights all are compared; of more, this many, evenly chosen."""
 
 
 def compared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -280,22 +264,22 @@ def compared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def stride_of(model: nn.Module) -> int:
-    """Of how many trained weights one is compared; an odd number, so that columns take turns."""
+    """One in so many trained weights is compared; an odd number, so that columns take turns."""
     number = sum(p.numel() for _, p in compared(model))
     return 1 if number <= MOST else -(-number // MOST) | 1
 
 
 def chosen_elements(tensor: Tensor, stride: int) -> Tensor:
-    """A copy of every ``stride``-th element, in the memory of the CPU; of shards, a collective."""
+    """A copy of every ``stride``-th element, in CPU memory; of shards, a collective."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().reshape(-1)[::stride].to("cpu", copy=True)
 
 
 class ProofTrainer(EngineMixin, Trainer):
-    """A trainer that keeps each step's loss and gradient norm, and the first one's gradients.
+    """Records the loss and gradient norm of each step, and the first gradients before clipping.
 
-    Gradients are written before they are clipped. Set ``record`` before ``train``.
+    Set ``record`` before ``train``.
     """
 
     record: Record
@@ -306,7 +290,7 @@ class ProofTrainer(EngineMixin, Trainer):
         self.record.losses.append(0.0)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; what it returns is the batch's share of the step's loss."""
+        """As Trainer's; returns the batch's share of the step's loss."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.record.losses[-1] += float(loss)
         return loss
@@ -329,7 +313,7 @@ class ProofTrainer(EngineMixin, Trainer):
             self.record.keep_gradients(1.0 if scaler is None else scaler.get_scale())
 
     def on_step_end(self) -> None:
-        """Make the loss that of all processes, and tell of the step."""
+        """Average the loss over all processes, and report the step."""
         super().on_step_end()
         losses, world = self.record.losses, self.world
         losses[-1] = world.sums([losses[-1]])[0] / world.batch_ranks
@@ -343,17 +327,14 @@ class ProofTrainer(EngineMixin, Trainer):
 
 
 class Record:
-    """What one way has done.
+    """The recorded losses and norms of one way; rank 0 (``main``) writes tensors to ``folder``.
 
-    Args:
-        model: with all adapters, before it is optimized or wrapped.
-        folder: where tensors are written, by rank 0.
-        main: whether this is rank 0.
+    The model has all adapters, and is not yet optimized or wrapped.
 
     Attributes:
         losses: per trained token, of each step.
         norms: of each step's gradients, before they are clipped.
-        stride: of how many trained weights one is compared.
+        stride: one in so many trained weights is compared.
     """
 
     def __init__(self, model: nn.Module, folder: Path, main: bool) -> None:
@@ -364,16 +345,12 @@ class Record:
         self._write(_START, {name: p.data for name, p in compared(model)})
 
     def keep_gradients(self, scale: float) -> None:
-        """Write the gradients as they are now; those of sharded weights are a collective.
-
-        Args:
-            scale: that the loss was multiplied with.
-        """
-        found = {name: p.grad for name, p in compared(self.model) if p.grad is not None}
-        self._write(GRADIENTS, found, scale)
+        """Write the current gradients, divided by the loss's ``scale``; a collective if sharded."""
+        gradients = {name: p.grad for name, p in compared(self.model) if p.grad is not None}
+        self._write(GRADIENTS, gradients, scale)
 
     def keep_changes(self) -> None:
-        """Write how far the weights are from where they began."""
+        """Write the difference of the weights from their initial values."""
         now = {name: chosen_elements(p.data, self.stride) for name, p in compared(self.model)}
         if self.main:
             start = load_file(self.folder / _START)
@@ -383,18 +360,18 @@ class Record:
             (self.folder / _START).unlink()
 
     def _write(self, name: str, tensors: dict[str, Tensor], scale: float = 1.0) -> None:
-        found = {key: chosen_elements(t, self.stride) for key, t in tensors.items()}
+        elements = {key: chosen_elements(t, self.stride) for key, t in tensors.items()}
         if scale != 1.0:
-            found = {key: t.float() / scale for key, t in found.items()}
+            elements = {key: t.float() / scale for key, t in elements.items()}
         if self.main:
-            save_file(found, self.folder / name)
+            save_file(elements, self.folder / name)
 
 
 class PeakMemory:
     """The largest memory in use since this was made.
 
-    Loading has peaks of its own (a GGUF file is unpacked), so the system's high-water mark is set
-    back. Where that cannot be done, the mark is the whole process's.
+    Loading has peaks too (a GGUF file is unpacked), so the system's high-water mark is reset. Where
+    that cannot be done, the mark is the whole process's.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The ways in which the same samples are trained, and how each of them makes batches of these."""
+"""The ways in which the same samples are trained, and their batches."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ class BatchLayout:
     """How the samples of each step become batches.
 
     Attributes:
-        packing: whether a sequence may hold several samples.
         rows: sequences in a batch.
         passes: batches of a step, in each process.
         processes: how many processes share a step.
-        sequences: the numbers of each sequence's samples, batch by batch; ``FILLER`` stands alone.
+        sequences: the numbers of each sequence's samples, batch by batch; ``FILLER`` alone in one.
     """
 
     packing: bool
@@ -41,14 +40,14 @@ class BatchLayout:
     @classmethod
     def of(cls, steps: Iterable[Step], packing: bool, rows: int, processes: int = 1) -> BatchLayout:
         """Lay out steps in batches of ``rows``, all steps with the same number of batches."""
-        given = [[tuple(sequence) for sequence in step] for step in steps]
+        sequences = [[tuple(sequence) for sequence in step] for step in steps]
         each = rows * processes
-        passes = max(-(-len(step) // each) for step in given)
-        filled = [[*step, *[(FILLER,)] * (passes * each - len(step))] for step in given]
+        passes = max(-(-len(step) // each) for step in sequences)
+        filled = [[*step, *[(FILLER,)] * (passes * each - len(step))] for step in sequences]
         return cls(packing, rows, passes, processes, tuple(s for step in filled for s in step))
 
     def text(self) -> str:
-        """For people, e.g. ``2 x 1 packs``: rows of a batch, and batches of a step."""
+        """Rows of a batch, and batches of a step, e.g. ``2 x 1 packs``."""
         return f"{self.rows} x {self.passes * self.processes} {_ROWS[self.packing]}"
 
 
@@ -60,8 +59,7 @@ class Way:
     """One run of the comparison.
 
     Attributes:
-        name: short, and unlike all others.
-        optimize: whether the model is optimized.
+        name: short and unique.
         layout: of its batches; None: it is not run.
         exact: whether it computes in a higher precision than the recipe's.
         skipped: why it is not run; empty: it is.
@@ -94,62 +92,55 @@ class Selection:
         return sum(self.tokens_of(step) for step in range(len(self.steps)))
 
     def tokens_of(self, step: int) -> int:
-        """Those of one step, counted from 0."""
+        """Tokens of one step, counted from 0."""
         sequences = self.steps[step]
         return sum(len(self.samples[i].input_ids) for sequence in sequences for i in sequence)
 
     @property
     def trained(self) -> int:
-        """Those of them that have a label."""
+        """Tokens of all steps that have a label."""
         return sum(self.samples[i].trained for s in self.steps for seq in s for i in seq)
 
 
 def select(sequences: Iterable[Sequence[Sample]], steps: int, size: int) -> Selection:
-    """Take the first steps of a recipe's data.
+    """Take the first ``steps`` of ``size`` sequences each.
 
-    Args:
-        sequences: packs or single samples, in the order in which the recipe trains them; they are
-            taken again from the first one when they end.
-        steps: how many steps.
-        size: sequences of a step.
+    The sequences are packs or single samples, in the order in which the recipe trains them; they
+    are taken again from the first one when they end.
     """
-    found: list[list[Sample]] = []
+    groups: list[list[Sample]] = []
     for sequence in sequences:
-        found.append(list(sequence))
-        if len(found) == steps * size:
+        groups.append(list(sequence))
+        if len(groups) == steps * size:
             break
-    flat = [sample for sequence in found for sample in sequence]
+    flat = [sample for sequence in groups for sample in sequence]
     numbers, at = [], 0
-    for sequence in found:
+    for sequence in groups:
         numbers.append(tuple(range(at, at + len(sequence))))
         at += len(sequence)
-    taken = [numbers[i % len(numbers)] for i in range(steps * size)]
+    these = [numbers[i % len(numbers)] for i in range(steps * size)]
     ids = flat[0].input_ids[:_FILLER_TOKENS]
     filler = Sample(ids, [IGNORED] * len(ids))
-    return Selection([*flat, filler], [taken[i : i + size] for i in range(0, len(taken), size)])
+    return Selection([*flat, filler], [these[i : i + size] for i in range(0, len(these), size)])
 
 
 def sequences_per_step(recipe: Recipe) -> int:
-    """How many sequences a compared step has: a batch of the recipe, and two at least."""
+    """Sequences in a compared step: a batch of the recipe, and at least two."""
     return max(2, recipe.micro_batch_size)
 
 
 def ways_of(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None) -> list[Way]:
-    """All ways in which a recipe is compared, those that are skipped included.
+    """All ways in which a recipe is compared, including skipped ones.
 
-    Args:
-        recipe: checked.
-        chosen: the samples.
-        processes: how many the last way has.
-        gpus: how many there are; None: training is on the CPU.
+    The last way has ``processes``. ``gpus`` is None where training is on the CPU.
     """
     packs, rows = recipe.packs(), recipe.micro_batch_size
-    own = BatchLayout.of(chosen.steps, packs, rows)
-    exact = Way("exact", optimize=False, layout=own, exact=True)
+    layout = BatchLayout.of(chosen.steps, packs, rows)
+    exact = Way("exact", optimize=False, layout=layout, exact=True)
     return [
         exact,
         replace(exact, name="eager", exact=False),
-        Way("optimized", optimize=True, layout=own),
+        Way("optimized", optimize=True, layout=layout),
         _repacked(recipe, chosen),
         _accumulated(chosen, packs, rows),
         _shared(recipe, chosen, processes, gpus),
@@ -157,7 +148,7 @@ def ways_of(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None)
 
 
 def second_eager(way: Way, chosen: Selection) -> Way:
-    """Eager again, with its sums in another order, for where no higher precision can be had."""
+    """Eager mode with its sums in another order, where no higher precision can be had."""
     assert way.layout is not None
     size = len(chosen.steps[0])
     rows = 1 if way.layout.rows > 1 else size
@@ -172,14 +163,14 @@ def _repacked(recipe: Recipe, chosen: Selection) -> Way:
         name = "unpacked"
         steps: list[Any] = [[(i,) for sequence in step for i in sequence] for step in chosen.steps]
         skip = all(len(sequence) == 1 for step in chosen.steps for sequence in step)
-        said = "each of these packs holds a single sample; a larger --steps has others"
+        reason = "each of these packs holds a single sample; a larger --steps has others"
     else:
         name = "packed"
         steps = [_packed(step, chosen.samples, recipe) for step in chosen.steps]
         skip = all(len(new) == len(old) for new, old in zip(steps, chosen.steps, strict=True))
-        said = f"no two samples of a step fit into sequence_len: {recipe.sequence_len}"
+        reason = f"no two samples of a step fit into sequence_len: {recipe.sequence_len}"
     if skip:
-        return Way(name, optimize=True, skipped=said)
+        return Way(name, optimize=True, skipped=reason)
     return Way(
         name, optimize=True, layout=BatchLayout.of(steps, name == "packed", rows), optional=True
     )
@@ -203,8 +194,8 @@ def _accumulated(chosen: Selection, packing: bool, rows: int) -> Way:
 def _shared(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None) -> Way:
     """Each step shared by several processes, as the recipe shares it."""
     name = f"{processes} processes"
-    if (said := _why_alone(recipe, processes, gpus)) is not None:
-        return Way(name, optimize=True, skipped=said)
+    if (reason := _why_alone(recipe, processes, gpus)) is not None:
+        return Way(name, optimize=True, skipped=reason)
     rows = -(-len(chosen.steps[0]) // processes)
     layout = BatchLayout.of(chosen.steps, recipe.packs(), rows, processes)
     return Way(name, optimize=True, layout=layout, optional=True)

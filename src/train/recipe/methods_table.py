@@ -1,4 +1,4 @@
-"""The methods of preferences and rewards, as recipes have them: a record each.
+"""The methods of preferences and rewards in recipes: a record each.
 
 What trains them (trainer, arguments, batches, figures) is in ``methods/table.py``, which has a
 record of the same name.
@@ -52,15 +52,13 @@ LANGUAGE_HEAD = Head("AutoModelForCausalLM", "CAUSAL_LM")
 
 @dataclass(frozen=True)
 class RecipeMethod:
-    """A method, as a recipe has it.
+    """A method in a recipe.
 
     Attributes:
-        rows: what its rows are.
         arguments: what a recipe says of it, by the names in the configuration of its trainer; None
             where the recipe says nothing, so that the trainer's default holds.
         reference: whether it compares the model with a reference model: always, only with a
             ``beta`` above 0, or never.
-        head: of the model that it trains.
         other_passes: forward passes for each sequence on other answers than its own, as the model
             and its reference each make them.
     """

@@ -14,9 +14,8 @@ from .yaml_lines import parse_value
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Read ``--key value``, ``--key=value``, and for booleans ``--key`` and ``--no-key``.
 
-    Args:
-        arguments: the words. Values are read as YAML, ``-`` in a key is read as ``_``, and a dotted
-            key (``--datasets.0.path``) goes inside.
+    Values are read as YAML, ``-`` in a key is read as ``_``, and a dotted key
+    (``--datasets.0.path``) goes inside.
 
     Raises:
         RecipeError: a word that belongs to no key, or a key without a value.
@@ -45,13 +44,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _no_value(key: str) -> str:
-    """What is wrong with a word that no value follows: often it is a misspelt switch."""
+    """The message about a word that no value follows: often it is a misspelt switch."""
     known = {*Recipe.model_fields, *aliases(Recipe), *moved(Recipe)}
     if key.removeprefix("no_").partition(".")[0] in known:
         return "needs a value"
     near = nearest(key, [*known, "dry_run", "overwrite"])
-    meant = f"; did you mean --{near}?" if near else ""
-    return f"is neither an option nor a key of a recipe{meant}"
+    hint = f"; did you mean --{near}?" if near else ""
+    return f"is neither an option nor a key of a recipe{hint}"
 
 
 def _is_switch(dotted: str) -> bool:

@@ -1,4 +1,4 @@
-"""The paths of a recipe, made absolute; and what is not where it should be."""
+"""The paths of a recipe, made absolute, and the problems with those that do not exist."""
 
 from __future__ import annotations
 
@@ -33,21 +33,18 @@ FUNCTIONS = ("datasets", "test_datasets", "trl")
 
 
 def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
-    """Make the paths of a recipe absolute.
+    """Make the paths of a recipe absolute, and return what could not be found.
 
-    Args:
-        recipe: as written. A path is looked for in ``folder``, then in the current folder.
-        folder: where the recipe is.
-
-    Returns:
-        The recipe with absolute paths, and what could not be found.
+    A path is looked for in ``folder``, where the recipe is, then in the current folder.
     """
     folders = list(dict.fromkeys([folder, Path.cwd()]))
     problems: Problems = []
     update: dict[str, Any] = {}
     for name in DATA:
-        if found := getattr(recipe, name):
-            update[name] = [_dataset(d, folders, (name, i), problems) for i, d in enumerate(found)]
+        if datasets := getattr(recipe, name):
+            update[name] = [
+                _dataset(d, folders, (name, i), problems) for i, d in enumerate(datasets)
+            ]
             if not recipe.consent.allow_builders:
                 problems += _unallowed(update[name], name)
     update |= _models(recipe, folders, problems)
@@ -60,12 +57,12 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     for name in ("base_model", "lora_model_dir"):
         if update.get(name) == update.get("output_dir"):  # its weights would be overwritten
             problems.append((("output_dir",), f"is the folder of {name}: choose another one"))
-    if isinstance(wanted := recipe.resume_from_checkpoint, str):
+    if isinstance(resume_from := recipe.resume_from_checkpoint, str):
         places = [Path.cwd(), folder, Path(update["output_dir"])]
-        checkpoint = find_file(wanted, places)
+        checkpoint = find_file(resume_from, places)
         if checkpoint is None:
             places = list(dict.fromkeys(places))
-            problems.append((("resume_from_checkpoint",), _nowhere(wanted, places)))
+            problems.append((("resume_from_checkpoint",), _nowhere(resume_from, places)))
         update["resume_from_checkpoint"] = str(checkpoint)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
@@ -80,15 +77,15 @@ def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[
     update: dict[str, Any] = {}
     for loc, name in _named_functions(recipe):
         key, i = str(loc[0]), loc[-1]
-        found = _function(name, folders, loc, problems)
+        full_name = _function(name, folders, loc, problems)
         if key == "trl":
             trl: Any = update.get(key, recipe.trl)
-            names = [found if place == i else n for place, n in enumerate(trl.reward_funcs)]
+            names = [full_name if place == i else n for place, n in enumerate(trl.reward_funcs)]
             update[key] = trl.model_copy(update={"reward_funcs": names})
         else:
             datasets = list(update.get(key, getattr(recipe, key)))
             place = int(loc[1])
-            datasets[place] = datasets[place].model_copy(update={"type": found})
+            datasets[place] = datasets[place].model_copy(update={"type": full_name})
             update[key] = datasets
     return update
 
@@ -109,19 +106,18 @@ def _named_functions(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
 
 
 def _function(name: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
-    found = located(name, folders)
-    if (missing := module_of(found)) is not None:
+    name_with_path = located(name, folders)
+    if (missing := module_of(name_with_path)) is not None:
         problems.append(
             (loc, f"there is no {missing}.py in {_either(folders)}, and no such package")
         )
-    return found
+    return name_with_path
 
 
 def unallowed_functions(recipe: Recipe) -> Problems:
-    """The Python functions that a run of the recipe would call without the caller's permission.
+    """The Python functions that a run would call without the caller's permission.
 
-    Args:
-        recipe: with absolute paths.
+    The recipe has absolute paths.
     """
     if recipe.consent.allow_code:
         return []
@@ -129,11 +125,9 @@ def unallowed_functions(recipe: Recipe) -> Problems:
 
 
 def broken_functions(recipe: Recipe, keys: Collection[str] = FUNCTIONS) -> Problems:
-    """The Python functions of a recipe that cannot be loaded; their modules are imported.
+    """The Python functions of ``keys`` that cannot be loaded; their modules are imported.
 
-    Args:
-        recipe: with absolute paths, and the caller's permission.
-        keys: which keys' functions are looked at.
+    The recipe has absolute paths, and the caller's permission.
     """
     problems: Problems = []
     for loc, name in _named_functions(recipe):
@@ -148,7 +142,7 @@ def broken_functions(recipe: Recipe, keys: Collection[str] = FUNCTIONS) -> Probl
 
 
 def _unallowed(datasets: list[Dataset], key: str) -> Problems:
-    """The builders that would have to run."""
+    """Builders that the caller has not allowed."""
     return [
         ((key, i, "builder"), refused_builder(d.builder, d.path))
         for i, d in enumerate(datasets)
@@ -157,18 +151,18 @@ def _unallowed(datasets: list[Dataset], key: str) -> Problems:
 
 
 def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
-    """The places of the model, its tokenizer and its adapter."""
+    """The paths of the model, its tokenizer and its adapter."""
     update: dict[str, Any] = {}
     for name in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
         value = getattr(recipe, name)
         if value is None:
             continue
-        found = None if value.startswith("package:") else find_file(value, folders)
-        update[name] = str(found) if found else value
+        path = None if value.startswith("package:") else find_file(value, folders)
+        update[name] = str(path) if path else value
         try:
-            if name == "base_model" or found is None:
+            if name == "base_model" or path is None:
                 locate(value, folders)
-            if found is None and not value.startswith("package:") and not _HUB_ID.fullmatch(value):
+            if path is None and not value.startswith("package:") and not _HUB_ID.fullmatch(value):
                 raise RecipeError(
                     f"{value!r} is neither in {_either(folders)} nor a Hugging Face id"
                 )
@@ -185,17 +179,17 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
         if (problem := why_none(path)) is not None:
             problems.append(((*loc, "path"), problem))
         return dataset
-    found = find_file(path, folders)
+    local = find_file(path, folders)
     if builder is not None:
         made_by = find_file(builder, folders)
         if made_by is None:
             problems.append(((*loc, "builder"), _nowhere(builder, folders)))
         update = {
             "builder": str(made_by),
-            "path": str(found or folders[0] / Path(path).expanduser()),
+            "path": str(local or folders[0] / Path(path).expanduser()),
         }
-    elif found is not None:
-        update["path"] = str(found)
+    elif local is not None:
+        update["path"] = str(local)
     elif "://" in path:
         problems.append(
             ((*loc, "path"), f"{path}: remote storage is not yet available: download it first")
@@ -204,7 +198,7 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
         problems.append(((*loc, "path"), _nowhere(path, folders)))
     elif not _HUB_ID.fullmatch(path):
         problems.append(((*loc, "path"), _no_id(path, folders)))
-    if dataset.data_files is not None and found is None:  # else they are inside the folder
+    if dataset.data_files is not None and local is None:  # else they are inside the folder
         files = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
         update["data_files"] = [str(find_file(file, folders) or file) for file in files]
     if dataset.chat_template_jinja is not None:
@@ -217,28 +211,28 @@ def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> s
     """The absolute path of a template's file, or the template itself."""
     if "{" in text or "\n" in text:
         return text
-    found = find_file(text, folders)
-    if found is None:
+    file = find_file(text, folders)
+    if file is None:
         problems.append(((*loc, "chat_template_jinja"), _nowhere(text, folders)))
-    return str(found or text)
+    return str(file or text)
 
 
 def _deepspeed(
     recipe: Recipe, value: str | dict[str, Any], folders: list[Path], problems: Problems
 ) -> str | dict[str, Any]:
     """The absolute path of a configuration of DeepSpeed, if it is in a file."""
-    found = find_file(value, folders) if isinstance(value, str) else None
+    file = find_file(value, folders) if isinstance(value, str) else None
     try:
-        config = read_config(str(found) if found else value)
-        own = {
+        config = read_config(str(file) if file else value)
+        settings = {
             "micro_batch_size": recipe.micro_batch_size,
             "gradient_accumulation_steps": recipe.accumulation(),
             "max_grad_norm": recipe.max_grad_norm,
         }
-        problems += [(("deepspeed",), said) for said in mismatches(config, own)]
+        problems += [(("deepspeed",), message) for message in mismatches(config, settings)]
     except RecipeError as error:
         problems.append((("deepspeed",), str(error)))
-    return str(found) if found else value
+    return str(file) if file else value
 
 
 def _nowhere(path: str, folders: list[Path]) -> str:
@@ -254,13 +248,10 @@ def _either(folders: list[Path]) -> str:
 
 
 def needs_consent(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
-    """The keys of a recipe by which it would run foreign code without the caller's word.
+    """The keys by which a recipe would run foreign code without consent, each with the refusal.
 
-    ``trust_remote_code`` itself is none of them: without the word it is not obeyed, and most models
+    ``trust_remote_code`` itself is none of them: without consent it is not obeyed, and most models
     that it is written for have long been part of transformers.
-
-    Yields:
-        The place of each, and the refusal.
     """
     if recipe.consent.trust_remote_code:
         return
@@ -278,11 +269,7 @@ def needs_consent(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
 
 
 def require_consent(recipe: Recipe) -> None:
-    """See that nothing in ``recipe`` needs a word that the caller has not given.
-
-    Raises:
-        RecipeError: something does.
-    """
+    """Raise RecipeError if anything in ``recipe`` needs consent that the caller has not given."""
     for place, problem in needs_consent(recipe):
         raise RecipeError(f"{'.'.join(map(str, place))}: {problem}")
 

@@ -1,4 +1,4 @@
-"""What the keys of training on preferences mean together: one record, which the trainers read."""
+"""The settings of training on preferences, from several keys in one record for the trainers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ class PreferenceSettings:
     """How a recipe trains on preferences or rewards.
 
     Attributes:
-        method: the method.
-        rows: what its rows are.
         reference: it compares the model with a reference model: with an adapter, the same model
             without it.
         num_labels: outputs of a reward model; 0 for others, which keep their language head.
-        reward_functions: the names of what judges completions.
+        reward_functions: the names of the rewards of completions.
         arguments: what the recipe says of the method, by the names in the configuration of TRL's
             trainer. What the recipe does not say is not there, so that TRL's default holds.
     """
@@ -46,12 +44,12 @@ class PreferenceSettings:
 
     @property
     def generates(self) -> bool:
-        """Whether the model writes what it is trained on."""
+        """Whether the model generates what it is trained on."""
         return self.rows == "prompts"
 
     @property
     def passes_beside(self) -> int:
-        """Forward passes without gradients, beside that of each sequence which is trained."""
+        """Forward passes without gradients, besides that of each trained sequence."""
         other = METHODS[self.method].other_passes
         models = int(self.reference and not self.arguments.get("precompute_ref_log_probs"))
         return models * (1 + other) + other
@@ -67,19 +65,16 @@ def method_of(recipe: Recipe) -> Method | None:
 
 
 def rows_of(recipe: Recipe) -> RowKind | None:
-    """What the rows of a recipe are; None: those of supervised training."""
+    """The kind of rows of a recipe; None: those of supervised training."""
     method = method_of(recipe)
     return None if method is None else ROWS[method]
 
 
 def head_of(recipe: Recipe) -> Head:
-    """The head of the model that a recipe trains.
+    """The head of the model that a checked recipe trains.
 
     ``num_labels`` alone asks for none, because recipes of supervised training keep it without
     effect; with a ``model_type`` that classifies it does.
-
-    Args:
-        recipe: checked.
     """
     method, labels = method_of(recipe), recipe.num_labels or None
     if method in HEADS:
@@ -91,14 +86,7 @@ def head_of(recipe: Recipe) -> Head:
 
 
 def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
-    """What a recipe says of training on preferences or rewards.
-
-    Args:
-        recipe: checked.
-
-    Returns:
-        The record, or None for supervised training.
-    """
+    """The settings of a checked recipe; None for supervised training."""
     method = method_of(recipe)
     if method is None:
         return None
@@ -116,7 +104,7 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
 
 
 _COMPLETIONS = 8
-"""Completions of each prompt, where the recipe does not say."""
+"""The default number of completions of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +127,7 @@ class GenerationSizes:
         return self.batch // self.each
 
     def passes(self, rows: int) -> int:
-        """Completions that are trained on in an epoch; prompts that fill no batch are left out.
-
-        Raises:
-            RecipeError: all of them are.
-        """
+        """Completions trained in an epoch, of prompts that fill a batch; RecipeError if none do."""
         if rows < self.prompts:
             raise RecipeError(
                 f"micro_batch_size: completions of {self.prompts} prompts are generated at a time "
@@ -155,11 +139,7 @@ class GenerationSizes:
 
 
 def generation_sizes(recipe: Recipe, processes: int) -> GenerationSizes:
-    """How many completions a recipe has generated at a time.
-
-    Args:
-        recipe: of a method that generates.
-        processes: how many train it.
+    """How many completions a recipe that generates has at a time, in ``processes``.
 
     Raises:
         RecipeError: they are no whole groups of completions of one prompt.
@@ -167,24 +147,24 @@ def generation_sizes(recipe: Recipe, processes: int) -> GenerationSizes:
     trl = recipe.trl or TrlKeys()
     each = trl.num_generations or _COMPLETIONS
     micro, passes = recipe.micro_batch_size, recipe.accumulation()
-    asked = trl.generation_batch_size
-    batch = asked or micro * passes * processes
+    requested = trl.generation_batch_size
+    batch = requested or micro * passes * processes
     if batch % (micro * processes):
         raise RecipeError(
             f"trl.generation_batch_size: must be a multiple of micro_batch_size ({micro}) times "
             f"the processes ({processes}), and {batch} is not"
         )
     if batch % each:
-        said = "" if trl.num_generations else ", its default"
+        note = "" if trl.num_generations else ", its default"
         product = (
             "trl.generation_batch_size"
-            if asked
+            if requested
             else f"micro_batch_size ({micro}) x gradient_accumulation_steps ({passes}) x "
             f"processes ({processes})"
         )
         raise RecipeError(
             f"trl.num_generations: {batch} completions are generated at a time, which is {product}"
-            f", and that must be a multiple of trl.num_generations ({each}{said}); change one of "
+            f", and that must be a multiple of trl.num_generations ({each}{note}); change one of "
             "them"
         )
     return GenerationSizes(each, batch, trl.num_iterations or 1)

@@ -16,7 +16,7 @@ from .recipe import Recipe
 from .secrets import hide
 
 Loc = tuple[str | int, ...]
-"""The way to a value, e.g. ``("datasets", 0, "path")``."""
+"""The path of a value, e.g. ``("datasets", 0, "path")``."""
 
 _WANTED = {
     "bool": "true or false", "int": "a whole number", "float": "a number", "string": "text",
@@ -29,12 +29,7 @@ _MANY = 15
 
 
 def explained(error: ValidationError, values: Any) -> list[tuple[Loc, str]]:
-    """Pydantic's errors as messages; the branches of a union become one line.
-
-    Args:
-        error: what the validation of ``values`` raised.
-        values: the recipe as written.
-    """
+    """Pydantic's errors for ``values`` as messages; the branches of a union become one line."""
     grouped: dict[Loc, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         grouped.setdefault(_place(detail, values), []).append(detail)
@@ -64,19 +59,19 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
     if kind == "extra_forbidden":
         near = nearest_key(model_at(loc[:-1]), str(loc[-1]))
         return f"is not a key of a recipe{_meant(near)}"
-    found = [str(detail.get("ctx", {}).get("expected", "")) for detail in details]
-    names = [name for expected in found for name in re.findall(r"'([^']*)'", expected)]
+    expectations = [str(detail.get("ctx", {}).get("expected", "")) for detail in details]
+    names = [name for expected in expectations for name in re.findall(r"'([^']*)'", expected)]
     near = _nearest_value(loc, str(value), names)
     if len(names) > _MANY:
         return (
             f"must be one of {len(names)} names (fusewright schema lists them), "
             f"not {_quoted(value)}{_meant(near)}"
         )
-    wanted: list[str] = []
-    for detail, expected in zip(details, found, strict=True):
+    alternatives: list[str] = []
+    for detail, expected in zip(details, expectations, strict=True):
         word = expected or _WANTED.get(detail["type"].split("_")[0])
-        wanted.append(word or detail["msg"].removeprefix("Input should be "))
-    return f"must be {' or '.join(dict.fromkeys(wanted))}, not {_quoted(value)}{_meant(near)}"
+        alternatives.append(word or detail["msg"].removeprefix("Input should be "))
+    return f"must be {' or '.join(dict.fromkeys(alternatives))}, not {_quoted(value)}{_meant(near)}"
 
 
 def _quoted(value: Any) -> str:
@@ -87,7 +82,7 @@ def _quoted(value: Any) -> str:
 
 
 def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:
-    """The name that was meant, of those that can be had, whether or not its case is right."""
+    """The most similar of the allowed names, whether or not the case is right."""
     key = max((i for i, part in enumerate(loc) if isinstance(part, str)), default=0)
     field = model_at(loc[:key]).model_fields.get(str(loc[key]))
     special = extra_of(field).get("values", ()) if field else ()
@@ -104,7 +99,7 @@ def _meant(near: str | None) -> str:
 
 
 def model_at(loc: Loc) -> type[Keys]:
-    """The class whose keys stand at ``loc``; ``Recipe`` for what is in no class."""
+    """The class whose keys are at ``loc``; ``Recipe`` for what is in no class."""
     model: type[Keys] = Recipe
     for part in loc:
         field = model.model_fields.get(part) if isinstance(part, str) else None
@@ -114,18 +109,12 @@ def model_at(loc: Loc) -> type[Keys]:
 
 
 def nearest_key(model: type[Keys], name: str) -> str | None:
-    """The key that was meant, if one is near."""
+    """The key with a similar name, if there is one."""
     return nearest(name, [*model.model_fields, *aliases(model)])
 
 
 def listed(name: str, problems: list[tuple[Loc, str]], where: Mapping[Loc, str]) -> str:
-    """All problems as one message, in the order of the file.
-
-    Args:
-        name: of the recipe.
-        problems: each with the place that it is about.
-        where: the line of every place.
-    """
+    """All problems as one message, in the order of their lines, which ``where`` has by place."""
     order = {place: i for i, place in enumerate(where.values())}
     entries = []
     for loc, problem in problems:

@@ -60,8 +60,8 @@ class Recipe(
 
     def recorded(self) -> dict[str, Any]:
         """Every key as a run's files keep it: ``trust_remote_code`` says what was in force."""
-        kept = self.model_dump(mode="json")
-        return {**kept, "trust_remote_code": self.consent.trust_remote_code}
+        keys = self.model_dump(mode="json")
+        return {**keys, "trust_remote_code": self.consent.trust_remote_code}
 
     def attention(self) -> str | None:
         """The attention to ask transformers for; None: the model's own choice."""
@@ -69,12 +69,12 @@ class Recipe(
             return "sdpa"  # whose calls torch replaces by ring attention
         if self.attn_implementation is not None:
             return self.attn_implementation
-        asked = {
+        switches = {
             "sdpa": self.sdp_attention,
             "eager": self.eager_attention,
             "flex_attention": self.flex_attention,
         }
-        return next((name for name, wanted in asked.items() if wanted), None)
+        return next((name for name, on in switches.items() if on), None)
 
     def precision(self) -> Literal["auto", "bfloat16", "float16", "float32"]:
         """The dtype of weights and computation; ``auto``: see ``has_bfloat16``."""
@@ -136,7 +136,7 @@ class Recipe(
 
     def reporters(self) -> list[str]:
         """The trackers that the figures go to, by their names in transformers' ``report_to``."""
-        asked: dict[str, Any] = {
+        switches: dict[str, Any] = {
             "wandb": _either(self.use_wandb, self.wandb_project) and self.wandb_mode != "disabled",
             "mlflow": _either(
                 self.use_mlflow, self.mlflow_experiment_name or self.mlflow_tracking_uri
@@ -147,9 +147,9 @@ class Recipe(
             "swanlab": _either(self.use_swanlab, self.swanlab_project)
             and self.swanlab_mode != "disabled",
         }
-        return [name for name, wanted in asked.items() if wanted]
+        return [name for name, on in switches.items() if on]
 
 
 def _either(said: bool | None, implied: Any) -> bool:
-    """What a switch says, or else what other keys imply."""
+    """The value of a switch, or else what other keys imply."""
     return bool(implied) if said is None else said

@@ -1,4 +1,4 @@
-"""Secrets of a recipe, kept out of what a run leaves behind: its folder may be published."""
+"""Keeping a recipe's secrets out of what a run leaves behind: its folder may be published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-"""What stands in place of a secret."""
+"""The replacement of a secret."""
 
 _SECRET = re.compile(
     r"(?:api|access|private)[_-]?key|passw(?:or)?d|passphrase|secret|credential|authorization"
@@ -30,10 +30,10 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
     r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16})\b"
 )
-"""What secrets of well-known services look like, wherever they stand."""
+"""Patterns of secrets of well-known services, anywhere in a text."""
 
 _LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+:[^/\s@]+@", re.IGNORECASE)
-"""The same for an address within a text."""
+"""An address with a user and a password within a text."""
 
 
 def scrub(text: str) -> str:
@@ -42,13 +42,10 @@ def scrub(text: str) -> str:
 
 
 def hide(value: Any, secret: bool = False) -> Any:
-    """A recipe, or a part of one, as plain data without its secrets.
+    """A recipe, or a part of one at any depth, as plain data without its secrets.
 
-    Only text is hidden: ``hf_use_auth_token: true`` tells nothing.
-
-    Args:
-        value: keys and values, at any depth; not changed.
-        secret: what it is the value of is a secret.
+    Only text is hidden: ``hf_use_auth_token: true`` tells nothing. ``secret``: the value belongs to
+    a key that is a secret.
     """
     if isinstance(value, Mapping):
         return {
@@ -65,7 +62,7 @@ def hide(value: Any, secret: bool = False) -> Any:
 def without_hidden(value: Any) -> Any:
     """A recipe as a run has left it, without the keys that ``hide`` has emptied.
 
-    What reads them falls back on the environment then, such as the token of ``hf auth login``.
+    Its readers then fall back on the environment, such as the token of ``hf auth login``.
     """
     if isinstance(value, Mapping):
         return {key: without_hidden(inner) for key, inner in value.items() if inner != HIDDEN}

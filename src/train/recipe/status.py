@@ -1,6 +1,6 @@
 """What each key of a recipe does: honoured, subsumed, not applicable, or not yet available.
 
-What a key's status is stands beside the key (``keys/``); here it is looked up for the values of one
+The status of a key is declared with the key (``keys/``); here it is looked up for the values of one
 recipe. A value that asks for nothing (unset, false, the default) is honoured whatever the key.
 """
 
@@ -33,8 +33,6 @@ class Entry:
 
     Attributes:
         loc: where it is, e.g. ``("datasets", 0, "path")``.
-        value: what was written.
-        status: what becomes of it.
         note: by what, why, or what to do instead.
         asks: whether the value asks for something.
     """
@@ -52,15 +50,12 @@ class Entry:
 
 
 def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Entry]:
-    """The status of every key, those inside others too.
+    """The status of every key of a checked recipe as written, nested ones included.
 
-    Args:
-        values: a recipe as written, which has been checked.
-        recipe: the same with its paths resolved; None: what stands for a file that is not there is
-            not said.
+    ``recipe`` has its paths resolved; without it, replacements of missing files are not reported.
     """
     idle = dict(without_effect(values))
-    found = []
+    result = []
     for entry in _every(values):
         if entry.key == "deepspeed" and recipe is not None and uses_built_in(recipe.deepspeed):
             entry = Entry(entry.loc, entry.value, entry.status, _BUILT_IN, entry.asks)
@@ -68,15 +63,14 @@ def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Ent
             entry = Entry(entry.loc, entry.value, entry.status, _OWN_TEMPLATE, entry.asks)
         if entry.key in idle and entry.status in ("honoured", "subsumed") and entry.asks:
             entry = Entry(entry.loc, entry.value, "not applicable", idle[entry.key], True)
-        found.append(entry)
-    return found
+        result.append(entry)
+    return result
 
 
 def refusals(values: Mapping[str, Any]) -> list[tuple[Loc, str]]:
     """What training must refuse, because the run would not be what was asked for.
 
-    Args:
-        values: a recipe as written; it may have other problems.
+    ``values`` is a recipe as written, which may have other problems.
     """
     return [
         (
@@ -89,35 +83,35 @@ def refusals(values: Mapping[str, Any]) -> list[tuple[Loc, str]]:
 
 
 def without_secrets(entry: Entry) -> Any:
-    """The value of a key, to be shown."""
+    """The value of a key, for display."""
     key = str(entry.loc[-1])
     return hide({key: entry.value})[key]
 
 
 def messages(recipe: Recipe) -> list[str]:
     """Short lines about keys that ask for something that is done otherwise, or not at all."""
-    found = [e for e in entries(recipe.model_dump(exclude_unset=True)) if e.asks]
+    requests = [e for e in entries(recipe.model_dump(exclude_unset=True)) if e.asks]
     lines = {
         "subsumed": "fusewright does this itself",
         "not applicable": "without effect here",
     }
-    said = []
+    lines_of_keys = []
     for status, text in lines.items():
-        keys = [entry.key for entry in found if entry.status == status]
+        keys = [entry.key for entry in requests if entry.status == status]
         if keys:
-            said.append(f"{text}: {', '.join(keys)} (train --dry-run says why)")
+            lines_of_keys.append(f"{text}: {', '.join(keys)} (train --dry-run says why)")
     if uses_built_in(recipe.deepspeed):
-        said.append(f"deepspeed: {recipe.deepspeed}: {_BUILT_IN}")
+        lines_of_keys.append(f"deepspeed: {recipe.deepspeed}: {_BUILT_IN}")
     if recipe.trust_remote_code and not recipe.consent.trust_remote_code:
-        said.append(
+        lines_of_keys.append(
             f"trust_remote_code: without effect, because {CODE_SWITCH} is not on the command "
             "line: transformers' own classes are used"
         )
-    return said
+    return lines_of_keys
 
 
 def _every(values: Mapping[str, Any]) -> Iterator[Entry]:
-    """Every key with its own status; those of preference methods have none without a method."""
+    """The status of every key; keys of preference methods do nothing without a method."""
     read = has_method(values)
     for entry in _walk(Recipe, values, ()):
         if not read and entry.loc[0] in OF_METHODS and entry.value is not None:

@@ -1,8 +1,7 @@
-"""How a recipe's run is shared between processes: one record, whatever names its keys have.
+"""How a recipe's run is shared between processes: one record for all spellings of the keys.
 
 A recipe may be written for FSDP1 or FSDP2, with the names of accelerate, transformers or Axolotl.
-All of them come together here. FSDP is always FSDP2 (``fully_shard``), with what the options mean
-there.
+FSDP is always FSDP2 (``fully_shard``), with what the options mean there.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ class Fsdp:
         reshard_after_forward: free gathered weights after forward, and gather them again in
             backward.
         offload_params: keep shards, gradients and the optimizer's state in CPU memory.
-        pin_memory: pin that memory.
         activation_checkpointing: keep only the inputs of each block for backward.
         state_dict_type: whether checkpoints hold whole tensors, or the shards of each process.
         mixed_precision: the name of the dtype of gathered weights, gradients and outputs; None: the
@@ -53,7 +51,7 @@ class Strategy:
     """How the work is shared between processes.
 
     Attributes:
-        engine: who shares it. ``"ddp"`` also stands for a run of one process.
+        engine: who shares it. ``"ddp"`` is also that of a run of one process.
         fsdp: with ``"fsdp"``, its options.
         deepspeed: with ``"deepspeed"``, its configuration. Values may be ``"auto"``.
         shard: number of processes that share one copy of the weights; 0: all that ``replicate``
@@ -83,43 +81,36 @@ class Strategy:
         return self.shard * self.replicate * self.group if self.shard else None
 
     def require_world(self, size: int) -> None:
-        """See that a number of processes fits what the recipe says.
-
-        Args:
-            size: how many there are, on all machines together.
-
-        Raises:
-            RecipeError: it needs another number.
-        """
-        needed = self.world()
-        if needed == size or (needed is None and size % (self.replicate * self.group) == 0):
+        """Raise RecipeError unless the number of processes, on all machines together, fits."""
+        required = self.world()
+        if required == size or (required is None and size % (self.replicate * self.group) == 0):
             return
         run = f"{size} process{'es run' if size != 1 else ' runs'}"
-        start = f"start {needed} (e.g. --nproc {needed})"
+        start = f"start {required} (e.g. --nproc {required})"
         if self.group > 1:
-            said = self._group_problem(needed, run)
-        elif needed is None:
-            said = (
+            problem = self._group_problem(required, run)
+        elif required is None:
+            problem = (
                 f"dp_replicate_size: {self.replicate} copies of the model cannot share the "
                 f"processes, of which {run}: start a multiple of {self.replicate}, or remove the "
                 "key"
             )
-        elif self.engine == "ddp" and needed == 1:
-            said = f"{self.alone} means one process, but {run}: remove it, or start one"
+        elif self.engine == "ddp" and required == 1:
+            problem = f"{self.alone} means one process, but {run}: remove it, or start one"
         elif self.engine == "ddp":
-            said = (
-                f"dp_replicate_size: {needed} processes are needed, but {run}: {start}, or remove "
-                "the key"
+            problem = (
+                f"dp_replicate_size: {required} processes are needed, but {run}: {start}, or "
+                "remove the key"
             )
         else:
-            said = (
+            problem = (
                 f"dp_shard_size: {self.shard} times dp_replicate_size: {self.replicate} is "
-                f"{needed}, but {run}: {start}, or set sizes whose product is {size}"
+                f"{required}, but {run}: {start}, or set sizes whose product is {size}"
             )
-        raise RecipeError(said)
+        raise RecipeError(problem)
 
     def _group_problem(self, needed: int | None, run: str) -> str:
-        """What to say of a number of processes that groups with a batch of their own do not fit."""
+        """The problem with a number of processes that is no multiple of the group's."""
         sizes = {
             "tensor_parallel_size": self.tensor, "context_parallel_size": self.context,
             "dp_shard_size": self.shard, "dp_replicate_size": self.replicate,
@@ -135,13 +126,10 @@ class Strategy:
 
 
 def strategy_of(recipe: DistributedKeys) -> Strategy:
-    """What a recipe's keys say together.
-
-    Args:
-        recipe: one that has been checked, so that no two keys conflict.
+    """The strategy of a checked recipe, in which no two keys conflict.
 
     Raises:
-        RecipeError: the file of ``deepspeed`` is not there any more, or is no configuration.
+        RecipeError: the file of ``deepspeed`` does not exist any more, or is no configuration.
     """
     replicate = recipe.dp_replicate_size or 1
     shard = recipe.dp_shard_size or 1
@@ -157,7 +145,7 @@ def strategy_of(recipe: DistributedKeys) -> Strategy:
             "fsdp", _fsdp(recipe),
             shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
         )  # fmt: skip
-    # what DDP averages over are all processes, so there is one group
+    # DDP averages over all processes, so there is one group
     alone = recipe.one_process() or ("ddp: false" if recipe.ddp is False else None)
     shard = 1 if replicate > 1 or alone or tensor * context > 1 else 0
     return Strategy(
@@ -170,14 +158,14 @@ def ddp_arguments(recipe: DistributedKeys) -> dict[str, Any]:
 
     Only keys that are set. Buckets, buffers and unused parameters are DDP's; all engines wait.
     """
-    given: dict[str, Any] = {"ddp_timeout": recipe.ddp_timeout}
+    kwargs: dict[str, Any] = {"ddp_timeout": recipe.ddp_timeout}
     if not recipe.deepspeed and not is_sharded(recipe):
-        given |= {
+        kwargs |= {
             "ddp_bucket_cap_mb": recipe.ddp_bucket_cap_mb,
             "ddp_broadcast_buffers": recipe.ddp_broadcast_buffers,
             "ddp_find_unused_parameters": recipe.ddp_find_unused_parameters,
         }
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 _WRAPS: dict[str, Literal["transformer", "size", "none"]] = {
@@ -203,7 +191,7 @@ def _fsdp(recipe: DistributedKeys) -> Fsdp:
     )
 
 
-# What the names of FSDP's options mean together, those of its first version too.
+# --- FSDP's options by their names in both versions -----------------------------------------------
 
 RESHARDS: dict[str, bool | None] = {
     "FULL_SHARD": True,
@@ -226,7 +214,7 @@ def settings(recipe: DistributedKeys) -> FsdpKeys:
 
 
 def names_fsdp(recipe: DistributedKeys) -> bool:
-    """Whether a recipe asks for FSDP, be it only for its ``NO_SHARD``."""
+    """Whether a recipe asks for FSDP, even if only for its ``NO_SHARD``."""
     if recipe.fsdp is False:
         return False
     return bool(recipe.fsdp) or any(value is not None for _, value in settings(recipe))
@@ -235,12 +223,12 @@ def names_fsdp(recipe: DistributedKeys) -> bool:
 def strategies(recipe: DistributedKeys) -> list[tuple[str, str]]:
     """The keys that name a sharding strategy of FSDP1, each with the name."""
     config = settings(recipe)
-    named = [("fsdp", word.upper()) for word in words(recipe) if word.upper() in RESHARDS]
+    pairs = [("fsdp", word.upper()) for word in words(recipe) if word.upper() in RESHARDS]
     if config.sharding_strategy is not None:
-        named.append(("fsdp_config.sharding_strategy", config.sharding_strategy))
+        pairs.append(("fsdp_config.sharding_strategy", config.sharding_strategy))
     if isinstance(config.reshard_after_forward, str):
-        named.append(("fsdp_config.reshard_after_forward", config.reshard_after_forward))
-    return named
+        pairs.append(("fsdp_config.reshard_after_forward", config.reshard_after_forward))
+    return pairs
 
 
 def is_sharded(recipe: DistributedKeys) -> bool:
@@ -250,9 +238,9 @@ def is_sharded(recipe: DistributedKeys) -> bool:
 
 def reshards(recipe: DistributedKeys) -> bool:
     """Whether gathered weights are freed after forward."""
-    asked = settings(recipe).reshard_after_forward
-    if isinstance(asked, bool):
-        return asked
+    reshard = settings(recipe).reshard_after_forward
+    if isinstance(reshard, bool):
+        return reshard
     return all(RESHARDS[name] is not False for _, name in strategies(recipe))
 
 
@@ -276,6 +264,6 @@ def contexts(recipe: DistributedKeys) -> int:
 
 
 def context_key(recipe: DistributedKeys) -> tuple[str, ...]:
-    """The place of the key that says so."""
+    """The place of the key of ``contexts``."""
     nested = recipe.context_parallel is not None and recipe.context_parallel.size is not None
     return ("context_parallel", "size") if nested else ("context_parallel_size",)

@@ -1,4 +1,4 @@
-"""A recipe as YAML for people to read: what was chosen apart from what was left at its default."""
+"""A recipe as YAML for people to read, with chosen keys apart from defaults."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ _ROWS = ("datasets", "test_datasets")
 
 @dataclass(frozen=True)
 class Folded:
-    """A recipe in two parts.
-
-    Attributes:
-        chosen: YAML of the keys that differ from their defaults, or have none.
-        defaults: YAML of the others.
-        number: how many the others are.
-    """
+    """YAML of the keys that are not at a default, and of the ``number`` others."""
 
     chosen: str
     defaults: str
@@ -33,10 +27,9 @@ class Folded:
 
 
 def folded(recipe: Mapping[str, Any]) -> Folded:
-    """Split a recipe, as ``run.json`` holds it, into what was chosen and the rest.
+    """Split a recipe, as ``run.json`` holds it, into chosen keys and the rest.
 
-    Args:
-        recipe: keys and values; keys that this version does not know count as chosen.
+    Keys that this version does not know count as chosen.
     """
     order = [name for group in GROUPS for name in group.model_fields if name in recipe]
     sorted_ = {name: recipe[name] for name in [*order, *recipe]}  # keys we do not know come last

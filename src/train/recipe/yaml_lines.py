@@ -25,7 +25,7 @@ _Loader.add_implicit_resolver(
 
 
 _MOST = 50_000
-"""Values in a recipe: aliases of aliases multiply, and a few lines could fill the memory."""
+"""Most values in a recipe: aliases of aliases multiply, and a few lines could fill the memory."""
 
 
 def parse_value(text: str) -> Any:
@@ -37,10 +37,7 @@ def parse_value(text: str) -> Any:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
-    """Read a recipe's file.
-
-    Returns:
-        Its content, and the line of every key and item, counted from 1.
+    """Read a recipe's file, and the line of every key and item, counted from 1.
 
     Raises:
         RecipeError: it is not there, no text, no YAML, no mapping, or has a key twice.
@@ -56,8 +53,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
     except yaml.YAMLError as error:
         raise RecipeError(_not_yaml(path, error)) from None
     except RecursionError:
-        said = "a value contains itself, or is nested too deeply"
-        raise RecipeError(f"{path}: not valid YAML: {said}") from None
+        problem = "a value contains itself, or is nested too deeply"
+        raise RecipeError(f"{path}: not valid YAML: {problem}") from None
     except ValueError as error:  # a date that is none, or too many values
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     finally:
@@ -80,8 +77,8 @@ def _text(path: Path) -> str:
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder; name the recipe's YAML file") from None
     except UnicodeDecodeError as error:
-        said = f"byte {error.start} is not UTF-8; save it as a text file in UTF-8"
-        raise RecipeError(f"{path}: cannot be read: {said}") from None
+        problem = f"byte {error.start} is not UTF-8; save it as a text file in UTF-8"
+        raise RecipeError(f"{path}: cannot be read: {problem}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
 

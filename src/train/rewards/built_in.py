@@ -1,7 +1,7 @@
 """Rewards by name: exact match, a regular expression, a format, a length.
 
-Each is called as TRL calls the functions that judge completions: with the completions, and one list
-for every field of the rows; it returns one number per completion.
+Each is called as TRL calls reward functions: with the completions, and one list for every field of
+the rows; it returns one number per completion.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Generated = str | Sequence[dict[str, Any]]
 
 
 class Reward(Protocol):
-    """A function that judges completions."""
+    """A reward function."""
 
     @property
     def __name__(self) -> str:
-        """What it is called in logs."""
+        """The name in logs."""
         ...
 
     def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
@@ -44,14 +44,11 @@ def text_of(completion: Generated) -> str:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 for a completion that is the right answer, 0 for any other.
+    """1 for a completion that is the right answer, in the row's ``field``, 0 for any other.
 
-    Case and white space around count for nothing. Of a completion with ``<answer>`` marks, what is
+    Case and surrounding white space do not count. Of a completion with ``<answer>`` marks, what is
     between the last ones is compared; of a right answer with ``####``, as GSM8K has it, what comes
     after that.
-
-    Args:
-        field: the field of a row that holds the right answer.
     """
 
     field: str = "answer"
@@ -68,30 +65,23 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class Matches:
-    """1 for a completion in which a regular expression is found, 0 for any other.
-
-    Args:
-        pattern: the expression; a dot stands for line breaks, too.
-    """
+    """1 for a completion in which ``pattern`` is found, 0 for others; a dot matches line breaks."""
 
     pattern: str
     __name__ = "regex"
 
     def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
         """1 or 0 for each completion."""
-        found = re.compile(self.pattern, re.DOTALL)
-        return [float(found.search(text_of(c)) is not None) for c in completions]
+        expression = re.compile(self.pattern, re.DOTALL)
+        return [float(expression.search(text_of(c)) is not None) for c in completions]
 
 
 @dataclass(frozen=True)
 class Tagged:
-    """How far a completion consists of tagged parts, such as ``<think>...</think>``.
+    """How far a completion consists of the tagged parts, such as ``<think>...</think>``, in order.
 
     1 if it is exactly that, each part once, in order, and with something in it. Otherwise 0.5 times
     the fraction of marks that are there once, so that there is something to learn from.
-
-    Args:
-        tags: the names of the parts, in order.
     """
 
     tags: tuple[str, ...] = ("think", "answer")
@@ -107,20 +97,15 @@ class Tagged:
     def _reward(self, text: str, whole: re.Pattern[str]) -> float:
         marks = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
         once = sum(text.count(mark) == 1 for mark in marks)
-        found = whole.fullmatch(text)
-        if found and once == len(marks) and all(part.strip() for part in found.groups()):
+        match = whole.fullmatch(text)
+        if match and once == len(marks) and all(part.strip() for part in match.groups()):
             return 1.0
         return 0.5 * once / len(marks)
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """1 for a completion of the right length, less the further it is from that, down to 0.
-
-    Args:
-        most: tokens of the longest completion that is right.
-        least: tokens of the shortest one.
-    """
+    """1 for ``least`` to ``most`` tokens, less the further a completion is from that, down to 0."""
 
     most: int
     least: int = 0
@@ -169,14 +154,11 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-# The rewards of a recipe.
+# --- the rewards of a recipe ----------------------------------------------------------------------
 
 
 def rewards_of(recipe: Recipe) -> list[Reward]:
-    """What judges the completions of a recipe, in its order.
-
-    Args:
-        recipe: checked, with absolute paths.
+    """The rewards of a checked recipe, in its order.
 
     Raises:
         RecipeError: the recipe has no rewards, a function cannot be imported, or the caller does
@@ -184,20 +166,20 @@ def rewards_of(recipe: Recipe) -> list[Reward]:
     """
     settings = preference_settings(recipe)
     names = () if settings is None else settings.reward_functions
-    found: list[Any] = []
+    rewards: list[Any] = []
     for i, name in enumerate(names):
         if is_function(name):
-            found.append(load_function(name, f"trl.reward_funcs.{i}", recipe.consent))
+            rewards.append(load_function(name, f"trl.reward_funcs.{i}", recipe.consent))
         else:
-            found.append(built_in(name))
-    return cast("list[Reward]", found)
+            rewards.append(built_in(name))
+    return cast("list[Reward]", rewards)
 
 
-# Completions to look at: some of those that were generated, with their rewards.
+# --- completions to look at, with their rewards ---------------------------------------------------
 
 
 FEW = 4
-"""Completions of a generation that are shown, where the recipe does not say."""
+"""Completions of a generation that are shown by default."""
 
 _LONGEST = 2_000
 """Characters of a text that are kept."""
@@ -209,11 +191,8 @@ Shown = dict[str, Any]
 def shown(generated: Mapping[str, Any], step: int, each: int, most: int | None) -> list[Shown]:
     """Some completions of a generation, of as many prompts as there are.
 
-    Args:
-        generated: ``prompt``, ``completion`` and ``advantages`` of each, and ``rewards`` by name.
-        step: which they are for.
-        each: completions of each prompt.
-        most: how many to show; None: a few.
+    ``generated`` has ``prompt``, ``completion`` and ``advantages`` of each, and ``rewards`` by
+    name, with ``each`` completions of a prompt; ``most`` are shown, None: a few.
     """
     prompts, completions = list(generated["prompt"]), list(generated["completion"])
     advantages = list(generated["advantages"])
@@ -232,7 +211,7 @@ def shown(generated: Mapping[str, Any], step: int, each: int, most: int | None) 
 
 
 def _prompt(prompt: Any) -> str:
-    """The text of a prompt; messages with their roles before them."""
+    """The text of a prompt; of messages, with their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{m.get('role', '')}: {m.get('content') or ''}" for m in prompt)

@@ -1,4 +1,4 @@
-"""Rewards as a run calls them: what is wrong with one has a message that names it."""
+"""Calling rewards in a run, with messages that name the one that fails."""
 
 from __future__ import annotations
 
@@ -24,25 +24,20 @@ GIVEN = (
     "prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra",
     "log_metric",
 )  # fmt: skip
-"""What rewards are called with besides the fields of rows; with completions, one item each."""
+"""The arguments of rewards besides the fields of rows; with completions, one item each."""
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class Judge:
-    """A reward, called as TRL calls it.
+    """A reward, called as TRL calls it; with fewer arguments if it takes no further ones.
 
-    One that fails, or returns what is no reward for each completion, gives 0 to all of them: other
+    One that fails, or does not return a reward for each completion, gives 0 to all of them: other
     processes wait for the rewards of this one. ``require_rewards`` then raises in all of them.
 
     Attributes:
         failure: what went wrong; None: nothing so far.
         silence: ``"None"`` or ``"NaN"`` if it last judged no completion; None: it judged some.
-
-    Args:
-        reward: the function; if it takes no further arguments, it gets only those that it takes.
-        key: where it is in the recipe.
-        name: of its figures.
     """
 
     def __init__(self, reward: Callable[..., Any], key: str, name: str) -> None:
@@ -61,8 +56,8 @@ class Judge:
             return self._failed(error, given)
 
     def _taken(self, given: dict[str, Any]) -> dict[str, Any]:
-        if said := without_columns(self.reward, given):
-            raise DataError(f"the reward {self.__name__} {said}")
+        if problem := without_columns(self.reward, given):
+            raise DataError(f"the reward {self.__name__} {problem}")
         if self._takes is None:
             return given
         return {name: value for name, value in given.items() if name in self._takes}
@@ -76,19 +71,19 @@ class Judge:
     def _checked(self, found: Any, given: dict[str, Any]) -> Judgement:
         count = len(given["completions"])
         if isinstance(found, str | bytes) or not hasattr(found, "__iter__"):
-            said = f"returned a {type(found).__name__}, not a list with one number each"
-            return self._refused(said, given)
+            problem = f"returned a {type(found).__name__}, not a list with one number each"
+            return self._refused(problem, given)
         values = list(found)
         if len(values) != count:
-            said = f"returned {len(values)} rewards for {count} completions, not one each"
-            return self._refused(said, given)
+            problem = f"returned {len(values)} rewards for {count} completions, not one each"
+            return self._refused(problem, given)
         rewards: Judgement = []
         for value in values:
             try:
                 rewards.append(None if value is None else float(value))
             except (TypeError, ValueError, RuntimeError):
-                said = f"returned {value!r:.60} as a reward, which is not a number"
-                return self._refused(said, given)
+                problem = f"returned {value!r:.60} as a reward, which is not a number"
+                return self._refused(problem, given)
         if any(r is not None and math.isinf(r) for r in rewards):
             return self._refused("returned an infinite reward", given)
         nothing = all(r is None or math.isnan(r) for r in rewards)
@@ -101,7 +96,7 @@ class Judge:
 
 
 class AsyncJudge(Judge):
-    """The same for a coroutine function."""
+    """A reward that is a coroutine function."""
 
     async def __call__(self, **given: Any) -> Judgement:  # type: ignore[override]  # 2026-11-27: awaited by TRL
         """The reward of each completion; None: it is not judged."""
@@ -114,46 +109,36 @@ class AsyncJudge(Judge):
 
 
 def judges(rewards: Sequence[Callable[..., Any]]) -> list[Judge]:
-    """The rewards of a recipe, in its order, each with a name of its own."""
+    """The rewards of a recipe, in its order, each with a unique name."""
     names = [str(getattr(r, "__name__", type(r).__name__)) for r in rewards]
     often = Counter(names)
-    found = []
+    result = []
     for i, (reward, name) in enumerate(zip(rewards, names, strict=True)):
         kind = AsyncJudge if _is_async(reward) else Judge
-        own = f"{name}_{i + 1}" if often[name] > 1 else name
-        found.append(kind(reward, f"trl.reward_funcs.{i}", own))
-    return found
+        unique = f"{name}_{i + 1}" if often[name] > 1 else name
+        result.append(kind(reward, f"trl.reward_funcs.{i}", unique))
+    return result
 
 
 def require_columns(rewards: Sequence[Callable[..., Any]], columns: Iterable[str]) -> None:
-    """See that rows have the fields that rewards need: of the right answer, or as arguments.
+    """Raise DataError if rows lack a field that a reward needs, of the answer or as an argument.
 
-    Args:
-        rewards: the functions of a recipe, in its order.
-        columns: the fields of rows besides the prompt.
-
-    Raises:
-        DataError: none has one of them.
+    ``columns`` are the fields besides the prompt.
     """
-    there = [*GIVEN, *columns]
+    arguments = [*GIVEN, *columns]
     for i, reward in enumerate(rewards):
-        if said := without_columns(reward, there):
+        if problem := without_columns(reward, arguments):
             name = getattr(reward, "__name__", type(reward).__name__)
-            raise DataError(f"trl.reward_funcs.{i}: the reward {name} {said}")
+            raise DataError(f"trl.reward_funcs.{i}: the reward {name} {problem}")
 
 
 def without_columns(reward: Callable[..., Any], given: Iterable[str]) -> str | None:
-    """What to say where rows lack a field that a reward needs; None: they have all.
-
-    Args:
-        reward: the function.
-        given: the names of what it would be called with.
-    """
-    there = list(given)
-    missing = [name for name in _needed_arguments(reward) if name not in there]
-    columns = [repr(name) for name in there if name not in GIVEN]
+    """The message where ``given`` lacks an argument that a reward needs; None: it has all."""
+    arguments = list(given)
+    missing = [name for name in _needed_arguments(reward) if name not in arguments]
+    columns = [repr(name) for name in arguments if name not in GIVEN]
     has = f"rows have {', '.join(columns)}" if columns else "rows have only a prompt"
-    if isinstance(reward, ExactMatch) and reward.field not in there:
+    if isinstance(reward, ExactMatch) and reward.field not in arguments:
         return (
             f"needs the field {reward.field!r} with the right answer, and no row has it ({has}); "
             "name another field with exact_match:FIELD"
@@ -167,15 +152,11 @@ def without_columns(reward: Callable[..., Any], given: Iterable[str]) -> str | N
 
 
 def require_rewards(found: Iterable[Judge], world: World) -> None:
-    """See that no reward has failed, in any process; a collective.
-
-    Raises:
-        RewardError: one has; the message is the same in all processes.
-    """
-    own = next((judge.failure for judge in found if judge.failure is not None), None)
-    said = next(filter(None, world.gather(own)), None)
-    if said is not None:
-        raise RewardError(said)
+    """Raise the same RewardError in all processes if a reward has failed in any; a collective."""
+    failure = next((judge.failure for judge in found if judge.failure is not None), None)
+    message = next(filter(None, world.gather(failure)), None)
+    if message is not None:
+        raise RewardError(message)
 
 
 def _is_async(reward: Callable[..., Any]) -> bool:
@@ -203,46 +184,37 @@ def _named_arguments(reward: Callable[..., Any]) -> set[str] | None:
     return {p.name for p in parameters}
 
 
-# What nothing is learnt from: completions that no reward judges, and rewards that are equal.
+# --- where nothing is learnt: completions without rewards, and rewards that are equal -------------
 
 
 SEVERAL = 5
-"""Logged steps after which it is said that rewards do not differ."""
+"""Logged steps after which equal rewards are reported."""
 
 
 def require_judged(judges: Sequence[Judge], rewards: Tensor, world: World) -> None:
-    """See that any completion has a reward; a collective.
+    """Raise the same RewardError in all processes if no completion has a reward; a collective.
 
-    Args:
-        judges: what has judged them.
-        rewards: of all processes, (completions, judges); NaN: not judged.
-        world: the processes.
-
-    Raises:
-        RewardError: none has; the message is the same in all processes.
+    ``rewards`` are those of all processes, (completions, judges); NaN: not judged.
     """
     if not len(rewards) or not bool(rewards.isnan().all()):
         return
     silent = world.gather([judge.silence for judge in judges])[0]
     key = judges[0].key if len(judges) == 1 else "trl.reward_funcs"
-    said = " and ".join(
+    reasons = " and ".join(
         f"the reward {judge.__name__} returned {what}"
         for judge, what in zip(judges, silent, strict=True)
     )
     hint = "; NaN often comes from 0 divided by 0" if "NaN" in silent else ""
     raise RewardError(
-        f"{key}: {said} for all {len(rewards)} completions, from which nothing can be learnt; "
+        f"{key}: {reasons} for all {len(rewards)} completions, from which nothing can be learnt; "
         f"return a number for each completion that the reward applies to{hint}"
     )
 
 
 class RewardWatch:
-    """Says once where training learns nothing from some completions, or from all of them.
+    """Reports once where training learns nothing from some completions, or from all of them.
 
-    Args:
-        names: of the rewards.
-        each: completions of each prompt.
-        say: prints a line.
+    ``names`` are those of the rewards; a prompt has ``each`` completions.
     """
 
     def __init__(self, names: Sequence[str], each: int, say: Callable[[str], None]) -> None:
@@ -251,11 +223,9 @@ class RewardWatch:
         self.least, self.most = ([sign * torch.inf] * len(names) for sign in (1, -1))
 
     def judged(self, rewards: Tensor, step: int) -> None:
-        """Take in the rewards of completions that are to be trained on.
+        """Take in rewards that are trained at ``step``, (completions, rewards); NaN: not judged.
 
-        Args:
-            rewards: (completions, rewards); NaN: not judged. Those of a prompt are consecutive.
-            step: which they are for.
+        Those of a prompt are consecutive.
         """
         unjudged = int(rewards.isnan().all(dim=1).sum())
         if unjudged and self.complete:
@@ -272,7 +242,7 @@ class RewardWatch:
         self.most = list(map(max, self.most, most.amax(dim=0).tolist()))
 
     def logged(self, last: bool) -> None:
-        """A step is logged; ``last``: no other one follows."""
+        """Note a logged step, after which no other follows if ``last``."""
         self.logs += 1
         if self.equal and (self.logs == SEVERAL or (last and self.logs < SEVERAL)):
             steps = "the only logged step" if self.logs == 1 else f"{self.logs} logged steps"
@@ -284,7 +254,7 @@ class RewardWatch:
             )
 
     def _which(self) -> str:
-        """What each reward gave."""
+        """The values of each reward."""
         return ", ".join(
             f"{name} "
             + (f"gave {least:.4g} to all" if least == most else "did not tell them apart")
@@ -295,7 +265,7 @@ class RewardWatch:
 
 @contextmanager
 def without_trls_lines() -> Iterator[None]:
-    """Keep the line back that TRL writes of completions without a reward: the watch has its own."""
+    """Suppress TRL's line about completions without a reward: ``RewardWatch`` reports them."""
     logger = logging.getLogger("trl.trainer.grpo_trainer")
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -308,18 +278,16 @@ def without_trls_lines() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-# The figures of completions that several rewards have judged.
+# --- the figures of completions -------------------------------------------------------------------
 
 
 def reward_figures(
     sets: Mapping[str, Tensor], names: Sequence[str], weights: Tensor
 ) -> dict[str, float]:
-    """The mean reward of the completions of validation prompts, and what goes with it.
+    """The figures of the completions of validation prompts.
 
-    Args:
-        sets: of each dataset the rewards, (completions, rewards); NaN: not judged.
-        names: of the rewards.
-        weights: of the rewards, (rewards,).
+    ``sets`` has the rewards of each dataset, (completions, rewards), NaN: not judged; ``weights``
+    is (rewards,).
 
     Returns:
         ``eval_reward`` and ``eval_reward_std`` of the weighted sums, ``eval_rewards/NAME/mean`` of
@@ -329,33 +297,31 @@ def reward_figures(
     weights = weights.cpu().double()
     total = _total(everything, weights)
     judged = total[~total.isnan()]
-    found = {"eval_reward": _mean(total), "eval_reward_std": float(judged.std(correction=0))}
+    figures = {"eval_reward": _mean(total), "eval_reward_std": float(judged.std(correction=0))}
     for i, name in enumerate(names):
-        found[f"eval_rewards/{name}/mean"] = _mean(everything[:, i])
+        figures[f"eval_rewards/{name}/mean"] = _mean(everything[:, i])
     if len(sets) > 1:
-        for name, own in sets.items():
-            found[f"eval_{name}_reward"] = _mean(_total(own.cpu().double(), weights))
-    return found
+        for name, values in sets.items():
+            figures[f"eval_{name}_reward"] = _mean(_total(values.cpu().double(), weights))
+    return figures
 
 
 def means(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> dict[str, float]:
-    """The means of what was measured of each batch, by the sizes of the batches; NaN is left out.
+    """The means of batches' figures, weighted by the completions of each batch; NaN is left out.
 
-    Args:
-        measured: the figures of the batches, by name.
-        sizes: completions of each batch. What was not measured once for each is not weighed.
+    A figure that was not measured once for each batch is not weighted.
     """
-    found = {}
+    figures = {}
     for name, values in measured.items():
         weights = sizes if len(values) == len(sizes) else [1] * len(values)
         parts = [(v, n) for v, n in zip(values, weights, strict=True) if not math.isnan(v)]
         if parts:
-            found[name] = sum(v * n for v, n in parts) / sum(n for _, n in parts)
-    return found
+            figures[name] = sum(v * n for v, n in parts) / sum(n for _, n in parts)
+    return figures
 
 
 def _total(rewards: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of the rewards of each completion; NaN where none has judged it."""
+    """The weighted sum of the rewards of each completion; NaN where no reward has judged it."""
     total = (rewards * weights).nansum(dim=1)
     total[rewards.isnan().all(dim=1)] = math.nan
     return total

@@ -1,4 +1,4 @@
-"""From the keys of a recipe to its number of steps, and to the arguments of Trainer."""
+"""A recipe's number of optimizer steps, and the arguments of Trainer that its keys make."""
 
 from __future__ import annotations
 
@@ -23,26 +23,13 @@ from ..report.result import Figure
 
 @dataclass(frozen=True)
 class Steps:
-    """How many optimizer steps there are.
-
-    Attributes:
-        total: of the whole run.
-        per_epoch: of one pass over the data; None for a stream, which has no end.
-    """
+    """Optimizer steps, in the whole run and per epoch; a stream has no end, so no epochs (None)."""
 
     total: int
     per_epoch: int | None
 
     def every(self, interval: float, key: str) -> int:
-        """An interval in whole steps.
-
-        Args:
-            interval: a number of steps; below 1, a share of all steps.
-            key: the recipe's, for the message.
-
-        Raises:
-            RecipeError: it is a number above 1 that is not whole.
-        """
+        """An interval in whole steps; below 1, a share of all; RecipeError if it is not whole."""
         if interval < 1:
             return max(1, math.ceil(self.total * interval))
         if interval != int(interval):
@@ -63,12 +50,9 @@ class Steps:
 
 
 def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
-    """Count the optimizer steps that the recipe makes of the data.
+    """Count the optimizer steps that the recipe makes of ``sequences`` per epoch; None: a stream.
 
-    Args:
-        recipe: the recipe.
-        sequences: how many there are in an epoch; None for a stream.
-        processes: each of them makes the recipe's forward passes in a step, with its own batches.
+    Each process makes the recipe's forward passes in a step, with its own batches.
 
     Raises:
         RecipeError: a stream without ``max_steps``, or too few sequences for one batch.
@@ -84,8 +68,8 @@ def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
             f"micro_batch_size: {sequences} sequences do not fill a batch of "
             f"{recipe.micro_batch_size}, and dataloader_drop_last drops incomplete batches"
         )
-    each = math.ceil(batches / processes)
-    per_epoch = math.ceil(each / recipe.accumulation())
+    per_process = math.ceil(batches / processes)
+    per_epoch = math.ceil(per_process / recipe.accumulation())
     total = recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
     return Steps(total, per_epoch)
 
@@ -101,22 +85,15 @@ def training_arguments(
     """The arguments of transformers' Trainer.
 
     Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
-    at one also happens in a run that resumes from a checkpoint of that step.
-
-    Args:
-        recipe: the recipe.
-        count: of its steps.
-        several: whether there are several processes.
-        kind: the class of the arguments; what the recipe does not say is as in
-            ``TrainingArguments``, also where this class has another default.
-        own: what else ``kind`` is made with.
-        figure: what validations judge the model by if the recipe does not say.
+    at one also happens in a run that resumes from a checkpoint of that step. What the recipe does
+    not say is as in ``TrainingArguments``, also where ``kind`` has another default. ``own`` are
+    further arguments of ``kind``; ``figure`` is the default of ``metric_for_best_model``.
 
     Raises:
         RecipeError: keys that do not go together.
     """
-    among = _processes(recipe) if several else {}
-    given = {
+    distributed = _processes(recipe) if several else {}
+    kwargs = {
         **_plain_defaults(kind),
         **_steps(recipe, count),
         **_saving(recipe, count),
@@ -124,8 +101,8 @@ def training_arguments(
         **_hub(recipe),
         **_tracking(recipe),
         **_logging(recipe, count),
-        **_loading(recipe, among.pop("accelerator_config", {})),
-        **among,
+        **_loading(recipe, distributed.pop("accelerator_config", {})),
+        **distributed,
         "output_dir": str(Path(recipe.output_dir)),
         "seed": recipe.seed,
         "torch_empty_cache_steps": recipe.torch_empty_cache_steps,
@@ -136,26 +113,27 @@ def training_arguments(
         **(own or {}),
     }
     try:
-        made: Any = kind(**given)
+        arguments: Any = kind(**kwargs)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
-    check_deepspeed(made)
-    made._n_gpu = min(1, made.n_gpu)  # of several, one process would train on all: nn.DataParallel
-    return made
+    check_deepspeed(arguments)
+    # of several, one process would train on all: nn.DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _plain_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
     """The defaults of ``TrainingArguments`` where ``kind`` has others."""
     plain = {f.name: f for f in dataclasses.fields(TrainingArguments)}
-    found = {}
+    defaults = {}
     for f in dataclasses.fields(kind):
         base = plain.get(f.name)
         if base is None or not f.init:
             continue
         if (f.default, f.default_factory) != (base.default, base.default_factory):
             factory: Any = base.default_factory
-            found[f.name] = base.default if factory is dataclasses.MISSING else factory()
-    return found
+            defaults[f.name] = base.default if factory is dataclasses.MISSING else factory()
+    return defaults
 
 
 def _logging(recipe: Recipe, count: Steps) -> dict[str, Any]:
@@ -168,7 +146,7 @@ def _logging(recipe: Recipe, count: Steps) -> dict[str, Any]:
 
 
 def _loading(recipe: Recipe, among: Mapping[str, Any]) -> dict[str, Any]:
-    """How batches are brought to the model."""
+    """Arguments of the data loader."""
     return {
         "dataloader_num_workers": recipe.dataloader_num_workers,
         "dataloader_prefetch_factor": recipe.dataloader_prefetch_factor,
@@ -191,7 +169,7 @@ def arguments_for(
     own: Mapping[str, Any] | None = None,
     figure: Figure = "loss",
 ) -> Any:
-    """The same for the sequences at hand; a stream of them has no length."""
+    """As ``training_arguments``, with the steps counted from the sequences themselves."""
     world = world or World()
     number = len(sequences) if hasattr(sequences, "__len__") else None
     count = steps(recipe, number, world.batch_ranks)
@@ -199,8 +177,8 @@ def arguments_for(
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:
-    """What several processes need: how they meet, and how gradients are averaged."""
-    found: dict[str, Any] = {
+    """Arguments for several processes."""
+    arguments: dict[str, Any] = {
         **ddp_arguments(recipe),
         "average_tokens_across_devices": True,  # a gradient weighs tokens, not processes
         "use_cpu": not torch.cuda.is_available(),  # else accelerate sees one process there
@@ -209,18 +187,18 @@ def _processes(recipe: Recipe) -> dict[str, Any]:
     if strategy.engine == "ddp":
         # as Trainer decides for a model without PEFT: an expert that nothing is sent to has no
         # gradient, and a checkpoint's second forward must not be looked at
-        found.setdefault("ddp_find_unused_parameters", not recipe.checkpointing())
+        arguments.setdefault("ddp_find_unused_parameters", not recipe.checkpointing())
     if strategy.deepspeed is not None:
         dtype = dtype_for_training(recipe.precision())
         wide = bool(recipe.adapter) and recipe.peft_autocast_adapter_dtype
-        found["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype, wide)
-        found |= deepspeed_state()
-    return found
+        arguments["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype, wide)
+        arguments |= deepspeed_state()
+    return arguments
 
 
 def _pinned(recipe: Recipe) -> bool:
-    wished = recipe.dataloader_pin_memory
-    return torch.cuda.is_available() if wished is None else wished
+    pin = recipe.dataloader_pin_memory
+    return torch.cuda.is_available() if pin is None else pin
 
 
 def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
@@ -230,7 +208,7 @@ def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
     scheduler, options = recipe.lr_scheduler, dict(recipe.lr_scheduler_kwargs or {})
     if scheduler == "one_cycle":  # made by ``schedule``
         scheduler, options = "constant", {}
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "per_device_train_batch_size": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.accumulation(),
         "max_steps": count.total,
@@ -251,21 +229,21 @@ def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
         "fp16": recipe.precision() == "float16",
     }
     if recipe.tf32 not in (None, "auto") and torch.cuda.is_available():
-        found["tf32"] = recipe.tf32
-    return found
+        arguments["tf32"] = recipe.tf32
+    return arguments
 
 
 def optimizer_arguments(recipe: Recipe) -> str | None:
-    """``optim_args`` as the text that transformers wants."""
-    given = recipe.optim_args
-    if isinstance(given, dict):
-        return ",".join(f"{name}={value}" for name, value in given.items())
-    return given
+    """``optim_args`` as the string that transformers expects."""
+    options = recipe.optim_args
+    if isinstance(options, dict):
+        return ",".join(f"{name}={value}" for name, value in options.items())
+    return options
 
 
 def _target_modules(recipe: Recipe) -> list[str] | str | None:
-    wanted = recipe.optim_target_modules
-    return "all-linear" if wanted == "all_linear" else wanted
+    modules = recipe.optim_target_modules
+    return "all-linear" if modules == "all_linear" else modules
 
 
 def _saving(recipe: Recipe, count: Steps) -> dict[str, Any]:
@@ -275,7 +253,7 @@ def _saving(recipe: Recipe, count: Steps) -> dict[str, Any]:
         interval = count.times_per_epoch(recipe.saves_per_epoch or 1, "saves_per_epoch")
     elif recipe.save_steps:
         interval = count.every(recipe.save_steps, "save_steps")
-    # old checkpoints are removed by ours, in one move each
+    # old checkpoints are removed by ``files.rotate``, in one move each
     return {
         "save_strategy": "steps" if kind == "epoch" else kind,
         "save_steps": interval,
@@ -305,7 +283,11 @@ def _validation(recipe: Recipe, count: Steps, figure: Figure) -> dict[str, Any]:
     delay = recipe.eval_delay or 0
     if kind == "epoch":
         delay *= count.per_epoch or 0
-    found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": interval, "eval_delay": delay}
+    result: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": interval,
+        "eval_delay": delay,
+    }
     if judged:
         metric = recipe.metric_for_best_model or f"eval_{figure}"
         greater = recipe.greater_is_better
@@ -313,13 +295,13 @@ def _validation(recipe: Recipe, count: Steps, figure: Figure) -> dict[str, Any]:
             greater = not metric.endswith(_BETTER_WHEN_LESS)
         if recipe.lr_scheduler in _BY_RESULT:
             mode = {"mode": "max" if greater else "min"}
-            found["lr_scheduler_kwargs"] = mode | (recipe.lr_scheduler_kwargs or {})
-        found |= {
+            result["lr_scheduler_kwargs"] = mode | (recipe.lr_scheduler_kwargs or {})
+        result |= {
             "load_best_model_at_end": recipe.load_best_model_at_end,
             "metric_for_best_model": metric,
             "greater_is_better": greater,
         }
-    return found
+    return result
 
 
 _BY_RESULT = ("reduce_lr_on_plateau", "greedy")
@@ -354,11 +336,11 @@ def _tracking(recipe: Recipe) -> dict[str, Any]:
         recipe.wandb_name, recipe.mlflow_run_name, recipe.trackio_run_name,
         recipe.swanlab_experiment_name,
     )  # fmt: skip
-    found: dict[str, Any] = {"report_to": recipe.reporters() or "none"}
+    arguments: dict[str, Any] = {"report_to": recipe.reporters() or "none"}
     if any(names):
-        found["run_name"] = next(name for name in names if name)
+        arguments["run_name"] = next(name for name in names if name)
     if recipe.trackio_project_name:
-        found["project"] = recipe.trackio_project_name
+        arguments["project"] = recipe.trackio_project_name
     if recipe.trackio_space_id:
-        found["trackio_space_id"] = recipe.trackio_space_id
-    return found
+        arguments["trackio_space_id"] = recipe.trackio_space_id
+    return arguments

@@ -1,4 +1,4 @@
-"""From prepared samples to the sequences that are trained, and to batches of them."""
+"""The sequences that prepared samples are trained in, and batches of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training_sequences(prepared: Any, recipe: Recipe) -> Any:
 def validation_batches(
     prepared: Any, recipe: Recipe, pad_id: int, world: World | None = None
 ) -> dict[str, Batches]:
-    """The batches to validate on, by the name of their dataset; of several processes, a share."""
+    """The batches to validate on, by dataset; with several processes, the share of this one."""
     length = recipe.eval_sequence_len or recipe.sequence_len
     packing = recipe.packs_validation()
     size = recipe.eval_batch_size or recipe.micro_batch_size
@@ -41,10 +41,10 @@ def validation_batches(
 
 
 def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[str, Any]:
-    """A batch of sequences, with the numbers of its ``tokens`` and of the ``trained`` ones.
+    """A batch of sequences, with its counts ``tokens`` and ``trained``.
 
-    A sequence that is left alone is there twice, the second time with nothing to train: graphs are
-    compiled for any number of rows but for one, so the last step would wait for a compiler.
+    A single sequence gets a copy with nothing to train: graphs are compiled for any number of
+    rows but one, so the last step would wait for the compiler.
     """
     tokens, trained = count(packs)
     tokens = tokens if trained else 0  # of a sequence that only fills the batch of a process
@@ -64,7 +64,7 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
 def _with_second_row(
     packs: Sequence[Any], usual: int, make: Callable[[Sequence[Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """A batch of ``packs``; a single one, where batches have more, with a copy without labels."""
+    """A batch of ``packs``; a single one gets a copy without labels, where batches have more."""
     if len(packs) != 1 or usual == 1:
         return make(packs)
     batch = make([*packs, *packs])
@@ -73,7 +73,7 @@ def _with_second_row(
 
 
 def typical_context(prepared: Any, recipe: Recipe) -> float:
-    """How long the sample of an average token is; of a stream, as long as they may be."""
+    """Mean sample length per token; for a stream, the longest sample allowed."""
     if recipe.streams():
         return float(recipe.sequence_len)
     return mean_context(prepared.train.lengths)

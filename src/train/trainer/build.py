@@ -1,4 +1,4 @@
-"""From a recipe, a model and its data to the trainer that runs them."""
+"""The trainer of a recipe, with what it needs of the model and the data."""
 
 from __future__ import annotations
 
@@ -31,26 +31,22 @@ from .watchdog import watchdogs
 
 
 class SupervisedTask:
-    """Training on rows some of whose tokens have labels.
-
-    Args:
-        recipe: checked.
-    """
+    """Training on rows some of whose tokens have labels."""
 
     figure: Figure = "loss"
-    """What validations judge the model by: ``eval_loss``, or ``eval_reward``."""
+    """The figure that validations judge the model by: ``eval_loss`` or ``eval_reward``."""
 
     validates_first = True
     """Whether validation needs nothing but the model, so that it can come before the trainer."""
 
     loss: Loss | None = None
-    """The mean over the trained tokens of a batch that is validated; None: the model's own."""
+    """The mean loss over the trained tokens of a validation batch; None: the model's."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def sequences(self, prepared: Any) -> Any:
-        """What an epoch is made of, from the prepared rows."""
+        """The sequences of an epoch, from the prepared rows."""
         return training_sequences(prepared, self.recipe)
 
     def arguments(self, sequences: Any, world: World) -> Any:
@@ -58,7 +54,7 @@ class SupervisedTask:
         return arguments_for(self.recipe, sequences, world)
 
     def require_figure(self, args: Any, names: Iterable[str]) -> None:
-        """See that validations of the datasets have the figure that is to judge them."""
+        """Check that validations of the datasets have the figure that judges them."""
         require_figure(args.metric_for_best_model, names, wants_perplexity(self.recipe))
 
     def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
@@ -77,10 +73,10 @@ class SupervisedTask:
         resumed: Saved | None,
         on_first_step: Callable[[], None],
     ) -> EngineMixin:
-        """The trainer; see ``make_trainer``."""
-        own = {"data_collator": self.collate(context.tokenizer)}
+        """The trainer, by ``make_trainer``."""
+        args = {"data_collator": self.collate(context.tokenizer)}
         return make_trainer(
-            context, model, sequences, resumed, on_first_step, objective=self.objective(), own=own
+            context, model, sequences, resumed, on_first_step, objective=self.objective(), own=args
         )
 
     def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
@@ -97,16 +93,9 @@ def make_context(
     console: Console,
     carried: Callable[[], dict[str, Any]],
 ) -> Context:
-    """Bring together what the trainer needs besides the model and the rows.
+    """Collect what the trainer needs besides the model and the rows.
 
-    Args:
-        task: what is done with the rows.
-        model: which is trained.
-        tokenizer: of the run.
-        prepared: the rows, as ``prepare`` has made them.
-        interrupts: of the run, with its processes.
-        console: where to print.
-        carried: says what else of the run a checkpoint has to keep.
+    ``carried`` returns what else of the run a checkpoint keeps.
     """
     world, recipe = interrupts.world, task.recipe
     meter = ThroughputMeter(
@@ -133,16 +122,9 @@ def make_trainer(
 ) -> EngineMixin:
     """Set up the trainer; ``trainer.train()`` runs it.
 
-    Args:
-        context: the recipe and what goes with it.
-        model: with its adapters.
-        packs: the sequences to train on; a stream of them has no length.
-        resumed: what the checkpoint kept that the run resumes from.
-        on_first_step: called when the first step is complete.
-        kind: of trainer.
-        args: its arguments; None: those of the recipe for ``transformers.Trainer``.
-        own: what else it is made with, or with something else.
-        objective: the loss and the figures; None: those of supervised training.
+    ``args`` defaults to the recipe's for ``transformers.Trainer``, ``objective`` to supervised
+    training. ``own`` adds to, or replaces, the arguments that ``kind`` is called with. ``packs``
+    may be a stream, which has no length. ``on_first_step`` is called when that step is complete.
 
     Raises:
         RecipeError: keys that do not go together, or a hub that cannot be reached.
@@ -155,18 +137,18 @@ def make_trainer(
         lambda: memory.used() / 2**20,
     )  # fmt: skip
     samplers = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
-    given = {
+    extra = {
         "model": model,
         "args": args,
         "train_dataset": packs,
-        # asked for; evaluate() is ours
+        # Trainer requires one; ``evaluate`` is overridden
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
         "data_collator": _collate(recipe, context.tokenizer),
         "callbacks": [*watchdogs(recipe), *samplers],
         **(own or {}),
     }
     try:
-        trainer = kind(context, objective or Objective(), progress, resumed, on_first_step, **given)
+        trainer = kind(context, objective or Objective(), progress, resumed, on_first_step, **extra)
     except Exception as error:  # of the hub there are many kinds
         if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
             raise
@@ -181,6 +163,6 @@ def _collate(recipe: Recipe, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
 
 
 def _peak(model: Any, world: World) -> float | None:
-    """Operations per second that the devices of all processes can do; None: not known."""
+    """Operations per second of the devices of all processes; None: unknown."""
     peak = peak_flops(device_for_training(), model.dtype)
     return None if peak is None else peak * world.size

@@ -21,16 +21,12 @@ class Context:
     """What the trainer needs besides the model and the rows.
 
     Attributes:
-        recipe: the recipe.
         tokenizer: saved with every checkpoint.
-        console: where to print.
         interrupts: whose signal ends the loop.
-        meter: counts the steps.
         validation: batches by the name of their dataset.
         data: the fingerprint of the prepared rows.
-        carried: says what else of the run a checkpoint has to keep.
-        world: the processes of the run.
-        on_ready: called with the trainer once its model is wrapped, before the first step; or None.
+        carried: returns what else of the run a checkpoint keeps.
+        on_ready: called with the trainer once its model is wrapped, before the first step.
     """
 
     recipe: Recipe

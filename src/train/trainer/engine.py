@@ -1,6 +1,6 @@
 """One optimizer step from its batches to its checkpoint, in the order in which it happens.
 
-The loop is that of transformers' Trainer. For each step it calls what stands under "a step" below,
+The loop is that of transformers' Trainer. For each step it calls the methods under "a step" below,
 from top to bottom: ``get_batch_samples``; ``on_step_begin``; for each batch ``training_step``, in
 which ``compute_loss``; ``_get_grad_norm`` on the clipped gradients; the optimizer; ``on_step_end``;
 and where they are due ``log``, ``evaluate`` and ``_save_checkpoint``.
@@ -62,16 +62,13 @@ else:  # a mixin, so that it stands before any trainer: transformers' own, or on
 
 
 class EngineMixin(_Trainer):
-    """Before a ``Trainer`` of transformers or TRL: our batches, our order, our checkpoints.
+    """Overrides of a ``Trainer`` of transformers or TRL: batches, step order, checkpoints.
 
-    Checkpoints are whole or not there. A watchdog or a full disk ends the loop after a step; a
+    Checkpoints are complete or absent. A watchdog or a full disk ends the loop after a step; a
     signal also between the batches of one. Such a step is as if it had not begun: its gradients are
-    dropped, and a checkpoint has the state that ``on_step_end`` has noted after the step before.
+    dropped, and a checkpoint has the state that ``on_step_end`` recorded after the step before.
 
     Args:
-        context: what the trainer needs besides the model and the rows.
-        objective: the loss, and what validation measures.
-        progress: shows how it goes.
         resumed: what the checkpoint kept that the run resumes from.
         on_first_step: called when the first step is complete; the run then takes its folder.
         kwargs: those of the trainer of transformers or TRL.
@@ -99,7 +96,7 @@ class EngineMixin(_Trainer):
         with objective.dtypes_left(kwargs["model"]):
             super().__init__(**kwargs)
         if self.world.several and objective.weighs_tokens and not self.model_accepts_loss_kwargs:
-            # its own is a mean over the process's tokens
+            # Trainer's is a mean over the tokens of one process
             self.compute_loss_func = functools.partial(causal_loss, smoother=self.label_smoother)
         self.progress, self.guard, self.resumed = progress, NonFiniteGuard(), resumed
         self.checkpoints = Checkpoints(self, Path(recipe.output_dir))
@@ -125,12 +122,12 @@ class EngineMixin(_Trainer):
         return self.sharding.accelerator_arguments(super()._build_accelerator_args(**kwargs))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator; on a CPU it would replace FSDP by DDP without a word."""
+        """Make the accelerator; on a CPU it would silently replace FSDP by DDP."""
         super().create_accelerator_and_postprocess()
         self.sharding.adjust_accelerator()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; it gives the terminal back, whatever happens."""
+        """As Trainer's, but restore the terminal in any case."""
         with contextlib.closing(self.progress):
             if resume_from_checkpoint:
                 self.sharding.load_before_sharding(Path(resume_from_checkpoint))
@@ -168,7 +165,7 @@ class EngineMixin(_Trainer):
         return self.objective.order(train_dataset or self.train_dataset)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resumed: Any) -> Any:
-        """Trainer's own; it would ask DeepSpeed for a checkpoint of DeepSpeed's own form."""
+        """As Trainer's, which would ask DeepSpeed for a checkpoint of DeepSpeed's own form."""
         prepare: Any = super()._prepare_for_training
         if not self.sharding.zero_stage:
             return prepare(max_steps, train_dataloader, resumed)
@@ -218,9 +215,9 @@ class EngineMixin(_Trainer):
         super()._load_callback_state()
 
     def start(self) -> None:
-        """Restore what Trainer has set back to nothing: intervals, pending loss, best checkpoint.
+        """Restore what Trainer has reset: intervals, pending loss, best checkpoint.
 
-        The meter is there already, for it also counts where no step is left to make.
+        The meter is restored earlier, because it also counts where no step is left.
         """
         self.objective.load_reference()
         if self.context.on_ready is not None:
@@ -250,7 +247,7 @@ class EngineMixin(_Trainer):
         self.context.meter.start_step()
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Forward and backward of one batch; tried again with less kept if memory runs out."""
+        """Forward and backward of one batch; retried with less kept if memory runs out."""
         self.objective.begin_batch(inputs)
         self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
         forward_backward = super().training_step
@@ -268,14 +265,14 @@ class EngineMixin(_Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of one batch, by the objective, around that of Trainer or TRL."""
+        """The loss of one batch: the objective's, around that of Trainer or TRL."""
         return self.objective.loss(super().compute_loss, model, inputs, *args, **kwargs)
 
     def _has_mixed_mesh_grads(self, model: Any) -> bool:
         return self.sharding.divides or bool(super()._has_mixed_mesh_grads(model))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of the gradients, which Trainer has clipped; looked at before the update."""
+        """The norm of the gradients, which Trainer has clipped; checked before the update."""
         clipped: Any = super()._get_grad_norm
         norm = clipped(model, grad_norm)
         if self.accelerator.scaler is not None:  # it skips such steps by itself, at first often
@@ -403,7 +400,7 @@ class EngineMixin(_Trainer):
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # of whole weights only
+        # only whole weights are pushed
         if not (self.sharding.writes_shards and self.args.hub_strategy == "every_save"):
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -419,17 +416,11 @@ class EngineMixin(_Trainer):
 
 
 class FineTuner(EngineMixin, Trainer):
-    """The trainer of supervised training, and of what else has labels and no trainer of TRL."""
+    """The trainer of supervised training and other methods with labels and no trainer of TRL."""
 
 
 class FlowCallback(TrainerCallback):
-    """What happens between the steps: signals, checkpoints out of turn, collected garbage.
-
-    Args:
-        trainer: what it notifies.
-        recipe: the recipe.
-        interrupts: whose signal ends the loop.
-    """
+    """Between the steps: signals, extra checkpoints, garbage collection."""
 
     def __init__(self, trainer: EngineMixin, recipe: Recipe, interrupts: Interrupts) -> None:
         self.trainer, self.recipe, self.interrupts = trainer, recipe, interrupts
@@ -463,7 +454,7 @@ class FlowCallback(TrainerCallback):
             gc.collect()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the steps that no log will; leave a checkpoint of a loop that was ended."""
+        """Check the steps that no log will; save a checkpoint if the loop was ended."""
         self.trainer.guard.look()
         if self.recipe.gc_collect_steps == -1:
             gc.collect()
@@ -471,24 +462,24 @@ class FlowCallback(TrainerCallback):
             self.trainer.checkpoints.save_now()
 
     def _file_appeared(self, step: int) -> bool:
-        """Whether the file that asks for a checkpoint is there; it is removed."""
-        asked = self.recipe.dynamic_checkpoint
-        if asked is None or not asked.enabled or step % asked.check_interval:
+        """Whether the file that asks for a checkpoint exists; it is removed."""
+        settings = self.recipe.dynamic_checkpoint
+        if settings is None or not settings.enabled or step % settings.check_interval:
             return False
-        file = Path(self.recipe.output_dir) / (asked.trigger_file_path or _TRIGGER)
+        file = Path(self.recipe.output_dir) / (settings.trigger_file_path or _TRIGGER)
 
         def take() -> bool:
-            there = file.exists()
+            exists = file.exists()
             file.unlink(missing_ok=True)
-            return there
+            return exists
 
         return self.interrupts.world.share(take)
 
     def _stopping(self) -> bool:
-        """Whether a signal has come to any process of the run: all of them end at the same step."""
+        """Whether any process got a signal: all of them end at the same step."""
         self.interrupts.agree()
         return self.interrupts.signal is not None
 
 
 _TRIGGER = "axolotl_checkpoint.save"
-"""The file that asks for a checkpoint, where the recipe does not say."""
+"""The default file whose presence asks for a checkpoint."""

@@ -26,16 +26,13 @@ def _without_labels(batch: Batch) -> None:
 
 
 class Batches:
-    """The batches of a dataset, in order, each made when it is asked for.
+    """The batches of a dataset, in order, each made on demand.
 
-    Of several processes, each has a share of them, and all have as many: where the last ones do
-    not go round, a process gets one again, without its labels.
+    Each process has a share of them, and all have the same number: where the last ones do not go
+    round, a process repeats one without its labels.
 
     Args:
-        packs: the sequences.
         size: sequences in a batch.
-        collate: makes a batch of them.
-        world: the processes of the run.
         blank: makes a batch count for nothing.
     """
 
@@ -77,7 +74,7 @@ class Batches:
 
 
 QUIET = 30.0
-"""Seconds after which a validation says how far it is."""
+"""Seconds after which a validation reports its progress."""
 
 
 def validate(
@@ -87,14 +84,10 @@ def validate(
     world: World | None = None,
     loss: Loss | None = None,
 ) -> dict[str, float]:
-    """The loss per trained token of every dataset, and of all together.
+    """The loss per trained token of each dataset, and of all together.
 
-    Args:
-        model: its mode is kept.
-        sets: the batches of each dataset; of several processes, those of this one.
-        say: prints a line; called from time to time where it takes long.
-        world: the processes that validate together; None: this one alone.
-        loss: of a batch; None: the model's own.
+    The model's mode is restored. Progress is reported by ``say`` where it takes long. ``loss``
+    defaults to the model's own; ``world`` to this process alone.
 
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
@@ -106,14 +99,14 @@ def validate(
         name: _sum(model, batches, on_batch, world, loss or _own) for name, batches in sets.items()
     }
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
-    found = {"eval_loss": _mean(total, tokens)}
+    figures = {"eval_loss": _mean(total, tokens)}
     if len(sums) > 1:
-        found |= {f"eval_{name}_loss": _mean(*part) for name, part in sums.items()}
-    return found
+        figures |= {f"eval_{name}_loss": _mean(*part) for name, part in sums.items()}
+    return figures
 
 
 def with_perplexity(figures: dict[str, float], recipe: Recipe) -> dict[str, float]:
-    """The figures of a validation, and the perplexity of the trained tokens if it is wanted."""
+    """The figures of a validation, with the perplexity of the trained tokens if requested."""
     if not wants_perplexity(recipe):
         return figures
     try:
@@ -129,16 +122,7 @@ def wants_perplexity(recipe: Recipe) -> bool:
 
 
 def require_figure(metric: str | None, names: Iterable[str], perplexity: bool = False) -> None:
-    """See that validations have the figure that is to judge them.
-
-    Args:
-        metric: its name, with or without ``eval_``; None: nothing judges them.
-        names: of the datasets.
-        perplexity: whether that is one of the figures.
-
-    Raises:
-        RecipeError: they have not.
-    """
+    """Raise RecipeError unless validations have ``metric``, with or without ``eval_``, if any."""
     sets = list(names)
     figures = ["eval_loss", *(f"eval_{name}_loss" for name in sets if len(sets) > 1)]
     figures += ["eval_perplexity"] * perplexity
@@ -149,20 +133,15 @@ def require_figure(metric: str | None, names: Iterable[str], perplexity: bool = 
 
 
 def reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
-    """What is to be called after each batch: it says how many there were, now and then.
-
-    Args:
-        total: batches.
-        say: prints a line.
-    """
-    done, last = 0, time.perf_counter()
+    """A callback for each batch of ``total``, which reports the progress now and then."""
+    count, last = 0, time.perf_counter()
 
     def on_batch() -> None:
-        nonlocal done, last
-        done += 1
-        if time.perf_counter() - last >= QUIET and done < total:
+        nonlocal count, last
+        count += 1
+        if time.perf_counter() - last >= QUIET and count < total:
             last = time.perf_counter()
-            say(f"  validated {done} of {total} batches")
+            say(f"  validated {count} of {total} batches")
 
     return on_batch
 
@@ -180,7 +159,7 @@ def _sum(
     world: World,
     mean: Loss,
 ) -> tuple[float, int]:
-    """The losses of all trained tokens, added up, and their number."""
+    """The summed losses of all trained tokens, and their number."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -196,8 +175,8 @@ def _sum(
                 on_batch()
     finally:
         model.train(training)
-    both = world.sums([total, tokens])
-    return both[0], int(both[1])
+    sums = world.sums([total, tokens])
+    return sums[0], int(sums[1])
 
 
 def _mean(total: float, tokens: int) -> float:

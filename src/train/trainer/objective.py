@@ -19,13 +19,11 @@ from .evaluation import validate, with_perplexity
 
 
 class Objective:
-    """That of supervised training: the loss of Trainer, or DFT's or EAFT's; see ``loss``.
+    """The objective of supervised training: the loss of Trainer, or of DFT or EAFT.
 
-    Others override what differs. ``EngineMixin`` calls the methods, in the order in which they
-    stand here.
+    Subclasses override what differs. ``EngineMixin`` calls the methods in the order below.
 
     Attributes:
-        trainer: whose objective it is, once it is attached.
         weighs_tokens: whether the loss of a step is the mean over its trained tokens, whatever
             their batches.
     """
@@ -37,11 +35,11 @@ class Objective:
     # --- the trainer and its rows ----------------------------------------------------------------
 
     def dtypes_left(self, model: Any) -> AbstractContextManager[None]:
-        """Around the set-up of the trainer, where that would change the dtypes of weights."""
+        """A context around the set-up of the trainer, which may change the dtypes of weights."""
         return contextlib.nullcontext()
 
     def attach(self, trainer: Any) -> None:
-        """Take the trainer, once it is set up.
+        """Bind the trainer, once it is set up.
 
         Raises:
             RecipeError: the model's code does not take the number of tokens that a step trains.
@@ -84,28 +82,20 @@ class Objective:
         """Look at a batch before it is trained."""
 
     def measured_once(self) -> AbstractContextManager[None]:
-        """Around each try to train a batch: of one that fails, nothing may stay measured."""
+        """Around each try to train a batch: a failed one may leave nothing measured."""
         return contextlib.nullcontext()
 
     def loss(
         self, compute: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The loss of a batch; validation has the plain cross entropy.
-
-        Args:
-            compute: the trainer's own ``compute_loss``.
-            model: as the trainer calls it.
-            batch: its tensors.
-            args: of ``compute_loss``.
-            kwargs: likewise.
-        """
+        """The loss of a batch, by the trainer's ``compute``; validation has plain cross entropy."""
         if self._token_loss is None or not model.training:
             return compute(model, batch, *args, **kwargs)
         with self._token_loss.on(model):
             return compute(model, batch, *args, **kwargs)
 
     def end_step(self) -> None:
-        """Note what a checkpoint needs if the next step does not finish."""
+        """Record what a checkpoint needs if the next step does not finish."""
 
     # --- validation ------------------------------------------------------------------------------
 
@@ -114,20 +104,16 @@ class Objective:
         return contextlib.nullcontext()
 
     def figures(self) -> dict[str, float]:
-        """The loss per trained token of the validation rows: ``eval_loss``, and what goes with it.
+        """``eval_loss``, the loss per trained token of the validation rows, and further figures.
 
-        With several processes, a collective.
+        A collective.
         """
         context = self.trainer.context
-        found = validate(self.trainer.model, context.validation, context.say, context.world)
-        return with_perplexity(found, context.recipe)
+        figures = validate(self.trainer.model, context.validation, context.say, context.world)
+        return with_perplexity(figures, context.recipe)
 
     def require_judged(self, figures: Mapping[str, float]) -> None:
-        """See that a validation had the figure that judges it.
-
-        Raises:
-            RecipeError: it had not.
-        """
+        """Raise RecipeError unless a validation had the figure that judges it."""
 
     def probe(self) -> dict[str, Any]:
         """A batch of one row, to compare models on."""
@@ -146,7 +132,7 @@ class Objective:
         return {}
 
     def writing(self, folder: Path) -> AbstractContextManager[None]:
-        """Around the writing of a checkpoint, into which it may write files of its own."""
+        """A context around writing a checkpoint, to which files may be added."""
         return contextlib.nullcontext()
 
 
@@ -155,9 +141,6 @@ class FloatLogits:
 
     The sum of an answer's log-probabilities is of the order of its length: in bfloat16 it would be
     rounded by more than two answers differ.
-
-    Args:
-        model: what is called.
     """
 
     def __init__(self, model: Any) -> None:

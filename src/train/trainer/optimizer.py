@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, its groups of parameters, and which of them train when (LISA)."""
+"""The optimizer of a recipe, its parameter groups, and layerwise sampling (LISA)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ from ..recipe.recipe import Recipe
 
 
 def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
-    """The optimizer that the trainer steps.
-
-    Args:
-        trainer: it knows each optimizer by name.
-        model: whose trained parameters are updated.
-        recipe: the recipe.
+    """The optimizer of the recipe, for the trained parameters of ``model``.
 
     Raises:
         RecipeError: the optimizer cannot be made here.
@@ -34,7 +29,7 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
         optimizer = _made(trainer, model, recipe)
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         raise RecipeError(f"optimizer: {recipe.optimizer} cannot be used: {error}") from error
-    # these move the parameters, or have parts of some
+    # these replace parameters, or have only parts of some
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or divided(model)
     if hasattr(model, "peft_config") and not sharded and not why_not(optimizer):
         return FlatOptimizer(optimizer)
@@ -67,29 +62,25 @@ def divided(model: Any) -> bool:
 
 
 def step_one_by_one(optimizer: Any) -> list[dict[str, Any]]:
-    """Let an optimizer update one parameter after the other, where some are divided and some whole.
+    """Update one parameter after the other, where some are divided and some whole.
 
-    Kernels for many tensors at once do not take both kinds.
-
-    Returns:
-        What each group had asked for, which belongs into its checkpoints.
+    Kernels for many tensors at once do not take both kinds. Returns the former settings of each
+    group, which belong into its checkpoints.
     """
-    asked = []
+    former = []
     for group in optimizer.param_groups:
-        asked.append({name: group[name] for name in ("fused", "foreach") if name in group})
-        group.update(dict.fromkeys(asked[-1], False))
+        former.append({name: group[name] for name in ("fused", "foreach") if name in group})
+        group.update(dict.fromkeys(former[-1], False))
     if hasattr(optimizer, "_step_supports_amp_scaling"):  # of the fused kernels
         optimizer._step_supports_amp_scaling = False
-    return asked
+    return former
 
 
 def _two_groups(
     model: Any, decayed: set[str], recipe: Recipe, rate: float | None
 ) -> list[dict[str, Any]]:
-    """Trainer's own groups, which it would take apart where parameters are divided.
-
-    A checkpoint has the groups of one process.
-    """
+    """Trainer's groups, for parameters that are divided."""
+    # Trainer would split its groups there, and a checkpoint has the groups of one process
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for n, p in trained if n in decayed], "weight_decay": recipe.weight_decay},
@@ -98,7 +89,7 @@ def _two_groups(
 
 
 def embedding_rate(recipe: Recipe) -> float | None:
-    """The learning rate of embeddings and the output head, where it is another; else None."""
+    """The learning rate of embeddings and the output head, where it differs; else None."""
     if recipe.embedding_lr is not None:
         return recipe.embedding_lr
     if recipe.embedding_lr_scale is not None:
@@ -114,16 +105,16 @@ def _groups(
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = rate if id(parameter) in embedded else _group_rate(name, recipe)
-            kind = name in decayed, recipe.learning_rate if own is None else own
+            lr = rate if id(parameter) in embedded else _group_rate(name, recipe)
+            kind = name in decayed, recipe.learning_rate if lr is None else lr
             groups.setdefault(kind, []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": recipe.weight_decay if decays else 0.0,
-            "lr": own,
+            "lr": lr,
         }
-        for (decays, own), parameters in groups.items()
+        for (decays, lr), parameters in groups.items()
     ]
 
 
@@ -143,14 +134,10 @@ class LayerSampler(TrainerCallback):
     """LISA (Pan et al. 2024): a few blocks train at a time, and others after every interval.
 
     What is drawn depends on the seed and the number of the interval alone, so that a run which
-    resumes has the same blocks.
-
-    Args:
-        recipe: which says how many, and for how long.
-        model: whose blocks are drawn; what is frozen already stays so.
+    resumes has the same blocks. What is frozen already stays so.
 
     Raises:
-        RecipeError: it has no such list of blocks, or too few.
+        RecipeError: the model has no such list of blocks, or too few.
     """
 
     def __init__(self, recipe: Recipe, model: Any) -> None:
@@ -177,7 +164,7 @@ class LayerSampler(TrainerCallback):
             self._train([i in chosen for i in range(len(self.trained))])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._train([True] * len(self.trained))
 
     def _train(self, wanted: list[bool]) -> None:

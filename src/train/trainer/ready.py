@@ -1,4 +1,4 @@
-"""The model as the first step finds it: loaded, checked, seeded, with its adapters."""
+"""The model at the first step: loaded, checked, seeded, with its adapters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from ..recipe.recipe import Recipe
 def ready_model(
     recipe: Recipe, tokenizer: Any, say: Callable[[str], None], on_cpu: bool = False
 ) -> Any:
-    """Load the model of a recipe, and make of it what is trained.
+    """Load and prepare the model that a checked recipe trains.
 
-    Args:
-        recipe: checked.
-        tokenizer: whose tokens the embeddings need rows for.
-        say: prints a line; called for what the user may not expect.
-        on_cpu: leave it in the CPU's memory, for it is sharded before it is used.
+    The embeddings get rows for the tokens of ``tokenizer``. ``on_cpu`` leaves the model in CPU
+    memory, to be sharded before it is used. ``say`` reports what the user may not expect.
 
     Raises:
         RecipeError: there is no such model, or it cannot be trained as the recipe says.
@@ -33,7 +30,7 @@ def ready_model(
 
     say(f"loading {recipe.base_model}")
     model = load_model(recipe, torch.device("cpu") if on_cpu else None, say)
-    # only rows of language models are packed: the recipe of any other is refused
+    # only rows of language models are packed: a recipe of any other is refused
     packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
     if packs and leaks(model, model.config.vocab_size, model.device):
         raise RecipeError(
@@ -48,14 +45,10 @@ def ready_model(
 
 
 def optimize_model(model: Any, recipe: Recipe) -> None:
-    """Optimize a model as its recipe says, in place; nothing if it says no.
+    """Optimize a trained model or its reference in place, if the recipe asks for it.
 
     Where a loss compares the model with a reference, passes without gradients are compiled as
     those with gradients are: else a difference of roundings is taken for one of models.
-
-    Args:
-        model: trained, or the reference of one that is.
-        recipe: checked.
     """
     if not recipe.optimize:
         return

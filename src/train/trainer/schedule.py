@@ -1,4 +1,4 @@
-"""The courses of the learning rate that transformers has no name for."""
+"""Learning rate schedules that transformers has no name for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from ..recipe.recipe import Recipe
 
 
 def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
-    """Make the schedule for nothing: some need arguments that only they know of.
-
-    Raises:
-        RecipeError: it cannot be made.
-    """
+    """Make the schedule once, because only it knows its arguments; RecipeError if it fails."""
     if any(isinstance(v, list) for v in (recipe.lr_scheduler_kwargs or {}).values()):
         return  # one for each group of parameters, which are not known yet
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
@@ -40,25 +36,14 @@ def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
 def own_schedule(
     recipe: Recipe, optimizer: Optimizer, warmup: int, total: int
 ) -> LRScheduler | None:
-    """The schedule of ``recipe`` if it is one of ours; None: transformers has it.
-
-    Args:
-        recipe: the recipe.
-        optimizer: whose learning rates are set.
-        warmup: steps of warm-up.
-        total: steps of the run.
-    """
+    """The schedule of ``recipe`` for ``warmup`` and ``total`` steps; None: transformers has it."""
     if recipe.jagged_restart_steps:
         return _restarted(recipe, optimizer, warmup, total)
     return _own(recipe, optimizer, warmup, total)
 
 
 def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler:
-    """A schedule that decays before each restart and warms up after it, as ReLoRA's does.
-
-    Raises:
-        ValueError: the schedule has no rate for each step.
-    """
+    """Decay before each restart, warm up after it, as ReLoRA; ValueError without rates by step."""
     inner = _own(recipe, optimizer, warmup, total) or get_scheduler(
         recipe.lr_scheduler, optimizer, warmup, total,
         scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
@@ -84,11 +69,11 @@ def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) ->
     def scaled(own: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: own(step) * share(step)
 
-    return LambdaLR(optimizer, [scaled(own) for own in inner.lr_lambdas])
+    return LambdaLR(optimizer, [scaled(factor) for factor in inner.lr_lambdas])
 
 
 _LEAST = 0.001
-"""The part of the learning rate that a restart begins with."""
+"""The fraction of the learning rate that a restart begins with."""
 
 
 def _own(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler | None:
@@ -96,7 +81,7 @@ def _own(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRSch
         options = {"div_factor": recipe.lr_div_factor or 25.0, **(recipe.lr_scheduler_kwargs or {})}
         if warmup:
             options.setdefault("pct_start", warmup / total)
-        # Adam's momentum stays as the recipe says; and the last step asks for one rate more
+        # Adam's momentum stays as in the recipe; and the last step asks for one rate more
         options.setdefault("cycle_momentum", False)
         rates = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, max_lr=rates, total_steps=total + 1, **options)

@@ -1,7 +1,7 @@
-"""Which part of the weights and of the optimizer each process has, and how all of it is reached.
+"""Which part of the weights and optimizer states each process has.
 
-One owner for DDP, FSDP2, DeepSpeed's ZeRO and tensor parallelism: it tells accelerate how to wrap
-the model, and brings a checkpoint into the parts that the processes have, and back out of them.
+``Sharding`` covers DDP, FSDP2, DeepSpeed's ZeRO and tensor parallelism: it tells accelerate how to
+wrap the model, loads a checkpoint into the parts of each process, and gathers them for one.
 """
 
 from __future__ import annotations
@@ -26,20 +26,17 @@ from .optimizer import step_one_by_one
 
 
 class Sharding:
-    """How the processes of a run share the model that a trainer trains.
+    """How the processes of a run share the model of a trainer.
 
-    Args:
-        trainer: whose model, optimizer and accelerator are meant, as they are when it is asked.
-        world: the processes of the run.
-        strategy: how they share the work. accelerate wraps the model (DDP, FSDP2, DeepSpeed) as it
-            says. With one process nothing is shared.
+    Model, optimizer and accelerator are the trainer's at the time of each call. accelerate wraps
+    the model (DDP, FSDP2, DeepSpeed) by ``strategy``; with one process nothing is shared.
     """
 
     def __init__(self, trainer: Any, world: World, strategy: Strategy) -> None:
         self.trainer, self.world, self.strategy = trainer, world, strategy
         self._plugin: Any = None
         self._mesh: Any = parallelism(strategy, world)
-        # as they are with one process: names by group, and the kernels that each group asked for
+        # as with one process: names by group, and the kernels that each group used
         self._names: list[list[str]] = []
         self._kernels: list[dict[str, Any]] = []
         self._loaded = False
@@ -63,8 +60,8 @@ class Sharding:
     def writes_shards(self) -> bool:
         """Whether each process writes its part of a checkpoint."""
         fsdp = self.strategy.fsdp
-        asked = fsdp is not None and fsdp.state_dict_type == "SHARDED_STATE_DICT"
-        return asked and self.shards and not self.divides
+        sharded_files = fsdp is not None and fsdp.state_dict_type == "SHARDED_STATE_DICT"
+        return sharded_files and self.shards and not self.divides
 
     @property
     def divides(self) -> bool:
@@ -91,7 +88,7 @@ class Sharding:
             tensor_parallel.divide(model, self._mesh.device_mesh["tp"])
 
     def accelerator_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Add what accelerate needs to know; FSDP's plugin, and the mesh."""
+        """Add what accelerate needs: FSDP's plugin, and the mesh."""
         fsdp = self.strategy.fsdp
         if fsdp is not None and uses_fsdp(self.strategy, self.world):
             self._plugin = arguments["fsdp_plugin"] = fsdp_plugin(fsdp, self.model)
@@ -101,7 +98,7 @@ class Sharding:
         return arguments
 
     def adjust_accelerator(self) -> None:
-        """Let the accelerator have what it was asked for; on a CPU it would not."""
+        """Make the accelerator shard as requested; on a CPU it would not."""
         if self._plugin is not None or self._mesh is not None:
             use_mesh(self.trainer.accelerator, self._plugin, self._mesh)
         if self._plugin is not None:
@@ -111,7 +108,7 @@ class Sharding:
             tensor_parallel.base_model(self.model)._tp_size = self.strategy.tensor
 
     def note_parameters(self, optimizer: Any) -> None:
-        """Note whose parameters the optimizer has, before they are sharded."""
+        """Record the optimizer's parameters, before they are sharded."""
         if self.divides:
             self._kernels = step_one_by_one(optimizer)
         if self.world.several:
@@ -138,11 +135,7 @@ class Sharding:
             self._loaded = True
 
     def load_weights(self, folder: Path) -> bool:
-        """Load the weights of a checkpoint.
-
-        Returns:
-            Whether it did; else they are an adapter's, which Trainer loads as well.
-        """
+        """Load the weights of a checkpoint; False for an adapter's, which Trainer loads as well."""
         if self._loaded:  # before they were sharded
             return True
         model = self.model
@@ -157,11 +150,7 @@ class Sharding:
         return True
 
     def load_best(self, folder: Path) -> bool:
-        """Load the weights of the best checkpoint at the end of training.
-
-        Returns:
-            Whether it did; else they are an adapter's, which Trainer loads as well.
-        """
+        """Load the best checkpoint's weights; False for an adapter's, which Trainer loads too."""
         model = self.model
         parts = self.shards and gather.in_parts(model)
         with readable(folder):
@@ -182,11 +171,7 @@ class Sharding:
         return True
 
     def load_optimizer(self, folder: Path) -> bool:
-        """Load the states of the optimizer and of the schedule.
-
-        Returns:
-            Whether it did; else nothing is sharded, and Trainer can.
-        """
+        """Load the optimizer and the schedule; False where nothing is sharded, and Trainer can."""
         from_shards = in_shards(folder)
         if not (self.shards or self.zero_stage or from_shards):
             return False
@@ -221,10 +206,7 @@ class Sharding:
         return self.optimizer, self._names or gather.names_by_group(self.model, self.optimizer)
 
     def whole_state(self) -> dict[str, Any] | None:
-        """The trained weights by their names, on rank 0, where each process has a part of them.
-
-        None: every process has all of them in the model. A collective.
-        """
+        """The trained weights by name, on rank 0; None if all processes have all. A collective."""
         if not self.shards:
             return None
         adapters = hasattr(self.model, "peft_config")
@@ -234,7 +216,7 @@ class Sharding:
         return gather.whole_weights(self.model, adapters)
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """The optimizer's whole state as it is with one process, on rank 0; a collective."""
+        """The optimizer's state on rank 0, in the form of one process; a collective."""
         if self.zero_stage:
             return zero.whole_optimizer(self.trainer.deepspeed, self._names, self.world.main)
         if not self.shards:
@@ -246,7 +228,7 @@ class Sharding:
         return state
 
     def schedule_state(self) -> dict[str, Any]:
-        """The schedule's state as it is with one process."""
+        """The schedule's state in the form of one process."""
         state: dict[str, Any] = self.trainer.lr_scheduler.state_dict()
         return zero.whole_schedule(state, self._names) if self.zero_stage else state
 

@@ -1,4 +1,4 @@
-"""When a run goes wrong by itself: a loss that stays too high, or that is NaN or infinite."""
+"""Ending a run whose loss stays too high, or is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from ..recipe.recipe import Recipe
 
 
 class LossWatchdog(TrainerCallback, ExportableState):
-    """Ends training when the logged loss was above a threshold several times in a row.
-
-    Args:
-        threshold: a loss above it is bad.
-        patience: how many bad ones in a row end the run.
+    """Ends training after ``patience`` logged losses in a row above ``threshold``.
 
     Attributes:
-        violations: how many there were in a row until now. Checkpoints keep it.
+        violations: how many there were in a row until now; checkpoints keep it.
     """
 
     def __init__(self, threshold: float, patience: int) -> None:
@@ -36,7 +32,7 @@ class LossWatchdog(TrainerCallback, ExportableState):
         return self.violations >= self.patience
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count."""
+        """Count violations."""
         loss = (kwargs.get("logs") or {}).get("loss")
         if loss is None:
             return
@@ -52,26 +48,24 @@ class LossWatchdog(TrainerCallback, ExportableState):
 
 
 _PATIENCE = 3
-"""Of the loss watchdog, where the recipe does not say."""
+"""The loss watchdog's default."""
 
 
 def watchdogs(recipe: Recipe) -> list[LossWatchdog | EarlyStoppingCallback]:
     """The watchdogs that the recipe asks for."""
-    found: list[LossWatchdog | EarlyStoppingCallback] = []
+    callbacks: list[LossWatchdog | EarlyStoppingCallback] = []
     if recipe.loss_watchdog_threshold is not None:
         patience = recipe.loss_watchdog_patience or _PATIENCE
-        found.append(LossWatchdog(recipe.loss_watchdog_threshold, patience))
+        callbacks.append(LossWatchdog(recipe.loss_watchdog_threshold, patience))
     if recipe.early_stopping_patience is not None:
-        found.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-    return found
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    return callbacks
 
 
 def apply_limits(kept: dict[str, Any], recipe: Recipe) -> None:
-    """Give restored watchdogs the limits of the recipe: a checkpoint brings its own along.
+    """Give restored watchdogs the limits of the recipe, in place of the checkpoint's.
 
-    Args:
-        kept: what a checkpoint keeps of each callback, by the name of its class; changed in place.
-        recipe: which may have other limits than the checkpoint's.
+    ``kept`` has a checkpoint's state of each callback by class name, and is changed in place.
     """
     for watchdog in watchdogs(recipe):
         name = type(watchdog).__name__
@@ -80,33 +74,29 @@ def apply_limits(kept: dict[str, Any], recipe: Recipe) -> None:
 
 
 def out_of_patience(kept: dict[str, Any], recipe: Recipe) -> bool:
-    """Whether early stopping had ended the run that a checkpoint is of.
+    """Whether early stopping had ended the run of a checkpoint, and would by this recipe.
 
-    Args:
-        kept: what the checkpoint keeps of each callback, by the name of its class.
-        recipe: which may have more patience, or no early stopping any more.
+    ``kept`` has the checkpoint's state of each callback by class name.
     """
-    found = kept.get(EarlyStoppingCallback.__name__, {})
-    waited = found.get("attributes", {}).get("early_stopping_patience_counter", 0)
-    patience = found.get("args", {}).get("early_stopping_patience")
+    early_stopping = kept.get(EarlyStoppingCallback.__name__, {})
+    waited = early_stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    patience = early_stopping.get("args", {}).get("early_stopping_patience")
     if patience is None or recipe.early_stopping_patience is None:
         return False
     return bool(waited >= max(patience, recipe.early_stopping_patience))
 
 
 _TEXTS = ("input_ids", "prompt_ids", "completion_ids")
-"""How the names of tensors of tokens end; a row may have several."""
+"""Endings of the names of token tensors; a row may have several."""
 
 
 class NonFiniteStepError(Exception):
-    """A step whose loss or gradient is not a finite number; its update was not made.
+    """A step whose loss or gradient is not finite; its update was not made.
 
     Attributes:
         step: its number, from 1.
         what: ``"loss"`` or ``"gradient norm"``.
-        value: what that was.
         batches: the inputs of the step's forward passes.
-        losses: of these.
     """
 
     def __init__(self, step: int, what: str, value: float, seen: _Seen) -> None:
@@ -120,18 +110,15 @@ class NonFiniteStepError(Exception):
         return type(self), (self.step, self.what, self.value, seen)
 
     def of_all(self, world: World) -> NonFiniteStepError:
-        """The one to report: that of a process whose own loss is not finite; a collective."""
-        found = world.gather(self if self.what == "loss" else None)
-        return next((error for error in found if error is not None), self)
+        """The error to report: from a process whose own loss is not finite; a collective."""
+        errors = world.gather(self if self.what == "loss" else None)
+        return next((error for error in errors if error is not None), self)
 
     def save(self, folder: Path, tokenizer: Any) -> Path:
-        """Write the inputs, as tensors and as text.
+        """Write the inputs as tensors and as text, and return the text file.
 
         ``nan-batch-STEP.safetensors`` has ``0.input_ids``, ``0.labels`` and so on, with the number
         of the forward pass first; ``nan-batch-STEP.txt`` has the text of each row.
-
-        Returns:
-            The text file.
         """
         from safetensors.torch import save_file
 
@@ -156,7 +143,7 @@ class NonFiniteStepError(Exception):
 
 @dataclass
 class _Seen:
-    """A step's inputs, its losses, and the length of its gradient."""
+    """A step's inputs, its losses, and the norm of its gradient."""
 
     step: int
     batches: list[dict[str, Tensor]] = field(default_factory=list)
@@ -165,36 +152,28 @@ class _Seen:
 
 
 class NonFiniteGuard:
-    """Looks at the loss and the gradient of every step before the optimizer does.
+    """Checks the loss and the gradient of every step before the optimizer does.
 
-    On a CPU, and before steps that are logged anyway, it looks at the numbers. Between them, on a
-    GPU, looking would make the host wait: there the optimizer is set to leave everything as it is
-    if the gradient is not finite (as with loss scaling, on the device), and the guard looks when
-    the trainer logs.
+    On a CPU, and before logged steps, it reads the numbers. On a GPU that would make the host wait:
+    between logged steps, the optimizer is set to skip the update on the device if the gradient is
+    not finite (as with loss scaling), and the guard reads the numbers when the trainer logs.
     """
 
     def __init__(self) -> None:
         self._steps: list[_Seen] = []
 
     def add(self, step: int, batch: dict[str, Tensor], loss: Tensor) -> None:
-        """Note a forward pass of ``step``, which is counted from 1."""
+        """Record a forward pass of ``step``, which is counted from 1."""
         if not self._steps or self._steps[-1].step != step:
             self._steps.append(_Seen(step))
         self._steps[-1].batches.append(batch)
         self._steps[-1].losses.append(loss.detach())
 
     def judge(self, norm: Any, optimizer: Any, logged: bool) -> Any:
-        """Look at the gradient's length before the optimizer's step.
+        """Check the norm of the gradient, a tensor or a number, before the optimizer's step.
 
-        Not to be called where a loss scaler skips steps with infinite gradients by itself.
-
-        Args:
-            norm: a tensor or a number.
-            optimizer: which is about to step.
-            logged: whether the trainer logs this step.
-
-        Returns:
-            ``norm``; as a number where it has been looked at.
+        Not to be called where a loss scaler skips steps with infinite gradients by itself. Returns
+        ``norm``, as a number where it was read.
 
         Raises:
             NonFiniteStepError: it is not finite, or the loss is not.
@@ -209,11 +188,7 @@ class NonFiniteGuard:
         return float(norm)
 
     def look(self) -> None:
-        """Look at all steps since the last look.
-
-        Raises:
-            NonFiniteStepError: the first of them that is not finite.
-        """
+        """Raise NonFiniteStepError for the first step since the last call that is not finite."""
         steps, self._steps = self._steps, []
         for seen in steps:
             # a NaN loss has a NaN gradient: one check is enough
