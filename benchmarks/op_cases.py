@@ -74,7 +74,7 @@ class Maker:
     def make(self, op: str) -> Case:
         """The case of that name."""
         model = self.shape.model
-        sizes = records.Sizes(
+        sizes = records.ExampleSizes(
             self.shape.batch, self.shape.seq, model.hidden, model.ffn, model.heads, model.kv_heads,
             model.head_dim, model.vocab, self.shape.rank, experts=8,
         )  # fmt: skip

@@ -34,7 +34,7 @@ from .launch import has_triton
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ExampleSizes:
     """Sizes of examples: ``batch * seq`` tokens through one decoder layer."""
 
     batch: int = 2
@@ -60,11 +60,12 @@ class Maker:
     """
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", sizes: Sizes | None = None,
+        self, dtype: torch.dtype, device: torch.device | str = "cpu",
+        sizes: ExampleSizes | None = None,
         train: bool = True, adapters: torch.dtype | None = None,
         generator: torch.Generator | None = None, strided: bool = False,
     ) -> None:  # fmt: skip
-        self.dtype, self.device, self.sizes = dtype, torch.device(device), sizes or Sizes()
+        self.dtype, self.device, self.sizes = dtype, torch.device(device), sizes or ExampleSizes()
         self.train, self.adapters = train, adapters or dtype
         self.generator, self.strided = generator, strided
         self.wide = torch.promote_types(dtype, torch.float32)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError, RecipeError, did_you_mean
 from .model import files as modelfiles
-from .model.adapters import adapter_problem
+from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
 from .recipe.preferences import generation_sizes, rows_of
 from .recipe.recipe import Recipe

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusewright.kernels.attention import attention
-from fusewright.kernels.op import Example, Maker, Op, Sizes
+from fusewright.kernels.op import Example, ExampleSizes, Maker, Op
 from fusewright.rewrite.op_table import OPS
 
 from .attention_masks import MASKS
 
-ODD = Sizes(2, 13, 123, 35, 4, 2, 14, 123, 3, 5, 4)
+ODD = ExampleSizes(2, 13, 123, 35, 4, 2, 14, 123, 3, 5, 4)
 """That fill no tile, no vector and no group; large enough for the statistics of an error."""
 
 
@@ -59,7 +59,7 @@ class Case:
 
     op: Op
     example: Example
-    sizes: Sizes = ODD
+    sizes: ExampleSizes = ODD
     dtype: torch.dtype = torch.float64
     train: bool = True
     strided: bool = False
@@ -76,9 +76,9 @@ class Case:
 CASES = {name: Case(op, example) for op in OPS for name, example in op.examples().items()}
 
 
-def sized(batch: int, seq: int, hidden: int) -> Sizes:
+def sized(batch: int, seq: int, hidden: int) -> ExampleSizes:
     """So many tokens of so many features; all else is odd."""
-    return Sizes(batch, seq, hidden, 129, 6, 2, 48, 1231, 16, 16, 8)
+    return ExampleSizes(batch, seq, hidden, 129, 6, 2, 48, 1231, 16, 16, 8)
 
 
 def _masked(form: str) -> Example:
@@ -90,7 +90,14 @@ def _masked(form: str) -> Example:
     return example
 
 
-_WITHOUT = ("attention", "attention-window", "decode_attention")
+_WITHOUT = (
+    "attention",
+    "attention-window",
+    "decode_attention",
+    # PyTorch's products of matrices
+    "qkv_block-plain",
+    "quant_linear-int8",
+)
 LAUNCHING = (
     {n: case for n, case in CASES.items() if not n.startswith(("dora", "linear_divergence"))}
     | {f"attention-{form}": Case(attention.OP, _masked(form)) for form in MASKS}

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from fusewright.kernels.op import Maker, Op, Sizes
+from fusewright.kernels.op import ExampleSizes, Maker, Op
 from fusewright.kernels.second_order import differentiable, double_backward
 from fusewright.rewrite.op_table import OPS
 
@@ -35,7 +35,7 @@ from .calls import CASES, Call, Case
 from .util import Stop, assert_parity, assert_parity_of_draws
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-TINY = Sizes(2, 3, 4, 6, 2, 1, 4, 7, 2, 2, 3)
+TINY = ExampleSizes(2, 3, 4, 6, 2, 1, 4, 7, 2, 2, 3)
 """For derivatives by differences."""
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ...errors import ModelError, RecipeError, first_line
 from ..consent import CODE_SWITCH, code_refused, why_not_run
 from ..model import tokenizer as tokenizers
-from ..model.adapters import adapter_problem, put_adapter
+from ..model.adapter_files import adapter_problem, put_adapter
 from ..model.files import adapter_weights
 from ..recipe.keys.base import Keys, aliases, is_default, nested
 from ..recipe.locate import locate

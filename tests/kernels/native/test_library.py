@@ -45,7 +45,7 @@ def test_it_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("what", ["processor", "source"])
+@pytest.mark.parametrize("what", ["instruction_set", "source"])
 def test_another_processor_or_source_has_another_library(
     what: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

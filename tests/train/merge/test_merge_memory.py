@@ -18,7 +18,7 @@ MB = 2**20
 MEASURED = """
 import sys, torch
 from pathlib import Path
-from fusewright.train.merge import merge
+from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.inference.run_folder import open_run
 from rich.console import Console
 
@@ -28,10 +28,10 @@ def status(field):
 
 run = open_run(sys.argv[1])
 quiet = Console(quiet=True)
-merge.merge(run, merge.MergeOptions(Path(sys.argv[2])), quiet)  # imports, and what they hold
+merge(run, MergeOptions(Path(sys.argv[2])), quiet)  # imports, and what they hold
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-merge.merge(open_run(sys.argv[3]), merge.MergeOptions(Path(sys.argv[4]), None, sys.argv[5]), quiet)
+merge(open_run(sys.argv[3]), MergeOptions(Path(sys.argv[4]), None, sys.argv[5]), quiet)
 print(status("VmHWM") - before)
 """
 

@@ -149,9 +149,13 @@ class _Trainer(SimpleNamespace):
         super().__init__(
             world=World(Placement(rank, 2, rank, 2)),
             state=SimpleNamespace(save_to_json=noted("state"), stateful_callbacks={}),
-            args=SimpleNamespace(save_only_model=only_model), writes_shards=False,
-            whole_state=noted("all: weights"), optimizer_state=noted("all: optimizer"),
-            store_flos=noted("all: operations"), schedule_state=noted("schedule"),
+            args=SimpleNamespace(save_only_model=only_model),
+            sharding=SimpleNamespace(
+                writes_shards=False,
+                whole_state=noted("all: weights"), optimizer_state=noted("all: optimizer"),
+                schedule_state=noted("schedule"),
+            ),
+            store_flos=noted("all: operations"),
             _save_scaler=noted("scaler"), _save_rng_state=noted("random state"),
             model=None, context=SimpleNamespace(tokenizer=None),
             callback_handler=SimpleNamespace(callbacks=[]),

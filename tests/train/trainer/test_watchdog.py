@@ -280,7 +280,7 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
     "broken",
     [
         "checkpoint.save_model.plot", "checkpoint.save_model.check_adapter",
-        "inference.generation.answer", "report.page.write", "report.model_card.write",
+        "inference.generate.answer", "report.page.write", "report.model_card.write",
     ],
 )  # fmt: skip
 def test_what_fails_after_training_costs_nothing(
