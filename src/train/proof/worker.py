@@ -200,12 +200,6 @@ def _rewrites(model: Any, recipe: Recipe) -> dict[str, Any]:
     return {"rewritten": dict(report.by_rule()), "codegen": report.codegen}
 
 
-if __name__ == "__main__":
-    os.environ.setdefault(PARENT, str(os.getppid()))
-    end_with_parent()
-    sys.exit(main(Path(sys.argv[1])))
-
-
 # --- the same model in a higher precision: the measure of rounding --------------------------------
 
 
@@ -280,3 +274,9 @@ def _dequantize(model: Any) -> None:
         if (state := getattr(weight, "quant_state", None)) is not None:
             state.dtype = torch.float32
     dequantize_linears(model, torch.float32)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault(PARENT, str(os.getppid()))
+    end_with_parent()
+    sys.exit(main(Path(sys.argv[1])))
