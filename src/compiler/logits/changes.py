@@ -51,8 +51,8 @@ class WeightsChanged(RuntimeError):
 
 _WORDS = 1 << 14
 """How many words have one sum."""
-_CHUNK = {"cpu": 1 << 20}
-"""How many words are multiplied at once, by the kind of device; elsewhere four times as many."""
+_CHUNK = {"cpu": 1 << 18}
+"""How many words are multiplied at once, by the kind of device; elsewhere 2^22."""
 
 Fingerprint = list[list[Tensor]]
 """Sums of the bytes of each value."""
@@ -64,7 +64,8 @@ def fingerprint(values: Iterable[Any]) -> Fingerprint:
     Each 32-bit word is multiplied with an odd number of 64 bits, its own among 16,384, and these
     are added up: one word that changes is always seen, and of several only those whose changes
     cancel out, by a chance of 2^-33 at most for each of the sums. It stays on the device, so that
-    nobody waits. On a CPU 100 MB take 15 ms (two cores), a head's product of 256 rows 120.
+    nobody waits. A head of 49,152 x 576 in bfloat16 takes 8 ms on two cores of an AMD EPYC, its
+    product with 1,024 rows 174 (torch 2.13, 2026-11-29).
     """
     return [_sums(v) if isinstance(v, Tensor) else [] for v in values]
 
@@ -91,7 +92,13 @@ def _sums(t: Tensor) -> list[Tensor]:
         whole = words.numel() // _WORDS * _WORDS
         rows = words[:whole].view(-1, _WORDS)
         count = _CHUNK.get(t.device.type, 1 << 22) // _WORDS
-        sums = [(chunk * weights).sum(1) for chunk in rows.split(count) if len(chunk)]
+        # in one buffer: to touch fresh memory for each chunk takes ten times as long on a CPU
+        products = weights.new_empty(min(count, len(rows)), _WORDS)
+        sums = [
+            torch.mul(chunk, weights, out=products[: len(chunk)]).sum(1)
+            for chunk in rows.split(count)
+            if len(chunk)
+        ]
         last = words[whole:]
         tail = torch.stack([(part * weights[: part.numel()]).sum() for part in (last, rest)])
         return [torch.cat([*sums, tail])]
