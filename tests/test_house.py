@@ -55,6 +55,14 @@ def test_every_room_is_packaged() -> None:
     assert settings["tool"]["setuptools"]["packages"] == rooms
 
 
+def test_what_runs_as_a_program_is_at_the_end_of_its_file() -> None:
+    """What is defined below it would not be there yet."""
+    for path in sorted(SRC.rglob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        guards = [n for n in body if isinstance(n, ast.If) and "__name__" in ast.unparse(n.test)]
+        assert guards in ([], body[-1:]), path
+
+
 def test_a_public_class_name_is_used_once() -> None:
     places: dict[str, list[str]] = {}
     for path in sorted(SRC.rglob("*.py")):

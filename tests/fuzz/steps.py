@@ -128,10 +128,8 @@ def late_read(rng: random.Random) -> str:
             "        results.update(loss=loss)"
         )
     if kind == "checkpoint":
-        # a head that calls its blocks itself is captured at its second call: a checkpoint around the
-        # first one meets two graphs, and refuses them
         return (
-            "m(ids, labels=labels)\n        def run_all():\n            out = m(ids, labels=labels)\n"
+            "def run_all():\n            out = m(ids, labels=labels)\n"
             "            parts = tuple(out.values()) if isinstance(out, dict) else out\n"
             f"            z = parts[1]\n            return parts[0] + {rng.choice(['0', *_FIRST])}\n"
             "        results.update(loss=checkpoint(run_all, use_reentrant=False))"

@@ -114,7 +114,15 @@ def head_forward(
         reason = _why_not(session, self, kwargs, hooks.others, watch)
         if reason is None and results is not None:
             if results.any_unknown(watch.blocks):  # the first call shows what they return
-                return original(self, **kwargs)
+                if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+                    return original(self, **kwargs)
+                # a checkpoint around it runs it once more, and must find the same operations
+                session.log.note(self, "hooks on saved tensors, as a checkpoint's, are around it")
+                results.is_recording = False
+                try:
+                    return original(self, **kwargs)
+                finally:
+                    results.is_recording = True
             reason = results.unsupported_reason(watch.blocks)
         if reason is not None:
             session.log.note(self, reason)

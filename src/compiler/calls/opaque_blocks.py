@@ -35,12 +35,13 @@ class Results:
         self._structures: weakref.WeakKeyDictionary[nn.Module, _Structure] = (
             weakref.WeakKeyDictionary()
         )
+        self.is_recording = True
 
     def record(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         """Remember what ``block`` returns, as far as it is not known."""
-        if block not in self._structures:
+        if self.is_recording and block not in self._structures:
             self._structures[block] = _structure(_by_key(args, kwargs), result)
 
     def any_unknown(self, blocks: Iterable[nn.Module]) -> bool:
