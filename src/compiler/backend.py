@@ -1,42 +1,42 @@
-"""The TorchDynamo backend: a captured graph in, the optimized callable out."""
+"""The TorchDynamo backend: a captured graph in, the optimized callable out.
+
+``compile_graph`` runs ``READ``, ``REWRITE`` and ``GENERATE``, the stages of a compilation in their
+order. A stage asks ``Compilation.effects`` what the graph does, changes it in place, and notes in
+the ``Compilation`` what later stages need.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from ..graph import facts
 from ..graph.cleanup import remove_noops
-from ..graph.facts import nested
+from ..graph.effects import Effects, is_reentrant
 from ..graph.functionalize import remove_writes, require_marked_writes
-from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
 from ..kernels.cost import kept_by_hook
 from ..memory.apply_plan import offloaded, planned
-from ..memory.levels import accumulates_twice, draws_in_vain, writes_into_inputs
+from ..memory.oom_retry import is_out_of_memory
 from ..rewrite.copies import copy_what_is_written
 from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
-from .calls.caller_writes import inputs_to_copy, may_write, with_changed_inputs
-from .calls.input_gradients import (
-    input_gradient_reason,
-    inputs_without_gradient,
-    require_gradients,
-    with_leaf,
-)
-from .codegen.absent_gradients import AbsentGradients
-from .codegen.inductor import inductor
-from .codegen.reach import inputs_of_outputs
+from .calls.input_gradients import input_gradient_reason, require_gradients, with_leaf
+from .codegen.inductor import AbsentGradients, inductor
 from .graph_log import CapturedGraph, StageLog
-from .logits.deferral import copy_if_loss, defer_logits
-from .session import Choices, Session
-from .sharing import UnfrozenWeight
+from .logits.deferral import NodesBefore, copy_if_loss, defer_logits
+from .session import Session
+from .sharing import CaptureError, UnfrozenWeight
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
@@ -57,11 +57,65 @@ def captured(function: Callable[..., Any], session: Session, kind: str) -> Calla
     @functools.wraps(convert)  # with its attributes: TorchDynamo finds the backend by them
     def capture(*args: Any, **kwargs: Any) -> Any:
         with session.capturing():
-            return convert(*args, **kwargs)
+            try:
+                return convert(*args, **kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit):
+                raise
+            # guards are made in other packages of PyTorch, which raise what they happen to raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise CaptureError(str(error)) from error
 
     context.callback = capture
     run: Callable[..., Any] = context(function)
     return run
+
+
+@dataclass(eq=False)
+class Compilation:
+    """A captured graph on its way, and what its stages have learnt of it and decided.
+
+    The inputs at ``idle`` need a gradient and get none; copies are made of those at ``copied``.
+    """
+
+    graph: fx.GraphModule
+    examples: Sequence[Any]
+    session: Session
+    kind: str
+    grad: bool
+    # why a block's input must have the gradient that its caller gives it
+    gradient_reason: str | None = None
+    idle: Sequence[int] = ()
+    copied: Sequence[int] = ()
+    absent: AbsentGradients = field(default_factory=lambda: AbsentGradients(None))
+    losses: NodesBefore = field(default_factory=dict)  # the nodes before a loss was fused
+    findings: list[Finding] = field(default_factory=list)
+    codegen: str = "eager"
+    run: Callable[..., Any] | None = None
+    _effects: Effects | None = None
+
+    @functools.cached_property
+    def log(self) -> StageLog:
+        """What shows the graph after each stage."""
+        session = self.session
+        return StageLog(self.kind, session.choices.environment.dump, session.log.keeps_code)
+
+    @property
+    def effects(self) -> Effects:
+        """What the graph does now; stages that change nothing share one record."""
+        if (
+            self._effects is None
+            or self._effects.module is not self.graph
+            or not self._effects.is_current()
+        ):
+            self._effects = Effects(self.graph)
+        return self._effects
+
+    @property
+    def is_trained_block(self) -> bool:
+        """Whether it is a block's graph, with gradients: those are planned and compiled."""
+        return self.kind == "block" and self.grad
 
 
 def compile_graph(
@@ -72,56 +126,56 @@ def compile_graph(
     ``graph`` is changed in place. Only blocks are planned and go through Inductor, whose
     compilation they share.
     """
-    choices, region = session.choices, session.state.region
-    arguments = [a for n in graph.graph.nodes if (a := n.meta.get("grapharg")) is not None]
-    grad = torch.is_grad_enabled()
-    if kind == "head" and region is not None:
-        session.state.watches.watch_inlined(region)
-    gradient_reason = input_gradient_reason(graph) if grad and kind == "block" else None
-    if gradient_reason is not None:
-        session.state.require_no_leaf(gradient_reason)
-    session.state.count_graph()
-    # their hooks would be called, with None
-    idle = inputs_without_gradient(graph) if grad and kind == "block" else []
-    caller_writes = grad and kind != "head" and may_write(choices.planner.model(), region)
-    stages = StageLog(kind, choices.environment.dump, session.log.keeps_code)
-    before = stages.record(graph, "captured")
-
+    work = Compilation(graph, examples, session, kind, torch.is_grad_enabled())
+    _run_stages(work, READ)
     with _without_saved_tensor_hooks():
-        require_gradients(graph)
-        require_marked_writes(graph)
-        if grad and accumulates_twice(graph, lambda: _is_shared(choices.planner.model(), region)):
-            session.note_two_accumulations()
-        remove_writes(graph)
-        stages.dump(graph, "functionalized")
-        remove_noops(graph)
-        stages.dump(graph, "cleaned")
-        absent = AbsentGradients(inputs_of_outputs(graph) if grad and kind == "block" else None)
-        eager_losses = copy_if_loss(graph)
-        findings = _recognise_and_fuse(graph, choices)
-        stages.dump(graph, "fused")
-        lazy = choices.options.logits == "lazy"
-        model, reads = choices.planner.model, session.log.reads
-        call = session.state.replay
-        is_alone = kind == "head" and call is not None and not call.is_labelled
-        defer_logits(graph, eager_losses, findings, lazy, model, reads, is_alone)
-        stages.dump(graph, "logits")
-        copy_what_is_written(graph, caller_writes)
-        graph.recompile()
-        stages.dump(graph, "copied")
+        _run_stages(work, REWRITE)
+    _run_stages(work, GENERATE)
+    assert work.run is not None
+    return work.run
 
-    copied = inputs_to_copy(graph, caller_writes) if grad and kind != "head" else ()
-    # graphs without gradients mostly serve evaluation, not worth a second compilation
-    compiled = kind == "block" and (grad or choices.options.compile_no_grad)
-    choice = _choose_codegen(graph, choices) if compiled else "eager"
-    if kind == "block" and grad and region is not None:
-        graph = planned(choices.planner, region, graph, examples, choice)
-    after = stages.record(graph, "rewritten")
 
-    run = _generate_code(graph, examples, choice, session, idle, absent)
-    run = with_changed_inputs(offloaded(choices.planner, graph, run), copied, Tensor.clone)
-    captured = CapturedGraph(findings, grad, stages.number, before, after)
-    return _recorded(session, captured, run, gradient_reason, arguments)
+def _run_stages(work: Compilation, stages: Sequence[Stage]) -> None:
+    for name, stage in stages:
+        stage(work)
+        work.log.show(work.graph, name)
+
+
+# --- as captured: what must be known before anything changes --------------------------------------
+
+
+def read_as_captured(work: Compilation) -> None:
+    """Ask what only the captured graph tells; the call may be refused, and made again."""
+    state = work.session.state
+    if work.kind == "head" and state.region is not None:
+        state.watches.watch_inlined(state.region)
+    if work.is_trained_block:
+        work.gradient_reason = input_gradient_reason(work.effects)
+    if work.gradient_reason is not None:
+        state.require_no_leaf(work.gradient_reason)
+    state.count_graph()
+    if work.is_trained_block:  # the hooks of such inputs would be called, with None
+        work.idle = work.effects.inputs_without_gradient
+
+
+def refuse_what_differs(work: Compilation) -> None:
+    """Raise where a captured graph would do something else than eager mode."""
+    require_gradients(work.effects)
+    require_marked_writes(work.effects)
+    if work.grad and _accumulates_twice(work):
+        work.session.note_two_accumulations()
+
+
+def _accumulates_twice(work: Compilation) -> bool:
+    """Whether a reentrant checkpoint uses a parameter that is used elsewhere, too."""
+    for node in filter(is_reentrant, work.effects.checkpoints):
+        inputs = (n for n in node.args[1:] if isinstance(n, fx.Node))
+        parameters = [n for n in inputs if isinstance(facts.tensor(n), nn.Parameter)]
+        if any(len(n.users) > 1 or node.args.count(n) > 1 for n in parameters):
+            return True
+        if _is_shared(work.session.choices.planner.model(), work.session.state.region):
+            return True
+    return False
 
 
 def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
@@ -133,6 +187,76 @@ def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
     return len(names) > len(parameters)
 
 
+# --- rewriting: formulas become ops ---------------------------------------------------------------
+
+
+def functionalize(work: Compilation) -> None:
+    """Turn writes into values, so that patterns see them."""
+    remove_writes(work.graph)
+
+
+def clean(work: Compilation) -> None:
+    """Remove what does nothing; note what each output is made of, which fused ops would hide."""
+    remove_noops(work.graph)
+    if work.is_trained_block:
+        work.absent = AbsentGradients(work.effects.inputs_of_outputs)
+
+
+def recognise_and_fuse(work: Compilation) -> None:
+    """Apply the rules: formulas become ops, then ops and their neighbours become larger ops."""
+    # one call: a formula counts as missed only when the last rule has run, and the rules of both
+    # kinds run in one nested graph after the other
+    choices = work.session.choices
+    work.losses = copy_if_loss(work.graph)
+    verify = None if choices.options.verify == "off" or choices.fake else choices.verifier
+    with quiet_randomness():
+        work.findings = apply(work.graph, choices.rules, TABLE, verify, choices.fuel)
+
+
+def defer(work: Compilation) -> None:
+    """Let logits that are returned beside a fused loss be computed when they are read."""
+    choices, call = work.session.choices, work.session.state.replay
+    lazy = choices.options.logits == "lazy"
+    is_alone = work.kind == "head" and call is not None and not call.is_labelled
+    defer_logits(
+        work.graph, work.losses, work.findings, lazy, choices.planner.model,
+        work.session.log.reads, is_alone,
+    )  # fmt: skip
+
+
+def copy_written(work: Compilation) -> None:
+    """Copy what an op keeps for backward, and the graph, or its caller, writes into."""
+    open_to_writes = work.grad and work.kind != "head"
+    copy_what_is_written(work.effects, open_to_writes)
+    work.graph.recompile()
+    if open_to_writes:
+        work.copied = _inputs_to_copy(work.effects)
+
+
+def _inputs_to_copy(effects: Effects) -> list[int]:
+    """The hidden states among a region's inputs, which its caller may write into when it has run.
+
+    They have the size of a result, and are neither parameters nor written or returned by the graph.
+    """
+    # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our ops,
+    # a compiler's and a checkpoint keep x itself, and backward would refuse it. The caller's
+    # tensor is freed when it goes on to the result, so that a copy takes no memory; what all blocks
+    # are given (masks, positions, an encoder's states) is not copied for each
+    protected = effects.returned.union(effects.last_writes[effects.module.graph])
+    outputs = effects.module.graph.output_node().all_input_nodes
+    results = [t for n in outputs if (t := facts.tensor(n)) is not None and t.requires_grad]
+    left = Counter(str(t.shape) for t in results)
+    places = []
+    for i, node in enumerate(effects.module.graph.find_nodes(op="placeholder")):
+        t = facts.tensor(node)
+        if t is None or not t.is_floating_point() or not left[str(t.shape)]:
+            continue
+        if not isinstance(t, nn.Parameter) and not facts.memories(node) & protected:
+            left[str(t.shape)] -= 1
+            places.append(i)
+    return places
+
+
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     """Hide from hooks on saved tensors what rules and their verification save."""
     # a region's first call may be counted: a checkpoint compares what it saves with the second
@@ -142,43 +266,66 @@ def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     return torch.autograd.graph.saved_tensors_hooks(kept_by_hook, lambda t: t)
 
 
-def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding]:
-    """Apply the rules: formulas become ops, then ops and their neighbours become larger ops."""
-    # one call: a formula counts as missed only when the last rule has run, and the rules of both
-    # kinds run in one nested graph after the other
-    verify = None if choices.options.verify == "off" or choices.fake else choices.verifier
-    with quiet_randomness():
-        return apply(graph, choices.rules, TABLE, verify, choices.fuel)
+# --- generating code: what runs the graph ---------------------------------------------------------
 
 
-def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
-    """``"eager"`` or ``"inductor"``, for the graph of a block."""
-    choice = choices.codegen[0]
-    # a compiler would unroll what was captured whole and not rewritten
-    if any(is_leaf(n.target) for inner in nested(graph) for n in inner.graph.nodes):
-        return "eager"
-    if choice == "inductor" and writes_into_inputs(graph):
+def choose_codegen(work: Compilation) -> None:
+    """Decide whether Inductor compiles a block's graph."""
+    # graphs without gradients mostly serve evaluation, not worth a second compilation
+    choices, effects = work.session.choices, work.effects
+    if work.kind != "block" or not (work.grad or choices.options.compile_no_grad):
+        return
+    if choices.codegen[0] != "inductor" or effects.leaves:
+        return  # a compiler would unroll what was captured whole and not rewritten
+    if effects.lasting_writes:
+        # backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it, and
+        # writes into that
         choices.planner.note("a block that writes into what it was given is not compiled")
-        return "eager"
-    if choice == "inductor" and draws_in_vain(graph):
+    elif effects.unused_draws:
+        # they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what has
+        # no users at the end of its forward
         choices.planner.note("a block with unused draws of random numbers is not compiled")
-        return "eager"
-    return choice
+    else:
+        work.codegen = "inductor"
 
 
-def _generate_code(
-    graph: fx.GraphModule,
-    examples: Sequence[Any],
-    choice: str,
-    session: Session,
-    idle: list[int],
-    absent: AbsentGradients,
+def plan(work: Compilation) -> None:
+    """Let a block keep for backward what its level says."""
+    region = work.session.state.region
+    if work.is_trained_block and region is not None:
+        planner = work.session.choices.planner
+        work.graph = planned(planner, region, work.effects, work.examples, work.codegen)
+
+
+def generate_code(work: Compilation) -> None:
+    """Make what runs the graph, and what is done to its inputs at each call."""
+    session = work.session
+    # of fake weights the memory is predicted all the same
+    if work.codegen == "inductor" and not session.choices.fake:
+        inputs = [t.detach() if i in work.idle else t for i, t in enumerate(work.examples)]
+        run = inductor(work.graph, inputs, session.state.preparation, work.absent)
+        run = _of_frozen(with_changed_inputs(run, work.idle, Tensor.detach), work.examples)
+    else:
+        run = eager(work.graph)
+    run = offloaded(session.choices.planner, work.graph, run)
+    work.run = _recorded(with_changed_inputs(run, work.copied, Tensor.clone), work)
+
+
+def with_changed_inputs(
+    run: Callable[..., Any], places: Sequence[int], change: Callable[[Tensor], Tensor]
 ) -> Callable[..., Any]:
-    if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
-        inputs = [t.detach() if i in idle else t for i, t in enumerate(examples)]
-        run = inductor(graph, inputs, session.state.preparation, absent)
-        return _of_frozen(with_changed_inputs(run, idle, Tensor.detach), examples)
-    return eager(graph)
+    """``run``, a region's graph, with ``change`` applied to its arguments at ``places``."""
+    # at every call: that one step wrote nothing says nothing of the next one
+    if not places:
+        return run
+
+    def call(*args: Any) -> Any:
+        inputs = list(args)
+        for i in places:
+            inputs[i] = change(args[i])
+        return run(*inputs)
+
+    return call
 
 
 def _of_frozen(run: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
@@ -197,14 +344,12 @@ def _of_frozen(run: Callable[..., Any], examples: Sequence[Any]) -> Callable[...
     return call
 
 
-def _recorded(
-    session: Session,
-    graph: CapturedGraph,
-    run: Callable[..., Any],
-    needs_own: str | None,
-    arguments: list[Any],
-) -> Callable[..., Any]:
-    """``run``, which notes in the log that the region at hand ran ``graph``."""
+def _recorded(run: Callable[..., Any], work: Compilation) -> Callable[..., Any]:
+    """``run``, which notes in the log that the region at hand ran the graph."""
+    session, needs_own, code = work.session, work.gradient_reason, work.log.code
+    graph = CapturedGraph(work.findings, work.grad, work.log.number, *code)
+    placeholders = work.graph.graph.find_nodes(op="placeholder")
+    arguments = [a for n in placeholders if (a := n.meta.get("grapharg")) is not None]
 
     def call(*args: Any) -> Any:
         # TorchDynamo's records of the captured inputs: copies of the graph keep them, with weak
@@ -218,3 +363,24 @@ def _recorded(
         return run(*(args if x is None else with_leaf(args, x)))
 
     return call
+
+
+Stage = tuple[str, Callable[[Compilation], None]]
+"""What ``FUSEWRIGHT_DUMP`` calls the graph after it, and what it does."""
+
+READ: tuple[Stage, ...] = (("captured", read_as_captured),)
+
+REWRITE: tuple[Stage, ...] = (
+    ("accepted", refuse_what_differs),  # while reentrant checkpoints and writes are as captured
+    ("functionalized", functionalize),  # before the rules: what writes is no part of a formula
+    ("cleaned", clean),  # after writes are values: some of those are dead then
+    ("fused", recognise_and_fuse),
+    ("logits", defer),  # needs to know which loss was fused
+    ("copied", copy_written),  # after the last rule: only now it is known what the ops keep
+)
+
+GENERATE: tuple[Stage, ...] = (
+    ("chosen", choose_codegen),
+    ("rewritten", plan),  # after the choice: compiled, other levels are of use
+    ("generated", generate_code),
+)

@@ -44,26 +44,28 @@ class StageLog:
         self.number = next(_numbers)
         self._kind, self._folder, self._keep = kind, folder, keep
         self._shown = ""
+        self._code: dict[str, str] = {}
 
-    def record(self, graph: fx.GraphModule, stage: str) -> str:
-        """Dump the graph as captured, or as it runs; its code, empty when nobody asked for it."""
-        if self._folder is None and not self._keep:
-            return ""
+    def show(self, graph: fx.GraphModule, stage: str) -> None:
+        """Dump the graph after a stage that has changed it, and as it is captured and runs."""
+        is_end = stage in _ENDS
+        if self._folder is None and not (is_end and self._keep):
+            return
         code = printer.source(graph, self.number, self._kind, stage)
-        self._write(code, stage)
-        return code if self._keep else ""
-
-    def dump(self, graph: fx.GraphModule, stage: str) -> None:
-        """Dump the graph after a stage in between, if that has changed it."""
-        if self._folder is not None:
-            code = printer.source(graph, self.number, self._kind, stage)
-            if _body(code) != self._shown:
-                self._write(code, stage)
-
-    def _write(self, code: str, stage: str) -> None:
-        self._shown = _body(code)
-        if self._folder is not None:
+        if is_end and self._keep:
+            self._code[stage] = code
+        if self._folder is not None and (is_end or _body(code) != self._shown):
+            self._shown = _body(code)
             printer.dump(self._folder, code, self.number, self._kind, stage)
+
+    @property
+    def code(self) -> tuple[str, str]:
+        """The code as captured and as it runs; empty when nobody asked for it."""
+        before, after = (self._code.get(stage, "") for stage in _ENDS)
+        return before, after
+
+
+_ENDS = "captured", "rewritten"
 
 
 def _body(code: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,7 +23,7 @@ from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
-from .sharing import InputGradient, SharedFunction, Stage, require_no_hooks
+from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
 
@@ -195,9 +194,10 @@ class Session:
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
             if cause is not None and (isinstance(cause, OptimizeError) or is_out_of_memory(cause)):
                 raise cause from None
-            if not _is_capture_error(error):
+            if not isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
                 raise
-            reason = f"could not be captured: {summary(error)}"
+            origin = error.__cause__ if isinstance(error, CaptureError) else error
+            reason = f"could not be captured: {summary(origin or error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
             state.region, state.function, state.mark, state.no_gradient = outer
@@ -298,21 +298,3 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
 
 
 _WEAK = "invalidate_compile_context_weakrefs"
-
-
-def _is_capture_error(error: Exception) -> bool:
-    """Whether it was raised while Dynamo captured: by its class, or by where that was."""
-    # guards are made in other packages of PyTorch, which raise what they happen to raise
-    if isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
-        return True
-    frame, where = error.__traceback__, ""
-    while frame is not None:
-        where = frame.tb_frame.f_code.co_filename
-        if where == _CONVERT and not is_out_of_memory(error):
-            return True
-        frame = frame.tb_next
-    return where.startswith(_DYNAMO)
-
-
-_DYNAMO = os.path.dirname(torch._dynamo.__file__)
-_CONVERT = torch._dynamo.convert_frame.__file__

@@ -72,6 +72,10 @@ class SharedFunctions:
         return self._own.setdefault(module, {}).setdefault(key, SharedFunction(Stage.OWN))
 
 
+class CaptureError(TorchDynamoException):
+    """TorchDynamo raised something else, its cause, while it captured: nothing has run yet."""
+
+
 class InputGradient(TorchDynamoException):
     """A block does something else where its input has a gradient."""
 

@@ -1,13 +1,14 @@
-"""Removing nodes that do nothing new, so that no pattern needs to know them."""
+"""Removing nodes that do nothing, or nothing new, so that no pattern needs to know them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import fx
 
 from . import facts
 from .canon import canonical
-from .edit import modes, prune
-from .effects import has_effect, writes
+from .effects import Effects, has_effect, switches_mode
 
 
 def remove_noops(module: fx.GraphModule) -> int:
@@ -27,22 +28,41 @@ def remove_noops(module: fx.GraphModule) -> int:
                 node.replace_all_uses_with(node.args[0])
                 inner.graph.erase_node(node)
                 removed += 1
-        removed += _merge_casts(inner.graph)
+        removed += _merge_casts(inner)
         inner.recompile()
     return removed
 
 
-def _merge_casts(graph: fx.Graph) -> int:
+def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Erase those of ``nodes`` that nobody uses any more, and what only they used; returns them.
+
+    ``nodes`` are in reverse graph order. Other dead nodes stay: in a captured graph a node without
+    users may switch a mode (autocast, gradients, vmap) and is not dead at all. Nor is what writes
+    or draws random numbers.
+    """
+    erased: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop(0)
+        if node in erased or node.users or node.op in ("placeholder", "output"):
+            continue
+        if has_effect(node) or switches_mode(node):
+            continue
+        queue += [n for n in node.all_input_nodes if n.op in ("call_function", "call_method")]
+        graph.erase_node(node)
+        erased.add(node)
+    return erased
+
+
+def _merge_casts(module: fx.GraphModule) -> int:
     """Make equal casts of one value once; returns how many went."""
     # not those to fewer bits whose gradients are wanted: these are added up behind the casts, with
     # more bits
-    mode, removed = modes(graph), 0
-    targets = [t for n in graph.nodes for t in writes(n)]
+    graph, effects, removed = module.graph, Effects(module), 0
+    targets = [t for n, targets in effects.writes.items() if n.graph is graph for t in targets]
     if not all(facts.memories(t) for t in targets):
         return 0
-    written = {m for t in targets for m in facts.memories(t)}
-    output = graph.output_node()
-    leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
+    mode, written, leaving = effects.modes, effects.last_writes[graph], effects.returned
     casts: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
         canon = canonical(node)
@@ -53,7 +73,9 @@ def _merge_casts(graph: fx.Graph) -> int:
             continue
         if after.requires_grad and after.element_size() < before.element_size():
             continue
-        if facts.memories(canon.args[0]) & written or facts.memories(node) & (written | leaving):
+        if written.keys() & facts.memories(canon.args[0]):
+            continue
+        if facts.memories(node) & (written.keys() | leaving):
             continue
         first = casts.setdefault((canon.args, mode[node]), node)
         if first is not node:

@@ -1,7 +1,8 @@
-"""What a node does besides giving its value: writes into memory, random draws, or anything.
+"""What a graph does besides giving its values: writes into memory, random draws, modes, anything.
 
-Read from the schema of the operator that the node calls, with its arguments in their places: a
-keyword's name alone says nothing (``F.relu(g, True)`` writes), and neither does a function's.
+Of a node this is read from the schema of the operator that it calls, with its arguments in their
+places: a keyword's name alone says nothing (``F.relu(g, True)`` writes), and neither does a
+function's. ``Effects`` reads all nodes of a graph, once, and answers for the whole.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import functools
 import operator
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -71,6 +72,49 @@ def is_opaque(node: fx.Node) -> bool:
 def has_effect(node: fx.Node) -> bool:
     """Whether ``node`` does something besides giving its value, so that it is never dead."""
     return is_opaque(node) or bool(writes(node)) or draws(node)
+
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_reentrant(checkpoint: fx.Node) -> bool:
+    """Whether a captured checkpoint is one with ``use_reentrant=True``."""
+    return checkpoint.kwargs.get("use_reentrant") is not False
+
+
+def switches_mode(node: fx.Node) -> bool:
+    """Whether what follows the node runs in another mode: gradients, autocast, inference, vmap."""
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return (
+        name.startswith(("_enter_", "_exit_"))
+        or "set_grad_enabled" in name
+        or name.endswith(("_increment_nesting", "_decrement_nesting", "_hooks_disable"))
+    )
+
+
+def modes(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
+    """The mode in which each node runs: gradients on or off, and what was entered and not left.
+
+    Two nodes of a graph with equal modes run alike, whatever was switched between them. The graph
+    begins in the mode in which it is captured.
+    """
+    grad: Any = torch.is_grad_enabled()
+    entered: tuple[Any, ...] = ()
+    result = {}
+    for node in graph.nodes:
+        result[node] = (grad, *entered)
+        if not switches_mode(node):
+            continue
+        name = getattr(node.target, "__name__", "")
+        if "set_grad_enabled" in name:
+            grad = node.args[0]
+        elif name.startswith("_exit_") and entered and node.args[:1] == entered[-1:]:
+            entered = entered[:-1]
+        else:  # entered, or something that is not known to be undone
+            entered = (*entered, node)
+    return result
 
 
 def _written(node: fx.Node) -> Iterator[Any]:
@@ -185,3 +229,248 @@ def _may_be_tensor(node: fx.Node) -> bool:
     if isinstance(value, (tuple, list)):
         return any(isinstance(v, Tensor) for v in value)
     return isinstance(value, Tensor) or (value is None and facts.body(node) is None)
+
+
+# ------------------------------------------------------------------------ of a graph, as a whole
+
+_T = TypeVar("_T")
+_Sources = frozenset[int] | tuple[frozenset[int], ...]
+"""The numbers of the inputs that a node is made of, or those of each of its values."""
+
+
+class _Answer(Generic[_T]):
+    """An attribute of ``Effects`` that is computed once, and refused when the graph was edited."""
+
+    def __init__(self, find: Callable[[Any], _T]) -> None:
+        self._find = find
+
+    def __get__(self, effects: Effects, owner: object = None) -> _T:
+        return effects.answer(self._find)
+
+
+class Effects:
+    """What a graph and the graphs nested in it do. Nodes and graphs are in order, outer first.
+
+    It speaks of the graph as it is when it is made; it raises RuntimeError when it is asked later.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.graphs = tuple(facts.nested(module))
+        self._state = _state(self.graphs)
+        self._answers: dict[Callable[[Any], Any], Any] = {}
+
+    def is_current(self) -> bool:
+        """Whether no node was added, removed, moved, or given other arguments."""
+        now = _state(tuple(facts.nested(self.module)))
+        return len(now) == len(self._state) and all(map(operator.is_, now, self._state))
+
+    def answer(self, find: Callable[[Effects], _T]) -> _T:
+        """What ``find`` says of the graph."""
+        if not self.is_current():
+            raise RuntimeError("the graph was edited after its effects were read")
+        if find not in self._answers:
+            self._answers[find] = find(self)
+        result: _T = self._answers[find]
+        return result
+
+    @_Answer
+    def writes(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """The nodes that write -> those into whose memory they do."""
+        return {n: targets for n in self._nodes() if (targets := writes(n))}
+
+    @_Answer
+    def lasting_writes(self) -> list[tuple[fx.Node, fx.Node]]:
+        """(node, what it writes into) of all writes that outlive the graph, or may do so."""
+        sources = (n for n in self._nodes() if n.op in ("placeholder", "get_attr"))
+        inputs = {memory for n in sources for memory in facts.memories(n)}
+        pairs = ((node, t) for node, targets in self.writes.items() for t in targets)
+        return [(n, t) for n, t in pairs if not (m := facts.memories(t)) or m & inputs]
+
+    @_Answer
+    def last_writes(self) -> dict[fx.Graph, dict[int, fx.Node]]:
+        """For each graph: memory -> the last of its nodes that writes into it."""
+        last: dict[fx.Graph, dict[int, fx.Node]] = {inner.graph: {} for inner in self.graphs}
+        for node, targets in self.writes.items():
+            for target in targets:
+                last[node.graph].update(dict.fromkeys(facts.memories(target), node))
+        return last
+
+    @_Answer
+    def returned(self) -> set[int]:
+        """The memory that the graph returns."""
+        outputs = self.module.graph.output_node().all_input_nodes
+        return {memory for n in outputs for memory in facts.memories(n)}
+
+    @_Answer
+    def draws(self) -> list[fx.Node]:
+        """The nodes that draw random numbers; those that run such graphs, too."""
+        return [n for n in self._nodes() if draws(n)]
+
+    @_Answer
+    def unused_draws(self) -> list[fx.Node]:
+        """Of those in nested graphs, the ones that nothing uses."""
+        unused, writing, drawing = [], self.writes, set(self.draws)
+        for inner in self.graphs[1:]:
+            live = set(inner.graph.output_node().all_input_nodes)
+            for node in reversed(inner.graph.nodes):
+                if node in live or node in writing:
+                    live.update(node.all_input_nodes)
+                elif node in drawing:
+                    unused.append(node)
+        return unused
+
+    @_Answer
+    def opaque(self) -> list[fx.Node]:
+        """The nodes of which it is not known what they do."""
+        return [n for n in self._nodes() if is_opaque(n)]
+
+    @_Answer
+    def leaves(self) -> list[fx.Node]:
+        """The calls of functions that were captured as one node."""
+        return [n for n in self._nodes() if is_leaf(n.target)]
+
+    @_Answer
+    def checkpoints(self) -> list[fx.Node]:
+        """The checkpoints, those in others too."""
+        return [n for n in self._nodes() if n.target is CHECKPOINT]
+
+    @_Answer
+    def modes(self) -> dict[fx.Node, tuple[Any, ...]]:
+        """``modes`` of all nodes."""
+        return {n: mode for inner in self.graphs for n, mode in modes(inner.graph).items()}
+
+    @_Answer
+    def inputs_of_outputs(self) -> list[frozenset[int]] | None:
+        """For each output the numbers of the inputs it is made of; checkpoints are followed.
+
+        A set may be too large and is never too small. None where a node writes into another one,
+        which nothing in the graph says.
+        """
+        return None if self.writes else _sources_of_outputs(self.module)
+
+    @_Answer
+    def inputs_without_gradient(self) -> list[int]:
+        """The inputs that need a gradient and get none: what is used under ``no_grad`` alone."""
+        # Eager mode does not know of them. A compiled graph would call their hooks, with None. Of
+        # a graph as captured, TorchDynamo knows what needs a gradient, but for what it did not
+        # look into
+        is_known = not self.leaves and not any(
+            isinstance(n.target, torch._ops.HigherOrderOperator) and n.target is not CHECKPOINT
+            for n in self._nodes()
+        )
+        reached = _reached(self.module.graph, is_known, self.writes, self.modes)
+        inputs = enumerate(self.module.graph.find_nodes(op="placeholder"))
+        return [i for i, n in inputs if needs_gradient(n) and n not in reached]
+
+    def gives_gradient_alone(self, inputs: set[fx.Node]) -> bool:
+        """Whether an output, of it or of a checkpoint in it, has a gradient of ``inputs`` alone."""
+        return _is_alone(self.module.graph, inputs)
+
+    def _nodes(self) -> Iterator[fx.Node]:
+        return (n for inner in self.graphs for n in inner.graph.nodes)
+
+
+def _state(graphs: Iterable[fx.GraphModule]) -> list[Any]:
+    """What edits replace: nodes, and the objects that hold their arguments."""
+    nodes = (n for inner in graphs for n in inner.graph.nodes)
+    return [part for n in nodes for part in (n, n.target, n.args, n.kwargs)]
+
+
+def needs_gradient(node: Any) -> bool:
+    """Whether a value of the node, or one in it, needs a gradient."""
+    return _any_needs(facts.value(node))
+
+
+def _any_needs(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_any_needs, value))
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _reached(
+    graph: fx.Graph, is_known: bool, writing: Container[fx.Node], mode: Mapping[fx.Node, Any]
+) -> set[fx.Node]:
+    """The nodes that a gradient of the outputs, or of what is written, may reach."""
+    reached = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        is_write = node in writing
+        # according to TorchDynamo, where that is known
+        stops = is_known and facts.value(node) is not None and not needs_gradient(node)
+        if node.op == "output":
+            stops = False
+        if not is_write and (node not in reached or node.target in _DETACH or stops):
+            continue
+        if node.op != "output" and not mode[node][0]:
+            continue
+        body = facts.body(node.args[0]) if node.target is CHECKPOINT and not is_write else None
+        if body is None:
+            reached.update(node.all_input_nodes)
+            continue
+        inner = _reached(body.graph, is_known, writing, mode)
+        pairs = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+        reached.update(n for p, n in pairs if p in inner and isinstance(n, fx.Node))
+    return reached
+
+
+def _is_alone(graph: fx.Graph, inputs: set[fx.Node]) -> bool:
+    needs: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_source = node.op in ("placeholder", "get_attr") and node not in inputs
+        if needs_gradient(node) and (is_source or any(n in needs for n in node.all_input_nodes)):
+            needs.add(node)
+        body = facts.body(node.args[0]) if node.target is CHECKPOINT else None
+        if body is not None:
+            parts = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+            if _is_alone(body.graph, {p for p, n in parts if n not in needs}):
+                return True
+    outputs = graph.output_node().all_input_nodes
+    return any(needs_gradient(node) and node not in needs for node in outputs)
+
+
+_DETACH = ("detach", torch.detach, Tensor.detach)
+
+
+def _sources_of_outputs(module: fx.GraphModule) -> list[frozenset[int]]:
+    sets: dict[fx.Node, _Sources] = {}
+    inputs = 0
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            sets[node] = frozenset({inputs})
+            inputs += 1
+        elif node.op == "output":
+            result = node.args[0]
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            return [_sources_of_value(value, sets) for value in outputs]
+        else:
+            sets[node] = _sources_of_node(node, sets)
+    return []
+
+
+def _sources_of_node(node: fx.Node, sources: dict[fx.Node, _Sources]) -> _Sources:
+    if node.target is operator.getitem:
+        whole = sources.get(node.args[0])  # type: ignore[arg-type]  # 2026-11-28: it is a node
+        if isinstance(whole, tuple) and isinstance(node.args[1], int):
+            return whole[node.args[1]]
+    # a reentrant one gives zeros for a gradient that is missing, in eager mode too
+    if node.target is CHECKPOINT and not is_reentrant(node):
+        holder, *operands = node.args
+        body = facts.body(holder)
+        if body is not None and len(body.graph.find_nodes(op="placeholder")) == len(operands):
+            each = [_sources_of_value(value, sources) for value in operands]
+            inner = _sources_of_outputs(body)
+            return tuple(frozenset[int]().union(*(each[i] for i in of)) for of in inner)
+    return _sources_of_value([node.args, node.kwargs], sources)
+
+
+def _sources_of_value(value: Any, sources: dict[fx.Node, _Sources]) -> frozenset[int]:
+    """Of all nodes inside an argument."""
+    sets: list[frozenset[int]] = []
+
+    def add(node: fx.Node) -> fx.Node:
+        of = sources.get(node, frozenset())
+        sets.extend(of if isinstance(of, tuple) else (of,))
+        return node
+
+    fx.node.map_arg(value, add)
+    return frozenset[int]().union(*sets)

@@ -13,21 +13,20 @@ from torch import Tensor, fx
 from ..kernels.moe.moe_experts import inverse_permutation
 from . import facts
 from .canon import canonical
-from .edit import modes, prune
-from .effects import is_opaque, writes
+from .cleanup import prune
+from .effects import Effects, is_opaque, modes, needs_gradient, writes
 from .opaque.autograd_functions import is_wrapped
 
 
-def require_marked_writes(module: fx.GraphModule) -> None:
+def require_marked_writes(effects: Effects) -> None:
     """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: NotImplementedError."""
     # Its gradients would be wrong. That version (2.11) also loses the gradient of a function that
     # returns what it has made twice: there, what it has written to is a separate output.
     if _knows_mark_dirty():
         return
-    for inner in facts.nested(module):
+    for inner in effects.graphs:
         for node in filter(is_wrapped, inner.graph.nodes):
-            tensors = [t for n in writes(node) if (t := facts.tensor(n)) is not None]
-            if any(t.requires_grad for t in tensors):
+            if any(map(needs_gradient, effects.writes.get(node, ()))):
                 raise NotImplementedError(
                     f"an autograd function writes to its input: PyTorch {torch.__version__} does "
                     "not capture that"

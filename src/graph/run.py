@@ -15,7 +15,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.checkpoint import checkpoint
 
 from . import facts
-from .edit import switches_mode
+from .effects import CHECKPOINT, switches_mode
 from .opaque.autograd_functions import free_in_backward
 
 
@@ -35,7 +35,7 @@ def _prepare(module: fx.GraphModule, held: set[fx.Node]) -> None:
     # ``held`` are those of its placeholders that are what a module holds
     free_in_backward(module.graph)
     for node in module.graph.nodes:
-        is_checkpoint = node.target is torch.ops.higher_order.tag_activation_checkpoint
+        is_checkpoint = node.target is CHECKPOINT
         for inner in filter(None, map(facts.body, node.all_input_nodes)):
             pairs = zip(inner.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
             _prepare(inner, {p for p, arg in pairs if is_checkpoint and arg in held})

@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .levels import HOSTED, allowed, is_checkpointed, keep, why_not
+from ..graph.effects import Effects
+from .levels import HOSTED, allowed, keep, why_not
 from .planner import Planner
 from .predict import Predicted, setting
 
 
 def planned(
-    planner: Planner, block: nn.Module, graph: fx.GraphModule, examples: Sequence[Any], choice: str
+    planner: Planner, block: nn.Module, effects: Effects, examples: Sequence[Any], choice: str
 ) -> fx.GraphModule:
     """The rewritten graph, which ``choice`` will run, changed to keep what the plan says.
 
     Raises:
         OptimizeError: no plan fits into the user's budget.
     """
+    graph = effects.module
     if inside_checkpoint():
         return graph  # a checkpoint around the block keeps no more than its input anyway
-    checkpointed = is_checkpointed(graph)
+    checkpointed = any(n.graph is graph.graph for n in effects.checkpoints)
     if planner.budget.mode == "speed" and checkpointed:
         return graph
-    reason = why_not(graph)
+    reason = why_not(effects)
     if reason is not None:
         planner.note(f"a block runs once, and keeps what it did: {reason}")
         return graph

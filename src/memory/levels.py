@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
-import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..graph import facts
-from ..graph.effects import draws, is_opaque, writes
+from ..graph.effects import CHECKPOINT, Effects
 from ..kernels.mlp.mlp_block import mlp_block
 
 Level = Literal["all", "products", "input", "tiles", "offload", "offload_tiles"]
@@ -42,9 +40,6 @@ def allowed(choice: str, host: bool = False) -> tuple[Level, ...]:
     """
     first: Level = "products" if choice == "inductor" else "all"
     return (first, "input", "tiles", *(HOSTED if host else ()))
-
-
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
@@ -113,17 +108,6 @@ def is_product(op: Any) -> bool:
     return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
 
 
-def accumulates_twice(module: fx.GraphModule, shared: Callable[[], bool]) -> bool:
-    """Whether a reentrant checkpoint uses a parameter that is used elsewhere or is ``shared``."""
-    for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
-                parameters = [n for n in node.args[1:] if isinstance(facts.tensor(n), nn.Parameter)]
-                if any(len(n.users) > 1 or node.args.count(n) > 1 for n in parameters) or shared():
-                    return True
-    return False
-
-
 def unwrap(module: fx.GraphModule) -> bool:
     """Put the body of each checkpoint in ``module``'s graph in its place; whether there was one."""
     checkpoints = [n for n in module.graph.nodes if n.target is CHECKPOINT]
@@ -146,63 +130,13 @@ def unwrap(module: fx.GraphModule) -> bool:
     return bool(checkpoints)
 
 
-def why_not(module: fx.GraphModule) -> str | None:
+def why_not(effects: Effects) -> str | None:
     """Why a graph must not run twice: it writes into what it was given; None if it does not."""
-    for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            if is_opaque(node):
-                return f"it is not known what {node.name} does beside giving its value"
-    node = next((node for node, _ in _writes_into_inputs(module)), None)
-    return (
-        None
-        if node is None
-        else f"{node.name} writes into an input of the block, or into its buffers"
-    )
-
-
-def draws_in_vain(module: fx.GraphModule) -> bool:
-    """Whether a checkpoint inside a graph draws random numbers that nothing uses."""
-    # compiled, they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what
-    # has no users at the end of its forward
-    for inner in facts.nested(module):
-        if inner is module:
-            continue
-        live = set(inner.graph.output_node().all_input_nodes)
-        for node in reversed(inner.graph.nodes):
-            if node in live or writes(node):
-                live.update(node.all_input_nodes)
-            elif draws(node):
-                return True
-    return False
-
-
-def writes_into_inputs(module: fx.GraphModule) -> bool:
-    """Whether a graph writes into what it was given."""
-    # compiled, backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for
-    # it, and writes into that
-    return next(_writes_into_inputs(module), None) is not None
-
-
-def _writes_into_inputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(node, what it writes into) of all writes that outlive the graph, or may do so."""
-    inputs = {
-        memory
-        for inner in facts.nested(module)
-        for n in inner.graph.nodes
-        if n.op in ("placeholder", "get_attr")
-        for memory in facts.memories(n)
-    }
-    for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            for target in writes(node):
-                memory = facts.memories(target)
-                if memory & inputs or not memory:
-                    yield node, target
-
-
-def is_checkpointed(module: fx.GraphModule) -> bool:
-    """Whether there is a checkpoint in the graph, as the model had put it there."""
-    return any(n.target is CHECKPOINT for n in module.graph.nodes)
+    if effects.opaque:
+        return f"it is not known what {effects.opaque[0].name} does beside giving its value"
+    for node, _ in effects.lasting_writes:
+        return f"{node.name} writes into an input of the block, or into its buffers"
+    return None
 
 
 def _copy(body: fx.GraphModule, into: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:

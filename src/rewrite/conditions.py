@@ -8,8 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import facts
-from ..graph.edit import modes, switches_mode
-from ..graph.effects import draws, writes
+from ..graph.effects import draws, modes, switches_mode, writes
 from .rule import Declined, Match
 
 

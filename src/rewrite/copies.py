@@ -14,34 +14,29 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts
-from ..graph.edit import modes
-from ..graph.effects import writes
+from ..graph.effects import Effects
 from ..graph.signatures import is_builtin
 
 
-def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -> int:
+def copy_what_is_written(effects: Effects, open_to_writes: bool = False) -> int:
     """Give each op of ours a copy of what it may keep and the graph writes into later, in place.
 
     An op may keep each of its inputs, and the outputs that ``Op.kept_outputs`` names. Nested graphs
     are changed too. With ``open_to_writes``, the graph's results may be written into by its caller.
     Returns how many copies are made.
     """
-    copies = 0
-    for inner in facts.nested(module):
+    copies, mode, last_writes = 0, effects.modes, effects.last_writes
+    leaving = effects.returned if open_to_writes else set()
+    for inner in effects.graphs:
         order = {n: i for i, n in enumerate(inner.graph.nodes)}
-        last: dict[int, int] = {}  # memory -> place of the last write into it
-        for node in inner.graph.nodes:
-            for target in writes(node):
-                last.update(dict.fromkeys(facts.memories(target), order[node]))
-        if open_to_writes and inner is module:
-            output = inner.graph.output_node()
-            leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
+        # memory -> place of the last write into it
+        last = {memory: order[n] for memory, n in last_writes[inner.graph].items()}
+        if inner is effects.module:
             placeholders = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
-            leaving -= {m for n in placeholders for m in facts.memories(n)}
-            last.update(dict.fromkeys(leaving, order[output]))
+            leaving = leaving - {m for n in placeholders for m in facts.memories(n)}
+            last.update(dict.fromkeys(leaving, order[inner.graph.output_node()]))
         if not last:
             continue
-        mode = modes(inner.graph)
         for node in list(order):
             if mode[node][0] and _may_keep(node):
                 copies += _copy_inputs(node, last, order[node])

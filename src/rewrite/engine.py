@@ -16,7 +16,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graph import facts, traffic
-from ..graph.edit import prune
+from ..graph.cleanup import prune
 from ..graph.fakes import fake, hint
 from ..kernels.op import Op
 from ..report import Figures

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ..errors import first_line
 from ..graph import facts
-from ..graph.edit import modes, switches_mode
+from ..graph.effects import modes, switches_mode
 from ..graph.layouts import layout_is_read
 from ..kernels.fallback import LaunchError, no_fallback
 from ..report import Figures

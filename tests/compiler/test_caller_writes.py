@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright import explain, optimize
-from fusewright.compiler.calls.caller_writes import may_write
 from fusewright.rewrite.tolerance import exceeded
 
 
@@ -70,16 +69,6 @@ class Scales(Stack):
         return x
 
 
-class Counts(Stack):
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-            self.calls += 1
-        return x
-
-
 class Plain(Stack):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -110,32 +99,6 @@ def test_the_caller_may_write_as_in_eager(kind: Any, memory: str, codegen: str) 
         for a, b, o in zip(_step(ours, x), _step(eager, x), reference, strict=True):
             assert exceeded(a, b, o) is None
     assert explain(ours).by_rule()
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [(Adds, True), (AddsByMethod, True), (Counts, True), (Plain, False), (Scales, True)],
-)
-def test_code_that_may_write_is_told_by_its_look(kind: Any, expected: bool) -> None:
-    model = kind()
-    assert may_write(model, model.layers[0]) is expected
-    assert may_write(model, Block(False)) is expected  # of a copy
-    assert not may_write(model, nn.Linear(2, 2)) or expected
-    assert not may_write(nn.Sequential(Block(False)), Block(False))
-
-
-def test_wrappers_of_adapters_write_into_no_hidden_states() -> None:
-    """PEFT's function names one that makes prompts, and writes into these."""
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1,
-    )  # fmt: skip
-    plain = transformers.LlamaForCausalLM(config)
-    block = plain.model.layers[0]
-    lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    assert not may_write(peft.get_peft_model(plain, lora), block)
 
 
 class Twice(Stack):
@@ -173,23 +136,6 @@ def test_what_one_call_did_not_write_the_next_one_may(kind: Any) -> None:
         reference = _step(exact, x.double())
         for a, b, o in zip(_step(ours, x), _step(eager, x), reference, strict=True):
             assert exceeded(a, b, o) is None
-
-
-def test_a_function_of_no_module() -> None:
-    """As ``exec`` makes it in a namespace without a name."""
-    space: dict[str, Any] = {"nn": nn}
-    exec(
-        "class Alone(nn.Module):\n"
-        "    def __init__(self, block):\n"
-        "        super().__init__()\n"
-        "        self.layers = nn.ModuleList([block])\n"
-        "    def forward(self, x):\n"
-        "        return self.layers[0](x)\n",
-        space,
-    )
-    model = space["Alone"](Block(False))
-    assert model.forward.__func__.__module__ is None
-    assert not may_write(model, model.layers[0])
 
 
 @pytest.mark.parametrize("kind", [Adds, AddsByMethod])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.graph import functionalize
+from fusewright.graph.effects import Effects
 from fusewright.graph.functionalize import require_marked_writes
 from fusewright.graph.opaque import autograd_functions
 from fusewright.graph.opaque.autograd_functions import is_wrapped
@@ -127,7 +128,7 @@ def _by_graph(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     module = capture(fn, *_inputs())
     assert any(is_wrapped(node) for node in module.graph.nodes)
     try:
-        require_marked_writes(module)
+        require_marked_writes(Effects(module))
     except NotImplementedError as error:
         if functionalize._knows_mark_dirty():
             raise
@@ -142,10 +143,10 @@ def test_a_write_that_is_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -
     written, other = (capture(fn, *_inputs()) for fn in (_doubled, _power))
     monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: False)
     with pytest.raises(NotImplementedError, match="writes to its input"):
-        require_marked_writes(written)
-    require_marked_writes(other)
+        require_marked_writes(Effects(written))
+    require_marked_writes(Effects(other))
     monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: True)
-    require_marked_writes(written)
+    require_marked_writes(Effects(written))
 
 
 def test_what_is_returned_twice_is_refused_where_its_gradient_is_lost(
@@ -157,10 +158,10 @@ def test_what_is_returned_twice_is_refused_where_its_gradient_is_lost(
     returned: Any = body.graph.output_node()
     (outputs, saved), made = returned.args[0], returned.args[0][0][0]
     monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: False)
-    require_marked_writes(module)
+    require_marked_writes(Effects(module))
     returned.args = (((*outputs, made), saved),)
     with pytest.raises(NotImplementedError, match="loses its gradient"):
-        require_marked_writes(module)
+        require_marked_writes(Effects(module))
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusewright.graph.edit import modes, prune, switches_mode
+from fusewright.graph.cleanup import prune
+from fusewright.graph.effects import modes, switches_mode
 
 from ..rewrite.graphs import named, trace
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusewright.graph.effects import Effects
 from fusewright.kernels.op import Op
 from fusewright.rewrite.copies import copy_what_is_written
 from fusewright.rewrite.rule import Emit, Match, Rule
@@ -110,7 +111,7 @@ def test_what_an_op_keeps_of_its_outputs_is_copied_wherever_the_op_is_from() -> 
     for node in module.graph.find_nodes(op="placeholder"):
         node.meta["example_value"].requires_grad_()
     _applied(module, Pair())
-    assert copy_what_is_written(module, open_to_writes=True) == 1
+    assert copy_what_is_written(Effects(module), open_to_writes=True) == 1
 
 
 @pytest.mark.parametrize(("kept", "copies"), [((), 0), ((0,), 1)])
@@ -123,7 +124,7 @@ def test_the_only_output_of_an_op_may_be_kept(kept: tuple[int, ...], copies: int
     for node in module.graph.find_nodes(op="placeholder"):
         node.meta["example_value"].requires_grad_()
     _applied(module, One())
-    assert copy_what_is_written(module, open_to_writes=True) == copies
+    assert copy_what_is_written(Effects(module), open_to_writes=True) == copies
 
 
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from ...graph import facts
-from ...graph.edit import modes
-from ...graph.effects import writes
-from ...graph.opaque.functions import is_leaf
-from ...memory.levels import CHECKPOINT
+from ...graph.effects import CHECKPOINT, Effects, is_reentrant, needs_gradient
 
 
 def input_without_gradient(
@@ -73,7 +70,7 @@ _QUESTIONS = {"requires_grad", "requires_grad_", "is_leaf", "grad_fn", "needs_in
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
-def input_gradient_reason(module: fx.GraphModule) -> str | None:
+def input_gradient_reason(effects: Effects) -> str | None:
     """Why a block's input must have the gradient that its caller gives it, or None."""
     # the graph is as captured, and still being compiled: the code is known then
     for code in torch._guards.TracingContext.get_traced_code() or ():
@@ -81,43 +78,26 @@ def input_gradient_reason(module: fx.GraphModule) -> str | None:
             questions = _QUESTIONS.intersection((*code.co_names, *map(str, code.co_consts)))
             if questions:
                 return f"{code.co_name} asks for {min(questions)}"
-    placeholders = module.graph.find_nodes(op="placeholder")
+    if any(map(is_reentrant, effects.checkpoints)):
+        return "a reentrant checkpoint looks at its inputs"
+    graph = effects.module.graph
+    placeholders = graph.find_nodes(op="placeholder")
     memories = {m for n in placeholders for m in facts.memories(n)}
     inputs = {n for n in placeholders if _is_input(n)}
     hidden = {m for n in inputs for m in facts.memories(n)}
-    for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
-                return "a reentrant checkpoint looks at its inputs"
-            for memory in map(facts.memories, writes(node)):
-                if memory & hidden:
-                    return f"{node.name} writes into the input"
-                if memory & memories and _needs(node):
-                    return f"{node.name} writes what has a gradient into what outlives the call"
-    for node in module.graph.output_node().all_input_nodes:
+    for node, targets in effects.writes.items():
+        for memory in map(facts.memories, targets):
+            if memory & hidden:
+                return f"{node.name} writes into the input"
+            if memory & memories and needs_gradient(node):
+                return f"{node.name} writes what has a gradient into what outlives the call"
+    for node in graph.output_node().all_input_nodes:
         if facts.memories(node) & hidden:
             return f"{node.name}, which it returns, is a view of the input"
-    return _without_others(module.graph, inputs)
-
-
-def _without_others(graph: fx.Graph, inputs: set[fx.Node]) -> str | None:
-    """Why an output of a block, or of a checkpoint in it, has a gradient of ``inputs`` alone."""
-    # in eager mode that output may need none: the block uses what is trained under no_grad, or not
-    # at all. So it is with each output of a checkpoint
-    needs: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_source = node.op in ("placeholder", "get_attr") and node not in inputs
-        if _needs(node) and (is_source or any(n in needs for n in node.all_input_nodes)):
-            needs.add(node)
-        body = facts.body(node.args[0]) if node.target is CHECKPOINT else None
-        if body is not None:
-            parts = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
-            reason = _without_others(body.graph, {p for p, n in parts if n not in needs})
-            if reason is not None:
-                return reason
-    for node in graph.output_node().all_input_nodes:
-        if _needs(node) and node not in needs:
-            return "only the input gives an output its gradient"
+    # in eager mode such an output may need none: the block uses what is trained under no_grad, or
+    # not at all
+    if effects.gives_gradient_alone(inputs):
+        return "only the input gives an output its gradient"
     return None
 
 
@@ -128,17 +108,7 @@ def _is_input(node: fx.Node) -> bool:
     return is_given and t is not None and _is_hidden(t)
 
 
-def _needs(node: fx.Node) -> bool:
-    return _any_needs(facts.value(node))
-
-
-def _any_needs(found: Any) -> bool:
-    if isinstance(found, (tuple, list)):
-        return any(map(_any_needs, found))
-    return isinstance(found, Tensor) and found.requires_grad
-
-
-def require_gradients(module: fx.GraphModule) -> None:
+def require_gradients(effects: Effects) -> None:
     """Refuse, with NotImplementedError, a graph whose reentrant checkpoint would differ or writes.
 
     Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
@@ -153,17 +123,18 @@ def require_gradients(module: fx.GraphModule) -> None:
     """
     if not torch.is_grad_enabled():
         return
-    for inner in facts.nested(module):
+    writes = effects.writes
+    for inner in effects.graphs:
         written: set[int] = set()  # after the node at hand
         for node in reversed(inner.graph.nodes):
-            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
-                if writes(node):
+            if node.target is CHECKPOINT and is_reentrant(node):
+                if node in writes:
                     raise NotImplementedError(
                         "a reentrant checkpoint of code that writes: inside another checkpoint it "
                         "runs once more than a captured one (use_reentrant=False does not)"
                     )
                 body = facts.body(node.args[0])
-                idle = inputs_without_gradient(body) if body is not None else []
+                idle = Effects(body).inputs_without_gradient if body is not None else []
                 # nothing comes before a parameter
                 if any(not isinstance(facts.tensor(node.args[1 + i]), nn.Parameter) for i in idle):
                     raise NotImplementedError(
@@ -171,13 +142,13 @@ def require_gradients(module: fx.GraphModule) -> None:
                         "what comes before may get zeros for its gradient, and not none "
                         "(use_reentrant=False gives none)"
                     )
-                needs = [n for n in node.args[1:] if isinstance(n, fx.Node) and _needs(n)]
+                needs = [n for n in node.args[1:] if isinstance(n, fx.Node) and needs_gradient(n)]
                 if needs and all(_may_have_none(n, written) for n in needs):
                     raise NotImplementedError(
                         "a reentrant checkpoint of inputs without a gradient: it gives its "
                         "parameters none (use_reentrant=False does)"
                     )
-            written |= {m for n in writes(node) for m in facts.memories(n)}
+            written |= {m for n in writes.get(node, ()) for m in facts.memories(n)}
 
 
 def _may_have_none(node: Any, written: set[int]) -> bool:
@@ -187,45 +158,3 @@ def _may_have_none(node: Any, written: set[int]) -> bool:
         return True
     real = facts.real(node)
     return bool(facts.memories(node) & written) if real is None else not real.requires_grad
-
-
-def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
-    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone, say."""
-    # Eager mode does not know of them. A compiled graph would call their hooks, with None. The
-    # graph is as captured: TorchDynamo knows what of it needs a gradient.
-    is_known = not any(
-        (isinstance(n.target, torch._ops.HigherOrderOperator) and n.target is not CHECKPOINT)
-        or is_leaf(n.target)
-        for inner in facts.nested(module)
-        for n in inner.graph.nodes
-    )
-    reached = _reached(module.graph, is_known)
-    inputs = enumerate(module.graph.find_nodes(op="placeholder"))
-    return [i for i, n in inputs if _needs(n) and n not in reached]
-
-
-def _reached(graph: fx.Graph, is_known: bool) -> set[fx.Node]:
-    """The nodes that a gradient of the outputs, or of what is written, may reach."""
-    mode = modes(graph)
-    reached = {graph.output_node()}
-    for node in reversed(graph.nodes):
-        is_write = bool(writes(node))
-        # according to TorchDynamo, where that is known
-        stops = is_known and facts.value(node) is not None and not _needs(node)
-        if node.op == "output":
-            stops = False
-        if not is_write and (node not in reached or node.target in _DETACH or stops):
-            continue
-        if node.op != "output" and not mode[node][0]:
-            continue
-        body = facts.body(node.args[0]) if node.target is CHECKPOINT and not is_write else None
-        if body is None:
-            reached.update(node.all_input_nodes)
-            continue
-        inner = _reached(body.graph, is_known)
-        pairs = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
-        reached.update(n for p, n in pairs if p in inner and isinstance(n, fx.Node))
-    return reached
-
-
-_DETACH = ("detach", torch.detach, Tensor.detach)

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ...graph import facts
 from ...graph.canon import canonical
-from ...graph.edit import prune
+from ...graph.cleanup import prune
 from ...graph.effects import writes
 from ...rewrite.findings import Finding
 from .bodies import descendants, history_is_small, logits_chain, logits_graph, loss_graph

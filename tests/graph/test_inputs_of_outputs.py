@@ -10,7 +10,7 @@ from torch._higher_order_ops.map import map as hop_map
 from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
-from fusewright.compiler.codegen.reach import inputs_of_outputs
+from fusewright.graph.effects import Effects
 
 
 def _captured(function: Any, *inputs: Any) -> fx.GraphModule:
@@ -26,11 +26,11 @@ def _captured(function: Any, *inputs: Any) -> fx.GraphModule:
 
 
 def _names(graph: fx.GraphModule) -> list[set[str]] | None:
-    """As ``inputs_of_outputs``, with the names of the inputs."""
+    """As ``Effects.inputs_of_outputs``, with the names of the inputs."""
     inputs = [
         n.name.removeprefix("l_").strip("_") for n in graph.graph.find_nodes(op="placeholder")
     ]
-    found = inputs_of_outputs(graph)
+    found = Effects(graph).inputs_of_outputs
     return None if found is None else [{inputs[i] for i in of} for of in found]
 
 
@@ -75,7 +75,7 @@ def test_other_calls_of_a_graph_have_all_inputs() -> None:
         return hop_map(lambda rows: (rows[0] * 2, rows[1] * 3), (a, b))  # type: ignore[no-any-return]
 
     everything = frozenset({0, 1, 2})
-    found = inputs_of_outputs(_captured(scanned, torch.randn(4), A, torch.randn(4)))
+    found = Effects(_captured(scanned, torch.randn(4), A, torch.randn(4))).inputs_of_outputs
     assert found == [everything, everything, frozenset({2})]
     assert _names(_captured(mapped, A, B)) == [{"a", "b"}, {"a", "b"}]
 
