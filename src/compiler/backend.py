@@ -8,19 +8,17 @@ the ``Compilation`` what later stages need.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from ..graph import facts
 from ..graph.cleanup import remove_noops
-from ..graph.effects import Effects, is_reentrant
+from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.run import eager
 from ..kernels.cost import kept_by_hook
@@ -31,7 +29,12 @@ from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
-from .calls.input_gradients import input_gradient_reason, require_gradients, with_leaf
+from .calls.input_gradients import (
+    accumulates_twice,
+    input_gradient_reason,
+    require_gradients,
+    with_leaf,
+)
 from .codegen.inductor import AbsentGradients, inductor
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import NodesBefore, copy_if_loss, defer_logits
@@ -84,6 +87,7 @@ class Compilation:
     session: Session
     kind: str
     grad: bool
+    arguments: list[Any] = field(default_factory=list)  # TorchDynamo's records of the inputs
     # why a block's input must have the gradient that its caller gives it
     gradient_reason: str | None = None
     idle: Sequence[int] = ()
@@ -147,6 +151,8 @@ def _run_stages(work: Compilation, stages: Sequence[Stage]) -> None:
 def read_as_captured(work: Compilation) -> None:
     """Ask what only the captured graph tells; the call may be refused, and made again."""
     state = work.session.state
+    inputs = (n.meta.get("grapharg") for n in work.graph.graph.find_nodes(op="placeholder"))
+    work.arguments = [argument for argument in inputs if argument is not None]
     if work.kind == "head" and state.region is not None:
         state.watches.watch_inlined(state.region)
     if work.is_trained_block:
@@ -162,29 +168,9 @@ def refuse_what_differs(work: Compilation) -> None:
     """Raise where a captured graph would do something else than eager mode."""
     require_gradients(work.effects)
     require_marked_writes(work.effects)
-    if work.grad and _accumulates_twice(work):
+    model, region = work.session.choices.planner.model, work.session.state.region
+    if work.grad and accumulates_twice(work.effects, model, region):
         work.session.note_two_accumulations()
-
-
-def _accumulates_twice(work: Compilation) -> bool:
-    """Whether a reentrant checkpoint uses a parameter that is used elsewhere, too."""
-    for node in filter(is_reentrant, work.effects.checkpoints):
-        inputs = (n for n in node.args[1:] if isinstance(n, fx.Node))
-        parameters = [n for n in inputs if isinstance(facts.tensor(n), nn.Parameter)]
-        if any(len(n.users) > 1 or node.args.count(n) > 1 for n in parameters):
-            return True
-        if _is_shared(work.session.choices.planner.model(), work.session.state.region):
-            return True
-    return False
-
-
-def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
-    """Whether a parameter of ``region`` has several names in ``model``."""
-    if model is None or region is None:
-        return False
-    parameters = set(region.parameters())
-    names = [p for _, p in model.named_parameters(remove_duplicate=False) if p in parameters]
-    return len(names) > len(parameters)
 
 
 # --- rewriting: formulas become ops ---------------------------------------------------------------
@@ -230,31 +216,11 @@ def copy_written(work: Compilation) -> None:
     copy_what_is_written(work.effects, open_to_writes)
     work.graph.recompile()
     if open_to_writes:
-        work.copied = _inputs_to_copy(work.effects)
-
-
-def _inputs_to_copy(effects: Effects) -> list[int]:
-    """The hidden states among a region's inputs, which its caller may write into when it has run.
-
-    They have the size of a result, and are neither parameters nor written or returned by the graph.
-    """
-    # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our ops,
-    # a compiler's and a checkpoint keep x itself, and backward would refuse it. The caller's
-    # tensor is freed when it goes on to the result, so that a copy takes no memory; what all blocks
-    # are given (masks, positions, an encoder's states) is not copied for each
-    protected = effects.returned.union(effects.last_writes[effects.module.graph])
-    outputs = effects.module.graph.output_node().all_input_nodes
-    results = [t for n in outputs if (t := facts.tensor(n)) is not None and t.requires_grad]
-    left = Counter(str(t.shape) for t in results)
-    places = []
-    for i, node in enumerate(effects.module.graph.find_nodes(op="placeholder")):
-        t = facts.tensor(node)
-        if t is None or not t.is_floating_point() or not left[str(t.shape)]:
-            continue
-        if not isinstance(t, nn.Parameter) and not facts.memories(node) & protected:
-            left[str(t.shape)] -= 1
-            places.append(i)
-    return places
+        # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our
+        # ops, a compiler's and a checkpoint keep x itself, and backward would refuse it. Whether
+        # the caller writes is not known. But it mostly goes on to the result, and lets x go: then a
+        # copy takes no memory, and one per block no time that can be measured (2026-11-29)
+        work.copied = work.effects.inputs_like_outputs
 
 
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
@@ -346,10 +312,8 @@ def _of_frozen(run: Callable[..., Any], examples: Sequence[Any]) -> Callable[...
 
 def _recorded(run: Callable[..., Any], work: Compilation) -> Callable[..., Any]:
     """``run``, which notes in the log that the region at hand ran the graph."""
-    session, needs_own, code = work.session, work.gradient_reason, work.log.code
-    graph = CapturedGraph(work.findings, work.grad, work.log.number, *code)
-    placeholders = work.graph.graph.find_nodes(op="placeholder")
-    arguments = [a for n in placeholders if (a := n.meta.get("grapharg")) is not None]
+    session, needs_own, arguments = work.session, work.gradient_reason, work.arguments
+    graph = CapturedGraph(work.findings, work.grad, work.log.number, *work.log.code)
 
     def call(*args: Any) -> Any:
         # TorchDynamo's records of the captured inputs: copies of the graph keep them, with weak

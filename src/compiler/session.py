@@ -105,6 +105,7 @@ class CallState:
     # the first input of the block at hand, in whose place its graph gets a leaf
     no_gradient: Tensor | None = None
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
+    has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
     # what Inductor needs first, found in the background since the first call
     preparation: threading.Thread | None = None
@@ -183,8 +184,9 @@ class Session:
         state = self.state
         if not state.started:
             self._start(module)
-        outer = state.region, state.function, state.mark, state.no_gradient
+        outer = state.region, state.function, state.mark, state.no_gradient, state.has_run
         state.region, state.mark, state.no_gradient = module, mark, no_gradient
+        state.has_run = False
         try:
             run = compiled()
             with context(no_gradient):
@@ -194,13 +196,15 @@ class Session:
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
             if cause is not None and (isinstance(cause, OptimizeError) or is_out_of_memory(cause)):
                 raise cause from None
-            if not isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
+            # what TorchDynamo raises before a graph runs, or refuses later, is of the capture
+            known = isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
+            if not known and (state.has_run or is_out_of_memory(error)):
                 raise
             origin = error.__cause__ if isinstance(error, CaptureError) else error
             reason = f"could not be captured: {summary(origin or error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
-            state.region, state.function, state.mark, state.no_gradient = outer
+            state.region, state.function, state.mark, state.no_gradient, state.has_run = outer
         if no_gradient is not None:
             state.without_leaf.add(type(module))
             return self.call(module, compiled, args, kwargs, original, context, mark)
@@ -240,7 +244,8 @@ class Session:
         return reason
 
     def record(self, graph: CapturedGraph) -> None:
-        """Remember that the region at hand ran ``graph``."""
+        """Remember that the region at hand runs ``graph``."""
+        self.state.has_run = True
         if self.state.region is not None:
             self.log.record(self.state.region, graph)
 

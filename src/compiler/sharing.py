@@ -73,7 +73,7 @@ class SharedFunctions:
 
 
 class CaptureError(TorchDynamoException):
-    """TorchDynamo raised something else, its cause, while it captured: nothing has run yet."""
+    """Something else was raised, its cause, while TorchDynamo captured."""
 
 
 class InputGradient(TorchDynamoException):

@@ -58,6 +58,17 @@ class AddsByMethod(Stack):
         x.add_(y)
 
 
+class AddsUnseen(Stack):
+    """By a name that is in no code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            getattr(x, "add" + self.end)(layer(x))
+        return x
+
+    end = "_"
+
+
 class Scales(Stack):
     pair = True
 
@@ -87,7 +98,7 @@ def _step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("memory", ["speed", "min"])
-@pytest.mark.parametrize("kind", [Adds, AddsByMethod, Scales])
+@pytest.mark.parametrize("kind", [Adds, AddsByMethod, AddsUnseen, Scales])
 def test_the_caller_may_write_as_in_eager(kind: Any, memory: str, codegen: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -174,3 +185,29 @@ def test_a_buffer_without_a_gradient_is_filled_again_before_backward(
         for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
     assert explain(ours).by_rule()
+
+
+class Crosses(Block):
+    """A block of a decoder that is given an encoder's states."""
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x) + self.d(super().forward(states)) * mask
+
+
+def test_what_all_blocks_are_given_is_not_copied_for_each() -> None:
+    """Each of them keeps what it is given for backward."""
+    torch._dynamo.reset()
+    blocks = nn.ModuleList([Crosses(False) for _ in range(3)])
+    model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
+    states = torch.randn(2, 5, 16, requires_grad=True) * 1
+    kept: list[Tensor] = []
+    x = torch.randn(2, 5, 16, requires_grad=True) * 1
+    given = [x]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for layer in model["layers"]:
+            x = layer(x, states, torch.ones(2, 5, 1))
+            given.append(x)
+    memory = [t.untyped_storage().data_ptr() for t in kept]
+    assert states.untyped_storage().data_ptr() in memory
+    assert not any(t.untyped_storage().data_ptr() in memory for t in given)
+    assert explain(model).by_rule()

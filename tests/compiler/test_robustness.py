@@ -365,3 +365,49 @@ def test_an_error_of_pytorch_s_own_in_a_capture_ends_no_step(
     found = _step(ours)
     torch.testing.assert_close(found, expected)
     assert any("list index out of range" in b.reason for b in explain(ours).bypasses)
+
+
+_calls: list[bool] = []
+
+
+@torch.library.custom_op("fusewright_tests::may_fail", mutates_args=())
+def _may_fail(x: Tensor) -> Tensor:
+    """Fails when it runs: in a file of TorchDynamo's, by its traceback."""
+    _calls.append(True)
+    if x.shape[0] == 3:
+        place = torch._dynamo.convert_frame.__file__
+        exec(compile("raise ValueError('of the data')", place, "exec"))
+    return x.clone()
+
+
+_may_fail.register_fake(torch.empty_like)
+_may_fail.register_autograd(lambda ctx, grad: grad)
+
+
+class _MayFail(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _may_fail(self.linear(x))  # type: ignore[no-any-return]
+
+
+def test_an_error_of_a_graph_that_runs_is_no_failed_capture() -> None:
+    """The block would run twice, and be left as it was."""
+    blocks = nn.ModuleList([_MayFail(), _MayFail()])
+    model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
+    model["layers"][0](torch.randn(2, 5, 4))
+    _calls.clear()
+    with pytest.raises(ValueError, match="of the data"):
+        model["layers"][0](torch.randn(3, 5, 4))
+    assert len(_calls) == 1
+    assert not explain(model).bypasses
+
+
+def test_what_torchdynamo_refuses_before_a_graph_runs_comes_from_the_original() -> None:
+    """It takes no proxies of a symbolic trace."""
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))])
+    model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
+    traced = torch.fx.Tracer().trace(nn.Sequential(model["layers"][0]))
+    assert any(n.op == "call_module" for n in traced.nodes)

@@ -73,6 +73,14 @@ class _AsksByName(_Trained):
         return x + y if getattr(x, "requires_grad") else x + y.detach()  # noqa: B009
 
 
+class _AsksByOneOfSomeNames(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.norm(x))
+        for name in ("is_cuda", "requires_grad"):
+            y = y if getattr(x, name) else y.detach()
+        return x + y
+
+
 class _Asks(_Trained):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(self.norm(x))
@@ -120,7 +128,7 @@ class _Stack(nn.Module):
     "kind",
     [
         _Frozen, _FrozenInAMethod, _Checkpointed, _CheckpointedInAFunction, _Renamed, _Asks,
-        _AsksByName, _Adds, _Trained, _Asked, _FrozenInACheckpoint,
+        _AsksByName, _AsksByOneOfSomeNames, _Adds, _Trained, _Asked, _FrozenInACheckpoint,
     ],
 )  # fmt: skip
 def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Module]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fusewright.graph.effects import draws, has_effect, is_opaque, writes
+from fusewright.graph.effects import Effects, draws, has_effect, is_opaque, writes
 from fusewright.kernels.norms import rms_norm
 
 from ..capturing import capture
@@ -265,3 +265,116 @@ def test_an_autograd_function_that_writes(early: bool) -> None:
     node = next(n for n in module.graph.nodes if "autograd_function" in str(n.target))
     # its backward has inputs of its own
     assert bool(writes(node)) is early
+
+
+# ------------------------------------------------------------------------- of a graph, as a whole
+
+
+def _names(nodes: Any) -> list[str]:
+    return [n.name.removeprefix("l_").strip("_") for n in nodes]
+
+
+def _inputs(module: fx.GraphModule, places: list[int]) -> list[str]:
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return _names([placeholders[i] for i in places])
+
+
+def test_a_record_of_a_graph_that_was_edited_says_nothing() -> None:
+    module = capture(lambda x, y: (x + y).sin().mul_(2), _x(), _x())
+    effects = Effects(module)
+    assert len(effects.writes) == 1
+    sin = next(n for n in module.graph.nodes if n.target == "sin")
+    edits: list[Callable[[], Any]] = [
+        lambda: setattr(sin, "target", "cos"),
+        lambda: sin.replace_input_with(sin.args[0], sin.args[0].args[0]),  # type: ignore[union-attr, arg-type]
+        lambda: sin.update_kwarg("unknown", 1),
+        lambda: module.graph.output_node().prepend(sin.prev),
+        lambda: module.graph.erase_node(module.graph.output_node()),
+    ]
+    for edit in edits:
+        assert effects.is_current()
+        edit()
+        assert not effects.is_current()
+        with pytest.raises(RuntimeError, match="was edited"):
+            _ = effects.writes
+        effects = Effects(module)
+
+
+def test_an_edit_of_a_nested_graph_is_one() -> None:
+    module = capture(_checkpointed, _x(), _x())
+    effects = Effects(module)
+    inner = effects.graphs[1]
+    assert [n.graph for n in effects.writes] == [module.graph, inner.graph]
+    inner.graph.inserting_before(inner.graph.output_node())
+    assert effects.is_current()
+    inner.graph.call_function(torch.neg, (inner.graph.find_nodes(op="placeholder")[0],))
+    assert not effects.is_current()
+
+
+def test_writes_that_outlive_the_graph() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        z = x * 2
+        z.add_(1)
+        y.view(-1)[0].mul_(2)
+        return z
+
+    effects = Effects(capture(function, _x(), _x()))
+    assert [n.target for n in effects.writes] == ["add_", "mul_"]
+    assert [n.target for n, _ in effects.lasting_writes] == ["mul_"]
+
+
+def test_the_last_write_into_each_memory() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        x.add_(1)
+        y.add_(1)
+        x.view(-1).mul_(2)
+        return x + y
+
+    effects = Effects(capture(function, _x(), _x()))
+    last = effects.last_writes[effects.module.graph]
+    assert [n.target for n in last.values()] == ["mul_", "add_"]
+
+
+def test_draws_in_a_checkpoint_that_nothing_uses() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        torch.rand(2)
+        return torch.utils.checkpoint.checkpoint(_drawing, x, y, use_reentrant=False)
+
+    def _drawing(x: Tensor, y: Tensor) -> Tensor:
+        F.dropout(y, 0.5)
+        return F.dropout(x, 0.5)
+
+    effects = Effects(capture(function, _x(), _x()))
+    assert len(effects.draws) == 4  # the checkpoint's, too
+    assert [n.graph for n in effects.unused_draws] == [effects.graphs[1].graph]
+    assert len(effects.checkpoints) == 1
+
+
+def test_inputs_that_are_what_outputs_are_to_the_next_graph() -> None:
+    def block(x: Tensor, states: Tensor, mask: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ w + states * mask, mask
+
+    x, states = _x().requires_grad_(), _x().requires_grad_()
+    mask, w = torch.ones(4, 1), nn.Parameter(torch.eye(8))
+    module = capture(block, x, states, mask, w)
+    assert _inputs(module, Effects(module).inputs_like_outputs) == ["x"]
+    module = capture(lambda x, y: (x * y, y.sin()), x, states)
+    assert _inputs(module, Effects(module).inputs_like_outputs) == ["x", "y"]
+    for unchanged in (lambda x: (x * 2, x[:]), lambda x: (x * 1).mul_(x.detach().add_(1))):
+        module = capture(unchanged, x)
+        assert Effects(module).inputs_like_outputs == []
+    assert Effects(capture(lambda x: x * 2, _x())).inputs_like_outputs == []  # without gradients
+
+
+def test_inputs_that_need_a_gradient_and_get_none() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = y * 2
+        return x * z
+
+    module = capture(function, _x().requires_grad_(), _x().requires_grad_())
+    assert _inputs(module, Effects(module).inputs_without_gradient) == ["y"]
+
+
+def _x() -> Tensor:
+    return torch.randn(4, 8)

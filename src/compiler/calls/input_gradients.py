@@ -7,9 +7,8 @@ compiling a second graph for one block.
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -67,17 +66,19 @@ def _is_hidden(x: Tensor) -> bool:
 
 
 _QUESTIONS = {"requires_grad", "requires_grad_", "is_leaf", "grad_fn", "needs_input_grad"}
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def input_gradient_reason(effects: Effects) -> str | None:
     """Why a block's input must have the gradient that its caller gives it, or None."""
-    # the graph is as captured, and still being compiled: the code is known then
+    # The graph is as captured, and still being compiled: the code is known then. All code that was
+    # traced is looked at, and a name anywhere in it is taken for a question about the input; only
+    # one that is put together, or read from elsewhere (``getattr(x, self.name)``), is not seen.
+    # Exact would be to capture the block a second time, without the gradient, and to compare: that
+    # is most of what sharing the graph saves.
     for code in torch._guards.TracingContext.get_traced_code() or ():
-        if not code.co_filename.startswith(_TORCH):
-            questions = _QUESTIONS.intersection((*code.co_names, *map(str, code.co_consts)))
-            if questions:
-                return f"{code.co_name} asks for {min(questions)}"
+        questions = _QUESTIONS.intersection((*code.co_names, *_texts(code.co_consts)))
+        if questions:
+            return f"{code.co_name} asks for {min(questions)}"
     if any(map(is_reentrant, effects.checkpoints)):
         return "a reentrant checkpoint looks at its inputs"
     graph = effects.module.graph
@@ -101,11 +102,43 @@ def input_gradient_reason(effects: Effects) -> str | None:
     return None
 
 
+def _texts(constants: Iterable[Any]) -> Iterator[str]:
+    """The texts among constants, and in tuples and sets of them."""
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _texts(constant)
+
+
 def _is_input(node: fx.Node) -> bool:
     """Whether a node is, or may be, the hidden states that a block is given."""
     t = facts.tensor(node)
     is_given = node.op == "placeholder" and t is not None and not isinstance(t, nn.Parameter)
     return is_given and t is not None and _is_hidden(t)
+
+
+def accumulates_twice(
+    effects: Effects, model: Callable[[], nn.Module | None], region: nn.Module | None
+) -> bool:
+    """Whether a reentrant checkpoint uses a parameter of ``region`` that is used elsewhere, too."""
+    for node in filter(is_reentrant, effects.checkpoints):
+        inputs = (n for n in node.args[1:] if isinstance(n, fx.Node))
+        parameters = [n for n in inputs if isinstance(facts.tensor(n), nn.Parameter)]
+        if any(len(n.users) > 1 or node.args.count(n) > 1 for n in parameters):
+            return True
+        if _is_shared(model(), region):
+            return True
+    return False
+
+
+def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
+    """Whether a parameter of ``region`` has several names in ``model``."""
+    if model is None or region is None:
+        return False
+    parameters = set(region.parameters())
+    names = [p for _, p in model.named_parameters(remove_duplicate=False) if p in parameters]
+    return len(names) > len(parameters)
 
 
 def require_gradients(effects: Effects) -> None:
