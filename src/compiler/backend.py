@@ -1,8 +1,8 @@
 """The TorchDynamo backend: a captured graph in, the optimized callable out.
 
-``compile_graph`` runs ``READ``, ``REWRITE`` and ``GENERATE``, the stages of a compilation in their
-order. A stage asks ``Compilation.effects`` what the graph does, changes it in place, and notes in
-the ``Compilation`` what later stages need.
+``compile_graph`` names the stages of a compilation in their order. A stage asks
+``Compilation.effects`` what the graph does, changes it in place, and notes in the ``Compilation``
+what later stages need.
 """
 
 from __future__ import annotations
@@ -131,18 +131,33 @@ def compile_graph(
     compilation they share.
     """
     work = Compilation(graph, examples, session, kind, torch.is_grad_enabled())
-    _run_stages(work, READ)
+    _run(work, ("captured", read_as_captured))
     with _without_saved_tensor_hooks():
-        _run_stages(work, REWRITE)
-    _run_stages(work, GENERATE)
+        _run(
+            work,
+            (None, refuse_what_differs),  # while checkpoints and writes are as in the code
+            ("functionalized", functionalize),  # before the rules, which leave writes alone
+            ("cleaned", clean),  # after writes are values, some of which nothing needs
+            ("fused", recognise_and_fuse),
+            ("logits", defer),  # after the rules: logits are deferred beside a fused loss
+            ("copied", copy_written),  # after all ops are there: they say what they keep
+        )
+    _run(
+        work,
+        (None, choose_codegen),
+        ("rewritten", plan),  # after the choice: what is worth keeping depends on it
+        (None, generate_code),
+    )
     assert work.run is not None
     return work.run
 
 
-def _run_stages(work: Compilation, stages: Sequence[Stage]) -> None:
+def _run(work: Compilation, *stages: tuple[str | None, Callable[[Compilation], None]]) -> None:
+    """Run stages in their order, and show the graph after those that have a name."""
     for name, stage in stages:
         stage(work)
-        work.log.show(work.graph, name)
+        if name is not None:
+            work.log.show(work.graph, name)
 
 
 # --- as captured: what must be known before anything changes --------------------------------------
@@ -327,24 +342,3 @@ def _recorded(run: Callable[..., Any], work: Compilation) -> Callable[..., Any]:
         return run(*(args if x is None else with_leaf(args, x)))
 
     return call
-
-
-Stage = tuple[str, Callable[[Compilation], None]]
-"""What ``FUSEWRIGHT_DUMP`` calls the graph after it, and what it does."""
-
-READ: tuple[Stage, ...] = (("captured", read_as_captured),)
-
-REWRITE: tuple[Stage, ...] = (
-    ("accepted", refuse_what_differs),  # while reentrant checkpoints and writes are as captured
-    ("functionalized", functionalize),  # before the rules: what writes is no part of a formula
-    ("cleaned", clean),  # after writes are values: some of those are dead then
-    ("fused", recognise_and_fuse),
-    ("logits", defer),  # needs to know which loss was fused
-    ("copied", copy_written),  # after the last rule: only now it is known what the ops keep
-)
-
-GENERATE: tuple[Stage, ...] = (
-    ("chosen", choose_codegen),
-    ("rewritten", plan),  # after the choice: compiled, other levels are of use
-    ("generated", generate_code),
-)

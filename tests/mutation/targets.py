@@ -30,10 +30,14 @@ TESTS: dict[str, list[str]] = {
         "tests/passes/test_rms_norm.py",
         "tests/passes/test_rope.py",
     ],
-    "graph/effects.py": ["tests/graph/test_effects.py"],
+    "graph/effects.py": [
+        "tests/graph/test_effects.py",
+        "tests/graph/test_edit.py",
+        "tests/graph/test_inputs_of_outputs.py",
+    ],
     "graph/canon.py": ["tests/graph/test_views.py", "tests/graph/test_canon.py"],
     "graph/facts.py": ["tests/graph/test_facts.py"],
-    "graph/edit.py": ["tests/graph/test_edit.py"],
+    "graph/cleanup.py": ["tests/graph/test_edit.py"],
     "memory/planner.py": ["tests/memory/test_planner.py", "tests/memory/test_plan_history.py"],
     "train/data/packing.py": ["tests/train/data/test_packing.py", "-knot million"],
     "train/data/chat/mask.py": [
@@ -109,6 +113,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "graph/effects.py": {
         'node.op > "call_function"': "no op comes before it in the alphabet",
         "> False": "of two truth values, only True is greater",
+        "grad = node.args[ -1]": "there is one",
+        "node.args[: 2] == entered[-1:]": "as above",
     },
     "memory/planner.py": {
         "level in self.allowed else ": "a plan has no others",
@@ -120,9 +126,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "p.numel() // 6": "some numbers of each will do",
         "self._first() == module": "modules are equal by identity",
     },
-    "graph/edit.py": {
-        "grad = node.args[ -1]": "there is one",
-        "node.args[: 2] == entered[-1:]": "as above",
+    "graph/cleanup.py": {
         "queue.pop( -1)": "what is still used comes again when its user is erased",
     },
     "graph/canon.py": {

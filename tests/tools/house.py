@@ -170,13 +170,11 @@ class House:
     def _called(self, module: str, function: str, within: str | None) -> set[tuple[str, str]]:
         if within is not None and module.split(".")[0] != within:
             return set()
-        functions: dict[str, ast.stmt] = {}
-        for n in self._trees[module].body:
-            if isinstance(n, ast.FunctionDef | ast.ClassDef):
-                functions[n.name] = n
-            elif isinstance(n, ast.Assign | ast.AnnAssign):  # a list of stages is followed, too
-                targets = n.targets if isinstance(n, ast.Assign) else [n.target]
-                functions |= {t.id: n for t in targets if isinstance(t, ast.Name)}
+        functions = {
+            n.name: n
+            for n in self._trees[module].body
+            if isinstance(n, ast.FunctionDef | ast.ClassDef)
+        }
         names, done, todo = set(), set(), [function]
         while todo:  # what is called in the same file is read without leaving it
             here = todo.pop()
