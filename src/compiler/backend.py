@@ -62,17 +62,34 @@ def captured(function: Callable[..., Any], session: Session, kind: str) -> Calla
         with session.capturing():
             try:
                 return convert(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit):
-                raise
-            # guards are made in other packages of PyTorch, which raise what they happen to raise
             except Exception as error:
-                if is_out_of_memory(error):
+                if _says_so(error):
                     raise
-                raise CaptureError(str(error)) from error
+                raise CaptureError(error) from error
 
     context.callback = capture
     run: Callable[..., Any] = context(function)
-    return run
+    if kind == "head":  # which has other code than that of its graphs, and errors of it
+        return run
+
+    def run_whole(*args: Any, **kwargs: Any) -> Any:
+        state = session.state
+        state.has_run = False
+        try:
+            return run(*args, **kwargs)
+        except Exception as error:
+            if state.has_run or _says_so(error):
+                raise
+            raise CaptureError(error) from error
+
+    return run_whole
+
+
+def _says_so(error: Exception) -> bool:
+    """Whether the class of what was raised in a capture says how it is to be taken."""
+    # guards are made in other packages of PyTorch, which raise what they happen to raise
+    refused = isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
+    return refused or is_out_of_memory(error)
 
 
 @dataclass(eq=False)
@@ -234,7 +251,8 @@ def copy_written(work: Compilation) -> None:
         # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our
         # ops, a compiler's and a checkpoint keep x itself, and backward would refuse it. Whether
         # the caller writes is not known. But it mostly goes on to the result, and lets x go: then a
-        # copy takes no memory, and one per block no time that can be measured (2026-11-29)
+        # copy takes no memory, and little time (on a CPU, 6 us of a tiny block and 0.1% of a large
+        # one: 2026-11-29)
         work.copied = work.effects.inputs_like_outputs
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 
 from .units import divided_by, is_unit
@@ -59,6 +60,8 @@ def transform_reason(
         type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is on, which would not see the functions that a graph replaces"
+    if is_fx_symbolic_tracing():
+        return "the model is being traced by torch.fx"
     if fake:
         return None
     if torch._C._len_torch_dispatch_stack() and any(

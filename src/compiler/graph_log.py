@@ -129,7 +129,7 @@ class GraphLog:
         return module in self.graphs or module in self.notes
 
 
-def summary(error: BaseException) -> str:
+def summary(error: Exception) -> str:
     """What an error says first, and the two innermost places of the user's code it points to."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     places = list(dict.fromkeys(re.findall(r'File "([^"]+)", line (\d+)', str(error))))[-2:]

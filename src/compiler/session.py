@@ -186,7 +186,6 @@ class Session:
             self._start(module)
         outer = state.region, state.function, state.mark, state.no_gradient, state.has_run
         state.region, state.mark, state.no_gradient = module, mark, no_gradient
-        state.has_run = False
         try:
             run = compiled()
             with context(no_gradient):
@@ -196,12 +195,10 @@ class Session:
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
             if cause is not None and (isinstance(cause, OptimizeError) or is_out_of_memory(cause)):
                 raise cause from None
-            # what TorchDynamo raises before a graph runs, or refuses later, is of the capture
-            known = isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
-            if not known and (state.has_run or is_out_of_memory(error)):
+            if not isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
                 raise
-            origin = error.__cause__ if isinstance(error, CaptureError) else error
-            reason = f"could not be captured: {summary(origin or error)}"
+            text = summary(error.error if isinstance(error, CaptureError) else error)
+            reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
             state.region, state.function, state.mark, state.no_gradient, state.has_run = outer

@@ -73,7 +73,11 @@ class SharedFunctions:
 
 
 class CaptureError(TorchDynamoException):
-    """Something else was raised, its cause, while TorchDynamo captured."""
+    """Something else was raised, ``error``, while TorchDynamo captured."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class InputGradient(TorchDynamoException):

@@ -405,9 +405,42 @@ def test_an_error_of_a_graph_that_runs_is_no_failed_capture() -> None:
     assert not explain(model).bypasses
 
 
-def test_what_torchdynamo_refuses_before_a_graph_runs_comes_from_the_original() -> None:
-    """It takes no proxies of a symbolic trace."""
+def test_an_error_before_a_graph_runs_comes_from_the_original(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TorchDynamo looks for a graph outside of any capture, and may fail at that."""
+
+    class Broken:
+        callback = staticmethod(lambda *_: None)
+
+        def __call__(self, function: Any) -> Any:
+            def run(*_: Any) -> Any:
+                raise IndexError("no such guard")
+
+            return run
+
+    monkeypatch.setattr(torch._dynamo, "optimize", lambda *_, **__: Broken())
     blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))])
     model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(model["layers"][0](x), F.linear(x, *blocks[0][0].parameters()))
+    assert any("IndexError: no such guard" in b.reason for b in explain(model).bypasses)
+
+
+def test_a_symbolic_trace_sees_the_original_and_captures_go_on() -> None:
+    blocks = nn.ModuleList([_Normed(), _Normed()])
+    model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
     traced = torch.fx.Tracer().trace(nn.Sequential(model["layers"][0]))
-    assert any(n.op == "call_module" for n in traced.nodes)
+    assert any(n.target is torch.rsqrt for n in traced.nodes)
+    model["layers"][0](torch.randn(2, 3, 8))
+    assert "rms_norm" in explain(model).by_rule()
+
+
+class _Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x + self.linear(self.weight * y)  # type: ignore[no-any-return]
