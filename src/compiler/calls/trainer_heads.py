@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.loss.linear_logprob import linear_logprob
+from ...sharding import in_zero3
 from ..copies.forward_copies import cell_contents, names_in
 from ..logits.reads import Reads
 from .forwards import Original
@@ -160,7 +161,7 @@ class _StandIn:
         bound.apply_defaults()
         a = bound.arguments
         hidden, weight, bias, requested = a["hidden"], a["weight"], a["bias"], set(a["outputs"])
-        if hasattr(weight, "ds_status") or not requested <= set(_OUTPUTS):
+        if in_zero3(weight) or not requested <= set(_OUTPUTS):
             result: tuple[Tensor | None, ...] = self._original.apply(*args)
             return result
         self._reads.note_head("log-probabilities of the trainer's fused head")

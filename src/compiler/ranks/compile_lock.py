@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .collectives import has_peers
+from ...sharding import has_peers
 
 PATIENCE = 300.0
 """Seconds that a process waits for the compilation of another one."""
