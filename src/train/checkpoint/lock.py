@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from filelock import lock_descriptor
 
 from ...errors import RecipeError
 from .ownership import LOCK, is_run
@@ -95,21 +95,16 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         RecipeError: another process has it, or it cannot be written to.
     """
     new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, new_folders)
         handle = _taken(folder, say)
-    except BaseException:
-        _remove_empty(new_folders)
-        raise
-    try:
-        yield
-    except BaseException:
-        _give_back(folder, handle, ended=False)
-        raise
-    else:
-        _give_back(folder, handle, ended=True)
-    finally:
-        os.close(handle)
-        _remove_empty(new_folders)
+        stack.callback(os.close, handle)
+        ended = False
+        try:
+            yield
+            ended = True
+        finally:
+            _give_back(folder, ended)
 
 
 def _taken(folder: Path, say: Callable[[str], None]) -> int:
@@ -142,15 +137,14 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
 
 def _locked(handle: int) -> bool:
     """Try to lock an open file; on file systems without locks, by its content."""
+    # ``FileLock`` would be given another file than the one that is read and written here, and knows
+    # one only of these errors
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(handle, blocking=False)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         return _claimed(handle)
-    return True
 
 
 def _claimed(handle: int) -> bool:
@@ -186,7 +180,7 @@ def _same(path: Path, handle: int) -> bool:
     return False
 
 
-def _give_back(folder: Path, handle: int, ended: bool) -> None:
+def _give_back(folder: Path, ended: bool) -> None:
     """Remove the lock file, or leave it in a folder with nothing else of the run."""
     # it says whose the folder was, which would else be taken for one of other people's files
     path = folder / LOCK
