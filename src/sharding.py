@@ -82,7 +82,7 @@ def gathering_of(model: nn.Module | None, tensor: Any) -> Gathering | None:
     if in_zero3(tensor):
         return Gathering(tensor.all_gather, tensor.partition, tensor.ds_process_group)
     for module in () if model is None else model.modules():
-        state = fsdp2_state(module)
+        state = _fsdp2_state(module)
         for unit in () if state is None else state._state_ctx.all_states:
             for group in getattr(unit, "_fsdp_param_groups", None) or [unit._fsdp_param_group]:
                 for parameter in () if group is None else group.fsdp_params:
@@ -104,14 +104,14 @@ def _shares_memory(a: Any, b: Tensor) -> bool:
 # --- a module -------------------------------------------------------------------------------------
 
 
-def fsdp2_state(module: nn.Module) -> Any:
+def _fsdp2_state(module: nn.Module) -> Any:
     """What FSDP2 keeps of ``module``, one of its units; None: it is none."""
     return getattr(module, "_get_fsdp_state", lambda: None)()
 
 
 def fsdp2_casts(module: nn.Module) -> tuple[Any, Any]:
     """The dtypes that FSDP2 casts inputs and outputs of ``module`` to; None: it does not."""
-    policy = getattr(fsdp2_state(module), "_mp_policy", None)
+    policy = getattr(_fsdp2_state(module), "_mp_policy", None)
     if policy is None:
         return None, None
     return policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype

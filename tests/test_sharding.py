@@ -83,7 +83,6 @@ def test_a_dtensor(mesh: DeviceMesh) -> None:
 def test_a_unit_of_fsdp2(mesh: DeviceMesh) -> None:
     model: Any = _Model(nn.Linear(3, 4), nn.Linear(4, 2))
     weights = [p.detach().clone() for p in model[0].parameters()]
-    assert sharding.fsdp2_state(model[0]) is None
     policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32)
     fully_shard(model[0], mesh=mesh)
     assert not sharding.gathers(model[1])
