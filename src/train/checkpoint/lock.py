@@ -118,15 +118,13 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
             reason = error.strerror or error
             raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
         try:
-            if _locked(handle):
-                current = _same(path, handle)
-            else:
-                current = _wait_or_refuse(folder, handle, time.monotonic() - start)
+            if not _locked(handle):
+                _wait_or_refuse(folder, handle, time.monotonic() - start)
+            elif _same(path, handle):
+                break
         except BaseException:
             os.close(handle)
             raise
-        if current:
-            break
         os.close(handle)  # it was given back, and removed, in between
     before = LockHolder.read(handle)
     LockHolder.this().write(handle)
@@ -137,8 +135,8 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
 
 def _locked(handle: int) -> bool:
     """Try to lock an open file; on file systems without locks, by its content."""
-    # ``FileLock`` would be given another file than the one that is read and written here, and knows
-    # one only of these errors
+    # not by ``FileLock``: the file is also the record of who has the folder, which is read and
+    # removed under its lock; and that class knows ENOSYS only of these errors
     try:
         return lock_descriptor(handle, blocking=False)
     except OSError as error:
@@ -158,12 +156,12 @@ def _claimed(handle: int) -> bool:
     return LockHolder.read(handle) == ours
 
 
-def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
+def _wait_or_refuse(folder: Path, handle: int, waited: float) -> None:
     """Wait for the orphans of a killed run, so that the lock is tried again; else RecipeError."""
     holder = LockHolder.read(handle)
     if (holder is None or holder.gone()) and waited < _ORPHANS:
         time.sleep(_SETTLED)
-        return False
+        return
     who = f"{holder}" if holder else "another process"
     if holder is not None and holder.gone():
         who = f"what is left of {holder}"
