@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 
-from .units import divided_by, is_unit
+from ..sharding import divided_by
+from .units import is_unit
 
 A_CACHE = "a cache was passed (generation; in training call model.train(), or pass use_cache=False)"
 """The reason that ``copies/decoding.py`` acts on."""

@@ -23,7 +23,7 @@ from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, is_training_watch, replaced_forward, watch_training
-from .copies.forward_copies import cell_contents
+from .copies.forward_copies import cell_contents, clone_function
 from .regions import Region, undivided_parts
 from .session import Session
 
@@ -267,19 +267,11 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, types.FunctionType):
         return function
     inner = getattr(function, "__wrapped__", None)
-    closure, clone = function.__closure__, None
-    if isinstance(inner, types.FunctionType) and closure is not None:
+    clone = None
+    if isinstance(inner, types.FunctionType) and function.__closure__ is not None:
         clone = _with_own_code(inner)
-        closure = tuple(
-            types.CellType(clone) if cell_contents(cell) is inner else cell for cell in closure
-        )
-    name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
-    result = types.FunctionType(
-        function.__code__.replace(co_name=name), function.__globals__, function.__name__,
-        function.__defaults__, closure,
-    )  # fmt: skip
-    result.__kwdefaults__ = function.__kwdefaults__
-    result.__dict__.update(function.__dict__)
+    contents = [clone if cell_contents(c) is inner else None for c in function.__closure__ or ()]
+    result = clone_function(function, None, contents, f"_fusewright_{next(_serial)}")
     if clone is not None:
         result.__dict__["__wrapped__"] = clone
     return result

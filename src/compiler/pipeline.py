@@ -31,6 +31,7 @@ from ..report import Bypass, Fallback, Report, Site
 from ..rewrite.engine import Fuel
 from ..rewrite.rule import Rule
 from ..rewrite.verify import Verifier, quiet_randomness
+from ..sharding import collectives_of
 from . import regions
 from .calls.forwards import OUTER_COMPILE
 from .codegen.choice import choose
@@ -38,7 +39,6 @@ from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
-from .ranks.collectives import collectives_of
 from .ranks.verdicts import SharedVerdicts
 from .session import Choices, Session
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sharding import divided_by
 from .bypass import is_container
-from .units import divided_by
 
 _LOSS_ARGUMENT = "labels"
 """The one name that models share: what Trainer, and everybody, passes for a loss."""

@@ -9,10 +9,6 @@ results. In a backward pass the first come last, and the second first.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,16 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ENGINES = (
-    "torch.distributed.fsdp._fully_shard.",
-    "deepspeed.runtime.zero.",
-    "deepspeed.utils.nvtx",  # which hides some of the hooks of the one before
-)
-_DIVIDING = {
-    "torch.distributed.tensor": "tensor parallelism",
-    "accelerate.big_modeling": "context parallelism",
-}
-"""Whose hooks exchange values between processes where a module stands."""
+from ..sharding import fsdp2_casts, gathers
+
 _FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 
@@ -41,13 +29,10 @@ def is_unit(module: nn.Module, region: nn.Module) -> bool:
     a whole region it would cast something else. The projection of a head may cast its inputs, which
     are the hidden states that the region is given.
     """
-    if module._backward_hooks or module._backward_pre_hooks:
+    if module._backward_hooks or module._backward_pre_hooks or not gathers(module):
         return False
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if not hooks or not all(map(_is_engines, hooks)):
-        return False
-    casts = _casts(module)
-    if not any(casts) or casts == _casts(region):
+    casts = fsdp2_casts(module)
+    if not any(casts) or casts == fsdp2_casts(region):
         return True
     return casts[1] is None and _is_projection(module, region)
 
@@ -59,40 +44,6 @@ def _is_projection(module: nn.Module, region: nn.Module) -> bool:
     except (NotImplementedError, AttributeError):
         return False
     return projection is module
-
-
-def divided_by(module: nn.Module) -> str | None:
-    """What divides the work of a module between processes, as its hooks say; None: nothing."""
-    # they exchange values before or after its forward, which no captured graph may leave out
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        place = str(getattr(hook, "__module__", ""))
-        for engine, name in _DIVIDING.items():
-            if place.startswith(engine):
-                return name
-    return None
-
-
-def _casts(module: nn.Module) -> tuple[Any, Any]:
-    """The dtypes that FSDP2 casts inputs and outputs of ``module`` to; None: it does not."""
-    state = getattr(module, "_get_fsdp_state", lambda: None)()
-    policy = getattr(state, "_mp_policy", None)
-    if policy is None:
-        return None, None
-    return policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype
-
-
-def _is_engines(hook: Any) -> bool:
-    is_engine = _known.get(hook) if isinstance(hook, types.FunctionType) else None
-    if is_engine is None:
-        function = hook.func if isinstance(hook, functools.partial) else hook
-        function = inspect.unwrap(getattr(function, "__func__", function))
-        is_engine = str(getattr(function, "__module__", "")).startswith(_ENGINES)
-        if isinstance(hook, types.FunctionType):
-            _known[hook] = is_engine
-    return is_engine
-
-
-_known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 class Units:

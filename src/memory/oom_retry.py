@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..sharding import has_peers
 from .planner import Planner
 from .random_state import RandomState
 
@@ -26,7 +27,7 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
     """
     fresh = list(parameters)
     # sums of earlier batches could be put back from copies only, which take memory themselves
-    if not planner.may_retry() or _one_of_many() or any(p.grad is not None for p in fresh):
+    if not planner.may_retry() or has_peers() or any(p.grad is not None for p in fresh):
         return run()
     numbers = RandomState.now(planner.meter.device)
     while True:
@@ -42,10 +43,6 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
         numbers.restore()
         for p in fresh:
             p.grad = None
-
-
-def _one_of_many() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

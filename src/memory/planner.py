@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
+from ..sharding import local_share
 from .budget import GB, Budget, gigabytes
 from .choice import PlanInputs, Scaled, Usages, choose, on_host, peak
 from .levels import LEVELS, Level
@@ -239,8 +240,7 @@ def _kept(blocks: int, level: Level) -> str:
 def _local(p: Tensor) -> Tensor | None:
     """What this process has of a parameter; None where it has no values at all."""
     # the numbers of a sharded parameter are this process's own: no collective runs for them
-    local = p.detach()
-    local = getattr(local, "_local_tensor", local)
+    local = local_share(p)
     return None if local.is_meta or isinstance(local, FakeTensor) else local
 
 

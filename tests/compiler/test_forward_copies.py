@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fusewright import optimize, restore
 from fusewright.compiler.copies import decoding
 from fusewright.compiler.copies.decoding import Decoding
+from fusewright.compiler.copies.forward_copies import clone_function
 from fusewright.kernels.attention import decode_attention as op
 
 from ..models.zoo import FAMILIES, build
@@ -229,3 +230,60 @@ def test_a_forward_made_for_one_module_does_not_keep_the_model() -> None:
     for _ in range(3):
         gc.collect()
     assert weight() is None
+
+
+# --- clones of functions --------------------------------------------------------------------------
+
+
+def _function() -> types.FunctionType:
+    """A function with everything that a function can have."""
+    inner, factor = (lambda x: x + 1), 10
+
+    @functools.wraps(inner)
+    def outer(x: int = 2, *, k: int = 3) -> int:
+        """Its text."""
+        return inner(x) * factor * k + OFFSET
+
+    outer.__name__, outer.__qualname__, outer.__doc__ = "name", "Class.name", "text"
+    outer.mark = object()  # type: ignore[attr-defined]
+    assert isinstance(outer, types.FunctionType)
+    return outer
+
+
+OFFSET = 0.0
+
+
+def test_a_clone_is_its_originals_equal() -> None:
+    function = _function()
+    clone = clone_function(function)
+    assert clone is not function
+    assert clone() == function() == 90
+    for name in (
+        "__code__", "__globals__", "__closure__", "__defaults__", "__kwdefaults__",
+        "__annotations__", "__name__", "__qualname__", "__module__", "__doc__", "__dict__",
+    ):  # fmt: skip
+        assert getattr(clone, name) == getattr(function, name), name
+    assert clone.__dict__["__wrapped__"] is function.__dict__["__wrapped__"]
+    assert inspect.signature(clone, follow_wrapped=False) == inspect.signature(
+        function, follow_wrapped=False
+    )
+    clone.mark = None  # type: ignore[attr-defined]
+    assert function.__dict__["mark"] is not None
+    plain = clone_function(_set_scale)  # type: ignore[arg-type]
+    assert not plain.__dict__
+    assert plain.__closure__ is None
+
+
+def test_a_clone_has_other_globals_and_cells() -> None:
+    function = _function()
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    assert list(cells) == ["factor", "inner"]
+    clone = clone_function(function, {**globals(), "OFFSET": 5}, [None, lambda x: x + 2], "_1")
+    assert (clone(), function()) == (4 * 10 * 3 + 5, 90)
+    cells["factor"].cell_contents = 1  # shared
+    assert (clone(), function()) == (4 * 1 * 3 + 5, 9)
+    assert clone.__code__.co_name == function.__code__.co_name + "_1"
+    assert clone.__code__ is not function.__code__
+    assert clone.__name__ == "name"
+    with pytest.raises(ValueError, match="zip"):
+        clone_function(function, None, [None])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...kernels import label_counts
 from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
+from ...sharding import in_zero3
 from ..bypass import Hooks, hidden_hooks, transform_reason
 from ..logits.awaiting import another_awaits
 from ..logits.head_call import calling
@@ -331,7 +332,7 @@ def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bo
     if not another_awaits(session.log.reads):
         return False
     weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
-    if not isinstance(weight, nn.Parameter) or hasattr(weight, "ds_status") or weight._is_view():
+    if not isinstance(weight, nn.Parameter) or in_zero3(weight) or weight._is_view():
         return False
     return not session.state.watches.get(head, outside).find_hooks(head).units
 

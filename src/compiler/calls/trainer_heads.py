@@ -8,7 +8,6 @@ its forward stay what they are, and ``restore`` puts the forward back.
 
 from __future__ import annotations
 
-import dis
 import inspect
 import types
 import weakref
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.loss.linear_logprob import linear_logprob
-from ..copies.forward_copies import cell_contents, names_in
+from ...sharding import in_zero3
+from ..copies.forward_copies import cell_contents, clone_function, names_in, sets_globals
 from ..logits.reads import Reads
 from .forwards import Original
 
@@ -121,22 +121,11 @@ def _copy_function(function: types.FunctionType, outer: frozenset[int], reads: R
     if not replacements and not any(c is not None for c in inner):
         return None
     if replacements:
-        if any(i.opname == "STORE_GLOBAL" for i in dis.get_instructions(function)):
+        if sets_globals(function.__code__):
             return None
         if callable(scope.get(_COMPACTS)):
             replacements[_COMPACTS] = lambda device: True
-    closure = tuple(
-        cell if copy is None else types.CellType(copy)
-        for cell, copy in zip(cells, inner, strict=True)
-    )
-    result = types.FunctionType(
-        function.__code__, {**scope, **replacements} if replacements else scope, function.__name__,
-        function.__defaults__, closure if function.__closure__ is not None else None,
-    )  # fmt: skip
-    result.__kwdefaults__ = function.__kwdefaults__
-    result.__qualname__, result.__module__ = function.__qualname__, function.__module__
-    result.__dict__.update(function.__dict__)
-    return result
+    return clone_function(function, {**scope, **replacements} if replacements else None, inner)
 
 
 def _is_fused_head(value: Any) -> bool:
@@ -160,7 +149,7 @@ class _StandIn:
         bound.apply_defaults()
         a = bound.arguments
         hidden, weight, bias, requested = a["hidden"], a["weight"], a["bias"], set(a["outputs"])
-        if hasattr(weight, "ds_status") or not requested <= set(_OUTPUTS):
+        if in_zero3(weight) or not requested <= set(_OUTPUTS):
             result: tuple[Tensor | None, ...] = self._original.apply(*args)
             return result
         self._reads.note_head("log-probabilities of the trainer's fused head")

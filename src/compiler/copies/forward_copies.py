@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,26 +105,44 @@ class FunctionCopies:
         if not replacements and not any(wrapped):
             return None
         if replacements:
-            if _sets_globals(function.__code__):  # in a copy they would be lost
+            if sets_globals(function.__code__):  # in a copy they would be lost
                 return None
             read += [(scope, n, scope.get(n)) for n in (replacements if self._live else names)]
             scope = _overlay(scope, replacements) if self._live else _frozen(scope, replacements)
-        closure = tuple(
-            cell if copy is None else types.CellType(copy)
-            for cell, copy in zip(cells, wrapped, strict=True)
-        )
         # by its code Dynamo tells this copy from an earlier one that has other globals
-        code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_serial)}")
-        result = types.FunctionType(
-            code, scope, function.__name__, function.__defaults__,
-            closure if function.__closure__ is not None else None,
-        )  # fmt: skip
-        result.__kwdefaults__ = function.__kwdefaults__
-        result.__doc__, result.__qualname__ = function.__doc__, function.__qualname__
-        # what it wraps, a tracer would follow to the original
-        hidden = () if self._live else ("__wrapped__",)
-        result.__dict__.update({k: v for k, v in function.__dict__.items() if k not in hidden})
+        result = clone_function(function, scope, wrapped, f"_{next(_serial)}")
+        if not self._live:  # either way, a tracer would get to the original
+            result.__dict__.pop("__wrapped__", None)
+            result.__module__ = scope.get("__name__")  # type: ignore[assignment]
         return result
+
+
+def clone_function(
+    function: types.FunctionType,
+    scope: dict[str, Any] | None = None,
+    contents: Sequence[Any] = (),
+    suffix: str = "",
+) -> types.FunctionType:
+    """A function that runs the code of ``function``, and is its equal in all that is not changed.
+
+    ``scope`` are other globals; ``contents`` is what its cells hold, with None for each that it
+    shares with ``function``. With a ``suffix`` for its name, the clone has a code object to itself.
+    """
+    code, closure = function.__code__, function.__closure__
+    if suffix:
+        code = code.replace(co_name=code.co_name + suffix)
+    if closure is not None and contents:
+        closure = tuple(
+            cell if new is None else types.CellType(new)
+            for cell, new in zip(closure, contents, strict=True)
+        )
+    scope = function.__globals__ if scope is None else scope
+    result = types.FunctionType(code, scope, function.__name__, function.__defaults__, closure)
+    result.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(result, function)
+    del result.__dict__["__wrapped__"]  # the clone wraps what ``function`` does
+    result.__dict__.update(function.__dict__)
+    return result
 
 
 class _Globals(dict[str, Any]):
@@ -161,7 +179,8 @@ class _Copy:
 _serial = itertools.count(1)
 
 
-def _sets_globals(code: types.CodeType) -> bool:
+def sets_globals(code: types.CodeType) -> bool:
+    """Whether ``code`` may set globals, which in a clone with others would be lost."""
     stores = ("STORE_GLOBAL", "DELETE_GLOBAL")
     return "globals" in names_in(code) or any(
         i.opname in stores for c in _codes(code) for i in dis.get_instructions(c)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...sharding import in_zero3
 from .deferred import Deferred
 
 
@@ -164,7 +165,7 @@ class KeptLogits:
         """Watch those of ``operands`` that are parameters of ``model``; whether all are watched."""
         # a sharded one is not
         weights = [t for t in operands if isinstance(t, nn.Parameter)]
-        if any(type(t) is not nn.Parameter or hasattr(t, "ds_status") for t in weights):
+        if any(type(t) is not nn.Parameter or in_zero3(t) for t in weights):
             return False
         if all(map(self._is_watched, weights)):
             return True

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from ...sharding import in_zero3, is_released
 from .calls import may_keep_history
 from .changes import Fingerprint, WeightsChanged, is_unchanged, remembered, unchanged
 from .head_parts import HeadParts, as_leaf
 from .reads import Reads
-from .sharded import gathered, is_released
+from .sharded import gathered
 
 Body = Callable[..., Tensor]
 
@@ -141,7 +142,7 @@ def aliases(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         # DeepSpeed knows its parameters by their attributes, and takes their memory away
         t.detach().requires_grad_(t.requires_grad)
-        if isinstance(t, Tensor) and not hasattr(t, "ds_status")
+        if isinstance(t, Tensor) and not in_zero3(t)
         else t
         for t in inputs
     )

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
+from ...sharding import in_zero3
 from .awaiting import stop_waiting
 from .changes import KeptLogits, fingerprint
 from .deferred import Deferred
@@ -160,7 +161,7 @@ def _make_join(
 
 
 def _without_version(t: Any) -> Any:
-    return t.data if isinstance(t, Tensor) and not hasattr(t, "ds_status") else t
+    return t.data if isinstance(t, Tensor) and not in_zero3(t) else t
 
 
 def _needs_history(tensors: Iterable[Any]) -> bool:

@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
+from ...sharding import gathering_of, is_released
+
 _ELSE = "Read them earlier, or use fusewright.optimize(model, logits='always')."
-
-
-class _Engine(NamedTuple):
-    """What makes a parameter whole, and takes it apart again, in the processes of a group."""
-
-    gather: Callable[[], object]
-    release: Callable[[], object]
-    group: Any
 
 
 _calls: weakref.WeakKeyDictionary[nn.Module, tuple[int, count[int]]] = weakref.WeakKeyDictionary()
@@ -49,11 +43,13 @@ def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Itera
 
     RuntimeError: one is not whole, and cannot be gathered; or not all processes read.
     """
-    engines = [
-        _engine(model, value)
-        for value in values
-        if isinstance(value, Tensor) and is_released(value)
-    ]
+    released = [v for v in values if isinstance(v, Tensor) and is_released(v)]
+    engines = [e for v in released if (e := gathering_of(model, v)) is not None]
+    if len(engines) < len(released):
+        raise RuntimeError(
+            "these logits were not read before the parameters that make them were released again "
+            f"by what shards them. {_ELSE}"
+        )
     with ExitStack() as stack:
         if engines and not all_meet(call, engines[0].group):
             raise RuntimeError(
@@ -65,51 +61,6 @@ def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Itera
             engine.gather()
             stack.callback(engine.release)
         yield
-
-
-def is_released(tensor: Tensor) -> bool:
-    """Whether an engine that shards parameters has freed this one's memory."""
-    status = getattr(tensor, "ds_status", None)  # DeepSpeed's, of ZeRO-3
-    if status is not None:
-        return getattr(status, "name", "") != "AVAILABLE"
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return False  # the memory of a subclass may be elsewhere
-    # FSDP frees the memory of a whole parameter, and leaves its shape
-    return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().size() == 0
-
-
-def _engine(model: nn.Module | None, tensor: Any) -> _Engine:
-    if hasattr(tensor, "ds_status"):
-        return _Engine(tensor.all_gather, tensor.partition, tensor.ds_process_group)
-    for unit in _units(model):
-        groups = getattr(unit, "_fsdp_param_groups", None) or [unit._fsdp_param_group]
-        for group in groups:
-            for parameter in () if group is None else group.fsdp_params:
-                if _shares_memory(getattr(parameter, "_unsharded_param", None), tensor):
-                    module: Any = unit._modules[0]
-                    shard = getattr(group.mesh_info, "shard_process_group", None)
-                    return _Engine(module.unshard, module.reshard, shard)
-    raise RuntimeError(
-        "these logits were not read before the parameters that make them were released again by "
-        f"what shards them. {_ELSE}"
-    )
-
-
-def _shares_memory(a: Any, b: Tensor) -> bool:
-    """Whether one is the other, or an alias of it."""
-    plain = (Tensor, nn.Parameter)
-    if type(a) not in plain or type(b) not in plain:
-        return a is b
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-
-
-def _units(model: nn.Module | None) -> list[Any]:
-    """The states of all units of FSDP2 that ``model`` is part of."""
-    for module in () if model is None else model.modules():
-        state = getattr(module, "_get_fsdp_state", lambda: None)()
-        if state is not None:
-            return list(state._state_ctx.all_states)
-    return []
 
 
 # --------------------------------------------------------------------- waiting for other processes

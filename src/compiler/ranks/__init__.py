@@ -1,1 +1,1 @@
-"""What the processes of one job do once for all of them, and what they must not do unasked."""
+"""What the processes of one job do once for all of them."""

@@ -11,14 +11,14 @@ import contextlib
 import hashlib
 import os
 import stat
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor, fx
 
-from .collectives import has_peers
+from ...sharding import has_peers
 
 PATIENCE = 300.0
 """Seconds that a process waits for the compilation of another one."""
@@ -36,17 +36,25 @@ def first_one_compiles(graph: Any, examples: Sequence[Any]) -> Iterator[None]:
     # The system releases the lock of a process that ends, however it ends. A process that has
     # waited in vain compiles by itself. With one process, nothing is locked.
     folder = lock_folder() if has_peers() and isinstance(graph, fx.GraphModule) else None
-    lock = None if folder is None else _opened(folder / _name(graph, examples))
-    if lock is None:
+    if folder is None:
         yield
         return
+    lock = FileLock(folder / _name(graph, examples), mode=0o600, fallback_to_soft=False)
+    # a file that cannot be locked counts as locked: it is a link, say, or its file system has no
+    # locks; a time-out is an ``OSError``, too
+    with contextlib.suppress(OSError):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            lock.acquire(timeout=PATIENCE, poll_interval=_PAUSE)
+            # at once, so that all that have waited go on side by side: they read what was
+            # compiled, or compile a graph that Inductor does not cache
+            lock.release()
     try:
-        if not _take(lock, shared=False):
-            _wait(lock)
         yield
     finally:
-        _release(lock)  # closing is not enough where a process was forked meanwhile
-        os.close(lock)
+        with contextlib.suppress(OSError):
+            lock.release()
 
 
 def lock_folder() -> Path | None:
@@ -74,42 +82,3 @@ def _name(graph: fx.GraphModule, examples: Sequence[Any]) -> str:
         for x in examples
     ]
     return hashlib.sha256("\n".join([graph.code, *inputs]).encode()).hexdigest()
-
-
-def _opened(path: Path) -> int | None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError:
-        return None
-
-
-def _take(lock: int, shared: bool) -> bool:
-    """Lock the file, unless another process has it; one that cannot be locked counts as ours."""
-    import fcntl
-
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _wait(lock: int) -> None:
-    """Wait until the process that has the lock is done; then all that wait go on at once."""
-    # so a graph that Inductor does not cache is compiled by them side by side
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if _take(lock, shared=True):
-            _release(lock)
-            return
-        time.sleep(_PAUSE)
-
-
-def _release(lock: int) -> None:
-    import fcntl
-
-    with contextlib.suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_UN)

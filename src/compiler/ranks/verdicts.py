@@ -31,7 +31,7 @@ from ...kernels.processor import processor
 from ...report import Figures
 from ...rewrite.engine import Candidate, Verdict
 from ...rewrite.verify import structure
-from .collectives import job_store
+from ...sharding import has_peers
 
 PATIENCE = 30.0
 """Seconds that a rank waits for the verdict of another one."""
@@ -106,6 +106,19 @@ class SharedVerdicts:
         except Exception:  # it was another process's, which has ended, or it knows no compare_set
             self.is_lost = True
             return ""
+
+
+def job_store() -> Any:
+    """The key-value store of the process group, for verdicts; None with one rank."""
+    if not has_peers():
+        return None
+    # imported here: a PyTorch that was built without it has no such module
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    try:
+        return PrefixStore("fusewright-verdicts", _get_default_store())
+    except Exception:  # a group without one, as MPI's
+        return None
 
 
 def entry_name(key: str) -> str:

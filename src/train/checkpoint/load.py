@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import deepspeed as deepspeed_state
 
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
+from ...sharding import class_before_fsdp2
 from ..model.files import Shards, in_shards
 from ..model.from_pretrained import first_words
 from .resume import another, without_code
@@ -76,11 +76,11 @@ def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Weights by the names that the model has for them."""
     # transformers saves experts, for one, in an older form, which ``load_state_dict`` does not
     # know: it would leave those weights as they are
-    kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
+    kind: Any = class_before_fsdp2(model)
     dtypes = [value.dtype for value in stored.values() if value.is_floating_point()]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     with without_zero3():
-        instance, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
+        instance, info = kind.from_pretrained(
             None, config=copy.deepcopy(model.config), state_dict=stored, dtype=widest,
             output_loading_info=True,
         )  # fmt: skip

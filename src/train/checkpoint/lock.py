@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from filelock import lock_descriptor
 
 from ...errors import RecipeError
 from .ownership import LOCK, is_run
@@ -95,21 +95,16 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         RecipeError: another process has it, or it cannot be written to.
     """
     new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, new_folders)
         handle = _taken(folder, say)
-    except BaseException:
-        _remove_empty(new_folders)
-        raise
-    try:
-        yield
-    except BaseException:
-        _give_back(folder, handle, ended=False)
-        raise
-    else:
-        _give_back(folder, handle, ended=True)
-    finally:
-        os.close(handle)
-        _remove_empty(new_folders)
+        stack.callback(os.close, handle)
+        ended = False
+        try:
+            yield
+            ended = True
+        finally:
+            _give_back(folder, ended)
 
 
 def _taken(folder: Path, say: Callable[[str], None]) -> int:
@@ -123,15 +118,13 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
             reason = error.strerror or error
             raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
         try:
-            if _locked(handle):
-                current = _same(path, handle)
-            else:
-                current = _wait_or_refuse(folder, handle, time.monotonic() - start)
+            if not _locked(handle):
+                _wait_or_refuse(folder, handle, time.monotonic() - start)
+            elif _same(path, handle):
+                break
         except BaseException:
             os.close(handle)
             raise
-        if current:
-            break
         os.close(handle)  # it was given back, and removed, in between
     before = LockHolder.read(handle)
     LockHolder.this().write(handle)
@@ -142,15 +135,14 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
 
 def _locked(handle: int) -> bool:
     """Try to lock an open file; on file systems without locks, by its content."""
+    # not by ``FileLock``: the file is also the record of who has the folder, which is read and
+    # removed under its lock; and that class knows ENOSYS only of these errors
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(handle, blocking=False)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         return _claimed(handle)
-    return True
 
 
 def _claimed(handle: int) -> bool:
@@ -164,12 +156,12 @@ def _claimed(handle: int) -> bool:
     return LockHolder.read(handle) == ours
 
 
-def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
+def _wait_or_refuse(folder: Path, handle: int, waited: float) -> None:
     """Wait for the orphans of a killed run, so that the lock is tried again; else RecipeError."""
     holder = LockHolder.read(handle)
     if (holder is None or holder.gone()) and waited < _ORPHANS:
         time.sleep(_SETTLED)
-        return False
+        return
     who = f"{holder}" if holder else "another process"
     if holder is not None and holder.gone():
         who = f"what is left of {holder}"
@@ -186,7 +178,7 @@ def _same(path: Path, handle: int) -> bool:
     return False
 
 
-def _give_back(folder: Path, handle: int, ended: bool) -> None:
+def _give_back(folder: Path, ended: bool) -> None:
     """Remove the lock file, or leave it in a folder with nothing else of the run."""
     # it says whose the folder was, which would else be taken for one of other people's files
     path = folder / LOCK

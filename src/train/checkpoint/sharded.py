@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ...sharding import has_shards, is_dtensor
 from ..model.files import FOLDER, Shards
-from ..processes.gather import Groups, by_name, by_number, in_parts
+from ..processes.gather import Groups, by_name, by_number
 from ..processes.shards import WEIGHTS, read, read_whole, sharded_weights, sizes, write
 from ..processes.world import World
 from .save_model import save
@@ -85,7 +85,7 @@ def load_weights(folder: Path, model: Any) -> None:
         ValueError: a file is missing or damaged, or has not all that is trained.
     """
     shards = Shards.read(folder)
-    if in_parts(model):
+    if has_shards(model):
         read(shards.place, {f"{WEIGHTS}/{n}": v for n, v in sharded_weights(model).items()})
         return
     weights = shards.weights()
@@ -161,7 +161,7 @@ def _without_tensors(shards: Shards) -> dict[str, Any]:
 
 def _is_array(value: Any) -> bool:
     """Whether a value is a tensor of more than a single number."""
-    return isinstance(value, DTensor) or (isinstance(value, Tensor) and value.ndim > 0)
+    return is_dtensor(value) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _encoded(value: Any) -> Any:

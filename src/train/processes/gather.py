@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint import state_dict as dcp
 
 _FULL: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
 
@@ -18,17 +18,10 @@ Groups = Sequence[Sequence[str]]
 """The names of an optimizer's parameters, by group, in its order."""
 
 
-def in_parts(model: nn.Module) -> bool:
-    """Whether FSDP2 or ZeRO-3 has sharded a model by now."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-
-
 def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Any]:
     """The weights of a model sharded by FSDP2, by name; whole, on rank 0, on the CPU."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(**_FULL, ignore_frozen_params=trained_only)
-    return dict(get_model_state_dict(model, options=options))
+    options = dcp.StateDictOptions(**_FULL, ignore_frozen_params=trained_only)
+    return dict(dcp.get_model_state_dict(model, options=options))
 
 
 def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
@@ -36,10 +29,8 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
 
     Weights without an entry in ``state`` stay as they are.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, state, options=options)
+    options = dcp.StateDictOptions(full_state_dict=True, strict=False)
+    dcp.set_model_state_dict(model, state, options=options)
 
 
 def whole_optimizer(model: nn.Module, optimizer: Any, groups: Groups) -> dict[str, Any] | None:
@@ -47,9 +38,9 @@ def whole_optimizer(model: nn.Module, optimizer: Any, groups: Groups) -> dict[st
 
     On rank 0; None on the others. ``groups`` are the names of its parameters.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    state: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**_FULL))
+    state: Any = dcp.get_optimizer_state_dict(
+        model, optimizer, options=dcp.StateDictOptions(**_FULL)
+    )
     return by_number(state, groups) if state else None
 
 
@@ -58,11 +49,9 @@ def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any], grou
 
     ``state`` is the same on every process; ``groups`` are the names of the parameters.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
     named: Any = by_name(state, groups)
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, named, options=options)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    dcp.set_optimizer_state_dict(model, optimizer, named, options=options)
 
 
 def by_number(state: dict[str, Any], groups: Groups) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import RecipeError
+from ...sharding import in_zero3, whole_shape
 from .gather import Groups
 
 MASTER = "master"
@@ -106,7 +107,7 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
         if parameter.dtype != torch.float32:
             values[MASTER] = safe_get_full_fp32_param(parameter)
         if keep:
-            shape = _shape(parameter)
+            shape = whole_shape(parameter)
             full = {k: v.detach().to("cpu", copy=True).view(shape) for k, v in values.items()}
             state[number] = {**full, **copy.deepcopy(rest)}  # counted by each parameter alone
     if not keep:
@@ -215,7 +216,7 @@ def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
     from deepspeed import utils
 
     value = value.float().to(parameter.device)
-    if not hasattr(parameter, "ds_id"):  # ZeRO-1 and 2
+    if not in_zero3(parameter):  # ZeRO-1 and 2
         if key is None:
             utils.safe_set_full_fp32_param(parameter, value)
         else:
@@ -239,7 +240,3 @@ def _is_whole(value: Any) -> bool:
 def _base(engine: Any) -> Any:
     """The optimizer that ZeRO steps."""
     return engine.optimizer.optimizer
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -50,10 +50,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from ...rewrite.tolerance import FACTOR, unit
+from ...sharding import whole
 from ..report.environment import memory
 from ..trainer.engine import EngineMixin
 
@@ -271,9 +271,7 @@ def stride_of(model: nn.Module) -> int:
 
 def chosen_elements(tensor: Tensor, stride: int) -> Tensor:
     """A copy of every ``stride``-th element, in CPU memory; of shards, a collective."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().reshape(-1)[::stride].to("cpu", copy=True)
+    return whole(tensor).detach().reshape(-1)[::stride].to("cpu", copy=True)
 
 
 class ProofTrainer(EngineMixin, Trainer):

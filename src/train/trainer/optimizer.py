@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ...errors import RecipeError
 from ...optim.buckets import why_not
 from ...optim.flat import FlatOptimizer
+from ...sharding import is_dtensor
 from ..model.token_losses import causal_lm
 from ..recipe.recipe import Recipe
 
@@ -58,7 +58,7 @@ def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
 
 def divided(model: Any) -> bool:
     """Whether layers of a model are divided between processes, by tensor parallelism."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(map(is_dtensor, model.parameters()))
 
 
 def step_one_by_one(optimizer: Any) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...sharding import has_shards
 from ..checkpoint import sharded
 from ..checkpoint.load import load_trained, readable, trained_weights
 from ..model.files import in_shards
@@ -152,9 +153,9 @@ class Sharding:
     def load_best(self, folder: Path) -> bool:
         """Load the best checkpoint's weights; False for an adapter's, which Trainer loads too."""
         model = self.model
-        parts = self.shards and gather.in_parts(model)
+        parts = self.shards and has_shards(model)
         with readable(folder):
-            if in_shards(folder) and not (self.zero_stage and gather.in_parts(model)):
+            if in_shards(folder) and not (self.zero_stage and has_shards(model)):
                 sharded.load_weights(folder, model)
                 return True
             if not parts:
@@ -176,7 +177,7 @@ class Sharding:
         if not (self.shards or self.zero_stage or from_shards):
             return False
         optimizer, names = self.optimizer_and_names()
-        whole = self.zero_stage or self.divides or not gather.in_parts(self.model)
+        whole = self.zero_stage or self.divides or not has_shards(self.model)
         if from_shards and not whole:
             sharded.load_optimizer(folder, self.model, optimizer, names)
         else:

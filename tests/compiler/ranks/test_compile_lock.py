@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import time
@@ -154,6 +156,19 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (folder / compile_lock._name(_graph(), EXAMPLES)).symlink_to(target)
     with first_one_compiles(_graph(), EXAMPLES):
         assert not target.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_on_a_file_system_without_locks_nobody_waits(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    begun = time.monotonic()
+    with first_one_compiles(_graph(), EXAMPLES), first_one_compiles(_graph(), EXAMPLES):
+        assert time.monotonic() - begun < 10
 
 
 def test_one_process_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from fusewright import explain, optimize
-from fusewright.compiler.ranks import collectives, verdicts
-from fusewright.compiler.ranks.collectives import collectives_of, job_store
-from fusewright.compiler.ranks.verdicts import SharedVerdicts
+from fusewright import explain, optimize, sharding
+from fusewright.compiler.ranks import verdicts
+from fusewright.compiler.ranks.verdicts import SharedVerdicts, job_store
 from fusewright.rewrite import verify
 from fusewright.rewrite.engine import Candidate, Verdict
+from fusewright.sharding import collectives_of
 from fusewright.train.finish import differences, statuses
 from fusewright.train.processes.world import World
 
@@ -239,7 +239,7 @@ def test_what_runs_a_collective_when_it_is_called(
 ) -> None:
     model = make()
     assert collectives_of(model) is None  # of one process
-    monkeypatch.setattr(collectives, "has_peers", lambda: True)
+    monkeypatch.setattr(sharding, "has_peers", lambda: True)
     assert collectives_of(model) == said
 
 

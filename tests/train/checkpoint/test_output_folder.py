@@ -263,7 +263,7 @@ def test_a_file_system_without_locks(
     def none(handle: int, how: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     path, this = tmp_path / LOCK, LockHolder.this()
     with held(tmp_path, print):
         assert json.loads(path.read_text())["pid"] == os.getpid()
