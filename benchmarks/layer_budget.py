@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright import optimize
 from fusewright.kernels import launch
-from fusewright.kernels.linear import casts, products, projections
+from fusewright.kernels.linear import products, projections
 from kernel_code import put
 from launches import Launch, as_on_a_gpu
 from machine_code import CARDS
@@ -168,12 +168,12 @@ def step(
 @contextlib.contextmanager
 def gpu_forms() -> Iterator[None]:
     """Let products and casts have the form that they have on a GPU."""
-    own = products.on_cpu, projections.on_cpu, casts.one_by_one
-    products.on_cpu = projections.on_cpu = casts.one_by_one = lambda _: False
+    own = products.on_cpu, projections.on_cpu, projections.one_by_one
+    products.on_cpu = projections.on_cpu = projections.one_by_one = lambda _: False
     try:
         yield
     finally:
-        products.on_cpu, projections.on_cpu, casts.one_by_one = own
+        products.on_cpu, projections.on_cpu, projections.one_by_one = own
 
 
 def small_llama(layers: int) -> Any:

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import is_cast_of
-from ..kernels.linear.linears import Linear
+from ..kernels.linear.projections import Linear
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 

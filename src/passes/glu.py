@@ -86,7 +86,7 @@ def _is_multiple(a: Any, b: Any) -> bool:
     return any(isinstance(v, (int, float)) for v in canon.args[:2])
 
 
-_LINEARS = ("linear", "lora_linear", "quant_linear", "quant_lora_linear")
+_LINEARS = ("linear", "lora_linear", "quant_linear")
 
 
 def _projections(side: Any, depth: int = 6, part: Any = None) -> set[tuple[fx.Node, Any]]:

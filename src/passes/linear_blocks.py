@@ -1,6 +1,6 @@
 """Blocks of linears: the gated MLP as one unit, and the linears that read one input.
 
-The patterns use the ops of the rules before them (``glu``, ``lora_linear``, ``quant_lora_linear``)
+The patterns use the ops of the rules before them (``glu``, ``lora_linear``, ``quant_linear``)
 and PyTorch's linears.
 """
 
@@ -14,14 +14,11 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..kernels.linear.linears import MIXED, Linear
+from ..kernels.linear.projections import MIXED, Linear
 from ..rewrite.matcher import Trace
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 from .quant_linear import sample_weight
-
-_PARTS = (*Linear._fields, "x_lora")
-"""What is captured of a linear; an adapter's parts are missing where it has none."""
 
 _OWN_INPUT = "an adapter has an input of its own, after dropout"
 
@@ -115,12 +112,10 @@ class QKVBlock(_OfLinears):
 
 def _linear(p: Builder, x: Any, role: str) -> Pattern:
     linear = weight, bias, *_, compute, dtype = [p.var(f"{role}_{f}") for f in Linear._fields]
-    x_lora = p.var(f"{role}_x_lora")
     return p.either(
         p.linear(x, weight, bias),
-        p.lora_linear(x, linear, x_lora),
+        p.lora_linear(x, linear),
         p.quant_linear(x, weight, bias, compute, dtype),
-        p.quant_lora_linear(x, linear, x_lora),
     )
 
 
@@ -142,7 +137,7 @@ def _roles(m: Match) -> tuple[str, ...]:
 
 
 def _captured(m: Match, role: str) -> Mapping[str, Any]:
-    return {part: m.get(f"{role}_{part}") for part in _PARTS}
+    return {part: m.get(f"{role}_{part}") for part in Linear._fields}
 
 
 def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
@@ -152,7 +147,7 @@ def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
     return [
         Linear(
             v["weight"], v["bias"], v["lora_a"], v["lora_b"],
-            1.0 if v["scale"] is None else v["scale"], v["lora_bias"], compute, dtype,
+            1.0 if v["scale"] is None else v["scale"], v["lora_bias"], None, compute, dtype,
         )
         for v in linears
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical, is_cast_of
-from ..kernels.linear.linears import Linear
+from ..kernels.linear.projections import Linear
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 from .quant_linear import sample_weight
@@ -90,10 +90,10 @@ class LoRALinear(Rule):
         dtype = None if facts.dtype(m.root) is low else facts.dtype(m.root)
         packed = isinstance(weight, tuple)
         linear = Linear(
-            weight, m.bias, one.a, one.b, one.scale, one.bias, m.compute if packed else None, dtype
-        )
-        op = ops.quant_lora_linear if packed else ops.lora_linear
-        return op(m.x, linear, one.x)
+            weight, m.bias, one.a, one.b, one.scale, one.bias, one.x,
+            m.compute if packed else None, dtype,
+        )  # fmt: skip
+        return ops.lora_linear(m.x, linear)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]

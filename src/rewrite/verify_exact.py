@@ -16,7 +16,7 @@ from ..graph.canon import canonical
 from ..graph.opaque.autograd_functions import applied, is_captured, is_wrapped
 from ..graph.opaque.functions import is_leaf
 from ..graph.opaque.quantized import product
-from ..kernels.linear import quant_linear
+from ..kernels.linear.linear import quant_linear_reference
 from ..kernels.linear.quantized import Quantized
 
 
@@ -72,7 +72,7 @@ class Exact(Plain):
         canon = self._canon[n]
         if canon is not None and canon.name == "quantized_linear":
             x, bias, *weight = fx.node.map_arg(canon.args, lambda a: self.env[a])
-            return quant_linear.reference(x, Quantized(*weight), bias)
+            return quant_linear_reference(x, Quantized(*weight), bias)
         if is_wrapped(n) and any(product(u) for u in n.users):
             return None  # run at its user
         if canon is not None and canon.name == "grouped_mm":  # torch's takes no fp64

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusewright.kernels.linear import lora_linear, qkv_block, quant_lora_linear
-from fusewright.kernels.linear.linears import Linear
+from fusewright.kernels.linear.linear import LORA_LINEAR, QKV_BLOCK
+from fusewright.kernels.linear.projections import Linear
 from fusewright.kernels.mlp import mlp_block
 from fusewright.kernels.op import Op
 
@@ -20,7 +20,8 @@ def _of_one(function: Callable[..., Any]) -> Callable[..., Any]:
         x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float, x_lora: Any = None,
         lora_bias: Any = None, dtype: Any = None, compute: Any = None,
     ) -> Any:  # fmt: skip
-        return function(x, Linear(weight, bias, a, b, scale, lora_bias, compute, dtype), x_lora)
+        parts = (weight, bias, a, b, scale, lora_bias, x_lora, compute, dtype)
+        return function(x, Linear(*parts))
 
     return call
 
@@ -40,8 +41,8 @@ def records(*parts: Any) -> list[Linear]:
     """Linears from lists of their weights, biases, A's, B's, scales and biases of B."""
     *lists, compute, dtype = (*parts, None, None)[:8]
     each: Sequence[Any] = list(zip(*lists, strict=True))
-    return [Linear(*one, compute, dtype) for one in each]
+    return [Linear(*one, None, compute, dtype) for one in each]
 
 
-LORA, QUANT_LORA = _over(lora_linear.OP, _of_one), _over(quant_lora_linear.OP, _of_one)
-QKV, MLP = _over(qkv_block.OP, _of_several), _over(mlp_block.OP, _of_several)
+LORA = _over(LORA_LINEAR, _of_one)
+QKV, MLP = _over(QKV_BLOCK, _of_several), _over(mlp_block.OP, _of_several)

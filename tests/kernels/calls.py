@@ -103,7 +103,7 @@ LAUNCHING = (
     | {f"attention-{form}": Case(attention.OP, _masked(form)) for form in MASKS}
     | {
         f"{name}-fp32-adapter": replace(CASES[name], adapters=torch.float32)
-        for name in ("lora_linear", "quant_lora_linear")
+        for name in ("lora_linear", "lora_linear-quantized")
     }
 )
 """Calls that launch a Triton kernel on a GPU: with a mask in every form, and adapters in fp32."""

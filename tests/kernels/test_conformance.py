@@ -341,7 +341,7 @@ def test_what_was_not_kept_is_an_error_that_says_what_to_do(name: str, train: bo
     sum(o.sum() for o in _outs(call.ours(*_fresh(call.tensors)))).backward()  # once is as ever
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "quant_lora_linear", "qkv_block", "mlp_block"])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear-quantized", "qkv_block", "mlp_block"])
 def test_an_adapter_of_which_only_b_is_trained(name: str) -> None:
     call = replace(CASES[name], sizes=TINY).call()
     for t in _wanted(call.tensors)[1:]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fusewright.kernels.linear import casts, products, projections
+from fusewright.kernels.linear import products, projections
 
 from .by_parts import LORA, MLP, QKV
 from .util import assert_parity_of_draws
@@ -57,7 +57,7 @@ def _mlp(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Any]]:
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (products, projections):
         monkeypatch.setattr(module, "on_cpu", lambda t: False)
-    monkeypatch.setattr(casts, "one_by_one", lambda device: False)
+    monkeypatch.setattr(projections, "one_by_one", lambda device: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,9 +111,7 @@ def test_values_and_gradients(build: Any, dtype: torch.dtype, autocast: bool) ->
 def test_operands_are_cast_as_one() -> None:
     tensors = [torch.randn(3, 4).requires_grad_(), None, torch.randn(5).requires_grad_()]
     tensors += [torch.randn(2, dtype=torch.bfloat16), torch.randn(2, dtype=F64)]
-    with torch.autocast("cpu", torch.bfloat16):
-        made = casts.autocast("cpu", tensors)
-    assert made is not None
+    made = projections._cast_in_one_launch(tensors, torch.bfloat16)
     assert made[1] is None
     assert made[3] is tensors[3]
     assert made[4] is tensors[4]

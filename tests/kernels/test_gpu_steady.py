@@ -96,7 +96,7 @@ def _tf32() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "name",
-    ["lora_linear", "quant_lora_linear", "mlp_block", "moe_experts", "linear_cross_entropy",
+    ["lora_linear", "lora_linear-quantized", "mlp_block", "moe_experts", "linear_cross_entropy",
      "linear_logprob-all", "rms_norm_linear", "ssd"],
 )  # fmt: skip
 @pytest.mark.usefixtures("_tf32")

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusewright.kernels.linear import projections
 from fusewright.kernels.mlp import mlp_block as module
 from fusewright.kernels.mlp.glu import ACTIVATIONS, glu, glu_packed
 from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS
 from fusewright.rewrite.tolerance import exceeded
 
-from .by_parts import LORA
+from .by_parts import LORA, records
 from .by_parts import MLP as OP
 from .test_qkv_block import Given, make, operands, present
 from .util import assert_parity_of_draws
@@ -254,7 +255,7 @@ def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
     lists, rows, wide = mlp(8, 80, F32, F32, ranks=(2, 2, 2)), 1000, 80
     for t in lists[0]:
         t.requires_grad_(False)
-    tensors = [t for four in zip(*lists[:4], strict=True) for t in four]
+    tensors, _ = projections.flat(records(*lists[:4], [1.0] * 3, lists[4]), torch.empty(0))
     x, grad = torch.randn(rows, 8), torch.randn(rows, 8)
     options = (tensors, [1.0] * 3, [], [], "silu", "two")
     with torch.no_grad(), _Largest() as seen:
@@ -289,10 +290,9 @@ def test_autocast_is_that_of_the_reference(keep):
 def test_the_tiled_ops_keep_the_rules_of_the_library(layout, kind, choose_for):
     choose_for(kind)
     lists = mlp(6, 5, F32, F32, layout=layout, bias=True)
-    tensors = [
-        None if t is None else t.detach() for four in zip(*lists[:4], strict=True) for t in four
-    ]
     x, scales = torch.randn(7, 6), [1.0] * len(lists[0])
+    tensors, _ = projections.flat(records(*lists[:4], scales, lists[4]), x)
+    tensors = [None if t is None else t.detach() for t in tensors]
     ops = torch.ops.fusewright
     arguments = (x, tensors, scales, [], [], "silu", layout)
     utils = ("test_schema", "test_faketensor")

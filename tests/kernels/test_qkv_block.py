@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.linear.qkv_block import KEEPS
+from fusewright.kernels.linear.linear import KEEPS
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import QKV as OP

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fusewright.kernels.linear import quant_linear, quant_lora_linear, quant_products
+from fusewright.kernels.linear import projections
 from fusewright.kernels.linear import quantized as quantized_module
+from fusewright.kernels.linear.linear import QUANT_LINEAR, quant_linear, quant_linear_reference
 from fusewright.kernels.linear.quantized import Quantized, dequantize, dequantize_reference, scales
 from fusewright.rewrite.tolerance import exceeded
 
-from .by_parts import QUANT_LORA
+from .by_parts import LORA
 from .quantized_weights import random_weight
 from .util import assert_parity
 
@@ -102,12 +103,10 @@ def test_parity(rows, size, kind, blocksize, nested, dtype):
     w = random_weight(size, kind, blocksize, nested)
     x, bias = _inputs(rows, w, dtype)
     if 0 in rows:
-        assert quant_linear.quant_linear(x, w, bias).shape == (*rows, size[0])
+        assert quant_linear(x, w, bias).shape == (*rows, size[0])
         return
     for inputs in ((x, bias), (x,)):
-        assert_parity(
-            _over(quant_linear.quant_linear, w), _over(quant_linear.reference, w), *inputs
-        )
+        assert_parity(_over(quant_linear, w), _over(quant_linear_reference, w), *inputs)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_parity_with_an_adapter(dtype, adapter, own, lora_bias, wide):
 
         return call
 
-    assert_parity(over(QUANT_LORA.call), over(QUANT_LORA.reference), *inputs)
+    assert_parity(over(LORA.call), over(LORA.reference), *inputs)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -142,10 +141,10 @@ def test_like_the_layer_of_bitsandbytes(dtype, kind, blocksize, nested):
     x, bias = _inputs((2, 9), w, dtype)
     upstream = torch.randn(2, 9, 40).to(dtype)
     theirs = bnb.matmul_4bit(x, w.packed, bias=bias, quant_state=state)
-    mine = quant_linear.quant_linear(x, w, bias)
+    mine = quant_linear(x, w, bias)
     grads = [torch.autograd.grad(y, (x, bias), upstream) for y in (mine, theirs)]
     wide = [t.detach().double().requires_grad_() for t in (x, bias)]
-    exact = quant_linear.reference(wide[0], w, wide[1])
+    exact = quant_linear_reference(wide[0], w, wide[1])
     grads.append(torch.autograd.grad(exact, wide, upstream.double()))
     for triple in ((mine, theirs, exact), *zip(*grads, strict=True)):
         assert exceeded(*triple) is None
@@ -156,8 +155,8 @@ def test_nothing_of_the_size_of_the_weight_is_kept():
     x, bias, a, b = _inputs((4, 8), w, BF16, F32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        quant_linear.quant_linear(x, w, bias)
-        QUANT_LORA.call(x, w, bias, a, b, 2.0)
+        quant_linear(x, w, bias)
+        LORA.call(x, w, bias, a, b, 2.0)
     floats = [t for t in kept if t.is_floating_point()]
     assert max(t.numel() for t in floats) == x.numel() < 96 * 128
 
@@ -166,13 +165,14 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     w = random_weight((12, 64))
     x, bias, a, b = _inputs((6,), w, F32, F32)
     calls: list[bool] = []
-    product = quant_products.product
-    for module in (quant_linear, quant_lora_linear):
-        monkeypatch.setattr(
-            module, "product", lambda *args, **kw: calls.append(True) or product(*args, **kw)
-        )
+    products = projections.quantized_products
+    monkeypatch.setattr(
+        projections,
+        "quantized_products",
+        lambda *args, **kw: calls.append(True) or products(*args, **kw),
+    )
     x.requires_grad_(False)
-    out = QUANT_LORA.call(x, w, bias, a, b, 2.0)
+    out = LORA.call(x, w, bias, a, b, 2.0)
     torch.autograd.grad(out, (a, b, bias), torch.ones_like(out))
     assert len(calls) == 1  # no dX, no second copy of the weight
 
@@ -180,7 +180,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
 def test_strided_inputs_and_gradients():
     w = random_weight((12, 64))
     x = torch.randn(64, 6, 3).permute(2, 1, 0).requires_grad_()
-    mine, theirs = quant_linear.quant_linear(x, w), quant_linear.reference(x, w)
+    mine, theirs = quant_linear(x, w), quant_linear_reference(x, w)
     for make in (lambda y: y.sum(), lambda y: y.transpose(0, 1)[1].mean()):
         grads = [torch.autograd.grad(make(y), x, retain_graph=True)[0] for y in (mine, theirs)]
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
@@ -190,11 +190,11 @@ def test_autocast_casts_the_adapter_and_not_the_base():
     w = random_weight((12, 64))
     x, _, a, b = _inputs((6,), w, BF16, F32)
     with torch.autocast("cpu", BF16):
-        assert quant_linear.quant_linear(x.float(), w).dtype is F32
-        mine = QUANT_LORA.call(x, w, None, a, b, 2.0)
-    exact = QUANT_LORA.reference(x.double(), w, None, a.double(), b.double(), 2.0)
+        assert quant_linear(x.float(), w).dtype is F32
+        mine = LORA.call(x, w, None, a, b, 2.0)
+    exact = LORA.reference(x.double(), w, None, a.double(), b.double(), 2.0)
     with torch.autocast("cpu", BF16):
-        theirs = QUANT_LORA.reference(x, w, None, a, b, 2.0)
+        theirs = LORA.reference(x, w, None, a, b, 2.0)
     assert exceeded(mine, theirs, exact) is None
     assert [g.dtype for g in torch.autograd.grad(mine.sum(), (a, b))] == [F32, F32]
 
@@ -206,13 +206,13 @@ def test_inductor_traces_the_ops_and_keeps_no_copy():
 
     @torch.compile(fullgraph=True, dynamic=True, backend="inductor")
     def compiled(x: Tensor) -> Tensor:
-        y = QUANT_LORA.call(x, w, None, a, b, 2.0)
+        y = LORA.call(x, w, None, a, b, 2.0)
         return torch.sin(y)
 
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = compiled(x)
-    eager = torch.sin(QUANT_LORA.call(x, w, None, a, b, 2.0))
+    eager = torch.sin(LORA.call(x, w, None, a, b, 2.0))
     upstream = torch.randn_like(y)
     assert not any(t.is_floating_point() and t.numel() == 96 * 64 for t in kept)
     pairs = zip(
@@ -227,7 +227,7 @@ def test_inductor_traces_the_ops_and_keeps_no_copy():
 def test_reasons():
     w = random_weight((12, 64), nested=True)
     x, bias, a, b = _inputs((6,), w, BF16, F32)
-    reasons = quant_linear.unsupported
+    reasons = QUANT_LINEAR.unsupported
     assert reasons(x, w, bias) == []
     assert "features" in reasons(x[:, :32], w)[0]
     assert "the bias is" in reasons(x, w, bias.float())[0]
@@ -235,9 +235,9 @@ def test_reasons():
     assert "of kind int3" in reasons(x, w._replace(kind="int3"))[0]
     assert "not complete" in reasons(x, w._replace(absmax_offset=None))[0]
     assert "several devices" in reasons(x.to("meta"), w)[0]
-    assert QUANT_LORA.unsupported(x, w, bias, a, b, 2.0) == []
-    assert "do not chain" in QUANT_LORA.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
-    assert "narrower" in QUANT_LORA.unsupported(x.float(), w, None, a, b, 2.0, dtype=BF16)[0]
+    assert LORA.unsupported(x, w, bias, a, b, 2.0) == []
+    assert "do not chain" in LORA.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
+    assert "narrower" in LORA.unsupported(x.float(), w, None, a, b, 2.0, dtype=BF16)[0]
 
 
 def test_a_run_on_fake_tensors_leaves_none_behind() -> None:

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.linear import linears, qkv_block, quant_linear, quant_products
-from fusewright.kernels.linear.quantized import Quantized
+from fusewright.kernels.linear import projections
+from fusewright.kernels.linear.linear import KEEPS, quant_linear
+from fusewright.kernels.linear.quantized import Quantized, split
 from fusewright.kernels.mlp import mlp_block
 from fusewright.kernels.mlp.glu import glu, glu_packed
 from fusewright.rewrite.tolerance import exceeded
 
-from .by_parts import MLP, QKV, QUANT_LORA, records
+from .by_parts import LORA, MLP, QKV, records
 from .quantized_weights import random_weight
 from .test_mlp_block import _Largest
 from .test_qkv_block import make
@@ -86,8 +87,8 @@ def _over(fn: Callable[..., Any], lists: Lists, *options: str) -> Callable[..., 
 
 def _one(x: Tensor, w: Quantized, bias, a, b, scale: float, lora_bias) -> Tensor:
     if a is None:
-        return quant_linear.quant_linear(x, w, bias)
-    return QUANT_LORA.call(x, w, bias, a, b, scale, None, lora_bias)
+        return quant_linear(x, w, bias)
+    return LORA.call(x, w, bias, a, b, scale, None, lora_bias)
 
 
 def separate(x: Tensor, *lists: Any) -> tuple[Tensor, ...]:
@@ -120,7 +121,7 @@ def _mlp_sizes(inner: int, wide: int, layout: str) -> list[tuple[int, int]]:
     bias=st.booleans(),
     lora_bias=st.booleans(),
     need_x=st.booleans(),
-    keep=st.sampled_from(qkv_block.KEEPS),
+    keep=st.sampled_from(KEEPS),
 )
 def test_parity_of_linears(shape, outs, ranks, dtypes, kind, bias, lora_bias, need_x, keep):
     """Against the definition; where adapters are wider than the base, against the single ops.
@@ -175,7 +176,7 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
         results.append((y, *torch.autograd.grad(y, leaves, upstream)))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-    tensors, constants = linears.flat(records(*lists[:4], SCALES, lists[4]), leaves[0])
+    tensors, constants = projections.flat(records(*lists[:4], SCALES, lists[4]), leaves[0])
     options = (*map(list, constants[:3]), "gelu", "two")
     with torch.no_grad(), _Largest() as seen:
         mlp_block._tiled_forward(leaves[0], tensors, *options, F64)
@@ -229,29 +230,31 @@ def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
 def test_the_ops_keep_the_rules_of_the_library(kind, compute):
     utils, ops = ("test_schema", "test_faketensor"), torch.ops.fusewright
     lists = _linears(_mlp_sizes(8, 6, "two"), F32, F32, kind, bias=True)
-    tensors, constants = linears.flat(records(*lists[:4], SCALES, lists[4]), torch.empty(0))
+    tensors, constants = projections.flat(records(*lists[:4], SCALES, lists[4]), torch.empty(0))
     tensors = [None if t is None else t.detach() for t in tensors]
     x, options = torch.randn(7, 8), (*map(list, constants[:3]), "silu", "two")
     kinds = (compute, F32)
     given = (x, tensors, *options, *kinds)
     torch.library.opcheck(ops.mlp_block_forward.default, given, test_utils=utils)
-    needed = [True, *(t is not None and i < 12 and i % 4 > 0 for i, t in enumerate(tensors))]
+    needed = [True, *(t is not None and i < 18 and i % 6 > 0 for i, t in enumerate(tensors))]
     torch.library.opcheck(
         ops.mlp_block_backward.default,
         (torch.randn(7, 8), x, tensors, *options, needed, *kinds),
         test_utils=utils,
     )
-    fields = [quant_products.split(w) for w in lists[0][:2]]
+    fields = [split(w) for w in lists[0][:2]]
     arguments = (
         [torch.randn(7, 6, dtype=compute), torch.randn(7, 6, dtype=compute)],
         [t for _, part in fields for t in part],
         [n for (shape, blocksize, _), _ in fields for n in (*shape, blocksize)],
         [kind[0]] * 2,
+        False,
+        None,
         [torch.randn(7, 3)],
         [torch.randn(3, 8)],
         F32,
     )
-    torch.library.opcheck(ops.quant_sum_of_products.default, arguments, test_utils=utils)
+    torch.library.opcheck(ops.quant_products.default, arguments, test_utils=utils)
 
 
 def test_reasons():

@@ -13,10 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.kernels.linear import qkv_block, quant_linear
+from fusewright.kernels.linear.linear import (
+    KEEPS,
+    QUANT_LINEAR,
+    quant_linear,
+    quant_linear_reference,
+)
 from fusewright.kernels.mlp import mlp_block
 
-from .by_parts import LORA, MLP, QKV, QUANT_LORA
+from .by_parts import LORA, MLP, QKV
 from .quantized_weights import random_weight
 from .test_qkv_block import make
 from .util import assert_parity_of_draws
@@ -72,7 +77,7 @@ class Case:
         return run
 
 
-@pytest.mark.parametrize("keep", qkv_block.KEEPS)
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("autocast", [BF16, F16])
 def test_linears_under_autocast(autocast, train, keep):
@@ -94,7 +99,7 @@ WIDE = {"compute": BF16, "dtype": F32}
 
 
 @pytest.mark.parametrize("autocast", [None, BF16])
-@pytest.mark.parametrize("keep", qkv_block.KEEPS)
+@pytest.mark.parametrize("keep", KEEPS)
 def test_linears_over_quantized_weights_that_compute_in_fewer_bits(keep, autocast):
     case = Case(QKV_SIZES, packed=True)
     ours = case.call(QKV.call, autocast, keep, **WIDE)
@@ -126,8 +131,8 @@ def _single(op: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize("adapter", [F32, BF16])
 def test_one_adapter_over_a_quantized_weight(adapter, autocast):
     case = Case(QKV_SIZES[1:2], packed=True, adapter=adapter)
-    theirs = case.call(_single(QUANT_LORA.reference), autocast, **WIDE)
-    ours = case.call(_single(QUANT_LORA.call), autocast, **WIDE)
+    theirs = case.call(_single(LORA.reference), autocast, **WIDE)
+    ours = case.call(_single(LORA.call), autocast, **WIDE)
     assert_parity_of_draws(ours, theirs, case.draw)
 
 
@@ -148,7 +153,7 @@ def test_a_quantized_linear_that_computes_in_fewer_bits():
         return lambda x: op(x, w, None, *((BF16, F32) if x.dtype is F32 else ()))
 
     assert_parity_of_draws(
-        over(quant_linear.quant_linear), over(quant_linear.reference),
+        over(quant_linear), over(quant_linear_reference),
         lambda: [make(35, 64, dtype=F32)],
     )  # fmt: skip
 
@@ -171,7 +176,7 @@ def test_of_a_wide_input_the_narrow_copy_is_kept():
 def test_a_result_narrower_than_the_product_is_refused():
     w = random_weight((8, 64))
     x = torch.randn(3, 64)
-    assert "narrower" in quant_linear.OP.unsupported(x, w, None, F32, BF16)[0]
+    assert "narrower" in QUANT_LINEAR.unsupported(x, w, None, F32, BF16)[0]
     a, b = torch.randn(4, 64), torch.randn(8, 4)
     weight = torch.randn(8, 64)
     found = LORA.unsupported(x, weight, None, a, b, 1.0, None, None, BF16)

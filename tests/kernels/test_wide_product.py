@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fusewright.kernels.linear import casts, products, projections
+from fusewright.kernels.linear import products, projections
 from fusewright.rewrite.tolerance import exceeded
 
-from .by_parts import LORA, MLP, QKV, QUANT_LORA
+from .by_parts import LORA, MLP, QKV
 from .native import libraries
 from .quantized_weights import random_weight
 from .util import assert_parity_of_draws
@@ -89,7 +89,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, choose_for: Callable[[str], None])
         monkeypatch.setattr(module, "use_triton", use_triton)
         monkeypatch.setattr(module, "rank_update", mode.inside("rank_update", _rank_update))
     monkeypatch.setattr(products, "_wide_product_op", mode.inside("wide_product", _wide_product))
-    monkeypatch.setattr(casts, "one_by_one", lambda device: False)
+    monkeypatch.setattr(projections, "one_by_one", lambda device: False)
     return mode
 
 
@@ -175,7 +175,7 @@ def _lora() -> tuple[Any, list[Any], tuple[Any, ...]]:
 
 def _quantized() -> tuple[Any, list[Any], tuple[Any, ...]]:
     weight = random_weight((OUT, WIDE))
-    return QUANT_LORA, [parts[0] for parts in _adapted(OUT, weight=weight)], ()
+    return LORA, [parts[0] for parts in _adapted(OUT, weight=weight)], ()
 
 
 def _qkv() -> tuple[Any, list[Any], tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright.kernels.linear import qkv_block
+from fusewright.kernels.linear.linear import qkv_block
 from fusewright.kernels.mlp import mlp_block
 from fusewright.rewrite import op_table as ops
 from fusewright.rewrite.findings import Finding
@@ -112,7 +112,7 @@ def test_adapters_that_read_x_before_its_cast_are_joined_with_it(autocast: bool)
 def test_a_wrong_op_is_refused(
     name: str, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = {"qkv_block": qkv_block.qkv_block, "mlp_block": mlp_block.mlp_block}[name]
+    right = {"qkv_block": qkv_block, "mlp_block": mlp_block.mlp_block}[name]
 
     def wrong(*args: Any, **options: Any) -> Any:
         out = right(*args, **options)

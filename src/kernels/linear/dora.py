@@ -19,7 +19,7 @@ from torch import Tensor
 from ..launch import library_op
 from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_kept
-from .linears import example_of_linear
+from .linear import example_of_linear
 
 
 # -- reference -------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def plus_products(
             total.add_(mm(left, right))
         else:  # addmm wants one dtype
             addmm_(total, left.to(dtype), right.to(dtype))
+        del left, right  # before an iterator makes the next ones
     return total
 
 

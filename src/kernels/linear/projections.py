@@ -1,15 +1,21 @@
-"""ResolvedLinear layers on rows, with or without LoRA adapters, for the ops of several linears.
+"""Linear layers on rows: records, and the products of several layers that read one input.
 
-Everything here works on rows (N, features) and returns fresh tensors. A's of one input run as one
-matmul, and all gradients of one input are summed in one buffer, in the input's dtype, which may be
-wider than the products'.
+    yᵢ = x·Wᵢᵀ + bᵢ + scaleᵢ·(zᵢ·Aᵢᵀ·Bᵢᵀ + b'ᵢ)
+
+Each weight is plain or quantized, each adapter is there or not, and reads x or an input zᵢ that it
+does not share (x after dropout). Products work on rows (N, features), without autograd, and return
+fresh tensors. A's of one input run as one matmul, and all gradients of one input are summed in one
+buffer, in the input's dtype, which may be wider than the products'.
+
+An autograd function takes tensors one by one, and constants separately: ``flat`` and ``linears``
+convert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,27 +23,246 @@ from torch import Tensor
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..matmul import linear, mm
-from .linears import Grads, ResolvedLinear
 from .products import (
     Rows,
     adapted_product,
     beside,
     gradient_of_a,
     gradient_of_b,
+    is_wide,
     narrow_copy,
     on_cpu,
     rank_update,
     scaled_mm,
     sum_of_products,
 )
-from .quant_products import product, sum_of_quantized
-from .quantized import Quantized
+from .quantized import Quantized, dequantize, quantized_products
+
+MIXED = "some of the weights are quantized, some are not"
 
 
-# -- several linears on one input ------------------------------------------------------------------
-def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
+# -- records ---------------------------------------------------------------------------------------
+class Linear(NamedTuple):
+    """A linear layer as an argument of an op: ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``.
+
+    Products with a quantized weight run in ``compute``, or in the input's dtype if that is None;
+    others in the weight's. ``dtype`` is that of the result: the product's, or a wider one. The
+    adapter may have another dtype than the base.
+    """
+
+    # (out, in), frozen or trainable; or a frozen ``Quantized``, or a tuple of its fields
+    weight: Tensor | tuple[Any, ...]
+    bias: Tensor | None = None  # (out,)
+    lora_a: Tensor | None = None  # (r, in), or None for a layer without an adapter
+    lora_b: Tensor | None = None  # (out, r), in the dtype of ``lora_a``
+    scale: float = 1.0
+    lora_bias: Tensor | None = None  # (out,), the bias of B
+    x_lora: Tensor | None = None  # (..., in), z: the adapter's input where it is not x
+    compute: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+
+    def is_quantized(self) -> bool:
+        """Whether the weight is packed."""
+        return not isinstance(self.weight, Tensor)
+
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (out, in)."""
+        return tuple(self.weight[2] if isinstance(self.weight, tuple) else self.weight.shape)
+
+    def with_one_bias(self) -> Linear:
+        """The same with the adapter's bias in the base's."""
+        if self.lora_bias is None:
+            return self
+        bias = self.lora_bias * self.scale
+        bias = bias if self.bias is None else self.bias + bias
+        return self._replace(bias=bias, lora_bias=None)
+
+
+class ResolvedLinear(NamedTuple):
+    """A ``Linear`` as the products see it: every dtype is known."""
+
+    weight: Tensor | Quantized
+    bias: Tensor | None  # of any floating dtype
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_bias: Tensor | None
+    x_lora: Tensor | None
+    scale: float
+    compute: torch.dtype  # in which x·Wᵀ runs: that of a plain weight
+    dtype: torch.dtype  # of the result, at least as wide
+
+    def unpacked(self) -> ResolvedLinear:
+        """The same with a plain weight."""
+        w, kind = self.weight, self.compute
+        return self._replace(weight=dequantize(w, kind)) if isinstance(w, Quantized) else self
+
+
+class Grads(NamedTuple):
+    """The gradient of each tensor of a ``ResolvedLinear``, or None; or whether it is needed."""
+
+    weight: Any = None
+    bias: Any = None
+    lora_a: Any = None
+    lora_b: Any = None
+    lora_bias: Any = None
+    x_lora: Any = None
+
+
+WIDTH = len(Grads._fields)
+"""How many tensors ``flat`` gives of each linear."""
+
+
+class Constants(NamedTuple):
+    """The parts of several linears that are not tensors."""
+
+    scales: tuple[float, ...]  # of the adapters
+    sizes: tuple[int, ...]  # (out, in, blocksize) of each quantized weight, one after the other
+    kinds: tuple[str, ...]  # of each quantized weight
+    compute: torch.dtype | None = None  # of products with quantized weights; None: of plain ones
+    dtype: torch.dtype | None = None  # of the results; None is that of the products
+
+
+def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Constants]:
+    """The tensors of several linears in a row, and the rest.
+
+    ``WIDTH`` of each linear. Then four more of each quantized weight, whose first one is among
+    those before. ``x`` is the linears' input.
+
+    Raises:
+        ValueError: some of the weights are quantized and some are not, or they differ in
+            ``compute`` or ``dtype``.
+    """
+    tensors: list[Tensor | None] = []
+    packed: list[Quantized] = []
+    first, scales = layers[0], []
+    for weight, bias, lora_a, lora_b, scale, lora_bias, x_lora, compute, dtype in layers:
+        if not isinstance(weight, Tensor):
+            packed.append(Quantized(*weight))
+            weight = weight[0]
+        if compute is not first.compute or dtype is not first.dtype:
+            raise ValueError("the linears compute, or return, in several dtypes")
+        tensors += (weight, bias, lora_a, lora_b, lora_bias, x_lora)
+        scales.append(scale)
+    if not packed:
+        return tensors, Constants(tuple(scales), (), (), None, first.dtype)
+    if len(packed) < len(layers):
+        raise ValueError(MIXED)
+    for w in packed:
+        tensors += [w.absmax, *w[5:]]
+    sizes = tuple([n for w in packed for n in (*w.shape, w.blocksize)])
+    kinds = tuple([w.kind for w in packed])
+    return tensors, Constants(tuple(scales), sizes, kinds, first.compute or x.dtype, first.dtype)
+
+
+def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[ResolvedLinear]:
+    """The linears of ``flat``'s list; ``constants`` are those, or a plain tuple of them."""
+    scales, sizes, kinds, compute, dtype = constants
+    end = WIDTH * len(scales)
+    resolved = []
+    for i, scale in enumerate(scales):
+        weight, bias, lora_a, lora_b, lora_bias, x_lora = tensors[WIDTH * i : WIDTH * (i + 1)]
+        if kinds:
+            absmax, *nested = tensors[end + 4 * i : end + 4 * i + 4]
+            out, into, blocksize = sizes[3 * i : 3 * i + 3]
+            weight = Quantized(weight, absmax, (out, into), blocksize, kinds[i], *nested)
+        low = compute or weight.dtype  # quantized weights come with ``compute``
+        adapter = (lora_a, lora_b, lora_bias, x_lora, scale)
+        resolved.append(ResolvedLinear(weight, bias, *adapter, low, dtype or low))
+    return resolved
+
+
+def unflattened(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
+    """What ``flat`` was called with, for a reference: the biases in the products' dtype."""
+    return [
+        Linear(
+            v.weight, None if v.bias is None else v.bias.to(v.compute), v.lora_a, v.lora_b,
+            v.scale, v.lora_bias, v.x_lora, constants.compute, constants.dtype,
+        )
+        for v in linears(tensors, constants)
+    ]  # fmt: skip
+
+
+_T = TypeVar("_T")
+
+
+def with_operands(
+    run: Callable[[list[Tensor | None], Constants], _T], layers: Sequence[Linear], x: Tensor
+) -> _T:
+    """Call ``run`` with ``flat``'s results, the operands cast as autocast casts a linear layer's.
+
+    Autocast is then off: nothing is cast a second time.
+    """
+    tensors, constants = flat(layers, x)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return run(tensors, constants)
+    dtype, end = torch.get_autocast_dtype(device), WIDTH * len(layers)
+    # over quantized weights the adapters alone are cast
+    first = Grads._fields.index("lora_a") if constants.kinds else 0
+    operands = [t if i % WIDTH >= first else None for i, t in enumerate(tensors[:end])]
+    if one_by_one(device):
+        copies = [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in operands]
+    else:
+        copies = _cast_in_one_launch(operands, dtype)
+    copies = [t if c is None else c for t, c in zip(tensors[:end], copies, strict=True)]
+    with torch.autocast(device, enabled=False):
+        return run([*copies, *tensors[end:]], constants)
+
+
+def wanted(needed: Sequence[bool], count: int) -> list[Grads]:
+    """Which gradients of each linear ``needs_input_grad`` asks for, in its part of the linears."""
+    return [Grads(*needed[i : i + WIDTH]) for i in range(0, WIDTH * count, WIDTH)]
+
+
+# -- casts of autocast -----------------------------------------------------------------------------
+def one_by_one(device: str) -> bool:
+    """Whether each operand is cast by itself: where nothing is launched."""
+    return device == "cpu"
+
+
+def _cast_in_one_launch(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Tensor | None]:
+    results = list(tensors)
+    other = [
+        i for i, t in enumerate(tensors) if t is not None and t.dtype not in (dtype, torch.float64)
+    ]
+    for kind in dict.fromkeys(results[i].dtype for i in other):  # type: ignore[union-attr]
+        places = [i for i in other if tensors[i].dtype is kind]  # type: ignore[union-attr]
+        copies = _Cast.apply(dtype, *(tensors[i] for i in places))  # type: ignore[no-untyped-call]
+        for i, t in zip(places, copies, strict=True):
+            results[i] = t
+    return results
+
+
+def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+class _Cast(torch.autograd.Function):
+    """``t.to(dtype)`` of several tensors of one dtype: a launch in forward, one in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.before = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(_copied(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        present = [g for g in grads if g is not None]
+        if torch.is_grad_enabled():  # to be differentiated itself
+            return None, *(None if g is None else g.to(ctx.before) for g in grads)
+        wide = iter(_copied(present, ctx.before) if present else ())
+        return None, *(None if g is None else next(wide) for g in grads)
+
+
+# -- forward ---------------------------------------------------------------------------------------
+def _by_dtype(tensors: Sequence[Tensor | None]) -> list[list[int]]:
     groups: dict[torch.dtype, list[int]] = {}
-    for i, t in enumerate(given):
+    for i, t in enumerate(tensors):
         if t is not None:
             groups.setdefault(t.dtype, []).append(i)
     return list(groups.values())
@@ -48,21 +273,33 @@ _join = direct(library_op("join_matrices(Tensor[] parts, int dim) -> Tensor", to
 
 
 def _joined(parts: Sequence[Any], dim: int) -> Tensor:
+    first: Tensor = parts[0]
     if len(parts) == 1:
-        return cast("Tensor", parts[0])
-    join: Callable[..., Tensor] = _join if on_cpu(parts[0]) else torch.cat
+        return first
+    join: Callable[..., Tensor] = _join if on_cpu(first) else torch.cat
     return join(list(parts), dim)
 
 
-def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
-    """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
+def rows_of(t: Tensor) -> Tensor:
+    """``t`` (..., features) as (N, features)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def through_a(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
+    """``scale·z·Aᵀ`` (N, r) of each adapter, in its dtype: those on x as one matmul."""
+    # the scale goes onto the narrow factor, where it costs nothing and serves dB too
     results: list[Tensor | None] = [None] * len(layers)
-    for group in _together([layer.lora_a for layer in layers]):
+    for group in _together(layers):
+        i, *others = group
+        a, z = layers[i].lora_a, layers[i].x_lora
+        if a is not None and not others:
+            rows = x.beside(a) if z is None else beside(rows_of(z), a)
+            results[i] = scaled_mm(rows, a.t(), layers[i].scale)
+            continue
         stacked = _joined([layers[i].lora_a for i in group], 0)
-        widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
-        # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-        scales = {layers[i].scale for i in group}
         rows, right = x.beside(stacked), stacked.t()
+        widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
+        scales = {layers[i].scale for i in group}
         plain = on_cpu(rows) and rows.dtype is right.dtype
         if len(scales) == 1 and not plain:
             whole = scaled_mm(rows, right, scales.pop())
@@ -80,106 +317,151 @@ _SHORT = 256
 """Features below which fp32 products stay apart: MKL sums a few short rows more exactly."""
 
 
-def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
-    groups = _by_dtype(matrices)
-    for a in matrices:
+def _together(layers: Sequence[ResolvedLinear]) -> list[list[int]]:
+    # The adapters whose A's run as one matmul.
+    if len(layers) == 1:
+        return [[0]] if layers[0].lora_a is not None else []
+    alone = [[i] for i, v in enumerate(layers) if v.x_lora is not None]
+    shared = [v.lora_a if v.x_lora is None else None for v in layers]
+    groups = _by_dtype(shared)
+    for a in shared:
         if a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT:
-            return [[i] for group in groups for i in group]
-    return groups
+            return [*alone, *([i] for group in groups for i in group)]
+    return [*alone, *groups]
 
 
-def narrow_copy_for(layers: Sequence[ResolvedLinear], x: Tensor) -> Tensor | None:
-    """``products.narrow_copy`` for several linears."""
-    adapters = (layer.lora_a.dtype for layer in layers if layer.lora_a is not None)
-    return narrow_copy(x, (*(layer.compute for layer in layers), *adapters))
+def narrow_copy_for(
+    x: Tensor, tensors: Sequence[Any], constants: Constants, count: int
+) -> Tensor | None:
+    """``products.narrow_copy`` for the first ``count`` linears of ``flat``'s list."""
+    if not is_wide(x):
+        return None
+    dtypes: set[torch.dtype] = set()
+    for weight, _, lora_a, _, _, x_lora in zip(
+        *[iter(tensors[: WIDTH * count])] * WIDTH, strict=True
+    ):
+        dtypes.add(constants.compute or weight.dtype)
+        if lora_a is not None and x_lora is None:
+            dtypes.add(lora_a.dtype)
+    return narrow_copy(x, dtypes)
 
 
-def widen(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
-    """The output (N, out) of one linear; ``h`` is its part of ``narrow``."""
-    low, dtype = x.to(layer.compute), layer.dtype
-    bias = None if layer.bias is None else layer.bias.to(low.dtype)
-    if isinstance(layer.weight, Quantized):
-        right = None if h is None or layer.lora_b is None else layer.lora_b.t()
-        return product(low, layer.weight, bias=bias, left=h, right=right, dtype=dtype)
-    if h is None or layer.lora_b is None:
-        return linear(low, layer.weight, bias).to(dtype)
-    return adapted_product(low, layer.weight.t(), bias, h, layer.lora_b.t(), dtype)
+def output(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
+    """The output (N, out) of one linear; ``h`` is its part of ``through_a``."""
+    weight, bias, _, lora_b, lora_bias, _, scale, compute, dtype = layer
+    low = x.to(compute)
+    after = None
+    if lora_bias is not None:
+        scaled = lora_bias * scale
+        if dtype is compute:
+            bias = scaled if bias is None else bias + scaled
+        else:
+            after = scaled
+    bias = None if bias is None else bias.to(compute)
+    if isinstance(weight, Quantized):
+        updates = () if h is None or lora_b is None else ((h, lora_b.t()),)
+        y = quantized_products([(low, weight)], updates, dtype, transposed=True, bias=bias)
+    elif h is None or lora_b is None:
+        y = linear(low, weight, bias).to(dtype)
+    else:
+        y = adapted_product(low, weight.t(), bias, h, lora_b.t(), dtype)
+    return y if after is None else y.add_(after)
 
 
+# -- backward --------------------------------------------------------------------------------------
 class Returned(NamedTuple):
-    """The upstream gradients of several linears on one input, and their products with the B's."""
+    """The upstream gradients of several linears on one input, and what went through the B's."""
 
     # (N, out), each in the dtype of its product; None where there is none
-    dys: Sequence[Tensor | None]
-    ts: list[Tensor | None]  # ``scale·dY·B`` (N, r), shared by the gradients of x and of A
-    dbs: list[Tensor | None]  # the gradients of the B's that are needed
+    grads: Sequence[Tensor | None]
+    through_b: list[Tensor | None]  # ``scale·dY·B`` (N, r), shared by the gradients of z and of A
+    of_b: list[tuple[Tensor | None, Tensor | None]]  # the gradients of B and of its bias
 
 
 def returned(
     layers: Sequence[ResolvedLinear],
     hs: Sequence[Tensor | None],
-    dys: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     need_x: bool,
     needs: Sequence[Grads],
 ) -> Returned:
     """Pass the upstream gradients through the B's, as far as ``needs`` asks for it."""
     # One after the other: where fp32 adapters need each cast, the copy goes.
     ts: list[Tensor | None] = []
-    dbs: list[Tensor | None] = []
+    of_b: list[tuple[Tensor | None, Tensor | None]] = []
     lows: list[Tensor | None] = []
-    for layer, h, dy, need in zip(layers, hs, dys, needs, strict=True):
-        t = db = low = None
-        if dy is not None:
-            low = dy.to(layer.compute)
-            need_t, need_b = need_x or need.lora_a, need.lora_b and h is not None
-            if layer.lora_b is not None and (need_t or need_b):
-                kind = layer.lora_b.dtype
-                wide = low if kind is layer.compute else beside(dy, layer.lora_b)
-                t = scaled_mm(wide, layer.lora_b, layer.scale, True) if need_t else None
+    for layer, h, grad, need in zip(layers, hs, grads, needs, strict=True):
+        t = db = dbias = low = None
+        if grad is not None:
+            low, b = grad.to(layer.compute), layer.lora_b
+            need_t = need.lora_a or need.x_lora or (need_x and layer.x_lora is None)
+            need_b = need.lora_b and h is not None
+            if b is not None and (need_t or need_b or need.lora_bias):
+                wide = low if b.dtype is layer.compute else beside(grad, b)
+                t = scaled_mm(wide, b, layer.scale, True) if need_t else None
                 db = gradient_of_b(h, wide) if h is not None and need_b else None
+                if need.lora_bias and layer.lora_bias is not None:
+                    exact = torch.promote_types(wide.dtype, torch.float32)
+                    dbias = wide.sum(0, dtype=exact).mul_(layer.scale).to(layer.lora_bias.dtype)
         ts.append(t)
-        dbs.append(db)
+        of_b.append((db, dbias))
         lows.append(low)
-    return Returned(lows, ts, dbs)
+    return Returned(lows, ts, of_b)
 
 
 def backward(
     x: Rows | None, layers: Sequence[ResolvedLinear], hs: Sequence[Tensor | None],
-    dys: Sequence[Tensor | None], need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
+    grads: Sequence[Tensor | None], need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
+    round_updates: bool = False,
 ) -> tuple[Tensor | None, list[Grads]]:  # fmt: skip
     """The gradients of x (in ``dtype``, or None) and of each of several linears on it.
 
     ``x`` (N, in) is needed for the gradients of the weights and of the A's, ``hs`` (the parts of
-    ``narrow``) for those of the B's. ``dys`` are the upstream gradients (N, out); None where there
-    is none.
+    ``through_a``) for those of the B's. ``grads`` are the upstream gradients (N, out); None where
+    there is none. ``round_updates`` is ``gradient_of_input``'s.
     """
-    back = returned(layers, hs, dys, need_x, needs)
+    back = returned(layers, hs, grads, need_x, needs)
     gradients = gradients_of_parameters(x, layers, back, needs)
-    return gradient_of_input(layers, back, dtype) if need_x else None, gradients
+    dx = gradient_of_input(layers, back, dtype, round_updates) if need_x else None
+    return dx, gradients
 
 
 def gradient_of_input(
-    layers: Sequence[ResolvedLinear], back: Returned, dtype: torch.dtype
+    layers: Sequence[ResolvedLinear],
+    back: Returned,
+    dtype: torch.dtype,
+    round_updates: bool = False,
 ) -> Tensor | None:
-    """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer of ``dtype``, all adapters as one product."""
+    """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer of ``dtype``, all adapters as one product.
+
+    Over quantized weights a product of narrower adapters is rounded before it is added only with
+    ``round_updates``.
+    """
     pairs: list[tuple[Tensor, Any]] = [
-        (dy, layer.weight) for dy, layer in zip(back.dys, layers, strict=True) if dy is not None
+        (dy, layer.weight) for dy, layer in zip(back.grads, layers, strict=True) if dy is not None
     ]
     if not pairs:
         return None
+    ts = [t if v.x_lora is None else None for v, t in zip(layers, back.through_b, strict=True)]
     updates = [
-        (_joined([back.ts[i] for i in group], 1), _joined([layers[i].lora_a for i in group], 0))
-        for group in _by_dtype(back.ts)
+        (_joined([ts[i] for i in group], 1), _joined([layers[i].lora_a for i in group], 0))
+        for group in _by_dtype(ts)
     ]
-    if isinstance(pairs[0][1], Quantized):
-        return sum_of_quantized(pairs, updates, dtype)
-    fast = pairs[0][0].dtype is dtype and use_triton(*chain.from_iterable((*pairs, *updates)))
-    total = pairs if fast else [*pairs, *updates]
-    lefts, rights = map(list, zip(*total, strict=True))
-    if len(lefts) > 1:
-        dx = sum_of_products(None, lefts, rights, dtype)
-    else:
-        dx = mm(lefts[0], rights[0]).to(dtype)
+    (dy, weight), *others = pairs
+    if isinstance(weight, Quantized):
+        if not round_updates:
+            updates = [(left.to(dtype), right) for left, right in updates]
+        return quantized_products(pairs, updates, dtype)
+    if not others and len(updates) < 2:
+        update = updates[0] if updates else None
+        return (
+            mm(dy, weight).to(dtype)
+            if update is None
+            else adapted_product(dy, weight, None, *update, dtype)
+        )
+    fast = dy.dtype is dtype and use_triton(*chain.from_iterable((*pairs, *updates)))
+    lefts, rights = map(list, zip(*(pairs if fast else [*pairs, *updates]), strict=True))
+    dx = sum_of_products(None, lefts, rights, dtype)
     for update in updates if fast else ():
         dx = rank_update(dx, *update)
     return dx
@@ -191,17 +473,23 @@ def gradients_of_parameters(
     back: Returned,
     needs: Sequence[Grads],
 ) -> list[Grads]:
-    """The gradients of each linear's parameters, None where not needed."""
-    das = _gradients_of_a(x, layers, back.ts, needs)
+    """The gradients of each linear's parameters and of its z, None where not needed."""
+    das = _gradients_of_a(x, layers, back.through_b, needs)
     gradients = []
-    each = zip(layers, needs, back.dys, das, back.dbs, strict=True)
-    for layer, need, dy, da, db in each:
-        if dy is None:
-            gradients.append(Grads(None, None, None, None))
-            continue
-        dweight = mm(dy.t(), x.to(dy.dtype)) if need.weight and x is not None else None
-        dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
-        gradients.append(Grads(dweight, dbias, da, db))
+    each = zip(layers, needs, back.grads, back.through_b, das, back.of_b, strict=True)
+    for layer, need, dy, t, da, of_b in each:
+        dweight = dbias = dz = None
+        if dy is not None:
+            if need.weight and x is not None:
+                dweight = mm(dy.t(), x.to(dy.dtype))
+            if need.bias and layer.bias is not None:
+                dbias = dy.sum(0, dtype=layer.bias.dtype)
+            if need.x_lora and layer.x_lora is not None and t is not None:
+                kind = layer.x_lora.dtype
+                dz = mm(t.to(kind), layer.lora_a.to(kind))  # type: ignore[union-attr]
+                dz = dz.view(layer.x_lora.shape)
+        db, dlora_bias = of_b
+        gradients.append(Grads(dweight, dbias, da, db, dlora_bias, dz))
     return gradients
 
 
@@ -212,12 +500,23 @@ def _gradients_of_a(
     needs: Sequence[Grads],
 ) -> list[Tensor | None]:
     gradients: list[Tensor | None] = [None] * len(layers)
-    needed = [t if need.lora_a else None for t, need in zip(ts, needs, strict=True)]
+    needed: list[Tensor | None] = [None] * len(layers)
+    for i, (layer, t, need) in enumerate(zip(layers, ts, needs, strict=True)):
+        if t is None or not need.lora_a:
+            continue
+        if layer.x_lora is not None:
+            gradients[i] = gradient_of_a(rows_of(layer.x_lora), t)
+        else:
+            needed[i] = t
     for group in _by_dtype(needed):
-        if x is not None:
-            widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
-            joined = _joined([needed[i] for i in group], 1)
-            stacked = gradient_of_a(x.beside(joined), joined)
-            for i, part in zip(group, stacked.split_with_sizes(widths, 0), strict=True):
-                gradients[i] = part
+        if x is None:
+            continue
+        joined = _joined([needed[i] for i in group], 1)
+        stacked = gradient_of_a(x.beside(joined), joined)
+        if len(group) == 1:
+            gradients[group[0]] = stacked
+            continue
+        widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
+        for i, part in zip(group, stacked.split_with_sizes(widths, 0), strict=True):
+            gradients[i] = part
     return gradients

@@ -18,24 +18,25 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op
-from ..linear import projections
-from ..linear.linears import (
+from ..linear import linear, projections
+from ..linear.linear import example_of_linear
+from ..linear.products import Rows, shaped
+from ..linear.projections import (
     MIXED,
+    WIDTH,
     Constants,
     Grads,
     Linear,
     ResolvedLinear,
-    example_of_linear,
     linears,
+    narrow_copy_for,
+    output,
+    through_a,
     unflattened,
     wanted,
     with_operands,
 )
-from ..linear.products import Rows, is_wide, shaped
-from ..linear.projections import narrow, narrow_copy_for, widen
-from ..linear.qkv_block import projection
-from ..linear.qkv_block import unsupported as linears_unsupported
-from ..linear.quant_products import elements_of
+from ..linear.quantized import elements_of
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients, require_kept
 from . import glu
@@ -57,12 +58,12 @@ def reference(
 ) -> Tensor:
     """Define the op: the linears by themselves, the gated unit between them."""
     *ins, down = given
-    outs = [projection(x, linear) for linear in ins]
+    outs = [linear.reference(x, v) for v in ins]
     if layout == "two":
         h = glu.glu_reference(outs[0], outs[1], activation)
     else:
         h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
-    return projection(h, down)
+    return linear.reference(h, down)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -107,18 +108,18 @@ class Mlp(NamedTuple):
 # -- in one piece ----------------------------------------------------------------------------------
 def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The output (N, D) from x (N, D), the first linears' outputs, the narrow products of all."""
-    hs = narrow(x, mlp.ins)
-    outs = [widen(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+    hs = through_a(x, mlp.ins)
+    outs = [output(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
     inner = Rows(glu.forward(*mlp.gate_and_up(outs), mlp.activation))
-    last = narrow(inner, [mlp.down])
-    return widen(inner, mlp.down, last[0]), outs, [*hs, *last]
+    last = through_a(inner, [mlp.down])
+    return output(inner, mlp.down, last[0]), outs, [*hs, *last]
 
 
 def backward(
     grad: Tensor, x: Rows | None, outs: Sequence[Tensor], hs: Sequence[Tensor | None], mlp: Mlp,
     need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradient of x in ``dtype``, and those of the linears' tensors, four each, or None.
+    """The gradient of x in ``dtype``, and those of the linears' tensors, or None.
 
     ``x`` (N, D) is given where a gradient of the first linears' weights or A's is needed; ``outs``
     are the first linears' outputs, and ``hs`` the narrow products, where a B's gradient is needed:
@@ -132,12 +133,12 @@ def backward(
         h, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
         inner = Rows(h)
         del h
-        last = narrow(inner, [mlp.down])[0] if is_missing else last
+        last = through_a(inner, [mlp.down])[0] if is_missing else last
     back = projections.returned([mlp.down], [last], [grad], need_ins, [down_need])
     d_down = projections.gradients_of_parameters(inner, [mlp.down], back, [down_need])
     del inner
     if not need_ins:
-        return None, [*[None] * (4 * len(mlp.ins)), *d_down[0]]
+        return None, [*[None] * (WIDTH * len(mlp.ins)), *d_down[0]]
     d_inner = projections.gradient_of_input([mlp.down], back, mlp.ins[0].dtype)
     d_outs = _through_the_gate(d_inner, outs, mlp, act)
     dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs, dtype)
@@ -191,8 +192,8 @@ def _tiled_backward(
     totals: list[Tensor | None] = [None] * len(tensors)
     for tile in tiles:
         rows = Rows(x[tile])
-        hs = narrow(rows, mlp.ins)
-        outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+        hs = through_a(rows, mlp.ins)
+        outs = [output(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
         d_rows, tile_grads = backward(
             grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
             wide,
@@ -249,7 +250,7 @@ def _matrices(
     packed = elements_of(list(sizes))
     sizes_of_matrices = []
     for i in range(count):
-        weight, _, a, b = tensors[4 * i : 4 * i + 4]
+        weight, _, a, b, *_ = tensors[WIDTH * i : WIDTH * (i + 1)]
         whole = packed[i] if packed else 0 if weight is None else weight.numel()
         sizes_of_matrices.append(
             (whole, 0 if a is None else a.numel(), 0 if b is None else b.numel())
@@ -409,9 +410,8 @@ def mlp_block(
     """``down(activation(gate(x)) * up(x))``.
 
     x, adapters and bases may differ in dtype, as in ``lora_linear``; under autocast every operand
-    is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone, as in
-    ``quant_lora_linear``). The gradients of x are summed in x's dtype. Backward may run more than
-    once over a retained graph.
+    is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone). The
+    gradients of x are summed in x's dtype. Backward may run more than once over a retained graph.
 
     Args:
         x: (..., D).
@@ -436,12 +436,12 @@ def mlp_block(
             raise ValueError(f"{choice!r} is not one of {', '.join(choices)}")
 
     def run(tensors: list[Tensor | None], constants: Constants) -> Tensor:
-        copy = narrow_copy_for(linears(tensors, constants)[:-1], x) if is_wide(x) else None
+        copy = narrow_copy_for(x, tensors, constants, len(given) - 1)
         options = tuple(constants), activation, layout, keep
         rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
         return shaped(rows, x)
 
-    return with_operands(run, given, x)
+    return with_operands(run, [v.with_one_bias() for v in given], x)
 
 
 # -- OP --------------------------------------------------------------------------------------------
@@ -461,12 +461,12 @@ def unsupported(
         return [*reasons, f"{len(given)} linears for the layout {layout!r}"]
     *ins, down = given
     h = x.new_empty(*x.shape[:-1], down.shape()[1])
-    reasons += linears_unsupported(x, ins) + linears_unsupported(h, [down])
-    if len({linear.is_quantized() for linear in given}) > 1:
+    reasons += linear.qkv_block_unsupported(x, ins) + linear.qkv_block_unsupported(h, [down])
+    if len({v.is_quantized() for v in given}) > 1:
         reasons.append(MIXED)
     factor = 1 if layout == "two" else 2
-    if any(linear.shape()[0] != factor * h.shape[-1] for linear in ins):
-        reasons.append(f"gate and up do not fit down: {[linear.shape() for linear in given]}")
+    if any(v.shape()[0] != factor * h.shape[-1] for v in ins):
+        reasons.append(f"gate and up do not fit down: {[v.shape() for v in given]}")
     return reasons
 
 

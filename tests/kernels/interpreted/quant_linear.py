@@ -6,11 +6,11 @@ import itertools
 
 import torch
 
-from fusewright.kernels.linear import quant_linear
+from fusewright.kernels.linear.linear import quant_linear, quant_linear_reference
 from fusewright.kernels.linear.quant_linear_triton import few
 from fusewright.kernels.linear.quantized import dequantize, dequantize_reference
 from fusewright.rewrite.tolerance import exceeded
-from tests.kernels.by_parts import MLP, QKV, QUANT_LORA
+from tests.kernels.by_parts import LORA, MLP, QKV
 from tests.kernels.quantized_weights import random_weight
 from tests.kernels.test_quantized_blocks import separate, separate_mlp
 from tests.kernels.util import assert_parity
@@ -52,8 +52,8 @@ def check_few() -> int:
         for x in (torch.randn(rows, into).to(dtype), torch.randn(into, rows).to(dtype).t()):
             for b in (None, bias):
                 made = few(x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, b)
-                eager = quant_linear.reference(x, w, b)
-                exact = quant_linear.reference(x.double(), w, None if b is None else b.double())
+                eager = quant_linear_reference(x, w, b)
+                exact = quant_linear_reference(x.double(), w, None if b is None else b.double())
                 problem = exceeded(made, eager, exact)
                 assert problem is None, (out, into, rows, dtype, problem)
                 checks += 1
@@ -72,14 +72,14 @@ def check_ops() -> int:
         a = (torch.randn(4, shape[1]) / 8).to(adapter).requires_grad_()
         b = torch.randn(shape[0], 4).to(adapter).requires_grad_()
         assert_parity(
-            lambda x, bias, w=w: quant_linear.quant_linear(x, w, bias),
-            lambda x, bias, w=w: quant_linear.reference(x, w, bias),
+            lambda x, bias, w=w: quant_linear(x, w, bias),
+            lambda x, bias, w=w: quant_linear_reference(x, w, bias),
             x, bias,
         )  # fmt: skip
 
         assert_parity(
-            lambda x, bias, a, b, w=w: QUANT_LORA.call(x, w, bias, a, b, 2.0),
-            lambda x, bias, a, b, w=w: QUANT_LORA.reference(x, w, bias, a, b, 2.0),
+            lambda x, bias, a, b, w=w: LORA.call(x, w, bias, a, b, 2.0),
+            lambda x, bias, a, b, w=w: LORA.reference(x, w, bias, a, b, 2.0),
             x, bias, a, b,
         )  # fmt: skip
         checks += 2
