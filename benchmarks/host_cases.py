@@ -22,7 +22,7 @@ _AUTOCAST = {"block": False, "block under autocast": True}
 """Case -> whether the block runs under autocast."""
 _EAGER = "eager "
 _NO_KERNELS = (
-    "attention", "decode_attention", "dora", "dora_row_norms", "linear_divergence", "moe_experts",
+    "attention", "decode_attention", "dora", "dora_row_norms", "moe_experts",
 )  # fmt: skip
 _TOKENS, _WIDTH = 24, 256
 """The least that is neither a case of few tokens nor of few features, which run otherwise."""

@@ -137,7 +137,6 @@ _NO_KERNELS = (
     "decode_attention",
     "dora",
     "dora_row_norms",
-    "linear_divergence",
     "moe_experts",
 )
 """Of PyTorch's own operators, or made of two others."""

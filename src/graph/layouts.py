@@ -50,5 +50,5 @@ def layout_is_read(node: fx.Node) -> str:
 
 
 _OURS = ("rms_norm", "add_rms_norm", "layer_norm", "lora_linear", "quant_linear",
-         "linear_cross_entropy", "linear_logprob", "linear_divergence")  # fmt: skip
+         "linear_cross_entropy", "linear_logprob")  # fmt: skip
 """Ops of this package that read any layout, and whose outputs do not follow it."""

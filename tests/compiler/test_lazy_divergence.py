@@ -20,6 +20,8 @@ from fusewright import optimize
 from fusewright.compiler.install import active
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.reads import Reads
+from fusewright.compiler.logits.recorded import programs
+from fusewright.kernels.loss import head_tiles
 from fusewright.rewrite.tolerance import errors
 
 from .test_logits import _LM, IDS, LABELS, H, V, _plain
@@ -98,7 +100,7 @@ def _shifted(**given: Any) -> Loss:
 
 
 def _logp(z: Tensor, temperature: float = 1.0) -> Tensor:
-    return (z.float() / temperature).log_softmax(-1)
+    return ((z if z.dtype is torch.float64 else z.float()) / temperature).log_softmax(-1)
 
 
 def _by_lerp(s: Tensor, t: Tensor, alpha: float) -> Tensor:
@@ -115,7 +117,48 @@ def _symmetric(s: Tensor, t: Tensor) -> Tensor:
     return (there / 2 + F.kl_div(b, a, reduction="none", log_target=True) * 0.25).sum(-1).mean()
 
 
-TILED: dict[str, Loss] = {
+def _kl(s: Tensor, t: Tensor) -> Tensor:
+    return F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True)
+
+
+def _half_a_mixture(s: Tensor, t: Tensor) -> Tensor:
+    a, b = s.log_softmax(-1), t.log_softmax(-1)
+    m = torch.logaddexp(a + math.log(0.3), b + math.log(0.7))
+    return F.kl_div(m, a, reduction="none", log_target=True).sum(-1)
+
+
+def _halves_of_a_mixture(first: float, second: float) -> Loss:
+    """Half of each divergence from a mixture with these shares."""
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        a, b = s.log_softmax(-1), t.log_softmax(-1)
+        m = torch.logaddexp(a + math.log(first), b + math.log(second))
+        there, back = (F.kl_div(m, z, reduction="none", log_target=True) for z in (a, b))
+        return (0.5 * there + 0.5 * back).sum(-1)
+
+    return loss
+
+
+def _constant_mixture(s: Tensor, t: Tensor) -> Tensor:
+    a, b = s.log_softmax(-1), t.log_softmax(-1)
+    with torch.no_grad():
+        m = torch.logaddexp(a + math.log(0.5), b + math.log(0.5))
+    there, back = (F.kl_div(m, z, reduction="none", log_target=True) for z in (a, b))
+    return (0.5 * there + 0.5 * back).sum(-1)
+
+
+def _constant_student(s: Tensor, t: Tensor) -> Tensor:
+    a, b = s.log_softmax(-1), t.log_softmax(-1)
+    m = torch.logaddexp(a + math.log(0.5), b + math.log(0.5))
+    there, back = (F.kl_div(m, z, reduction="none", log_target=True) for z in (a.detach(), b))
+    return (0.5 * there + 0.5 * back).sum(-1)
+
+
+def _hinton(s: Tensor, t: Tensor) -> Tensor:
+    return 4 * F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean")
+
+
+SUMS: dict[str, Loss] = {
     **{f"GKD, beta {beta}": _shifted(beta=beta) for beta in (0, 0.1, 0.5, 1)},
     "GKD with a temperature": _shifted(temperature=2.0),
     "GKD by tokens": _shifted(count=torch.tensor(9)),
@@ -137,16 +180,38 @@ TILED: dict[str, Loss] = {
     ) for name in ("sum", "mean", "batchmean")},
     "in both directions": _symmetric,
     "by lerp": lambda s, t: _by_lerp(s, t, 0.3),
+    "probabilities": _hinton,
+    "half a mixture": _half_a_mixture,
+    "other shares": _halves_of_a_mixture(0.3, 0.7),
+    "shares that are not all": _halves_of_a_mixture(0.5, 0.4),
+    "a constant mixture": _constant_mixture,
+    "a constant student": _constant_student,
     "beside a cross entropy": lambda s, t: _shifted()(s, t)
     + 0.3 * F.cross_entropy(s[:, :-1].reshape(-1, V), LABELS[:, 1:].reshape(-1)),
 }  # fmt: skip
 
 
-def _hinton(s: Tensor, t: Tensor) -> Tensor:
-    return 4 * F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean")
+def _masked(s: Tensor, t: Tensor) -> Tensor:
+    weights = torch.linspace(0.5, 1.5, 14, dtype=s.dtype).view(2, 7, 1)
+    return (_kl(s, t) * MASK.unsqueeze(-1) * weights).sum()
 
 
-LOSSES = {"lazy": {**TILED, "probabilities": _hinton}, "real": TILED}
+def _by_formula(s: Tensor, t: Tensor) -> Tensor:
+    a, b = s.log_softmax(-1), t.log_softmax(-1)
+    return (b.exp() * (b - a) + 0.3 * (a.exp() - b.exp()).square()).sum(-1)
+
+
+PROGRAMS: dict[str, Loss] = {
+    "squared": lambda s, t: _kl(s, t).square().sum(-1),
+    "a number more": lambda s, t: (s.log_softmax(-1) + 1.0).exp().square().sum(-1),
+    "masked": _masked,
+    "by formula": _by_formula,
+    "half a constant": lambda s, t: ((1 - _kl(s, t)) * _kl(s, t).detach() - 2).sum(-1),
+}
+"""What is no sum of divergences."""
+
+TILED = SUMS | PROGRAMS
+LOSSES = {"lazy": TILED, "real": TILED}
 
 
 def _run(
@@ -228,43 +293,6 @@ def test_under_autocast(kind: str) -> None:
 # --------------------------------------------------------------------------------- a real tensor
 
 
-def _kl(s: Tensor, t: Tensor) -> Tensor:
-    return F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True)
-
-
-def _half_a_mixture(s: Tensor, t: Tensor) -> Tensor:
-    a, b = s.log_softmax(-1), t.log_softmax(-1)
-    m = torch.logaddexp(a + math.log(0.3), b + math.log(0.7))
-    return F.kl_div(m, a, reduction="none", log_target=True).sum(-1)
-
-
-def _halves_of_a_mixture(first: float, second: float) -> Loss:
-    """Half of each divergence from a mixture with these shares."""
-
-    def loss(s: Tensor, t: Tensor) -> Tensor:
-        a, b = s.log_softmax(-1), t.log_softmax(-1)
-        m = torch.logaddexp(a + math.log(first), b + math.log(second))
-        there, back = (F.kl_div(m, z, reduction="none", log_target=True) for z in (a, b))
-        return (0.5 * there + 0.5 * back).sum(-1)
-
-    return loss
-
-
-def _constant_mixture(s: Tensor, t: Tensor) -> Tensor:
-    a, b = s.log_softmax(-1), t.log_softmax(-1)
-    with torch.no_grad():
-        m = torch.logaddexp(a + math.log(0.5), b + math.log(0.5))
-    there, back = (F.kl_div(m, z, reduction="none", log_target=True) for z in (a, b))
-    return (0.5 * there + 0.5 * back).sum(-1)
-
-
-def _constant_student(s: Tensor, t: Tensor) -> Tensor:
-    a, b = s.log_softmax(-1), t.log_softmax(-1)
-    m = torch.logaddexp(a + math.log(0.5), b + math.log(0.5))
-    there, back = (F.kl_div(m, z, reduction="none", log_target=True) for z in (a.detach(), b))
-    return (0.5 * there + 0.5 * back).sum(-1)
-
-
 def _written(s: Tensor, t: Tensor) -> Tensor:
     a = s.log_softmax(-1)
     found = F.kl_div(a, t.log_softmax(-1), reduction="none", log_target=True)
@@ -275,20 +303,13 @@ def _written(s: Tensor, t: Tensor) -> Tensor:
 
 REAL: dict[str, Loss] = {
     "over rows": lambda s, t: _kl(s, t).sum(1),
-    "squared": lambda s, t: _kl(s, t).square().sum(-1),
     "a class": lambda s, t: _kl(s, t)[..., 3],
     "one row for all": lambda s, t: F.kl_div(
         s.log_softmax(-1), t[:1, :1].log_softmax(-1), reduction="none", log_target=True
     ).sum(-1),
-    "half a mixture": _half_a_mixture,
-    "other shares": _halves_of_a_mixture(0.3, 0.7),
-    "shares that are not all": _halves_of_a_mixture(0.5, 0.4),
-    "a constant mixture": _constant_mixture,
-    "a constant student": _constant_student,
     "a row of the stack": lambda s, t: torch.stack([s.log_softmax(-1), t.log_softmax(-1)])[0],
     "a mixture": lambda s, t: torch.stack([s.log_softmax(-1), t.log_softmax(-1)]).logsumexp(0),
     "means of two": lambda s, t: torch.stack([s.log_softmax(-1), t.log_softmax(-1)]).mean(-1),
-    "a number more": lambda s, t: (s.log_softmax(-1) + 1.0).exp().sum(-1),
     "the whole": lambda s, t: _kl(s, t)[MASK],
     "written to": _written,
 }  # fmt: skip
@@ -305,17 +326,93 @@ def test_temperatures_that_differ() -> None:
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return _kl(s, t / 2).sum(-1)
 
-    assert _compare(loss, "lazy", draws=1).tensors.total() == 1
-    assert _compare(loss, "real", draws=1).tensors.total() == 0  # they are what they are
+    for kind in LOSSES:
+        assert _compare(loss, kind, draws=1).tensors.total() == 0
 
 
-def test_a_soft_cap_makes_real_tensors() -> None:
+@pytest.mark.parametrize("loss", ["GKD, beta 0.1", "squared"])
+def test_a_soft_cap(loss: str) -> None:
     torch.manual_seed(0)
     eager, teacher = _LM(_plain, True, False), _models()[0][1]
     ours = optimize(copy.deepcopy(eager), codegen="eager")
-    a, b = (_run(m, teacher, _shifted(), "") for m in (eager, ours))
+    a, b = (_run(m, teacher, TILED[loss], "") for m in (eager, ours))
     torch.testing.assert_close(b, a, rtol=2e-4, atol=1e-6)
-    assert _reads(ours).tensors.total()
+    assert not _reads(ours).tensors
+
+
+# ---------------------------------------------------------------------------------------- in tiles
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("loss", TILED)
+def test_which_gradients_are_by_hand(loss: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd takes a third more time for a sum of divergences."""
+    runs: list[bool] = []
+    run = programs._Strip.run
+    monkeypatch.setattr(programs._Strip, "run", lambda *a: runs.append(a[-1]) or run(*a))
+    (_, teacher), (ours, other) = _models(frozen=True)
+    _run(ours, other if kind == "lazy" else teacher, TILED[loss], kind)
+    is_sum = loss in SUMS and (loss, kind) != ("probabilities", "real")
+    assert (True in runs) is is_sum
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize(("kind", "loss"), [(kind, loss) for kind in LOSSES for loss in TILED])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_many_tiles_in_fp64(
+    kind: str, loss: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in fp64, where a wrong term of a gradient is no rounding."""
+    monkeypatch.setattr(head_tiles, "TILE_BYTES", 1 << 11)
+    monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
+    monkeypatch.setattr(head_tiles, "STRIP_ELEMENTS", 1)
+    (eager, teacher), (ours, other) = _models(frozen=frozen, dtype=torch.float64)
+    expected = _run(eager, teacher, TILED[loss], "")
+    _reads(ours).tensors.clear()
+    result = _run(ours, other if kind == "lazy" else teacher, TILED[loss], kind)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
+    assert not _reads(ours).tensors
+
+
+@pytest.mark.parametrize("loss", ["by lerp", "squared"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logits_exist_only_in_tiles(
+    loss: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_tiles, "TILE_BYTES", 1 << 12)
+    monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
+    rows: list[int] = []
+    monkeypatch.setattr(
+        programs, "project", lambda x, *rest: (rows.append(len(x)), head_tiles.project(x, *rest))[1]
+    )
+    ours, other = _models(frozen=frozen)[1]
+    ids = IDS.repeat(8, 1)
+    z = ours(ids)
+    with torch.no_grad():
+        t = other(ids)
+    TILED[loss](z[:, :-1], t[:, :-1]).sum().backward()
+    assert max(rows) <= 13
+    # a frozen head is not multiplied once more in backward
+    assert sum(rows) == 8 * 2 * 6 * 2 * (1 if frozen else 2)
+    assert z.is_pending
+    assert t.is_pending
+
+
+@pytest.mark.parametrize("size", [1000.0, -1000.0])
+def test_a_table_without_exponentials(size: float) -> None:
+    """Its numbers are no log-probabilities; a mixture with them is what eager mode makes of it."""
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        a = s.log_softmax(-1)
+        mixture = torch.logaddexp(a + math.log(0.3), table.to(a.dtype))
+        return F.kl_div(mixture, a, reduction="none", log_target=True).sum(-1)
+
+    table = torch.randn(2, 7, V, generator=torch.Generator().manual_seed(0)) + size
+    (eager, teacher), (ours, _) = _models()
+    _reads(ours).tensors.clear()
+    expected, result = (_run(m, teacher, loss, "") for m in (eager, ours))
+    torch.testing.assert_close(result, expected, rtol=2e-4, atol=1000 * 1e-6)  # of numbers so large
+    assert not _reads(ours).tensors
 
 
 def test_both_are_trained() -> None:

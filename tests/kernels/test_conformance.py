@@ -415,7 +415,7 @@ def test_outputs_that_are_kept_are_known(name: str) -> None:
 
 # ------------------------------------------------------------------------------------- tracing
 
-READS = ("attention-packed", "moe_down", "moe_experts", "linear_divergence")
+READS = ("attention-packed", "moe_down", "moe_experts")
 """Ops that read numbers, such as how many rows count, where nobody traces them."""
 
 

@@ -61,10 +61,8 @@ _MOST = 64
 _KINDS = {
     "log_probs": "the log-probabilities of all tokens",
     "probs": "the probabilities of all tokens",
-    "shifted": "the log-probabilities of all tokens",
     "stack": "the log-probabilities of two models",
-    "mixture": "the log-probabilities of a mixture of two models",
-    "divergence": "the divergences of all tokens",
+    "program": "what is computed of the probabilities of all tokens",
 }
 
 

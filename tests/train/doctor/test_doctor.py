@@ -70,7 +70,7 @@ def test_this_machine(tmp_path: Path) -> None:
     versions = of(found, "packages")
     assert versions["torch"]["value"] == torch.__version__
     assert versions["torch"]["note"] == "wanted: >=2.11"
-    without_rule = {"linear_logprob", "linear_divergence"}
+    without_rule = {"linear_logprob"}
     assert {r["rule"] for r in found["rules"]} == {rule.name for rule in PIPELINE} | without_rule
     assert of(found, "attention")["sdpa"]["value"].endswith("math")
     assert of(found, "communication")["gloo"]["state"] == "ok"
@@ -203,13 +203,12 @@ def test_each_op_that_a_rule_may_call_is_asked() -> None:
     assert {op.name for _, op in found} == {op.name for op in OPS if op.rule is not None}
     pairs = {op.name: rule for rule, op in found}
     assert pairs["dora"] == "lora_linear"
-    assert pairs["linear_divergence"] == "linear_divergence"
+    assert pairs["linear_logprob"] == "linear_logprob"
 
 
 OF_TRITON = {op.name for op in OPS if op.rule is not None} - {
     "dora",
     "dora_row_norms",
-    "linear_divergence",
 }
 """The ops that have kernels of Triton."""
 

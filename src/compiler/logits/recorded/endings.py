@@ -15,9 +15,9 @@ from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments
 from .choices import CHOICES
-from .divergence_sums import DIVERGENCES
 from .in_tiles import Tiled, compute
 from .measures import flat_rows, mean_logit, measure, weighted_sum, wide
+from .programs import COMPARISONS
 from .rows import Handlers, handler, is_last, require_kind, result_dtype, rows_of
 from .scalings import SCALINGS
 from .single import SINGLE
@@ -183,7 +183,7 @@ def _row_means(z: LazyLogits, keepdim: bool, dtype: torch.dtype) -> Tensor:
 
 
 HANDLERS: Handlers = {
-    **CHOICES, **SCALINGS, **DIVERGENCES, **SINGLE,
+    **CHOICES, **SCALINGS, **COMPARISONS, **SINGLE,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "logsumexp": _logsumexp, "sum": _sum,
     "mean": _mean,
 }  # fmt: skip
