@@ -19,11 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 PARAMETERS = tuple(itertools.product((False, True), repeat=2))
 """Whether there is a weight, and a bias."""
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _bind(

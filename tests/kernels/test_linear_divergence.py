@@ -16,12 +16,11 @@ from fusewright.kernels.loss.linear_divergence_tiles import compute, differentia
 
 from .test_linear_cross_entropy import operands
 from .test_linear_cross_entropy_tiles import Record, use_small_tiles
-from .test_linear_logprob import small_tiles, some_targets
+from .test_linear_logprob import some_targets
 from .util import assert_parity_of_draws
 
-__all__ = ["small_tiles"]
-
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def teacher_of(
@@ -80,7 +79,6 @@ def test_parity(
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.usefixtures("small_tiles")
 def test_parity_over_many_tiles(kind, dtype, trained):
-    torch.manual_seed(0)
     labels = some_targets((203,), 300, 0.3)
     ours, theirs = (
         over(fn, labels, kind=kind, beta=0.3, temperature=1.4)
@@ -99,7 +97,6 @@ def test_parity_over_many_tiles(kind, dtype, trained):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("small_tiles")
 def test_gradcheck(kind, trained):
-    torch.manual_seed(0)
     student = operands((2, 3, 5), 90, F64)
     inputs = tuple(t.requires_grad_(n in trained) for n, t in zip("xwb", student, strict=True))
     teacher = teacher_of((2, 3, 5), 90, F64, bias=False)
@@ -134,7 +131,6 @@ def test_degenerate_sizes_are_exact_in_fp64(shape, vocabulary, kind, ignored, fr
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_that_is_the_teacher_has_no_divergence(kind):
-    torch.manual_seed(0)
     x, w, b = operands((20, 16), 50, F32)
     found = linear_divergence(x, w, b, x, w, b, None, kind)
     assert found.abs().max() < 1e-6
@@ -148,7 +144,6 @@ def test_a_student_that_is_the_teacher_has_no_divergence(kind):
 @pytest.mark.parametrize("are_whole", [True, False])
 @pytest.mark.usefixtures("small_tiles")
 def test_log_probabilities_in_place_of_a_teacher(kind, dtype, trained, are_whole):
-    torch.manual_seed(0)
     labels = some_targets((90,), 507, 0.2)
 
     def draw() -> list[Tensor]:
@@ -165,7 +160,6 @@ def test_log_probabilities_in_place_of_a_teacher(kind, dtype, trained, are_whole
 
 
 def test_given_log_probabilities_are_not_written_to():
-    torch.manual_seed(0)
     x, w, b = operands((20, 16), 50, F32)
     given = torch.randn(20, 50).log_softmax(-1)
     before = given.clone()
@@ -175,7 +169,6 @@ def test_given_log_probabilities_are_not_written_to():
 
 
 def test_the_kinds_are_what_they_are_called():
-    torch.manual_seed(0)
     x, w, b = (t.detach() for t in operands((20, 16), 50, F64))
     other_x, other_w, other_b = teacher_of((20, 16), 50, F64)
     s = torch.nn.functional.linear(x, w, b).softmax(-1)
@@ -192,7 +185,6 @@ def test_the_kinds_are_what_they_are_called():
 
 
 def test_the_teacher_gets_no_gradient_and_autocast_casts_both():
-    torch.manual_seed(0)
     student, teacher = operands((64, 32), 100, F32), operands((64, 24), 100, F32)
     with torch.autocast("cpu", BF16):
         mine, theirs = (fn(*student, *teacher) for fn in (linear_divergence, reference))
@@ -239,7 +231,6 @@ def test_the_teacher_is_projected_again_only_for_a_trained_head(trained):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_opaque_ops_are_well_formed_and_compile(trained):
-    torch.manual_seed(0)
     student, teacher = operands((10, 16), 50, BF16), teacher_of((10, 16), 50, BF16)
     labels = some_targets((10,), 50, 0.3)
     for t in student[1:]:

@@ -19,11 +19,7 @@ from tests.kernels.util import assert_parity
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMULAS = tuple(itertools.product((0.0, 0.25, 1.0), ("inner", "outer")))
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _bind(fn: Callable[..., Tensor], offset: float, rounding: str) -> Callable[..., Tensor]:
@@ -114,7 +110,6 @@ def test_reasons() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dim", [64, 507, 4096, 16384, 32768])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity_on_the_gpu(dim: int, dtype: torch.dtype) -> None:

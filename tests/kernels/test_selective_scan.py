@@ -15,7 +15,7 @@ from fusewright.kernels.scan import selective_scan as chunks
 from fusewright.kernels.scan.selective_scan import OP, selective_scan
 from fusewright.rewrite.tolerance import errors
 
-from .util import assert_parity, assert_parity_of_draws
+from .util import assert_parity, assert_parity_of_draws, saved_tensors
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -130,15 +130,9 @@ def test_steep_decays_do_not_overflow() -> None:
 def test_memory_between_forward_and_backward() -> None:
     inputs = draw(1, 64, 16, 512, FP32)
     own = {t.untyped_storage().data_ptr() for t in inputs}
-    kept = 0
-
-    def pack(t: Tensor) -> Tensor:
-        nonlocal kept
-        kept += t.nbytes * (t.untyped_storage().data_ptr() not in own)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors() as saved:
         selective_scan(*inputs, True)
+    kept = sum(t.nbytes for t in saved if t.untyped_storage().data_ptr() not in own)
     assert kept * 50 < 64 * 16 * 512 * 4  # all states
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fusewright.kernels.launch import has_triton, interpreting
 from fusewright.rewrite.sample_inputs import SUBNORMAL, draws
 from fusewright.rewrite.tolerance import EXCEEDS, exceeded
 
@@ -43,6 +48,11 @@ def _run(
 
 
 Fn = Callable[..., Tensor | tuple[Tensor, ...]]
+
+needs_triton = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled"),
+]
 
 
 def assert_parity(ours: Fn, reference: Fn, *inputs: Tensor, seed: int = 0) -> None:
@@ -125,6 +135,27 @@ def _with_last_stride(t: Tensor, stride: int) -> Tensor:
     if t.dtype is not torch.float64:
         return t
     return torch.stack([t.detach()] * stride, -1)[..., 0].requires_grad_(t.requires_grad)
+
+
+class Watch(TorchDispatchMode):
+    """Tells ``note`` of each operation that runs: it, its arguments, the tensors it returns."""
+
+    def __init__(self, note: Callable[[Any, Any, list[Tensor]], object]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.note(func, args, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
+        return out
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """What autograd keeps of what runs inside."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
 
 
 class Stop(torch.autograd.Function):
