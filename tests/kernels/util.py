@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusewright.kernels.launch import has_triton, interpreting
+from fusewright.kernels.op import Op
 from fusewright.rewrite.sample_inputs import SUBNORMAL, draws
 from fusewright.rewrite.tolerance import EXCEEDS, exceeded
 
@@ -80,6 +81,41 @@ def assert_parity_of_draws(ours: Fn, reference: Fn, draw: Callable[[], Sequence[
         given += (draw() for _ in range(len(given), count))
         problem = _problem(ours, reference, given, 0)
     assert problem is None, problem
+
+
+def bound(fn: Callable[..., Any], inputs: Sequence[Any], *options: Any) -> Callable[..., Any]:
+    """``fn`` as a function of those inputs that are there."""
+
+    def call(*given: Tensor) -> Any:
+        rest = iter(given)
+        return fn(*(None if t is None else next(rest) for t in inputs), *options)
+
+    return call
+
+
+def assert_parity_of(op: Op, inputs: Sequence[Any], *options: Any) -> None:
+    """``assert_parity`` of an op that may be given None."""
+    ours, reference = (bound(fn, inputs, *options) for fn in (op.call, op.reference))
+    assert_parity(ours, reference, *(t for t in inputs if t is not None))
+
+
+def assert_parity_over(op: Op, make: Callable[[], Sequence[Any]], *options: Any) -> None:
+    """The same, where a gradient has few numbers: over draws."""
+    like = make()
+    ours, reference = (bound(fn, like, *options) for fn in (op.call, op.reference))
+    assert_parity_of_draws(ours, reference, lambda: [t for t in make() if t is not None])
+
+
+def strided_rows(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Rows of 48 features: sliced, with gaps, transposed, by columns, expanded."""
+    base = torch.randn(3, 5, 4, 96, dtype=dtype)
+    return [
+        base[..., :48],
+        base[..., ::2],
+        base[..., 48:].transpose(1, 2),
+        torch.randn(48, 10, dtype=dtype).t(),
+        torch.randn(1, 48, dtype=dtype).expand(6, 48),
+    ]
 
 
 def _problem(ours: Fn, reference: Fn, given: Sequence[Sequence[Tensor]], seed: int) -> str | None:
