@@ -87,7 +87,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "rewrite/sample_inputs.py": {
         "_SIZES = (": "other small sizes: tests say what kinds there must be",
         'Regime("far below zero", ': "other numbers of the kind",
-        'Regime("near zero", 0': "as above",
+        'Regime("near zero", ': "as above",
         "manual_seed( ": "any seed that no other input has",
         "manual_seed(1000 * draw + i + ": "as above",
         "upstream=2.0**- ": "as above",
