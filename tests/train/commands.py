@@ -21,7 +21,7 @@ def refused(*arguments: str | Path, stdin: str | None = None, in_a_line: bool = 
     """What a command says that must not work, and nothing else."""
     result = fusewright(*arguments, stdin=stdin)
     assert result.exit_code == 2, result.output + repr(result.exception)
-    assert result.stdout == "" or arguments[0] in ("merge", "preprocess")  # which say what they do
+    assert result.stdout == "" or arguments[0] == "merge"  # which says what it does
     assert result.stderr.startswith("fusewright: ")
     assert result.stderr.count("\n") == 1 or not in_a_line
     assert "Traceback" not in result.output

@@ -370,7 +370,10 @@ def test_functions_of_a_recipe_run_with_the_callers_word_alone(
     }  # fmt: skip
     path = recipe_file(tmp_path, **keys)
     for command_line in (("train", path), ("preprocess", path), ("train", path, "--dry-run")):
-        said = refused(*command_line, in_a_line=False)
+        result = fusewright(*command_line)
+        assert result.exit_code == 2, result.output + repr(result.exception)
+        assert "Traceback" not in result.output
+        said = result.stderr
         assert "trl.reward_funcs.0: " in said
         assert "mine.py:judge is Python code" in said
         assert "mine.py:change is Python code" in said
