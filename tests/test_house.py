@@ -98,7 +98,7 @@ def test_the_whole_compiler_loads_no_kernel() -> None:
 
 
 def test_what_mutation_needs_is_there() -> None:
-    from tests.mutation.targets import EQUIVALENT, TESTS
+    from tests.tools.mutation.targets import EQUIVALENT, TESTS
 
     root = SRC.parent
     tests = {t.split("::")[0] for names in TESTS.values() for t in names if t[:1] != "-"}

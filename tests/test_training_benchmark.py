@@ -14,14 +14,12 @@ from .test_benchmarks import BENCHMARKS, run
 def training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The objects that a run of all engines of ``training.py`` writes, by engine."""
     pytest.importorskip("trl")
-    from tests.train.conftest import chat, make_model, make_tokenizer
+    from tests.train.conftest import make_model, make_tokenizer, numbers, write_rows
 
     folder = tmp_path_factory.mktemp("training")
     make_model().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
-    rows = [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(14)]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(folder / "rows.jsonl", numbers(14))
     sizes = ("--rows", "10", "--validation-rows", "3", "--sequence-len", "160", "--batch", "4")
     done = run(
         "training.py", "--base", folder / "base", "--data", data, *sizes, "--dtype", "float32",

@@ -9,19 +9,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import LlamaConfig
-from typer.testing import CliRunner, Result
 
-from fusewright.cli.main import app
 from fusewright.train import explain as command
 from fusewright.train.model.precision import dtype_for_training
 
+from ..train.commands import fusewright, refused
 from ..train.conftest import make_model
 
 REMOTE = Path(__file__).parents[1] / "models" / "remote" / "oddity"
@@ -29,28 +26,13 @@ SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 9,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def explained(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["explain", *arguments])
+    result = fusewright("explain", *arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def refused(*arguments: str) -> str:
-    """The message of a command that must be refused: exit code 2, one sentence, no traceback."""
-    result: Result = CliRunner().invoke(app, ["explain", *arguments])
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("fusewright: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr.removeprefix("fusewright: ").strip()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +93,7 @@ def test_the_graph_of_one_module_is_python(weightless: str) -> None:
     assert "rsqrt" in graph["before"]
     assert "rms_norm_linear" in graph["after"]
     assert "rsqrt" not in graph["after"]
-    said = refused(weightless, "--fp32", "--module", "model.layer.0")
+    said = refused("explain", weightless, "--fp32", "--module", "model.layer.0")
     assert said.startswith(
         "no graph was captured for module 'model.layer.0'; graphs exist for model.lay"
     )
@@ -136,7 +118,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = shutil.copytree(REMOTE, tmp_path / "oddity_explained")
-    assert "pass --trust-remote-code if you trust it" in refused(str(folder))
+    assert "pass --trust-remote-code if you trust it" in refused("explain", str(folder))
     said = explained(str(folder), "--trust-remote-code", "--fp32", "--graph")
     assert "block: trunk.stages.0 and 1 more (Stage)" in said
     for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
@@ -144,9 +126,11 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused("./no/such/model").startswith("there is no ./no/such/model in ")
-    assert "is not a model: it has neither a config.json nor a GGUF file" in refused(str(tmp_path))
-    assert "is not installed" in refused("package:no_such_package_of_models")
+    assert refused("explain", "./no/such/model").startswith("there is no ./no/such/model in ")
+    assert "is not a model: it has neither a config.json nor a GGUF file" in refused(
+        "explain", str(tmp_path)
+    )
+    assert "is not installed" in refused("explain", "package:no_such_package_of_models")
 
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("it is nowhere to be found")
@@ -154,20 +138,20 @@ def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
     monkeypatch.setattr("fusewright.train.model.from_pretrained.hub_problem", lambda: None)
     nowhere = "cannot be loaded: it is nowhere to be found"
-    assert refused("llamma").startswith(f"llamma {nowhere}; did you mean llama?")
-    assert refused("me/llamma") == f"me/llamma {nowhere}"
+    assert refused("explain", "llamma").startswith(f"llamma {nowhere}; did you mean llama?")
+    assert refused("explain", "me/llamma") == f"me/llamma {nowhere}"
 
 
 def test_what_cannot_be_built_is_said_in_one_sentence(
     weightless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert refused("t5").startswith("t5 cannot be built, ")
+    assert refused("explain", "t5").startswith("t5 cannot be built, ")
 
     class Little:
         available = 1000
 
     monkeypatch.setattr(command.psutil, "virtual_memory", Little)
-    assert "fewer --layers" in refused(weightless)
+    assert "fewer --layers" in refused("explain", weightless)
 
 
 def test_nothing_stays_behind(weightless: str) -> None:

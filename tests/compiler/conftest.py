@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ def _fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
     """Reset TorchDynamo, and let go of the models that a file keeps between its tests."""
     torch._dynamo.reset()
     yield
-    pair = getattr(request.module, "_pair", None)
-    if hasattr(pair, "cache_clear"):
-        pair.cache_clear()
+    for value in vars(request.module).values():
+        if isinstance(value, functools._lru_cache_wrapper):
+            value.cache_clear()
     torch._dynamo.reset()

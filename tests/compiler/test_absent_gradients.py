@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fusewright import explain, optimize
 
 from ..kernels.util import Stop
-from .test_switched_gradients import _Stack
+from .test_switched_gradients import _two
 
 
 class _Block(nn.Module):
@@ -38,7 +38,7 @@ class _Checkpointed(_Block):
 @pytest.mark.long("inductor")
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_block_behind_which_gradients_end_gives_none(codegen: Any) -> None:
-    model = optimize(_Stack(_Block), codegen=codegen)
+    model = optimize(_two(_Block), codegen=codegen)
     out = model(torch.randn(2, 5, 16))
     Stop.apply(out).sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is not None]
@@ -51,7 +51,7 @@ def test_a_reentrant_checkpoint_of_a_parameter_without_a_gradient_is_captured(
 ) -> None:
     """No other checkpoint comes before a parameter, to take None for zeros."""
     torch.manual_seed(0)
-    eager = _Stack(_Checkpointed)
+    eager = _two(_Checkpointed)
     ours = optimize(copy.deepcopy(eager), codegen=codegen)
     x = torch.randn(2, 5, 16, requires_grad=True)
     for model in (eager, ours):
@@ -61,6 +61,13 @@ def test_a_reentrant_checkpoint_of_a_parameter_without_a_gradient_is_captured(
         assert (own.grad is None) == (p.grad is None) == ("other" in name), name
         if p.grad is not None:
             torch.testing.assert_close(own.grad, p.grad)
+
+
+def _assert_same_gradients(ours: nn.Module, eager: nn.Module) -> None:
+    for (name, p), own in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        assert (own.grad is None) == (p.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(own.grad, p.grad, rtol=1e-4, atol=1e-4)
 
 
 class _TwoOutputs(nn.Module):
@@ -112,10 +119,7 @@ def test_a_weight_of_an_output_that_is_not_used_has_none(
     assert not explain(ours).bypasses
     absent = [n for n, p in eager.named_parameters() if p.grad is None]
     assert any(absent) == (len(used) == 1)
-    for (name, p), own in zip(eager.named_parameters(), ours.parameters(), strict=True):
-        assert (own.grad is None) == (p.grad is None), name
-        if p.grad is not None:
-            torch.testing.assert_close(own.grad, p.grad, rtol=1e-4, atol=1e-4)
+    _assert_same_gradients(ours, eager)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -217,10 +221,7 @@ def test_an_output_that_is_an_input_changes_no_other_gradient(
     for model in (eager, ours):
         outputs = model(x)
         sum(outputs[i].square().sum() for i in used).backward()
-    for (name, p), own in zip(eager.named_parameters(), ours.parameters(), strict=True):
-        assert (own.grad is None) == (p.grad is None), name
-        if p.grad is not None:
-            torch.testing.assert_close(own.grad, p.grad, rtol=1e-4, atol=1e-4)
+    _assert_same_gradients(ours, eager)
 
 
 def test_a_reentrant_checkpoint_gives_zeros_as_in_eager_mode() -> None:

@@ -21,6 +21,7 @@ from .test_processes import _rows
 Wrap = Callable[[Any], Any]
 IDS = _rows(0)
 RULES = {"linear_cross_entropy": 1, "rms_norm": 5, "mlp_block": 2}
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def _model() -> Any:
@@ -28,11 +29,6 @@ def _model() -> Any:
     model = tiny(False)
     model.config.use_cache = False
     return model
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def _blocks(wrapper: Callable[[nn.Module], nn.Module]) -> Wrap:

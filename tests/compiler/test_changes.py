@@ -17,10 +17,9 @@ from torch.overrides import TorchFunctionMode
 from fusewright import explain, optimize
 from fusewright.compiler.install import installed
 
+from ..models.tiny import Stack, assert_equal_steps
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Gate(nn.Module):
@@ -48,33 +47,19 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def _stack() -> Stack:
+    torch.manual_seed(0)
+    return Stack(Block() for _ in range(2))
 
 
 def _pair(**options: Any) -> tuple[nn.Module, nn.Module]:
-    eager = Stack()
+    eager = _stack()
     return optimize(copy.deepcopy(eager), **{"codegen": "eager", **options}), eager
 
 
 def _assert_equal(ours: nn.Module, eager: nn.Module) -> None:
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    results = []
-    for model in (ours, eager):
-        model.zero_grad()
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y.detach(), *(p.grad for p in model.parameters())])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    assert_equal_steps(ours, eager, x)
 
 
 def _other_forward(self: Any, x: Tensor) -> Tensor:
@@ -194,7 +179,8 @@ def test_equal_blocks_share_a_graph_and_nothing_is_captured_twice() -> None:
 
 class Body(Stack):
     def __init__(self) -> None:
-        super().__init__()
+        torch.manual_seed(0)
+        super().__init__(Block() for _ in range(2))
         self.embed, self.norm = nn.Embedding(32, 16), nn.LayerNorm(16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,17 +219,6 @@ def _lm_pair(walks: bool) -> tuple[nn.Module, nn.Module]:
     return optimize(copy.deepcopy(eager), codegen="eager", verify="off"), eager
 
 
-def _assert_equal_losses(ours: nn.Module, eager: nn.Module) -> None:
-    results = []
-    for model in (ours, eager):
-        model.zero_grad()
-        loss, logits = model(IDS, labels=IDS)
-        loss.backward()
-        results.append([loss.detach(), logits.detach(), *(p.grad for p in model.parameters())])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 def _twice(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output * 2
 
@@ -269,46 +244,46 @@ def test_hooks_that_come_and_go_below_a_head_that_calls_the_blocks_itself(
     place: str, hook: str
 ) -> None:
     ours, eager = _lm_pair(walks=True)
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     handles = [HOOKS[hook](m.model.get_submodule(place)) for m in (ours, eager)]
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert f"submodule model.{place}" in " ".join(b.reason for b in explain(ours).bypasses)
     for handle in handles:
         handle.remove()
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
 
 
 def test_a_hook_that_a_head_was_captured_with_is_no_reason_to_pass_it_by() -> None:
     ours, eager = _lm_pair(walks=False)
     handles = [m.model.embed.register_forward_hook(_twice) for m in (ours, eager)]
     for _ in range(2):
-        _assert_equal_losses(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert ours not in installed(ours).session.log.notes
     handles += [
         m.model.embed.register_forward_pre_hook(lambda m, a: (a[0] // 2,)) for m in (ours, eager)
     ]
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     for handle in handles:
         handle.remove()
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
 
 
 def test_a_head_that_embeds_itself_is_passed_by_for_hooks_on_the_embedding_alone() -> None:
     ours, eager = _lm_pair(walks=False)
     seen = []
     for _ in range(2):
-        _assert_equal_losses(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
     graphs = explain(ours).graphs
     for model in (ours, eager):
         model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append("mlp"))
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert seen == ["mlp", "mlp"]
     head = installed(ours).session.log
     assert ours not in head.notes
     assert explain(ours).graphs <= graphs
     for model in (ours, eager):
         model.model.embed.register_forward_hook(_twice)
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert ours in head.notes
 
 
@@ -317,7 +292,7 @@ def test_a_head_that_calls_the_blocks_itself_is_captured_once_and_warns_of_nothi
 ) -> None:
     ours, eager = _lm_pair(walks=True)
     for _ in range(3):
-        _assert_equal_losses(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert explain(ours).graphs == 1
     assert ours not in installed(ours).session.log.notes
     assert not [w for w in recwarn if "torch.compile was put around" in str(w.message)]
@@ -325,16 +300,16 @@ def test_a_head_that_calls_the_blocks_itself_is_captured_once_and_warns_of_nothi
 
 def test_an_embedding_replaced_below_a_head_that_calls_it_itself() -> None:
     ours, eager = _lm_pair(walks=False)
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     for model in (ours, eager):
         torch.manual_seed(5)
         model.model.embed = nn.Embedding(32, 16)
         model.model.embed.register_forward_hook(_twice)
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     for model in (ours, eager):
         model.model.embed.forward = functools.partial(_times_rows, model.model.embed.weight)
         model.model.embed._forward_hooks.clear()
-    _assert_equal_losses(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
 
 
 def _times_rows(weight: Tensor, ids: Tensor) -> Tensor:
@@ -355,7 +330,7 @@ def test_what_a_method_holds_is_replaced_after_the_first_step(kind: str, place: 
     def other(self: Any, x: Tensor, k: float = 1.0, *, j: float = 1.0) -> Tensor:
         return torch.tanh(x)
 
-    eager = Stack()
+    eager = _stack()
     for layer in eager.layers:
         layer.__class__, layer.mlp.__class__ = ScaledBlock, Scaled
     ours = optimize(copy.deepcopy(eager), codegen="eager")
@@ -371,7 +346,7 @@ def test_what_a_method_holds_is_replaced_after_the_first_step(kind: str, place: 
         function.__code__ = other.__code__
     before = ours(torch.ones(1, 2, 16))
     _assert_equal(ours, eager)
-    assert not torch.allclose(before, Stack()(torch.ones(1, 2, 16)))
+    assert not torch.allclose(before, _stack()(torch.ones(1, 2, 16)))
     assert not explain(ours).bypasses
 
 

@@ -21,11 +21,7 @@ from ..models.zoo import FAMILIES, build
 IDS = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(0))
 PUT = {"forward", "train", "__getstate__", "_replicate_for_data_parallel"}
 """What ``optimize`` puts into the attributes of a module."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def _model() -> nn.Module:

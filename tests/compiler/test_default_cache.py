@@ -13,15 +13,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fusewright import explain, optimize
 
+from ..models.tiny import Stack
 from ..models.zoo import FAMILIES, build
 from .test_flat_models import Block
 
 IDS = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def _pair() -> tuple[nn.Module, nn.Module]:
@@ -93,7 +90,7 @@ class Custom(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.lm_head = nn.Embedding(211, 16), nn.Linear(16, 211, bias=False)
-        self.body = Body()
+        self.body = Stack(Block("tensor") for _ in range(2))
         if with_config:
             self.config = tf.LlamaConfig(use_cache=True)
 
@@ -108,17 +105,6 @@ class Custom(nn.Module):
             return found
         loss = nn.functional.cross_entropy(logits.view(-1, 211), labels.view(-1))
         return (loss, *found)
-
-
-class Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block("tensor") for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class Defaulting(Custom):

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from fusewright import explain, optimize
 from fusewright.rewrite.tolerance import exceeded
 
+from ..models.tiny import Stack
+
 Body = Callable[[Any, Tensor], Any]
 
 BOTH = pytest.mark.parametrize(
@@ -37,23 +39,12 @@ class Block(nn.Module):
         return self.body(self, x)
 
 
-class Stack(nn.Module):
-    def __init__(self, body: Body, bias: bool) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(body, bias), Block(body, bias)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def _pair(
     body: Body, dtype: torch.dtype = torch.float32, bias: bool = False, **options: Any
 ) -> tuple[Stack, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    eager = Stack(body, bias).to(dtype)
+    eager = Stack(Block(body, bias) for _ in range(2)).to(dtype)
     return eager, optimize(copy.deepcopy(eager), **{"codegen": "eager", **options})
 
 

@@ -17,14 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fusewright import Report, explain, optimize
 from fusewright.errors import first_line
 from fusewright.kernels import fallback
-from fusewright.kernels.launch import has_triton, interpreting
 
 from ..kernels.failing_launches import ERRORS, RAISED, as_on_a_gpu
+from ..kernels.util import needs_triton
 
-pytestmark = [
-    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
-    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is launched"),
-]
+pytestmark = needs_triton
 
 CONFIG = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,

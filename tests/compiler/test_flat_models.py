@@ -14,12 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize, restore
 
+from ..models.tiny import assert_equal_steps
+
 IDS = torch.arange(14).view(2, 7)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Norm(nn.Module):
@@ -82,17 +80,6 @@ class Flat(nn.Module):
         return F.cross_entropy(logits.float().view(-1, 32), labels.view(-1)), logits
 
 
-def _assert_equal(ours: nn.Module, eager: nn.Module) -> None:
-    results = []
-    for model in (ours, eager):
-        model.zero_grad()
-        loss, logits = model(IDS, labels=IDS)
-        loss.backward()
-        results.append([loss.detach(), logits.detach() + 0, *(p.grad for p in model.parameters())])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -111,7 +98,7 @@ def test_head_and_blocks_are_captured_apart(options: dict[str, Any], codegen: st
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            _assert_equal(ours, eager)
+            assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert not [w for w in caught if "was put around" in str(w.message)]
     report = explain(ours)
     assert report.by_rule() == {"glu": 3, "mlp_block": 3, "rms_norm": 1, "linear_cross_entropy": 1}
@@ -122,8 +109,8 @@ def test_head_and_blocks_are_captured_apart(options: dict[str, Any], codegen: st
     with torch.no_grad():
         other.lm_head.weight.zero_()
     torch.testing.assert_close(other(IDS, labels=IDS)[0], torch.tensor(32.0).log())
-    _assert_equal(ours, eager)
-    _assert_equal(restore(ours), eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
+    assert_equal_steps(restore(ours), eager, IDS, labels=IDS)
 
 
 def test_explain_alone_captures_the_head() -> None:
@@ -138,15 +125,15 @@ def test_hooks_are_called(place: str, early: bool) -> None:
     eager = Flat()
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     if not early:
-        _assert_equal(ours, eager)
-        _assert_equal(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
     calls = []
     for model in (ours, eager):
         block = model.transformer.blocks[1]
         module = {"block": block, "inside": block.gate, "norm": model.transformer.norm}[place]
         module.register_forward_hook(lambda m, i, o: (calls.append(type(m)), o * 2)[1])
     for _ in range(3):
-        _assert_equal(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert len(calls) == 6
     assert any("hook" in b.reason for b in explain(ours).bypasses)
 
@@ -155,13 +142,13 @@ def test_blocks_that_return_something_new_leave_the_head_as_it_was() -> None:
     eager = Flat("wider")
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     for _ in range(3):
-        _assert_equal(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
     assert explain(ours).by_rule()["glu"] == 3
     assert any("no tensors like their inputs" in b.reason for b in explain(ours).bypasses)
     for model in (ours, eager):
         for block in model.transformer.blocks:
             block.returns = "tensor"
-    _assert_equal(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
 
 
 def test_blocks_that_change_what_they_return() -> None:
@@ -170,18 +157,18 @@ def test_blocks_that_change_what_they_return() -> None:
     for returns in ("tensor", "tensor", "tuple", "tuple"):
         for model in (ours, eager):
             model.transformer.blocks[1].returns = returns
-        _assert_equal(ours, eager)
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
 
 
 def test_weights_that_are_trained_later() -> None:
     eager = Flat().requires_grad_(False)
     eager.lm_head.requires_grad_(True)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
-    _assert_equal(ours, eager)
-    _assert_equal(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     for model in (ours, eager):
         model.requires_grad_(True)
-    _assert_equal(ours, eager)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
     ours.eval(), eager.eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS, labels=IDS)[0], eager(IDS, labels=IDS)[0])

@@ -25,6 +25,7 @@ from fusewright.compiler.copies.forward_copies import clone_function
 from fusewright.kernels.attention import decode_attention as op
 
 from ..models.zoo import FAMILIES, build
+from .test_decoding import _Block
 
 SCALE = 1.0
 
@@ -62,15 +63,6 @@ def _qkv() -> list[Tensor]:
 class _Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-class _Block(nn.Module):
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, *qkv: Tensor) -> Any:
-        return self.attention(*qkv)
 
 
 def _decoded(block: nn.Module, *qkv: Tensor) -> Any:

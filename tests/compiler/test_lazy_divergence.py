@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,14 +28,6 @@ from .test_logits import _LM, IDS, LABELS, H, V, _plain
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MASK = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    _models.cache_clear()
-    torch._dynamo.reset()
 
 
 class _Wide(_LM):

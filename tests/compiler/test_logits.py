@@ -24,6 +24,8 @@ from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.sharded import gathered
 from fusewright.rewrite.tolerance import exceeded
 
+from ..models.tiny import Body, CausalLM
+
 V, H = 37, 16
 IDS = torch.arange(14).view(2, 7)
 LABELS = torch.tensor([[1, 2, -100, 4, 5, 6, 36], [-100, 0, 3, 3, 3, 9, 10]])
@@ -54,27 +56,11 @@ class _Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-class _Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(V, H)
-        self.layers = nn.ModuleList(_Block() for _ in range(2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class _LM(nn.Module):
+class _LM(CausalLM):
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], cap: bool, bias: bool) -> None:
-        super().__init__()
-        self.model, self.lm_head = _Body(), nn.Linear(H, V, bias=bias)
-        self.loss, self.cap = loss, cap
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        blocks = (_Block() for _ in range(2))
+        super().__init__(Body(blocks, V, H), nn.Linear(H, V, bias=bias), loss)
+        self.cap = cap
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
         z = self.lm_head(self.model(ids))

@@ -14,10 +14,9 @@ from torch.nn.utils import parametrize
 
 from fusewright import explain, optimize
 
+from ..models.tiny import Stack
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):
@@ -33,16 +32,9 @@ class Block(nn.Module):
         return x + 0.1 * self.use(self, y)
 
 
-class Stack(nn.Module):
-    def __init__(self, numbers: list[Any], use: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Block(n, use) for n in numbers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def _stack(numbers: list[Any], use: Callable[[Any, Tensor], Tensor]) -> Stack:
+    torch.manual_seed(0)
+    return Stack(Block(n, use) for n in numbers)
 
 
 def index(self: Any, y: Tensor) -> Tensor:
@@ -86,7 +78,7 @@ def _assert_equal(ours: nn.Module, eager: nn.Module, steps: int = 1) -> None:
 )
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_seventy_layers_that_differ_in_a_number(numbers, use, codegen) -> None:
-    eager = Stack(numbers, use)
+    eager = _stack(numbers, use)
     ours = optimize(copy.deepcopy(eager), codegen=codegen)
     _assert_equal(ours, eager, steps=2)
     report = explain(ours)
@@ -98,7 +90,7 @@ def test_seventy_layers_that_differ_in_a_number(numbers, use, codegen) -> None:
 
 
 def test_layers_that_count_their_calls() -> None:
-    eager = Stack([0, 0], counter)
+    eager = _stack([0, 0], counter)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager, steps=40)
     assert [b.number for b in ours.layers] == [40, 40]
@@ -113,7 +105,7 @@ def test_layers_that_no_input_can_tell_apart_get_a_graph_each() -> None:
     def named(self: Any, y: Tensor) -> Tensor:
         return y / (1 + len(self.number))
 
-    eager = Stack(["x" * i for i in range(66)], named)
+    eager = _stack(["x" * i for i in range(66)], named)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager, steps=2)
     assert not explain(ours).bypasses
@@ -126,7 +118,7 @@ def test_a_layer_that_is_another_at_each_call_is_given_up_with_the_reason() -> N
         self.number += "x"
         return y / len(self.number)
 
-    eager = Stack(["", ""], renamed)
+    eager = _stack(["", ""], renamed)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager, steps=60)
     assert any("each call needs a graph of its own" in b.reason for b in explain(ours).bypasses)
@@ -137,7 +129,7 @@ def test_only_a_capture_sets_up_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
     own = torch._dynamo.maybe_mark_dynamic
     monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda *a: found.append(a) or own(*a))
-    model = optimize(Stack([1.0, 1.0], factor), codegen="eager")
+    model = optimize(_stack([1.0, 1.0], factor), codegen="eager")
     for _ in range(2):
         model(torch.randn(2, 5, 8)).sum().backward()
     assert found
@@ -179,7 +171,7 @@ def test_classes_that_are_made_anew_cost_two_graphs_per_region(steps: int) -> No
     The blocks are left after two graphs each, and then the layers in them that change; also where
     each class is called twice, as with a checkpoint around the block.
     """
-    model = Stack([1, 1], index)
+    model = _stack([1, 1], index)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
     before, graphs = _graphs(), []
@@ -197,7 +189,7 @@ def test_classes_that_are_made_anew_cost_two_graphs_per_region(steps: int) -> No
 
 
 def test_classes_that_are_made_once_or_come_back_are_captured() -> None:
-    model = Stack([1, 1], index)
+    model = _stack([1, 1], index)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
     kinds = [type(f"Linear{i}", (nn.Linear,), {}) for i in range(2)]
@@ -212,7 +204,7 @@ def test_classes_that_are_made_once_or_come_back_are_captured() -> None:
 
 def test_classes_of_other_names_are_captured() -> None:
     """Wrapped, sharded, given adapters: one call after each change."""
-    model = Stack([1, 1], index)
+    model = _stack([1, 1], index)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
     before = _graphs()

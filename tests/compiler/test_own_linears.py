@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from fusewright import explain, optimize
 from fusewright.graph import functionalize
 
+from ..models.tiny import Body, CausalLM
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class _Linear(torch.autograd.Function):
@@ -64,33 +63,9 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 16)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.model, self.lm_head = Body(), Own(16, 32, bias=False)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
-        z = self.lm_head(self.model(ids))
-        if labels is None:
-            return z
-        return F.cross_entropy(z.float().view(-1, 32), labels.view(-1)), z
+def _model() -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(Body(Block() for _ in range(2)), Own(16, 32, bias=False))
 
 
 def _assert_equal(ours: nn.Module, eager: nn.Module) -> None:
@@ -114,7 +89,7 @@ RECOGNISED = pytest.mark.skipif(
 
 @RECOGNISED
 def test_they_are_linears() -> None:
-    eager = Head()
+    eager = _model()
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager)
     rewrites = explain(ours).by_rule()
@@ -125,7 +100,7 @@ def test_they_are_linears() -> None:
 @pytest.mark.parametrize("verify", ["off", "first"])
 def test_a_backward_that_does_more_is_kept(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Own, "function", _Scaled)
-    eager = Head()
+    eager = _model()
     ours = optimize(copy.deepcopy(eager), codegen="eager", verify=verify)
     _assert_equal(ours, eager)
     rewrites = explain(ours).by_rule()
@@ -150,7 +125,7 @@ class Attending(nn.Module):
 @RECOGNISED
 def test_a_norm_that_only_feeds_them_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "Block", Attending)
-    eager = Head()
+    eager = _model()
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager)
     assert explain(ours).by_rule()["rms_norm_linear"] == 2

@@ -16,11 +16,7 @@ import fusewright.compiler.backend as backend
 from fusewright import explain, optimize
 
 IDS = torch.arange(14).view(2, 7)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):

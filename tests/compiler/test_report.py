@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from fusewright import explain, optimize
 from fusewright.report import Bypass, Figures, Report, Site
 
 from ..models.zoo import FAMILIES, build
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_the_traffic_of_a_norm_is_its_input_and_its_output() -> None:

@@ -24,11 +24,7 @@ from ..models.zoo import FAMILIES, build
 
 LLAMA = FAMILIES[0]
 IDS = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def _step(model: nn.Module) -> tuple[Tensor, list[Tensor | None]]:

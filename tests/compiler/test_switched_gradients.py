@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint as renamed
 
 from fusewright import explain, optimize
 
+from ..models.tiny import Stack
+
 
 class _Frozen(nn.Module):
     def __init__(self) -> None:
@@ -113,15 +115,8 @@ class _Unused(_Trained):
         return x + F.linear(self.norm(x), self.linear.weight)
 
 
-class _Stack(nn.Module):
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([kind(), kind()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def _two(kind: type[nn.Module]) -> Stack:
+    return Stack(kind() for _ in range(2))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +128,7 @@ class _Stack(nn.Module):
 )  # fmt: skip
 def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    x, model = torch.randn(2, 5, 16), _Stack(kind)
+    x, model = torch.randn(2, 5, 16), _two(kind)
     given = x.clone(), x.clone()
     expected = model(given[0])
     made = optimize(model, codegen="inductor")(given[1])
@@ -160,7 +155,7 @@ def test_hooks_of_weights_that_get_no_gradient_are_not_called(
     kind: type[nn.Module], codegen: str
 ) -> None:
     seen: list[list[str]] = [[], []]
-    model = _Stack(kind)
+    model = _two(kind)
     for layer in model.layers:
         layer.other = nn.Linear(16, 16)
     eager = copy.deepcopy(model)
@@ -175,7 +170,7 @@ def test_hooks_of_weights_that_get_no_gradient_are_not_called(
 
 def test_an_output_needs_no_gradient_of_what_is_not_used() -> None:
     torch.manual_seed(0)
-    eager = _Stack(_Unused).requires_grad_(False)
+    eager = _two(_Unused).requires_grad_(False)
     for layer in eager.layers:
         layer.linear.bias.requires_grad_()
     ours = optimize(copy.deepcopy(eager), codegen="inductor")
@@ -192,7 +187,7 @@ def test_an_output_needs_no_gradient_of_what_is_not_used() -> None:
 
 def test_a_weight_that_is_unfrozen_later_has_its_gradient() -> None:
     torch.manual_seed(0)
-    eager = _Stack(_Trained)
+    eager = _two(_Trained)
     eager.layers[0].norm.requires_grad_(False)
     eager.layers[1].norm.requires_grad_(False)
     ours = optimize(copy.deepcopy(eager), codegen="inductor")
@@ -206,7 +201,7 @@ def test_a_weight_that_is_unfrozen_later_has_its_gradient() -> None:
 
 
 def test_a_block_that_writes_into_a_first_input_without_a_gradient_is_captured() -> None:
-    model = optimize(_Stack(_Adds), codegen="inductor")
+    model = optimize(_two(_Adds), codegen="inductor")
     model(torch.randn(2, 5, 16)).sum().backward()
     found = explain(model)
     assert found.by_rule()["rms_norm"] == 2
@@ -286,7 +281,7 @@ class _Drops(_Adds):
 
 def test_a_graph_that_is_refused_draws_no_number_of_python() -> None:
     torch.manual_seed(0)
-    eager, made = _Stack(_Drops), []
+    eager, made = _two(_Drops), []
     for model in (eager, optimize(copy.deepcopy(eager), codegen="inductor")):
         random.seed(0)
         for needs in (True, False):
@@ -334,7 +329,7 @@ def test_a_checkpoint_whose_input_is_used_without_a_gradient_gives_zeros(
 def test_a_graph_of_an_input_with_a_gradient_is_not_for_one_without(kind: type[nn.Module]) -> None:
     """As where an embedding is frozen between two steps."""
     torch.manual_seed(0)
-    eager = _Stack(kind).to(torch.bfloat16)
+    eager = _two(kind).to(torch.bfloat16)
     if kind is _Unused:
         eager.requires_grad_(False)
         for layer in eager.layers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,8 +25,11 @@ from fusewright.memory.budget import Budget
 from fusewright.memory.meter import Meter
 from fusewright.memory.planner import Planner
 
+from ..models.tiny import Body, CausalLM
+
 IDS = torch.arange(14).view(2, 7)
 RULES = {"linear_cross_entropy": 1, "rms_norm_linear": 2, "rms_norm": 2, "glu": 2}
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class _Block(nn.Module):
@@ -40,44 +43,9 @@ class _Block(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
-class _Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 16)
-        self.layers = nn.ModuleList(_Block() for _ in range(2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class _LM(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.lm_head = _Body(), nn.Linear(16, 32, bias=False)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
-        logits = self.lm_head(self.model(ids))
-        if labels is None:
-            return logits
-        return F.cross_entropy(logits.float().view(-1, 32), labels.view(-1)), logits
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def _pair(**choices: Any) -> tuple[_LM, _LM]:
+def _pair(**choices: Any) -> tuple[CausalLM, CausalLM]:
     torch.manual_seed(0)
-    eager = _LM()
+    eager = CausalLM(Body(_Block() for _ in range(2)), nn.Linear(16, 32, bias=False))
     choices.setdefault("codegen", "eager")
     return eager, optimize(copy.deepcopy(eager), **choices)
 

@@ -10,7 +10,6 @@ import importlib.util
 import pathlib
 import re
 import textwrap
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -22,12 +21,13 @@ from fusewright.passes import PIPELINE
 from tests.kernels.test_conformance import check_all
 
 from ..capturing import capture, rewrite, rewritten
-from ..kernels.util import assert_parity
+from ..kernels.util import assert_parity, saved_tensors
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "adding_a_rewrite.py"
 PAGE = ROOT / "docs" / "adding-a-rewrite.md"
 IDS = torch.arange(22).reshape(2, 11)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,6 @@ def example() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def _sections() -> dict[str, str]:
@@ -158,8 +152,7 @@ def test_the_op_is_its_reference(
 
 def test_the_op_keeps_less_and_backward_runs_twice(example: ModuleType) -> None:
     x = torch.randn(4, 6, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         y = example.quick_gelu(x, 1.702)
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
     first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for _ in range(2))

@@ -22,10 +22,7 @@ from fusewright.rewrite.verify_exact import Plain
 
 from ..capturing import capture
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class _Power(torch.autograd.Function):

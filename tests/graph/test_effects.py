@@ -18,7 +18,6 @@ from ..capturing import capture
 
 Fn = Callable[[Tensor, Tensor], Any]
 
-_NORM = nn.BatchNorm1d(8)
 _SHAPED = nn.SiLU(inplace=True)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fusewright.kernels.attention import attention
 from fusewright.kernels.op import Example, ExampleSizes, Maker, Op
 from fusewright.rewrite.op_table import OPS
 
 from .attention_masks import MASKS
+from .util import Watch
 
 ODD = ExampleSizes(2, 13, 123, 35, 4, 2, 14, 123, 3, 5, 4)
 """That fill no tile, no vector and no group; large enough for the statistics of an error."""
@@ -71,6 +72,22 @@ class Case:
         options = self.sizes, self.train, self.adapters, generator, self.strided
         maker = Maker(self.dtype, self.device, *options)
         return Call(self.op, *tree_flatten(self.example(maker)))
+
+
+def library_calls(call: Call) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The library ops that forward and backward of ``call`` run, each with arguments."""
+    calls: dict[Any, Any] = {}
+
+    def note(op: Any, args: Any, outs: list[Tensor]) -> None:
+        if op.namespace == "fusewright":
+            calls.setdefault(op, args)
+
+    with Watch(note):
+        live = [o for o in tree_leaves(call.ours(*call.tensors)) if o.requires_grad]
+        if live:
+            torch.autograd.backward(live, [torch.randn_like(o) for o in live])
+    for op, args in calls.items():
+        yield op, tuple(tree_map_only(Tensor, lambda t: t.detach().clone(), args))
 
 
 CASES = {name: Case(op, example) for op in OPS for name, example in op.examples().items()}

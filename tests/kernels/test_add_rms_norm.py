@@ -13,10 +13,7 @@ from fusewright.kernels.norms.add_rms_norm import OP, add_rms_norm, reference
 from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS
 from tests.kernels.util import assert_parity
 
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _bind(fn: Callable[..., tuple[Tensor, Tensor]], offset: float, rounding: str):
@@ -117,7 +114,6 @@ def test_reasons() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dim", [507, 4096, 16384])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity_on_the_gpu(dim: int, dtype: torch.dtype) -> None:

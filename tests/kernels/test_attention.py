@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.attention import tiles as attention_tiles
 from fusewright.kernels.attention.attention import OP, attention
 
-from .util import assert_parity
+from .util import Watch, assert_parity, saved_tensors
 
 B16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -185,29 +184,20 @@ def test_layouts_are_those_of_projections() -> None:
     assert all(t.transpose(1, 2).is_contiguous() for t in (out, *grads))
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.itemsize)
-        return out
+def _elements(t: Tensor) -> int:
+    return t.untyped_storage().nbytes() // t.itemsize
 
 
 def test_memory_does_not_grow_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "_CACHED", 1)
     q, k, v = _qkv(1, 2, 1, 1024, 1024, 4, 4, F32)
-    saved: list[Tensor] = []
+    sizes: list[int] = []
     with (
-        _Largest() as largest,
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        Watch(lambda op, args, outs: sizes.extend(_elements(t) for t in outs)),
+        saved_tensors() as saved,
     ):
         attention(q, k, v, None, True).sum().backward()
-    assert largest.elements <= 128 * 2 * 1024  # one tile
+    assert max(sizes) <= 128 * 2 * 1024  # one tile
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (q, k, v)]
 
 

@@ -15,12 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.kernels import launch
 from fusewright.kernels.attention.attention import OP, attention
-from fusewright.kernels.launch import Gpu, has_triton, interpreting
+from fusewright.kernels.launch import Gpu
 
-pytestmark = [
-    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
-    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set"),
-]
+from .util import needs_triton
+
+pytestmark = needs_triton
 
 HOPPER, SMALL, AMD = Gpu(9, 227 << 10), Gpu(8, 99 << 10), Gpu(9, 64 << 10, True)
 B16 = torch.bfloat16

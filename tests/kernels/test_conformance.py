@@ -23,16 +23,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.kernels.op import ExampleSizes, Maker, Op
 from fusewright.kernels.second_order import differentiable, double_backward
 from fusewright.rewrite.op_table import OPS
 
-from .calls import CASES, Call, Case
-from .util import Stop, assert_parity, assert_parity_of_draws
+from .calls import CASES, Call, Case, library_calls
+from .util import Stop, assert_parity, assert_parity_of_draws, saved_tensors
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TINY = ExampleSizes(2, 3, 4, 6, 2, 1, 4, 7, 2, 2, 3)
@@ -396,14 +394,10 @@ def test_outputs_may_be_written_to(name: str, train: bool) -> None:
 
 
 def check_kept_outputs(case: Case) -> None:
-    call, kept = case.call(), set[int]()
-
-    def pack(t: Tensor) -> Tensor:
-        kept.add(t.untyped_storage().data_ptr())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    call = case.call()
+    with saved_tensors() as saved:
         outs = _outs(call.ours(*call.tensors))
+    kept = {t.untyped_storage().data_ptr() for t in saved}
     found = [i for i, o in enumerate(outs) if o.untyped_storage().data_ptr() in kept]
     assert set(found) <= set(call.op.kept_outputs)
 
@@ -437,29 +431,10 @@ def check_fake_is_real(case: Case) -> None:
     assert found == layouts(_fresh(call.tensors))
 
 
-class _Recorder(TorchDispatchMode):
-    """Remembers the calls of our own library ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[Any, tuple[Any, ...]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fusewright":
-            self.calls.setdefault(func, args)
-        return func(*args, **(kwargs or {}))
-
-
 def check_library_ops(case: Case) -> None:
     """Each that runs writes into no input, returns none, and is what its fake form declares."""
-    call = case.call()
-    with _Recorder() as recorder:
-        live = [o for o in _outs(call.ours(*call.tensors)) if o.requires_grad]
-        if live:
-            torch.autograd.backward(live, [torch.randn_like(o) for o in live])
-    for op, args in recorder.calls.items():
-        plain = tree_map_only(Tensor, lambda t: t.detach().clone(), args)
-        torch.library.opcheck(op, tuple(plain), test_utils=("test_schema", "test_faketensor"))
+    for op, args in library_calls(case.call()):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @each_case

@@ -19,6 +19,7 @@ from fusewright.kernels.op import Maker
 from fusewright.kernels.scan import ssd
 
 from .calls import CASES, ODD
+from .util import saved_tensors
 
 BF16 = torch.bfloat16
 ROWS, WIDE, OUT, RANK = 35, 64, 48, 4
@@ -42,18 +43,10 @@ def _args(name: str) -> tuple[Any, ...]:
 def _saved(call: Callable[[], Any], parameters: list[Tensor]) -> int:
     """Bytes of the memories that a real call keeps for backward, parameters left out."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        alive = call()
-    del alive
-    return sum(kept.values())
+    with saved_tensors() as saved:
+        call()
+    kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}
+    return sum(size for place, size in kept.items() if place not in known)
 
 
 # PyTorch's own kernel takes a plain layer norm, and no fake tensors

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import launch
 from fusewright.kernels.direct import direct
+
+from .util import Watch
 
 Ran = list[tuple[Any, ...]]
 
@@ -39,21 +40,11 @@ def added(monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Any], Ran]:
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, seen: list[Any]) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -70,10 +61,12 @@ def test_an_ordinary_call_is_direct(added: Any) -> None:
 
 def test_modes_see_the_op(added: Any) -> None:
     call, ran = added
-    for mode in (_Operators(), _Functions()):
+    seen: list[Any] = []
+    for mode in (Watch(lambda op, args, outs: seen.append(op)), _Functions(seen)):
         with torch.no_grad(), mode:
             call(X)
-        assert "lora_sum_of_products" in str(mode.seen)
+        assert "lora_sum_of_products" in str(seen)
+        seen.clear()
     assert ran == []
 
 

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.linear import dora
 from fusewright.kernels.linear.dora import NORMS, OP, rescaled, rescaled_reference, row_norms
 from fusewright.rewrite.tolerance import exceeded
 
-from .util import assert_parity_of_draws
+from .util import Watch, assert_parity_of_draws, saved_tensors
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -76,12 +75,10 @@ def test_a_wide_sum_is_rounded_once():
 def test_only_wanted_gradients_are_computed_and_kept(needed):
     given = [t.detach() for t in operands((4, 6), (F32, F32), True, True)]
     given[needed].requires_grad_()
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (kept.append(t.numel()), t)[1], lambda t: t
-    ):
+    with saved_tensors() as kept:
         y = rescaled(*given, 2.0)
-    assert (24 in kept) == (needed == 1)  # the products' sum, for the factor alone
+    of_both = [t.numel() for t in kept].count(24)  # the products' sum, for the factor alone
+    assert bool(of_both) == (needed == 1)
     y.backward(torch.randn(4, 6))
     assert [t.grad is not None for t in given] == [i == needed for i in range(4)]
 
@@ -113,21 +110,17 @@ def test_row_norms(monkeypatch, tile, dtype, adapter, into):
 
 def test_the_sum_is_never_whole(monkeypatch):
     monkeypatch.setattr(dora, "_TILE", 4 * 50 * 5)
-    largest = 0
+    sizes: list[int] = []
 
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and func is not torch.ops.aten.detach.default:
-                largest = max(largest, out.numel())
-            return out
+    def note(op: Any, args: Any, outs: list[Tensor]) -> None:
+        if op is not torch.ops.aten.detach.default:
+            sizes.extend(t.numel() for t in outs)
 
     weight, a, b = _matrices(F32, F32)
-    with Sizes():
+    with Watch(note):
         torch.ops.fusewright.dora_row_norms.default(weight, a, b, 2.0, F32)
         dora._row_norms(weight, a, b, 2.0, F32)
-    assert 0 < largest <= 5 * 50
+    assert 0 < max(sizes) <= 5 * 50
 
 
 def test_autocast_leaves_both_alone():

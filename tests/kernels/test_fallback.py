@@ -12,20 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import fallback, launch
 from fusewright.kernels.fallback import LaunchError, no_fallback, with_plain_form
-from fusewright.kernels.launch import has_triton, interpreting
 
 from .calls import LAUNCHING, sized
 from .failing_launches import ERRORS, RAISED, as_on_a_gpu, clean
-from .util import assert_parity, assert_parity_of_draws
+from .util import Watch, assert_parity, assert_parity_of_draws, needs_triton
 
-pytestmark = [
-    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
-    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is launched"),
-]
+pytestmark = needs_triton
 
 INNER = ("dequantize_4bit", "quant_linear_few")
 """Library ops that are called inside of others only, where no mode sees them."""
@@ -42,18 +37,14 @@ def _launching() -> dict[str, Any]:
     return {op._schema.name.partition("::")[2]: op for op in launch.LAUNCHES}
 
 
-class _Recorder(TorchDispatchMode):
+def _noting(calls: dict[Any, tuple[Any, list[Tensor]]]) -> Watch:
     """Keeps the arguments and results of a call of each library op that launches kernels."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[Any, tuple[Any, Any]] = {}
+    def note(op: Any, args: Any, outs: list[Tensor]) -> None:
+        if op in launch.LAUNCHES:
+            calls[op] = args, outs
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func in launch.LAUNCHES:
-            self.calls[func] = args, made
-        return made
+    return Watch(note)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,18 +60,19 @@ def test_every_op_falls_back_with_the_right_values(name: str, dtype: torch.dtype
         warnings.simplefilter("always")
         assert_parity_of_draws(call.ours, call.reference, drawn)
         launches = run.call_count
-        with _Recorder() as recorder:
+        calls: dict[Any, tuple[Any, list[Tensor]]] = {}
+        with _noting(calls):
             assert_parity_of_draws(call.ours, call.reference, drawn)
         assert run.call_count == launches, "a kernel that has failed was tried again"
         failed = dict(fallback.FAILED)
-        for op, (args, made) in recorder.calls.items():
+        for op, (args, made) in calls.items():
             _assert_as_declared(op, args, made)
             # of autocast and autograd a kernel knows nothing
             with torch.autocast("cpu", torch.float16):
                 again = op(*args)
             kept = slice(1) if "selective_scan_triton_forward" in str(op) else slice(None)
             # of the states that the scan keeps, the last ones are not written
-            for ours, theirs in zip(_list(again)[kept], _list(made)[kept], strict=True):
+            for ours, theirs in zip(_list(again)[kept], made[kept], strict=True):
                 assert torch.equal(ours, theirs)
     assert failed
     assert all("OutOfResources: out of resource: shared memory" in why for why in failed.values())
@@ -90,29 +82,29 @@ def test_every_op_falls_back_with_the_right_values(name: str, dtype: torch.dtype
 
 def test_each_op_that_launches_is_tried_above() -> None:
     ours = {name: op for name, op in _launching().items() if not name.startswith("test_")}
-    failed, recorder = set[str](), _Recorder()
+    failed, calls = set[str](), dict[Any, tuple[Any, list[Tensor]]]()
     for case in CASES.values():
         for dtype in (torch.float32, torch.bfloat16):
             call = replace(case, dtype=dtype).call()
-            with as_on_a_gpu(ERRORS["resources"]), warnings.catch_warnings(), recorder:
+            with as_on_a_gpu(ERRORS["resources"]), warnings.catch_warnings(), _noting(calls):
                 warnings.simplefilter("ignore")
                 outs = _list(call.ours(*call.tensors))
                 sum(o.sum() for o in outs if o.requires_grad).backward()
                 failed |= set(fallback.FAILED)
     assert failed == set(ours)
-    assert {name for name, op in ours.items() if op not in recorder.calls} <= set(INNER)
+    assert {name for name, op in ours.items() if op not in calls} <= set(INNER)
 
 
 def _list(made: Any) -> list[Tensor]:
     return list(made) if isinstance(made, (list, tuple)) else [made]
 
 
-def _assert_as_declared(op: Any, args: Any, made: Any) -> None:
+def _assert_as_declared(op: Any, args: Any, made: list[Tensor]) -> None:
     """The results have the layouts and dtypes that a compiler has planned for."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         given = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
         declared = op(*given)
-    for ours, theirs in zip(_list(made), _list(declared), strict=True):
+    for ours, theirs in zip(made, _list(declared), strict=True):
         assert ours.dtype is theirs.dtype
         assert ours.shape == theirs.shape
         assert ours.stride() == theirs.stride()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusewright.kernels.mlp.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 
-from .util import assert_parity, assert_parity_of_draws
+from .util import assert_parity, assert_parity_of_draws, saved_tensors
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,9 +89,8 @@ def test_packed_parity(
 
 
 def test_the_activation_is_not_saved() -> None:
-    saved: list[Tensor] = []
     gate, up = (_randn(4, 16, seed=i).requires_grad_() for i in (1, 2))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with saved_tensors() as saved:
         glu(gate, up, "silu")
         glu_packed(torch.cat((gate, up), -1), "silu")
     assert [t.shape[-1] for t in saved] == [16, 16, 32]

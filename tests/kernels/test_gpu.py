@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .calls import LAUNCHING, Call, sized
+from .calls import LAUNCHING, Call, library_calls, sized
 from .util import assert_parity
 
 pytestmark = pytest.mark.gpu
@@ -41,35 +37,11 @@ def test_parity(name: str, dtype: torch.dtype, shape: tuple[int, int, int], trai
     assert_parity(call.ours, call.reference, *call.tensors)
 
 
-class Recorder(TorchDispatchMode):
-    """Remembers the calls of fusewright's own library ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[Any, tuple[Any, ...]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fusewright":
-            self.calls.setdefault(func, args)
-        return func(*args, **(kwargs or {}))
-
-
-def _library_calls(call: Call) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """The library ops that forward and backward of ``call`` run, with detached arguments."""
-    with Recorder() as recorder:
-        outputs = call.ours(*call.tensors)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
-    for op, args in recorder.calls.items():
-        plain = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), args)
-        yield op, tuple(plain)
-
-
 @each_call
 @pytest.mark.parametrize("train", [False, True], ids=["frozen", "trained"])
 def test_library_ops_keep_their_contracts(name: str, train: bool) -> None:
     call = make(name, (3, 41, 252), torch.bfloat16, train)
-    calls = list(_library_calls(call))
+    calls = list(library_calls(call))
     assert calls, "this op has Triton kernels, and none ran"
     for op, args in calls:
         torch.library.opcheck(op, args)

@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from fusewright.kernels.launch import has_triton, interpreting
+from .util import needs_triton
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "kernels.md"
 CARDS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
-pytestmark = [
-    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
-    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled"),
-]
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")

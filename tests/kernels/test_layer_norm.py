@@ -13,17 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright.kernels.norms import layer_norm as op
 from fusewright.kernels.norms.layer_norm import OP, layer_norm, reference
-from tests.kernels.util import assert_parity
+from tests.kernels.util import assert_parity, strided_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 PARAMETERS = tuple(itertools.product((False, True), repeat=2))
 """Whether there is a weight, and a bias."""
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _bind(
@@ -64,15 +60,9 @@ def test_parity(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides(dtype: torch.dtype) -> None:
-    base, w = torch.randn(3, 5, 4, 96, dtype=dtype), torch.randn(96, dtype=dtype)[::2]
+    w = torch.randn(96, dtype=dtype)[::2]
     b = torch.randn(48, dtype=dtype, requires_grad=True)
-    for x in (
-        base[..., :48],
-        base[..., ::2],
-        base[..., 48:].transpose(1, 2),
-        torch.randn(48, 10, dtype=dtype).t(),
-        torch.randn(1, 48, dtype=dtype).expand(6, 48),
-    ):
+    for x in strided_rows(dtype):
         inputs = x.requires_grad_(), w.requires_grad_(), b
         assert_parity(_bind(layer_norm), _bind(reference), *inputs)
         assert layer_norm(x, w, b, EPS).stride() == reference(x, w, b, EPS).stride()

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from fusewright.kernels.loss import head_tiles as tiles
 from fusewright.kernels.loss.linear_cross_entropy import OP, linear_cross_entropy, reference
 
 from .util import assert_parity
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def operands(
@@ -45,15 +45,6 @@ def parity(inputs: tuple[Tensor, ...], labels: Tensor, **options: Any) -> None:
     assert_parity(over(linear_cross_entropy), over(reference), *inputs)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of at most 16 rows of 300 classes in bf16, strips of 3 rows, dW by 128 classes."""
-    monkeypatch.setattr(tiles, "TILE_BYTES", 16 * 300 * 2)
-    monkeypatch.setattr(tiles, "TILE_ROWS", 1)
-    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", 900 // torch.get_num_threads())
-    monkeypatch.setattr(tiles, "CHUNK_CLASSES", 128)
-
-
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"reduction": "sum"},
@@ -69,7 +60,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("trained", ["x", "x w", "x w b"])
 @pytest.mark.usefixtures("small_tiles")
 def test_parity_over_many_tiles(dtype, options, trained):
-    torch.manual_seed(0)
     x, w, b = operands((101, 40), 300, dtype, spread=2.0)
     w.requires_grad_("w" in trained)
     inputs = (x, w, b) if "b" in trained else (x, w)
@@ -118,7 +108,6 @@ def test_degenerate_sizes_are_exact_in_fp64(shape, vocabulary, options, ignored)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("small_tiles")
 def test_gradcheck(options):
-    torch.manual_seed(0)
     inputs = operands((7, 5), 90, F64)
     labels = torch.tensor([3, -100, 89, 0, -100, 7, 7])
     assert torch.autograd.gradcheck(
@@ -137,7 +126,6 @@ def test_all_labels_ignored():
 
 
 def test_another_ignore_index_and_more_dimensions():
-    torch.manual_seed(0)
     x, w, b = operands((3, 11, 24), 50, F32)
     labels = torch.randint(0, 50, (4, 3, 11))
     labels[labels % 3 == 0] = 7
@@ -145,7 +133,6 @@ def test_another_ignore_index_and_more_dimensions():
 
 
 def test_non_contiguous_operands():
-    torch.manual_seed(0)
     x = torch.randn(24, 3, 11).permute(1, 2, 0).requires_grad_()
     w = torch.randn(24, 50).t().requires_grad_()
     b = torch.randn(100)[::2].requires_grad_()
@@ -155,7 +142,6 @@ def test_non_contiguous_operands():
 
 def test_confident_rows_keep_relative_precision():
     """Where p(label) is almost 1, its gradient p - 1 must not drown in p's rounding."""
-    torch.manual_seed(0)
     x, w, _ = operands((64, 32), 200, BF16)
     with torch.no_grad():
         x.mul_(0.1)
@@ -181,7 +167,6 @@ def test_a_label_that_is_no_class_is_refused():
 
 
 def test_tied_head_adds_to_the_embedding_gradient():
-    torch.manual_seed(0)
     tokens, labels = torch.randint(0, 60, (2, 40)), torch.randint(0, 60, (2, 40))
 
     class Tied(nn.Module):
@@ -201,7 +186,6 @@ def test_tied_head_adds_to_the_embedding_gradient():
 
 def test_sum_over_the_number_of_items():
     """The Trainer's loss under gradient accumulation."""
-    torch.manual_seed(0)
     x, w, _ = operands((40, 24), 60, F64)
     labels = targets(40, 60, 0.3)[0]
     items = torch.tensor(77.0, dtype=F64)
@@ -212,7 +196,6 @@ def test_sum_over_the_number_of_items():
 
 def test_upstream_gradient_keeps_its_precision_over_a_bf16_gradient():
     """A factor rounded to bf16 would bias the whole gradient."""
-    torch.manual_seed(0)
     x, w, _ = operands((64, 32), 100, BF16)
     labels = targets(64, 100)[0]
     factor = 1.0 + 2**-9  # halfway between two numbers of bf16
@@ -223,7 +206,6 @@ def test_upstream_gradient_keeps_its_precision_over_a_bf16_gradient():
 
 
 def test_autocast_is_that_of_the_reference():
-    torch.manual_seed(0)
     inputs = operands((64, 32), 100, F32)
     labels = targets(64, 100)[0]
     with torch.autocast("cpu", BF16):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.loss import head_tiles
 from fusewright.kernels.loss.linear_cross_entropy import linear_cross_entropy
 from fusewright.kernels.loss.linear_logprob import OP, linear_logprob, reference
 
@@ -27,15 +26,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"logit_scale": 0.25, "temperature": 2.0},
     {"softcap": 5.0, "logit_scale": 2.0, "temperature": 1.3},
 )
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of at most 16 rows of 300 classes in bf16, strips of 3 rows, dW by 128 classes."""
-    monkeypatch.setattr(head_tiles, "TILE_BYTES", 16 * 300 * 2)
-    monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
-    monkeypatch.setattr(head_tiles, "STRIP_ELEMENTS", 900 // torch.get_num_threads())
-    monkeypatch.setattr(head_tiles, "CHUNK_CLASSES", 128)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def some_targets(shape: tuple[int, ...], vocabulary: int, ignored: float) -> Tensor:
@@ -90,7 +81,6 @@ def test_parity(n, hidden, vocabulary, dtype, options, ignored, trained, names, 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.usefixtures("small_tiles")
 def test_parity_over_many_tiles(name, dtype, trained):
-    torch.manual_seed(0)
     labels = some_targets((303,), 300, 0.3)
     options = OPTIONS[-1]
     ours, theirs = (over(fn, labels, (name,), **options) for fn in (linear_logprob, reference))
@@ -107,7 +97,6 @@ def test_parity_over_many_tiles(name, dtype, trained):
 @pytest.mark.parametrize("names", [*((name,) for name in FLOATS), FLOATS[:2], FLOATS])
 @pytest.mark.usefixtures("small_tiles")
 def test_gradcheck(names, options, trained):
-    torch.manual_seed(0)
     x, w, b = operands((2, 3, 5), 90, F64)
     scale = torch.tensor(0.8, dtype=F64, requires_grad=True)
     given = {"x": x, "w": w, "b": b, "s": scale}
@@ -150,7 +139,6 @@ def test_one_class():
 
 
 def test_no_targets_count_every_row_and_are_not_needed():
-    torch.manual_seed(0)
     x, w, b = operands((2, 30, 16), 50, F32)
     names = [name for name in EVERY if name != "logprob"]
     found = linear_logprob(x, w, b, None, names, 4)
@@ -163,7 +151,6 @@ def test_no_targets_count_every_row_and_are_not_needed():
 
 @pytest.mark.usefixtures("small_tiles")
 def test_classes_are_those_of_the_highest_logits():
-    torch.manual_seed(0)
     x, w, b = (t.detach() for t in operands((200, 40), 300, BF16))
     labels = some_targets((200,), 300, 0.3)
     values, classes, top = linear_logprob(
@@ -180,7 +167,6 @@ def test_classes_are_those_of_the_highest_logits():
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_outputs_that_nobody_differentiates_change_nothing(trained):
-    torch.manual_seed(0)
     x, w, _ = operands((40, 24), 60, F64)
     w.requires_grad_(trained)
     wanted = (x, w) if trained else (x,)
@@ -195,7 +181,6 @@ def test_outputs_that_nobody_differentiates_change_nothing(trained):
 
 
 def test_a_deferred_gradient_is_right_where_it_is_wanted():
-    torch.manual_seed(0)
     x, w, _ = operands((40, 24), 60, F64)
     w.requires_grad_(False)
     labels = some_targets((40,), 60, 0.2)
@@ -207,7 +192,6 @@ def test_a_deferred_gradient_is_right_where_it_is_wanted():
 
 
 def test_it_agrees_with_the_cross_entropy():
-    torch.manual_seed(0)
     x, w, b = operands((64, 32), 100, F32)
     labels = some_targets((64,), 100, 0.3)
     logprob = linear_logprob(x, w, b, labels, softcap=4.0, logit_scale=0.5)[0]
@@ -223,7 +207,6 @@ def test_it_agrees_with_the_cross_entropy():
 
 def test_confident_rows_keep_relative_precision():
     """Where p(target) is almost 1, 1 - p must not drown in p's rounding."""
-    torch.manual_seed(0)
     x, w, _ = operands((64, 32), 200, BF16)
     w.requires_grad_(False)
     with torch.no_grad():
@@ -249,7 +232,6 @@ def test_targets_whose_probability_underflows():
 
 @pytest.mark.parametrize("factor", [False, True], ids=["constant", "learnt"])
 def test_autocast_is_that_of_the_reference(factor):
-    torch.manual_seed(0)
     inputs = operands((64, 32), 100, F32)
     scale = torch.tensor(0.7, requires_grad=True)
     inputs = (*inputs, scale) if factor else inputs
@@ -277,7 +259,6 @@ def test_a_target_that_is_no_class_is_refused():
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_opaque_ops_are_well_formed_and_compile(trained):
-    torch.manual_seed(0)
     x, w, b = operands((10, 16), 50, BF16)
     for t in (w, b):
         t.requires_grad_(trained)

@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.linear import products
 from fusewright.kernels.processor import KINDS
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA as OP
-from .util import assert_parity
+from .util import assert_parity, saved_tensors
 
 lora_linear, reference = OP.call, OP.reference
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -175,26 +174,11 @@ def test_expanded_and_strided_upstream_gradients(make):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-class Matmuls(TorchDispatchMode):
-    """Counts the matrix products that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.count += name in ("mm", "addmm", "addmm_", "linear", "_addmm_activation")
-        self.count += 2 * (name == "lora_sum_of_products")
-        return func(*args, **(kwargs or {}))
-
-
 def test_nothing_is_kept_for_gradients_that_nobody_wants():
     x, weight, _, a, b, *_ = operands((6, 16), 12, 4, F32, F32)
     for t in (weight, a, b):
         t.requires_grad_(False)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         lora_linear(x, weight, None, a, b, 2.0)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (weight, a, b)}
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import matmul
 from fusewright.kernels.attention import attention
@@ -32,6 +31,7 @@ from . import (
 )
 from .by_parts import LORA
 from .native import libraries
+from .util import Watch
 
 HALF = st.sampled_from([torch.bfloat16, torch.float16])
 OPS = [
@@ -122,24 +122,14 @@ def test_operands_of_two_dtypes_are_refused_as_by_pytorch(without_products: None
             call()
 
 
-class _Largest(TorchDispatchMode):
-    """The largest fp32 result of any operation."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype is torch.float32:
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 @pytest.mark.parametrize("transposed", [True, False])
 def test_no_more_than_slices_are_in_fp32(without_products: None, transposed: bool) -> None:
     left, right = torch.randn(40, 20).bfloat16(), torch.randn(50, 20).bfloat16().t()
-    with _Largest() as largest:
+    made: list[Tensor] = []
+    with Watch(lambda op, args, outs: made.extend(outs)):
         matmul.mm(left, right if transposed else right.contiguous())
-    assert 0 < largest.elements <= 150  # three rows, at the least, of fifty columns
+    sizes = [t.numel() for t in made if t.dtype is torch.float32]
+    assert 0 < max(sizes) <= 150  # three rows, at the least, of fifty columns
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.linear import projections
 from fusewright.kernels.mlp import mlp_block as module
@@ -22,7 +21,7 @@ from fusewright.rewrite.tolerance import exceeded
 from .by_parts import LORA, records
 from .by_parts import MLP as OP
 from .test_qkv_block import Given, make, operands, present
-from .util import assert_parity_of_draws
+from .util import Watch, assert_parity_of_draws, saved_tensors
 
 lora_linear, mlp_block, reference = LORA.call, OP.call, OP.reference
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -210,14 +209,9 @@ def test_non_contiguous_operands(keep):
 
 
 def _kept(call: Callable[[], Tensor], own: list[Tensor]) -> int:
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors() as saved:
         call()
+    found = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}
     mine = {t.data_ptr() for t in own}
     return sum(size for pointer, size in found.items() if pointer not in mine)
 
@@ -236,20 +230,6 @@ def test_what_is_kept(layout):
     assert sizes["gate_up"] == x.nbytes + 2 * 9 * 40 * 2 + narrow
 
 
-class _Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            self.elements = max(self.elements, t.numel() if isinstance(t, Tensor) else 0)
-        return out
-
-
 def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
     monkeypatch.setattr(module, "TILE_BYTES", 1)
     lists, rows, wide = mlp(8, 80, F32, F32, ranks=(2, 2, 2)), 1000, 80
@@ -258,11 +238,12 @@ def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
     tensors, _ = projections.flat(records(*lists[:4], [1.0] * 3, lists[4]), torch.empty(0))
     x, grad = torch.randn(rows, 8), torch.randn(rows, 8)
     options = (tensors, [1.0] * 3, [], [], "silu", "two")
-    with torch.no_grad(), _Largest() as seen:
+    sizes: list[int] = []
+    with torch.no_grad(), Watch(lambda op, args, outs: sizes.extend(t.numel() for t in outs)):
         module._tiled_forward(x, *options)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
         module._tiled_backward(grad, x, *options, needed)
-    assert seen.elements < rows * wide // 4
+    assert max(sizes) < rows * wide // 4
 
 
 @pytest.mark.parametrize("keep", KEEPS)

@@ -17,7 +17,7 @@ from fusewright.kernels.moe import moe_experts as ops
 from fusewright.kernels.moe.moe_experts import OP, inverse_permutation, moe_experts, moe_route
 from fusewright.rewrite.tolerance import exceeded
 
-from .util import assert_parity, assert_parity_of_draws
+from .util import assert_parity, assert_parity_of_draws, saved_tensors
 
 ROUTINGS = ("spread", "some idle", "one expert")
 
@@ -167,8 +167,7 @@ def test_frozen_experts_keep_no_rows_for_their_gradients() -> None:
     needs = (True, True, False, False)
     inputs = _inputs((40, 32, 24, 6, 2), torch.float32, torch.float32, True, False, False, needs, 0)
     run, _ = _calls(_routing("spread", 40, 6, 2, 0), True, False)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         run(*inputs)
     rows = [t.shape for t in kept if t.is_floating_point() and t.dim() == 2]
     assert rows.count((80, 24)) == 1  # tanh keeps its own result

@@ -14,7 +14,7 @@ from fusewright.kernels.linear.linear import KEEPS
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import QKV as OP
-from .util import assert_parity_of_draws
+from .util import assert_parity_of_draws, saved_tensors
 
 qkv_block, reference = OP.call, OP.reference
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -128,14 +128,9 @@ def test_the_input_is_kept_once_and_only_for_wanted_gradients():
     x = make(9, 32, dtype=F32)
 
     def kept(keep: str) -> int:
-        found: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with saved_tensors() as saved:
             over(lambda *a: qkv_block(*a, keep=keep), lists, [2.0] * 3)(x, *present(lists))
+        found = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}
         own = {t.data_ptr() for t in present(lists)}
         return sum(size for pointer, size in found.items() if pointer not in own)
 

@@ -15,7 +15,7 @@ from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA
 from .quantized_weights import random_weight
-from .util import assert_parity
+from .util import assert_parity, saved_tensors
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = [("nf4", 64, True), ("nf4", 128, False), ("fp4", 64, False), ("fp4", 32, True)]
@@ -153,8 +153,7 @@ def test_like_the_layer_of_bitsandbytes(dtype, kind, blocksize, nested):
 def test_nothing_of_the_size_of_the_weight_is_kept():
     w = random_weight((96, 128), nested=True)
     x, bias, a, b = _inputs((4, 8), w, BF16, F32)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         quant_linear(x, w, bias)
         LORA.call(x, w, bias, a, b, 2.0)
     floats = [t for t in kept if t.is_floating_point()]
@@ -209,8 +208,7 @@ def test_inductor_traces_the_ops_and_keeps_no_copy():
         y = LORA.call(x, w, None, a, b, 2.0)
         return torch.sin(y)
 
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         y = compiled(x)
     eager = torch.sin(LORA.call(x, w, None, a, b, 2.0))
     upstream = torch.randn_like(y)

@@ -21,9 +21,8 @@ from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA, MLP, QKV, records
 from .quantized_weights import random_weight
-from .test_mlp_block import _Largest
 from .test_qkv_block import make
-from .util import assert_parity_of_draws
+from .util import Watch, assert_parity_of_draws, saved_tensors
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
@@ -178,16 +177,12 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     tensors, constants = projections.flat(records(*lists[:4], SCALES, lists[4]), leaves[0])
     options = (*map(list, constants[:3]), "gelu", "two")
-    with torch.no_grad(), _Largest() as seen:
+    sizes: list[int] = []
+    with torch.no_grad(), Watch(lambda op, args, outs: sizes.extend(t.numel() for t in outs)):
         mlp_block._tiled_forward(leaves[0], tensors, *options, F64)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
         mlp_block._tiled_backward(upstream, leaves[0], tensors, *options, needed, F64)
-    assert seen.elements < rows * wide // 4
-
-
-def _noted(kept: list[Tensor], t: Tensor) -> Tensor:
-    kept.append(t)
-    return t
+    assert max(sizes) < rows * wide // 4
 
 
 @pytest.mark.long("gate_up", "input")
@@ -211,10 +206,10 @@ def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
         exact = [t.detach().double().requires_grad_() for t in leaves]
         results: list[tuple[Tensor, ...]] = []
         kept: list[Tensor] = []
-        hooks = (functools.partial(_noted, kept), lambda t: t)
         for fn, inputs in ((compiled, leaves), (both, leaves), (both, exact)):
-            with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            with saved_tensors() as saved:
                 y = fn(*inputs)
+            kept += saved
             upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(BF16).to(y.dtype)
             results.append((y, *torch.autograd.grad(y, inputs, upstream)))
         sizes = {w.shape[0] * w.shape[1] for w in (*joined[0], *mlp[0])}

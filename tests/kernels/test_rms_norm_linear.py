@@ -14,10 +14,7 @@ from fusewright.kernels.norms.rms_norm_linear import OP, reference, rms_norm_lin
 from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS
 from tests.kernels.util import assert_parity
 
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _bind(fn: Callable[..., tuple[Tensor, ...]], offset: float, rounding: str, linears: int = 2):
@@ -146,7 +143,6 @@ def test_reasons() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [9, 60, 300])
 @pytest.mark.parametrize("dim", [507, 2048])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusewright.kernels.attention.rope import LAYOUTS, OP, rope
 
-from .util import assert_parity
+from .util import assert_parity, saved_tensors
 
 B16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -124,10 +124,9 @@ def test_an_unused_output_has_no_gradient() -> None:
 
 
 def test_only_the_tables_are_saved() -> None:
-    saved: list[Tensor] = []
     q, k = (_heads(2, 3, 4, 8, "plain", F32).requires_grad_() for _ in range(2))
     cos, sin = _randn(1, 1, 4, 8, seed=1), _randn(1, 1, 4, 8, seed=2)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with saved_tensors() as saved:
         rope((q, k), cos, sin, 8)
     assert [t.data_ptr() for t in saved] == [cos.data_ptr(), sin.data_ptr()]
 

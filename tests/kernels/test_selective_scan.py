@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fusewright.kernels.scan import selective_scan as chunks
 from fusewright.kernels.scan.selective_scan import OP, selective_scan
 from fusewright.rewrite.tolerance import errors
 
-from .util import assert_parity, assert_parity_of_draws
+from .util import assert_parity_of, assert_parity_over, bound, saved_tensors
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -40,34 +38,6 @@ def draw(
     return [None if t is None else t.detach().requires_grad_() for t in inputs]
 
 
-def bound(fn: Callable[..., Any], inputs: Sequence[Any], softplus: bool) -> Callable[..., Any]:
-    """``fn`` as a function of those inputs that are there."""
-
-    def call(*given: Tensor) -> Any:
-        rest = iter(given)
-        return fn(*(None if t is None else next(rest) for t in inputs), softplus)
-
-    return call
-
-
-def check(make: Callable[[], list[Any]], softplus: bool = True) -> None:
-    """Parity over draws of ``make``; the gradient of a skip has one number per channel."""
-    like = make()
-    assert_parity_of_draws(
-        bound(selective_scan, like, softplus),
-        bound(OP.reference, like, softplus),
-        lambda: [t for t in make() if t is not None],
-    )
-
-
-def _check(inputs: list[Any], softplus: bool = True) -> None:
-    assert_parity(
-        bound(selective_scan, inputs, softplus),
-        bound(OP.reference, inputs, softplus),
-        *(t for t in inputs if t is not None),
-    )
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     size=st.tuples(*(st.integers(*n) for n in ((1, 3), (3, 40), (2, 9), (1, 23)))),
@@ -82,7 +52,7 @@ def test_parity(
     previous = chunks._SHORTEST, chunks._LONGEST
     chunks._SHORTEST = chunks._LONGEST = 4  # many chunks in few steps
     try:
-        check(lambda: draw(*size, dtype, *given), softplus)  # type: ignore[call-arg, arg-type]
+        assert_parity_over(OP, lambda: draw(*size, dtype, *given), softplus)  # type: ignore[call-arg, arg-type]
     finally:
         chunks._SHORTEST, chunks._LONGEST = previous
 
@@ -109,13 +79,13 @@ def test_the_gradient_of_b_is_as_exact_as_eagers(channels: int) -> None:
 @pytest.mark.parametrize("length", [1, 127, 300])
 def test_parity_over_real_chunks(length: int) -> None:
     torch.manual_seed(0)
-    _check(draw(2, 96, 16, length, FP32))
+    assert_parity_of(OP, draw(2, 96, 16, length, FP32), True)
 
 
 def test_samples_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_BUFFER", 64)
     assert chunks.samples_at_once(4, 80) == 1
-    _check(draw(3, 80, 4, 40, FP32))
+    assert_parity_of(OP, draw(3, 80, 4, 40, FP32), True)
 
 
 def test_steep_decays_do_not_overflow() -> None:
@@ -130,15 +100,9 @@ def test_steep_decays_do_not_overflow() -> None:
 def test_memory_between_forward_and_backward() -> None:
     inputs = draw(1, 64, 16, 512, FP32)
     own = {t.untyped_storage().data_ptr() for t in inputs}
-    kept = 0
-
-    def pack(t: Tensor) -> Tensor:
-        nonlocal kept
-        kept += t.nbytes * (t.untyped_storage().data_ptr() not in own)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors() as saved:
         selective_scan(*inputs, True)
+    kept = sum(t.nbytes for t in saved if t.untyped_storage().data_ptr() not in own)
     assert kept * 50 < 64 * 16 * 512 * 4  # all states
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fusewright.kernels.scan import ssd as module
 from fusewright.kernels.scan.ssd import OP, ssd
 
-from .util import assert_parity, assert_parity_of_draws
+from .util import assert_parity_of, assert_parity_over
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -37,34 +36,6 @@ def draw(
     return [None if t is None else t.detach().requires_grad_() for t in inputs]
 
 
-def bound(fn: Callable[..., Any], inputs: Sequence[Any], *options: Any) -> Callable[..., Any]:
-    """``fn`` as a function of those inputs that are there."""
-
-    def call(*given: Tensor) -> Any:
-        rest = iter(given)
-        return fn(*(None if t is None else next(rest) for t in inputs), *options)
-
-    return call
-
-
-def check(make: Callable[[], list[Any]], *options: Any) -> None:
-    """Parity over draws of ``make``; the gradient of A has one number per head."""
-    like = make()
-    assert_parity_of_draws(
-        bound(ssd, like, *options),
-        bound(OP.reference, like, *options),
-        lambda: [t for t in make() if t is not None],
-    )
-
-
-def _check(inputs: list[Any], *options: Any) -> None:
-    assert_parity(
-        bound(ssd, inputs, *options),
-        bound(OP.reference, inputs, *options),
-        *(t for t in inputs if t is not None),
-    )
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     size=st.tuples(*(st.integers(*n) for n in ((1, 3), (9, 40), (1, 2), (1, 3), (5, 9), (4, 9)))),
@@ -80,7 +51,7 @@ def test_parity(
     previous, module.CHUNK = module.CHUNK, 8
     try:
         shape = (batch, length, 8 * each * groups, groups, features, states)
-        check(lambda: draw(shape, dtype, *given), softplus)
+        assert_parity_over(OP, lambda: draw(shape, dtype, *given), softplus)
     finally:
         module.CHUNK = previous
 
@@ -88,18 +59,18 @@ def test_parity(
 @pytest.mark.parametrize("length", [1, 64, 130])
 def test_parity_over_real_chunks(length: int) -> None:
     torch.manual_seed(0)
-    _check(draw((2, length, 24, 2, 8, 16), FP32), True)
+    assert_parity_of(OP, draw((2, length, 24, 2, 8, 16), FP32), True)
 
 
 def test_tiles_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TILE", 64 * 64 * 3)
     torch.manual_seed(0)
-    _check(draw((2, 40, 32, 2, 8, 8), FP32), True)
+    assert_parity_of(OP, draw((2, 40, 32, 2, 8, 8), FP32), True)
 
 
 def test_steps_are_clamped() -> None:
     torch.manual_seed(0)
-    _check(draw((2, 40, 32, 1, 8, 8), FP32), True, (0.7, 1.2))
+    assert_parity_of(OP, draw((2, 40, 32, 1, 8, 8), FP32), True, (0.7, 1.2))
 
 
 def test_steep_decays_do_not_overflow() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from fusewright import kernels
 from fusewright.kernels import aot
-from fusewright.kernels.launch import has_triton, interpreting
+
+from .util import needs_triton
 
 SHARED = (
     "attention_backward_triton", "attention_forward_triton", "attention_tiles_triton",
@@ -29,10 +30,7 @@ QUICK = (
 )  # fmt: skip
 """What the default run compiles; all of them take minutes."""
 
-pytestmark = [
-    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
-    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled"),
-]
+pytestmark = needs_triton
 
 
 def test_there_are_kernels() -> None:

@@ -24,7 +24,7 @@ from fusewright.kernels.mlp import mlp_block
 from .by_parts import LORA, MLP, QKV
 from .quantized_weights import random_weight
 from .test_qkv_block import make
-from .util import assert_parity_of_draws
+from .util import assert_parity_of_draws, saved_tensors
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SCALES = [2.0, 0.37, 1.0]
@@ -161,16 +161,9 @@ def test_a_quantized_linear_that_computes_in_fewer_bits():
 def test_of_a_wide_input_the_narrow_copy_is_kept():
     case = Case(QKV_SIZES, packed=False)
     given = case.draw()
-    sizes = []
-
-    def pack(t: Tensor) -> Tensor:
-        if t.shape == given[0].shape:
-            sizes.append(t.dtype)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors() as saved:
         case.call(QKV.call, BF16)(*given)
-    assert sizes == [BF16]
+    assert [t.dtype for t in saved if t.shape == given[0].shape] == [BF16]
 
 
 def test_a_result_narrower_than_the_product_is_refused():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fusewright.kernels.launch import has_triton, interpreting
+from fusewright.kernels.op import Op
 from fusewright.rewrite.sample_inputs import SUBNORMAL, draws
 from fusewright.rewrite.tolerance import EXCEEDS, exceeded
 
@@ -44,6 +50,11 @@ def _run(
 
 Fn = Callable[..., Tensor | tuple[Tensor, ...]]
 
+needs_triton = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled"),
+]
+
 
 def assert_parity(ours: Fn, reference: Fn, *inputs: Tensor, seed: int = 0) -> None:
     """Hold ``ours`` to the error budget against ``reference``, forward and every gradient.
@@ -70,6 +81,41 @@ def assert_parity_of_draws(ours: Fn, reference: Fn, draw: Callable[[], Sequence[
         given += (draw() for _ in range(len(given), count))
         problem = _problem(ours, reference, given, 0)
     assert problem is None, problem
+
+
+def bound(fn: Callable[..., Any], inputs: Sequence[Any], *options: Any) -> Callable[..., Any]:
+    """``fn`` as a function of those inputs that are there."""
+
+    def call(*given: Tensor) -> Any:
+        rest = iter(given)
+        return fn(*(None if t is None else next(rest) for t in inputs), *options)
+
+    return call
+
+
+def assert_parity_of(op: Op, inputs: Sequence[Any], *options: Any) -> None:
+    """``assert_parity`` of an op that may be given None."""
+    ours, reference = (bound(fn, inputs, *options) for fn in (op.call, op.reference))
+    assert_parity(ours, reference, *(t for t in inputs if t is not None))
+
+
+def assert_parity_over(op: Op, make: Callable[[], Sequence[Any]], *options: Any) -> None:
+    """The same, where a gradient has few numbers: over draws."""
+    like = make()
+    ours, reference = (bound(fn, like, *options) for fn in (op.call, op.reference))
+    assert_parity_of_draws(ours, reference, lambda: [t for t in make() if t is not None])
+
+
+def strided_rows(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Rows of 48 features: sliced, with gaps, transposed, by columns, expanded."""
+    base = torch.randn(3, 5, 4, 96, dtype=dtype)
+    return [
+        base[..., :48],
+        base[..., ::2],
+        base[..., 48:].transpose(1, 2),
+        torch.randn(48, 10, dtype=dtype).t(),
+        torch.randn(1, 48, dtype=dtype).expand(6, 48),
+    ]
 
 
 def _problem(ours: Fn, reference: Fn, given: Sequence[Sequence[Tensor]], seed: int) -> str | None:
@@ -125,6 +171,27 @@ def _with_last_stride(t: Tensor, stride: int) -> Tensor:
     if t.dtype is not torch.float64:
         return t
     return torch.stack([t.detach()] * stride, -1)[..., 0].requires_grad_(t.requires_grad)
+
+
+class Watch(TorchDispatchMode):
+    """Tells ``note`` of each operation that runs: it, its arguments, the tensors it returns."""
+
+    def __init__(self, note: Callable[[Any, Any, list[Tensor]], object]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.note(func, args, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
+        return out
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """What autograd keeps of what runs inside."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
 
 
 class Stop(torch.autograd.Function):

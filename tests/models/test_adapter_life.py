@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from fusewright import explain, optimize, restore
 
+from .tiny import assert_equal_training_steps, token_ids, training_step
 from .zoo import FAMILIES, build
 
 LLAMA = next(f for f in FAMILIES if f.name == "llama")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+IDS = token_ids(2, 13, seed=1)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def _random(model: nn.Module) -> nn.Module:
@@ -48,25 +45,6 @@ def _dora(**options: Any) -> Any:
 MODELS = {"two adapters": _two, "DoRA": _dora}
 
 
-def _step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(3)
-    ids = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(1))
-    loss = model(input_ids=ids, labels=ids).loss
-    if loss.requires_grad:
-        loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), grads
-
-
-def _assert_equal(ours: Any, eager: Any) -> None:
-    (loss, grads), (expected, others) = _step(ours), _step(eager)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert grads.keys() == others.keys()
-    for name, g in grads.items():
-        assert (g - others[name]).norm() <= 1e-4 * (others[name].norm() + 1e-6), name
-
-
 def _freeze(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "lora_A" in name:
@@ -80,7 +58,7 @@ def _rescale(model: Any) -> None:
 
 
 def _train_a_little(model: Any) -> None:
-    _step(model)
+    training_step(model, IDS)
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.data.sub_(0.1 * parameter.grad)
@@ -110,12 +88,12 @@ def test_changes_between_steps_are_seen(name: str, dropout: float) -> None:
     model = MODELS[name](lora_dropout=dropout)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
-    _assert_equal(model, eager)
+    assert_equal_training_steps(model, eager, IDS)
     for change, act in CHANGES.items():
         for m in (model, eager):
             act(m)
         try:
-            _assert_equal(model, eager)
+            assert_equal_training_steps(model, eager, IDS)
         except AssertionError as error:
             raise AssertionError(f"after {change}") from error
     sites = [s for s in explain(model).sites if s.rule == "lora_linear"]
@@ -125,7 +103,7 @@ def test_changes_between_steps_are_seen(name: str, dropout: float) -> None:
     else:
         assert "rewritten" in {s.status for s in sites}
     restore(model)
-    _assert_equal(model, eager)
+    assert_equal_training_steps(model, eager, IDS)
 
 
 @pytest.mark.long("DoRA", "two adapters")
@@ -147,7 +125,7 @@ def test_adapters_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
         loaded.load_adapter(tmp_path / "other", "other", is_trainable=True)
         loaded.base_model.set_adapter(["default", "other"])
     optimize(loaded, codegen="eager")
-    _assert_equal(loaded, eager)
+    assert_equal_training_steps(loaded, eager, IDS)
     merged = (m.merge_and_unload() for m in (restore(model), eager))
     for ours, theirs in zip(*(m.parameters() for m in merged), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

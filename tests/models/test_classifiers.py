@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -47,13 +47,7 @@ CASES = [
     if lora or name in _FIRST
 ]  # fmt: skip
 """One label: a text's score; two: the classes of a token."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def make(name: str, labels: int, lora: bool, tokens: bool | None = None, **given: Any) -> Any:

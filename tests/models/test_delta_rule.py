@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusewright import explain, optimize
 from fusewright.graph.opaque import functions as whole
 
 from .architectures import build
+from .tiny import assert_equal_training_steps, token_ids
 
 NAMES = ("qwen3_next", "kimi_linear", "bailing_hybrid", "olmo_hybrid")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def _functions(model: nn.Module) -> list[Any]:
@@ -31,16 +26,6 @@ def _functions(model: nn.Module) -> list[Any]:
         f for f in vars(sys.modules[type(model).__module__]).values()
         if callable(f) and not isinstance(f, type) and whole.convention(f) is whole.DELTA
     ]  # fmt: skip
-
-
-def _step(model: nn.Module, length: int) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, 200, (2, length), generator=generator)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), grads
 
 
 # what runs the blocks does not depend on the model
@@ -54,13 +39,7 @@ def test_steps_of_any_length_equal_eager(name: str, codegen: str) -> None:
     optimize(model, codegen=codegen)
     captured = set()
     for length in (24, 70, 131):  # one, two and three chunks
-        loss, grads = _step(model, length)
-        eager_loss, eager_grads = _step(eager, length)
-        torch.testing.assert_close(loss, eager_loss, rtol=1e-5, atol=1e-6)
-        assert grads.keys() == eager_grads.keys()
-        for parameter, g in grads.items():
-            scale = eager_grads[parameter].norm() + 1e-6
-            assert (g - eager_grads[parameter]).norm() <= 1e-4 * scale, parameter
+        assert_equal_training_steps(model, eager, token_ids(2, length, length), use_cache=False)
         captured.add(explain(model).graphs)
     assert len(captured) <= 2  # lengths are dynamic from the second one on at the latest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -20,6 +20,7 @@ from .zoo import FAMILIES, Family, build
 
 _FAMILY = {f.name: f for f in FAMILIES}
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,6 @@ def _pair(setting: Setting, codegen: str) -> Pair:
     setting.prepare(model)
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     return Pair(typed, True, optimize(model, codegen=codegen), eager, exact)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def _unfused(report: Report) -> list[str]:

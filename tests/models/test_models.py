@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fusewright import explain, optimize, restore
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
+from .tiny import token_ids
 from .zoo import FAMILIES, Family, build
 
 CASES = [(family, lora) for family in FAMILIES for lora in (False, True)]
@@ -41,11 +42,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     yield Pair(family, lora, optimize(model, codegen="eager"), eager, exact)
     torch._dynamo.reset()
-
-
-def _ids(batch: int, length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 200, (batch, length), generator=generator)
 
 
 def _step(model: nn.Module, *batches: Tensor, **more: object) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,7 +141,7 @@ def _batches(
     batch: int, length: int, seed: int = 0, accumulate: int = 1, draws: int = 6
 ) -> list[tuple[Tensor, ...]]:
     return [
-        tuple(_ids(batch, length, seed + 10 * i + j) for j in range(accumulate))
+        tuple(token_ids(batch, length, seed + 10 * i + j) for j in range(accumulate))
         for i in range(draws)
     ]
 
@@ -170,7 +166,7 @@ def test_loss_and_gradients_equal_eager(pair: Pair) -> None:
 
 
 def test_a_second_shape_recompiles_at_most_once(pair: Pair) -> None:
-    _step(pair.ours, _ids(2, 13))
+    _step(pair.ours, token_ids(2, 13))
     before = explain(pair.ours).graphs
     _assert_equal_steps(pair, _batches(3, 24, seed=1))
     assert explain(pair.ours).graphs <= before
@@ -181,7 +177,7 @@ def test_accumulated_gradients_equal_eager(pair: Pair) -> None:
 
 
 def test_logits_are_lazy_and_right(pair: Pair) -> None:
-    ids = _ids(2, 13, seed=4)
+    ids = token_ids(2, 13, seed=4)
     ours, eager = (m(input_ids=ids, labels=ids).logits for m in (pair.ours, pair.eager))
     assert type(ours).__name__ == "LazyLogits"
     assert ours.shape == eager.shape
@@ -189,7 +185,7 @@ def test_logits_are_lazy_and_right(pair: Pair) -> None:
 
 
 def test_generation_is_the_same(pair: Pair) -> None:
-    ids = _ids(1, 5)
+    ids = token_ids(1, 5)
     kwargs = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     was_training = pair.ours.training
     ours, eager = (m.eval().generate(input_ids=ids, **kwargs) for m in (pair.ours, pair.eager))
@@ -200,7 +196,7 @@ def test_generation_is_the_same(pair: Pair) -> None:
 
 def test_a_deep_copy_is_optimized_and_independent(pair: Pair) -> None:
     twin = copy.deepcopy(pair.ours)
-    ids = _ids(2, 13, seed=5)
+    ids = token_ids(2, 13, seed=5)
     loss, grads = _step(twin, ids)
     eager_loss, _ = _step(pair.eager, ids)
     torch.testing.assert_close(loss, eager_loss)
@@ -217,7 +213,7 @@ def test_pickling_gives_a_plain_model(pair: Pair) -> None:
     torch.save(pair.ours, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    ids = _ids(2, 7)
+    ids = token_ids(2, 7)
     loss, _ = _step(loaded, ids)
     eager_loss, _ = _step(pair.eager, ids)
     assert torch.equal(loss, eager_loss)
@@ -255,7 +251,7 @@ def test_restore_is_exact(pair: Pair) -> None:
     assert restore(pair.ours) is pair.ours
     assert all("forward" not in m.__dict__ for m in pair.ours.modules())
     assert all(torch.equal(v, before[k]) for k, v in pair.ours.state_dict().items())
-    ids = _ids(2, 13, seed=7)
+    ids = token_ids(2, 13, seed=7)
     loss, grads = _step(pair.ours, ids)
     eager_loss, eager_grads = _step(pair.eager, ids)
     assert torch.equal(loss, eager_loss)

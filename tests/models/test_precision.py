@@ -11,7 +11,8 @@ from fusewright import explain, optimize
 from fusewright.kernels.processor import processor
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
-from .test_models import Pair, _exact_step, _ids, _rms, _step
+from .test_models import Pair, _exact_step, _rms, _step
+from .tiny import token_ids
 from .zoo import FAMILIES, build
 
 DRAWS = 12
@@ -34,7 +35,7 @@ def test_bfloat16_with_fp32_adapters(name: str) -> None:
     mine: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for seed in range(DRAWS):
-        ids = _ids(2, 13, seed)
+        ids = token_ids(2, 13, seed)
         _, grads = _step(pair.ours, ids)
         _, eager_grads = _step(pair.eager, ids)
         _, exact_grads = _exact_step(pair.exact, ids)

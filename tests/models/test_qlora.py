@@ -14,6 +14,7 @@ from torch import Tensor
 from fusewright import explain, optimize
 from fusewright.compiler.pipeline import planner_of
 
+from ..kernels.util import saved_tensors
 from .quantized import quantize
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -133,8 +134,7 @@ def test_no_copy_of_full_precision_is_left(codegen):
     size = layer.in_features * layer.out_features
     ids = torch.arange(2 * 10).reshape(2, 10)  # activations of other sizes than weights
     model(input_ids=ids, labels=ids).loss.backward()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         loss = model(input_ids=ids, labels=ids).loss
     gc.collect()
     alive = [t for t in gc.get_objects() if type(t) is Tensor and t.is_floating_point()]
@@ -153,15 +153,10 @@ def test_in_tiles_what_is_kept_is_the_input_of_a_block():
         ids = torch.randint(SIZES["vocab_size"], (2, 30))
         model(input_ids=ids, labels=ids).loss.backward()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        found: dict[int, Tensor] = {}
-
-        def pack(t: Tensor, found=found) -> Tensor:
-            found[t.untyped_storage().data_ptr()] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with saved_tensors() as found:
             model(input_ids=ids, labels=ids).loss.backward()
-        own = [t for place, t in found.items() if place not in weights]
+        places = {t.untyped_storage().data_ptr(): t for t in found}
+        own = [t for place, t in places.items() if place not in weights]
         kept[level] = [t for t in own if t.is_floating_point()]
     wide, inputs = SIZES["intermediate_size"], 2 * 30 * SIZES["hidden_size"]
     assert [t for t in kept["all"] if t.shape[-1:] == (wide,)]

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusewright import explain, optimize, restore
 
+from .tiny import token_ids
 from .zoo import FAMILIES
 
 FOLDER = pathlib.Path(__file__).parent / "remote"
@@ -35,6 +36,7 @@ COUNTS: dict[tuple[str, bool], dict[str, int]] = {
     ("oddity", True): {**_ODD, "lora_linear": 8, "mlp_block": 2},
 }
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,12 +56,6 @@ def _forget_remote_modules() -> None:
         del sys.modules[name]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
 def _build(name: str, lora: bool, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(FOLDER / name, trust_remote_code=True, **changes)
@@ -76,11 +72,6 @@ def _build(name: str, lora: bool, **changes: Any) -> Any:
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.1)
     return adapted
-
-
-def _ids(batch: int, length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 200, (batch, length), generator=generator)
 
 
 def _step(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,9 +101,9 @@ def test_remote_code_is_rewritten_and_trains_as_in_eager(name: str, lora: bool) 
     assert report.by_rule() == COUNTS[name, lora], str(report)
     assert not report.gaps(), str(report)
     assert {b.reason.split(":")[0] for b in report.bypasses} <= {"attention"}, str(report)
-    _assert_equal_steps(ours, eager, _ids(2, 13))
+    _assert_equal_steps(ours, eager, token_ids(2, 13))
     graphs = explain(ours).graphs
-    _assert_equal_steps(ours, eager, _ids(3, 24, seed=1))
+    _assert_equal_steps(ours, eager, token_ids(3, 24, seed=1))
     assert explain(ours).graphs == graphs, "another shape was captured anew"
 
 
@@ -122,13 +113,13 @@ def test_restore_is_exact(name: str, lora: bool) -> None:
     eager = _build(name, lora)
     ours = copy.deepcopy(eager)
     before = [dict(vars(m)) for m in ours.modules()]
-    _step(optimize(ours, codegen="eager"), _ids(2, 13))
+    _step(optimize(ours, codegen="eager"), token_ids(2, 13))
     assert restore(ours) is ours
     ours.zero_grad()
     for module, attributes in zip(ours.modules(), before, strict=True):
         assert vars(module).keys() == attributes.keys()
         assert all(vars(module)[k] is v for k, v in attributes.items() if k[0] != "_")
-    (loss, grads), (eager_loss, eager_grads) = (_step(m, _ids(2, 13)) for m in (ours, eager))
+    (loss, grads), (eager_loss, eager_grads) = (_step(m, token_ids(2, 13)) for m in (ours, eager))
     assert torch.equal(loss, eager_loss)
     assert all(torch.equal(grads[n], g) for n, g in eager_grads.items())
 
@@ -140,7 +131,7 @@ def test_saved_and_loaded_again(name: str, tmp_path: pathlib.Path) -> None:
     with torch.no_grad():
         for p in ours.parameters():
             p.mul_(1.5)
-    loss, _ = _step(ours, _ids(2, 13))
+    loss, _ = _step(ours, token_ids(2, 13))
     saved = tmp_path / "saved"
     ours.save_pretrained(saved)
     for file in (FOLDER / name).glob("*.py"):
@@ -149,24 +140,24 @@ def test_saved_and_loaded_again(name: str, tmp_path: pathlib.Path) -> None:
     mine, theirs = ours.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
-    _assert_equal_steps(optimize(again.train(), codegen="eager"), restore(ours), _ids(2, 13))
-    torch.testing.assert_close(_step(again, _ids(2, 13))[0], loss)
+    _assert_equal_steps(optimize(again.train(), codegen="eager"), restore(ours), token_ids(2, 13))
+    torch.testing.assert_close(_step(again, token_ids(2, 13))[0], loss)
 
 
 @pytest.mark.long("oddity", "weaver")
 @pytest.mark.parametrize("name", ["weaver", "oddity"])
 def test_an_adapter_saved_and_loaded_again(name: str, tmp_path: pathlib.Path) -> None:
     ours = optimize(_build(name, True), codegen="eager")
-    _step(ours, _ids(2, 13))
+    _step(ours, token_ids(2, 13))
     ours.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(_build(name, False), tmp_path / "adapter", is_trainable=True)
-    _assert_equal_steps(optimize(again.train(), codegen="eager"), restore(ours), _ids(2, 13))
+    _assert_equal_steps(optimize(again.train(), codegen="eager"), restore(ours), token_ids(2, 13))
 
 
 def test_logits_under_another_name_and_in_a_tuple() -> None:
     eager = _build("oddity", False)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
-    ids = _ids(2, 13)
+    ids = token_ids(2, 13)
     named, theirs = ours(ids, labels=ids), eager(ids, labels=ids)
     assert type(named).__name__ == "OddityOutput"
     torch.testing.assert_close(named.scores + 0, theirs.scores)
@@ -181,7 +172,7 @@ def test_a_cache_of_its_own_passes_by() -> None:
     eager = _build("oddity", False).eval()
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     kept = type(eager).forward.__globals__["Memory"]
-    ids, steps = _ids(2, 6), []
+    ids, steps = token_ids(2, 6), []
     with torch.no_grad():
         for model in (ours, eager):
             memory = kept()
@@ -196,7 +187,7 @@ def test_a_cache_of_its_own_passes_by() -> None:
 
 def test_a_wrong_argument_is_the_callers_error_and_costs_nothing() -> None:
     ours = optimize(_build("weaver", False), codegen="eager")
-    ids = _ids(2, 13)
+    ids = token_ids(2, 13)
     with pytest.raises(TypeError, match="use_cache"):
         ours(ids, labels=ids, use_cache=False)
     ours(ids, labels=ids).loss.backward()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,39 +17,12 @@ from fusewright.compiler.copies.opaque_calls import opaque_copies
 from fusewright.graph.opaque import functions as whole
 
 from .architectures import build, targets
+from .tiny import assert_equal_training_steps, token_ids, training_step
 
 NAMES = ("mamba", "falcon_mamba", "jamba", "zamba", "mamba2", "bamba")
 LIMIT = 60.0
 """Seconds for a first step at 512 tokens on a busy machine; unrolled, a scan takes minutes."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
-def _ids(batch: int, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(3, 200, (batch, length), generator=generator)
-
-
-def _step(model: nn.Module, ids: Tensor, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **more).loss
-    loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), grads
-
-
-def _assert_equal_steps(ours: nn.Module, eager: nn.Module, ids: Tensor, **more: Any) -> None:
-    loss, grads = _step(ours, ids, **more)
-    eager_loss, eager_grads = _step(eager, ids, **more)
-    torch.testing.assert_close(loss, eager_loss, rtol=1e-5, atol=1e-6)
-    assert grads.keys() == eager_grads.keys()
-    for name, g in grads.items():
-        scale = eager_grads[name].norm() + 1e-6
-        assert (g - eager_grads[name]).norm() <= 1e-4 * scale, name
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.long("zamba-lora", "zamba-plain")
@@ -65,9 +37,9 @@ def test_steps_equal_eager(name: str, lora: bool) -> None:
     names = [n for n, _ in model.named_parameters()]
     optimize(model, codegen="eager")
     for length in (24, 37):
-        _assert_equal_steps(model, eager, _ids(2, length), use_cache=False)
+        assert_equal_training_steps(model, eager, token_ids(2, length), use_cache=False)
     # training with the default of use_cache
-    _assert_equal_steps(model, eager, _ids(2, 24))
+    assert_equal_training_steps(model, eager, token_ids(2, 24))
     report = explain(model)
     assert report.by_rule().get("selective_scan", 0) > 0, str(report)
     assert not [s for s in report.sites if s.rule == "selective_scan" and s.status != "rewritten"]
@@ -82,7 +54,7 @@ def test_a_trainers_keywords_cost_no_scan(name: str) -> None:
     optimize(model, codegen="eager")
     for length, count in ((24, 46), (37, 11)):
         items = torch.tensor(count)
-        _assert_equal_steps(model, eager, _ids(2, length), num_items_in_batch=items)
+        assert_equal_training_steps(model, eager, token_ids(2, length), num_items_in_batch=items)
     sites = [s for s in explain(model).sites if s.rule == "selective_scan"]
     assert sites
     assert all(s.status == "rewritten" for s in sites), str(explain(model))
@@ -93,11 +65,11 @@ def test_a_trainers_keywords_cost_no_scan(name: str) -> None:
 def test_capture_is_independent_of_the_length(name: str) -> None:
     model = optimize(build(name), codegen="eager")
     begun = time.perf_counter()
-    _step(model, _ids(1, 512), use_cache=False)
+    training_step(model, token_ids(1, 512), use_cache=False)
     assert time.perf_counter() - begun < LIMIT
     graphs = explain(model).graphs
     for length in (300, 41):
-        _step(model, _ids(1, length), use_cache=False)
+        training_step(model, token_ids(1, length), use_cache=False)
     assert explain(model).graphs == graphs
 
 
@@ -115,7 +87,7 @@ def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
     scans = {m for block in modules for m, _ in copies.below(block)}
     code = {m: type(m).forward for m in scans}
     optimize(model, codegen="eager")
-    _step(model, _ids(2, 24), use_cache=False)
+    training_step(model, token_ids(2, 24), use_cache=False)
     assert all("forward" not in m.__dict__ and type(m).forward is code[m] for m in scans)
     model.zero_grad(set_to_none=True)
     restore(model)
@@ -128,11 +100,11 @@ def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
 @pytest.mark.parametrize("name", ["mamba", "jamba", "mamba2"])
 def test_copies_pickles_and_generation(name: str) -> None:
     model = build(name).eval()
-    ids = _ids(1, 9)
+    ids = token_ids(1, 9)
     plain = model.generate(ids, max_new_tokens=5, do_sample=False)
     optimize(model, codegen="eager")
     model.train()
-    _step(model, _ids(2, 24), use_cache=False)
+    training_step(model, token_ids(2, 24), use_cache=False)
     copied = copy.deepcopy(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -142,7 +114,7 @@ def test_copies_pickles_and_generation(name: str) -> None:
         generated = other.eval().generate(ids, max_new_tokens=5, do_sample=False)
         assert torch.equal(generated, plain)
     eager = restore(copy.deepcopy(model))
-    _assert_equal_steps(copied.train(), eager.train(), _ids(2, 24), use_cache=False)
+    assert_equal_training_steps(copied.train(), eager.train(), token_ids(2, 24), use_cache=False)
 
 
 def test_without_the_rule_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +122,7 @@ def test_without_the_rule_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None
     model = build("mamba")
     eager = copy.deepcopy(model)
     optimize(model, codegen="inductor")  # the blocks run node by node all the same
-    _assert_equal_steps(model, eager, _ids(2, 24), use_cache=False)
+    assert_equal_training_steps(model, eager, token_ids(2, 24), use_cache=False)
     assert "selective_scan" not in explain(model).by_rule()
 
 
@@ -158,9 +130,9 @@ def test_bfloat16_is_no_further_from_the_truth_than_eager() -> None:
     model = build("mamba").bfloat16()
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).float()
     optimize(model, codegen="eager")
-    ids = _ids(2, 64)
+    ids = token_ids(2, 64)
     (_, ours), (_, theirs), (_, truth) = (
-        _step(m, ids, use_cache=False) for m in (model, eager, exact)
+        training_step(m, ids, use_cache=False) for m in (model, eager, exact)
     )
     total = [
         sum((g[n].float() - t).norm() / (t.norm() + 1e-6) for n, t in truth.items())
@@ -194,7 +166,7 @@ def test_a_block_with_a_scan_that_cannot_be_captured_is_split_and_restored() -> 
         block.mixer = _LooksAtValues(block.mixer)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
-    _assert_equal_steps(model, eager, _ids(2, 24), use_cache=False)
+    assert_equal_training_steps(model, eager, token_ids(2, 24), use_cache=False)
     # the mixers have become regions of their own, and their scans are still captured whole
     assert explain(model).by_rule()["selective_scan"] == 2
     restore(model)

@@ -47,11 +47,6 @@ def _repeated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + _pairs(x).float() * sin).to(x.dtype)
 
 
-def _complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(turned * torch.complex(cos, sin)).flatten(3).type_as(x)
-
-
 def _last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     keep, turn = x[..., :-8], x[..., -8:]
     return torch.cat([keep, turn * cos + _half(turn) * sin], dim=-1)

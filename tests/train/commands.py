@@ -9,21 +9,28 @@ from typer.testing import CliRunner, Result
 from fusewright.cli.main import app
 
 
-def fusewright(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
+def fusewright(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(tmp_path: Path, *arguments: str) -> str:
-    """The message of a run that must be refused: exit code 2, nothing printed, nothing changed."""
-    before = snapshot(tmp_path)
-    result = fusewright("train", *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
+def refused(*arguments: str | Path, stdin: str | None = None, in_a_line: bool = True) -> str:
+    """What a command says that must not work, and nothing else."""
+    result = fusewright(*arguments, stdin=stdin)
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert result.stdout == "" or arguments[0] == "merge"  # which says what it does
     assert result.stderr.startswith("fusewright: ")
+    assert result.stderr.count("\n") == 1 or not in_a_line
     assert "Traceback" not in result.output
-    assert snapshot(tmp_path) == before
     return result.stderr.removeprefix("fusewright: ").strip()
+
+
+def refused_run(folder: Path, *arguments: str) -> str:
+    """What ``train`` says that must not begin, and must change no file of ``folder``."""
+    before = snapshot(folder)
+    said = refused("train", *arguments, in_a_line=False)
+    assert snapshot(folder) == before
+    return said

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -58,6 +59,25 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
 
 
+def make_adapter(folder: Path, model: Any = None, dtype: Any = None, **settings: Any) -> Path:
+    """Save a base and an adapter with random weights for it, as plain PEFT does; its folder."""
+    base = folder / "base"
+    model = model if model is not None else make_model()
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(base, max_shard_size="40KB")
+    make_tokenizer().save_pretrained(base)
+    model.config._name_or_path = model.name_or_path = str(base)
+    chosen = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    adapted = get_peft_model(model, LoraConfig(**chosen))
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
@@ -81,12 +101,19 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     }
 
 
+def numbers(count: int = 40) -> list[dict[str, Any]]:
+    """Chats of three lengths."""
+    return [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(count)]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    lines = [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return write_rows(tmp_path / "rows.jsonl", numbers())
 
 
 def small_recipe(base: Path, rows: Path, output: Path) -> dict[str, Any]:
@@ -118,14 +145,8 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run, to read from."""
-    from rich.console import Console
-
-    from fusewright.train import train
-
     folder = tmp_path_factory.mktemp("run")
-    rows = folder / "rows.jsonl"
-    lines = [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(40)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rows = write_rows(folder / "rows.jsonl", numbers())
     recipe = {
         "base_model": str(base), "bf16": False, "adapter": "lora", "lora_r": 4,
         "lora_target_linear": True, "datasets": [{"path": str(rows), "type": "chat_template"}],
@@ -147,9 +168,8 @@ def run(run_folder: Path) -> dict[str, Any]:
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output_dir of a LoRA run with a checkpoint and validation rows."""
     folder = tmp_path_factory.mktemp("trained")
-    rows = folder / "rows.jsonl"
     lines = [chat(f"What is {i}?", f"It is the number {i}.") for i in range(40)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rows = write_rows(folder / "rows.jsonl", lines)
     recipe = {**small_recipe(base, rows, folder / "out"), "save_steps": 2}
     train(recipe, console=Console(quiet=True))
     return folder / "out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from .commands import refused
+from .commands import refused_run
 
 GOOD = "base_model: some/model\ndatasets:\n  - path: rows.jsonl\n"
 
@@ -34,7 +34,7 @@ def check(case: Case, folder: Path) -> None:
     (folder / "rows.jsonl").write_text("{}\n")
     path = folder / "recipe.yaml"
     path.write_text(case.text, encoding="utf-8")
-    message = refused(folder, str(path), *case.arguments)
+    message = refused_run(folder, str(path), *case.arguments)
     assert case.said in message
     assert len(message.splitlines()) == 1 or case.said.startswith("has 2 problems")
     if not case.arguments:

@@ -21,7 +21,7 @@ from fusewright.train.processes.signals import Interrupts, Stopped
 from fusewright.train.recipe.overrides import parse_overrides
 from fusewright.train.report import progress
 
-from .commands import fusewright, refused
+from .commands import fusewright, refused_run
 from .conftest import chat
 
 
@@ -37,7 +37,7 @@ def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     run = tmp_path / "out" / "run.json"
     assert json.loads(run.read_text())["recipe"]["lora_r"] == 2
-    assert "already holds a run (run.json)" in refused(tmp_path, str(file))
+    assert "already holds a run (run.json)" in refused_run(tmp_path, str(file))
     again = fusewright("train", str(file), "--overwrite", "--max_steps=1")
     assert again.exit_code == 0, again.output
     assert "training for 1 step\n" in again.stdout + again.stderr
@@ -46,7 +46,7 @@ def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> Non
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "no.yaml")
-    assert refused(tmp_path, missing) == f"{missing}: file not found"
+    assert refused_run(tmp_path, missing) == f"{missing}: file not found"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     ],
 )
 def test_bad_overrides(file: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
-    assert said in refused(tmp_path, str(file), *arguments)
+    assert said in refused_run(tmp_path, str(file), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_bad_overrides(file: Path, tmp_path: Path, arguments: list[str], said: s
 )
 def test_bad_rows(file: Path, rows: Path, tmp_path: Path, text: str, said: str) -> None:
     rows.write_text(text, encoding="utf-8")
-    assert refused(tmp_path, str(file)).startswith(f"{rows}{said}")
+    assert refused_run(tmp_path, str(file)).startswith(f"{rows}{said}")
 
 
 def test_an_output_that_is_a_file(file: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "out is not a folder" in refused(tmp_path, str(file))
-    assert "out is not a folder" in refused(tmp_path, str(file), "--overwrite")
+    assert "out is not a folder" in refused_run(tmp_path, str(file))
+    assert "out is not a folder" in refused_run(tmp_path, str(file), "--overwrite")
 
 
 def test_overrides() -> None:

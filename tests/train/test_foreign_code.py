@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fusewright.cli.main import app
 from fusewright.errors import RecipeError
@@ -31,8 +31,8 @@ from fusewright.train.inference.run_folder import open_run
 from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 
-from .conftest import small_recipe
-from .runs import make_adapter
+from .commands import fusewright, refused
+from .conftest import make_adapter, small_recipe
 
 SWITCH = "--trust-remote-code"
 
@@ -52,17 +52,6 @@ def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
     return tmp_path / "it-was-run"
-
-
-def command(*arguments: str | Path, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
-
-
-def refused(*arguments: str | Path, stdin: str | None = None) -> str:
-    result = command(*arguments, stdin=stdin)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    assert "Traceback" not in result.output
-    return result.stderr
 
 
 def bring_code(folder: Path, mark: Path, model_type: str | None = None) -> None:
@@ -104,7 +93,7 @@ def test_the_recipes_word_does_not_run_a_models_code(
     assert SWITCH in refused("explain", foreign)
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
-    assert command("train", path, SWITCH).exit_code != 0
+    assert fusewright("train", path, SWITCH).exit_code != 0
     assert mark.exists()
 
 
@@ -128,7 +117,7 @@ def test_the_folders_word_does_not_run_a_models_code(
         bring_code(tmp_path / "base", mark, model_type)
         assert SWITCH in refused(name, folder, *rest, stdin="hello\n")
         assert not mark.exists()
-    command(name, folder, *rest, SWITCH, stdin="hello\n")
+    fusewright(name, folder, *rest, SWITCH, stdin="hello\n")
     assert mark.exists()
 
 
@@ -152,7 +141,7 @@ def test_a_tokenizer_of_its_own_is_not_run(tmp_path: Path, mark: Path) -> None:
     (adapter / "tokenizer_config.json").write_text(json.dumps(config))
     assert SWITCH in refused("generate", adapter, "hello")
     assert not mark.exists()
-    command("generate", adapter, "hello", SWITCH)
+    fusewright("generate", adapter, "hello", SWITCH)
     assert mark.exists()
 
 
@@ -227,7 +216,7 @@ def test_a_recipes_builder_runs_on_the_callers_word(
         train(keys, console=Console(quiet=True))
     assert not mark.exists()
     assert not made.exists()
-    result = command("preprocess", path, "--allow-builders", "--limit", "20")
+    result = fusewright("preprocess", path, "--allow-builders", "--limit", "20")
     assert result.exit_code == 0, result.output
     assert mark.exists()
     mark.unlink()
@@ -381,19 +370,22 @@ def test_functions_of_a_recipe_run_with_the_callers_word_alone(
     }  # fmt: skip
     path = recipe_file(tmp_path, **keys)
     for command_line in (("train", path), ("preprocess", path), ("train", path, "--dry-run")):
-        said = refused(*command_line)
+        result = fusewright(*command_line)
+        assert result.exit_code == 2, result.output + repr(result.exception)
+        assert "Traceback" not in result.output
+        said = result.stderr
         assert "trl.reward_funcs.0: " in said
         assert "mine.py:judge is Python code" in said
         assert "mine.py:change is Python code" in said
         assert "pass --allow-code" in said
-    shown = command("plan", path, "--gpus", "1xH100")
+    shown = fusewright("plan", path, "--gpus", "1xH100")
     assert "Traceback" not in shown.output
     assert "Python code" not in shown.output
     load_recipe(keys, consent=Consent(allow_code=True))
     assert not mark.exists()  # nor by a check, whatever the caller allows
     line = path.read_text().splitlines().index("  - mine.judge") + 1
     for switches in ([], ["--dry-run"]):
-        ended = command("train", path, "--allow-code", *switches)
+        ended = fusewright("train", path, "--allow-code", *switches)
         said = ended.stderr
         assert ended.exit_code == 2
         assert f"line {line}: trl.reward_funcs.0: mine.py has no function 'judge'" in said

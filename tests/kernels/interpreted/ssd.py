@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from fusewright.kernels.scan.ssd import ssd
+from fusewright.kernels.scan.ssd import OP, ssd
 from tests.kernels.interpreted import run
-from tests.kernels.test_ssd import check, draw
+from tests.kernels.test_ssd import draw
+from tests.kernels.util import assert_parity_over
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -27,12 +28,12 @@ def check_parity() -> None:
         (FP32, (1, 64, 2, 1, 5, 4), (True, True)),  # A's gradient has two numbers
     ):
         for softplus in (True, False):
-            check(functools.partial(draw, size, dtype, *given), softplus)
+            assert_parity_over(OP, functools.partial(draw, size, dtype, *given), softplus)
 
 
 def check_clamped_steps() -> None:
     torch.manual_seed(0)
-    check(lambda: draw((2, 70, 6, 2, 8, 8), FP32), True, (0.7, 1.2))
+    assert_parity_over(OP, lambda: draw((2, 70, 6, 2, 8, 8), FP32), True, (0.7, 1.2))
 
 
 def check_frozen_inputs() -> None:
@@ -45,7 +46,7 @@ def check_frozen_inputs() -> None:
                 t.requires_grad_(i == trainable)
             return inputs
 
-        check(make, True)
+        assert_parity_over(OP, make, True)
 
 
 def check_layouts() -> None:
@@ -58,7 +59,7 @@ def check_layouts() -> None:
             inputs[i] = inputs[i].transpose(1, -1).contiguous().transpose(1, -1)
         return [t.requires_grad_() for t in inputs]
 
-    check(make, True)
+    assert_parity_over(OP, make, True)
     ssd(*make(), True).sum().backward()
 
 

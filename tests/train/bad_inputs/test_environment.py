@@ -16,7 +16,6 @@ from ..conftest import make_tokenizer
 from .box import Bad, Box, Make, check, keys
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-QLORA = {"adapter": "qlora", "load_in_4bit": True}
 
 
 def table(box: Box) -> Path:

@@ -26,7 +26,7 @@ from fusewright.train.checkpoint.ownership import LOCK
 from fusewright.train.output_files import why_not_ours_to_write
 from fusewright.train.recipe.load import load_recipe
 
-from ..commands import fusewright, refused, snapshot
+from ..commands import fusewright, refused_run, snapshot
 
 QUIET = Console(quiet=True)
 
@@ -45,7 +45,7 @@ def recipe_file(folder: Path, recipe: dict[str, Any], **keys: Any) -> str:
 )
 def test_the_systems_folders_are_refused(path: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     for key in ("output_dir", "dataset_prepared_path"):
-        said = refused(tmp_path, recipe_file(tmp_path, recipe, **{key: path}))
+        said = refused_run(tmp_path, recipe_file(tmp_path, recipe, **{key: path}))
         assert f"{key}: " in said
         assert "line " in said
 
@@ -89,7 +89,7 @@ def test_a_folder_of_other_files_is_refused(
         folder.mkdir()
         (folder / name).write_text('{"my": "own"}')
         more = ["--overwrite"] if overwrite else []
-        said = refused(tmp_path, recipe_file(tmp_path, recipe, output_dir=str(folder)), *more)
+        said = refused_run(tmp_path, recipe_file(tmp_path, recipe, output_dir=str(folder)), *more)
         assert f"holds {name}, which no run has written; choose a new folder" in said
         assert "with-" in said
 
@@ -174,7 +174,7 @@ def test_two_runs_do_not_write_into_one_folder(
     folder = Path(recipe["output_dir"])
     process = other(folder)
     path = recipe_file(tmp_path, recipe)
-    said = refused(tmp_path, path)
+    said = refused_run(tmp_path, path)
     assert f"output_dir: {folder} is in use by process {process.pid} on " in said
     assert "choose another folder" in said
     process.send_signal(signal.SIGKILL)  # it cannot give the lock back

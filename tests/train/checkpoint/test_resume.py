@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.checkpoint import files as checkpoint
 from fusewright.train.checkpoint import resume
 from fusewright.train.recipe.load import load_recipe
-from fusewright.train.report.result import RunResult
-from fusewright.train.trainer.engine import FlowCallback
+
+from ..results import assert_same, curves, stop_at
 
 QUIET = Console(quiet=True)
 
@@ -41,34 +37,6 @@ def long(recipe: dict[str, Any]) -> dict[str, Any]:
         "logging_steps": 3,
         "eval_steps": 4,
     }
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, event: str) -> None:
-    """Send SIGTERM once ``step`` steps are done, at the given event of the trainer."""
-
-    def then(watch: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(watch, args, state, control, **kwargs)
-
-    original = getattr(FlowCallback, event)
-    monkeypatch.setattr(FlowCallback, event, then)
-
-
-def same(a: Path, b: Path) -> None:
-    name = "adapter_model.safetensors"
-    if not (a / name).exists():
-        name = "model.safetensors"
-    one, other = load_file(a / name), load_file(b / name)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert any(bool(t.any()) for key, t in one.items() if "lora_B" in key or "lora" not in key)
-
-
-def curves(result: RunResult) -> list[dict[str, float]]:
-    """The history without what depends on the clock and the machine."""
-    clock = {"trained_tokens_per_s", "time", "rss_mb", "cuda_mb", "mfu"}
-    return [{k: v for k, v in entry.items() if k not in clock} for entry in result.history]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +64,7 @@ def test_a_signal_and_going_on(
         train(long, console=QUIET)
     resumed = train(long, console=QUIET, resume_from_checkpoint=True)
     assert (resumed.status, resumed.resumed_from) == ("finished", stopped.steps)
-    same(tmp_path / "whole", tmp_path / "out")
+    assert_same(tmp_path / "whole", tmp_path / "out")
     assert curves(resumed) == curves(whole)
     assert [e["step"] for e in resumed.history if "loss" in e] == [1, 3, 6, 9, 12]
     for name in ("val_loss_before", "val_loss_after", "tokens", "trained_tokens", "loss_first"):
@@ -133,7 +101,7 @@ def test_whatever_has_state_goes_on(
         start = tmp_path / "whole" / f"checkpoint-{step}"
         folder = str(tmp_path / str(step))
         train(asked, console=QUIET, output_dir=folder, resume_from_checkpoint=str(start))
-        same(tmp_path / "whole", tmp_path / str(step))
+        assert_same(tmp_path / "whole", tmp_path / str(step))
 
 
 def test_the_log_has_the_rates_of_its_own_steps(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -157,7 +125,7 @@ def test_compiled_blocks_go_on(long: dict[str, Any], tmp_path: Path) -> None:
     train(asked, console=QUIET, output_dir=str(tmp_path / "whole"), save_steps=3)
     start = str(tmp_path / "whole" / "checkpoint-3")
     train(asked, console=QUIET, resume_from_checkpoint=start)
-    same(tmp_path / "whole", tmp_path / "out")
+    assert_same(tmp_path / "whole", tmp_path / "out")
 
 
 def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fusewright.train.data.chat import date as days
 from fusewright.train.recipe.load import load_recipe
 
 from ..conftest import CHATML, make_tokenizer
-from .test_resume import same
+from ..results import assert_same
 
 QUIET = Console(quiet=True)
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%A, %d %b %Y') + '<|im_end|>\n' }}" + CHATML
@@ -63,11 +63,11 @@ def test_a_run_goes_on_after_midnight(
         folder = tmp_path / name
         resumed = train(asked, console=QUIET, output_dir=str(folder), resume_from_checkpoint=start)
         assert (resumed.status, resumed.started[:10]) == ("finished", "2026-10-05")
-        same(tmp_path / "whole", folder)
+        assert_same(tmp_path / "whole", folder)
         start = str(folder / "checkpoint-4")  # then from one of the run that had gone on
     train(asked, console=QUIET, output_dir=str(tmp_path / "new"))
     with pytest.raises(AssertionError):  # a run that begins then has its own day
-        same(tmp_path / "whole", tmp_path / "new")
+        assert_same(tmp_path / "whole", tmp_path / "new")
 
 
 def test_prepared_rows_are_those_of_a_day(recipe: dict[str, Any], tmp_path: Path, at: At) -> None:

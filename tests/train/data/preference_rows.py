@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from fusewright.train.data.preferences.examples import Examples
 from fusewright.train.recipe.preferences import rows_of
 from fusewright.train.recipe.recipe import Recipe
 
-from ..conftest import make_tokenizer
+from ..conftest import make_tokenizer, write_rows
 
 TOKENIZER = make_tokenizer()
 
@@ -27,8 +26,7 @@ def assistant(text: Any, **more: Any) -> dict[str, Any]:
 
 def recipe(folder: Path, rows: list[Any], keys: dict[str, Any], dataset: dict[str, Any]) -> Recipe:
     """A recipe whose dataset is a file with these rows."""
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = write_rows(folder / "rows.jsonl", rows)
     return Recipe.model_validate(
         {
             "base_model": "x",

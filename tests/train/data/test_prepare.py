@@ -23,15 +23,14 @@ from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.format import rows_message
 from fusewright.train.trainer.batches import training_sequences
 
-from ..conftest import chat, make_tokenizer
+from ..conftest import chat, make_tokenizer, write_rows
 
 Make = Callable[..., PreparedData]
 
 
 def write(path: Path, count: int, word: str = "row") -> Path:
     lines = [chat(f"{word} {i}?", f"{word} {i}, " * (1 + i % 3)) for i in range(count)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return write_rows(path, lines)
 
 
 @pytest.fixture
@@ -74,8 +73,7 @@ def test_samples_and_counts(make: Make) -> None:
 
 def test_long_short_and_empty_rows(make: Make, tmp_path: Path) -> None:
     rows = [chat("q", "a" * n) for n in (1, 50, 60, 90)] + [chat("q" * 90, "a")]
-    path = tmp_path / "lengths.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "lengths.jsonl", rows)
     keys = {"datasets": [{"path": str(path)}], "sequence_len": 90}
     dropped = make(**keys)
     assert dropped.counts["too_long"] == 2
@@ -324,7 +322,7 @@ def test_an_end_that_is_rare_in_a_stream(make: Make, tmp_path: Path) -> None:
     """The tool's turn ends otherwise, and comes late: the first buffer does not have it."""
     rows = [chat(f"row {i}?", "yes") for i in range(600)]
     rows[-1]["messages"].append({"role": "tool", "content": "never"})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     keys: dict[str, Any] = {
         "datasets": [
             {"path": str(tmp_path / "rows.jsonl"), "roles_to_train": ["assistant", "tool"]}
@@ -336,7 +334,7 @@ def test_an_end_that_is_rare_in_a_stream(make: Make, tmp_path: Path) -> None:
     assert len(make(**keys).train) == 600  # type: ignore[arg-type]
     stream = make(**keys, streaming=True, max_steps=1, streaming_multipack_buffer_size=100).train
     assert len(list(islice(stream, 700))) == 700
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
+    write_rows(tmp_path / "rows.jsonl", rows[:-1])
     stream = make(**keys, streaming=True, max_steps=1, streaming_multipack_buffer_size=100).train
     with pytest.raises(DataError, match=r"no row trains '<\|pad\|>'"):  # at the end it is known
         list(islice(stream, 700))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fusewright.train.data.teacher import TopTokens, take_teacher, with_teacher
 from fusewright.train.recipe.conflicts import without_effect
 from fusewright.train.recipe.load import check, load_recipe
 
-from ..conftest import make_tokenizer
+from ..conftest import make_tokenizer, write_rows
 from ..methods.teacher import TYPE, taught_rows
 
 NAMES = [[("token_id:5", -0.5), ("token_id:7", -1.5)]] * 3
@@ -36,9 +35,7 @@ def row(**fields: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
+    return write_rows(folder / "rows.jsonl", rows)
 
 
 def prepared(path: Path, dataset: dict[str, Any] | None = None, **keys: Any) -> Samples:

@@ -20,8 +20,8 @@ import pytest
 
 from fusewright.train.inference.generate import ChatSession, Sampling, TextGenerator
 
+from ..commands import fusewright
 from ..conftest import CHATML, make_tokenizer
-from ..runs import fusewright
 from .test_generate import OTHER, Scripted
 
 WORD = make_tokenizer().decode([OTHER, OTHER])

@@ -16,8 +16,8 @@ from fusewright.train.inference.evaluate import _reading
 from fusewright.train.inference.run_folder import RunFolder
 from fusewright.train.recipe.recipe import Recipe
 
-from ..conftest import chat
-from ..runs import fusewright, refused
+from ..commands import fusewright, refused
+from ..conftest import chat, write_rows
 
 QUIET = Console(quiet=True)
 
@@ -50,8 +50,7 @@ def test_a_checkpoint_has_another_loss(trained: Path) -> None:
 def test_other_files_one_by_one(trained: Path, tmp_path: Path) -> None:
     for name, count in (("few", 2), ("many", 7)):
         lines = [chat(f"What is {i}?", "No idea.") for i in range(count)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / f"{name}.jsonl").write_text(text)
+        write_rows(tmp_path / f"{name}.jsonl", lines)
     files = ("--data", tmp_path / "few.jsonl", "--data", tmp_path / "many.jsonl")
     done = fusewright("eval", trained, *files, "--json")
     found = json.loads(done.stdout)
@@ -70,7 +69,7 @@ def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path)
 
     rows = [chat("What is 1?", "A"), chat("What is 2?", "It is a longer answer than the other.")]
     file = tmp_path / "two.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     assert fusewright("eval", trained, "--data", file).exit_code == 0
     model, tokenizer = load_run(trained)
     total, count = 0.0, 0

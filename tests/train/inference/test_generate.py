@@ -15,8 +15,8 @@ from fusewright.train.inference.generate import Sampling, TextGenerator, answer,
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.recipe.recipe import Recipe
 
+from ..commands import fusewright, refused
 from ..conftest import CHATML, chat, make_model, make_tokenizer
-from ..runs import fusewright, refused
 
 SHORT = ("--max_new_tokens", "6")
 ENDS, OTHER = 2, 60

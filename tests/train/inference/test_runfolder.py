@@ -16,7 +16,8 @@ from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.model.precision import dtype_for_training
 
-from ..runs import make_adapter, refused
+from ..commands import refused
+from ..conftest import make_adapter
 
 
 def test_a_run_says_everything(trained: Path, base: Path) -> None:

@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from ..conftest import make_model, make_tokenizer
-from ..runs import fusewright, make_adapter, refused
+from ..commands import fusewright, refused
+from ..conftest import make_adapter, make_model, make_tokenizer
 
 IDS = torch.tensor([[1, 7, 45, 99, 130, 2, 200, 31]])
 

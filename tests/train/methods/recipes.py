@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
+
+from ..conftest import write_rows
 
 WORDS = ("red", "green", "blue", "one", "two", "three")
 
@@ -36,8 +37,7 @@ def rows_of(method: str, number: int = 40) -> list[dict[str, Any]]:
 
 def method_recipe(method: str, base: Path, folder: Path, **keys: Any) -> dict[str, Any]:
     """Four steps of a method with LoRA on the tiny model."""
-    path = folder / f"{method}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(method)), encoding="utf-8")
+    path = write_rows(folder / f"{method}.jsonl", rows_of(method))
     recipe = {
         "base_model": str(base), "bf16": False, "optimize": False, "rl": method,
         "chat_template": "chatml", "adapter": "lora", "lora_r": 4, "lora_target_linear": True,

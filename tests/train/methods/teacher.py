@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
 from typing import Any
 
-from ..conftest import make_tokenizer
+from ..conftest import make_tokenizer, write_rows
 from .recipes import WORDS
 
 TYPE = "axolotl.integrations.kd.chat_template"
@@ -52,8 +51,7 @@ def taught_rows(number: int = 40, form: str = "vllm", most: int = 4) -> list[dic
 
 def taught_recipe(base: Path, folder: Path, **keys: Any) -> dict[str, Any]:
     """Four steps of distillation with LoRA on the tiny model."""
-    path = folder / "taught.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in taught_rows()), encoding="utf-8")
+    path = write_rows(folder / "taught.jsonl", taught_rows())
     recipe = {
         "base_model": str(base), "bf16": False, "optimize": False, "kd_trainer": True,
         "kd_alpha": 0.9, "kd_ce_alpha": 0.1, "kd_temperature": 2.0,

@@ -19,9 +19,10 @@ from fusewright.train.data.teacher import IDS, LOGPROBS
 from fusewright.train.methods.distillation import Distillation, DistillationTask
 from fusewright.train.recipe.load import load_recipe
 
+from ..commands import fusewright, refused
 from ..conftest import make_model
-from ..processes.runs import STRATEGIES, Runs, difference
-from ..runs import fusewright, refused
+from ..processes.runs import STRATEGIES, Runs
+from ..results import difference
 from .teacher import TYPE, taught_recipe
 
 QUIET = Console(quiet=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
-from fusewright.train.trainer.engine import FlowCallback
 
-from ..runs import fusewright
+from ..commands import fusewright
+from ..results import assert_same, curves, stop_at, weights
 from .completions import drawn, grpo_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
@@ -39,22 +37,6 @@ FULL = {"adapter": None, "lora_r": None, "lora_target_linear": None, "learning_r
 
 def run(recipe: dict[str, Any], **keys: Any) -> RunResult:
     return train(recipe, console=QUIET, allow_code=True, **keys)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    name = "adapter_model.safetensors"
-    return load_file(folder / (name if (folder / name).exists() else "model.safetensors"))
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def curves(result: RunResult) -> list[dict[str, float]]:
-    """The history without what depends on the clock and the machine."""
-    clock = {"trained_tokens_per_s", "time", "rss_mb", "cuda_mb", "mfu", "step_time"}
-    return [{k: v for k, v in entry.items() if k not in clock} for entry in result.history]
 
 
 # --- what a run does ------------------------------------------------------------------------------
@@ -259,7 +241,7 @@ def test_the_best_checkpoint_has_the_highest_reward(
     name = f"eval_{keys.get('metric_for_best_model', 'reward')}"
     found = {e["step"]: e[name] for e in result.history if name in e and e["step"]}
     best = max(found, key=lambda step: found[step])
-    assert same(tmp_path / "out", tmp_path / "out" / f"checkpoint-{best}")
+    assert_same(tmp_path / "out", tmp_path / "out" / f"checkpoint-{best}")
 
 
 def test_logged_completions(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +293,7 @@ def test_a_run_resumes_bit_for_bit_after_each_step(
         rest = run(recipe, output_dir=str(tmp_path / f"rest-{step}"),
                    resume_from_checkpoint=str(start))  # fmt: skip
         assert (rest.status, rest.resumed_from) == ("finished", step)
-        assert same(tmp_path / "whole", tmp_path / f"rest-{step}"), step
+        assert_same(tmp_path / "whole", tmp_path / f"rest-{step}")
         assert curves(rest) == curves(whole)
         assert rest.completions == whole.completions
     done = run(recipe, output_dir=str(tmp_path / "done"),
@@ -330,19 +312,12 @@ def test_a_signal_within_a_step(
     """What the unfinished step has generated, drawn and counted is as if it had not been."""
     recipe = grpo_recipe(base, tmp_path, trl=REUSED, max_steps=4)
     whole = run(recipe, output_dir=str(tmp_path / "whole"))
-    original = FlowCallback.on_substep_end
-
-    def then(watch: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(watch, args, state, control, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(FlowCallback, "on_substep_end", then)
+        stop_at(patched, step, "on_substep_end")
         stopped = run(recipe)
     assert (stopped.status, stopped.steps) == ("interrupted", step)
     rest = run(recipe, resume_from_checkpoint=True)
-    assert same(tmp_path / "whole", tmp_path / "out")
+    assert_same(tmp_path / "whole", tmp_path / "out")
     assert curves(rest) == curves(whole)
 
 

@@ -19,7 +19,8 @@ from fusewright.train.methods.grpo import read_batches, write_batches
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 
-from ..processes.runs import STRATEGIES, difference, launched_with, weights
+from ..processes.runs import STRATEGIES, launched_with
+from ..results import difference, weights
 from .completions import drawn, grpo_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")

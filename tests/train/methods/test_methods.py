@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fusewright.errors import RecipeError
 from fusewright.train import train
 
-from ..runs import fusewright
+from ..commands import fusewright
 from .recipes import METHODS, MODELS, PAIRED, method_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")

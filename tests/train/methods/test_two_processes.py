@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ..processes.runs import STRATEGIES, Runs, difference
+from ..processes.runs import STRATEGIES, Runs
+from ..results import difference
 from .recipes import method_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")

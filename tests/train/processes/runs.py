@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fusewright.train import train
 
-from ..conftest import chat, small_recipe
+from ..conftest import numbers, small_recipe, write_rows
+from ..results import weights
 
 LIMIT = 300.0
 """Seconds after which a command and its processes are killed."""
@@ -74,10 +73,7 @@ class Runs:
 
     def __init__(self, base: Path, folder: Path) -> None:
         self.base, self.folder = base, folder
-        self.rows = folder / "rows.jsonl"
-        lines = [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(40)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        self.rows.write_text(text, encoding="utf-8")
+        self.rows = write_rows(folder / "rows.jsonl", numbers())
         self._alone: dict[str, Run] = {}
         self._several: dict[str, Run] = {}
 
@@ -166,20 +162,6 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
             child.kill()
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """The adapter, or the model, in a folder."""
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        if (folder / name).exists():
-            return load_file(folder / name)
-    raise FileNotFoundError(folder)
-
-
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of two models."""
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 def launched_with(code: str, *arguments: str, processes: int = 2) -> tuple[int, str]:
     """Launch the command in several processes that first run ``code``; its exit code and output.
 
@@ -217,8 +199,3 @@ from fusewright.train.processes.launch import launch
 sys.executable, number, *arguments = sys.argv[1:]
 sys.exit(launch(int(number), arguments))
 """
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two models are equal bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)

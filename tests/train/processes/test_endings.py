@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from fusewright.train.checkpoint.files import checkpoints, step_of
 
-from .runs import STRATEGIES, Run, Runs, difference, launched_with, same
+from ..results import difference, same
+from .runs import STRATEGIES, Run, Runs, launched_with
 
 pytestmark = pytest.mark.slow
 

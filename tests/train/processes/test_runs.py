@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from .runs import STRATEGIES, Run, Runs, difference
+from ..results import difference
+from .runs import STRATEGIES, Run, Runs
 
 slow = pytest.mark.slow
 DEEPSPEED_THERE = importlib.util.find_spec("deepspeed") is not None

@@ -20,7 +20,8 @@ from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.model.files import FOLDER, LIST
 
-from .runs import STRATEGIES, Run, Runs, difference, same, weights
+from ..results import difference, same, weights
+from .runs import STRATEGIES, Run, Runs
 from .test_runs import DEEPSPEED, FULL, SAVING, assert_as_one
 
 pytestmark = pytest.mark.slow

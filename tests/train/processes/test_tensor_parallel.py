@@ -30,8 +30,9 @@ from fusewright.train.processes.gather import whole_weights
 from fusewright.train.processes.tensor_parallel import divide, left_whole, require_divisible
 from fusewright.train.processes.world import World
 
+from ..results import difference
 from .ranks import values
-from .runs import Runs, difference
+from .runs import Runs
 from .test_runs import FULL, assert_as_one, assert_said_once
 
 slow = pytest.mark.slow

@@ -23,13 +23,6 @@ sequence_len: 512
 output_dir: ./out
 """
 
-QLORA = """
-adapter: qlora
-load_in_4bit: true
-lora_r: 16
-lora_target_linear: true
-"""
-
 ACCEPTED: dict[str, tuple[str, dict[str, str]]] = {
     "kernels of all kinds": (
         """

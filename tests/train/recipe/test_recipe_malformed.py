@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..commands import refused
+from ..commands import refused_run
 from ..mistakes import GOOD, Case, check, good
 
 SYNTAX = [
@@ -190,8 +190,8 @@ def test_a_recipe_with_a_mistake(
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    assert refused(tmp_path, str(tmp_path / "no.yaml")).endswith("no.yaml: file not found")
-    assert "is a folder; name the recipe's YAML file" in refused(tmp_path, str(tmp_path))
+    assert refused_run(tmp_path, str(tmp_path / "no.yaml")).endswith("no.yaml: file not found")
+    assert "is a folder; name the recipe's YAML file" in refused_run(tmp_path, str(tmp_path))
     (tmp_path / "bad.yaml").write_bytes(b"a: b\nc: \xff\xfe")
-    message = refused(tmp_path, str(tmp_path / "bad.yaml"))
+    message = refused_run(tmp_path, str(tmp_path / "bad.yaml"))
     assert "bad.yaml: cannot be read: byte 8 is not UTF-8" in message

@@ -19,7 +19,7 @@ from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.recipe.secrets import HIDDEN, hide, without_hidden
 from fusewright.train.requirements import tracking
 
-from ..runs import fusewright
+from ..commands import fusewright
 
 QUIET = Console(quiet=True)
 SECRETS = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..conftest import chat, make_model, make_tokenizer
+from ..conftest import make_model, make_tokenizer, numbers
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -33,7 +32,7 @@ def _called(i: int) -> dict[str, Any]:
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "chat": [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(60)],
+    "chat": numbers(60),
     "tools": [_called(i) for i in range(60)],
     "alpaca": [
         {"instruction": f"Name {i}.", "output": f"It is {i}.", **({"input": "!"} if i % 2 else {})}
@@ -44,11 +43,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": f"What is {i}?\n", "chosen": f"It is {i}.", "rejected": "No."} for i in range(60)
     ],
 }
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

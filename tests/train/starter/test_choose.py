@@ -15,8 +15,8 @@ from fusewright.train.starter import candidates
 from fusewright.train.starter.choose import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
 
-from ..conftest import chat, make_model, make_tokenizer
-from .conftest import ROWS, TEMPLATE, write
+from ..conftest import chat, make_model, make_tokenizer, write_rows
+from .conftest import ROWS, TEMPLATE
 
 Judge = Callable[[Recipe], bool | None]
 
@@ -34,7 +34,7 @@ def choose(
     monkeypatch.chdir(tmp_path)
 
     def call(rows: list[Any], judge: Judge, positions: int = 8192) -> tuple[dict[str, Any], str]:
-        write(Path("rows.jsonl"), rows)
+        write_rows(Path("rows.jsonl"), rows)
         folder = tmp_path / f"model-{positions}"
         make_model(max_position_embeddings=positions).save_pretrained(folder)
         make_tokenizer(TEMPLATE).save_pretrained(folder)

@@ -14,7 +14,8 @@ from fusewright.train.starter import choose
 from fusewright.train.starter.choose import PlanJudge, positions_of
 
 from ..commands import fusewright
-from .conftest import ROWS, write
+from ..conftest import write_rows
+from .conftest import ROWS
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_any_error_of_planning_is_said_and_raised_once(
         raise error
 
     monkeypatch.setattr(choose, "make_job", fails)
-    rows = write(tmp_path / "rows.jsonl", ROWS["chat"])
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
     values = {"base_model": str(model), "datasets": [{"path": str(rows), "type": "chat_template"}]}
     recipe = check({**values, "adapter": "lora", "lora_target_linear": True}).recipe
     judge = PlanJudge()
@@ -53,7 +54,7 @@ def test_a_recipe_is_written_where_planning_fails(
         raise IndexError("of the model's own code")
 
     monkeypatch.setattr(choose, "make_job", fails)
-    write(tmp_path / "rows.jsonl", ROWS["completion"])
+    write_rows(tmp_path / "rows.jsonl", ROWS["completion"])
     result = fusewright("init", "rows.jsonl", "--model", str(model), "--memory", "24GB")
     assert result.exit_code == 0, result.output
     text = result.stdout.replace("\n# ", " ")
@@ -68,6 +69,6 @@ def test_positions_of_a_configuration_that_raises(
         raise ValueError("several decoders")
 
     monkeypatch.setattr(choose, "positions", fails)
-    rows = write(tmp_path / "rows.jsonl", ROWS["chat"])
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
     values = {"base_model": str(model), "datasets": [{"path": str(rows), "type": "chat_template"}]}
     assert positions_of(check(values).recipe) is None

@@ -18,9 +18,9 @@ from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.starter.choose import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
 
-from ..commands import fusewright
-from ..conftest import chat, make_model, make_tokenizer
-from .conftest import ROWS, write
+from ..commands import fusewright, refused
+from ..conftest import chat, make_model, make_tokenizer, write_rows
+from .conftest import ROWS
 
 TYPES = {
     "chat": "chat_template",
@@ -39,15 +39,6 @@ def init(*arguments: Any) -> dict[str, Any]:
     return found
 
 
-def refused(*arguments: Any) -> str:
-    result = fusewright("init", *map(str, arguments))
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.output
-    return result.stderr
-
-
 _QUICK = {("tools", "24GB"), ("preferences", "4GB")}
 """What the default tests try; CI tries the others, too."""
 
@@ -64,7 +55,7 @@ _QUICK = {("tools", "24GB"), ("preferences", "4GB")}
 def test_each_recipe_trains_its_first_steps(
     model: Path, tmp_path: Path, name: str, memory: str
 ) -> None:
-    rows, recipe = write(tmp_path / f"{name}.jsonl", ROWS[name]), tmp_path / "recipe.yaml"
+    rows, recipe = write_rows(tmp_path / f"{name}.jsonl", ROWS[name]), tmp_path / "recipe.yaml"
     said = fusewright(
         "init", rows.name, "--model", str(model), "--memory", memory, "--output", str(recipe)
     )
@@ -83,7 +74,7 @@ def test_each_recipe_trains_its_first_steps(
 
 
 def test_every_choice_has_its_reason(model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS["chat"])
+    write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
     result = fusewright("init", "rows.jsonl", "--model", str(model), "--memory", "24GB")
     lines = result.stdout.splitlines()
     keys = [line for line in lines if line and line[0] not in "#- "]
@@ -96,7 +87,7 @@ def test_every_choice_has_its_reason(model: Path, tmp_path: Path) -> None:
 
 
 def test_preferences_are_said_not_to_be_trained(model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS["preferences"])
+    write_rows(tmp_path / "rows.jsonl", ROWS["preferences"])
     result = fusewright("init", "rows.jsonl", "--model", str(model), "--output", "recipe.yaml")
     assert "trains on the chosen answers ALONE" in " ".join(result.stdout.split())
     text = Path("recipe.yaml").read_text(encoding="utf-8")
@@ -131,14 +122,14 @@ def test_the_fields_are_mapped(tmp_path: Path, row: dict[str, Any], entry: dict[
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     make_tokenizer(template).save_pretrained(folder)
-    write(tmp_path / "rows.jsonl", [row] * 30)
+    write_rows(tmp_path / "rows.jsonl", [row] * 30)
     found = init("rows.jsonl", "--model", folder)["datasets"][0]
     for key, value in entry.items():
         assert (value.items() <= found[key].items()) if key == "roles" else found[key] == value
 
 
 def test_tokens_that_are_there_already(model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 30)
+    write_rows(tmp_path / "rows.jsonl", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 30)
     assert init("rows.jsonl", "--model", model)["skip_prepare_dataset"] is True
 
 
@@ -157,28 +148,28 @@ def test_tokens_that_are_there_already(model: Path, tmp_path: Path) -> None:
 )
 def test_a_fault_is_named(model: Path, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
-    assert said in refused("rows.jsonl", "--model", model)
+    assert said in refused("init", "rows.jsonl", "--model", model)
 
 
 def test_a_fault_far_behind_the_sample_is_found(model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", [{"text": "a"}] * 3000 + [{"text": None}])
-    assert "line 3001" in refused("rows.jsonl", "--model", model)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 3000 + [{"text": None}])
+    assert "line 3001" in refused("init", "rows.jsonl", "--model", model)
 
 
 def test_a_template_that_leaves_tools_out_is_named(base: Path, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS["tools"])
-    said = refused("rows.jsonl", "--model", base)
+    write_rows(tmp_path / "rows.jsonl", ROWS["tools"])
+    said = refused("init", "rows.jsonl", "--model", base)
     assert "line 1" in said
     assert "leaves out" in said
     assert "--model whose template writes it" in said
 
 
 def test_what_is_not_there(model: Path, tmp_path: Path) -> None:
-    assert "there is no nowhere.jsonl" in refused("nowhere.jsonl", "--model", model)
-    rows = write(tmp_path / "rows.jsonl", ROWS["chat"])
-    assert "--memory: 'much'" in refused(rows, "--model", model, "--memory", "much")
+    assert "there is no nowhere.jsonl" in refused("init", "nowhere.jsonl", "--model", model)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
+    assert "--memory: 'much'" in refused("init", rows, "--model", model, "--memory", "much")
     (tmp_path / "recipe.yaml").write_text("mine")
-    assert "add --overwrite" in refused(rows, "--model", model, "--output", "recipe.yaml")
+    assert "add --overwrite" in refused("init", rows, "--model", model, "--output", "recipe.yaml")
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
 
 
@@ -207,7 +198,7 @@ def test_other_files(model: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_model_that_is_not_here_is_said(tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS["chat"])
+    write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
     result = fusewright("init", "rows.jsonl", "--model", "nobody/nothing-7B", "--memory", "24GB")
     assert result.exit_code == 0, result.output
     assert "NOT CHECKED" in result.stdout
@@ -227,18 +218,18 @@ def large(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_adapter_is_what_fits(large: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="weights of 4 bits need bitsandbytes")
-    write(tmp_path / "rows.jsonl", ROWS["chat"] * 20)
+    write_rows(tmp_path / "rows.jsonl", ROWS["chat"] * 20)
     chosen = [init("rows.jsonl", "--model", large, "--memory", m) for m in ("80GB", "10GB")]
     assert [one["adapter"] for one in chosen] == ["lora", "qlora"]
     assert chosen[1]["load_in_4bit"] is True
     assert chosen[0]["micro_batch_size"] >= chosen[1]["micro_batch_size"]
-    said = refused("rows.jsonl", "--model", large, "--memory", "2GB")
+    said = refused("init", "rows.jsonl", "--model", large, "--memory", "2GB")
     assert "not even QLoRA" in said
 
 
 @pytest.mark.slow
 def test_texts_train_all_weights_where_they_fit(large: Path, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS["completion"])
+    write_rows(tmp_path / "rows.jsonl", ROWS["completion"])
     found = init("rows.jsonl", "--model", large, "--memory", "200GB")
     assert "adapter" not in found
     assert init("rows.jsonl", "--model", large, "--memory", "60GB")["adapter"] == "lora"
@@ -248,7 +239,7 @@ def test_who_judges_decides(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The judge is an argument: what it refuses is not written."""
-    write(tmp_path / "rows.jsonl", ROWS["chat"] * 40)
+    write_rows(tmp_path / "rows.jsonl", ROWS["chat"] * 40)
     asked: list[tuple[int, int | None]] = []
 
     def only_one(recipe: Recipe, memory: int | None) -> MemoryVerdict:

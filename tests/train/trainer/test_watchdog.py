@@ -35,7 +35,7 @@ from fusewright.train.trainer.watchdog import (
     watchdogs,
 )
 
-from ..conftest import chat, make_model, make_tokenizer
+from ..conftest import chat, make_model, make_tokenizer, write_rows
 
 QUIET = Console(quiet=True)
 
@@ -51,7 +51,7 @@ def poisoned(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> dict[str, An
     tokenizer.save_pretrained(folder)
     lines = [chat(f"What is {i}?", f"It is the number {i}") for i in range(31)]
     lines.append(chat("What is Z?", "It is no number"))
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_rows(rows, lines)
     # the one bad row comes at some later step
     return {
         **recipe,

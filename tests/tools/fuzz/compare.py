@@ -250,7 +250,8 @@ def _same_bits(a: Tensor | None, b: Tensor) -> bool:
 def script(program: Program) -> str:
     """A script that runs the program and prints the difference."""
     return (
-        "from tests.fuzz.compare import check\nfrom tests.fuzz.program import Program\n\n"
+        "from tests.tools.fuzz.compare import check\n"
+        "from tests.tools.fuzz.program import Program\n\n"
         f'SOURCE = r"""{program.source}"""\n'
         f"print(check(Program({program.seed}, SOURCE, {program.options!r}, {program.after})))\n"
     )

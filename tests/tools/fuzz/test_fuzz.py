@@ -1,6 +1,6 @@
 """Random decoder-like models, optimized, do what they do in eager mode.
 
-``python -m tests.fuzz FIRST COUNT`` tries more of them, and prints a script for what fails.
+``python -m tests.tools.fuzz FIRST COUNT`` tries more of them, and prints a script for what fails.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_an_optimization_that_forgets_hooks_is_found(monkeypatch: pytest.MonkeyP
             m.register_forward_hook = lambda hook: None  # type: ignore[method-assign, assignment]
         return model
 
-    monkeypatch.setattr("tests.fuzz.compare.optimize", forgetful)
+    monkeypatch.setattr("tests.tools.fuzz.compare.optimize", forgetful)
     found = (f.kind for seed in range(80) if (f := check(draw(seed))) is not None)
     assert any(kind in ("state", "wrong value") for kind in found)
 
@@ -204,7 +204,7 @@ def test_what_a_checkpoint_computes_from_a_later_write_is_eagers_own(
                 model.weight.register_hook(lambda grad: grad * scale)  # type: ignore[operator, union-attr]
             return model
 
-        monkeypatch.setattr("tests.fuzz.compare.optimize", optimized)
+        monkeypatch.setattr("tests.tools.fuzz.compare.optimize", optimized)
         return _is_eagers_own(program, failure, 0, 0)
 
     assert excused(None)

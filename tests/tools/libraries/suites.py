@@ -1,6 +1,6 @@
 """PEFT's and transformers' own tests, plain and with every model optimized.
 
-    python tests/libraries/suites.py --work DIR [--codegen eager] [--library peft] [-k EXPRESSION]
+    python tests/tools/libraries/suites.py --work DIR [--codegen eager] [--library peft] [-k WHICH]
 
 The tests come from the source distributions on PyPI of the installed versions. That of transformers
 has its common model tests only, which ``architectures.py`` applies to some architectures; with

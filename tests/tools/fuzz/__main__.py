@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz FIRST [COUNT] [--codegen C] [--show]``: try seeds, print failures."""
+"""``python -m tests.tools.fuzz FIRST [COUNT] [--codegen C] [--show]``: try seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .compare import check, draw, script
 
 def main() -> int:
     """Try seeds; the exit status is 1 when one failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.fuzz", description=__doc__)
     parser.add_argument("first", type=int)
     parser.add_argument("count", type=int, nargs="?", default=1)
     parser.add_argument("--codegen", choices=["eager", "inductor"], default="eager")

@@ -1,4 +1,4 @@
-"""``python -m tests.mutation [FILE ...] [--every N]``: change one thing, and see a test fail.
+"""``python -m tests.tools.mutation [FILE ...] [--every N]``: change one thing, and see a test fail.
 
 Mutants are made by Cosmic Ray (``pip install cosmic-ray``): a comparison, an operator, a number, a
 condition of a file of ``src``. Each runs in a process of its own, forked from one that has torch
@@ -31,7 +31,7 @@ import pytest
 
 from .targets import EQUIVALENT, TESTS
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 _OTHER = ("Exception", "Decorator", "Variable", "Eq_Is", "NotEq_IsNot")
 """Operators of Cosmic Ray that want arguments, or that change no logic."""
@@ -177,7 +177,7 @@ def _preload() -> None:
 
 def main() -> int:
     """Print the survivors and the score; the exit status is 1 when one is not explained."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutation")
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.mutation")
     parser.add_argument("files", nargs="*", default=list(TESTS), help="below src")
     parser.add_argument("--every", type=int, default=1, help="take only one mutant in so many")
     parser.add_argument("--at", type=int, nargs="*", help="take only those of these numbers")
