@@ -15,7 +15,7 @@ from ..graph.facts import nested
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
-from ..kernels.cost import kept_by_hook
+from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import offloaded, planned
 from ..memory.levels import accumulates_twice, draws_in_vain, writes_into_inputs
 from ..rewrite.copies import copy_what_is_written
@@ -139,7 +139,7 @@ def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
     if not hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(kept_by_hook, lambda t: t)
+    return torch.autograd.graph.saved_tensors_hooks(saved_by_hook, lambda t: t)
 
 
 def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding]:

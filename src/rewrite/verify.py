@@ -177,33 +177,33 @@ def _gradients_are_on(c: Candidate) -> bool:
     return bool(modes(graph)[c.interior[-1]][0])
 
 
-def _check(site: _Site, given: Iterable[Sequence[Any]], regime: Regime) -> Verdict:
+def _check(site: _Site, draws: Iterable[Sequence[Any]], regime: Regime) -> Verdict:
     normal = regime is NORMAL
     setting = site.setting(normal, regime.upstream)
     with ExitStack() as around:
         for settings in site.candidate.autocast:
             around.enter_context(torch.autocast(*settings))
         with _seen_as_traced(False):
-            theirs = runs(site.original, given, setting)
-            ours = [runs(site.replacement, given, setting)]
+            original = runs(site.original, draws, setting)
+            ours = [runs(site.replacement, draws, setting)]
         if normal and site.traced:
             with _seen_as_traced(True):
-                ours.append(_compiled(runs(site.replacement, given, setting)))
+                ours.append(_compiled(runs(site.replacement, draws, setting)))
     inputs = site.candidate.inputs
     wide = (
         [x if n in site.packed else double(x) for n, x in zip(inputs, draw, strict=True)]
-        for draw in given
+        for draw in draws
     )
     with _seen_as_traced(False):
         exact = runs(site.exact, wide, site.setting(False, regime.upstream))
     for outcome in ours:
-        reason = difference(outcome, theirs, exact, within_range=regime in REGIMES)
+        reason = difference(outcome, original, exact, within_range=regime in REGIMES)
         if reason:
             return Verdict(reason)
     if not normal:
         return Verdict()
-    rows = sum(tokens(draw, site.fixed) for draw in given)
-    return Verdict(None, _figures(ours[0], theirs, exact, rows))
+    rows = sum(tokens(draw, site.fixed) for draw in draws)
+    return Verdict(None, _figures(ours[0], original, exact, rows))
 
 
 def _compiled(outcome: Outcome) -> Outcome:
@@ -224,10 +224,10 @@ def _seen_as_traced(traced: bool) -> Iterator[None]:
         torch.compiler._is_compiling_flag = before
 
 
-def _figures(ours: Outcome, theirs: Outcome, exact: Outcome, rows: int) -> Figures:
+def _figures(ours: Outcome, original: Outcome, exact: Outcome, rows: int) -> Figures:
     worst: list[float | None] = [None, None]
     for kind in range(2):
-        triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
+        triples = zip(*(run.results[kind] for run in (ours, original, exact)), strict=True)
         for a, b, o in triples:
             if a is None or b is None or o is None:
                 continue
@@ -236,8 +236,8 @@ def _figures(ours: Outcome, theirs: Outcome, exact: Outcome, rows: int) -> Figur
     return Figures(
         error=worst[KINDS.index("output")],
         grad_error=worst[KINDS.index("gradient of input")],
-        saved_before=theirs.kept / rows,
-        saved_after=ours.kept / rows,
+        saved_before=original.saved / rows,
+        saved_after=ours.saved / rows,
     )
 
 
@@ -286,7 +286,7 @@ def quiet_randomness() -> Iterator[None]:
 
 
 def difference(
-    ours: Outcome, theirs: Outcome, exact: Outcome, within_range: bool = False
+    ours: Outcome, original: Outcome, exact: Outcome, within_range: bool = False
 ) -> str | None:
     """Say in what the rewrite's run differs from the original's; None where it does not.
 
@@ -294,17 +294,17 @@ def difference(
     original and not below the smallest normal number of its dtype are compared.
     """
     return (
-        _effects(ours, theirs)
-        or _traits(ours, theirs)
-        or _values(ours, theirs, exact, within_range)
+        _effects(ours, original)
+        or _traits(ours, original)
+        or _values(ours, original, exact, within_range)
     )
 
 
-def _effects(ours: Outcome, theirs: Outcome) -> str | None:
-    if len(ours.results[0]) != len(theirs.results[0]):
-        return f"{len(ours.results[0])} outputs instead of {len(theirs.results[0])}"
+def _effects(ours: Outcome, original: Outcome) -> str | None:
+    if len(ours.results[0]) != len(original.results[0]):
+        return f"{len(ours.results[0])} outputs instead of {len(original.results[0])}"
     for kind, what in enumerate(KINDS):
-        pairs = zip(ours.results[kind], theirs.results[kind], strict=True)
+        pairs = zip(ours.results[kind], original.results[kind], strict=True)
         for i, (a, b) in enumerate(pairs):
             if (a is None) == (b is None):
                 continue
@@ -312,18 +312,18 @@ def _effects(ours: Outcome, theirs: Outcome) -> str | None:
             if what == "input":
                 return f"only the {which} writes to input {i}"
             return f"{what} {i}: only the {which} has it"
-    if ours.random != theirs.random:
+    if ours.random != original.random:
         return "the rewrite draws other random numbers than the original"
     return None
 
 
-def _traits(ours: Outcome, theirs: Outcome) -> str | None:
-    for a, b in zip(ours.results[0], theirs.results[0], strict=True):
+def _traits(ours: Outcome, original: Outcome) -> str | None:
+    for a, b in zip(ours.results[0], original.results[0], strict=True):
         if a is not None and b is not None and (a.shape, a.dtype) != (b.shape, b.dtype):
             return None  # said with the values
-    new = ours.traits - theirs.traits
+    new = ours.traits - original.traits
     missing = {
-        t for t in theirs.traits - ours.traits if not (t.endswith(UNWRITABLE) or STRIDES in t)
+        t for t in original.traits - ours.traits if not (t.endswith(UNWRITABLE) or STRIDES in t)
     }
     for which, traits in (("rewrite", new), ("original", missing)):
         if traits:
@@ -331,11 +331,11 @@ def _traits(ours: Outcome, theirs: Outcome) -> str | None:
     return None
 
 
-def _values(ours: Outcome, theirs: Outcome, exact: Outcome, within_range: bool) -> str | None:
+def _values(ours: Outcome, original: Outcome, exact: Outcome, within_range: bool) -> str | None:
     for kind, what in enumerate(KINDS):
         # in fp64 one backward is enough: a second one has the same truth
         truth = exact.results[1 if "second" in what else kind]
-        triples = zip(ours.results[kind], theirs.results[kind], truth, strict=True)
+        triples = zip(ours.results[kind], original.results[kind], truth, strict=True)
         for i, (a, b, o) in enumerate(triples):
             if a is None or b is None:
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.cost import kept_by_hook
+from ..kernels.cost import saved_by_hook
 
 KINDS = ("output", "gradient of input", "gradient by a second backward of input", "input")
 """What ``Outcome.results`` holds, in this order; the last is inputs that were written to."""
@@ -36,7 +36,7 @@ class Outcome:
     results: tuple[list[Tensor | None], ...]  # for each of ``KINDS``
     traits: frozenset[str]  # effects other than values, as sentences
     random: tuple[bytes, ...]  # the states of the random generators afterwards
-    kept: int  # bytes kept for backward
+    saved: int  # bytes kept for backward
     draws: int = 1  # how many runs these are
 
 
@@ -62,16 +62,16 @@ def runs(
     fn: Callable[..., Any], draws: Iterable[Sequence[Any]], setting: VerifySettings
 ) -> Outcome:
     """The outcome of ``fn`` for all ``draws`` of inputs: their results stacked, as one tensor."""
-    made = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]
-    if len(made) == 1:
-        return made[0]
+    outcomes = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]
+    if len(outcomes) == 1:
+        return outcomes[0]
     results = tuple(
         [_stacked(tensors) for tensors in zip(*kind, strict=True)]
-        for kind in zip(*(m.results for m in made), strict=True)
+        for kind in zip(*(m.results for m in outcomes), strict=True)
     )
-    traits = frozenset().union(*(m.traits for m in made))
-    random = tuple(s for m in made for s in m.random)
-    return Outcome(results, traits, random, sum(m.kept for m in made), len(made))
+    traits = frozenset().union(*(m.traits for m in outcomes))
+    random = tuple(s for m in outcomes for s in m.random)
+    return Outcome(results, traits, random, sum(m.saved for m in outcomes), len(outcomes))
 
 
 def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -96,7 +96,7 @@ def _run(
     with torch.set_grad_enabled(setting.grad), _counted(saved, copies, setting):
         outputs = [o for o in fn(*copies) if isinstance(o, Tensor)]
     results: list[Tensor | None] = [o.detach().clone() for o in outputs]
-    grads, again, reached = _gradients(outputs, tokens, setting, seed)
+    grads, second_grads, reached = _gradients(outputs, tokens, setting, seed)
     random = tuple(g.get_state().numpy().tobytes() for g in generators)
     written_inputs = [
         x.detach().clone() if isinstance(x, Tensor) and not _same(x, before) else None
@@ -105,7 +105,9 @@ def _run(
     traits = reached
     if setting.thorough:
         traits |= _traits(outputs, copies, setting.laid_out) | _unwritable(outputs)
-    return Outcome((results, grads, again, written_inputs), traits, random, sum(saved.values()))
+    return Outcome(
+        (results, grads, second_grads, written_inputs), traits, random, sum(saved.values())
+    )
 
 
 # ------------------------------------------------------------------------------------ the inputs
@@ -158,16 +160,16 @@ def _generators(inputs: Sequence[Any]) -> list[torch.Generator]:
 
 
 @contextmanager
-def _counted(kept: dict[int, int], own: Sequence[Any], setting: VerifySettings) -> Any:
+def _counted(sizes: dict[int, int], inputs_of_run: Sequence[Any], setting: VerifySettings) -> Any:
     """Collect, while a graph runs, the storages that are saved for backward, with their bytes."""
-    inputs = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
+    inputs = {x.untyped_storage().data_ptr() for x in inputs_of_run if isinstance(x, Tensor)}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in inputs and tuple(t.shape) not in setting.fixed:
             times = math.prod(setting.enlargement.get(n, 1.0) for n in t.shape)
-            kept[storage.data_ptr()] = round(storage.nbytes() * times)
-        return kept_by_hook(t)
+            sizes[storage.data_ptr()] = round(storage.nbytes() * times)
+        return saved_by_hook(t)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield

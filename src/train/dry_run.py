@@ -66,13 +66,13 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
     say(console, f"# rows were not read: fusewright preprocess {checked.name} checks them")
 
 
-def _table(checked: Checked, found: Sequence[Entry]) -> Table:
+def _table(checked: Checked, entries: Sequence[Entry]) -> Table:
     """The written keys with their status."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("key", "line", "status", "value"):
         table.add_column(header, no_wrap=True)
-    table.add_column("note", min_width=30 if any(entry.note for entry in found) else None)
-    for entry in found:
+    table.add_column("note", min_width=30 if any(entry.note for entry in entries) else None)
+    for entry in entries:
         value = "" if entry.value is None else escape(_flow(without_secrets(entry)))
         status = _status(entry)
         colour = _COLOURS[status]

@@ -18,7 +18,7 @@ from .checkpoint.lock import held
 from .checkpoint.rng_state import same_draws
 from .checkpoint.together import require_shared
 from .data.readers.limits import require_contrast, warnings
-from .data.together import prepare_together
+from .data.together import prepare_once
 from .methods.task import task_of
 from .model.adapters import parameters
 from .model.load import quiet
@@ -101,7 +101,7 @@ class TrainingRun:
         """
         if not self.world.main:
             return self._run()
-        output_folder.require_own(self.folder)
+        output_folder.require_run_folder(self.folder)
         with held(self.folder, self.run_log.say):
             return self._run()
 
@@ -164,7 +164,7 @@ class TrainingRun:
         """The rows as samples, and those as sequences to train on."""
         recipe, world = self.recipe, self.world
         day = world.share(lambda: self.result.started[:10])
-        prepared = prepare_together(recipe, tokenizer, self.console, day, world)
+        prepared = prepare_once(recipe, tokenizer, self.console, day, world)
         if self.resumed is not None:
             resume.require_same_data(self.resumed, prepared.fingerprint)
         self.sequences = self.task.sequences(prepared)

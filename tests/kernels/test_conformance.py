@@ -374,7 +374,7 @@ def check_outputs_may_be_written_to(case: Case) -> None:
         outs = _outs(call.ours(*tensors))
         own = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
         assert outs[i].untyped_storage().data_ptr() not in own, "an output is an input's memory"
-        if i not in call.op.kept_outputs:
+        if i not in call.op.saved_outputs:
             outs[i].mul_(2)
         live = [o.sum() for o in outs if o.requires_grad]
         if live:
@@ -405,7 +405,7 @@ def check_kept_outputs(case: Case) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outs = _outs(call.ours(*call.tensors))
     found = [i for i, o in enumerate(outs) if o.untyped_storage().data_ptr() in kept]
-    assert set(found) <= set(call.op.kept_outputs)
+    assert set(found) <= set(call.op.saved_outputs)
 
 
 @each_case

@@ -281,7 +281,7 @@ def test_the_largest_error_that_says_something() -> None:
     assert found == Figures(error=0.5, grad_error=0.125, saved_before=16.0, saved_after=8.0)
     for lost in (ours, theirs, truth):
         runs = [
-            _made([None, *r.results[0][1:]], r.results[1], r.kept) if r is lost else r
+            _made([None, *r.results[0][1:]], r.results[1], r.saved) if r is lost else r
             for r in (ours, theirs, truth)
         ]
         assert verify._figures(*runs, 10).error == 0.5

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..launch import library_op, own, use_triton
+from ..launch import library_op, use_triton, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
 from ..op import Maker, Op
@@ -101,13 +101,13 @@ def _forward(
         return native.forward(q, k, v, scale, causal, mask, window)
     if through_fp32(q):
         wide = _forward(q.float(), k.float(), v.float(), scale, causal, mask, window)
-        return own(wide.to(q.dtype))
+        return without_base(wide.to(q.dtype))
     values, scores = v.flatten(0, 1), _Scores(q, k, scale)
     out = values.new_empty(*scores.q.shape[:2], v.shape[-1])
     for tile in tiles(q, k, causal, mask, window):
         p = scores.probabilities(tile)
         torch.bmm(p, values[tile.pairs, tile.keys], out=out[tile.pairs, tile.rows])
-    return own(unfold(out, q, k.shape[1]))
+    return without_base(unfold(out, q, k.shape[1]))
 
 
 def _backward(
@@ -121,7 +121,7 @@ def _backward(
     if through_fp32(q):
         qkv = q.float(), k.float(), v.float()
         wide_grads = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
-        return [own(d.to(q.dtype)) for d in wide_grads]
+        return [without_base(d.to(q.dtype)) for d in wide_grads]
     need_q, need_k, need_v = needs
     groups, scores = k.shape[1], _Scores(q, k, scale)
     part = scores.wide if q.dtype is torch.float16 else q.dtype
@@ -303,7 +303,7 @@ OP = Op(
     attention_reference,
     attention,
     attention_unsupported,
-    kept_outputs=(0,),
+    saved_outputs=(0,),
     example=_example,
     variants={"packed": _packed_example, "window": lambda m: _example(m, 5)},
 )

@@ -37,14 +37,14 @@ def tiles(
     (batch, groups, keys, _), time = k.shape, q.shape[2]
     heads = q.shape[1] // groups
     step, budget = max(16, min(128, 1024 // heads)), _CACHED * torch.get_num_threads()
-    units = [(0, batch * groups)]
+    samples = [(0, batch * groups)]
     if mask is not None and mask.shape[0] * mask.shape[1] > 1:
-        units = [(i * groups, (i + 1) * groups) for i in range(batch)]
-    for unit, (first, last) in enumerate(units):
+        samples = [(i * groups, (i + 1) * groups) for i in range(batch)]
+    for sample, (first, last) in enumerate(samples):
         for start in range(0, time, step):
             stop = min(time, start + step)
             if mask is not None:
-                part = mask[min(unit, mask.shape[0] - 1), :, start:stop]
+                part = mask[min(sample, mask.shape[0] - 1), :, start:stop]
                 low, high, bias, dead = _masked(part, groups)
             elif causal:
                 low = 0 if window is None else max(0, start - window + 1)

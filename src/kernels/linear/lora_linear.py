@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..matmul import mm
-from ..op import Maker, Op, on_several_devices, too_narrow
-from ..second_order import absent, differentiable, gradients, require_kept
+from ..op import Maker, Op, loses_precision, on_several_devices
+from ..second_order import absent, differentiable, gradients, require_saved
 from .casts import autocast
 from .linears import Linear, example_of_linear, parts
 from .products import (
@@ -74,7 +74,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needed, own_input = ctx.needs_input_grad, ctx.z_like is not None
     x = z if x is None and not own_input else x
     is_kept = (z if own_input else x) is not None
-    require_kept(is_kept or not needed[5], "lora_linear", "B is trained and A is not")
+    require_saved(is_kept or not needed[5], "lora_linear", "B is trained and A is not")
     shape, dtype, read_dtype = ctx.x_like
     x = absent(shape, weight, read_dtype) if x is None else x
     z = absent(ctx.z_like[0], weight, ctx.z_like[1]) if own_input and z is None else z
@@ -201,7 +201,7 @@ def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list
     ]
     if any(not t.is_floating_point() for t in tensors):
         reasons.append("an operand is not of a floating-point dtype (a quantized weight?)")
-    reasons += too_narrow(dtype, weight.dtype, "the weight")
+    reasons += loses_precision(dtype, weight.dtype, "the weight")
     if lora_a.dtype != lora_b.dtype:
         reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
     reasons += on_several_devices(*tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..op import Maker, Op
-from ..second_order import absent, differentiable, gradients, require_kept
+from ..second_order import absent, differentiable, gradients, require_saved
 from . import lora_linear, quant_linear, quant_lora_linear
 from .linears import (
     MIXED,
@@ -70,7 +70,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if all(g is None for g in grads):
         return (None,) * len(ctx.needs_input_grad)
     for_b = any(need.lora_b for need in wanted(needed[1:], count))
-    require_kept(x is not None or not for_b, "qkv_block", "B is trained and A is not")
+    require_saved(x is not None or not for_b, "qkv_block", "B is trained and A is not")
     like = next(g for g in grads if g is not None)
 
     def formula(x: Tensor, *tensors: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..op import Maker, Op, not_floating, on_several_devices, too_narrow
+from ..op import Maker, Op, loses_precision, not_floating, on_several_devices
 from ..second_order import absent, differentiable, gradients
 from .products import shaped
 from .quant_products import join, product, split
@@ -129,7 +129,7 @@ def unsupported(
     low = compute or x.dtype
     if bias is not None and bias.dtype != low:
         reasons.append(f"the bias is {bias.dtype}, the input {low}")
-    reasons += too_narrow(dtype, low, "the product")
+    reasons += loses_precision(dtype, low, "the product")
     bits = w.packed.numel() * w.packed.element_size() * 8
     if bits < out * into * (8 if w.kind == "int8" else 4):
         reasons.append(f"{bits} bits are too few for {out} x {into} values")

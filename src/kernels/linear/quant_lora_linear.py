@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..matmul import mm
 from ..op import Maker, Op
-from ..second_order import absent, differentiable, gradients, require_kept
+from ..second_order import absent, differentiable, gradients, require_saved
 from . import quant_linear
 from .casts import autocast
 from .linears import Linear, example_of_linear, parts
@@ -42,7 +42,7 @@ def reference(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
     is_kept = z is not None or h is None
-    require_kept(is_kept, "quant_lora_linear", "B is trained and A is not")
+    require_saved(is_kept, "quant_lora_linear", "B is trained and A is not")
     own_input, (shape, dtype, read_dtype, compute) = ctx.z_like is not None, ctx.like
     w = join(ctx.fixed, tuple(tensors))
     x = z if z is not None and not own_input else absent(shape, grad, read_dtype)

@@ -19,7 +19,9 @@ _LATE = 20.0
 """Seconds after which what another machine has written must be visible."""
 
 
-def write_together(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
+def write_collectively(
+    world: World, folder: Path, step: int, write: Callable[[Path], None]
+) -> None:
     """Make a checkpoint of what ``write`` puts into a folder; all processes call this.
 
     Rank 0 makes the hidden folder, all processes write into it, and rank 0 gives it its name once
@@ -73,7 +75,7 @@ def _appears(path: Path) -> bool:
 
 
 def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Rank 0's part of ``write_together``."""
+    """Rank 0's part of ``write_collectively``."""
     failed, announced = "", False
     try:
         with files.writing(folder, step) as part:

@@ -15,7 +15,7 @@ from .resume import Saved
 from .rng_state import RngState
 from .save_model import save
 from .sharded import named_state, write_list, write_shards
-from .together import write_together
+from .together import write_collectively
 
 
 def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
@@ -147,7 +147,7 @@ class Checkpoints:
         trainer, folder, step = self.trainer, self.folder, self.trainer.state.global_step
         try:
             self.note_best()
-            write_together(trainer.world, folder, step, self._write)
+            write_collectively(trainer.world, folder, step, self._write)
         except checkpoint.CheckpointWriteError as error:
             self.write_error = str(error)
             trainer.control.should_training_stop = True

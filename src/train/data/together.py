@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def prepare_together(
+def prepare_once(
     recipe: Recipe, tokenizer: Any, console: Console | None, day: str, world: World
 ) -> PreparedData:
     """Let rank 0 prepare the rows of a recipe, and the other processes read them from its cache.

@@ -23,10 +23,10 @@ from ..recipe.preferences import PreferenceSettings, preference_settings
 from ..recipe.recipe import Recipe
 from .cards import Devices
 from .count.blueprint import Blueprint, draw
-from .count.layout import ProcessLayout, held, layout_of
+from .count.layout import ProcessLayout, layout_of, model_states
 from .count.network import Traffic, traffic
 from .count.step import take
-from .count.tensors import units
+from .count.tensors import fsdp_units
 from .estimate import Memory, Process, TrainingJob, estimate
 from .here import CPU, devices_here
 from .recommend import Advice, advise, faster
@@ -148,7 +148,7 @@ def _planned(
 ) -> RunPlan:
     room = devices.card.memory
     memory = estimate(job, layout, room)
-    states = held(job.units, layout, recipe.optimizer)
+    states = model_states(job.units, layout, recipe.optimizer)
     tokens = job.step.tokens
     keys = _keys_width(job)
     sent = traffic(job.units, layout, job.passes, tokens, job.hidden, keys)
@@ -201,10 +201,10 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
         process = Process(_CPU_PROCESS, compilation_bytes(codegen), _CPU_SLACK, is_host=True)
     experts = recipe.quantize_moe_experts
     return TrainingJob(
-        blueprint, units(blueprint, bits, experts), step, recipe.optimizer, recipe.accumulation(),
-        recipe.checkpointing(), recipe.memory, codegen, process, recipe.optimize, experts,
-        _rate(recipe, dtype), _copies(recipe, settings),
-        settings.passes_beside if settings else 0,
+        blueprint, fsdp_units(blueprint, bits, experts), step, recipe.optimizer,
+        recipe.accumulation(), recipe.checkpointing(), recipe.memory, codegen, process,
+        recipe.optimize, experts, _rate(recipe, dtype), _copies(recipe, settings),
+        settings.extra_forward_passes if settings else 0,
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ def estimate_tokens(recipe: Recipe) -> int | None:
             return None
         size = sum(file.stat().st_size for file in files)
         total += size / _BYTES_PER_TOKEN * (dataset.weight or 1) / (dataset.shards or 1)
-    held_out = recipe.val_set_size if 0 < recipe.val_set_size < 1 else 0
-    return round(total * (1 - held_out)) or None
+    validation = recipe.val_set_size if 0 < recipe.val_set_size < 1 else 0
+    return round(total * (1 - validation)) or None
 
 
 def count_rows(recipe: Recipe) -> int | None:
@@ -38,8 +38,8 @@ def count_rows(recipe: Recipe) -> int | None:
             return None
         rows = sum(_lines(file) for file in files)
         total += rows * (dataset.weight or 1) / (dataset.shards or 1)
-    held_out = recipe.val_set_size
-    return round(total * (1 - held_out) if held_out < 1 else total - held_out) or None
+    validation = recipe.val_set_size
+    return round(total * (1 - validation) if validation < 1 else total - validation) or None
 
 
 def _lines(file: Path) -> int:

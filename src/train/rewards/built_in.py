@@ -58,7 +58,7 @@ class ExactMatch:
         """1 or 0 for each completion; None for a row without an answer."""
         right = columns[self.field]
         return [
-            None if r is None else float(_given(text_of(c)) == _plain(str(r).split("####")[-1]))
+            None if r is None else float(_answer(text_of(c)) == _plain(str(r).split("####")[-1]))
             for c, r in zip(completions, right, strict=True)
         ]
 
@@ -145,7 +145,7 @@ def built_in(name: str) -> Reward:
     raise RecipeError(f"trl.reward_funcs: {name!r} is a function, not a reward of that name")
 
 
-def _given(text: str) -> str:
+def _answer(text: str) -> str:
     marked = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return _plain(marked[-1] if marked else text)
 

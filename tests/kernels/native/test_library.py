@@ -183,7 +183,7 @@ def test_no_warnings(compiler: str, tmp_path: Path) -> None:
     command = [
         compiler,
         *build.FLAGS,
-        *build.OWN,
+        *build.NATIVE,
         "-Wall",
         "-Wextra",
         "-Werror",

@@ -119,7 +119,7 @@ def _rank(
 ) -> None:
     os.environ.update(environ)
     warnings.simplefilter("ignore")
-    world_module._PATIENCE = patience
+    world_module._TIMEOUT_S = patience
     begun = time.monotonic()
     value, error, said = None, "", ""
     try:

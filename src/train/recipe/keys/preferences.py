@@ -249,15 +249,15 @@ def loose_types(*groups: type[Keys]) -> dict[str, TypeAdapter[Any]]:
         groups: the classes of ``trl`` and of ``vllm``, whose keys may have any value.
     """
     number = TypeAdapter[Any](Float | None)
-    found = dict.fromkeys(_NUMBERS, number)
-    found["num_labels"] = TypeAdapter(Int | None)
-    found["dpo_loss_type"] = TypeAdapter(list[str] | str | None)
-    found["dpo_loss_weights"] = TypeAdapter(list[Float] | None)
+    types = dict.fromkeys(_NUMBERS, number)
+    types["num_labels"] = TypeAdapter(Int | None)
+    types["dpo_loss_type"] = TypeAdapter(list[str] | str | None)
+    types["dpo_loss_weights"] = TypeAdapter(list[Float] | None)
     for name, group in zip(("trl", "vllm"), groups, strict=True):
         fields: Any = {key: (Any, None) for key in group.model_fields}
         unread: Any = create_model(group.__name__, __base__=UnreadKeys, **fields)
-        found[name] = TypeAdapter(unread | None)
-    return found
+        types[name] = TypeAdapter(unread | None)
+    return types
 
 
 _NUMBERS = (

@@ -288,7 +288,7 @@ def is_function(name: str) -> bool:
     return name.partition(":")[0] not in REWARDS and _FUNCTION.fullmatch(name) is not None
 
 
-def is_own_type(name: str, rows: str) -> bool:
+def is_function_type(name: str, rows: str) -> bool:
     """Whether the type of a dataset is a Python function that changes its rows.
 
     Args:
@@ -311,7 +311,7 @@ def type_problem(name: str, rows: str) -> str | None:
         rows: what the rows are, ``pairs``, ``labelled``, ``prompts`` or ``steps``.
     """
     known = preference_types(rows)
-    if plain_type(name) in known or is_own_type(name, rows):
+    if plain_type(name) in known or is_function_type(name, rows):
         return None
     if plain_type(name) == "user_defined":
         return "write the type as keys (field_prompt, prompt_format, ...) instead of user_defined"
