@@ -16,9 +16,9 @@ from .checkpoint import output_folder, resume
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
 from .checkpoint.rng_state import same_draws
-from .checkpoint.together import require_shared
+from .checkpoint.write import require_shared
+from .data.prepare import prepare_once
 from .data.readers.limits import require_contrast, warnings
-from .data.together import prepare_once
 from .methods.task import task_of
 from .model.adapters import parameters
 from .model.load import quiet

@@ -13,7 +13,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.attention import tiles as attention_tiles
+from fusewright.kernels.attention import attention as attention_tiles
 from fusewright.kernels.attention.attention import OP, attention
 
 from .util import assert_parity

@@ -16,8 +16,7 @@ from fusewright.rewrite.conditions import settings_around
 from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
 from fusewright.rewrite.rule import Emit, Match, Rule
 from fusewright.rewrite.sample_inputs import Regime
-from fusewright.rewrite.verify import Verifier
-from fusewright.rewrite.verify_runs import Outcome
+from fusewright.rewrite.verify import Outcome, Verifier
 
 from ..capturing import capture
 from .faults import D, given, graph_of, judged, of_any_size, when

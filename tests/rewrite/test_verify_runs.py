@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.verify_runs import Outcome, VerifySettings, copied, runs
+from fusewright.rewrite.verify import Outcome, VerifySettings, copied, runs
 
 from .faults import with_gradient
 

@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, RecipeError
+from ..processes.world import World
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
@@ -35,6 +36,7 @@ from .workers import RowEncoder, Work, batches, parts
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -606,3 +608,39 @@ class Duplicates:
             extra=[text for text, is_new in zip(part.extra, new, strict=False) if is_new],
             counts=counts,
         )
+
+
+# Prepares rows once, whatever the number of processes.
+
+
+def prepare_once(
+    recipe: Recipe, tokenizer: Any, console: Console | None, day: str, world: World
+) -> PreparedData:
+    """Let rank 0 prepare the rows of a recipe, and the other processes read them from its cache.
+
+    On another machine that does not see the cache, the first process prepares them again. None of
+    them waits at a collective, so preparation may take as long as it does. Arguments and errors are
+    those of ``prepare``.
+    """
+    mine: list[PreparedData] = []
+
+    def first() -> str:
+        mine.append(prepare(recipe, tokenizer, console, day=day))
+        return str(_cache(mine[0]) or "")
+
+    root = world.share(first)
+    if not world.main:
+        overrides = {"dataset_prepared_path": root} if root else {}
+        same = recipe.model_copy(update=overrides)
+        shared = bool(root)
+        world.one_per_machine(
+            lambda: mine.append(prepare(same, tokenizer, None, day=day, shared=shared))
+        )
+    return mine[0]
+
+
+def _cache(prepared: PreparedData) -> Path | None:
+    for samples in (prepared.train, *prepared.validation.values()):
+        if isinstance(samples, Samples):
+            return samples.path.parent.parent
+    return None

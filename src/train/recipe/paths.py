@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ...errors import RecipeError
 from ..consent import CODE_SWITCH, must_build, refused_builder, refused_function, why_not_run
 from ..output_files import why_not_ours_to_write
-from ..own_functions import is_package_rows, load_function, located, module_of, why_none
+from ..user_functions import is_package_rows, load_function, located, module_of, why_none
 from .deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
 from .keys.row_types import is_function, is_function_type

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from ...errors import DataError, RecipeError
-from ..own_functions import load_function
 from ..printable import printable
 from ..recipe.keys.row_types import is_function, reward_problem
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
+from ..user_functions import load_function
 
 Generated = str | Sequence[dict[str, Any]]
 """A completion: text, or messages where the prompt is messages."""

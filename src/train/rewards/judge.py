@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, FusewrightError, RewardError
-from ..own_functions import what_failed
 from ..processes.world import World
+from ..user_functions import what_failed
 from .built_in import ExactMatch
 
 Judgement = list[float | None]

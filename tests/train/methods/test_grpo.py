@@ -21,11 +21,11 @@ from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.data import prepare
 from fusewright.train.model.tokenizer import load_tokenizer
-from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
 from fusewright.train.trainer.engine import FlowCallback
+from fusewright.train.user_functions import load_function
 
 from ..runs import fusewright
 from .completions import drawn, grpo_recipe

@@ -13,9 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 from fusewright.errors import RecipeError
 from fusewright.train.plan.count.blueprint import draw
-from fusewright.train.plan.count.layout import ProcessLayout, layout_of, model_states
+from fusewright.train.plan.count.layout import ProcessLayout, layout_of, model_states, state_bytes
 from fusewright.train.plan.count.network import traffic
-from fusewright.train.plan.count.optimizer_state import state_bytes
 from fusewright.train.plan.count.tensors import Weight, fsdp_units, quantized_bytes
 
 from .conftest import LORA, MakeRecipe

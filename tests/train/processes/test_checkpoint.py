@@ -12,7 +12,7 @@ import pytest
 
 from fusewright.train.checkpoint import files
 from fusewright.train.checkpoint.files import CheckpointWriteError, checkpoints
-from fusewright.train.checkpoint.together import write_collectively
+from fusewright.train.checkpoint.write import write_collectively
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 

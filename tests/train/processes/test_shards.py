@@ -21,7 +21,7 @@ from fusewright.errors import RecipeError
 from fusewright.train.checkpoint import sharded
 from fusewright.train.checkpoint.files import CheckpointWriteError, checkpoints
 from fusewright.train.checkpoint.resume import Saved
-from fusewright.train.checkpoint.together import write_collectively
+from fusewright.train.checkpoint.write import write_collectively
 from fusewright.train.model.files import FOLDER, LIST, Shards, in_shards, shards_problem
 from fusewright.train.processes.gather import names_by_group
 from fusewright.train.processes.world import World

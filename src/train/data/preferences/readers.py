@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
-from ...own_functions import load_function, what_failed
 from ...recipe.keys.row_types import (
     PREFERENCE_TYPES,
     ChatForm,
@@ -18,6 +17,7 @@ from ...recipe.keys.row_types import (
 )
 from ...recipe.preferences import RowKind
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
+from ...user_functions import load_function, what_failed
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
 from ..formats.fields import as_text, fields_of, kind, may_text

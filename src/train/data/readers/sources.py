@@ -15,8 +15,8 @@ from typing import Any
 
 from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
-from ...own_functions import PackageRows, is_package_rows
 from ...recipe.recipe import Dataset
+from ...user_functions import PackageRows, is_package_rows
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
 _READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
