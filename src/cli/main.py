@@ -119,7 +119,6 @@ def _say(text: str) -> None:
 
 
 def _usage(error: Exception, command: str) -> str:
-    """The message for a mistake on the command line."""
     shown: Any = error
     meant = getattr(error, "meant", "")
     if getattr(error, "possibilities", None):  # names that are not very near
@@ -338,7 +337,6 @@ def _train(
     arguments: list[str],
     consent: Consent,
 ) -> int:
-    """Train, and return the exit code of the result."""
     if recipe.startswith("--"):
         raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
     from ..train.processes.launchers import placement, reported_once
@@ -381,10 +379,7 @@ def end_rank(code: Any) -> NoReturn:
 
     All is written by then, and PyTorch's group of processes is gone. But threads of PyTorch's C++
     code, whose owners go in no particular order, can abort the process, and a launcher would take a
-    run that has finished for one that was killed.
-
-    Args:
-        code: of a ``SystemExit``.
+    run that has finished for one that was killed. ``code`` is that of a ``SystemExit``.
     """
     # as the interpreter ends: idle threads of pools are told to end, then all threads are awaited
     threading._shutdown()  # type: ignore[attr-defined]  # 2026-11-27: not in typeshed

@@ -69,7 +69,6 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
 
 
 def _table(checked: Checked, entries: Sequence[Entry]) -> Table:
-    """The written keys with their status."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("key", "line", "status", "value"):
         table.add_column(header, no_wrap=True)

@@ -148,7 +148,6 @@ def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options
 
 
 def _hint(name: str, problem: str) -> str:
-    """Suggestions for the name of a model that could not be loaded."""
     suggestion = did_you_mean(name, _model_types()) if name.isidentifier() else ""
     return f"; {suggestion}" if suggestion else ""
 

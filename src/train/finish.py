@@ -202,7 +202,6 @@ def differences(ranks: Sequence[Statuses | None]) -> list[str]:
 
 
 def _validated_last(result: RunResult) -> dict[str, float] | None:
-    """The figures of the last step's validation, if there was one."""
     validations = {h["step"]: h for h in result.history if f"eval_{result.figure}" in h}
     return validations.get(result.steps)
 

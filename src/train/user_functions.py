@@ -112,7 +112,6 @@ def _file_of(function: Callable[..., Any]) -> str | None:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The file and the function of a name."""
     if ".py:" in name:
         file, _, function = name.rpartition(":")
         return file, function

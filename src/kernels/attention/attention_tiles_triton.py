@@ -1,7 +1,7 @@
 """Which tiles of the scores a mask leaves, and what it hides inside of a tile.
 
 A mask is read once for a table of its tiles of GRAIN x GRAIN: nothing is seen, something is, or
-everything is and nothing is added. A kernel looks up which tiles of its own there are between the
+everything is and nothing is added. A kernel looks up which of its tiles there are between the
 first and the last that are not hidden, visits these alone, and reads the mask where it must. So
 the work grows with what is seen, and for a pack with the squares of its samples' lengths.
 """

@@ -185,7 +185,6 @@ def _of_keys(
     call: _Call, grad: Tensor, stats: Tensor, delta: Tensor, scale: float, need_k: bool,
     need_v: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of dk and dv."""
     k, v, splits = call.k, call.v, -(-call.share // HEADS)
     config = call.config("keys")
     dk, dv = (

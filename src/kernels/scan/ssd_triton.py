@@ -131,7 +131,6 @@ def output_kernel(
 
 
 def _config(most: dict[str, int], states: int, features: int) -> dict[str, int]:
-    """The tiles of a kernel."""
     n, p = (max(16, next_power_of_2(size)) for size in (states, features))
     return {"Q": CHUNK, "N": min(n, most["N"]), "P": min(p, most["P"])}
 
@@ -208,7 +207,6 @@ def forward(
 def _shared(
     grad: Tensor, x: Tensor, b: Tensor, c: Tensor, before: Tensor, after: Tensor, of: _Sizes
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of B and C."""
     splits = cdiv(of.each, HEADS)
     strong = gpu_of(x).multiplies_from_shared
     config = _config(SHARED if strong else SHARED_SMALL, of.states, of.features)

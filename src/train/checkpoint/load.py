@@ -73,7 +73,6 @@ def _of_whole_model(folder: Path, model: Any) -> dict[str, Tensor]:
 
 
 def _by_model_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights by the names that the model has for them."""
     # transformers saves experts, for one, in an older form, which ``load_state_dict`` does not
     # know: it would leave those weights as they are
     kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))

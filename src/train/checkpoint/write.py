@@ -240,7 +240,6 @@ def _appears(path: Path) -> bool:
 
 
 def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Rank 0's part of ``write_collectively``."""
     failed, announced = "", False
     try:
         with files.writing(folder, step) as part:

@@ -162,7 +162,7 @@ class TrainingJob:
         return levels[1:] if self.checkpointed and levels[0] == "all" else levels
 
     def with_bits(self, bits: int | None) -> TrainingJob:
-        """The same job with frozen weights of ``bits`` bits; None: of their own dtype."""
+        """The same job with frozen weights of ``bits`` bits; None: in the dtype that they have."""
         return replace(self, units=fsdp_units(self.blueprint, bits, self.experts))
 
     @property

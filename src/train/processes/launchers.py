@@ -160,7 +160,6 @@ def _tasks_here(environ: Environment, size: int) -> int:
 
 
 def _first_host(environ: Environment, launcher: str, one_machine: bool) -> str:
-    """The machine of rank 0."""
     if one_machine:
         return "127.0.0.1"
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")

@@ -221,7 +221,6 @@ def joined(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _group(timeout: float | None) -> Iterator[World]:
-    """The processes, in PyTorch's process group."""
     placed = placement(os.environ)
     if placed.size == 1:
         yield World()

@@ -158,7 +158,6 @@ def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selectio
 
 
 def _announcement(recipe: Recipe, ways: Sequence[Way], chosen: Selection) -> Iterator[str]:
-    """What will be run, and how long it takes."""
     names = [way.name for way in ways if way.layout is not None]
     steps, size = len(chosen.steps), len(chosen.steps[0])
     passes = recipe.accumulation()

@@ -283,7 +283,7 @@ def _weights(values: Values) -> Iterator[Loc]:
 
 def _dataset(values: Values, loc: Loc, supervised: bool) -> Iterator[Problem]:
     yield from _template(values, loc)
-    kind = values.get("type") if supervised else None  # preferences have types of their own
+    kind = values.get("type") if supervised else None  # preferences have other types
     plain = kind.removesuffix(".load").removesuffix(".default") if isinstance(kind, str) else ""
     if isinstance(kind, str) and not (plain in TYPES or is_of_teacher(kind)):
         hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
@@ -798,7 +798,6 @@ def _unread_keys(values: Values) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _first_set(values: Values, *keys: str) -> Any:
-    """The value of the first of the keys that has one."""
     return next((values[k] for k in keys if values.get(k) is not None), None)
 
 

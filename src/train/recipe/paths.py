@@ -91,7 +91,6 @@ def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[
 
 
 def _named_functions(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
-    """The Python functions that a recipe names, with their places."""
     rows = rows_of(recipe)
     if rows is None:
         return
@@ -151,7 +150,6 @@ def _unallowed(datasets: list[Dataset], key: str) -> Problems:
 
 
 def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
-    """The paths of the model, its tokenizer and its adapter."""
     update: dict[str, Any] = {}
     for name in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
         value = getattr(recipe, name)

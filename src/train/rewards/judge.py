@@ -254,7 +254,6 @@ class RewardWatch:
             )
 
     def _which(self) -> str:
-        """The values of each reward."""
         return ", ".join(
             f"{name} "
             + (f"gave {least:.4g} to all" if least == most else "did not tell them apart")

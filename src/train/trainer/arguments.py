@@ -147,7 +147,6 @@ def _logging(recipe: Recipe, count: Steps) -> dict[str, Any]:
 
 
 def _loading(recipe: Recipe, among: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the data loader."""
     return {
         "dataloader_num_workers": recipe.dataloader_num_workers,
         "dataloader_prefetch_factor": recipe.dataloader_prefetch_factor,
@@ -178,7 +177,6 @@ def arguments_for(
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:
-    """Arguments for several processes."""
     arguments: dict[str, Any] = {
         **ddp_arguments(recipe),
         "average_tokens_across_devices": True,  # a gradient weighs tokens, not processes

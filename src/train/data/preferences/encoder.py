@@ -224,7 +224,6 @@ def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
 
 
 def _extra_json(row: Preference) -> str:
-    """The JSON of what is kept of a prompt besides its tokens."""
     return json.dumps({"prompt": row.prompt, "columns": dict(row.columns)})
 
 

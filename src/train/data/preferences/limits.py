@@ -109,7 +109,6 @@ def _kinds(row: TokenizedRow, fitting: TokenizedRow) -> Iterator[str]:
 
 
 def _same_tokens(row: TokenizedRow) -> bool:
-    """Whether both answers are the same after truncation."""
     return len(row.answers) == 2 and row.answers[0].ids == row.answers[1].ids
 
 

@@ -73,7 +73,6 @@ _TYPES: dict[str, Any] = {
 
 
 def _type(words: str) -> Any:
-    """The type that the table names."""
     if " or " in words:
         return functools.reduce(operator.or_, map(_type, words.split(" or ")))
     if words.startswith("one of "):
@@ -93,7 +92,7 @@ def _group(name: str) -> type[UnreadKeys]:
 
 @functools.cache
 def _unread_keys() -> tuple[dict[str, list[_Unread]], dict[str, str]]:
-    """The keys that nothing reads, by class, and the descriptions of groups of their own."""
+    """The keys that nothing reads, by class, and the descriptions of groups with such keys."""
     rows: dict[str, list[_Unread]] = {}
     groups: dict[str, str] = {}
     text = Path(__file__).with_name("unread_keys.txt").read_text(encoding="utf-8")
@@ -213,9 +212,9 @@ class KeyRules:
     may have ``{key}`` in it: the first of the names that the recipe has (of ``METHOD``, its name).
 
     Attributes:
-        excludes: conditions that must not hold beside the key, each with what is said: a sequence
-            says ``set this or KEY, not both``.
-        needs: conditions that must hold beside it; a sequence says ``needs CONDITION``.
+        excludes: conditions that must not hold together with the key, each with what is said: a
+            sequence says ``set this or KEY, not both``.
+        needs: conditions that must hold together with it; a sequence says ``needs CONDITION``.
         one_of: keys that exclude each other, and this one: the second that is set is refused.
         because: the end of what is said then.
         read_with: conditions without which nothing reads the key; a sequence says
