@@ -10,7 +10,7 @@ from torch import Tensor
 from ..direct import direct
 from ..launch import library_op, use_triton, without_base
 from ..matmul import addmm, addmm_, mm
-from ..native import narrow as native
+from ..native import low_rank as native
 from ..processor import processor
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
