@@ -23,14 +23,15 @@ Backward = Callable[..., Gradients]
 
 
 def differentiable(
-    double_backward: Backward, always: bool = False
+    differentiable_backward: Backward, always: bool = False
 ) -> Callable[[Backward], Backward]:
     """Decorate the ``backward`` of an autograd function with its differentiable form.
 
-    ``double_backward`` takes and returns what ``backward`` does, and is made of ``gradients`` as a
-    rule. Where none of the outputs has a gradient, because a function behind them gives none, the
-    inputs have none, as in eager mode: that needs ``ctx.set_materialize_grads(False)`` in
-    ``forward``. With ``always`` both forms are called there, too.
+    ``differentiable_backward`` takes and returns what ``backward`` does, and is made of
+    ``gradients`` as a rule. Where none of the outputs has a gradient, because a function behind
+    them gives none, the inputs have none, as in eager mode: that needs
+    ``ctx.set_materialize_grads(False)`` in ``forward``. With ``always`` both forms are called
+    there, too.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -40,7 +41,7 @@ def differentiable(
                 return (None,) * len(ctx.needs_input_grad)
             # a compiler traces the pass itself, and refuses to differentiate what it has made
             fast = is_traced_here() or not (torch.is_grad_enabled() or _batched(grads))
-            function = backward if fast else double_backward
+            function = backward if fast else differentiable_backward
             if not torch._C._is_any_autocast_enabled():
                 return function(ctx, *grads)
             device = next((g.device.type for g in grads if g is not None), "cpu")

@@ -395,7 +395,7 @@ def test_outputs_may_be_written_to(name: str, train: bool) -> None:
     check_outputs_may_be_written_to(replace(CASES[name], dtype=F32, sizes=TINY, train=train))
 
 
-def check_kept_outputs(case: Case) -> None:
+def check_saved_outputs(case: Case) -> None:
     call, kept = case.call(), set[int]()
 
     def pack(t: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ def check_kept_outputs(case: Case) -> None:
 
 @each_case
 def test_outputs_that_are_kept_are_known(name: str) -> None:
-    check_kept_outputs(replace(CASES[name], dtype=F32, sizes=TINY))
+    check_saved_outputs(replace(CASES[name], dtype=F32, sizes=TINY))
 
 
 # ------------------------------------------------------------------------------------- tracing
@@ -583,7 +583,7 @@ def check_all(op: Op) -> None:
         check_no_gradient_is_none(tiny, False)
         check_double_backward(tiny)
         check_outputs_may_be_written_to(tiny)
-        check_kept_outputs(tiny)
+        check_saved_outputs(tiny)
         check_fake_is_real(case)
         check_library_ops(case)
 
