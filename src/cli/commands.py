@@ -99,16 +99,16 @@ def generate(
     if system is None:
         system = ChatPrompt.of(opened.recipe).system
     if file is not None:
-        asked = read_prompts(file, system)
+        chats = read_prompts(file, system)
     else:
         text = read_prompt(prompt, sys.stdin)
-        asked = [with_system([{"role": "user", "content": text}], system)]
+        chats = [with_system([{"role": "user", "content": text}], system)]
     announce(f"loading {run}")
     from ..train.inference import generate as command  # slow to import
     from ..train.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    command.generate(opened, asked, sampling, batch_size=batch_size, as_json=as_json)
+    command.generate(opened, chats, sampling, batch_size=batch_size, as_json=as_json)
 
 
 def chat(
@@ -157,8 +157,8 @@ def merge(
     announce("importing PyTorch and transformers")
     from ..train import merge as command  # slow to import
 
-    asked = command.MergeOptions(output, dtype, max_shard_size, dequantize)
-    command.merge(opened, asked)
+    options = command.MergeOptions(output, dtype, max_shard_size, dequantize)
+    command.merge(opened, options)
 
 
 def _opened(folder: str, base_model: str | None, consent: Consent) -> RunFolder:
@@ -317,22 +317,22 @@ def _plan(
     from ..train.recipe.load import check
     from ..train.recipe.overrides import parse_overrides
 
-    own = parse_card(card) if card else None
-    asked = gpus or (f"1x{own.name}" if own else None)
-    devices = parse_devices(asked, own) if asked else None
+    custom_card = parse_card(card) if card else None
+    text = gpus or (f"1x{custom_card.name}" if custom_card else None)
+    devices = parse_devices(text, custom_card) if text else None
     checked = check(name, parse_overrides(arguments), consent, with_data=False)
 
     announce("importing PyTorch and transformers")
     from ..train.plan.plan import make_plan  # slow to import
 
     announce("counting a training step on tensors without contents")
-    made = make_plan(checked.recipe, devices, nproc, compare=compare)
+    result = make_plan(checked.recipe, devices, nproc, compare=compare)
     if as_json:
-        print(json.dumps(made.to_dict(), indent=2, default=str))
+        print(json.dumps(result.to_dict(), indent=2, default=str))
         return
     from ..train.plan.page import show
 
-    show(made, Terminal(highlight=False))
+    show(result, Terminal(highlight=False))
 
 
 # ``fusewright verify``: prove on a recipe's own data that the optimized engine trains the same.

@@ -48,11 +48,11 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 class Commands(TyperGroup):
     """The commands of ``fusewright``; no exception of theirs gets past this."""
 
-    def make_context(self, *given: Any, **named: Any) -> Any:
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """Read the words before the command's name."""
         _take_any_encoding()
         with _ended():
-            return super().make_context(*given, **named)
+            return super().make_context(*args, **kwargs)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command, or note which one was probably meant."""
@@ -119,17 +119,16 @@ def _say(text: str) -> None:
 
 
 def _usage(error: Exception, command: str) -> str:
-    """The message for a mistake on the command line."""
     shown: Any = error
     meant = getattr(error, "meant", "")
     if getattr(error, "possibilities", None):  # names that are not very near
         names = [name.lstrip("-") for name in shown.possibilities]
         near = nearest(shown.option_name.lstrip("-"), names)
         meant, shown.possibilities = f"did you mean --{near}?" if near else "", None
-    said = str(shown.format_message()).rstrip(".?").replace("\n", " ")
-    own = "" if " " in command else f" {command}"
+    message = str(shown.format_message()).rstrip(".?").replace("\n", " ")
+    subcommand = "" if " " in command else f" {command}"
     hint = f"{meant} See" if meant else "see"
-    return f"{command}: {said[:1].lower()}{said[1:]}; {hint} fusewright{own} --help"
+    return f"{command}: {message[:1].lower()}{message[1:]}; {hint} fusewright{subcommand} --help"
 
 
 def _unforeseen(error: Exception, command: str, full: bool) -> str:
@@ -142,15 +141,15 @@ def _unforeseen(error: Exception, command: str, full: bool) -> str:
             f"{at}: there is not enough memory ({what}); use memory: min, a smaller "
             "micro_batch_size or sequence_len, or a smaller model"
         )
-    kept = None if full else _kept(error)
-    if kept is None:
+    file = None if full else _save_traceback(error)
+    if file is None:
         traceback.print_exception(error)
     return f"{at}: {what}. This may be a bug; please report it with " + (
-        f"the traceback in {kept}" if kept else "the traceback above"
+        f"the traceback in {file}" if file else "the traceback above"
     )
 
 
-def _kept(error: Exception) -> str | None:
+def _save_traceback(error: Exception) -> str | None:
     """The file that the traceback was written to, or None if that failed."""
     with contextlib.suppress(OSError):
         options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -187,8 +186,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print(version("fusewright"))
@@ -338,10 +337,9 @@ def _train(
     arguments: list[str],
     consent: Consent,
 ) -> int:
-    """Train, and return the exit code of the result."""
     if recipe.startswith("--"):
         raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
-    from ..train.processes.launchers import placement, said_once
+    from ..train.processes.launchers import placement, reported_once
     from ..train.recipe.load import check, load_recipe
     from ..train.recipe.overrides import parse_overrides
     from ..train.recipe.paths import FUNCTIONS
@@ -353,7 +351,7 @@ def _train(
         if placement(os.environ).rank == 0:
             _show(check(recipe, overrides, consent), nproc)
         return 0
-    with said_once(os.environ):
+    with reported_once(os.environ):
         checked = load_recipe(recipe, overrides, consent, FUNCTIONS)
 
     # PyTorch's C++ code warns in every process, such as of a model that uses all its parameters
@@ -381,10 +379,7 @@ def end_rank(code: Any) -> NoReturn:
 
     All is written by then, and PyTorch's group of processes is gone. But threads of PyTorch's C++
     code, whose owners go in no particular order, can abort the process, and a launcher would take a
-    run that has finished for one that was killed.
-
-    Args:
-        code: of a ``SystemExit``.
+    run that has finished for one that was killed. ``code`` is that of a ``SystemExit``.
     """
     # as the interpreter ends: idle threads of pools are told to end, then all threads are awaited
     threading._shutdown()  # type: ignore[attr-defined]  # 2026-11-27: not in typeshed

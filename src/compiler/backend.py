@@ -21,7 +21,7 @@ from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.run import eager
-from ..kernels.cost import kept_by_hook
+from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import offloaded, planned
 from ..memory.oom_retry import is_out_of_memory
 from ..rewrite.copies import copy_what_is_written
@@ -262,7 +262,7 @@ def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
     if not hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(kept_by_hook, lambda t: t)
+    return torch.autograd.graph.saved_tensors_hooks(saved_by_hook, lambda t: t)
 
 
 # --- generating code: what runs the graph ---------------------------------------------------------

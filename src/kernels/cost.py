@@ -118,7 +118,7 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
         def pack(t: Tensor) -> Tensor:
             if _place(t) not in parameters:
                 saved[_place(t)] = t.untyped_storage()
-            return kept_by_hook(t)
+            return saved_by_hook(t)
 
         with Living() as living, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             results = [t for t in tree_iter(call(*args, **kwargs)) if isinstance(t, Tensor)]
@@ -130,7 +130,7 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
         )
 
 
-def kept_by_hook(t: Tensor) -> Tensor:
+def saved_by_hook(t: Tensor) -> Tensor:
     """What a hook on saved tensors may keep of ``t``, and give back to backward."""
     # A node that saves its own output would keep itself alive, for good if backward never runs.
     # Parameters are returned as they are: ZeRO-3 frees one by way of its parameter.

@@ -139,7 +139,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def own(t: Tensor) -> Tensor:
+def without_base(t: Tensor) -> Tensor:
     """``t``, but no view of another tensor: a model may write into what an op returns."""
     # Autograd refuses that for a view that was made where it was not watching.
     return t.new_empty(0).set_(t) if t._is_view() else t  # type: ignore[call-overload]
@@ -244,8 +244,8 @@ def _triton(launcher: str) -> Callable[..., Any]:
             launch = on_device(getattr(module, function_name))
         result = launch(*args)
         if isinstance(result, Tensor):
-            return own(result) if result._is_view() else result
-        return type(result)([own(t) for t in result])
+            return without_base(result) if result._is_view() else result
+        return type(result)([without_base(t) for t in result])
 
     return implementation
 
@@ -271,12 +271,12 @@ def _on_meta(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _like(made: Tensor | None, declared: Tensor, device: torch.device) -> Tensor:
-    if made is None:  # not needed
+def _like(t: Tensor | None, declared: Tensor, device: torch.device) -> Tensor:
+    if t is None:  # not needed
         return torch.empty_like(declared, device=device)
-    if made.dtype is declared.dtype and made.stride() == declared.stride():
-        return own(made)
+    if t.dtype is declared.dtype and t.stride() == declared.stride():
+        return without_base(t)
     result = torch.empty_strided(
         declared.shape, declared.stride(), dtype=declared.dtype, device=device
     )
-    return result.copy_(made)
+    return result.copy_(t)

@@ -149,7 +149,7 @@ class Op:
     call: Callable[..., Any]  # the differentiable function; a graph node's target
     unsupported: Callable[..., list[str]]  # same signature as ``call``
     # places of outputs saved for backward: nothing may write into them; any input may be saved
-    kept_outputs: tuple[int, ...] = ()
+    saved_outputs: tuple[int, ...] = ()
     rule: str | None = ""  # whose rewrites call it, where its name is another; None where none does
     # the arguments of a typical call; every op in this package has one
     example: Example | None = None
@@ -185,13 +185,13 @@ def away_from(x: Tensor, name: str, t: Tensor) -> list[str]:
 
 
 def on_several_devices(
-    *operands: Any, said: str = "the operands are on several devices"
+    *operands: Any, message: str = "the operands are on several devices"
 ) -> list[str]:
-    """``said``, where the tensors among ``operands`` are not all on one device."""
-    return [said] if len({t.device for t in operands if isinstance(t, Tensor)}) > 1 else []
+    """``message``, where the tensors among ``operands`` are not all on one device."""
+    return [message] if len({t.device for t in operands if isinstance(t, Tensor)}) > 1 else []
 
 
-def too_narrow(dtype: torch.dtype | None, product: torch.dtype, name: str) -> list[str]:
+def loses_precision(dtype: torch.dtype | None, product: torch.dtype, name: str) -> list[str]:
     """Where a result in ``dtype`` would be rounded more than that of ``name``."""
     if dtype is None or torch.promote_types(dtype, product) is dtype:
         return []

@@ -22,13 +22,16 @@ Gradients = tuple[Any, ...]
 Backward = Callable[..., Gradients]
 
 
-def differentiable(again: Backward, always: bool = False) -> Callable[[Backward], Backward]:
-    """Decorate the ``backward`` of an autograd function: ``again`` is its differentiable form.
+def differentiable(
+    differentiable_backward: Backward, always: bool = False
+) -> Callable[[Backward], Backward]:
+    """Decorate the ``backward`` of an autograd function with its differentiable form.
 
-    ``again`` takes and returns what ``backward`` does, and is made of ``gradients`` as a rule.
-    Where none of the outputs has a gradient, because a function behind them gives none, the inputs
-    have none, as in eager mode: that needs ``ctx.set_materialize_grads(False)`` in ``forward``.
-    With ``always`` both forms are called there, too.
+    ``differentiable_backward`` takes and returns what ``backward`` does, and is made of
+    ``gradients`` as a rule. Where none of the outputs has a gradient, because a function behind
+    them gives none, the inputs have none, as in eager mode: that needs
+    ``ctx.set_materialize_grads(False)`` in ``forward``. With ``always`` both forms are called
+    there, too.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -38,7 +41,7 @@ def differentiable(again: Backward, always: bool = False) -> Callable[[Backward]
                 return (None,) * len(ctx.needs_input_grad)
             # a compiler traces the pass itself, and refuses to differentiate what it has made
             fast = is_traced_here() or not (torch.is_grad_enabled() or _batched(grads))
-            function = backward if fast else again
+            function = backward if fast else differentiable_backward
             if not torch._C._is_any_autocast_enabled():
                 return function(ctx, *grads)
             device = next((g.device.type for g in grads if g is not None), "cpu")
@@ -125,9 +128,9 @@ def absent(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None)
     return zero.expand(tuple(shape)).requires_grad_()
 
 
-def require_kept(kept: bool, name: str, why: str) -> None:
+def require_saved(saved: bool, name: str, why: str) -> None:
     """Raise NotImplementedError if op ``name`` has not kept what its second derivative needs."""
-    if not kept:
+    if not saved:
         raise NotImplementedError(
             f"the backward pass of fusewright's {name} cannot be differentiated here: {why}. For "
             "gradients of gradients (create_graph=True), call fusewright.restore(model) first."

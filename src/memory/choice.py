@@ -53,7 +53,7 @@ class Scaled:
             return None
         larger = {
             name: int(getattr(base, name) * self.factor)
-            for name in ("kept", "forward", "flops", "host")
+            for name in ("saved", "forward", "flops", "host")
         }
         # the gradients of parameters are as large whatever the batch
         backward = int((base.backward - base.gradients) * self.factor) + base.gradients
@@ -66,10 +66,10 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs)
     # a block needs beyond that exists in one block at a time
     pairs = zip(usages, levels, strict=True)
     current = [usage for block, level in pairs if (usage := block.get(level)) is not None]
-    passing = max((_passing(u) - u.kept for u in current), default=0)
-    kept_bytes = int(sum(u.kept for u in current) * (1 + setting.slack))
+    passing = max((_passing(u) - u.saved for u in current), default=0)
+    saved_bytes = int(sum(u.saved for u in current) * (1 + setting.slack))
     head = setting.head + min(setting.logits, setting.tiles)
-    return setting.base + setting.training + kept_bytes + max(passing, head)
+    return setting.base + setting.training + saved_bytes + max(passing, head)
 
 
 def on_host(levels: Sequence[Level], usages: Sequence[Usages]) -> int:
@@ -112,7 +112,7 @@ def _best_step(
             then = usages[i].get(leaner)
             if now is None or then is None or then.host - now.host > max(room, 0):
                 continue
-            ratio = (now.kept - then.kept) / max(then.flops - now.flops, 1)
+            ratio = (now.saved - then.saved) / max(then.flops - now.flops, 1)
             rank = then.host <= now.host, ratio
             if ratio > 0 and rank > best:
                 best, step = rank, (i, leaner)

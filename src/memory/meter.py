@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_OWN = Path("/proc/self")
+_PROCESS = Path("/proc/self")
 
 
 class Meter:
@@ -54,7 +54,7 @@ class Meter:
 def process_status(field: str) -> int | None:
     """A field of ``/proc/self/status`` such as ``VmHWM``, in bytes; None where there is none."""
     with contextlib.suppress(OSError):
-        for line in (_OWN / "status").read_text().splitlines():
+        for line in (_PROCESS / "status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     return None

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.fakes import hint
-from ..kernels.cost import kept_by_hook
+from ..kernels.cost import saved_by_hook
 
 LEAST = 1 << 20
 """Bytes below which a tensor stays: the copy would cost more than the place is worth."""
 
 
-class Kept:
+class SavedTensor:
     """One tensor that autograd keeps: on the device, on its way, or on the host.
 
     ``going`` is the copy of ``tensor`` to the host, under way. ``before`` is what the block before
@@ -37,7 +37,7 @@ class Kept:
         tensor: Tensor,
         going: Transfer,
         transport: Transport,
-        before: Sequence[weakref.ref[Kept]],
+        before: Sequence[weakref.ref[SavedTensor]],
     ) -> None:
         self._layout, self._version, self._device = _layout(tensor), tensor._version, tensor.device
         self._here: Tensor | None = tensor
@@ -110,8 +110,10 @@ class Offload:
         least: int = LEAST,
     ) -> None:
         self.note, self.transport, self.least = note, transport, least
-        self._last: list[weakref.ref[Kept]] = []
-        self._known: weakref.WeakKeyDictionary[Any, weakref.ref[Kept]] = weakref.WeakKeyDictionary()
+        self._last: list[weakref.ref[SavedTensor]] = []
+        self._known: weakref.WeakKeyDictionary[Any, weakref.ref[SavedTensor]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._failed = False
 
     def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,17 +136,17 @@ class Offload:
         saved = self._begin(tensors)
         self._last = [weakref.ref(k) for k in saved.values()]
 
-        def pack(t: Tensor) -> Tensor | Kept:
+        def pack(t: Tensor) -> Tensor | SavedTensor:
             match = saved.get(t.untyped_storage()._cdata)
-            return match if match is not None and match.holds(t) else kept_by_hook(t)
+            return match if match is not None and match.holds(t) else saved_by_hook(t)
 
-        def unpack(held: Tensor | Kept) -> Tensor:
-            return held.get() if isinstance(held, Kept) else held
+        def unpack(saved: Tensor | SavedTensor) -> Tensor:
+            return saved.get() if isinstance(saved, SavedTensor) else saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def _begin(self, tensors: Sequence[Tensor]) -> dict[int, Kept]:
+    def _begin(self, tensors: Sequence[Tensor]) -> dict[int, SavedTensor]:
         """Begin to copy ``tensors``, by the addresses of their storages; each only once."""
         by_address = {}
         try:
@@ -162,9 +164,9 @@ class Offload:
             self.note(f"block inputs stay on the device: the host cannot take them ({why})")
         return by_address
 
-    def _send(self, t: Tensor) -> Kept:
+    def _send(self, t: Tensor) -> SavedTensor:
         self.transport = self.transport or transport_of(t.device)
-        return Kept(t, self.transport.out(t), self.transport, tuple(self._last))
+        return SavedTensor(t, self.transport.out(t), self.transport, tuple(self._last))
 
 
 def _will_save(args: Sequence[Any]) -> bool:
@@ -255,7 +257,7 @@ class Streams:
     """
 
     def __init__(self) -> None:
-        self._beside: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def out(self, t: Tensor) -> Transfer:
         """Begin to copy ``t`` into pinned memory."""
@@ -273,7 +275,7 @@ class Streams:
             transfer.result.record_stream(now)
 
     def _copy(self, target: Tensor, source: Tensor, device: torch.device) -> Transfer:
-        stream = self._beside.setdefault(device, torch.cuda.Stream(device))
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         # after what made the source, and after whoever used the target's memory before
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

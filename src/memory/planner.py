@@ -190,10 +190,10 @@ class Planner:
         before = dict(self.levels)
         self._setting = replace(self._setting, training=self._setting.training + off)
         self._decide(self._setting)
-        again = "planned again" if dict(self.levels) != before else "the plan stays"
+        decision = "planned again" if dict(self.levels) != before else "the plan stays"
         self.note(
             f"the first step took {gigabytes(measured)} where {gigabytes(predicted)} were "
-            f"predicted: {again}"
+            f"predicted: {decision}"
         )
 
     def may_retry(self) -> bool:
@@ -221,7 +221,7 @@ class Planner:
         counts = Counter(
             list(self.levels.values()) or [v for b in self.blocks if (v := self.level(b))]
         )
-        parts = [_kept(counts[v], v) for v in LEVELS if counts[v]]
+        parts = [_blocks_at(counts[v], v) for v in LEVELS if counts[v]]
         line = f"{self.budget.text}: {', '.join(parts) or 'nothing is planned yet'}"
         if self.host:
             line += f" ({gigabytes(self.host)})"
@@ -231,7 +231,7 @@ class Planner:
         return "; ".join([line, *self.notes])
 
 
-def _kept(blocks: int, level: Level) -> str:
+def _blocks_at(blocks: int, level: Level) -> str:
     if blocks == 1:
         return f"1 block keeps {_MEANING[level].replace('their', 'its')}"
     return f"{blocks} blocks keep {_MEANING[level]}"

@@ -64,20 +64,20 @@ class Predicted:
     ) -> None:
         self._graph, self._examples = copy.deepcopy(module), list(map(_shape_of, examples))
         self._choice, self._note, self._least = choice, note, least
-        self._found: dict[Level, Usage | None] = {}
+        self._usages: dict[Level, Usage | None] = {}
 
     def get(self, level: Level, /) -> Usage | None:
         """The usage at one level; None where an operation cannot run at it, or without contents."""
-        if level in HOSTED and level not in self._found:
-            self._found[level] = self._on_host(HOSTED[level])
-        if level not in self._found:
+        if level in HOSTED and level not in self._usages:
+            self._usages[level] = self._on_host(HOSTED[level])
+        if level not in self._usages:
             try:
-                self._found[level] = self._predict(level)
+                self._usages[level] = self._predict(level)
             except Exception as error:  # whatever PyTorch raises: the level is not taken then
-                self._found[level] = None
+                self._usages[level] = None
                 why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
                 self._note(f"the memory of a block at {level!r} could not be predicted ({why})")
-        return self._found[level]
+        return self._usages[level]
 
     def _on_host(self, level: Level) -> Usage | None:
         """The usage at ``level`` if the block's input is on the host; None if it has to stay."""
@@ -91,7 +91,7 @@ class Predicted:
         size = sum(sizes)
         return replace(
             usage,
-            kept=max(usage.kept - size, 0),
+            saved=max(usage.saved - size, 0),
             forward=usage.forward + 2 * size,
             backward=usage.backward + 2 * size,
             flops=usage.flops + 2 * size * _OPERATIONS_PER_BYTE,
@@ -102,7 +102,7 @@ class Predicted:
         graph = keep(copy.deepcopy(self._graph), level)
         usage = predict(_dry(graph, self._choice), self._examples, hint)
         if self._choice == "eager" and level != "all":  # the state of the random numbers
-            usage = replace(usage, kept=usage.kept + torch.get_rng_state().nbytes)
+            usage = replace(usage, saved=usage.saved + torch.get_rng_state().nbytes)
         return usage
 
 

@@ -24,7 +24,7 @@ from ..kernels.cost import Living
 class Usage:
     """What one run of a graph takes."""
 
-    kept: int  # bytes held between forward and backward, the outputs included, the inputs not
+    saved: int  # bytes held between forward and backward, the outputs included, the inputs not
     forward: int  # the most bytes held at one time in forward, what it keeps included
     backward: int  # the most bytes held at one time in backward, gradients of parameters included
     gradients: int  # bytes of the parameters' gradients
@@ -47,7 +47,7 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
         living.exclude(inputs)
         with living:
             results = [t for t in tree_iter(run(*inputs)) if isinstance(t, Tensor)]
-            forward, kept = living.most, living.bytes
+            forward, saved = living.most, living.bytes
             living.most = 0
             roots = [t for t in results if t.requires_grad]
             if roots:
@@ -58,4 +58,4 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
         for t, e in zip(inputs, examples, strict=True)
         if isinstance(e, torch.nn.Parameter) and t.grad is not None
     ]
-    return Usage(kept, forward, backward, sum(gradients), living.flops)
+    return Usage(saved, forward, backward, sum(gradients), living.flops)

@@ -242,9 +242,9 @@ def loose_reasons(
             reasons[p] = "not contiguous"
         if reasons.get(p) != "distributed, quantized or sparse" and not p.is_meta:
             tenants[p.untyped_storage().data_ptr()].append(p)
-    for together in tenants.values():
-        if not (set(together) <= set(ours) or _fill_their_storage(together)):
-            reasons |= {p: "shares its memory" for p in together if p not in reasons}
+    for sharing in tenants.values():
+        if not (set(sharing) <= set(ours) or _fill_their_storage(sharing)):
+            reasons |= {p: "shares its memory" for p in sharing if p not in reasons}
     return reasons
 
 

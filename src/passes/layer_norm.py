@@ -33,9 +33,9 @@ class LayerNorm(Rule):
         h = p.maybe_cast(x)
         var_mean = p.var_mean(h, -1, 0, keepdim=True)
         mean = p.either(p.mean(h, -1, keepdim=True), p.item(var_mean, 1))
-        again = p.either(p.mean(h, -1, keepdim=True), p.item(var_mean, 1))
+        second_mean = p.either(p.mean(h, -1, keepdim=True), p.item(var_mean, 1))
         var = p.either(
-            p.mean(square(p, h - again), -1, keepdim=True),
+            p.mean(square(p, h - second_mean), -1, keepdim=True),
             p.variance(h, -1, 0, keepdim=True),
             p.item(var_mean, 0),
         )

@@ -134,7 +134,7 @@ def _sorting(p: Builder, ids: Pattern) -> tuple[Any, Any, Any]:
 def _first_projection() -> Pattern:
     p = Builder()
     order, ordered, offsets = _sorting(p, Var("ids"))
-    rows = _kept(p, p.index(Var("x"), p.floordiv(order, Var("active"))), ordered)
+    rows = _of_local_experts(p, p.index(Var("x"), p.floordiv(order, Var("active"))), ordered)
     return _projection(p, p.maybe_cast(rows), Var("up"), Var("up_bias"), ordered, offsets)
 
 
@@ -143,10 +143,10 @@ def _projection(
 ) -> Pattern:
     product = p.grouped_mm(x, weight, offsets)
     numbers = p.either(p.clamp(ordered, None, p.var("top")), ordered)
-    return _kept(p, p.either(product + p.index(bias, numbers), product), ordered)
+    return _of_local_experts(p, p.either(product + p.index(bias, numbers), product), ordered)
 
 
-def _kept(p: Builder, rows: Any, ordered: Any) -> Pattern:
+def _of_local_experts(p: Builder, rows: Any, ordered: Any) -> Pattern:
     # ``rows``, or those of experts that are not here (expert parallelism) set to zero.
     elsewhere = p.unsqueeze(p.ge(ordered, p.var("limit")), -1)
     return p.either(p.masked_fill(rows, elsewhere, 0.0), rows)

@@ -12,7 +12,7 @@ from ..graph.effects import draws, modes, switches_mode, writes
 from .rule import Declined, Match
 
 
-def require_calm(
+def require_pure(
     graph: fx.Graph,
     m: Match,
     interior: tuple[fx.Node, ...],
@@ -58,7 +58,7 @@ def require_one_mode(
     return tuple(n.args for n in mode[place][1:] if "autocast" in str(n.target))
 
 
-def require_own_memory(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:
+def require_unshared(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:
     """Decline where an output shares memory with an input, or with another output."""
     # A rewrite's outputs share none: who writes into one would not reach the other.
     owners = {memory: n for n in inputs for memory in facts.memories(n)}

@@ -21,9 +21,9 @@ from ..graph.signatures import is_builtin
 def copy_what_is_written(effects: Effects, open_to_writes: bool = False) -> int:
     """Give each op of ours a copy of what it may keep and the graph writes into later, in place.
 
-    An op may keep each of its inputs, and the outputs that ``Op.kept_outputs`` names. Nested graphs
-    are changed too. With ``open_to_writes``, the graph's results may be written into by its caller.
-    Returns how many copies are made.
+    An op may keep each of its inputs, and the outputs that ``Op.saved_outputs`` names. Nested
+    graphs are changed too. With ``open_to_writes``, the graph's results may be written into by its
+    caller. Returns how many copies are made.
     """
     copies, mode, last_writes = 0, effects.modes, effects.last_writes
     leaving = effects.returned if open_to_writes else set()
@@ -68,7 +68,7 @@ def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
 
 
 def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
-    indices = getattr(node.meta.get("fusewright_op"), "kept_outputs", ())
+    indices = getattr(node.meta.get("fusewright_op"), "saved_outputs", ())
     if facts.tensor(node) is None:
         items = [u for u in node.users if u.target is operator.getitem and u.args[1] in indices]
     else:  # it is the only output

@@ -20,7 +20,7 @@ from ..graph.cleanup import prune
 from ..graph.fakes import fake, hint
 from ..kernels.op import Op
 from ..report import Figures
-from .conditions import require_calm, require_one_mode, require_own_memory
+from .conditions import require_one_mode, require_pure, require_unshared
 from .findings import Finding, missed, outside
 from .matcher import Trace
 from .rule import Declined, Emit, Left, Match, NoMatch, Rule
@@ -189,8 +189,8 @@ def _candidate(
             node,
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
-    require_calm(graph, m, interior, inputs, order)
-    require_own_memory(m, inputs, m.outputs)
+    require_pure(graph, m, interior, inputs, order)
+    require_unshared(m, inputs, m.outputs)
     autocast = require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
     last_input = max((order[i] for i in inputs), default=-1)
     first_use = min(
@@ -234,24 +234,26 @@ def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]
         raise RuntimeError(
             f"{c.rule.name}.rewrite returned {len(results)} values for {len(c.outputs)} outputs"
         )
-    for new in emit.made:
+    for new in emit.nodes:
         new.meta.setdefault("nn_module_stack", c.match.root.meta.get("nn_module_stack"))
         new.meta.setdefault("stack_trace", c.match.root.meta.get("stack_trace"))
     for old, new in zip(c.outputs, results, strict=True):
         new.meta.setdefault("example_value", old.meta.get("example_value"))
         old.replace_all_uses_with(new)
     dead = sorted(c.interior, key=order.__getitem__, reverse=True)
-    return prune(graph, dead), frozenset(n.name for n in emit.made)
+    return prune(graph, dead), frozenset(n.name for n in emit.nodes)
 
 
-def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]) -> None:
+def _absorb(rule: Rule, done: Finding, before: list[Finding], findings: list[Finding]) -> None:
     # Drop the findings whose nodes this rewrite consumed, where the rule says so.
     if not rule.absorbs:
         return
-    absorbed = [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]
+    absorbed = [
+        f for f in (*before, *findings) if f.rule in rule.absorbs and f.claimed & done.claimed
+    ]
     done.formulas = max(1, sum(f.formulas for f in absorbed))
     for f in absorbed:
-        (before if f in before else own).remove(f)
+        (before if f in before else findings).remove(f)
         done.figures = done.figures.after([f.figures])
 
 
@@ -260,7 +262,7 @@ def _finding(rule: Rule, m: Match, status: str, reason: str) -> Finding:
         rule.name,
         rule.op,
         status,
-        facts.common_home(m.own_nodes()),
+        facts.common_home(m.unshared_nodes()),
         reason,
         node=m.root.name,
         claimed=frozenset(n.name for n in m.nodes),

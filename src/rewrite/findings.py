@@ -32,10 +32,10 @@ class Finding:
     claimed: frozenset[str] = field(default_factory=frozenset)
 
 
-def missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[Finding]:
+def missed(graph: fx.Graph, rules: Sequence[Rule], recorded: list[Finding]) -> list[Finding]:
     """The formulas that look like a rule's but that no spelling claimed, with the nearest miss."""
     findings: list[Finding] = []
-    refused = {(f.rule, name) for f in own if f.status == "refused" for name in f.claimed}
+    refused = {(f.rule, name) for f in recorded if f.status == "refused" for name in f.claimed}
     for rule in rules:
         for node, why in rule.suspects(graph):
             if (rule.name, node.name) in refused:

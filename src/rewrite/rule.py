@@ -70,7 +70,7 @@ class Match:
         """A capture that not every spelling has."""
         return self.captures.get(name, default)
 
-    def own_nodes(self) -> list[fx.Node]:
+    def unshared_nodes(self) -> list[fx.Node]:
         """The nodes that are not shared with others, as is a cast in another module."""
         inside = set(self.nodes)
         nodes = [n for n in self.nodes if n in self.outputs or set(n.users) <= inside]
@@ -107,7 +107,7 @@ class Emit:
 
     def __init__(self, graph: fx.Graph, table: Mapping[str, Callable[..., Any]], rule: str) -> None:
         self._graph, self._table, self._rule = graph, table, rule
-        self.made: list[fx.Node] = []  # the nodes added, in order
+        self.nodes: list[fx.Node] = []  # the nodes added, in order
         self.ops: dict[fx.Node, Op] = {}  # those that call an op, and which
 
     def __getattr__(self, name: str) -> Callable[..., fx.Node]:
@@ -190,7 +190,7 @@ class Emit:
                     f"{self._rule}.rewrite uses {used.name}, which is no input of the formula"
                 )
         node.meta["fusewright_rule"] = self._rule
-        self.made.append(node)
+        self.nodes.append(node)
         return node
 
 

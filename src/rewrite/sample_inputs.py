@@ -60,7 +60,7 @@ def regimes(c: Candidate) -> tuple[Regime, ...]:
     return (*REGIMES, SUBNORMAL) if has_half else REGIMES
 
 
-_KEPT = 1 << 21
+_CACHED = 1 << 21
 """Elements of a draw that is kept: more would count in a run's memory."""
 
 
@@ -73,7 +73,7 @@ class UnitNormals(dict[Any, Tensor]):
         values = self.get(key)
         if values is None:
             values = torch.randn(shape, generator=generator, **kind)
-            if values.numel() > _KEPT:
+            if values.numel() > _CACHED:
                 return values
             self[key] = values
         return values.clone()
@@ -106,14 +106,14 @@ class Draws:
     def __init__(
         self, candidate: Candidate, small: bool, regime: Regime, count: int, normals: UnitNormals
     ) -> None:
-        self._made = candidate, small, regime, normals
+        self._settings = candidate, small, regime, normals
         self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[list[Any]]:
-        candidate, small, regime, normals = self._made
+        candidate, small, regime, normals = self._settings
         for number in range(self._count):
             sizes = Sizes(small, even=regime is not NORMAL)
             yield sample(candidate, sizes, number, regime, normals)

@@ -46,12 +46,16 @@ _RATIOS = (2, 3)
 
 def smaller(c: Candidate) -> Candidate | None:
     """``c`` with small sizes in place of the large ones; None where there is nothing to gain."""
-    return _made(c, _chosen)
+    return _with_sizes(c, _chosen)
 
 
 def in_ratio(c: Candidate) -> Candidate | None:
     """``smaller`` in sizes that keep their ratios; None where that makes no difference."""
-    return None if _sizes(c, _chosen) == _sizes(c, _chosen_in_ratio) else _made(c, _chosen_in_ratio)
+    return (
+        None
+        if _sizes(c, _chosen) == _sizes(c, _chosen_in_ratio)
+        else _with_sizes(c, _chosen_in_ratio)
+    )
 
 
 def is_large(c: Candidate) -> bool:
@@ -70,7 +74,7 @@ def enlargement(c: Candidate) -> dict[int, float]:
     return factors
 
 
-def _made(c: Candidate, choose: _Choice) -> Candidate | None:
+def _with_sizes(c: Candidate, choose: _Choice) -> Candidate | None:
     sizes = _sizes(c, choose)
     has_gaps = any(layout(t).parts or layout(t).apart for t in _weights(c))
     if not sizes or has_gaps or packed(c.interior):
@@ -151,24 +155,24 @@ def _related(size: int, known: set[int]) -> set[int]:
     return sizes
 
 
-def _scaled(sizes: set[int], taken: set[int]) -> dict[int, int]:
+def _scaled(sizes: set[int], occupied: set[int]) -> dict[int, int]:
     """Small sizes in the ratios of ``sizes``, the least of them about 500; empty if none do."""
-    unit = math.gcd(*sizes)
-    step = min(unit & -unit, _ALIGNED)
-    most = _SMALL // 2 * unit // min(sizes)
-    for part in range(step * ((most // step - 1) | 1), unit, 2 * step):
-        scaled = {s: s // unit * part for s in sizes}
-        if part > 0 and not taken & set(scaled.values()):
+    divisor = math.gcd(*sizes)
+    step = min(divisor & -divisor, _ALIGNED)
+    most = _SMALL // 2 * divisor // min(sizes)
+    for part in range(step * ((most // step - 1) | 1), divisor, 2 * step):
+        scaled = {s: s // divisor * part for s in sizes}
+        if part > 0 and not occupied & set(scaled.values()):
             return scaled
     return {}
 
 
-def _small(size: int, taken: set[int]) -> int:
+def _small(size: int, occupied: set[int]) -> int:
     # Aligned as ``size`` is, odd otherwise, and not that of something else: an op may take another
     # implementation for sizes that are not aligned.
     step = min(size & -size, _ALIGNED)
     small = step * ((_SMALL // step - 1) | 1)
-    while small in taken:
+    while small in occupied:
         small += 2 * step
     return small
 

@@ -28,8 +28,8 @@ class Wide(TorchFunctionMode):
     ) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
-        wide = {k: _widen(v) for k, v in (kwargs or {}).items()}
-        return func(*(_widen(a) for a in args), **wide)
+        wide = {k: _in_fp64(v) for k, v in (kwargs or {}).items()}
+        return func(*(_in_fp64(a) for a in args), **wide)
 
 
 class Plain(fx.Interpreter):
@@ -82,7 +82,7 @@ class Exact(Plain):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         """The arguments of ``n``, with fp64 for every other floating-point dtype."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return tuple(_widen(a) for a in args), {k: _widen(v) for k, v in kwargs.items()}
+        return tuple(_in_fp64(a) for a in args), {k: _in_fp64(v) for k, v in kwargs.items()}
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _quantized(argument: Any) -> Iterator[tuple[Any, ...]]:
 _KIND = Quantized._fields.index("kind")
 
 
-def _widen(argument: Any) -> Any:
+def _in_fp64(argument: Any) -> Any:
     """``argument`` with fp64 for each floating-point dtype in it, however deep."""
     return fx.node.map_aggregate(argument, _wide_dtype)
 

@@ -85,7 +85,7 @@ ALIASES = {"inst": "mistral_v1", "mistral": "mistral_v1", "gemma2": "gemma", "ph
 
 _CHATML, _COHERE, _GEMMA = ("<|im_start|>",), ("<|START_OF_TURN_TOKEN|>",), ("<start_of_turn>",)
 
-TOKENIZERS_OWN: dict[str, tuple[str, ...]] = {
+TOKENIZER_TEMPLATES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen_25", "qwen3", "qwen3_5", "qwen2_vl", "falcon_h1"), _CHATML),
     **dict.fromkeys(("cohere", "aya"), _COHERE),
     **dict.fromkeys(("command_a", "command_a_tool_use", "command_a_rag"), _COHERE),
@@ -131,13 +131,13 @@ def find_template(name: str | None, jinja: str | None, tokenizer: Any) -> Any:
         raise RecipeError("chat_template: jinja needs chat_template_jinja, the template itself")
     if name.startswith(_FALLBACK):
         return default or _named(name.removeprefix(_FALLBACK))
-    return _own(name, default) if name in TOKENIZERS_OWN else _named(name)
+    return _checked(name, default) if name in TOKENIZER_TEMPLATES else _named(name)
 
 
 def unknown_template(name: str) -> str | None:
     """The problem with a value of ``chat_template``, or None."""
     name = name.removeprefix(_FALLBACK)
-    known = sorted([*TEMPLATES, *ALIASES, *TOKENIZERS_OWN])
+    known = sorted([*TEMPLATES, *ALIASES, *TOKENIZER_TEMPLATES])
     if name in known or name in ("tokenizer_default", "jinja"):
         return None
     hint = did_you_mean(name, known) or f"there are {', '.join(known)}."
@@ -147,26 +147,26 @@ def unknown_template(name: str) -> str | None:
     )
 
 
-def _own(name: str, own: Any) -> Any:
+def _checked(name: str, template: Any) -> Any:
     """The tokenizer's template; RecipeError if there is none, or one of another kind."""
-    if own is None:
+    if template is None:
         raise RecipeError(
             f"chat_template: {name} is what the tokenizers of these models bring, and this one "
             "brings no template: name another in tokenizer_config, such as that of the instruct "
             "model, or write the template out in chat_template_jinja"
         )
-    if not any(mark in str(own) for mark in TOKENIZERS_OWN[name]):
+    if not any(mark in str(template) for mark in TOKENIZER_TEMPLATES[name]):
         raise RecipeError(
             f"chat_template: {name}: the tokenizer's own template is of another kind (it has no "
-            f"{TOKENIZERS_OWN[name][0]}): leave chat_template out to take it, or write the one "
-            "that you want out in chat_template_jinja"
+            f"{TOKENIZER_TEMPLATES[name][0]}): leave chat_template out to take it, or write the "
+            "one that you want out in chat_template_jinja"
         )
-    return own
+    return template
 
 
 def _named(name: str) -> str:
-    if name in TOKENIZERS_OWN:  # as a fallback, for a tokenizer without a template
-        return str(_own(name, None))
+    if name in TOKENIZER_TEMPLATES:  # as a fallback, for a tokenizer without a template
+        return str(_checked(name, None))
     template = TEMPLATES.get(ALIASES.get(name, name))
     if template is None:
         raise RecipeError(f"chat_template: {unknown_template(name)}")

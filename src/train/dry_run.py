@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,9 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import RecipeError
+from .model.files import cached
 from .preflight import encoding_obstacles, obstacles
 from .recipe.keys.base import extra_of
 from .recipe.load import Checked
+from .recipe.locate import locate
 from .recipe.paths import broken_functions, unallowed_functions
 from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
@@ -59,20 +62,18 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
     problems += () if problems else encoding_obstacles(checked.recipe)
     if problems:
         raise RecipeError("train would refuse this: " + "\n  ".join(problems))
-    from .plan.verdict import verdict  # imports PyTorch, where there is something to plan
 
     for line in verdict(checked.recipe, processes):
         say(console, f"# {line}")
     say(console, f"# rows were not read: fusewright preprocess {checked.name} checks them")
 
 
-def _table(checked: Checked, found: Sequence[Entry]) -> Table:
-    """The written keys with their status."""
+def _table(checked: Checked, entries: Sequence[Entry]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("key", "line", "status", "value"):
         table.add_column(header, no_wrap=True)
-    table.add_column("note", min_width=30 if any(entry.note for entry in found) else None)
-    for entry in found:
+    table.add_column("note", min_width=30 if any(entry.note for entry in entries) else None)
+    for entry in entries:
         value = "" if entry.value is None else escape(_flow(without_secrets(entry)))
         status = _status(entry)
         colour = _COLOURS[status]
@@ -127,3 +128,30 @@ def _short(value: Any, original: Any) -> Any:
 def _flow(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
     return text.removesuffix("\n...\n").strip()
+
+
+# The verdict of a plan in a few lines, for ``train --dry-run``.
+
+
+def verdict(recipe: Recipe, processes: int | None) -> list[str]:
+    """Whether a recipe fits on this machine, and how long a step takes, in a few sentences.
+
+    By default as many processes as the recipe needs. One sentence where the model's configuration
+    is not on this disk.
+    """
+    source = locate(recipe.base_model, [Path.cwd()])
+    if source.gguf_file is None and not Path(source.name).is_dir():
+        folder = cached(source.name, recipe.revision_of_model)
+        if folder is None:
+            return [
+                f"NOT CHECKED: {recipe.base_model} is not on this machine. Training downloads it, "
+                "if the hub has it and answers; nothing of it was looked at, and nothing is planned"
+            ]
+        recipe = recipe.model_copy(update={"base_model": str(folder)})
+    from .plan.page import verdict_lines  # imports PyTorch
+    from .plan.plan import make_plan
+
+    try:
+        return verdict_lines(make_plan(recipe, None, processes))
+    except Exception as error:  # a model's own code raises anything; a dry run does not end by it
+        return [f"not planned: {error}"]

@@ -147,8 +147,7 @@ def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options
         raise RecipeError(f"{problem}{_hint(request.model, problem)}") from error
 
 
-def _hint(name: str, said: str) -> str:
-    """Suggestions for the name of a model that could not be loaded."""
+def _hint(name: str, problem: str) -> str:
     suggestion = did_you_mean(name, _model_types()) if name.isidentifier() else ""
     return f"; {suggestion}" if suggestion else ""
 

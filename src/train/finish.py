@@ -172,10 +172,10 @@ _SHOWN = 3
 """Most sites that are named for a rank."""
 
 
-def statuses(found: Report) -> Statuses:
+def statuses(report: Report) -> Statuses:
     """The sites without their figures, which should be the same on all ranks."""
     result: Statuses = {}
-    for s in found.sites:
+    for s in report.sites:
         name, text = f"{s.module}: {s.rule}", f"{s.status} ({s.reason})" if s.reason else s.status
         result[name] = f"{result[name]}, {text}" if name in result else text
     return result
@@ -202,16 +202,15 @@ def differences(ranks: Sequence[Statuses | None]) -> list[str]:
 
 
 def _validated_last(result: RunResult) -> dict[str, float] | None:
-    """The figures of the last step's validation, if there was one."""
     validations = {h["step"]: h for h in result.history if f"eval_{result.figure}" in h}
     return validations.get(result.steps)
 
 
-def summary(found: Report) -> str:
+def summary(report: Report) -> str:
     """The optimize report in a line."""
-    number = len(found.gaps()) + len(found.bypasses)
+    number = len(report.gaps()) + len(report.bypasses)
     left = f"; {number} left as before: report.html says why" if number else ""
-    return f"optimized: {found.headline()}{left} (--verbose: the whole table)"
+    return f"optimized: {report.headline()}{left} (--verbose: the whole table)"
 
 
 def write(result: RunResult, run_log: RunLog) -> None:

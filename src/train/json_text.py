@@ -26,9 +26,9 @@ class BadJsonError(ValueError):
     """
 
     def __init__(
-        self, said: str, line: int | None = None, column: int | None = None, begun: bool = False
+        self, message: str, line: int | None = None, column: int | None = None, begun: bool = False
     ) -> None:
-        super().__init__(said)
+        super().__init__(message)
         self.line, self.column, self.begun = line, column, begun
 
     def of(self, what: str) -> str:

@@ -117,7 +117,7 @@ class Layers:
     def __init__(self, adapted: Adapted, files: BaseFiles, dtype: torch.dtype | None) -> None:
         self.adapted, self.files, self.dtype = adapted, files, dtype
         self._key = _keys(adapted, files)
-        self._made: dict[str, Tensor] = {}
+        self._merged: dict[str, Tensor] = {}
         groups = {tuple(group) for group in adapted.tied.values()}
         self.untied = False
         for group in groups:
@@ -132,13 +132,13 @@ class Layers:
         """The tensor ``name`` of the result, in float32 where it was merged."""
         if name not in self.adapted.names or not self.adapted.changes(name):
             return self.files.read(self._key[name])
-        if name not in self._made:
+        if name not in self._merged:
             path = name.rpartition(".")[0]
             names = [n for n in self._key if n.rpartition(".")[0] == path]
             tensors = {n.rpartition(".")[2]: self.files.read(self._key[n]) for n in names}
             merged = self.adapted.merge(path, tensors)
-            self._made |= {n: merged[n.rpartition(".")[2]] for n in names}
-        return self._made.pop(name)
+            self._merged |= {n: merged[n.rpartition(".")[2]] for n in names}
+        return self._merged.pop(name)
 
     def _planned(self, name: str) -> tuple[Shape, torch.dtype]:
         key = self._key[name]
@@ -179,16 +179,16 @@ def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
     return files
 
 
-def _dtype(run: RunFolder, asked: str | None) -> torch.dtype | None:
-    if asked is None:
+def _dtype(run: RunFolder, name: str | None) -> torch.dtype | None:
+    if name is None:
         if not run.recipe:
             return None
-        asked = recipe_with(run, {}).precision()
-        asked = (run.facts.get("dtype") or asked) if asked == "auto" else asked
-        return dtype_for_training("auto") if asked == "auto" else _DTYPES[asked]
-    if asked not in _DTYPES:
-        raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {asked!r}")
-    return _DTYPES[asked]
+        name = recipe_with(run, {}).precision()
+        name = (run.facts.get("dtype") or name) if name == "auto" else name
+        return dtype_for_training("auto") if name == "auto" else _DTYPES[name]
+    if name not in _DTYPES:
+        raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {name!r}")
+    return _DTYPES[name]
 
 
 def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder: Path) -> None:
@@ -431,11 +431,11 @@ class Adapted:
         """
         module = self._module(path)
         if not _is_lora(module):
-            return {name: self._own(module, name, t) for name, t in tensors.items()}
+            return {name: self._value(module, name, t) for name, t in tensors.items()}
         layer = module.get_base_layer()
         hollow = {name: layer._parameters[name] for name in tensors}
         for name, tensor in tensors.items():
-            value = self._own(layer, name, tensor).detach().to(torch.float32, copy=True)
+            value = self._value(layer, name, tensor).detach().to(torch.float32, copy=True)
             layer._parameters[name] = nn.Parameter(value, requires_grad=False)
         try:
             module.merge(adapter_names=[_ADAPTER])
@@ -448,7 +448,7 @@ class Adapted:
         path, _, last = name.rpartition(".")
         return self._module(path), last
 
-    def _own(self, module: Any, name: str, tensor: Tensor) -> Tensor:
+    def _value(self, module: Any, name: str, tensor: Tensor) -> Tensor:
         parameter = module._parameters[name]
         return tensor if id(parameter) in self._hollow else parameter.data
 
@@ -479,11 +479,11 @@ class Adapted:
                 raise UnmergeableError(f"the adapter's file lacks {name}")
 
 
-def _require_plain(asked: Any, kind: Any) -> None:
+def _require_plain(config: Any, kind: Any) -> None:
     """Raise an UnmergeableError unless the adapter is LoRA that begins as the plain base."""
-    if type(asked) is not kind:
-        raise UnmergeableError(f"the adapter is {getattr(asked, 'peft_type', asked)}, not LoRA")
-    start = asked.init_lora_weights
+    if type(config) is not kind:
+        raise UnmergeableError(f"the adapter is {getattr(config, 'peft_type', config)}, not LoRA")
+    start = config.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         raise UnmergeableError(f"init_lora_weights: {start} changes the base")
 

@@ -126,18 +126,18 @@ def _model(recipe: Recipe) -> Iterator[str]:
         yield from _weights(recipe, folder, meta)
 
 
-def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -> Iterator[str]:
-    """Check a folder's weights for ``made``, the model's class and configuration, if known."""
+def _weights(recipe: Recipe, folder: Path, meta: tuple[type[Any], Any] | None) -> Iterator[str]:
+    """Check a folder's weights for ``meta``, the model's class and configuration, if known."""
     problem = modelfiles.weights_problem(folder)
     if problem is not None:
         yield f"base_model: {problem}"
-    elif made is not None:
+    elif meta is not None:
         from .model.from_pretrained import require_fit
         from .model.load import quiet
 
         try:
             with quiet():
-                require_fit(*made, recipe, folder)
+                require_fit(*meta, recipe, folder)
         except RecipeError as error:
             yield str(error)
 

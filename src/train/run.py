@@ -16,9 +16,9 @@ from .checkpoint import output_folder, resume
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
 from .checkpoint.rng_state import same_draws
-from .checkpoint.together import require_shared
+from .checkpoint.write import require_shared
+from .data.prepare import prepare_once
 from .data.readers.limits import require_contrast, warnings
-from .data.together import prepare_together
 from .methods.task import task_of
 from .model.adapters import parameters
 from .model.load import quiet
@@ -101,7 +101,7 @@ class TrainingRun:
         """
         if not self.world.main:
             return self._run()
-        output_folder.require_own(self.folder)
+        output_folder.require_run_folder(self.folder)
         with held(self.folder, self.run_log.say):
             return self._run()
 
@@ -164,7 +164,7 @@ class TrainingRun:
         """The rows as samples, and those as sequences to train on."""
         recipe, world = self.recipe, self.world
         day = world.share(lambda: self.result.started[:10])
-        prepared = prepare_together(recipe, tokenizer, self.console, day, world)
+        prepared = prepare_once(recipe, tokenizer, self.console, day, world)
         if self.resumed is not None:
             resume.require_same_data(self.resumed, prepared.fingerprint)
         self.sequences = self.task.sequences(prepared)
@@ -182,7 +182,6 @@ class TrainingRun:
         return prepared
 
     def _model(self, tokenizer: Any) -> Any:
-        """The model with its adapters, seeded and checked."""
         recipe, result = self.recipe, self.result
         on_cpu = is_sharded(recipe.strategy(), self.world)
         model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu)
@@ -197,7 +196,6 @@ class TrainingRun:
     def _context(
         self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
     ) -> Context:
-        """What the trainer needs besides the model and the rows."""
         context = make_context(
             self.task, model, tokenizer, prepared, interrupts, self.console, self.result.carried
         )
@@ -228,7 +226,6 @@ class TrainingRun:
         context.on_ready = on_ready
 
     def _train(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        """Train until the last step, or until something ends it."""
         result = self.result
         result.steps_planned = trainer.args.max_steps
         with self.run_log.timed("training"):
@@ -280,7 +277,6 @@ class TrainingRun:
             self.world.share(lambda: output_folder.clear_output(self.folder, here))
 
     def _save(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
-        """Save what was trained."""
         self._clear()
         if not self.result.steps:
             return
@@ -291,7 +287,6 @@ class TrainingRun:
             self.result.interrupt(interrupts.signal)
 
     def _measure(self, trainer: EngineMixin) -> None:
-        """Record the figures of training."""
         result = self.result
         if self.recipe.streams() and not self.recipe.dataloader_num_workers:
             result.data.update(self.sequences.counts)  # else other processes have counted

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusewright.kernels.attention import tiles as attention_tiles
+from fusewright.kernels.attention import attention as attention_tiles
 from fusewright.kernels.attention.attention import OP, attention
 
 from .util import Watch, assert_parity, saved_tensors

@@ -372,7 +372,7 @@ def check_outputs_may_be_written_to(case: Case) -> None:
         outs = _outs(call.ours(*tensors))
         own = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
         assert outs[i].untyped_storage().data_ptr() not in own, "an output is an input's memory"
-        if i not in call.op.kept_outputs:
+        if i not in call.op.saved_outputs:
             outs[i].mul_(2)
         live = [o.sum() for o in outs if o.requires_grad]
         if live:
@@ -393,18 +393,18 @@ def test_outputs_may_be_written_to(name: str, train: bool) -> None:
     check_outputs_may_be_written_to(replace(CASES[name], dtype=F32, sizes=TINY, train=train))
 
 
-def check_kept_outputs(case: Case) -> None:
+def check_saved_outputs(case: Case) -> None:
     call = case.call()
     with saved_tensors() as saved:
         outs = _outs(call.ours(*call.tensors))
     kept = {t.untyped_storage().data_ptr() for t in saved}
     found = [i for i, o in enumerate(outs) if o.untyped_storage().data_ptr() in kept]
-    assert set(found) <= set(call.op.kept_outputs)
+    assert set(found) <= set(call.op.saved_outputs)
 
 
 @each_case
 def test_outputs_that_are_kept_are_known(name: str) -> None:
-    check_kept_outputs(replace(CASES[name], dtype=F32, sizes=TINY))
+    check_saved_outputs(replace(CASES[name], dtype=F32, sizes=TINY))
 
 
 # ------------------------------------------------------------------------------------- tracing
@@ -558,7 +558,7 @@ def check_all(op: Op) -> None:
         check_no_gradient_is_none(tiny, False)
         check_double_backward(tiny)
         check_outputs_may_be_written_to(tiny)
-        check_kept_outputs(tiny)
+        check_saved_outputs(tiny)
         check_fake_is_real(case)
         check_library_ops(case)
 

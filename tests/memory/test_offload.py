@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize, restore
 from fusewright.compiler.install import installed
-from fusewright.memory.offload import Copies, Kept, Offload, Transfer, carried
+from fusewright.memory.offload import Copies, Offload, SavedTensor, Transfer, carried
 from fusewright.memory.planner import Planner
 from tests.models.zoo import FAMILIES, build
 
@@ -333,12 +333,12 @@ def _planner(model: Any) -> Planner:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kept]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SavedTensor]]:
     """All that went to the host."""
-    found: list[Kept] = []
+    found: list[SavedTensor] = []
     made = Offload._send
 
-    def send(self: Offload, t: Tensor) -> Kept:
+    def send(self: Offload, t: Tensor) -> SavedTensor:
         found.append(made(self, t))
         return found[-1]
 
@@ -364,7 +364,7 @@ def _step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     "family", [LLAMA, pytest.param(GEMMA, marks=pytest.mark.slow)], ids=lambda f: f.name
 )
 def test_whole_models(
-    family: Any, lora: bool, level: Any, below: Any, codegen: Any, sent: list[Kept]
+    family: Any, lora: bool, level: Any, below: Any, codegen: Any, sent: list[SavedTensor]
 ) -> None:
     eager = build(family, lora=lora)
     steps = []

@@ -94,7 +94,7 @@ def test_an_outlook_on_more_tokens() -> None:
     outlook = planner.outlook(2.5)
     assert outlook is not None
     usages, setting = outlook
-    assert [u.get("all").kept for u in usages] == [250, 250]
+    assert [u.get("all").saved for u in usages] == [250, 250]
     assert setting.head == 125
     assert planner.predicted == peak(["all"] * 2, [_usages(100, 60, 10)] * 2, _setting(None))
 
@@ -256,7 +256,7 @@ def test_what_was_measured_corrects_the_plan(measured: int, note: str | None) ->
     blocks = _blocks(2)
     planner = _planner("2.7GB", blocks, measured * MB)
     planner.begin(blocks[0], 1)
-    usages = {k: type(v)(v.kept, v.kept, v.kept, 0, v.flops) for k, v in
+    usages = {k: type(v)(v.saved, v.saved, v.saved, 0, v.flops) for k, v in
               _usages(300 * MB, 200 * MB, 20 * MB).items()}  # fmt: skip
     planner.plan(blocks[0], usages, PlanInputs(400 * MB, 0, 0, 2700 * MB, LEVELS))
     assert planner.predicted == 1000 * MB

@@ -34,7 +34,7 @@ def _usages(all_: int, products: int, lean: int, flops: int = 100) -> dict[Level
 def _with_host(usages: dict[Level, Usage]) -> dict[Level, Usage]:
     """The same, and what copying the input away gives: two of it in passing, none kept."""
     for level, graph in HOSTED.items():
-        u, size = usages[graph], usages[graph].kept
+        u, size = usages[graph], usages[graph].saved
         usages[level] = Usage(
             0, u.forward + 2 * size, u.backward + 2 * size, 0, u.flops + 1, host=size
         )

@@ -94,7 +94,7 @@ def test_on_the_host_a_block_keeps_nothing_on_the_device(level: Level, below: Le
     there, here = known.get(level), known.get(below)
     assert there is not None
     assert here is not None
-    assert there.kept == here.kept - size <= torch.get_rng_state().nbytes
+    assert there.saved == here.saved - size <= torch.get_rng_state().nbytes
     assert there.host == 1 << (size - 1).bit_length()
     assert planner.host == 2 * there.host
     planner.offload.least = size + 1  # what is smaller stays
@@ -119,7 +119,7 @@ def test_bytes_kept_per_token_and_layer(family: str, level: Level, codegen: Any)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         kept.append(_kept(model, ids))
         assert set(planner.levels.values()) == {level}
-        known = [found.kept for u in planner._known.values() if (found := u.get(level))]
+        known = [found.saved for u in planner._known.values() if (found := u.get(level))]
         predicted = sum(known) / len(known)
     measured = (kept[1] - kept[0]) / 2
     assert predicted == pytest.approx(measured, rel=0.05), (predicted / BATCH / TIME, measured)

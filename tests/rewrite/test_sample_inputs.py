@@ -380,7 +380,7 @@ def test_gradients_from_behind_are_of_unit_size_but_in_one_regime() -> None:
 def test_normals_that_are_drawn_once_are_those_that_are_drawn_anew(
     kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_inputs, "_KEPT", kept)
+    monkeypatch.setattr(sample_inputs, "_CACHED", kept)
     node = _node(torch.zeros(6, 4), torch.ones(6, 4))
     normals = UnitNormals()
     for regime in (NORMAL, *REGIMES, NORMAL):  # each of which writes into what it was given

@@ -16,8 +16,7 @@ from fusewright.rewrite.conditions import settings_around
 from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
 from fusewright.rewrite.rule import Emit, Match, Rule
 from fusewright.rewrite.sample_inputs import Regime
-from fusewright.rewrite.verify import Verifier
-from fusewright.rewrite.verify_runs import Outcome
+from fusewright.rewrite.verify import Outcome, Verifier
 
 from ..capturing import capture
 from .faults import D, given, graph_of, judged, of_any_size, when
@@ -281,7 +280,7 @@ def test_the_largest_error_that_says_something() -> None:
     assert found == Figures(error=0.5, grad_error=0.125, saved_before=16.0, saved_after=8.0)
     for lost in (ours, theirs, truth):
         runs = [
-            _made([None, *r.results[0][1:]], r.results[1], r.kept) if r is lost else r
+            _made([None, *r.results[0][1:]], r.results[1], r.saved) if r is lost else r
             for r in (ours, theirs, truth)
         ]
         assert verify._figures(*runs, 10).error == 0.5

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.verify import difference
-from fusewright.rewrite.verify_runs import STRIDES, UNWRITABLE, Outcome
+from fusewright.rewrite.verify import STRIDES, UNWRITABLE, Outcome, difference
 
 ONES = torch.ones(4, 3)
 OFF = ONES.clone()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.verify_runs import Outcome, VerifySettings, copied, runs
+from fusewright.rewrite.verify import Outcome, VerifySettings, copied, runs
 
 from .faults import with_gradient
 
@@ -65,7 +65,7 @@ def test_outputs_and_gradients() -> None:
     assert up.unique().numel() == up.numel()
     assert not torch.equal(up, other)
     assert written == [None, None]
-    assert (found.draws, found.kept) == (1, 0)
+    assert (found.draws, found.saved) == (1, 0)
 
 
 def test_how_large_the_gradients_from_behind_are() -> None:
@@ -199,7 +199,7 @@ def test_results_of_several_draws_are_stacked() -> None:
     assert grads.shape == (2, *S)
     assert not torch.allclose(grads[0] / x.exp(), grads[1] / y.exp())  # each has its own upstream
     assert found.results[3] == [None]
-    assert found.kept == 2 * runs(lambda a: (a.exp(),), [[x]], setting).kept == 2 * 12 * 4
+    assert found.saved == 2 * runs(lambda a: (a.exp(),), [[x]], setting).saved == 2 * 12 * 4
     assert len(found.random) == 2
     assert (
         runs(lambda a: (a,), [[x]], setting).traits
@@ -280,7 +280,7 @@ def test_a_copy_lies_as_the_original_does() -> None:
 
 def test_bytes_that_are_kept() -> None:
     def kept(fn: Callable[..., Any], *inputs: Tensor, **settings: Any) -> int:
-        return _seen(fn, *inputs, **settings).kept
+        return _seen(fn, *inputs, **settings).saved
 
     assert kept(lambda a: (a.exp(),), _x()) == 12 * 4
     assert kept(lambda a: (a.exp().exp(),), _x()) == 2 * 12 * 4

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fusewright.graph.layouts import layout_is_read
 from fusewright.passes.glu import GLU
 from fusewright.rewrite.rule import Emit, Match, Rule
-from fusewright.rewrite.verify_runs import VerifySettings, runs
+from fusewright.rewrite.verify import VerifySettings, runs
 
 from ..capturing import capture
 from .faults import D, changed, given, graph_of, judged, of_any_size, verdict, with_gradient

@@ -28,8 +28,8 @@ from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.inference.evaluate import evaluate
 from fusewright.train.inference.run_folder import open_run
-from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
+from fusewright.train.user_functions import load_function
 
 from .commands import fusewright, refused
 from .conftest import make_adapter, small_recipe

@@ -17,7 +17,7 @@ from .attention_tiles_triton import hide, positions_of, rows_of, span, store_row
 
 
 @triton.jit
-def _narrow_dot(left, right, total, PRECISION: tl.constexpr, HALF: tl.constexpr):
+def _rounded_dot(left, right, total, PRECISION: tl.constexpr, HALF: tl.constexpr):
     """``total + left · right`` with ``left``, in fp32, rounded to the dtype of ``right``."""
     if HALF:
         most = tl.max(tl.abs(left), 1)
@@ -33,12 +33,12 @@ def queries_kernel(
     grad_batch, grad_head, grad_row, out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
     mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
     heads, share, time, keys, window, scale, factor,
-    WANTED: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    NEEDS_DQ: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The row sums of ``grad * out`` (B, H, T), and ``dq`` if it is WANTED."""
+    """The row sums of ``grad * out`` (B, H, T), and ``dq`` if NEEDS_DQ."""
     row, outer, sample, head, group = positions_of(time, heads, share, M)
     rows, columns = tl.arange(0, M), tl.arange(0, N)
     dims, value_dims = tl.arange(0, D), tl.arange(0, E)
@@ -48,7 +48,7 @@ def queries_kernel(
     o = rows_of(out, row, rows, value_dims, out_row, time, VALUE_DIM, E)
     sums = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + outer.to(tl.int64) * time + row + rows, sums, mask=rows < time - row)
-    if WANTED:
+    if NEEDS_DQ:
         q += sample * q_batch + head * q_head
         k += sample * k_batch + group * k_head
         v += sample * v_batch + group * v_head
@@ -74,7 +74,7 @@ def queries_kernel(
             p = tl.exp2(scores - most[:, None]) * inverse[:, None]
             v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
-            total = _narrow_dot(p * (dp - sums[:, None]), k_tile, total, PRECISION, HALF)
+            total = _rounded_dot(p * (dp - sums[:, None]), k_tile, total, PRECISION, HALF)
         dq += sample * dq_batch + head * dq_head
         store_rows(dq, total * factor, row, rows, dims, dq_row, time, DIM)
 
@@ -87,7 +87,7 @@ def keys_kernel(
     dk_split, dk_batch, dk_head, dk_row, dv_split, dv_batch, dv_head, dv_row,
     mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
     heads, share, time, keys, window, scale, factor,
-    WANTED: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, MODE: tl.constexpr,
+    GRADS: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, MODE: tl.constexpr,
     PRECISION: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
@@ -109,24 +109,24 @@ def keys_kernel(
         table, row_blocks, key_blocks, key, time, keys, window, MODE, True, N, M, GRAIN, CHUNK
     )
     last = tl.minimum(share, (split + 1) * HEADS)
-    for own in range(split * HEADS, last):
-        head = group * share + own
+    for index in range(split * HEADS, last):
+        head = group * share + index
         if PER_HEAD:
             first, free, free_end, end = span(
                 table + head * table_head, row_blocks, key_blocks, key, time, keys, window,
                 MODE, True, N, M, GRAIN, CHUNK,
             )  # fmt: skip
-        q_own = q + sample * q_batch + head * q_head
-        grad_own = grad + sample * grad_batch + head * grad_head
-        mask_own = mask + sample * mask_batch + head * mask_head
+        q_of_head = q + sample * q_batch + head * q_head
+        grad_of_head = grad + sample * grad_batch + head * grad_head
+        mask_of_head = mask + sample * mask_batch + head * mask_head
         place = (sample * heads + head) * time
         for i in range(0, end - first):
             row = (first + i) * M
-            q_tile = rows_of(q_own, row, rows, dims, q_row, time, DIM, D)
+            q_tile = rows_of(q_of_head, row, rows, dims, q_row, time, DIM, D)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
             if (first + i < free) | (first + i >= free_end):
                 scores = hide(
-                    scores, mask_own, row, key, rows[None, :], columns[:, None], time, keys,
+                    scores, mask_of_head, row, key, rows[None, :], columns[:, None], time, keys,
                     mask_row, mask_key, window, MODE, True,
                 )  # fmt: skip
             inside = rows < time - row
@@ -134,17 +134,17 @@ def keys_kernel(
             most = tl.load(of_row, mask=inside, other=float("inf"))
             inverse = tl.load(of_row + 1, mask=inside, other=0.0)
             p = tl.exp2(scores - most[None, :]) * inverse[None, :]
-            do = rows_of(grad_own, row, rows, value_dims, grad_row, time, VALUE_DIM, E)
-            if WANTED != "k":
+            do = rows_of(grad_of_head, row, rows, value_dims, grad_row, time, VALUE_DIM, E)
+            if GRADS != "k":
                 total_v = tl.dot(p.to(do.dtype), do, total_v, input_precision=PRECISION)
-            if WANTED != "v":
+            if GRADS != "v":
                 dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
                 sums = tl.load(delta + place + row + rows, mask=inside, other=0.0)
                 ds = p * (dp - sums[None, :])
-                total_k = _narrow_dot(ds, q_tile, total_k, PRECISION, HALF)
-    if WANTED != "v":
+                total_k = _rounded_dot(ds, q_tile, total_k, PRECISION, HALF)
+    if GRADS != "v":
         dk += split.to(tl.int64) * dk_split + sample * dk_batch + group * dk_head
         store_rows(dk, total_k * factor, key, columns, dims, dk_row, keys, DIM)
-    if WANTED != "k":
+    if GRADS != "k":
         dv += split.to(tl.int64) * dv_split + sample * dv_batch + group * dv_head
         store_rows(dv, total_v, key, columns, value_dims, dv_row, keys, VALUE_DIM)

@@ -1,7 +1,7 @@
 """Which tiles of the scores a mask leaves, and what it hides inside of a tile.
 
 A mask is read once for a table of its tiles of GRAIN x GRAIN: nothing is seen, something is, or
-everything is and nothing is added. A kernel looks up which tiles of its own there are between the
+everything is and nothing is added. A kernel looks up which of its tiles there are between the
 first and the last that are not hidden, visits these alone, and reads the mask where it must. So
 the work grows with what is seen, and for a pack with the squares of its samples' lengths.
 """
@@ -61,20 +61,20 @@ def table_kernel(
 @triton.jit
 def _of_table(
     table, row_blocks, key_blocks, start, count,
-    BY_KEY: tl.constexpr, FLAGS: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr,
+    BY_KEY: tl.constexpr, FLAGS: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``span`` of a mask."""
-    own = start // GRAIN + tl.arange(0, OWN // GRAIN)[:, None]
+    this = start // GRAIN + tl.arange(0, COUNT // GRAIN)[:, None]
     first, end, free, free_end = FAR, 0, FAR, FAR
     for begin in range(0, tl.cdiv(count, GRAIN), CHUNK):
         other = begin + tl.arange(0, CHUNK)[None, :]
         inside = other < tl.cdiv(count, GRAIN)
         # a mask may have one row for all, and the last tile may reach beyond the end
         if BY_KEY:
-            row, key = tl.minimum(other, row_blocks - 1), tl.minimum(own, key_blocks - 1)
+            row, key = tl.minimum(other, row_blocks - 1), tl.minimum(this, key_blocks - 1)
         else:
-            row, key = tl.minimum(own, row_blocks - 1), tl.minimum(other, key_blocks - 1)
+            row, key = tl.minimum(this, row_blocks - 1), tl.minimum(other, key_blocks - 1)
         line = table + row * (key_blocks + 1)
         code = tl.load(line + key, mask=inside, other=0).to(tl.int32)
         some, every = tl.max(code, 0), tl.min(code, 0)
@@ -97,10 +97,10 @@ def _of_table(
 @triton.jit
 def span(
     table, row_blocks, key_blocks, start, time, keys, window,
-    MODE: tl.constexpr, BY_KEY: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr,
+    MODE: tl.constexpr, BY_KEY: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Which tiles OWN positions (or keys, BY_KEY) from ``start`` on must visit.
+    """Which tiles COUNT positions (or keys, BY_KEY) from ``start`` on must visit.
 
     Returns:
         The first tile of keys (or positions), the first and the end of those where all is seen,
@@ -108,12 +108,12 @@ def span(
     """
     if MODE == "causal":
         if BY_KEY:
-            first, end = start // TILE, tl.cdiv(tl.minimum(time, start + OWN + window - 1), TILE)
-            free, free_end = tl.cdiv(start + OWN - 1, TILE), (start + window) // TILE
+            first, end = start // TILE, tl.cdiv(tl.minimum(time, start + COUNT + window - 1), TILE)
+            free, free_end = tl.cdiv(start + COUNT - 1, TILE), (start + window) // TILE
         else:
             first = tl.maximum(0, start - window + 1) // TILE
-            end = tl.cdiv(tl.minimum(time, start + OWN), TILE)
-            free = tl.cdiv(tl.maximum(0, start + OWN - window), TILE)
+            end = tl.cdiv(tl.minimum(time, start + COUNT), TILE)
+            free = tl.cdiv(tl.maximum(0, start + COUNT - window), TILE)
             free_end = (start + 1) // TILE
     elif MODE == "none":
         first, free = 0, 0
@@ -125,12 +125,12 @@ def span(
     elif BY_KEY:
         first, end, free, free_end = _of_table(
             table, row_blocks, key_blocks, start, time,
-            BY_KEY, MODE == "additive", OWN, TILE, GRAIN, CHUNK,
+            BY_KEY, MODE == "additive", COUNT, TILE, GRAIN, CHUNK,
         )  # fmt: skip
     else:
         first, end, free, free_end = _of_table(
             table, row_blocks, key_blocks, start, keys,
-            BY_KEY, MODE == "additive", OWN, TILE, GRAIN, CHUNK,
+            BY_KEY, MODE == "additive", COUNT, TILE, GRAIN, CHUNK,
         )  # fmt: skip
     free = tl.minimum(free, end)
     return tl.minimum(first, end), free, tl.maximum(tl.minimum(free_end, end), free), end

@@ -29,8 +29,10 @@ def _config(
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
     d, e = (max(16, next_power_of_2(n)) for n in (dim, value_dim))
     wide, strong = max(d, e), gpu.multiplies_from_shared
-    narrow = kernel == "keys" or (kernel == "queries" and wide > 128)
-    if gpu.hip and narrow and dtype is not torch.float32:  # four waves have 512 registers a thread
+    small_tiles = kernel == "keys" or (kernel == "queries" and wide > 128)
+    if (
+        gpu.hip and small_tiles and dtype is not torch.float32
+    ):  # four waves have 512 registers a thread
         m, n, warps, stages = 32, 32, 4, 1
     elif dtype is torch.float32:  # the operands of these products are in registers
         m, n, warps, stages = _SINGLE[wide > 64]
@@ -108,8 +110,8 @@ class _Call:
             # one for all samples, heads or positions
             strides = [*mask.stride(), *table.stride()[:2]]
             shape = [*mask.shape, *table.shape[:2]]
-            kept = [0 if n == 1 else s for n, s in zip(shape, strides, strict=True)]
-            self.of_mask = [*kept, table.shape[2], table.shape[3] - 1]
+            effective = [0 if n == 1 else s for n, s in zip(shape, strides, strict=True)]
+            self.of_mask = [*effective, table.shape[2], table.shape[3] - 1]
         self.pointers = (q, k, v, q if mask is None else mask, q if table is None else table)
         self.strides = [s for t in (q, k, v) for s in t.stride()[:3]]
         wide = time + keys if window is None else window
@@ -171,19 +173,18 @@ def backward(
         queries_kernel[(blocks * q.shape[0] * q.shape[1],)](
             *call.pointers, grad, out, stats, delta, dq, *call.strides, *grad.stride()[:3],
             *out.stride()[:3], *dq.stride()[:3], *call.of_mask, *call.sizes, scale,
-            WANTED=need_q, HALF=half, **config,
+            NEEDS_DQ=need_q, HALF=half, **config,
         )  # fmt: skip
-    found = [dq] if need_q else []
+    grads = [dq] if need_q else []
     if need_k or need_v:
-        found += _of_keys(call, grad, stats, delta, scale, need_k, need_v)
-    return found
+        grads += _of_keys(call, grad, stats, delta, scale, need_k, need_v)
+    return grads
 
 
 def _of_keys(
     call: _Call, grad: Tensor, stats: Tensor, delta: Tensor, scale: float, need_k: bool,
     need_v: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of dk and dv."""
     k, v, splits = call.k, call.v, -(-call.share // HEADS)
     config = call.config("keys")
     dk, dv = (
@@ -194,11 +195,11 @@ def _of_keys(
     keys_kernel[(blocks * splits * k.shape[0] * k.shape[1],)](
         *call.pointers, grad, stats, delta, dk, dv, *call.strides, *grad.stride()[:3],
         *dk.stride()[:4], *dv.stride()[:4], *call.of_mask, *call.sizes, scale,
-        WANTED="both" if need_k and need_v else "k" if need_k else "v", HEADS=HEADS,
+        GRADS="both" if need_k and need_v else "k" if need_k else "v", HEADS=HEADS,
         PER_HEAD=call.of_mask[1] != 0, HALF=call.q.dtype is torch.float16, **config,
     )  # fmt: skip
-    made = [t for t, needed in ((dk, need_k), (dv, need_v)) if needed]
-    return [t[0] if splits == 1 else t.sum(0).to(k.dtype) for t in made]
+    grads = [t for t, needed in ((dk, need_k), (dv, need_v)) if needed]
+    return [t[0] if splits == 1 else t.sum(0).to(k.dtype) for t in grads]
 
 
 def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: int) -> AotCase:
@@ -209,7 +210,7 @@ def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: in
     constants = {k: v for k, v in config.items() if k.isupper()} | {
         "MODE": modes.get(mask, "additive"), "PRECISION": "ieee", "HALF": dtype == "fp16",
         "DIM": dim, "VALUE_DIM": value_dim, "HEADS": HEADS, "PER_HEAD": mask == dtype,
-        "WANTED": "both" if name == "keys" else True, "mask_key": 1,
+        "GRADS": "both", "NEEDS_DQ": True, "mask_key": 1,
     }  # fmt: skip
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     pointers = dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), f"*{dtype}")
@@ -229,7 +230,7 @@ def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: in
 
 
 def _cases() -> tuple[AotCase, ...]:
-    made = [
+    cases = [
         AotCase(
             f"attention_table-{kind}", table_kernel,
             {a: "i32" for a in table_kernel.arg_names if a != "mask_key"}
@@ -243,8 +244,8 @@ def _cases() -> tuple[AotCase, ...]:
         ("bf16", "u8", 64, 64), ("bf16", "bf16", 128, 128), ("bf16", "u8", 192, 128),
         ("fp16", "u8", 80, 80), ("fp32", "fp32", 64, 64), ("fp32", "causal", 128, 128),
     ):  # fmt: skip
-        made += (_case(k, name, dtype, mask, dim, value_dim) for name, k in kernels)
-    return tuple(made)
+        cases += (_case(k, name, dtype, mask, dim, value_dim) for name, k in kernels)
+    return tuple(cases)
 
 
 AOT = _cases()

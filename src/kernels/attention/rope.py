@@ -317,7 +317,9 @@ def rope_unsupported(
             reasons.append(f"a head of {t.shape[-1]} features is narrower than {rotary_dim}")
         if any(not _broadcasts(x, t) for x in (cos, sin)):
             reasons.append(f"cos {tuple(cos.shape)} does not broadcast to {tuple(t.shape)}")
-    reasons += on_several_devices(*tensors, cos, sin, said="the tensors are on different devices")
+    reasons += on_several_devices(
+        *tensors, cos, sin, message="the tensors are on different devices"
+    )
     if use_triton(*tensors, cos, sin) and not _fits_kernel(tensors, cos, sin):
         reasons.append("cos and sin differ by head, or there are more than 4 dimensions")
     return reasons

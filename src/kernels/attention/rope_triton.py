@@ -123,9 +123,9 @@ def rotate(
             todo.append((_four(t, heads_first), _four(out, heads_first)))
     while todo:
         q, q_out = todo.pop(0)
-        beside = [i for i, (t, _) in enumerate(todo) if t.shape[::3] == q.shape[::3]]
+        same_shape = [i for i, (t, _) in enumerate(todo) if t.shape[::3] == q.shape[::3]]
         k, k_out = next(
-            (todo.pop(i) for i in beside if todo[i][0].shape[2] == q.shape[2]), (None, None)
+            (todo.pop(i) for i in same_shape if todo[i][0].shape[2] == q.shape[2]), (None, None)
         )
         _launch(q, q_out, k, k_out, cos, sin, rotary_dim, layout, transpose)
     return outs

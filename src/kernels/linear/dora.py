@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..launch import library_op
 from ..op import Maker, Op
-from ..second_order import absent, differentiable, gradients, require_kept
+from ..second_order import absent, differentiable, gradients, require_saved
 from .linear import example_of_linear
 
 
@@ -98,8 +98,8 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     base, factor = ctx.saved_tensors
     shape, kind, rest_kind, update_kind = ctx.like
     needed = ctx.needs_input_grad
-    require_kept(update_kind is None, "dora", "only the sum of two products is kept")
-    require_kept(base is not None or not needed[0], "dora", "the magnitude is not trained")
+    require_saved(update_kind is None, "dora", "only the sum of two products is kept")
+    require_saved(base is not None or not needed[0], "dora", "the magnitude is not trained")
     base = absent(shape, factor, kind) if base is None else base
     rest = None if rest_kind is None else absent(factor.shape, factor, rest_kind)
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..op import Maker, Op, on_several_devices, too_narrow
-from ..second_order import absent, differentiable, gradients, require_kept
+from ..op import Maker, Op, on_several_devices, loses_precision
+from ..second_order import absent, differentiable, gradients, require_saved
 from .products import Rows, shaped
 from .projections import (
     MIXED,
@@ -116,7 +116,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     for i, need in enumerate(wanted(needed[1:], len(constants.scales))):
         z = WIDTH * i + _X_LORA
         is_kept = x is not None if tensors[z] is None else all(j != z for j, _, _ in ctx.unsaved)
-        require_kept(is_kept or not need.lora_b, ctx.name, "B is trained and A is not")
+        require_saved(is_kept or not need.lora_b, ctx.name, "B is trained and A is not")
 
     def formula(x: Tensor, *tensors: Any) -> list[Tensor]:
         return [rows_of(reference(x, layer)) for layer in unflattened(tensors, constants)]
@@ -272,7 +272,7 @@ def unsupported(x: Tensor, linear: Linear) -> list[str]:
     reasons += [f"{name} has {count} dimensions instead of 2" for name, count in wrong.items()]
     if any(t is not None and not t.is_floating_point() for t in operands):
         reasons.append("an operand is not of a floating-point dtype (a quantized weight?)")
-    reasons += too_narrow(dtype, low, "the product")
+    reasons += loses_precision(dtype, low, "the product")
     if lora_a is not None and lora_b is not None and lora_a.dtype != lora_b.dtype:
         reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
     reasons += on_several_devices(*operands, *stored)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..direct import direct
-from ..launch import library_op, own, use_triton
+from ..launch import library_op, use_triton, without_base
 from ..matmul import addmm, addmm_, mm
-from ..native import narrow as native
+from ..native import low_rank as native
 from ..processor import processor
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -135,7 +135,7 @@ _wide_product_op = direct(
 def _native_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
     if native.takes(wide, narrow):
         return native.product(wide, narrow, scale, transposed)
-    return own(_wide_product_plain(wide, narrow, scale, transposed).contiguous())
+    return without_base(_wide_product_plain(wide, narrow, scale, transposed).contiguous())
 
 
 _native_product_op = direct(

@@ -127,11 +127,11 @@ def _launch_backward(
     d_up: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill the gradients that are given; both have the same row stride."""
-    given = [d for d in (d_gate, d_up) if d is not None]
-    if not given or given[0].numel() == 0:
+    grads = [d for d in (d_gate, d_up) if d is not None]
+    if not grads or grads[0].numel() == 0:
         return
     # fresh halves and fresh tensors always have such a view
-    views, strides, rows, columns = _rows(grad, gate, up, *given)
+    views, strides, rows, columns = _rows(grad, gate, up, *grads)
     outs = [v if d is not None else views[3] for d, v in ((d_gate, views[3]), (d_up, views[-1]))]
     blocks = cdiv(columns, BLOCK)
     _backward_kernel[(rows * blocks,)](

@@ -38,7 +38,7 @@ from ..linear.projections import (
 )
 from ..linear.quantized import elements_of
 from ..op import Maker, Op
-from ..second_order import differentiable, gradients, require_kept
+from ..second_order import differentiable, gradients, require_saved
 from . import glu
 
 KEEPS = ("gate_up", "input")
@@ -51,13 +51,13 @@ LAYOUTS = ("two", "gate first", "up first")
 # -- reference -------------------------------------------------------------------------------------
 def reference(
     x: Tensor,
-    given: Sequence[Linear],
+    linears: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
 ) -> Tensor:
     """Define the op: the linears by themselves, the gated unit between them."""
-    *ins, down = given
+    *ins, down = linears
     outs = [linear.reference(x, v) for v in ins]
     if layout == "two":
         h = glu.glu_reference(outs[0], outs[1], activation)
@@ -203,14 +203,14 @@ def _tiled_backward(
         for i, part in enumerate(tile_grads):
             totals[i] = _added(totals[i], part)
     finished = [
-        _of_its_own(total.to(t.dtype))
+        _unshared(total.to(t.dtype))
         for total, t in zip(totals, tensors, strict=True)
         if total is not None and t is not None
     ]
     return finished if dx is None else [dx, *finished]
 
 
-def _of_its_own(t: Tensor) -> Tensor:
+def _unshared(t: Tensor) -> Tensor:
     """A contiguous tensor that shares its memory with no other: results of an op may not."""
     alone = t.untyped_storage().nbytes() == t.nbytes
     return t.contiguous() if alone else t.clone(memory_format=torch.contiguous_format)
@@ -334,7 +334,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, dtype, constants, activation, layout, keep = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
-    require_kept(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
+    require_saved(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
 
     def formula(x: Tensor, *tensors: Any) -> Tensor:
         y = reference(x, unflattened(tensors, constants), activation, layout, keep)
@@ -402,7 +402,7 @@ class _MLPBlock(torch.autograd.Function):
 
 def mlp_block(
     x: Tensor,
-    given: Sequence[Linear],
+    chain: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
@@ -415,7 +415,7 @@ def mlp_block(
 
     Args:
         x: (..., D).
-        given: gate (F, D), up (F, D) and down (D, F); or both in one (2F, D), and down. All are
+        chain: gate (F, D), up (F, D) and down (D, F); or both in one (2F, D), and down. All are
             quantized or none, of one ``compute`` and one ``dtype``.
         activation: one of ``glu.ACTIVATIONS``.
         layout: ``"two"``: gate and up are two linears; ``"gate first"`` and ``"up first"``: they
@@ -436,18 +436,18 @@ def mlp_block(
             raise ValueError(f"{choice!r} is not one of {', '.join(choices)}")
 
     def run(tensors: list[Tensor | None], constants: Constants) -> Tensor:
-        copy = narrow_copy_for(x, tensors, constants, len(given) - 1)
+        copy = narrow_copy_for(x, tensors, constants, len(chain) - 1)
         options = tuple(constants), activation, layout, keep
         rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
         return shaped(rows, x)
 
-    return with_operands(run, [v.with_one_bias() for v in given], x)
+    return with_operands(run, [v.with_one_bias() for v in chain], x)
 
 
 # -- OP --------------------------------------------------------------------------------------------
 def unsupported(
     x: Tensor,
-    given: Sequence[Linear],
+    linears: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
@@ -457,16 +457,16 @@ def unsupported(
     reasons = [
         f"{v!r} is not one of {', '.join(choices)}" for v, choices in allowed if v not in choices
     ]
-    if len(given) != (3 if layout == "two" else 2):
-        return [*reasons, f"{len(given)} linears for the layout {layout!r}"]
-    *ins, down = given
+    if len(linears) != (3 if layout == "two" else 2):
+        return [*reasons, f"{len(linears)} linears for the layout {layout!r}"]
+    *ins, down = linears
     h = x.new_empty(*x.shape[:-1], down.shape()[1])
     reasons += linear.qkv_block_unsupported(x, ins) + linear.qkv_block_unsupported(h, [down])
-    if len({v.is_quantized() for v in given}) > 1:
+    if len({v.is_quantized() for v in linears}) > 1:
         reasons.append(MIXED)
     factor = 1 if layout == "two" else 2
     if any(v.shape()[0] != factor * h.shape[-1] for v in ins):
-        reasons.append(f"gate and up do not fit down: {[v.shape() for v in given]}")
+        reasons.append(f"gate and up do not fit down: {[v.shape() for v in linears]}")
     return reasons
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ..launch import library_op, use_triton
 from ..matmul import addmm, mm
 from ..op import Maker, Op, not_16_bits, on_several_devices
-from ..second_order import absent, differentiable, gradients, require_kept
+from ..second_order import absent, differentiable, gradients, require_saved
 
 
 # -- reference -------------------------------------------------------------------------------------
@@ -93,15 +93,15 @@ def _madvise() -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), "madvise", None)
 
 
-def _in_huge_pages(made: Tensor) -> Tensor:
+def _in_huge_pages(t: Tensor) -> Tensor:
     # The first write into fresh memory costs one fault per page: with pages of 4 KiB more time
     # than the product that is written. It is advice: where it is not taken, nothing changes.
-    advise = _madvise() if made.device.type == "cpu" and type(made) is Tensor else None
-    if advise is not None and made.nbytes >= _LARGE:
-        start = -(-made.data_ptr() // _PAGE) * _PAGE
-        end = (made.data_ptr() + made.nbytes) // _PAGE * _PAGE
+    advise = _madvise() if t.device.type == "cpu" and type(t) is Tensor else None
+    if advise is not None and t.nbytes >= _LARGE:
+        start = -(-t.data_ptr() // _PAGE) * _PAGE
+        end = (t.data_ptr() + t.nbytes) // _PAGE * _PAGE
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _HUGE_PAGES)
-    return made
+    return t
 
 
 def _counts(offsets: Tensor, places: int) -> list[int]:
@@ -324,10 +324,10 @@ def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _down_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     h, _, weights, weight, bias, order, offsets, _ = ctx.saved_tensors
-    tokens, is_kept = order // ctx.active, h is not None
+    tokens, is_saved = order // ctx.active, h is not None
     why = "the experts are frozen and their weights in the sum are not"
-    require_kept(is_kept or not ctx.needs_input_grad[1], "moe_experts", why)
-    h = h if is_kept else absent((order.shape[0], weight.shape[1]), weight)
+    require_saved(is_saved or not ctx.needs_input_grad[1], "moe_experts", why)
+    h = h if is_saved else absent((order.shape[0], weight.shape[1]), weight)
 
     def formula(h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = _grouped(h, weight, bias, offsets) * weights.index_select(0, order).unsqueeze(1)

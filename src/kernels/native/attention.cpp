@@ -33,8 +33,8 @@ struct Packed {
   int64_t size;
   Memory<uint32_t> memory;
 
-  Packed(const Plan& plan, int64_t dim, bool wanted)
-      : plan(plan), size(plan.padded * dim / 2), memory(wanted ? plan.pairs * size : 0) {}
+  Packed(const Plan& plan, int64_t dim, bool needed)
+      : plan(plan), size(plan.padded * dim / 2), memory(needed ? plan.pairs * size : 0) {}
 
   uint32_t* operator()(int64_t pair) { return memory.data + pair * size; }
 };
@@ -71,17 +71,17 @@ void forward(const Attention& a, const bf16* q, const bf16* k, const bf16* v, co
 }
 
 // Sums over rows, of keys in fp32: (features, padded) of each pair. A thread goes through
-// consecutive blocks; of a pair that another has begun it has sums of its own, added up later in
+// consecutive blocks; of a pair that another has begun it has separate sums, added up later in
 // the order of the threads: results depend on their number, not on their speed.
 struct KeySums {
   const Plan& plan;
   int64_t size;
   Memory<float> whole, parts;
 
-  KeySums(const Plan& plan, int64_t dim, int threads, bool wanted)
-      : plan(plan), size(plan.padded * dim), whole(wanted ? plan.pairs * size : 0),
-        parts(wanted ? threads * size : 0) {
-    if (!wanted) return;
+  KeySums(const Plan& plan, int64_t dim, int threads, bool needed)
+      : plan(plan), size(plan.padded * dim), whole(needed ? plan.pairs * size : 0),
+        parts(needed ? threads * size : 0) {
+    if (!needed) return;
     whole.zero(plan.pairs * size);
     parts.zero(threads * size);
   }

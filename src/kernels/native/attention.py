@@ -61,19 +61,19 @@ def backward(
     return [t for t in gradients.values() if t is not None]
 
 
-_Given = dict[str, Tensor | None]
+_Tensors = dict[str, Tensor | None]
 
 
-def _run(name: str, given: _Given, scale: float, causal: bool, window: int | None) -> None:
+def _run(name: str, operands: _Tensors, scale: float, causal: bool, window: int | None) -> None:
     """Call a function of the library: the tensors are in the order of its arguments."""
-    q, v = (cast("Tensor", given[key]) for key in ("q", "v"))
+    q, v = (cast("Tensor", operands[key]) for key in ("q", "v"))
     (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
     call = _Call(batch, heads, groups, time, keys, dim, value_dim, causal, window or keys + time)
-    for key, t in given.items():
+    for key, t in operands.items():
         if t is not None:  # a dimension of size 1 is the same element for all
             strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
             setattr(call, key, _Strides(*strides))
-    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in given.values()]
+    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in operands.values()]
     # in backward each thread may have separate sums: no more memory than that of the queries
     threads = min(
         torch.get_num_threads(), 1 + batch * heads * time * keys // _SCORES, batch * heads
@@ -84,9 +84,9 @@ def _run(name: str, given: _Given, scale: float, causal: bool, window: int | Non
     check(kernels[name](ctypes.byref(call), *addresses, ctypes.c_float(scale), threads))
 
 
-def _dense(given: _Given) -> _Given:
+def _dense(operands: _Tensors) -> _Tensors:
     return {
-        key: t if t is None or t.stride(-1) == 1 else t.contiguous() for key, t in given.items()
+        key: t if t is None or t.stride(-1) == 1 else t.contiguous() for key, t in operands.items()
     }
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from ..processor import instruction_set
 
-SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "narrow.cpp")
+SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "low_rank.cpp")
 # 2026-11-28: sums of products are fused by default in GNU C++, as in Clang
 FLAGS = ("-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared")
-OWN = ("-march=native",)
+NATIVE = ("-march=native",)
 SECONDS = 120
 """How long the compiler may take."""
 
@@ -39,11 +39,11 @@ def built() -> Path:
         raise RuntimeError(missing_compiler())
     text = source()
     # several machines may share the folder
-    what = (text, _identity(compiler), *FLAGS, *OWN, instruction_set())
+    what = (text, _identity(compiler), *FLAGS, *NATIVE, instruction_set())
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
     path = folder() / f"kernels-{name}.so"
     if not path.exists():
-        compile_kernels(compiler, text, path, OWN)
+        compile_kernels(compiler, text, path, NATIVE)
     return path
 
 

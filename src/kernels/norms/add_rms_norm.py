@@ -154,7 +154,7 @@ OP = Op(
     reference,
     add_rms_norm,
     unsupported,
-    kept_outputs=(0,),
+    saved_outputs=(0,),
     example=_example,
     variants={"outer-offset": lambda m: _example(m, 1.0, "outer")},
 )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..launch import library_op, own, use_triton
+from ..launch import library_op, use_triton, without_base
 from ..op import Maker, Op, misshapen, on_several_devices
 from ..second_order import differentiable, double_backward
 
@@ -257,7 +257,7 @@ def _forward(
         p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus)
         y = forward(p, starts[:, rows])
         out[rows].transpose(1, 2).copy_(y if p.z is None else y.mul_(F.silu(p.z)))
-    return own(out), starts
+    return without_base(out), starts
 
 
 def _groups(u: Tensor, a: Tensor) -> list[slice]:
@@ -449,7 +449,7 @@ def scan_unsupported(
     tensors = [t for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
     if any(not t.is_floating_point() for t in tensors):
         return ["an input is complex or an integer"]
-    if away := on_several_devices(*tensors, said="the tensors are on different devices"):
+    if away := on_several_devices(*tensors, message="the tensors are on different devices"):
         return away
     if u.ndim != 3 or A.ndim != 2 or B.ndim != 3 or C.ndim != 3:
         return ["B and C are not one vector per position, or u has not 3 dimensions"]

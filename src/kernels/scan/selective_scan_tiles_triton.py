@@ -35,12 +35,12 @@ def tile(ptr, rows, columns, row_stride, column_stride, mask):
 
 
 @triton.jit
-def vector(ptr, places, mask, GIVEN: tl.constexpr):
+def vector(ptr, places, mask, PRESENT: tl.constexpr):
     """A vector in fp32, zero where it is masked, or all of it where it is not given."""
-    found = tl.zeros(places.shape, tl.float32)
-    if GIVEN:
-        found += tl.load(ptr + places, mask=mask, other=0.0).to(tl.float32)
-    return found
+    values = tl.zeros(places.shape, tl.float32)
+    if PRESENT:
+        values += tl.load(ptr + places, mask=mask, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -57,8 +57,8 @@ def states_before(
     b = tile(b_ptr - bl, rows, ns, bl, bn, tn_mask & early)
     decay = tl.exp(dt[:, :, None] * a[None, :, :])
     drive = (dt * x)[:, :, None] * b[:, None, :]
-    total, found = tl.associative_scan((decay, drive), 0, combine)
-    return found + total * start[None, :, :]
+    total, local = tl.associative_scan((decay, drive), 0, combine)
+    return local + total * start[None, :, :]
 
 
 @triton.jit
@@ -70,11 +70,11 @@ def gradients_of_states(
     ``rise`` is what outputs add to them, ``after`` (D, N) what the chunk after it does.
     """
     T: tl.constexpr = rows.shape[0]
-    ts = tl.arange(0, T)
-    mask = (rows + 1 < length)[:, None] & dm[None, :] & (ts < T - 1)[:, None]
+    steps = tl.arange(0, T)
+    mask = (rows + 1 < length)[:, None] & dm[None, :] & (steps < T - 1)[:, None]
     raw = tile(delta_ptr + tt, rows, ds, tt, td, mask) + bias[None, :]
     dt, _ = step(raw, mask, SOFTPLUS)
-    rise += tl.where((ts == T - 1)[:, None, None], after[None, :, :], 0.0)
+    rise += tl.where((steps == T - 1)[:, None, None], after[None, :, :], 0.0)
     decay = tl.exp(dt[:, :, None] * a[None, :, :])
-    _, found = tl.associative_scan((decay, rise), 0, combine, reverse=True)
-    return found
+    _, grads = tl.associative_scan((decay, rise), 0, combine, reverse=True)
+    return grads

@@ -37,7 +37,7 @@ def _forward_kernel(
     """Outputs (B, L, D) contiguous, and states (K, B, N, D) before each chunk."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     ds = (tl.program_id(0) % blocks) * D + tl.arange(0, D)
-    ns, ts = tl.arange(0, N), tl.arange(0, T)
+    ns, steps = tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
     a = tl.load(a_ptr + ds[:, None] * states + ns[None, :], mask=dn, other=0.0).to(tl.float32)
@@ -46,7 +46,7 @@ def _forward_kernel(
         bias += tl.load(bias_ptr + ds, mask=dm, other=0.0).to(tl.float32)
     h = tl.zeros((D, N), tl.float32)
     for k in range(0, tl.cdiv(length, T)):
-        rows = (k * T + ts).to(tl.int64)
+        rows = (k * T + steps).to(tl.int64)
         rm = rows < length
         td_mask, tn_mask = rm[:, None] & dm[None, :], rm[:, None] & nm[None, :]
         tl.store(
@@ -67,7 +67,7 @@ def _forward_kernel(
         total, local = tl.associative_scan((decay, drive), 0, combine)
         local += total * h[None, :, :]
         y = tl.sum(local * c[:, None, :], 2)
-        h = tl.sum(tl.where((ts == T - 1)[:, None, None], local, 0.0), 0)
+        h = tl.sum(tl.where((steps == T - 1)[:, None, None], local, 0.0), 0)
         if HAS_D:
             y += x * tl.load(d_ptr + ds, mask=dm, other=0.0).to(tl.float32)[None, :]
         if HAS_Z:
@@ -91,7 +91,7 @@ def _backward_kernel(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     u_ptr, delta_ptr, b_ptr = u_ptr + sample * ub, delta_ptr + sample * tb, b_ptr + sample * bb
-    ds, ns, ts = block * D + tl.arange(0, D), tl.arange(0, N), tl.arange(0, T)
+    ds, ns, steps = block * D + tl.arange(0, D), tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
     a = tile(a_ptr, ds, ns, states, 1, dn)
@@ -101,7 +101,7 @@ def _backward_kernel(
     chunks = tl.cdiv(length, T)
     for i in range(0, chunks):
         k = chunks - 1 - i
-        rows = (k * T + ts).to(tl.int64)
+        rows = (k * T + steps).to(tl.int64)
         rm = rows < length
         td_mask, tn_mask = rm[:, None] & dm[None, :], rm[:, None] & nm[None, :]
         x = tile(u_ptr, rows, ds, ul, ud, td_mask)
@@ -128,7 +128,7 @@ def _backward_kernel(
         g = gradients_of_states(
             delta_ptr, tt, td, rows, ds, dm, length, bias, a, rise, after, SOFTPLUS
         )  # fmt: skip
-        after = tl.sum(tl.where((ts == 0)[:, None, None], g * decay, 0.0), 0)
+        after = tl.sum(tl.where((steps == 0)[:, None, None], g * decay, 0.0), 0)
         shared = ((block * batch + sample) * length + rows[:, None]) * states + ns[None, :]
         tl.store(dc_ptr + shared, tl.sum(h * grad[:, :, None], 1), mask=tn_mask)
         tl.store(db_ptr + shared, tl.sum(g * (dt * x)[:, :, None], 1), mask=tn_mask)
@@ -229,8 +229,8 @@ def _cases() -> tuple[AotCase, ...]:
             signature: dict[str, str] = {}
             for argument in kernel.arg_names:
                 if argument.endswith("_ptr"):
-                    own = argument[:-4] in ("a", "d", "bias", "starts", "da", "dd", "db", "dc")
-                    signature[argument] = "*fp32" if own else f"*{dtype}"
+                    is_fp32 = argument[:-4] in ("a", "d", "bias", "starts", "da", "dd", "db", "dc")
+                    signature[argument] = "*fp32" if is_fp32 else f"*{dtype}"
                 else:
                     signature[argument] = "i64" if len(argument) == 2 else "i32"
             signature["ddelta_ptr"] = "*fp32"

@@ -22,7 +22,7 @@ def _products(
 
     With STEPPED, rows of ``right`` are multiplied by ``step``; with LOW, 16 bits stay as they are.
     """
-    found = tl.zeros((Q, Q), tl.float32)
+    total = tl.zeros((Q, Q), tl.float32)
     for start in range(0, width, W):
         columns = start + tl.arange(0, W).to(tl.int64)
         left = tile(left_ptr, rows, columns, left_row, left_column, length, width)
@@ -31,8 +31,8 @@ def _products(
             left, right = left.to(tl.float32), right.to(tl.float32)
         if STEPPED:
             right *= step[:, None]
-        found = tl.dot(left, tl.trans(right), found, input_precision=PRECISION)
-    return found
+        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def backward_kernel(
 
 @triton.jit
 def shared_kernel(
-    grad_ptr, x_ptr, step_ptr, sums_ptr, other_ptr, held_ptr, out_ptr,
+    grad_ptr, x_ptr, step_ptr, sums_ptr, other_ptr, states_ptr, out_ptr,
     gb, gl, gh, gp, xb, xl, xh, xp, ob, ol, og, on,
     batch, length, heads, each, chunks, states, features, splits,
     OF_B: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,8 +138,8 @@ def shared_kernel(
 ):  # fmt: skip
     """What HEADS heads of a group add to db (OF_B) or dc, (splits, B, L, G, N).
 
-    ``other`` is c for db and b for dc; ``held`` are the states after, or before, each chunk. Both
-    in one program would need more registers than there are.
+    ``other`` is c for db and b for dc; ``chunk_states`` are the states after, or before, each
+    chunk. Both in one program would need more registers than there are.
     """
     k = tl.program_id(0) % chunks
     split = tl.program_id(0) // chunks % splits
@@ -161,13 +161,13 @@ def shared_kernel(
             grad = grad.to(tl.float32)
             x = tile(x_ptr + sample * xb + head * xh, rows, ps, xl, xp, length, features)
             x = x.to(tl.float32) * step[:, None]
-            held = tl.trans(tile(held_ptr + place, ns, ps, features, 1, states, features))
+            chunk_states = tl.trans(tile(states_ptr + place, ns, ps, features, 1, states, features))
             if OF_B:
                 pairs = tl.dot(x, tl.trans(grad), pairs, input_precision=PRECISION)
-                out = tl.dot(x * rest[:, None], held, out, input_precision=PRECISION)
+                out = tl.dot(x * rest[:, None], chunk_states, out, input_precision=PRECISION)
             else:
                 pairs = tl.dot(grad, tl.trans(x), pairs, input_precision=PRECISION)
-                out = tl.dot(grad * into[:, None], held, out, input_precision=PRECISION)
+                out = tl.dot(grad * into[:, None], chunk_states, out, input_precision=PRECISION)
         seen = within(sums_ptr, sample, head, k, chunks, heads, Q)
         total += pairs * (tl.trans(seen) if OF_B else seen)
     other_ptr += sample * ob + group * og

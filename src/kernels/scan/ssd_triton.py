@@ -131,7 +131,6 @@ def output_kernel(
 
 
 def _config(most: dict[str, int], states: int, features: int) -> dict[str, int]:
-    """The tiles of a kernel."""
     n, p = (max(16, next_power_of_2(size)) for size in (states, features))
     return {"Q": CHUNK, "N": min(n, most["N"]), "P": min(p, most["P"])}
 
@@ -208,27 +207,26 @@ def forward(
 def _shared(
     grad: Tensor, x: Tensor, b: Tensor, c: Tensor, before: Tensor, after: Tensor, of: _Sizes
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of B and C."""
     splits = cdiv(of.each, HEADS)
     strong = gpu_of(x).multiplies_from_shared
     config = _config(SHARED if strong else SHARED_SMALL, of.states, of.features)
     grid = of.batch * b.shape[2] * splits * of.chunks, cdiv(of.states, config["N"])
     # this one holds too much to split its operands in registers, too
     precision = of.precision if strong else dot_precision(torch.float32)
-    found = []
-    for of_b, other, held in ((True, c, after), (False, b, before)):
+    grads = []
+    for of_b, other, chunk_states in ((True, c, after), (False, b, before)):
         out = of.step.new_empty(splits, *b.shape)
         shared_kernel[grid](
-            grad, x, of.step, of.sums, other, held, out,
+            grad, x, of.step, of.sums, other, chunk_states, out,
             *_strides(grad, x, other), of.batch, *of.scalars, splits,
             OF_B=of_b, HEADS=HEADS, PRECISION=precision, **config, num_warps=WARPS,
             enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-        found.append(out.sum(0))
-    return found[0].to(b.dtype), found[1].to(c.dtype)
+        grads.append(out.sum(0))
+    return grads[0].to(b.dtype), grads[1].to(c.dtype)
 
 
-def _own(
+def _per_head(
     grad: Tensor, x: Tensor, b: Tensor, c: Tensor, d: Tensor | None, before: Tensor, after: Tensor,
     of: _Sizes,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -260,7 +258,7 @@ def backward(
     if needs[3] or needs[4]:
         every[3:5] = _shared(grad, x, b, c, before, after, of)
     if any(needs[i] for i in (0, 1, 2, 5, 6)):
-        every[0], (dexponents, dstep, dd) = _own(grad, x, b, c, d, before, after, of)
+        every[0], (dexponents, dstep, dd) = _per_head(grad, x, b, c, d, before, after, of)
         every[1] = every_step = (dexponents * a.to(step.dtype) + dstep) * slope
         every[2] = (dexponents * step).sum((0, 1), dtype=torch.float64)
         every[5] = dd.sum((0, 1), dtype=torch.float64)
@@ -281,9 +279,9 @@ def _cases() -> tuple[AotCase, ...]:
         ("fp32", 16, "tf32"),
     ):  # fmt: skip
         for name, kernel, most in kernels:
-            own = dict.fromkeys(("x_ptr", "b_ptr", "c_ptr", "dx_ptr", "other_ptr"), dtype)
+            dtypes = dict.fromkeys(("x_ptr", "b_ptr", "c_ptr", "dx_ptr", "other_ptr"), dtype)
             right = "fp32" if precision != "ieee" else dtype  # in reverse, a gradient
-            own |= {"left_ptr": dtype, "right_ptr": right, "sums_ptr": "fp64"}
+            dtypes |= {"left_ptr": dtype, "right_ptr": right, "sums_ptr": "fp64"}
             constants = {
                 **_config(most, size, size), "PRECISION": precision, "HEADS": HEADS,
                 "OF_B": size > 16,
@@ -293,7 +291,7 @@ def _cases() -> tuple[AotCase, ...]:
             }  # fmt: skip
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
             signature = {
-                argument: "*" + own.get(argument, "fp32") if argument.endswith("_ptr")
+                argument: "*" + dtypes.get(argument, "fp32") if argument.endswith("_ptr")
                 else "i64" if len(argument) == 2 else "i32"
                 for argument in kernel.arg_names if argument not in constants
             }  # fmt: skip

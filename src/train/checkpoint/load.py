@@ -66,14 +66,13 @@ def _of_whole_model(folder: Path, model: Any) -> dict[str, Tensor]:
     stored = {name: value for file in files for name, value in load_file(file).items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if stored and trained - set(stored):
-        stored = _with_own_names(stored, model)
+        stored = _by_model_names(stored, model)
     if missing := sorted(trained - set(stored)):
         raise ValueError(f"its weights have no {missing[0]}")
     return stored
 
 
-def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights by the names that the model has for them."""
+def _by_model_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     # transformers saves experts, for one, in an older form, which ``load_state_dict`` does not
     # know: it would leave those weights as they are
     kind: Any = class_before_fsdp2(model)

@@ -24,7 +24,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
         RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
             is not to be overwritten.
     """
-    require_own(folder)
+    require_run_folder(folder)
     _require_writable(folder)
     result = next(results(folder), None)
     if result is not None and not overwrite and not (resumed and not _finished(folder)):
@@ -34,7 +34,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
         )
 
 
-def require_own(folder: Path) -> None:
+def require_run_folder(folder: Path) -> None:
     """Raise RecipeError unless ``folder`` does not exist, is empty, or is a run's."""
     problem = why_not_ours_to_write(folder)
     if problem is not None:

@@ -178,7 +178,6 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """The opposite of ``_encoded``."""
     if isinstance(value, list):
         return [_decoded(entry) for entry in value]
     if not isinstance(value, dict):

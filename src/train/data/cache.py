@@ -204,25 +204,25 @@ class Cache:
         self.root.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=".making-", dir=self.root))
 
-    def abandon(self, made: Path) -> None:
+    def abandon(self, folder: Path) -> None:
         """Remove a folder that ``begin`` made."""
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()  # if there is nothing else in it
 
-    def finish(self, made: Path, files: Iterable[str], about: Mapping[str, Any]) -> None:
+    def finish(self, folder: Path, files: Iterable[str], about: Mapping[str, Any]) -> None:
         """Move a folder that ``begin`` made into its place."""
-        sums = {n: ((made / n).stat().st_size, _checksum(made / n)) for n in files}
+        sums = {n: ((folder / n).stat().st_size, _checksum(folder / n)) for n in files}
         text = json.dumps({**about, "format": FORMAT, "files": sums}, indent=1)
-        (made / "about.json").write_text(text, encoding="utf-8")
+        (folder / "about.json").write_text(text, encoding="utf-8")
         if self.folder.exists():  # a damaged one
             shutil.rmtree(self.folder, ignore_errors=True)
         try:
-            os.replace(made, self.folder)
+            os.replace(folder, self.folder)
         except OSError:  # another process was faster
             if self.load() is None:
                 raise
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checksum(path: Path) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, RecipeError
+from ..processes.world import World
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
@@ -35,6 +36,7 @@ from .workers import RowEncoder, Work, batches, parts
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -135,19 +137,19 @@ def require_encoders(recipe: Recipe, tokenizer: Any) -> None:
 def _load(
     recipe: Recipe,
     tokenizer: Any,
-    found: dict[str, list[DataSource]],
+    sources: dict[str, list[DataSource]],
     work: dict[str, list[Work]],
     console: Console | None,
     place: tuple[Path, bool],
 ) -> PreparedData:
-    every = [pair for key in found for pair in _pairs(found, work, key)]
+    every = [pair for key in sources for pair in _pairs(sources, work, key)]
     fingerprint = fingerprint_of(recipe, tokenizer, every)
     root, temporary = place
     try:
         cache = Cache(root, fingerprint)
         about = cache.load()
         if about is None:
-            about = _store(cache, recipe, found, work, console)
+            about = _store(cache, recipe, sources, work, console)
     except BaseException as error:
         if temporary:
             shutil.rmtree(root, ignore_errors=True)
@@ -192,7 +194,7 @@ def _root(recipe: Recipe, keep: bool, fresh: bool) -> tuple[Path, bool]:
 def _store(
     cache: Cache,
     recipe: Recipe,
-    found: dict[str, list[DataSource]],
+    sources: dict[str, list[DataSource]],
     work: dict[str, list[Work]],
     console: Console | None,
 ) -> dict[str, Any]:
@@ -205,12 +207,12 @@ def _store(
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
             with ArrowWriter(folder / "train.arrow", extra) as writer:
-                for source, one in _pairs(found, work, "datasets"):
+                for source, one in _pairs(sources, work, "datasets"):
                     before = writer.count
                     prepared = _write(source, one, writer, recipe, progress, duplicates)
                     counts, first = counts + prepared.counts, {**prepared.first, **first}
                     sizes.append(writer.count - before)
-            for i, (source, one) in enumerate(_pairs(found, work, "test_datasets"), start=1):
+            for i, (source, one) in enumerate(_pairs(sources, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
                 with ArrowWriter(folder / files[-1], extra) as writer:
                     _write(source, one, writer, recipe, progress, None)
@@ -225,9 +227,9 @@ def _store(
 
 
 def _pairs(
-    found: dict[str, list[DataSource]], work: dict[str, list[Work]], key: str
+    sources: dict[str, list[DataSource]], work: dict[str, list[Work]], key: str
 ) -> list[tuple[DataSource, Work]]:
-    return list(zip(found.get(key, ()), work.get(key, ()), strict=True))
+    return list(zip(sources.get(key, ()), work.get(key, ()), strict=True))
 
 
 class PreparedRows(NamedTuple):
@@ -381,8 +383,8 @@ class StreamedPacks(IterableDataset[Pack]):
             is read again counts again.
     """
 
-    def __init__(self, found: Sequence[DataSource], work: Sequence[Work], recipe: Recipe) -> None:
-        self.found, self.work, self.recipe = found, work, recipe
+    def __init__(self, sources: Sequence[DataSource], work: Sequence[Work], recipe: Recipe) -> None:
+        self.sources, self.work, self.recipe = sources, work, recipe
         self.counts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Pack]:
@@ -397,7 +399,7 @@ class StreamedPacks(IterableDataset[Pack]):
                 for group in self._groups(buffer, draw):
                     yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
             if not count:
-                paths = ", ".join(source.dataset.path for source in self.found)
+                paths = ", ".join(source.dataset.path for source in self.sources)
                 raise DataError(f"{paths}: no row of the stream can be trained on")
 
     def _groups(
@@ -412,8 +414,8 @@ class StreamedPacks(IterableDataset[Pack]):
 
     def _samples(self) -> Iterator[tuple[Array, Array]]:
         readers = [
-            _Reader(source, work, batches(self._own(source.rows())))
-            for source, work in zip(self.found, self.work, strict=True)
+            _Reader(source, work, batches(self._share(source.rows())))
+            for source, work in zip(self.sources, self.work, strict=True)
         ]
         enough = -(-self.recipe.streaming_multipack_buffer_size // len(readers))
         while readers:
@@ -429,7 +431,7 @@ class StreamedPacks(IterableDataset[Pack]):
                         np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
                     )
 
-    def _own(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _share(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows of this process, where a data loader has several."""
         worker = get_worker_info()
         return rows if worker is None else islice(rows, worker.id, None, worker.num_workers)
@@ -438,7 +440,7 @@ class StreamedPacks(IterableDataset[Pack]):
 class _Reader:
     def __init__(self, source: DataSource, work: Work, rows: Iterator[list[Row]]) -> None:
         self.source, self.work, self.rows = source, work, rows
-        self.read = self.kept = 0
+        self.read = self.samples = 0
         self.ends: set[int] = set()
         self.trained: set[int] = set()
 
@@ -451,15 +453,17 @@ class _Reader:
         batch = next(self.rows, None)
         encoder, path = self.work.encoder, self.source.dataset.path
         if batch is None:
-            if self.kept and (get_worker_info() is None or not self.trained):  # it has a share only
+            if self.samples and (
+                get_worker_info() is None or not self.trained
+            ):  # it has a share only
                 encoder.check_ends(path, self.ends, self.trained)
             return None
         part = self.work.part(batch)
         before, self.read = self.read, self.read + len(batch)
-        self.kept += len(part.lengths)
+        self.samples += len(part.lengths)
         self.ends |= part.ends
         self.trained |= part.trained
-        if before < enough <= self.read and self.kept and not self.trained:
+        if before < enough <= self.read and self.samples and not self.trained:
             encoder.check_ends(path, self.ends, self.trained)
         return part
 
@@ -604,3 +608,39 @@ class Duplicates:
             extra=[text for text, is_new in zip(part.extra, new, strict=False) if is_new],
             counts=counts,
         )
+
+
+# Prepares rows once, whatever the number of processes.
+
+
+def prepare_once(
+    recipe: Recipe, tokenizer: Any, console: Console | None, day: str, world: World
+) -> PreparedData:
+    """Let rank 0 prepare the rows of a recipe, and the other processes read them from its cache.
+
+    On another machine that does not see the cache, the first process prepares them again. None of
+    them waits at a collective, so preparation may take as long as it does. Arguments and errors are
+    those of ``prepare``.
+    """
+    mine: list[PreparedData] = []
+
+    def first() -> str:
+        mine.append(prepare(recipe, tokenizer, console, day=day))
+        return str(_cache(mine[0]) or "")
+
+    root = world.share(first)
+    if not world.main:
+        overrides = {"dataset_prepared_path": root} if root else {}
+        same = recipe.model_copy(update=overrides)
+        shared = bool(root)
+        world.one_per_machine(
+            lambda: mine.append(prepare(same, tokenizer, None, day=day, shared=shared))
+        )
+    return mine[0]
+
+
+def _cache(prepared: PreparedData) -> Path | None:
+    for samples in (prepared.train, *prepared.validation.values()):
+        if isinstance(samples, Samples):
+            return samples.path.parent.parent
+    return None

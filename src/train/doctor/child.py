@@ -22,7 +22,7 @@ from typing import Any
 
 from .compiler import REINSTALL
 from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, reinstall, try_import
-from .result import AGAIN, CheckResult, reason
+from .result import RERUN, CheckResult, reason
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
@@ -68,10 +68,12 @@ def ask(names: Sequence[str], seconds: float) -> Sections:
     return {name: done[name] for name in names}
 
 
-def _skipped(names: Sequence[str], found: Sections) -> Sections:
+def _skipped(names: Sequence[str], sections: Sections) -> Sections:
     """The imports to skip: an earlier one ended the process, and they would, too."""
     imports = [name for name in names if name.startswith("import ")]
-    bad = next((n for n in imports if n in found and found[n][0]["note"].startswith(_ENDS)), None)
+    bad = next(
+        (n for n in imports if n in sections and sections[n][0]["note"].startswith(_ENDS)), None
+    )
     if bad is None:
         return {}
     note = f"{bad} ends the process"
@@ -111,7 +113,7 @@ def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[st
 
 
 def _unknown(name: str, note: str) -> CheckResult:
-    return CheckResult(name, "not known", "unknown", note, AGAIN)
+    return CheckResult(name, "not known", "unknown", note, RERUN)
 
 
 def _ended(name: str, code: int) -> CheckResult:

@@ -9,7 +9,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from .result import AGAIN, CheckResult, reason
+from .result import RERUN, CheckResult, reason
 
 _PROGRAM = """
 #include <Python.h>
@@ -37,7 +37,7 @@ _EAGER = "blocks run in eager PyTorch (codegen: eager), which is slower"
 
 def compiler() -> list[CheckResult]:
     """The compiler, tried out: it compiles a small program, which is run."""
-    path = _found()
+    path = _path()
     if path is None:
         return [_missing()]
     try:
@@ -45,7 +45,7 @@ def compiler() -> list[CheckResult]:
             failed = _try(path, Path(folder))
     except subprocess.TimeoutExpired as error:
         note = f"not finished after {error.timeout:.0f} seconds"
-        return [CheckResult("C++ compiler", f"{path}: not known", "unknown", note, AGAIN)]
+        return [CheckResult("C++ compiler", f"{path}: not known", "unknown", note, RERUN)]
     if failed is None:
         where = shutil.which(path) or path
         return [CheckResult("C++ compiler", where, note="compiles and runs a program with OpenMP")]
@@ -54,7 +54,7 @@ def compiler() -> list[CheckResult]:
     return [CheckResult("C++ compiler", f"{path} fails", "broken", note, mend)]
 
 
-def _found() -> str | None:
+def _path() -> str | None:
     try:
         from torch._inductor import cpp_builder
     except Exception:  # it imports a broken library, which another check reports

@@ -104,8 +104,8 @@ def _error_of_8(module: Any) -> float:
     return _relative(layer.to(x.device)(x), x @ weight.t())
 
 
-def _relative(found: Any, expected: Any) -> float:
-    return float((found - expected).float().norm() / expected.float().norm())
+def _relative(actual: Any, expected: Any) -> float:
+    return float((actual - expected).float().norm() / expected.float().norm())
 
 
 def _unusable(name: str, package: str, error: Exception, note: str) -> CheckResult:

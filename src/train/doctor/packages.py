@@ -57,18 +57,18 @@ def _named() -> dict[str, tuple[str, str]]:
     return requirements
 
 
-def _package(name: str, wanted: str, extra: str) -> CheckResult:
+def _package(name: str, versions: str, extra: str) -> CheckResult:
     version, needed = _version(name), extra in _PLAIN
-    note = f"wanted: {wanted}" if wanted else ""
+    note = f"wanted: {versions}" if versions else ""
     # PyTorch runs without Triton, and uses no kernel of it where there is no GPU
     needed = needed and name != "triton"
-    install = f"pip install '{name}{wanted}'"
+    install = f"pip install '{name}{versions}'"
     if version is None:
         note = "; ".join(filter(None, (note, f"for {_FOR[extra]}" if extra in _FOR else "")))
         if name == "triton" and not _has_gpu():
             return CheckResult(name, "not installed", "unused", note)
         return CheckResult(name, "not installed", "missing", note, install, needed)
-    if wanted and not _is_in(version, wanted):
+    if versions and not _is_in(version, versions):
         return CheckResult(
             name, version, "broken", f"{note}; this version is outside that range", install, needed
         )
@@ -82,13 +82,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _is_in(version: str, wanted: str) -> bool:
+def _is_in(version: str, versions: str) -> bool:
     """Whether a version is in a range; builds such as ``2.13.0+cpu`` and pre-releases count."""
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:
         return True
-    return SpecifierSet(wanted).contains(version, prereleases=True)
+    return SpecifierSet(versions).contains(version, prereleases=True)
 
 
 def _has_gpu() -> bool:

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..terminal import Terminal, announce, say
 from .child import CHECKS, ask
 from .imports import NEEDED
-from .result import AGAIN, CheckResult
+from .result import RERUN, CheckResult
 
 _SECONDS = 180
 """How long all checks may take together; they do where a disk is slow or a library hangs."""
@@ -103,16 +103,16 @@ def diagnose() -> Diagnosis:
     return Diagnosis(sections, rows)
 
 
-def show(found: Diagnosis, console: Console) -> None:
+def show(diagnosis: Diagnosis, console: Console) -> None:
     """Print the tables, then the gaps with the commands that mend them."""
     for title, names in _TITLES.items():
         say(console, title)
-        console.print(_table([f for name in names for f in found.sections[name]]))
-    if found.rules:
+        console.print(_table([f for name in names for f in diagnosis.sections[name]]))
+    if diagnosis.rules:
         say(console, "Rewrites, and what runs each of them here")
-        console.print(_rules(found.rules))
+        console.print(_rules(diagnosis.rules))
         say(console, f"{_LEGEND}\n")
-    gaps, unknown = found.gaps(), found.unknown()
+    gaps, unknown = diagnosis.gaps(), diagnosis.unknown()
     if not gaps and not unknown:
         say(console, "no gaps: everything that this machine can use is installed and works")
     for gap in gaps:
@@ -122,7 +122,7 @@ def show(found: Diagnosis, console: Console) -> None:
         if gap.mend:
             say(console, f"  mend: {gap.mend}")
     if unknown:
-        say(console, f"not known: {', '.join(one.name for one in unknown)}; {AGAIN}")
+        say(console, f"not known: {', '.join(one.name for one in unknown)}; {RERUN}")
 
 
 def _table(findings: Sequence[CheckResult]) -> Table:

@@ -10,7 +10,7 @@ State = Literal["ok", "missing", "broken", "unused", "unknown"]
 ``unknown``: the check did not finish in time.
 """
 
-AGAIN = "run fusewright doctor again: it is faster once the libraries are in the page cache"
+RERUN = "run fusewright doctor again: it is faster once the libraries are in the page cache"
 """What to do about a check that did not finish in time."""
 
 

@@ -36,13 +36,13 @@ class _Launches(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # 2026-11-27: torch is not typed here
-        self.found = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, or in its place what implements it."""
         launches, implementation = LAUNCHES.get(func), IMPLEMENTATIONS.get(func)
         if launches is not None:
-            self.found += launches(*args)
+            self.count += launches(*args)
         elif implementation is not None:
             with self:
                 return implementation(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ def _called(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]
         return "reference", "; ".join(reasons)
     with _Launches() as launches:
         op.call(*args)
-    if launches.found:
+    if launches.count:
         return "Triton", ""
     return ("CPU" if device.type == "cpu" else "ATen"), ""
 

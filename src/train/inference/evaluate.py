@@ -78,7 +78,7 @@ def evaluate(
     """
     console = console or Terminal(highlight=False)
     recorded = None if files else _recorded(run)
-    recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
+    recipes = {str(f): _reading(run, f) for f in files} if files else {"": _run_recipe(run)}
     with quiet():
         tokenizer = load_tokenizer(run)
         rows = {  # before the model, which takes longer to load
@@ -123,7 +123,7 @@ def _day(run: RunFolder) -> str | None:
     return started[:10] if isinstance(started, str) else None
 
 
-def _own(run: RunFolder) -> Recipe:
+def _run_recipe(run: RunFolder) -> Recipe:
     """The recipe that ``run`` was trained with, and which held out rows."""
     if not run.recipe:
         raise ModelError(
@@ -200,11 +200,11 @@ def _by_token(
     }
 
 
-def _measure(model: Any, batches: Batches, samples: Samples, own: Loss | None) -> EvalMetrics:
+def _measure(model: Any, batches: Batches, samples: Samples, loss_of: Loss | None) -> EvalMetrics:
     begun = time.perf_counter()
-    loss = validate(model, {"": batches}, announce, loss=own)["eval_loss"]
+    loss = validate(model, {"": batches}, announce, loss=loss_of)["eval_loss"]
     perplexity = None
-    if own is None:  # else it is no likelihood
+    if loss_of is None:  # else it is no likelihood
         perplexity = math.exp(loss) if loss < 700 else math.inf  # where exp ends in float64
     return _metrics(loss, samples, time.perf_counter() - begun, perplexity)
 
@@ -222,10 +222,10 @@ def _metrics(
     )  # fmt: skip
 
 
-def _whole(found: dict[str, EvalMetrics]) -> float:
+def _whole(results: dict[str, EvalMetrics]) -> float:
     """The summary of all datasets: the loss per trained token, or a method's per row."""
-    rows = {n: of.samples if of.figures else of.trained_tokens for n, of in found.items()}
-    return sum(of.judged * rows[name] for name, of in found.items()) / sum(rows.values())
+    rows = {n: of.samples if of.figures else of.trained_tokens for n, of in results.items()}
+    return sum(of.judged * rows[name] for name, of in results.items()) / sum(rows.values())
 
 
 def _recorded(run: RunFolder) -> float | None:
@@ -233,18 +233,18 @@ def _recorded(run: RunFolder) -> float | None:
     return run.facts.get("val_reward_after") if loss is None else loss
 
 
-def _figure(found: dict[str, EvalMetrics]) -> str:
-    return "reward" if any(of.loss is None for of in found.values()) else "loss"
+def _figure(results: dict[str, EvalMetrics]) -> str:
+    return "reward" if any(of.loss is None for of in results.values()) else "loss"
 
 
-def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None) -> Path:
+def _write(run: RunFolder, results: dict[str, EvalMetrics], recorded: float | None) -> Path:
     path = run.folder / "eval.json"
     content = {
         "run": str(run.folder),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        _figure(found): _whole(found),
-        "results": {name: asdict(figures) for name, figures in found.items()},
-        f"recorded_val_{_figure(found)}": recorded,
+        _figure(results): _whole(results),
+        "results": {name: asdict(figures) for name, figures in results.items()},
+        f"recorded_val_{_figure(results)}": recorded,
         "versions": versions(),
         "machine": machine(),
     }
@@ -258,29 +258,29 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
     return path
 
 
-def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
+def _print(results: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("dataset", no_wrap=True)
-    with_perplexity = any(of.perplexity is not None for of in found.values())
-    trained = any(of.trained_tokens for of in found.values())  # none of prompts
+    with_perplexity = any(of.perplexity is not None for of in results.values())
+    trained = any(of.trained_tokens for of in results.values())  # none of prompts
     for name in (
-        _figure(found),
+        _figure(results),
         *(["perplexity"] if with_perplexity else []),
         "samples",
         "tokens",
         *(["trained"] if trained else []),
     ):
         table.add_column(name, justify="right")
-    for name, of in found.items():
+    for name, of in results.items():
         counts = (of.samples, of.tokens, *([of.trained_tokens] if trained else []))
         perplexity = [] if of.perplexity is None else [f"{of.perplexity:.3f}"]
         table.add_row(name, f"{of.judged:.4f}", *perplexity, *(f"{n:,}" for n in counts))
     console.print(table)
-    for name, of in found.items():
+    for name, of in results.items():
         if of.figures:
             figures = ", ".join(f"{key} {value:.4g}" for key, value in of.figures.items())
             say(console, f"{name}: {figures}")
-    if len(found) > 1:
-        say(console, f"all datasets: {_whole(found):.4f}")
+    if len(results) > 1:
+        say(console, f"all datasets: {_whole(results):.4f}")
     if recorded is not None:
         say(console, f"recorded after training: {recorded:.4f}")

@@ -243,7 +243,7 @@ class TextGenerator:
             use_cache=True,
             **choice,
         )
-        criteria = StoppingCriteriaList([_Asked(stop)] if stop else [])
+        criteria = StoppingCriteriaList([_StopEvent(stop)] if stop else [])
         out: torch.Tensor = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -284,7 +284,7 @@ def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
         model.train(training)
 
 
-class _Asked(StoppingCriteria):
+class _StopEvent(StoppingCriteria):
     """Ends the answer when the event is set."""
 
     def __init__(self, stop: threading.Event) -> None:
@@ -385,14 +385,14 @@ class ChatSession:
             answer = "".join(chunks).strip()
             self.turns += [conversation[-1], {"role": "assistant", "content": answer}]
 
-    def _fitting(self, asked: list[Message]) -> list[int]:
+    def _fitting(self, messages: list[Message]) -> list[int]:
         """The tokens of the conversation; its oldest turns are dropped when it is too long."""
         forgotten = 0
         while True:
             try:
-                prompt = self.writer.prompt(with_system(asked[forgotten:], self.system))
+                prompt = self.writer.prompt(with_system(messages[forgotten:], self.system))
             except ModelError:
-                if forgotten + 2 >= len(asked):
+                if forgotten + 2 >= len(messages):
                     raise
             else:
                 break

@@ -56,9 +56,9 @@ def open_run(
         what = "is not a folder" if folder.exists() else "is not there"
         raise ModelError(f"{path} {what}; name the output_dir of a training run")
     folder = folder.resolve()
-    facts = _json(_own_folders(folder)[-1] / "run.json")
+    facts = _json(_with_run(folder)[-1] / "run.json")
     recipe = without_hidden(facts.pop("recipe", None) or {})
-    folders = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
+    folders = (f for f in _with_run(folder) if (f / "tokenizer_config.json").is_file())
     run = RunFolder(folder, True, "", next(folders, None), recipe, facts, consent or Consent())
     if (folder / "adapter_config.json").is_file():
         _require(folder, (*_ADAPTERS, LIST), "adapter_config.json")
@@ -81,7 +81,7 @@ def stored_dtype(folder: Path) -> str:
 # --- paths ---------------------------------------------------------------------------------------
 
 
-def _own_folders(folder: Path) -> list[Path]:
+def _with_run(folder: Path) -> list[Path]:
     """``folder`` and, of a checkpoint, the run that it belongs to."""
     run = folder.parent
     belongs = folder.name.startswith("checkpoint-") and (run / "run.json").exists()

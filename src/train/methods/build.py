@@ -134,7 +134,6 @@ class PreferenceTask(SupervisedTask):
         return extra
 
     def _dataset(self, examples: Any) -> Any:
-        """The rows as a dataset for TRL."""
         change = self.method.before_precomputing
         if change is not None and self.recipe.precompute_ref_log_probs:
             return as_dataset(examples, change, self.recipe.micro_batch_size)

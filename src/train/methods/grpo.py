@@ -339,7 +339,6 @@ class Completions(Preferences):
 
 
 def _generation_of(resumed: Saved | None) -> Mapping[str, Any] | None:
-    """The generation that a checkpoint kept."""
     generation = resumed.carried.get(_CARRIED) if resumed is not None else None
     return generation if isinstance(generation, Mapping) else None
 

@@ -43,8 +43,8 @@ class Dpo(EngineMixin, DPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """The log-probabilities of the reference; TRL passes all else in a batch to the model."""
         counts = ("tokens", "trained")
-        theirs: Any = super().compute_ref_log_probs
-        return theirs(model, {name: value for name, value in inputs.items() if name not in counts})
+        compute: Any = super().compute_ref_log_probs
+        return compute(model, {name: value for name, value in inputs.items() if name not in counts})
 
 
 class Kto(EngineMixin, KTOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
@@ -56,8 +56,8 @@ class Orpo(EngineMixin, ORPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL h
 
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
         """Both answers of each pair in one forward pass, and their log-probabilities."""
-        theirs: Any = super().concatenated_forward
-        return theirs(FloatLogits(model), batch)
+        forward: Any = super().concatenated_forward
+        return forward(FloatLogits(model), batch)
 
 
 class Cpo(EngineMixin, CPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
@@ -65,8 +65,8 @@ class Cpo(EngineMixin, CPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has
 
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
         """Both answers of each pair in one forward pass, and their log-probabilities."""
-        theirs: Any = super().concatenated_forward
-        return theirs(FloatLogits(model), batch)
+        forward: Any = super().concatenated_forward
+        return forward(FloatLogits(model), batch)
 
 
 class RewardModel(EngineMixin, RewardTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types

@@ -16,7 +16,7 @@ from ...errors import did_you_mean
 from ..consent import CODE_SWITCH, why_not_run
 from ..json_text import BadJsonError, parse_json
 
-_AGAIN = "download the model, or copy its folder, again"
+_REDOWNLOAD = "download the model, or copy its folder, again"
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
@@ -41,7 +41,7 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
     try:
         config = read_object(path)
     except ValueError as error:
-        return f"{error}; {_AGAIN}"
+        return f"{error}; {_REDOWNLOAD}"
     name = config.get("model_type")
     if trusted and "auto_map" in config:
         return None
@@ -68,16 +68,16 @@ def weights_problem(folder: Path) -> str | None:
     """The problem of the weights in a folder, which are not read; None if nothing shows."""
     if in_shards(folder):
         problem = shards_problem(folder)
-        return f"{problem}; {_AGAIN}" if problem else None
+        return f"{problem}; {_REDOWNLOAD}" if problem else None
     try:
         names = _with_weights(folder)
     except ValueError as error:
-        return f"{error}; {_AGAIN}"
+        return f"{error}; {_REDOWNLOAD}"
     if not names:
-        return f"{folder} has a config.json and no weights ({_SAFE}); {_AGAIN}"
+        return f"{folder} has a config.json and no weights ({_SAFE}); {_REDOWNLOAD}"
     problem = damaged(folder / name for name in names)
     if problem is not None:
-        return f"{problem}; {_AGAIN}"
+        return f"{problem}; {_REDOWNLOAD}"
     for name in names:
         code = _code_in(folder / name) if name.endswith(".bin") else []
         if code:
@@ -121,9 +121,9 @@ def tokenizer_problem(folder: Path) -> str | None:
         try:
             content = read_object(folder / name, any_text=True)
         except ValueError as error:
-            return f"{error}; {_AGAIN}"
+            return f"{error}; {_REDOWNLOAD}"
         if name == "tokenizer.json" and not isinstance(content.get("model"), dict):
-            return f"{folder / name} is damaged: it contains no tokenizer; {_AGAIN}"
+            return f"{folder / name} is damaged: it contains no tokenizer; {_REDOWNLOAD}"
     return None
 
 

@@ -53,7 +53,7 @@ def pretrained(
     problem = _problem(source, kind, options)
     if problem is not None:
         raise RecipeError(f"{key}: {problem}")
-    random_wanted = bool(options.get("ignore_mismatched_sizes"))
+    may_mismatch = bool(options.get("ignore_mismatched_sizes"))
     if kind == "model":
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if source.gguf_file:
@@ -79,7 +79,7 @@ def pretrained(
         return loaded
     model, info = loaded
     new = [] if on_new_head is None else _new_in_head(model, info)
-    problem = None if random_wanted else _unfit(model, info, new)
+    problem = None if may_mismatch else _unfit(model, info, new)
     if problem is not None:
         raise RecipeError(f"{key}: {name}: {problem}")
     if on_new_head is not None and new:

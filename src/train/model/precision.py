@@ -85,7 +85,7 @@ def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
         dtype = next((p.dtype for p in norm.parameters()), torch.float32)
         if dtype in (torch.bfloat16, torch.float16):
             norm.float()
-            norm.__class__ = _with_own_dtype(kind)
+            norm.__class__ = _in_weight_dtype(kind)
 
 
 def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
@@ -95,7 +95,7 @@ def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
 
 
 @functools.cache
-def _with_own_dtype(kind: Any) -> Any:
+def _in_weight_dtype(kind: Any) -> Any:
     """A subclass of a norm that computes in the dtype of its weights, whatever its input's.
 
     A class rather than hooks: a block with a hook inside cannot be captured. Its objects are copied
@@ -126,5 +126,5 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
 
 def _empty(kind: Any) -> Any:
     """An object of the subclass, without attributes."""
-    norm = _with_own_dtype(kind)
+    norm = _in_weight_dtype(kind)
     return norm.__new__(norm)

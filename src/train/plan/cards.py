@@ -80,8 +80,8 @@ _WRITTEN = re.compile(r"(?:(\d+)\s*[xX*]\s*)?(.+)")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", re.IGNORECASE)
 
 
-def parse_devices(text: str, own: Card | None = None) -> Devices:
-    """Read ``8xH100``, ``8x80GB`` or ``24GB``; ``own`` is a card that the user has defined.
+def parse_devices(text: str, custom: Card | None = None) -> Devices:
+    """Read ``8xH100``, ``8x80GB`` or ``24GB``; ``custom`` is a card that the user has defined.
 
     Raises a RecipeError if there is no such card.
     """
@@ -90,15 +90,15 @@ def parse_devices(text: str, own: Card | None = None) -> Devices:
     number = int(count or 1)
     if number < 1:
         raise RecipeError(f"--gpus {text}: a run needs at least one device")
-    if own is not None and name == own.name:
-        return Devices(number, own)
+    if custom is not None and name == custom.name:
+        return Devices(number, custom)
     memory = _MEMORY.fullmatch(name)
     if memory is not None:
         return Devices(number, of_size(int(float(memory.group(1)) * GIB), name))
     cards = {key.lower(): card for key, card in CARDS.items()}
     plain = name.lower().replace(" ", "").replace("_", "-").replace("rtx-", "rtx")
-    own_size = next((c for c in CARDS.values() if plain == f"{c.name.lower()}-{_size(c)}gb"), None)
-    card = cards.get(plain) or cards.get(f"rtx{plain}") or own_size
+    by_size = next((c for c in CARDS.values() if plain == f"{c.name.lower()}-{_size(c)}gb"), None)
+    card = cards.get(plain) or cards.get(f"rtx{plain}") or by_size
     if card is None:
         hint = did_you_mean(name, list(CARDS)) or f"there are {', '.join(CARDS)}"
         raise RecipeError(

@@ -11,9 +11,9 @@ from ...memory.choice import PlanInputs, Scaled, Usages, choose, on_host
 from ...memory.levels import Level, allowed
 from ...memory.usage import Usage
 from .count.blueprint import Blueprint
-from .count.layout import Held, ProcessLayout, held
+from .count.layout import ModelStates, ProcessLayout, model_states
 from .count.step import Step
-from .count.tensors import Unit, units
+from .count.tensors import FSDPUnit, fsdp_units
 
 MIB = 2**20
 
@@ -96,12 +96,12 @@ class _Known:
 
     def __init__(self, usages: Usages) -> None:
         self._usages = usages
-        self._found: dict[Level, Usage | None] = {}
+        self._cache: dict[Level, Usage | None] = {}
 
     def get(self, level: Level, /) -> Usage | None:
-        if level not in self._found:
-            self._found[level] = self._usages.get(level)
-        return self._found[level]
+        if level not in self._cache:
+            self._cache[level] = self._usages.get(level)
+        return self._cache[level]
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class TrainingJob:
         optimized: whether the recipe's model is optimized: only then blocks have levels.
         experts: whether bare weights of experts are quantized, too.
         copies: of the weights: 2 with a reference model.
-        passes_beside: further forward passes, without gradients.
+        extra_forward_passes: further forward passes, without gradients.
         memory: the recipe's key.
         process: the memory of a process without the model.
     """
 
     blueprint: Blueprint
-    units: Sequence[Unit]
+    units: Sequence[FSDPUnit]
     step: Step
     optimizer: str
     passes: int
@@ -133,7 +133,7 @@ class TrainingJob:
     experts: bool = False
     rate: float = 1.0
     copies: int = 1
-    passes_beside: int = 0
+    extra_forward_passes: int = 0
 
     def blocks(self, factor: float) -> list[Usages]:
         """The usage of each block of the whole model, for ``factor`` times the tokens."""
@@ -162,8 +162,8 @@ class TrainingJob:
         return levels[1:] if self.checkpointed and levels[0] == "all" else levels
 
     def with_bits(self, bits: int | None) -> TrainingJob:
-        """The same job with frozen weights of ``bits`` bits; None: of their own dtype."""
-        return replace(self, units=units(self.blueprint, bits, self.experts))
+        """The same job with frozen weights of ``bits`` bits; None: in the dtype that they have."""
+        return replace(self, units=fsdp_units(self.blueprint, bits, self.experts))
 
     @property
     def hidden(self) -> int:
@@ -202,7 +202,7 @@ def estimate(
     they keep does not fit. ``factor`` is how many times the counted tokens a micro batch has;
     ``level`` is what all blocks keep, by default what fits.
     """
-    states = held(job.units, layout, job.optimizer, job.passes)
+    states = model_states(job.units, layout, job.optimizer, job.passes)
     fixed = _fixed(job, states, layout)
     part = factor / layout.context
     usages = job.blocks(part)
@@ -210,8 +210,8 @@ def estimate(
     setting = _setting(job, fixed, room, head, logits)
     levels = [level] * len(usages) if level else choose(usages, setting)
     used = [entry for u, v in zip(usages, levels, strict=True) if (entry := u.get(v)) is not None]
-    activations = sum(u.kept for u in used)
-    passing = max((max(u.forward, u.backward) - u.kept for u in used), default=0)
+    activations = sum(u.saved for u in used)
+    passing = max((max(u.forward, u.backward) - u.saved for u in used), default=0)
     passing += job.dequantized_bytes()
     at_head = passing <= head + logits
     return replace(
@@ -233,11 +233,11 @@ def smallest_peak(
     return min(estimate(job, layout, room, factor, level).peak for level in job.levels())
 
 
-def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
+def _fixed(job: TrainingJob, states: ModelStates, layout: ProcessLayout) -> Memory:
     on_device = 0 if job.process.is_host else 1
-    moved = on_device * own.host
-    gradients, optimizer = own.gradients, own.optimizer
-    weights = job.copies * own.weights
+    moved = on_device * states.host
+    gradients, optimizer = states.gradients, states.optimizer
+    weights = job.copies * states.weights
     if moved and layout.weights_on_host:
         weights = gradients = 0
     if moved and layout.states_on_host:
@@ -245,12 +245,12 @@ def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
     return Memory(
         process=job.process.device, weights=weights, gradients=gradients, optimizer=optimizer,
         activations=0, logits=0, working=0,
-        communication=own.buffers + _gathered(job.units, layout),
+        communication=states.buffers + _gathered(job.units, layout),
         verification=job.process.compilation, slack=0, host=0, levels={},
     )  # fmt: skip
 
 
-def _gathered(units: Sequence[Unit], layout: ProcessLayout) -> int:
+def _gathered(units: Sequence[FSDPUnit], layout: ProcessLayout) -> int:
     """Bytes of weights and gradients that are whole in passing.
 
     Two blocks: the one in use, and the next, which is fetched meanwhile; what is outside of them
@@ -271,11 +271,11 @@ def _gathered(units: Sequence[Unit], layout: ProcessLayout) -> int:
     return round(outside + whole + 2 * trained)
 
 
-def _stored(units: Sequence[Unit]) -> int:
+def _stored(units: Sequence[FSDPUnit]) -> int:
     return sum(u.times * w.bytes for u in units for w in u.weights)
 
 
-def _trained(unit: Unit) -> int:
+def _trained(unit: FSDPUnit) -> int:
     return sum(w.numbers * w.itemsize for w in unit.weights if w.trains)
 
 

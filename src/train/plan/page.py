@@ -16,7 +16,7 @@ from .estimate import SPARE
 from .plan import RunPlan
 from .recommend import Advice
 
-_KEPT: dict[Level, str] = {
+_LEVEL_TEXT: dict[Level, str] = {
     "all": "keep all that their operations keep",
     "products": "keep matrix products",
     "input": "keep their input",
@@ -102,7 +102,9 @@ def _parts(plan: RunPlan) -> Table:
 
 def _verdict(plan: RunPlan) -> str:
     has = plan.devices.card.memory
-    blocks = "; ".join(f"{n} blocks {_KEPT[level]}" for level, n in plan.memory.levels.items())
+    blocks = "; ".join(
+        f"{n} blocks {_LEVEL_TEXT[level]}" for level, n in plan.memory.levels.items()
+    )
     room = f"the {_gib(SPARE * has)} GiB that a run may take ({SPARE:.0%} of {_gib(has)})"
     if plan.fits:
         return f"fits: {_gib(plan.memory.peak)} of {room}; {blocks}"

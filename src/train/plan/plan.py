@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +24,13 @@ from ..recipe.preferences import PreferenceSettings, preference_settings
 from ..recipe.recipe import Recipe
 from .cards import Devices
 from .count.blueprint import Blueprint, draw
-from .count.layout import ProcessLayout, held, layout_of
+from .count.layout import ProcessLayout, layout_of, model_states
 from .count.network import Traffic, traffic
 from .count.step import take
-from .count.tensors import units
+from .count.tensors import fsdp_units
 from .estimate import Memory, Process, TrainingJob, estimate
 from .here import CPU, devices_here
 from .recommend import Advice, advise, faster
-from .rows import count_rows, estimate_tokens
 from .search import Headroom, fits, limits
 from .speed import Speed, speed
 
@@ -148,7 +148,7 @@ def _planned(
 ) -> RunPlan:
     room = devices.card.memory
     memory = estimate(job, layout, room)
-    states = held(job.units, layout, recipe.optimizer)
+    states = model_states(job.units, layout, recipe.optimizer)
     tokens = job.step.tokens
     keys = _keys_width(job)
     sent = traffic(job.units, layout, job.passes, tokens, job.hidden, keys)
@@ -201,10 +201,10 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
         process = Process(_CPU_PROCESS, compilation_bytes(codegen), _CPU_SLACK, is_host=True)
     experts = recipe.quantize_moe_experts
     return TrainingJob(
-        blueprint, units(blueprint, bits, experts), step, recipe.optimizer, recipe.accumulation(),
-        recipe.checkpointing(), recipe.memory, codegen, process, recipe.optimize, experts,
-        _rate(recipe, dtype), _copies(recipe, settings),
-        settings.passes_beside if settings else 0,
+        blueprint, fsdp_units(blueprint, bits, experts), step, recipe.optimizer,
+        recipe.accumulation(), recipe.checkpointing(), recipe.memory, codegen, process,
+        recipe.optimize, experts, _rate(recipe, dtype), _copies(recipe, settings),
+        settings.extra_forward_passes if settings else 0,
     )  # fmt: skip
 
 
@@ -249,3 +249,53 @@ def _count(job: TrainingJob, trained: bool) -> int:
 def _require_known(recipe: Recipe) -> None:
     if recipe.peft_layer_replication:
         raise RecipeError("peft_layer_replication: plan does not know repeated blocks")
+
+
+# The number of rows and tokens of a recipe, by its files.
+
+
+_BYTES_PER_TOKEN = 4
+"""Bytes of text for a token, with the JSON around it: assumed."""
+
+_LINES = {".jsonl", ".csv", ".tsv"}
+_TEXT = {".jsonl", ".json", ".csv", ".tsv", ".txt"}
+
+
+def estimate_tokens(recipe: Recipe) -> int | None:
+    """The tokens of an epoch; None where some rows are not in plain files on this machine."""
+    total = 0.0
+    for dataset in recipe.datasets:
+        files = _files(Path(dataset.path))
+        if not files or any(file.suffix not in _TEXT for file in files):
+            return None
+        size = sum(file.stat().st_size for file in files)
+        total += size / _BYTES_PER_TOKEN * (dataset.weight or 1) / (dataset.shards or 1)
+    validation = recipe.val_set_size if 0 < recipe.val_set_size < 1 else 0
+    return round(total * (1 - validation)) or None
+
+
+def count_rows(recipe: Recipe) -> int | None:
+    """The rows of an epoch, by the lines of their files.
+
+    None where some rows are not in files of one row a line on this machine.
+    """
+    total = 0.0
+    for dataset in recipe.datasets:
+        files = _files(Path(dataset.path))
+        if not files or any(file.suffix not in _LINES for file in files):
+            return None
+        rows = sum(_lines(file) for file in files)
+        total += rows * (dataset.weight or 1) / (dataset.shards or 1)
+    validation = recipe.val_set_size
+    return round(total * (1 - validation) if validation < 1 else total - validation) or None
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as opened:
+        return sum(1 for line in opened if line.strip()) - (file.suffix in (".csv", ".tsv"))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []

@@ -53,15 +53,16 @@ def advise(
 ) -> Advice:
     """What to change, and how other methods compare; ``make`` takes their steps."""
     jobs, room = dict(_jobs(job, recipe, make)), card.memory
-    ways = _ways(layout.world)
+    layouts = _layouts(layout.world)
     table = {
-        method: [_cell(other, way, room) for way in ways.values()] for method, other in jobs.items()
+        method: [_cell(other, way, room) for way in layouts.values()]
+        for method, other in jobs.items()
     }
     if fits(job, layout, room):
         advice = faster(job, recipe, layout, card)
     else:
         advice = _leaner(jobs, recipe, layout, room)
-    return replace(advice, columns=tuple(ways), table=table)
+    return replace(advice, columns=tuple(layouts), table=table)
 
 
 def method_of(recipe: Recipe) -> str:
@@ -91,10 +92,10 @@ def _changes(method: str, recipe: Recipe) -> dict[str, Any]:
     return {**_METHODS[method], **added}
 
 
-def _ways(world: int) -> dict[str, ProcessLayout]:
+def _layouts(world: int) -> dict[str, ProcessLayout]:
     if world == 1:
         return {"one process": ProcessLayout("one process")}
-    ways = {
+    layouts = {
         "DDP": ProcessLayout("DDP", world, replicate=world),
         "FSDP2": ProcessLayout("FSDP2", world, shard=world),
         "ZeRO-1": ProcessLayout("ZeRO-1", world),
@@ -103,8 +104,8 @@ def _ways(world: int) -> dict[str, ProcessLayout]:
     }
     if world % 2 == 0 and world > 2:
         shard = min(8, world // 2)
-        ways["HSDP"] = ProcessLayout("HSDP", world, shard=shard, replicate=world // shard)
-    return ways
+        layouts["HSDP"] = ProcessLayout("HSDP", world, shard=shard, replicate=world // shard)
+    return layouts
 
 
 def _cell(job: TrainingJob, layout: ProcessLayout, room: int) -> tuple[int, int, bool]:
@@ -156,13 +157,13 @@ def _candidates(
 ) -> Iterator[tuple[dict[str, Any], TrainingJob, ProcessLayout]]:
     """Keys to change, and the changed run: what changes least comes first."""
     current, order = method_of(recipe), list(_METHODS)
-    ways: list[tuple[ProcessLayout, dict[str, Any]]] = [(layout, {})]
+    layouts: list[tuple[ProcessLayout, dict[str, Any]]] = [(layout, {})]
     if layout.engine == "DDP":
         world = layout.world
-        ways.append((ProcessLayout("FSDP2", world, shard=world), _FSDP))
+        layouts.append((ProcessLayout("FSDP2", world, shard=world), _FSDP))
     for method in order[order.index(current) :]:
         keys = {} if method == current else _written(method, recipe)
-        for way, more in ways:
+        for way, more in layouts:
             for lean in ({}, {"memory": "auto"}):
                 job = replace(jobs[method], memory=lean.get("memory", jobs[method].memory))
                 yield {**keys, **more, **lean}, job, way

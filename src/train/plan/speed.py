@@ -66,9 +66,11 @@ def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: 
         counts[level] -= 1
         usage = usages.get(HOSTED.get(level, level))  # copies to the host are no operations
         total += usage.flops if usage is not None else 0
-        total += job.passes_beside * _forward(job, usages)
+        total += job.extra_forward_passes * _forward(job, usages)
     tokens = round(job.step.tokens * factor)
-    total += head_flops(job, tokens) + job.passes_beside * head_flops(job, tokens, forward=True)
+    total += head_flops(job, tokens) + job.extra_forward_passes * head_flops(
+        job, tokens, forward=True
+    )
     return round(total / (layout.tensor * layout.context))
 
 

@@ -22,7 +22,7 @@ from .launchers import placement
 from .signals import heeded
 from .world import PARENT
 
-_OWN_WORDS = 10.0
+_MESSAGE_TIMEOUT_S = 10.0
 """Seconds that the other processes get to end with their own message, once one has failed."""
 _SAVING = 15.0
 """Seconds between SIGTERM and SIGKILL after that: they may be saving."""
@@ -50,10 +50,10 @@ class _Ended:
         return self.code if self.code >= 0 else 128 - self.code
 
 
-def number_of_processes(wanted: str | None, alone: bool = False) -> int:
+def number_of_processes(nproc: str | None, alone: bool = False) -> int:
     """How many processes ``train`` starts; 1: it does the work itself.
 
-    ``wanted`` is the value of ``--nproc``: a number, or ``gpu`` for one per GPU. None: one per GPU
+    ``nproc`` is the value of ``--nproc``: a number, or ``gpu`` for one per GPU. None: one per GPU
     where there are several, unless a launcher has started this process, or the recipe is for one
     process (``alone``).
 
@@ -61,20 +61,20 @@ def number_of_processes(wanted: str | None, alone: bool = False) -> int:
         RecipeError: it is neither, or a launcher is there already.
     """
     launched = placement(os.environ).size > 1 or "RANK" in os.environ
-    if wanted is None:
+    if nproc is None:
         return 1 if launched or alone else max(1, _gpus())
     if launched:
         raise RecipeError(
             "--nproc: a launcher (torchrun, accelerate, deepspeed, srun) has started this process "
             "already; leave --nproc out, and give the number to the launcher"
         )
-    if wanted in ("gpu", "auto"):
-        if not (gpus := _gpus()) and wanted == "gpu":
+    if nproc in ("gpu", "auto"):
+        if not (gpus := _gpus()) and nproc == "gpu":
             raise RecipeError("--nproc: there is no GPU here; give a number of processes")
         return max(1, gpus)
-    if not wanted.isdecimal() or not int(wanted):
-        raise RecipeError(f"--nproc: {wanted} is neither a number of processes nor gpu")
-    return int(wanted)
+    if not nproc.isdecimal() or not int(nproc):
+        raise RecipeError(f"--nproc: {nproc} is neither a number of processes nor gpu")
+    return int(nproc)
 
 
 def _gpus() -> int:
@@ -163,10 +163,10 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
         if first is not None:
             since = since or time.monotonic()
             waited = time.monotonic() - since
-            if waited > _OWN_WORDS and not announced:
+            if waited > _MESSAGE_TIMEOUT_S and not announced:
                 announced = True
                 _signal(children, signal.SIGTERM)
-            if waited > _OWN_WORDS + _SAVING:
+            if waited > _MESSAGE_TIMEOUT_S + _SAVING:
                 _signal(children, signal.SIGKILL)
         time.sleep(0.1)
     first = _cause(first, children, announced)

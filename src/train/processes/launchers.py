@@ -31,7 +31,7 @@ _NAMES = {
 """Variables with the number of the process, of all processes, and the same on this machine; under
 SLURM, mpirun starts its helpers by srun, so those of srun come last."""
 
-_PATIENCE = 10.0
+_TIMEOUT_S = 10.0
 """Seconds after which a process reports what is wrong itself, because nobody has stopped it."""
 
 _PORTS = range(15_000, 35_000)
@@ -80,7 +80,7 @@ def device_index(placed: Placement, gpus: int) -> int:
 
 
 @contextlib.contextmanager
-def said_once(environ: Environment) -> Iterator[None]:
+def reported_once(environ: Environment) -> Iterator[None]:
     """Let one process of a machine report what all of them find wrong before they are connected.
 
     The others give it time: a launcher stops them once one has ended.
@@ -90,7 +90,7 @@ def said_once(environ: Environment) -> Iterator[None]:
         yield
     except FusewrightError:
         if placed.local_rank:
-            time.sleep(_PATIENCE)
+            time.sleep(_TIMEOUT_S)
         raise
 
 
@@ -160,7 +160,6 @@ def _tasks_here(environ: Environment, size: int) -> int:
 
 
 def _first_host(environ: Environment, launcher: str, one_machine: bool) -> str:
-    """The machine of rank 0."""
     if one_machine:
         return "127.0.0.1"
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")

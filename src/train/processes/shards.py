@@ -35,7 +35,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, i
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=files, save_distributed=True
     )
-    with _own_errors():
+    with _first_error():
         save(dict(tensors), storage_writer=writer)
     paths = folder.glob(f"shard-{rank + 1:05d}-*")
     return {path.name: path.stat().st_size for path in paths}
@@ -52,7 +52,7 @@ def read(folder: Path, tensors: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with warnings.catch_warnings(), _own_errors():
+    with warnings.catch_warnings(), _first_error():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
@@ -91,12 +91,12 @@ def sharded_weights(model: nn.Module) -> dict[str, Tensor]:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         return {name: value for name, value in weights.items() if name in trained}
     once = {name for name, _ in model.named_parameters()}
-    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    return {name: value for name, value in weights.items() if name not in again}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: value for name, value in weights.items() if name not in tied}
 
 
 @contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
+def _first_error() -> Iterator[None]:
     """Raise the first error of a process, in place of PyTorch's account of all of them."""
     # that account is no ``Exception``, and has the tracebacks of all processes as its text
     from torch.distributed.checkpoint.api import CheckpointException

@@ -188,7 +188,6 @@ def _divides_heads(rules: list[tuple[str, str]]) -> bool:
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    """The linear layer inside an adapter's."""
     inner = getattr(module, "base_layer", module)
     return inner if isinstance(inner, nn.Module) else module
 

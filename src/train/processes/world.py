@@ -37,7 +37,7 @@ PARENT = "FUSEWRIGHT_PARENT"
 
 _POLL = 0.5
 """Most seconds between two polls of the store."""
-_PATIENCE = 3.0
+_TIMEOUT_S = 3.0
 """Seconds that a failing process waits for the message of another one."""
 
 _LOST = re.compile(
@@ -178,15 +178,15 @@ class World:
                 time.sleep(2 * _POLL)  # until the others have read that
             if self.main or not isinstance(error, FusewrightError | KeyboardInterrupt):
                 return
-            message = self._said(0)
+            message = self._failure_of(0)
             if message is not None and (message == text or isinstance(error, ProcessLostError)):
-                time.sleep(_PATIENCE)  # a launcher stops the others once one has ended
+                time.sleep(_TIMEOUT_S)  # a launcher stops the others once one has ended
                 number = getattr(error, "signal", None)  # of a KeyboardInterrupt
                 raise SystemExit(2 if number is None else 128 + number)
 
-    def _said(self, rank: int) -> str | None:
+    def _failure_of(self, rank: int) -> str | None:
         """The message of a process that has failed, if it comes soon."""
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < end:
             if self._store.check([f"failed-{rank}"]):
                 return str(json.loads(self._store.get(f"failed-{rank}")))
@@ -197,7 +197,7 @@ class World:
         pause = 0.001
         while not self._store.check([name]):  # its own wait() warns on standard error
             if self._store.check(["failed-0"]):
-                time.sleep(_PATIENCE)  # a launcher stops the others once one has ended
+                time.sleep(_TIMEOUT_S)  # a launcher stops the others once one has ended
                 raise SystemExit(2)
             time.sleep(pause)
             pause = min(2 * pause, _POLL)
@@ -221,7 +221,6 @@ def joined(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _group(timeout: float | None) -> Iterator[World]:
-    """The processes, in PyTorch's process group."""
     placed = placement(os.environ)
     if placed.size == 1:
         yield World()
@@ -319,7 +318,7 @@ _BEGIN = (
 )  # fmt: skip
 """Prefixes of those variables."""
 
-_SAID = {
+_OPTIONS = {
     "ACCELERATE_USE_FSDP": "use_fsdp",
     "ACCELERATE_USE_DEEPSPEED": "use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "use_megatron_lm",
@@ -359,7 +358,7 @@ def _settings(environ: Environment) -> list[str]:
 
 def _message(settings: dict[str, str]) -> str | None:
     parts = []
-    for name, option in _SAID.items():
+    for name, option in _OPTIONS.items():
         value = settings.get(name, "").lower()
         if value not in _NOTHING:
             parts.append(option if value == "true" else f"{option} {value}")
@@ -423,9 +422,9 @@ def address_to(host: str) -> str | None:
     return None if ipaddress.ip_address(source).is_loopback else source
 
 
-def _interface(own: str) -> str | None:
+def _interface(address: str) -> str | None:
     """The network interface that has an address of this machine."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == own.partition("%")[0] for entry in addresses):
+        if any(entry.address.partition("%")[0] == address.partition("%")[0] for entry in addresses):
             return name
     return None

@@ -52,19 +52,19 @@ def block_classes(model: nn.Module) -> list[str]:
 
 
 def deepspeed_config(
-    given: Mapping[str, Any], dtype: torch.dtype, adapters: bool = False
+    written: Mapping[str, Any], dtype: torch.dtype, adapters: bool = False
 ) -> dict[str, Any]:
     """The configuration that the Trainer hands to DeepSpeed, once it has filled in ``auto``.
 
-    ``given`` is the recipe's, ``dtype`` that of the weights: DeepSpeed trains a copy in 32 bits of
-    those that have 16. If only ``adapters`` are trained, over bf16 they have 32 bits, as in one
+    ``written`` is the recipe's, ``dtype`` that of the weights: DeepSpeed trains a copy in 32 bits
+    of those that have 16. If only ``adapters`` are trained, over bf16 they have 32 bits, as in one
     process, which DeepSpeed would cast. Over fp16, it scales the loss, so they have 16 bits, and a
     copy in 32.
 
     Raises:
         RecipeError: it names another dtype.
     """
-    config = copy.deepcopy(dict(given))
+    config = copy.deepcopy(dict(written))
     for name in _BY_RECIPE:
         config.setdefault(name, "auto")
     config.setdefault("zero_allow_untested_optimizer", True)
@@ -98,10 +98,10 @@ def check_deepspeed(arguments: Any) -> None:
     dtypes = ("- ds bf16.enabled=", "- ds fp16.enabled=")
     config.mismatches = [m for m in config.mismatches if not m.startswith(dtypes)]
     if config.mismatches:
-        theirs, _, ours = config.mismatches[0].removeprefix("- ds ").partition(" vs hf ")
+        expected, _, ours = config.mismatches[0].removeprefix("- ds ").partition(" vs hf ")
         raise RecipeError(
-            f"deepspeed: {theirs} in its configuration, but the recipe and the number of processes "
-            f"give {ours}: write auto"
+            f"deepspeed: {expected} in its configuration, but the recipe and the number of "
+            f"processes give {ours}: write auto"
         )
 
 

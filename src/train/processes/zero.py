@@ -115,11 +115,11 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
     return {"state": state, "param_groups": _numbered(base.param_groups, groups)}
 
 
-def _numbered(own: list[dict[str, Any]], groups: Groups) -> list[dict[str, Any]]:
+def _numbered(stored: list[dict[str, Any]], groups: Groups) -> list[dict[str, Any]]:
     """The groups with the numbers of their parameters; DeepSpeed has left out those without any."""
-    remaining, result, first = iter(own), [], 0
+    remaining, result, first = iter(stored), [], 0
     for names in groups:
-        group = next(remaining) if names else own[0]
+        group = next(remaining) if names else stored[0]
         numbers = list(range(first, first + len(names)))
         result.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
         first += len(names)
@@ -161,15 +161,15 @@ def whole_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
     return {key: whole(value) for key, value in state.items()}
 
 
-def own_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
+def schedule_of_groups(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """The opposite of ``whole_schedule``: without the entries of empty groups."""
 
-    def own(value: Any) -> Any:
+    def without_empty(value: Any) -> Any:
         if not isinstance(value, list) or len(value) != len(groups):
             return value
         return [entry for entry, names in zip(value, groups, strict=True) if names]
 
-    return {key: own(value) for key, value in state.items()}
+    return {key: without_empty(value) for key, value in state.items()}
 
 
 def drop_masters(state: Mapping[Any, dict[str, Any]]) -> None:

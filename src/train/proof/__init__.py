@@ -1,5 +1,5 @@
 """``fusewright verify``: whether the optimized engine trains a recipe as plain PyTorch does.
 
 ``command`` prepares the rows once, runs each of the ``ways`` (which samples, in which batches) in
-processes of its own, by ``worker``, and prints and writes what ``compare`` says of them.
+separate processes, by ``worker``, and prints and writes what ``compare`` says of them.
 """

@@ -90,8 +90,8 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
         DataError: a dataset cannot be used.
         Stopped: a signal came; all processes have ended and the scratch folder is gone.
     """
-    if found := list(model_obstacles(alone(recipe))):
-        raise RecipeError("\n  ".join(found))
+    if obstacles := list(model_obstacles(alone(recipe))):
+        raise RecipeError("\n  ".join(obstacles))
     method = "with a teacher (kd_trainer)" if recipe.kd_trainer else method_of(recipe)
     if method is not None:
         raise RecipeError(
@@ -158,7 +158,6 @@ def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selectio
 
 
 def _announcement(recipe: Recipe, ways: Sequence[Way], chosen: Selection) -> Iterator[str]:
-    """What will be run, and how long it takes."""
     names = [way.name for way in ways if way.layout is not None]
     steps, size = len(chosen.steps), len(chosen.steps[0])
     passes = recipe.accumulation()
@@ -434,14 +433,14 @@ class Row:
     """The comparison of one way.
 
     Attributes:
-        found: how far it is from the reference; None: of the reference, or it was not trained.
+        deviations: how far it is from the reference; None: of the reference, or it was not trained.
         verdict: ``"reference"``, ``"limit"`` (eager mode, which sets it), ``"passed"``,
             ``"failed"`` or ``"skipped"``.
         exceeded: what differs, a clause each; or why it failed to run.
     """
 
     run: Run
-    found: Deviations | None
+    deviations: Deviations | None
     verdict: str
     exceeded: list[str] = field(default_factory=list)
 
@@ -490,12 +489,12 @@ class Comparison:
         return grid
 
     def _cells(self, row: Row) -> list[str]:
-        run, found = row.run, row.found
+        run, deviations = row.run, row.deviations
         assert run.way.layout is not None
         losses = run.figures["losses"]
         offs = ["-"] * 3
-        if found is not None:
-            offs = [f"{d:.1e}" for d in (found.loss, found.gradient, found.change)]
+        if deviations is not None:
+            offs = [f"{d:.1e}" for d in (deviations.loss, deviations.gradient, deviations.change)]
         name = run.way.name
         verdict = VERDICTS.get(row.verdict, "")
         if row.verdict == "reference":
@@ -591,7 +590,7 @@ class Comparison:
             "passes": layout.passes if layout else None,
             "processes": layout.processes if layout else None,
             "packing": layout.packing if layout else None,
-            "deviations": dataclasses.asdict(row.found) if row.found else None,
+            "deviations": dataclasses.asdict(row.deviations) if row.deviations else None,
             "tokens_per_s": self.rate(run),
             "run_seconds": run.seconds,
             **figures,

@@ -113,10 +113,10 @@ def deviations(
     return Deviations(tuple(losses), gradients, change, tuple(problems))
 
 
-def _odd_losses(own: Sequence[float], exact: Sequence[float]) -> Iterator[str]:
-    if len(own) != len(exact):
-        yield f"it has made {len(own)} steps and the reference {len(exact)}"
-    for step, loss in enumerate(own, start=1):
+def _odd_losses(losses: Sequence[float], exact: Sequence[float]) -> Iterator[str]:
+    if len(losses) != len(exact):
+        yield f"it has made {len(losses)} steps and the reference {len(exact)}"
+    for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
             yield f"the loss of step {step} is {loss}"
             return
@@ -208,18 +208,18 @@ class Allowed:
         return self.gradients.get(ALL, math.nan)
 
 
-def exceeded(found: Deviations, limits: Allowed) -> list[str]:
+def exceeded(deviations: Deviations, limits: Allowed) -> list[str]:
     """The clauses about what is further from the reference than it may be; none: the way passes.
 
     A deviation that is NaN exceeds every limit, and a limit that is NaN is exceeded by everything.
     """
-    clauses = list(found.problems)
+    clauses = list(deviations.problems)
     kinds = {
         kind: d
-        for kind, d in found.gradients.items()
+        for kind, d in deviations.gradients.items()
         if not d <= limits.gradients.get(kind, math.nan)
     }
-    if not found.gradients:
+    if not deviations.gradients:
         clauses.append("it has no gradients")
     elif kinds:
         worst = sorted((kind for kind in kinds if kind != ALL), key=lambda k: -_order(kinds[k]))
@@ -229,13 +229,14 @@ def exceeded(found: Deviations, limits: Allowed) -> list[str]:
         )
         more = f" and {len(worst) - 3} more kinds of weights" if len(worst) > 3 else ""
         clauses.append(f"the gradients of the first step differ in {shown}{more}")
-    for step, (d, limit) in enumerate(zip(found.losses, limits.losses, strict=False), start=1):
-        if not d <= limit and not _is_said(step, found.problems):
+    for step, (d, limit) in enumerate(zip(deviations.losses, limits.losses, strict=False), start=1):
+        if not d <= limit and not _is_reported(step, deviations.problems):
             clauses.append(f"the loss of step {step} is off by {d:.1e}, and {limit:.1e} is allowed")
             break
-    if not found.change <= limits.change:
+    if not deviations.change <= limits.change:
         clauses.append(
-            f"the weights' change is off by {found.change:.1e}, and {limits.change:.1e} is allowed"
+            f"the weights' change is off by {deviations.change:.1e}, and {limits.change:.1e} "
+            "is allowed"
         )
     return clauses
 
@@ -244,7 +245,7 @@ def _order(deviation: float) -> float:
     return math.inf if math.isnan(deviation) else deviation
 
 
-def _is_said(step: int, problems: Sequence[str]) -> bool:
+def _is_reported(step: int, problems: Sequence[str]) -> bool:
     return any(f"the loss of step {step} is" in problem for problem in problems)
 
 

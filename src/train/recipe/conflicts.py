@@ -238,8 +238,8 @@ def _adapter(values: Values) -> Iterator[Problem]:
             "one text cannot add to lora_target_linear: write a list, or set lora_target_linear to "
             "false",
         )
-    narrow = values.get("peft_autocast_adapter_dtype") is False
-    if adapter and values.get("lora_fp32_gradients") and narrow:
+    low_precision = values.get("peft_autocast_adapter_dtype") is False
+    if adapter and values.get("lora_fp32_gradients") and low_precision:
         message = "gradients have the dtype of the adapters"
         yield ("lora_fp32_gradients",), f"needs peft_autocast_adapter_dtype: true: {message}"
     if adapter and values.get("unfrozen_parameters") and "peft_layers_to_transform" in values:
@@ -283,7 +283,7 @@ def _weights(values: Values) -> Iterator[Loc]:
 
 def _dataset(values: Values, loc: Loc, supervised: bool) -> Iterator[Problem]:
     yield from _template(values, loc)
-    kind = values.get("type") if supervised else None  # preferences have types of their own
+    kind = values.get("type") if supervised else None  # preferences have other types
     plain = kind.removesuffix(".load").removesuffix(".default") if isinstance(kind, str) else ""
     if isinstance(kind, str) and not (plain in TYPES or is_of_teacher(kind)):
         hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
@@ -610,13 +610,13 @@ def _strategies(recipe: DistributedKeys) -> Iterator[Problem]:
     named = strategies(recipe)
     for key, name in named[1:]:
         if name != named[0][1]:
-            yield tuple(key.split(".")), f"{name} contradicts {_said(*named[0])}: remove one"
+            yield tuple(key.split(".")), f"{name} contradicts {_quoted(*named[0])}: remove one"
             return
     reshard = settings(recipe).reshard_after_forward
     if named and isinstance(reshard, bool) and RESHARDS[named[0][1]] is (not reshard):
         yield (
             ("fsdp_config", "reshard_after_forward"),
-            f"{str(reshard).lower()} contradicts {_said(*named[0])}, which is "
+            f"{str(reshard).lower()} contradicts {_quoted(*named[0])}, which is "
             f"{str(not reshard).lower()}: remove one",
         )
     if named and named[0][1].startswith("HYBRID") and (recipe.dp_replicate_size or 1) == 1:
@@ -659,7 +659,7 @@ def _sizes(recipe: DistributedKeys) -> Iterator[Problem]:
         )
 
 
-def _said(key: str, name: str) -> str:
+def _quoted(key: str, name: str) -> str:
     return f"{key}: {name.lower() if key == 'fsdp' else name}"
 
 
@@ -798,7 +798,6 @@ def _unread_keys(values: Values) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _first_set(values: Values, *keys: str) -> Any:
-    """The value of the first of the keys that has one."""
     return next((values[k] for k in keys if values.get(k) is not None), None)
 
 

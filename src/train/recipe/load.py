@@ -127,7 +127,7 @@ def _rename(
         if len(new) > 1 and values.get(new[0]) is None:
             values[new[0]] = {}
         group = values[new[0]] if len(new) > 1 else values
-        if not isinstance(group, dict):  # which is a problem of its own
+        if not isinstance(group, dict):  # which is another problem
             continue
         value = values.pop(old)
         if group.get(new[-1]) is not None and value is not None:
@@ -149,7 +149,7 @@ def _move_tokens(values: dict[str, Any], where: dict[Loc, str]) -> None:
     """Read ``tokens`` with keys and values as ``special_tokens``, whose old spelling it is."""
     old, new = values.get("tokens"), values.get("special_tokens")
     if not isinstance(old, dict) or (isinstance(new, dict | list) and new):
-        return  # a list, or one that is set twice: a problem of its own
+        return  # a list, or one that is set twice: another problem
     values["special_tokens"] = values.pop("tokens")
     for at in [at for at in where if at[:1] == ("tokens",)]:
         where["special_tokens", *at[1:]] = where[at]

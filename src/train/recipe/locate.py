@@ -57,7 +57,7 @@ def hub_problem() -> str | None:
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # 2026-11-28
 
-    if _hub.answered or time.monotonic() < _hub.asked + _MINUTE:
+    if _hub.answered or time.monotonic() < _hub.checked_at + _MINUTE:
         return _hub.problem
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
@@ -67,7 +67,7 @@ def hub_problem() -> str | None:
         _hub.problem = f"the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached: {error}"
     else:
         _hub.problem, _hub.answered = None, True
-    _hub.asked = time.monotonic()
+    _hub.checked_at = time.monotonic()
     return _hub.problem
 
 
@@ -78,7 +78,7 @@ _SECONDS, _MINUTE = 15, 60
 class _Hub:
     """The state of the hub, for the whole process."""
 
-    asked: float = -_MINUTE
+    checked_at: float = -_MINUTE
     answered: bool = False
     problem: str | None = None
 

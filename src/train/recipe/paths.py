@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from ...errors import RecipeError
 from ..consent import CODE_SWITCH, must_build, refused_builder, refused_function, why_not_run
 from ..output_files import why_not_ours_to_write
-from ..own_functions import is_own, load_function, located, module_of, why_none
+from ..user_functions import is_package_rows, load_function, located, module_of, why_none
 from .deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
-from .keys.row_types import is_function, is_own_type
+from .keys.row_types import is_function, is_function_type
 from .locate import find_file, locate
 from .preferences import rows_of
 from .problems import Loc
@@ -91,13 +91,12 @@ def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[
 
 
 def _named_functions(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
-    """The Python functions that a recipe names, with their places."""
     rows = rows_of(recipe)
     if rows is None:
         return
     for key in ("datasets", "test_datasets"):
         for i, dataset in enumerate(getattr(recipe, key)):
-            if isinstance(dataset.type, str) and is_own_type(dataset.type, rows):
+            if isinstance(dataset.type, str) and is_function_type(dataset.type, rows):
                 yield (key, i, "type"), dataset.type
     if rows == "prompts" and recipe.trl is not None:
         for i, name in enumerate(recipe.trl.reward_funcs or ()):
@@ -151,7 +150,6 @@ def _unallowed(datasets: list[Dataset], key: str) -> Problems:
 
 
 def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
-    """The paths of the model, its tokenizer and its adapter."""
     update: dict[str, Any] = {}
     for name in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
         value = getattr(recipe, name)
@@ -175,17 +173,17 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
     """The dataset with absolute paths. A path that nothing on disk has may be an id of the hub."""
     update: dict[str, Any] = {}
     path, builder = dataset.path, dataset.builder
-    if is_own(path):
+    if is_package_rows(path):
         if (problem := why_none(path)) is not None:
             problems.append(((*loc, "path"), problem))
         return dataset
     local = find_file(path, folders)
     if builder is not None:
-        made_by = find_file(builder, folders)
-        if made_by is None:
+        builder_file = find_file(builder, folders)
+        if builder_file is None:
             problems.append(((*loc, "builder"), _nowhere(builder, folders)))
         update = {
-            "builder": str(made_by),
+            "builder": str(builder_file),
             "path": str(local or folders[0] / Path(path).expanduser()),
         }
     elif local is not None:

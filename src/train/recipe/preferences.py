@@ -48,7 +48,7 @@ class PreferenceSettings:
         return self.rows == "prompts"
 
     @property
-    def passes_beside(self) -> int:
+    def extra_forward_passes(self) -> int:
         """Forward passes without gradients, besides that of each trained sequence."""
         other = METHODS[self.method].other_passes
         models = int(self.reference and not self.arguments.get("precompute_ref_log_probs"))

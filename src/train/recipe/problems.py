@@ -18,7 +18,7 @@ from .secrets import hide
 Loc = tuple[str | int, ...]
 """The path of a value, e.g. ``("datasets", 0, "path")``."""
 
-_WANTED = {
+_EXPECTED = {
     "bool": "true or false", "int": "a whole number", "float": "a number", "string": "text",
     "list": "a list", "dict": "keys and values", "model": "keys and values",
     "value": "a number", "too": "a list that is not empty",
@@ -35,7 +35,7 @@ def explained(error: ValidationError, values: Any) -> list[tuple[Loc, str]]:
         grouped.setdefault(_place(detail, values), []).append(detail)
     inner = {loc[:n] for loc in grouped for n in range(1, len(loc))}
     # a mapping that has problems inside is not also "not a text"
-    return [(loc, _words(loc, found)) for loc, found in grouped.items() if loc not in inner]
+    return [(loc, _words(loc, details)) for loc, details in grouped.items() if loc not in inner]
 
 
 def _place(detail: ErrorDetails, values: Any) -> Loc:
@@ -69,7 +69,7 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
         )
     alternatives: list[str] = []
     for detail, expected in zip(details, expectations, strict=True):
-        word = expected or _WANTED.get(detail["type"].split("_")[0])
+        word = expected or _EXPECTED.get(detail["type"].split("_")[0])
         alternatives.append(word or detail["msg"].removeprefix("Input should be "))
     return f"must be {' or '.join(dict.fromkeys(alternatives))}, not {_quoted(value)}{_meant(near)}"
 

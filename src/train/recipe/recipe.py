@@ -150,6 +150,6 @@ class Recipe(
         return [name for name, on in switches.items() if on]
 
 
-def _either(said: bool | None, implied: Any) -> bool:
+def _either(explicit: bool | None, implied: Any) -> bool:
     """The value of a switch, or else what other keys imply."""
-    return bool(implied) if said is None else said
+    return bool(implied) if explicit is None else explicit

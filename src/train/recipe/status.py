@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..chat_templates import TOKENIZERS_OWN
+from ..chat_templates import TOKENIZER_TEMPLATES
 from ..consent import CODE_SWITCH
 from .conflicts import groups_in, without_effect
 from .deepspeed_config import uses_built_in
@@ -23,7 +23,7 @@ from .secrets import hide
 _ORDER: tuple[Status, ...] = ("honoured", "subsumed", "not applicable", "not yet available")
 
 
-_OWN_TEMPLATE = "the tokenizer's own template, which is of that kind, is taken"
+_TOKENIZER_TEMPLATE = "the tokenizer's own template, which is of that kind, is taken"
 _BUILT_IN = "there is no such file here: fusewright's own configuration of that name is used"
 
 
@@ -59,8 +59,8 @@ def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Ent
     for entry in _every(values):
         if entry.key == "deepspeed" and recipe is not None and uses_built_in(recipe.deepspeed):
             entry = Entry(entry.loc, entry.value, entry.status, _BUILT_IN, entry.asks)
-        if entry.loc[-1] == "chat_template" and entry.value in TOKENIZERS_OWN:
-            entry = Entry(entry.loc, entry.value, entry.status, _OWN_TEMPLATE, entry.asks)
+        if entry.loc[-1] == "chat_template" and entry.value in TOKENIZER_TEMPLATES:
+            entry = Entry(entry.loc, entry.value, entry.status, _TOKENIZER_TEMPLATE, entry.asks)
         if entry.key in idle and entry.status in ("honoured", "subsumed") and entry.asks:
             entry = Entry(entry.loc, entry.value, "not applicable", idle[entry.key], True)
         result.append(entry)

@@ -123,7 +123,7 @@ class ProgressCallback(TrainerCallback):
         self.bar: _Bar | None = None
         self.task: TaskID | None = None
         self.display = contextlib.ExitStack()
-        self.said = 0.0
+        self.printed = 0.0
         self.due = False
         self.step = 0
 
@@ -195,7 +195,7 @@ class ProgressCallback(TrainerCallback):
         return self.meter.median_step(last=RECENT) * max(0, self.total - step)
 
     def _line(self, state: Any) -> None:
-        self.due, self.said = False, time.perf_counter()
+        self.due, self.printed = False, time.perf_counter()
         fields = "  ".join(text for _, text in self._fields(state))
         eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""
         self.say(f"  step {state.global_step}/{self.total}  {fields}{eta}")
@@ -208,7 +208,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the display."""
-        self.said = time.perf_counter()
+        self.printed = time.perf_counter()
         self.step = state.global_step
         if self.console.is_terminal and not self.console.quiet:
             self._open(state.global_step)
@@ -221,7 +221,7 @@ class ProgressCallback(TrainerCallback):
         step, interval = state.global_step, max(1, self.total // 10)
         self.step = step
         self._show(state)
-        late = time.perf_counter() - self.said > QUIET
+        late = time.perf_counter() - self.printed > QUIET
         self.due = self.bar is None and (step in (1, self.total) or step % interval == 0 or late)
         if self.due and not control.should_log:  # else the line waits for this step's loss
             self._line(state)

@@ -219,7 +219,7 @@ class RunResult:
         """The messages at the end of a run that did not finish; ``adapter``: it trained one."""
         if self.status == "finished":
             return
-        yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._kept(adapter)
+        yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._outcome(adapter)
         yield {
             "nan": f"NaN or infinite value: {self.reason}. No weight was changed by that step",
             "watchdog": "The loss stayed above loss_watchdog_threshold",
@@ -235,7 +235,7 @@ class RunResult:
                 f"{resumption(self.recipe)}"
             )
 
-    def _kept(self, adapter: bool) -> str:
+    def _outcome(self, adapter: bool) -> str:
         kind = "adapter" if adapter else "model"
         if not self.steps:
             return "nothing was trained"

@@ -188,8 +188,8 @@ def _without_paths(text: str, names: Mapping[str, str]) -> str:
     text = _LOCAL.sub("/", text)
     for path in sorted(names, key=len, reverse=True):
         below = re.escape(path) + r"(?:/[^\s/'\",;:()<>]+)*"
-        text = re.sub(below, lambda found: PurePath(found[0]).name, text)
-    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)
+        text = re.sub(below, lambda match: PurePath(match[0]).name, text)
+    return _PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], text)
 
 
 # --- commands and code to copy, for the report and the card --------------------------------------

@@ -104,9 +104,9 @@ class ThroughputMeter:
         }
         return {**state, "compiling": [step for step in self.compiling if step < count]}
 
-    def load_state_dict(self, kept: dict[str, list[Any]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         """Restore ``state_dict``; the next step is the first of this process."""
-        for name, values in kept.items():
+        for name, values in state.items():
             setattr(self, name, list(values))
         self.compiling.append(len(self.seconds))
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from ...errors import DataError, RecipeError
-from ..own_functions import load_function
 from ..printable import printable
 from ..recipe.keys.row_types import is_function, reward_problem
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
+from ..user_functions import load_function
 
 Generated = str | Sequence[dict[str, Any]]
 """A completion: text, or messages where the prompt is messages."""
@@ -58,7 +58,7 @@ class ExactMatch:
         """1 or 0 for each completion; None for a row without an answer."""
         right = columns[self.field]
         return [
-            None if r is None else float(_given(text_of(c)) == _plain(str(r).split("####")[-1]))
+            None if r is None else float(_answer(text_of(c)) == _plain(str(r).split("####")[-1]))
             for c, r in zip(completions, right, strict=True)
         ]
 
@@ -145,7 +145,7 @@ def built_in(name: str) -> Reward:
     raise RecipeError(f"trl.reward_funcs: {name!r} is a function, not a reward of that name")
 
 
-def _given(text: str) -> str:
+def _answer(text: str) -> str:
     marked = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return _plain(marked[-1] if marked else text)
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, FusewrightError, RewardError
-from ..own_functions import what_failed
 from ..processes.world import World
+from ..user_functions import what_failed
 from .built_in import ExactMatch
 
 Judgement = list[float | None]
 
-GIVEN = (
+REWARD_ARGUMENTS = (
     "prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra",
     "log_metric",
 )  # fmt: skip
@@ -46,66 +46,66 @@ class Judge:
         self.silence: str | None = None
         self._takes = _named_arguments(reward)
 
-    def __call__(self, **given: Any) -> Judgement:
+    def __call__(self, **kwargs: Any) -> Judgement:
         """The reward of each completion; None: it is not judged."""
         try:
-            return self._checked(self.reward(**self._taken(given)), given)
+            return self._checked(self.reward(**self._accepted(kwargs)), kwargs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever the function does, sys.exit() among it
-            return self._failed(error, given)
+            return self._failed(error, kwargs)
 
-    def _taken(self, given: dict[str, Any]) -> dict[str, Any]:
-        if problem := without_columns(self.reward, given):
+    def _accepted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if problem := without_columns(self.reward, kwargs):
             raise DataError(f"the reward {self.__name__} {problem}")
         if self._takes is None:
-            return given
-        return {name: value for name, value in given.items() if name in self._takes}
+            return kwargs
+        return {name: value for name, value in kwargs.items() if name in self._takes}
 
-    def _failed(self, error: BaseException, given: dict[str, Any]) -> Judgement:
+    def _failed(self, error: BaseException, kwargs: dict[str, Any]) -> Judgement:
         if not isinstance(error, FusewrightError):
-            return self._refused(what_failed(error, self.reward), given)
+            return self._refused(what_failed(error, self.reward), kwargs)
         self.failure = f"{self.key}: {error}"
-        return [0.0] * len(given["completions"])
+        return [0.0] * len(kwargs["completions"])
 
-    def _checked(self, found: Any, given: dict[str, Any]) -> Judgement:
-        count = len(given["completions"])
-        if isinstance(found, str | bytes) or not hasattr(found, "__iter__"):
-            problem = f"returned a {type(found).__name__}, not a list with one number each"
-            return self._refused(problem, given)
-        values = list(found)
+    def _checked(self, result: Any, kwargs: dict[str, Any]) -> Judgement:
+        count = len(kwargs["completions"])
+        if isinstance(result, str | bytes) or not hasattr(result, "__iter__"):
+            problem = f"returned a {type(result).__name__}, not a list with one number each"
+            return self._refused(problem, kwargs)
+        values = list(result)
         if len(values) != count:
             problem = f"returned {len(values)} rewards for {count} completions, not one each"
-            return self._refused(problem, given)
+            return self._refused(problem, kwargs)
         rewards: Judgement = []
         for value in values:
             try:
                 rewards.append(None if value is None else float(value))
             except (TypeError, ValueError, RuntimeError):
                 problem = f"returned {value!r:.60} as a reward, which is not a number"
-                return self._refused(problem, given)
+                return self._refused(problem, kwargs)
         if any(r is not None and math.isinf(r) for r in rewards):
-            return self._refused("returned an infinite reward", given)
+            return self._refused("returned an infinite reward", kwargs)
         nothing = all(r is None or math.isnan(r) for r in rewards)
         self.silence = ("None" if None in rewards else "NaN") if nothing else None
         return rewards
 
-    def _refused(self, said: str, given: dict[str, Any]) -> Judgement:
-        self.failure = f"{self.key}: the reward {self.__name__} {said}"
-        return [0.0] * len(given["completions"])
+    def _refused(self, problem: str, kwargs: dict[str, Any]) -> Judgement:
+        self.failure = f"{self.key}: the reward {self.__name__} {problem}"
+        return [0.0] * len(kwargs["completions"])
 
 
 class AsyncJudge(Judge):
     """A reward that is a coroutine function."""
 
-    async def __call__(self, **given: Any) -> Judgement:  # type: ignore[override]  # 2026-11-27: awaited by TRL
+    async def __call__(self, **kwargs: Any) -> Judgement:  # type: ignore[override]  # 2026-11-27: awaited by TRL
         """The reward of each completion; None: it is not judged."""
         try:
-            return self._checked(await self.reward(**self._taken(given)), given)
+            return self._checked(await self.reward(**self._accepted(kwargs)), kwargs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever the function does, sys.exit() among it
-            return self._failed(error, given)
+            return self._failed(error, kwargs)
 
 
 def judges(rewards: Sequence[Callable[..., Any]]) -> list[Judge]:
@@ -125,18 +125,18 @@ def require_columns(rewards: Sequence[Callable[..., Any]], columns: Iterable[str
 
     ``columns`` are the fields besides the prompt.
     """
-    arguments = [*GIVEN, *columns]
+    arguments = [*REWARD_ARGUMENTS, *columns]
     for i, reward in enumerate(rewards):
         if problem := without_columns(reward, arguments):
             name = getattr(reward, "__name__", type(reward).__name__)
             raise DataError(f"trl.reward_funcs.{i}: the reward {name} {problem}")
 
 
-def without_columns(reward: Callable[..., Any], given: Iterable[str]) -> str | None:
-    """The message where ``given`` lacks an argument that a reward needs; None: it has all."""
-    arguments = list(given)
+def without_columns(reward: Callable[..., Any], kwargs: Iterable[str]) -> str | None:
+    """The message where ``kwargs`` lacks an argument that a reward needs; None: it has all."""
+    arguments = list(kwargs)
     missing = [name for name in _needed_arguments(reward) if name not in arguments]
-    columns = [repr(name) for name in arguments if name not in GIVEN]
+    columns = [repr(name) for name in arguments if name not in REWARD_ARGUMENTS]
     has = f"rows have {', '.join(columns)}" if columns else "rows have only a prompt"
     if isinstance(reward, ExactMatch) and reward.field not in arguments:
         return (
@@ -151,9 +151,9 @@ def without_columns(reward: Callable[..., Any], given: Iterable[str]) -> str | N
     )
 
 
-def require_rewards(found: Iterable[Judge], world: World) -> None:
+def require_rewards(judges: Iterable[Judge], world: World) -> None:
     """Raise the same RewardError in all processes if a reward has failed in any; a collective."""
-    failure = next((judge.failure for judge in found if judge.failure is not None), None)
+    failure = next((judge.failure for judge in judges if judge.failure is not None), None)
     message = next(filter(None, world.gather(failure)), None)
     if message is not None:
         raise RewardError(message)
@@ -254,7 +254,6 @@ class RewardWatch:
             )
 
     def _which(self) -> str:
-        """The values of each reward."""
         return ", ".join(
             f"{name} "
             + (f"gave {least:.4g} to all" if least == most else "did not tell them apart")

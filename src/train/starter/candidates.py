@@ -96,7 +96,7 @@ _PACK = 1024
 _TEXT = 2048
 """Texts are cut to this length."""
 
-_KEPT = 0.95
+_ENOUGH = 0.95
 """A length that keeps this fraction of the rows is long enough: all adapters are tried there before
 any shorter length is.
 """
@@ -136,7 +136,7 @@ class Candidates:
         row.
         """
         lengths = self.usable()
-        enough = [length for length in lengths if self.kept(length) >= _KEPT]
+        enough = [length for length in lengths if self.coverage(length) >= _ENOUGH]
         if self.is_text:  # a shorter length loses context
             enough = lengths[:1]
         for adapter, why in self._adapters():
@@ -147,15 +147,15 @@ class Candidates:
 
     def usable(self) -> list[int]:
         """Lengths that keep a row, the best one first; raises a RecipeError if there is none."""
-        best = self._wanted()
+        best = self._best_length()
         if self.longest is not None:
             best = min(best, self.longest)
         lengths = [best]
         while lengths[-1] > _LEAST:
             lengths.append(_rounded(lengths[-1] // 2))
         if not self.is_text:  # the shortest one that keeps enough
-            lengths.append(min(best, _rounded(self.lengths.at(100 * _KEPT))))
-        usable = sorted({length for length in lengths if self.kept(length)}, reverse=True)
+            lengths.append(min(best, _rounded(self.lengths.at(100 * _ENOUGH))))
+        usable = sorted({length for length in lengths if self.coverage(length)}, reverse=True)
         if not usable:
             raise RecipeError(
                 f"--model: the model reads up to {self.longest:,} tokens, and the shortest row has "
@@ -163,7 +163,7 @@ class Candidates:
             )
         return usable
 
-    def kept(self, length: int) -> float:
+    def coverage(self, length: int) -> float:
         """The fraction of the rows that a length keeps."""
         return 1.0 if self.is_text else float((self.lengths.tokens <= length).mean())
 
@@ -172,7 +172,7 @@ class Candidates:
         limit = "the positions of the model" if length == self.longest else "memory"
         if self.is_text:
             text = "longer texts become several samples"
-            if length < self._wanted():
+            if length < self._best_length():
                 text += f", each with LESS CONTEXT than {_TEXT:,} tokens, because of {limit}"
             return text
         how = "counted by the tokenizer"
@@ -182,11 +182,11 @@ class Candidates:
             f"half of the rows have up to {self.lengths.at(50):,} tokens, 99% up to "
             f"{self.lengths.at(99):,} ({how})"
         )
-        fraction = self.kept(length)
+        fraction = self.coverage(length)
         if fraction == 1:
             return f"{text}; none is longer"
         cut = f"{1 - fraction:.1%} are longer and are left out"
-        if fraction >= _KEPT:
+        if fraction >= _ENOUGH:
             return f"{text}; {cut}"
         tokens = self.lengths.tokens
         share = float(tokens[tokens > length].sum() / tokens.sum())
@@ -202,7 +202,7 @@ class Candidates:
         if has_bitsandbytes():
             yield _QLORA, "qlora: LoRA on 4-bit weights, because 16-bit weights do not fit"
 
-    def _wanted(self) -> int:
+    def _best_length(self) -> int:
         """The length that is best for the rows, whatever the model and the memory allow."""
         best = _TEXT if self.is_text else _rounded(self.lengths.at(99))
         packs = self.is_text or self.lengths.at(50) <= best // 2 or best < _PACK

@@ -194,10 +194,10 @@ class Chooser:
         per_step = 1 << (min(_ROWS_PER_STEP, max(1, total // _STEPS)).bit_length() - 1)
         if micro > per_step:
             return None
-        val_size, held_why = self._held()
+        val_size, val_why = self._validation_size()
         epochs, epochs_why = self._epochs()
         keys: list[tuple[str, Any, str]] = [
-            ("val_set_size", val_size, held_why),
+            ("val_set_size", val_size, val_why),
             ("sequence_len", length, self.candidates.why(length)),
             ("sample_packing", True, _PACKING),
             ("micro_batch_size", micro, "sequences per forward pass"),
@@ -234,7 +234,7 @@ class Chooser:
         share = len(fitting) / len(tokens)
         return max(1, int(self._rows.count * share * mean / length * 1.05))
 
-    def _held(self) -> tuple[int | float, str]:
+    def _validation_size(self) -> tuple[int | float, str]:
         count = self._rows.count
         if count < 20:
             return 0, f"{count} rows are too few to hold any out for validation"
@@ -247,7 +247,7 @@ class Chooser:
             return 1, "there are many rows: one pass"
         if self._rows.count < 10_000:
             few = f"{self._rows.count:,} rows are few: three passes"
-            val_size, _ = self._held()
+            val_size, _ = self._validation_size()
             return 3, f"{few}. Watch eval_loss: fewer may be enough" if val_size else few
         return (
             (2, "two passes") if self._rows.count < 50_000 else (1, "there are many rows: one pass")

@@ -19,7 +19,7 @@ from ..recipe.recipe import Dataset
 
 _LISTS = ("messages", "conversations", "conversation")
 _ROLES, _CONTENTS = ("role", "from", "speaker", "author"), ("content", "value", "text", "message")
-_ASKED = ("instruction", "question", "query", "prompt", "INSTRUCTION", "input")
+_PROMPTS = ("instruction", "question", "query", "prompt", "INSTRUCTION", "input")
 _ANSWERED = ("output", "response", "answer", "completion", "RESPONSE", "target")
 _SYSTEMS = ("system", "system_prompt")
 _TEXTS = ("text", "content", "document")
@@ -64,7 +64,7 @@ def shape_of(row: Any, where: str) -> Shape:
 def _preference(row: Mapping[str, Any]) -> Shape | None:
     if not {"chosen", "rejected"} <= set(row):
         return None
-    prompt = next((name for name in _ASKED if name in row), None)
+    prompt = next((name for name in _PROMPTS if name in row), None)
     kind = "preference pairs"
     if prompt is None and isinstance(row["chosen"], list):  # the whole conversation, twice
         keys = (("type", "chat_template"), *_names("chosen", row["chosen"]))
@@ -120,7 +120,7 @@ def _prompt(row: Mapping[str, Any]) -> Shape | None:
 
 
 def _instruction(row: Mapping[str, Any]) -> Shape | None:
-    prompt = next((name for name in _ASKED if name in row), None)
+    prompt = next((name for name in _PROMPTS if name in row), None)
     answered = next((name for name in _ANSWERED if name in row), None)
     if prompt is None or answered is None:
         return None
@@ -265,10 +265,10 @@ def _field(row: Mapping[str, Any], shape: Shape) -> str:
 
 def _mixed(where: str, shape: Shape, place: str, first: Shape) -> str:
     if shape.kind == first.kind:
-        ours, theirs = (", ".join(f"{k}: {v}" for k, v in s.keys) for s in (shape, first))
+        ours, expected = (", ".join(f"{k}: {v}" for k, v in s.keys) for s in (shape, first))
         return (
             f"{where}: the fields are named differently than in the first row ({place}): {ours}, "
-            f"not {theirs}. Rename them, or put such rows into a file of their own"
+            f"not {expected}. Rename them, or put such rows into a file of their own"
         )
     return (
         f"{where}: this row is {shape.kind}, and the first one ({place}) is {first.kind}. One "

@@ -79,15 +79,16 @@ def training_arguments(
     count: Steps,
     several: bool = False,
     kind: type[TrainingArguments] = TrainingArguments,
-    own: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     figure: Figure = "loss",
 ) -> Any:
     """The arguments of transformers' Trainer.
 
     Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
     at one also happens in a run that resumes from a checkpoint of that step. What the recipe does
-    not say is as in ``TrainingArguments``, also where ``kind`` has another default. ``own`` are
-    further arguments of ``kind``; ``figure`` is the default of ``metric_for_best_model``.
+    not say is as in ``TrainingArguments``, also where ``kind`` has another default.
+    ``overrides`` are further arguments of ``kind``; ``figure`` is the default of
+    ``metric_for_best_model``.
 
     Raises:
         RecipeError: keys that do not go together.
@@ -110,7 +111,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        **(own or {}),
+        **(overrides or {}),
     }
     try:
         arguments: Any = kind(**kwargs)
@@ -146,7 +147,6 @@ def _logging(recipe: Recipe, count: Steps) -> dict[str, Any]:
 
 
 def _loading(recipe: Recipe, among: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the data loader."""
     return {
         "dataloader_num_workers": recipe.dataloader_num_workers,
         "dataloader_prefetch_factor": recipe.dataloader_prefetch_factor,
@@ -166,18 +166,17 @@ def arguments_for(
     sequences: Any,
     world: World | None = None,
     kind: type[TrainingArguments] = TrainingArguments,
-    own: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     figure: Figure = "loss",
 ) -> Any:
     """As ``training_arguments``, with the steps counted from the sequences themselves."""
     world = world or World()
     number = len(sequences) if hasattr(sequences, "__len__") else None
     count = steps(recipe, number, world.batch_ranks)
-    return training_arguments(recipe, count, world.several, kind, own, figure)
+    return training_arguments(recipe, count, world.several, kind, overrides, figure)
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:
-    """Arguments for several processes."""
     arguments: dict[str, Any] = {
         **ddp_arguments(recipe),
         "average_tokens_across_devices": True,  # a gradient weighs tokens, not processes

@@ -76,7 +76,13 @@ class SupervisedTask:
         """The trainer, by ``make_trainer``."""
         args = {"data_collator": self.collate(context.tokenizer)}
         return make_trainer(
-            context, model, sequences, resumed, on_first_step, objective=self.objective(), own=args
+            context,
+            model,
+            sequences,
+            resumed,
+            on_first_step,
+            objective=self.objective(),
+            overrides=args,
         )
 
     def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
@@ -117,14 +123,15 @@ def make_trainer(
     on_first_step: Callable[[], None] | None = None,
     kind: type[EngineMixin] = FineTuner,
     args: Any = None,
-    own: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
 ) -> EngineMixin:
     """Set up the trainer; ``trainer.train()`` runs it.
 
     ``args`` defaults to the recipe's for ``transformers.Trainer``, ``objective`` to supervised
-    training. ``own`` adds to, or replaces, the arguments that ``kind`` is called with. ``packs``
-    may be a stream, which has no length. ``on_first_step`` is called when that step is complete.
+    training. ``overrides`` adds to, or replaces, the arguments that ``kind`` is called with.
+    ``packs`` may be a stream, which has no length. ``on_first_step`` is called when that step is
+    complete.
 
     Raises:
         RecipeError: keys that do not go together, or a hub that cannot be reached.
@@ -145,7 +152,7 @@ def make_trainer(
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
         "data_collator": _collate(recipe, context.tokenizer),
         "callbacks": [*watchdogs(recipe), *samplers],
-        **(own or {}),
+        **(overrides or {}),
     }
     try:
         trainer = kind(context, objective or Objective(), progress, resumed, on_first_step, **extra)

@@ -51,7 +51,7 @@ from ..report.progress import ProgressCallback
 from .context import Context
 from .objective import Objective
 from .optimizer import make_optimizer
-from .schedule import own_schedule
+from .schedule import custom_schedule
 from .sharding import Sharding
 from .watchdog import LossWatchdog, NonFiniteGuard, apply_limits, out_of_patience
 
@@ -187,7 +187,7 @@ class EngineMixin(_Trainer):
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             target: Any = optimizer or self.optimizer
-            schedule: Any = own_schedule(self.context.recipe, target, warmup, num_training_steps)
+            schedule: Any = custom_schedule(self.context.recipe, target, warmup, num_training_steps)
             self.lr_scheduler, self._created_lr_scheduler = schedule, schedule is not None
         return super().create_scheduler(num_training_steps, optimizer)
 

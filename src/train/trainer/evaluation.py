@@ -96,7 +96,8 @@ def validate(
     on_batch = reporter(count, say) if say is not None else None
     world = world or World()
     sums = {
-        name: _sum(model, batches, on_batch, world, loss or _own) for name, batches in sets.items()
+        name: _sum(model, batches, on_batch, world, loss or _model_loss)
+        for name, batches in sets.items()
     }
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
     figures = {"eval_loss": _mean(total, tokens)}
@@ -146,7 +147,7 @@ def reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
     return on_batch
 
 
-def _own(model: Any, batch: Batch) -> Tensor:
+def _model_loss(model: Any, batch: Batch) -> Tensor:
     loss: Tensor = model(**batch).loss
     return loss
 

@@ -26,7 +26,7 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
         RecipeError: the optimizer cannot be made here.
     """
     try:
-        optimizer = _made(trainer, model, recipe)
+        optimizer = _build(trainer, model, recipe)
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         raise RecipeError(f"optimizer: {recipe.optimizer} cannot be used: {error}") from error
     # these replace parameters, or have only parts of some
@@ -36,7 +36,7 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
     return optimizer
 
 
-def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
+def _build(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
     rate = embedding_rate(recipe)
     several = rate is not None or recipe.lr_groups is not None
     if recipe.loraplus_lr_ratio is None and not several and not divided(model):
@@ -167,8 +167,8 @@ class LayerSampler(TrainerCallback):
         """Restore the model."""
         self._train([True] * len(self.trained))
 
-    def _train(self, wanted: list[bool]) -> None:
-        for parameters, trains in zip(self.trained, wanted, strict=True):
+    def _train(self, flags: list[bool]) -> None:
+        for parameters, trains in zip(self.trained, flags, strict=True):
             for parameter in parameters:
                 parameter.requires_grad_(trains)
                 if not trains:

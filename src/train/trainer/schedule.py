@@ -21,7 +21,7 @@ def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
     warmup, total = args.get_warmup_steps(args.max_steps), args.max_steps
     try:
-        if own_schedule(recipe, optimizer, warmup, total) is None:
+        if custom_schedule(recipe, optimizer, warmup, total) is None:
             get_scheduler(
                 args.lr_scheduler_type, optimizer, warmup, total,
                 scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
@@ -33,18 +33,18 @@ def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
         ) from error
 
 
-def own_schedule(
+def custom_schedule(
     recipe: Recipe, optimizer: Optimizer, warmup: int, total: int
 ) -> LRScheduler | None:
     """The schedule of ``recipe`` for ``warmup`` and ``total`` steps; None: transformers has it."""
     if recipe.jagged_restart_steps:
         return _restarted(recipe, optimizer, warmup, total)
-    return _own(recipe, optimizer, warmup, total)
+    return _single(recipe, optimizer, warmup, total)
 
 
 def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler:
     """Decay before each restart, warm up after it, as ReLoRA; ValueError without rates by step."""
-    inner = _own(recipe, optimizer, warmup, total) or get_scheduler(
+    inner = _single(recipe, optimizer, warmup, total) or get_scheduler(
         recipe.lr_scheduler, optimizer, warmup, total,
         scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
     )  # fmt: skip
@@ -66,8 +66,8 @@ def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) ->
             part = 1.0
         return _LEAST + (1 - _LEAST) * part
 
-    def scaled(own: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: own(step) * share(step)
+    def scaled(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step) * share(step)
 
     return LambdaLR(optimizer, [scaled(factor) for factor in inner.lr_lambdas])
 
@@ -76,7 +76,7 @@ _LEAST = 0.001
 """The fraction of the learning rate that a restart begins with."""
 
 
-def _own(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler | None:
+def _single(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler | None:
     if recipe.lr_scheduler == "one_cycle":
         options = {"div_factor": recipe.lr_div_factor or 25.0, **(recipe.lr_scheduler_kwargs or {})}
         if warmup:

@@ -186,7 +186,7 @@ class Sharding:
             step_one_by_one(self.optimizer)
         schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
         if self.zero_stage:
-            schedule = zero.own_schedule(schedule, self._names)
+            schedule = zero.schedule_of_groups(schedule, self._names)
         self.trainer.lr_scheduler.load_state_dict(schedule)
         return True
 

@@ -62,23 +62,23 @@ def watchdogs(recipe: Recipe) -> list[LossWatchdog | EarlyStoppingCallback]:
     return callbacks
 
 
-def apply_limits(kept: dict[str, Any], recipe: Recipe) -> None:
+def apply_limits(states: dict[str, Any], recipe: Recipe) -> None:
     """Give restored watchdogs the limits of the recipe, in place of the checkpoint's.
 
-    ``kept`` has a checkpoint's state of each callback by class name, and is changed in place.
+    ``states`` has a checkpoint's state of each callback by class name, and is changed in place.
     """
     for watchdog in watchdogs(recipe):
         name = type(watchdog).__name__
-        if name in kept:
-            kept[name] = {**kept[name], "args": watchdog.state()["args"]}
+        if name in states:
+            states[name] = {**states[name], "args": watchdog.state()["args"]}
 
 
-def out_of_patience(kept: dict[str, Any], recipe: Recipe) -> bool:
+def out_of_patience(states: dict[str, Any], recipe: Recipe) -> bool:
     """Whether early stopping had ended the run of a checkpoint, and would by this recipe.
 
-    ``kept`` has the checkpoint's state of each callback by class name.
+    ``states`` has the checkpoint's state of each callback by class name.
     """
-    early_stopping = kept.get(EarlyStoppingCallback.__name__, {})
+    early_stopping = states.get(EarlyStoppingCallback.__name__, {})
     waited = early_stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
     patience = early_stopping.get("args", {}).get("early_stopping_patience")
     if patience is None or recipe.early_stopping_patience is None:

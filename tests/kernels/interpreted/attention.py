@@ -140,7 +140,7 @@ def spans(
     out = torch.zeros(count, 4, dtype=torch.int32)
     spans_kernel[(count,)](
         table, out, time, keys, table.shape[3] - 1, table.shape[2],
-        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, OWN=own,
+        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, COUNT=own,
         TILE=tile, GRAIN=GRAIN, CHUNK=CHUNK,
     )  # fmt: skip
     return out.tolist()

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.compiler.codegen.choice import choose
 from fusewright.kernels import fallback
-from fusewright.kernels.native import attention, build, library, narrow
+from fusewright.kernels.native import attention, build, library, low_rank
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_fake_tensors_have_no_memory_to_be_given() -> None:
         fake = mode.from_tensor(real)
     assert library.are_real(real)
     assert not library.are_real(real, fake)
-    assert not narrow.takes(fake, mode.from_tensor(torch.zeros(4, 2)))
+    assert not low_rank.takes(fake, mode.from_tensor(torch.zeros(4, 2)))
     heads = mode.from_tensor(real.new_zeros(1, 1, 4, 16))
     assert not attention.takes(heads, heads, heads, None)
 
@@ -183,7 +183,7 @@ def test_no_warnings(compiler: str, tmp_path: Path) -> None:
     command = [
         compiler,
         *build.FLAGS,
-        *build.OWN,
+        *build.NATIVE,
         "-Wall",
         "-Wextra",
         "-Werror",

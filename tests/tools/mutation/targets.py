@@ -11,11 +11,11 @@ TESTS: dict[str, list[str]] = {
         "tests/rewrite/test_smaller_weights.py::"
         "test_what_is_too_large_to_be_drawn_is_judged_by_a_small_size_alone",
         "tests/rewrite/test_verify.py",
+        "tests/rewrite/test_verify_runs.py",
         "tests/rewrite/test_verify_compare.py",
         "tests/rewrite/test_wrong_values.py",
         "-knot small_sizes_fit and (not test_wrong_values or glu- or dtype or first_call or form)",
     ],
-    "rewrite/verify_runs.py": ["tests/rewrite/test_verify_runs.py"],
     "rewrite/tolerance.py": ["tests/rewrite/test_tolerance.py"],
     "rewrite/sample_inputs.py": ["tests/rewrite/test_sample_inputs.py"],
     "rewrite/smaller_weights.py": [
@@ -74,10 +74,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "largest.log2().floor(), -1)": "as above",
         "if a is None and b is None:": "_effects has seen that both have it, or neither",
         "torch.isfinite(eager) * ": "of truth values, the product is the conjunction",
-    },
-    "rewrite/verify_runs.py": {
         "upstream: float = ": "another size of what comes from behind; it is always given",
-        "made[ -1]": "there is one",
+        "outcomes[ -1]": "there is one",
         "torch.empty( 1": "its memory is replaced",
         "manual_seed(seed ": "any seed",
         "_odd(-u) for u in upstream], True)": "nothing runs backward after it",

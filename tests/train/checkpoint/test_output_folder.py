@@ -98,10 +98,10 @@ def test_an_empty_folder_and_its_like_are_taken(recipe: dict[str, Any], tmp_path
     folder = tmp_path / "out"
     (folder / "lost+found").mkdir(parents=True)
     (folder / ".gitignore").write_text("*")
-    output.require_own(folder)
+    output.require_run_folder(folder)
     (folder / "a").write_text("")
     with pytest.raises(RecipeError, match="holds a, which"):
-        output.require_own(folder)
+        output.require_run_folder(folder)
 
 
 def test_the_log_of_this_process_may_be_there(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -248,12 +248,12 @@ def test_a_run_that_breaks_off_leaves_its_mark(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         broken_off()
-    output.require_own(tmp_path)
+    output.require_run_folder(tmp_path)
     said: list[str] = []
     with held(tmp_path, said.append):
         assert len(said) == 1
     with pytest.raises(RecipeError, match="which no run has written"):
-        output.require_own(tmp_path)  # that one has ended well, and written nothing
+        output.require_run_folder(tmp_path)  # that one has ended well, and written nothing
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

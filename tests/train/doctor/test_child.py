@@ -11,7 +11,7 @@ from fusewright.train.doctor import child, compiler
 from fusewright.train.doctor.child import CHECKS, ask
 from fusewright.train.doctor.imports import NEEDED
 from fusewright.train.doctor.report import Diagnosis, show
-from fusewright.train.doctor.result import AGAIN, CheckResult
+from fusewright.train.doctor.result import RERUN, CheckResult
 from fusewright.train.terminal import Terminal
 
 
@@ -81,16 +81,16 @@ def test_a_compiler_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_pat
     slow = tmp_path / "g++"
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(compiler, "_found", lambda: str(slow))
+    monkeypatch.setattr(compiler, "_path", lambda: str(slow))
     monkeypatch.setattr(compiler, "_SECONDS", 1)
     (found,) = compiler.compiler()
-    assert (found.state, found.mend) == ("unknown", AGAIN)
+    assert (found.state, found.mend) == ("unknown", RERUN)
 
 
 def test_the_unknown_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     empty: dict[str, list[CheckResult]] = {name: [] for name in CHECKS}
-    late = CheckResult("import torch", "not known", "unknown", "not finished", AGAIN)
+    late = CheckResult("import torch", "not known", "unknown", "not finished", RERUN)
     show(Diagnosis({**empty, "import torch": [late]}), Terminal(highlight=False))
     printed = capsys.readouterr().out
-    assert f"not known: import torch; {AGAIN}" in printed
+    assert f"not known: import torch; {RERUN}" in printed
     assert "no gaps" not in printed

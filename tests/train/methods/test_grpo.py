@@ -19,10 +19,10 @@ from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.data import prepare
 from fusewright.train.model.tokenizer import load_tokenizer
-from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
+from fusewright.train.user_functions import load_function
 
 from ..commands import fusewright
 from ..results import assert_same, curves, stop_at, weights

@@ -25,7 +25,7 @@ from .completions import drawn, grpo_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
-GIVEN = """
+REWARD_ARGUMENTS = """
 from fusewright.train.methods.grpo import Grpo
 
 def drawn(prompts, length=5):
@@ -72,7 +72,7 @@ def test_two_processes_train_what_one_does(base: Path, tmp_path: Path, given: No
 
     keys = grpo_recipe(base, tmp_path, val_set_size=5, **KEYS)
     two = {**keys, "gradient_accumulation_steps": 1}
-    code, said = in_two(tmp_path, GIVEN, "two", **two)
+    code, said = in_two(tmp_path, REWARD_ARGUMENTS, "two", **two)
     assert code == 0, said
     train(keys, console=Console(quiet=True), allow_code=True)
     one = tmp_path / "out"

@@ -348,7 +348,7 @@ def _ranked(
         return {**tf.default_data_collator(chosen), "tokens": 14, "trained": 14}
 
     own = {"data_collator": collate}
-    return make_trainer(context, model, rows, args=arguments, own=own)
+    return make_trainer(context, model, rows, args=arguments, overrides=own)
 
 
 def _rows(label: Callable[[Tensor], Tensor]) -> list[dict[str, Tensor]]:

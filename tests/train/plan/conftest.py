@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from fusewright.train.plan.count.blueprint import Blueprint, draw
 from fusewright.train.plan.count.step import take
-from fusewright.train.plan.count.tensors import units
+from fusewright.train.plan.count.tensors import fsdp_units
 from fusewright.train.plan.estimate import Process, TrainingJob
 from fusewright.train.recipe.load import check
 from fusewright.train.recipe.recipe import Recipe
@@ -58,7 +58,7 @@ def make_job(recipe: Recipe, dtype: torch.dtype = torch.bfloat16) -> TrainingJob
     step = take(blueprint, recipe, "eager")
     bits = 4 if recipe.load_in_4bit else None
     return TrainingJob(
-        blueprint, units(blueprint, bits, recipe.quantize_moe_experts), step, recipe.optimizer,
+        blueprint, fsdp_units(blueprint, bits, recipe.quantize_moe_experts), step, recipe.optimizer,
         recipe.accumulation(), recipe.checkpointing(), recipe.memory, "eager",
         Process(0, 0, 0.0, True), recipe.optimize, recipe.quantize_moe_experts,
     )  # fmt: skip

@@ -13,10 +13,9 @@ from torch.distributed.fsdp import fully_shard
 
 from fusewright.errors import RecipeError
 from fusewright.train.plan.count.blueprint import draw
-from fusewright.train.plan.count.layout import ProcessLayout, held, layout_of
+from fusewright.train.plan.count.layout import ProcessLayout, layout_of, model_states, state_bytes
 from fusewright.train.plan.count.network import traffic
-from fusewright.train.plan.count.optimizer_state import state_bytes
-from fusewright.train.plan.count.tensors import Weight, quantized_bytes, units
+from fusewright.train.plan.count.tensors import Weight, fsdp_units, quantized_bytes
 
 from .conftest import LORA, MakeRecipe
 
@@ -37,8 +36,8 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_shards_are_those_of_fully_shard(method: str, fake_group: int, recipe: MakeRecipe) -> None:
     made = draw(recipe(**(LORA if method == "lora" else {})), torch.bfloat16)
-    planned = held(
-        units(made, None), ProcessLayout("FSDP2", fake_group, shard=fake_group), "adamw_torch"
+    planned = model_states(
+        fsdp_units(made, None), ProcessLayout("FSDP2", fake_group, shard=fake_group), "adamw_torch"
     )
     mesh = init_device_mesh("cpu", (fake_group,))
     for block in made.blocks.values():
@@ -56,21 +55,23 @@ def test_shards_are_those_of_fully_shard(method: str, fake_group: int, recipe: M
 
 def test_zero_has_a_copy_in_32_bits_of_what_it_trains(recipe: MakeRecipe) -> None:
     made = draw(recipe(), torch.bfloat16)
-    numbers = sum(u.times * w.numbers for u in units(made, None) for w in u.weights)
-    found = held(
-        units(made, None), ProcessLayout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch"
+    numbers = sum(u.times * w.numbers for u in fsdp_units(made, None) for w in u.weights)
+    found = model_states(
+        fsdp_units(made, None), ProcessLayout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch"
     )
     assert found.weights == pytest.approx(2 * numbers / 2, rel=1e-3)
     assert found.optimizer == pytest.approx(12 * numbers / 2, rel=1e-3)
-    first = held(units(made, None), ProcessLayout("ZeRO-1", 2), "adamw_torch")
+    first = model_states(fsdp_units(made, None), ProcessLayout("ZeRO-1", 2), "adamw_torch")
     assert first.weights == 2 * numbers
     assert first.optimizer == pytest.approx(12 * numbers / 2, rel=1e-3)
 
 
 def test_small_weights_stay_whole_under_zero_3(recipe: MakeRecipe) -> None:
-    parts = units(draw(recipe(**LORA), torch.bfloat16), None)
-    small = held(parts, ProcessLayout("ZeRO-3", 2, shard=2), "adamw_torch").weights
-    none = held(parts, ProcessLayout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch").weights
+    parts = fsdp_units(draw(recipe(**LORA), torch.bfloat16), None)
+    small = model_states(parts, ProcessLayout("ZeRO-3", 2, shard=2), "adamw_torch").weights
+    none = model_states(
+        parts, ProcessLayout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch"
+    ).weights
     persistent = sum(u.times * w.bytes for u in parts for w in u.weights if w.numbers <= 100_000)
     assert small - none == persistent
 
@@ -78,7 +79,7 @@ def test_small_weights_stay_whole_under_zero_3(recipe: MakeRecipe) -> None:
 def test_what_is_offloaded_is_on_the_host(recipe: MakeRecipe) -> None:
     made = recipe(**FSDP | {"fsdp_config": {"offload_params": True}})
     layout = layout_of(made, 2)
-    own = held(units(draw(made, torch.bfloat16), None), layout, "adamw_torch")
+    own = model_states(fsdp_units(draw(made, torch.bfloat16), None), layout, "adamw_torch")
     assert own.host == own.weights + own.gradients + own.optimizer
 
 
@@ -156,7 +157,7 @@ def test_quantized_weights_are_as_large_as_those_of_bitsandbytes(
 
 
 def test_traffic_is_that_of_the_closed_formulas(recipe: MakeRecipe) -> None:
-    parts = units(draw(recipe(), torch.bfloat16), None)
+    parts = fsdp_units(draw(recipe(), torch.bfloat16), None)
     whole = sum(u.times * w.bytes for u in parts for w in u.weights)
     outside = sum(w.bytes for u in parts if not u.name for w in u.weights)
     ddp = traffic(parts, ProcessLayout("DDP", 8, replicate=8), 4, 256, 64)
@@ -173,13 +174,13 @@ def test_traffic_is_that_of_the_closed_formulas(recipe: MakeRecipe) -> None:
 
 
 def test_zero_2_reduces_in_each_pass(recipe: MakeRecipe) -> None:
-    parts = units(draw(recipe(), torch.bfloat16), None)
+    parts = fsdp_units(draw(recipe(), torch.bfloat16), None)
     one, four = (traffic(parts, ProcessLayout("ZeRO-2", 8), n, 256, 64).gradients for n in (1, 4))
     assert four == pytest.approx(4 * one, abs=4)
 
 
 def test_keys_and_values_go_around_the_ring(recipe: MakeRecipe) -> None:
-    parts = units(draw(recipe(), torch.bfloat16), None)
+    parts = fsdp_units(draw(recipe(), torch.bfloat16), None)
     layout = ProcessLayout("FSDP2", 4, shard=1, context=4)
     found = traffic(parts, layout, 1, 256, 64, keys=32).activations
     assert found == 4 * 6 * 3 * (256 // 4) * 32 * 2  # blocks, tensors, hops, tokens, width, bytes
@@ -187,14 +188,14 @@ def test_keys_and_values_go_around_the_ring(recipe: MakeRecipe) -> None:
 
 def test_scales_of_quantized_weights_are_not_divided(recipe: MakeRecipe) -> None:
     made = recipe(**LORA | {"adapter": "qlora", "load_in_4bit": True})
-    parts = units(draw(made, torch.bfloat16), 4)
+    parts = fsdp_units(draw(made, torch.bfloat16), 4)
     scales = sum(u.times * w.scales for u in parts for w in u.weights)
     stored = sum(u.times * w.bytes for u in parts for w in u.weights)
-    found = held(parts, ProcessLayout("FSDP2", 1024, shard=1024), "adamw_torch").weights
+    found = model_states(parts, ProcessLayout("FSDP2", 1024, shard=1024), "adamw_torch").weights
     assert scales < found < scales + stored / 8
 
 
 def test_only_what_is_trained_is_reduced(recipe: MakeRecipe) -> None:
-    parts = units(draw(recipe(**LORA), torch.bfloat16), None)
+    parts = fsdp_units(draw(recipe(**LORA), torch.bfloat16), None)
     trained = sum(u.times * w.numbers * w.itemsize for u in parts for w in u.weights if w.trains)
     assert traffic(parts, ProcessLayout("DDP", 2, replicate=2), 1, 256, 64).total == trained

@@ -19,8 +19,8 @@ from fusewright.errors import RecipeError
 from fusewright.train.plan.cards import CARDS
 from fusewright.train.plan.count.layout import ProcessLayout, layout_of
 from fusewright.train.plan.estimate import SPARE, Process, estimate
+from fusewright.train.plan.plan import count_rows, estimate_tokens
 from fusewright.train.plan.recommend import advise, faster
-from fusewright.train.plan.rows import count_rows, estimate_tokens
 from fusewright.train.plan.search import fits, limits
 from fusewright.train.plan.speed import head_flops
 

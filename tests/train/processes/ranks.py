@@ -24,7 +24,7 @@ LIMIT = 60.0
 """Seconds after which a test's processes are killed."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fusewright.train.checkpoint.together", "pytest"])
+_CONTEXT.set_forkserver_preload(["fusewright.train.checkpoint.write", "pytest"])
 
 Work = Callable[..., Any]
 
@@ -119,7 +119,7 @@ def _rank(
 ) -> None:
     os.environ.update(environ)
     warnings.simplefilter("ignore")
-    world_module._PATIENCE = patience
+    world_module._TIMEOUT_S = patience
     begun = time.monotonic()
     value, error, said = None, "", ""
     try:

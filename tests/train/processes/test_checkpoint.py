@@ -12,7 +12,7 @@ import pytest
 
 from fusewright.train.checkpoint import files
 from fusewright.train.checkpoint.files import CheckpointWriteError, checkpoints
-from fusewright.train.checkpoint.together import write_together
+from fusewright.train.checkpoint.write import write_collectively
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 
@@ -36,7 +36,7 @@ def _save(world: World, folder: str, full: list[int], step: int = 3) -> dict[str
 
     error = None
     try:
-        write_together(world, Path(folder), step, write)
+        write_collectively(world, Path(folder), step, write)
     except CheckpointWriteError as raised:
         error = str(raised)
     # both have ended, and go on together
@@ -95,7 +95,7 @@ def _slow(world: World, folder: str) -> list[float]:
         if world.main:
             time.sleep(4.0)
 
-    write_together(world, Path(folder), 3, write)
+    write_collectively(world, Path(folder), 3, write)
     return world.sums([1.0])
 
 
@@ -111,7 +111,7 @@ def _broken(world: World, folder: str, which: int) -> None:
         if world.rank == which:
             raise KeyError("unforeseen")
 
-    write_together(world, Path(folder), 3, write)
+    write_collectively(world, Path(folder), 3, write)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -126,14 +126,14 @@ def test_one_process_writes_alone(tmp_path: Path) -> None:
     def write(part: Path) -> None:
         (part / "a").write_text("x")
 
-    write_together(World(), tmp_path, 2, write)
+    write_collectively(World(), tmp_path, 2, write)
     assert _there(tmp_path) == ["checkpoint-2", "checkpoint-2/a"]
 
     def full(part: Path) -> None:
         raise FULL
 
     with pytest.raises(CheckpointWriteError, match="the disk is full"):
-        write_together(World(), tmp_path, 3, full)
+        write_collectively(World(), tmp_path, 3, full)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
 
 

@@ -107,14 +107,14 @@ def test_whole_and_own_schedules_are_opposites(groups: Groups) -> None:
     assert [whole["base_lrs"][i] for i, names in enumerate(groups) if names] == own["base_lrs"]
     for name in ("last_epoch", "_step_count", "_get_lr_called_within_step", "others"):
         assert whole[name] == own[name]
-    assert zero.own_schedule(whole, groups) == own == before
+    assert zero.schedule_of_groups(whole, groups) == own == before
 
 
 @given(groups=groups_of_names(empty=False))
 def test_without_empty_groups_nothing_changes(groups: Groups) -> None:
     state = _schedule([float(i) for i in range(len(groups))])
     assert zero.whole_schedule(state, groups) == state
-    assert zero.own_schedule(state, groups) == state
+    assert zero.schedule_of_groups(state, groups) == state
 
 
 @given(groups=groups_of_names())
@@ -131,7 +131,7 @@ def test_a_schedule_of_one_process_loads_what_whole_gives(groups: Groups) -> Non
     for _ in range(3):
         all_groups.optimizer.step()
         all_groups.step()
-    filled.load_state_dict(zero.own_schedule(all_groups.state_dict(), groups))
+    filled.load_state_dict(zero.schedule_of_groups(all_groups.state_dict(), groups))
     assert filled.get_last_lr() == [
         rate for rate, names in zip(all_groups.get_last_lr(), groups, strict=True) if names
     ]

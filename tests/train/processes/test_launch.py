@@ -108,7 +108,7 @@ Launch = Callable[[str], int]
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     """Launch two processes that run a piece of code in place of ``fusewright``."""
-    monkeypatch.setattr(launch_module, "_OWN_WORDS", 1.0)
+    monkeypatch.setattr(launch_module, "_MESSAGE_TIMEOUT_S", 1.0)
     monkeypatch.setattr(launch_module, "_SAVING", 1.0)
 
     def run(code: str) -> int:
@@ -122,7 +122,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
 
 
 def test_the_others_end_within_30_seconds() -> None:
-    assert launch_module._OWN_WORDS + launch_module._SAVING <= 30
+    assert launch_module._MESSAGE_TIMEOUT_S + launch_module._SAVING <= 30
 
 
 def test_what_they_are_told(

@@ -21,7 +21,7 @@ from fusewright.errors import RecipeError
 from fusewright.train.checkpoint import sharded
 from fusewright.train.checkpoint.files import CheckpointWriteError, checkpoints
 from fusewright.train.checkpoint.resume import Saved
-from fusewright.train.checkpoint.together import write_together
+from fusewright.train.checkpoint.write import write_collectively
 from fusewright.train.model.files import FOLDER, LIST, Shards, in_shards, shards_problem
 from fusewright.train.processes.gather import names_by_group
 from fusewright.train.processes.world import World
@@ -83,7 +83,7 @@ def _save(world: World, folder: str, copies: int = 1) -> dict[str, Any]:
         if world.main:
             Shards(part, files, None, rest).write()
 
-    write_together(world, Path(folder), 3, write)
+    write_collectively(world, Path(folder), 3, write)
     return _state(model, optimizer, names)
 
 

@@ -332,7 +332,7 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
     store = dist.HashStore()
     monkeypatch.setattr(world_module, "placement", lambda environ: Placement(1, 2, 1, 2))
     monkeypatch.setattr(world_module, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
-    monkeypatch.setattr(world_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(world_module, "_TIMEOUT_S", 0.2)
     return store
 
 

@@ -25,7 +25,7 @@ from fusewright.train.recipe.keys.base import extra_of
 from fusewright.train.recipe.keys.tracking import TrackingKeys
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.trainer.schedule import own_schedule
+from fusewright.train.trainer.schedule import custom_schedule
 
 from ..conftest import small_recipe
 
@@ -231,8 +231,8 @@ def test_nothing_is_saved_validated_or_scheduled(tmp_path: Path) -> None:
     assert changed.do_causal_lm_eval is None
     assert not changed.logging_nan_inf_filter
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    assert own_schedule(recipe, optimizer, 0, 3) is not None
-    assert own_schedule(changed, optimizer, 0, 3) is None
+    assert custom_schedule(recipe, optimizer, 0, 3) is not None
+    assert custom_schedule(changed, optimizer, 0, 3) is None
 
 
 def test_the_keys_survive_as_json(tmp_path: Path) -> None:

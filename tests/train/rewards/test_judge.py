@@ -25,7 +25,11 @@ from fusewright.train.rewards.judge import (
     reward_figures,
 )
 
-GIVEN: dict[str, Any] = {"prompts": ["a", "b"], "completions": ["x", "y"], "answer": ["x", "z"]}
+REWARD_ARGUMENTS: dict[str, Any] = {
+    "prompts": ["a", "b"],
+    "completions": ["x", "y"],
+    "answer": ["x", "z"],
+}
 
 
 def test_a_function_gets_the_arguments_that_it_takes() -> None:
@@ -36,18 +40,18 @@ def test_a_function_gets_the_arguments_that_it_takes() -> None:
         return [float(len(given))] * 2
 
     named, everything = judges([few, all_of_them])
-    assert named(**GIVEN) == [1.0, 1.0]
-    assert everything(**GIVEN) == [3.0, 3.0]
+    assert named(**REWARD_ARGUMENTS) == [1.0, 1.0]
+    assert everything(**REWARD_ARGUMENTS) == [3.0, 3.0]
     require_rewards([named, everything], World())
 
 
 def test_what_counts_as_a_number() -> None:
     (judge,) = judges([lambda completions: [None, torch.tensor(2)]])
-    assert judge(**GIVEN) == [None, 2.0]
+    assert judge(**REWARD_ARGUMENTS) == [None, 2.0]
     (judge,) = judges([lambda completions: torch.tensor([True, False])])
-    assert judge(**GIVEN) == [1.0, 0.0]
+    assert judge(**REWARD_ARGUMENTS) == [1.0, 0.0]
     (judge,) = judges([lambda completions: (x for x in (math.nan, 1))])
-    assert str(judge(**GIVEN)) == "[nan, 1.0]"
+    assert str(judge(**REWARD_ARGUMENTS)) == "[nan, 1.0]"
 
 
 def test_names_are_different() -> None:
@@ -65,8 +69,8 @@ def test_coroutines_are_awaited() -> None:
 
     good, bad = judges([later, never])
     assert isinstance(good, AsyncJudge)
-    assert asyncio.run(good(**GIVEN)) == [1.0, 2.0]
-    assert asyncio.run(bad(**GIVEN)) == [0.0, 0.0]
+    assert asyncio.run(good(**REWARD_ARGUMENTS)) == [1.0, 2.0]
+    assert asyncio.run(bad(**REWARD_ARGUMENTS)) == [0.0, 0.0]
     with pytest.raises(
         RewardError, match=r"reward_funcs.1: the reward never raised OSError at test"
     ):
@@ -75,7 +79,7 @@ def test_coroutines_are_awaited() -> None:
 
 def test_the_words_of_our_own_errors_are_kept() -> None:
     found = judges([built_in("exact_match:solution")])
-    assert found[0](**GIVEN) == [0.0, 0.0]
+    assert found[0](**REWARD_ARGUMENTS) == [0.0, 0.0]
     said = (
         "^trl.reward_funcs.0: the reward exact_match needs the field 'solution' with the right "
         r"answer, and no row has it \(rows have 'answer'\)"
@@ -115,12 +119,12 @@ def test_a_function_cannot_end_the_run() -> None:
         (ends_later, r"the reward ends_later called sys.exit\(\) at test_judge.py:"),
     ):
         (judge,) = judges([reward])
-        found: Any = judge(**GIVEN)
+        found: Any = judge(**REWARD_ARGUMENTS)
         assert (asyncio.run(found) if isinstance(judge, AsyncJudge) else found) == [0.0, 0.0]
         with pytest.raises(RewardError, match=said):
             require_rewards([judge], World())
     with pytest.raises(KeyboardInterrupt):
-        judges([stopped])[0](**GIVEN)
+        judges([stopped])[0](**REWARD_ARGUMENTS)
 
 
 def test_the_line_is_that_of_the_function_itself() -> None:
@@ -134,7 +138,7 @@ def test_the_line_is_that_of_the_function_itself() -> None:
     line = reads.__code__.co_firstlineno + 1
     for reward in (reads, Reads(), functools.partial(reads)):
         (judge,) = judges([reward])
-        judge(**GIVEN)
+        judge(**REWARD_ARGUMENTS)
         with pytest.raises(RewardError, match=f"JSONDecodeError at test_judge.py:{line}: Expect"):
             require_rewards([judge], World())
 
@@ -148,7 +152,7 @@ def test_an_argument_that_no_row_has() -> None:
         r"field of that name \(rows have 'answer'\)"
     )
     (judge,) = judges([needs])
-    judge(**GIVEN)
+    judge(**REWARD_ARGUMENTS)
     with pytest.raises(RewardError, match=said):
         require_rewards([judge], World())
     with pytest.raises(DataError, match=said):

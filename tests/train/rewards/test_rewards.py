@@ -12,10 +12,10 @@ import pytest
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.consent import Consent
-from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.keys.row_types import REWARDS, reward_problem
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.rewards.built_in import built_in, rewards_of
+from fusewright.train.user_functions import load_function
 
 ALLOWED = Consent(allow_code=True)
 

@@ -25,7 +25,7 @@ from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.build import make_trainer
 from fusewright.train.trainer.context import Context
 from fusewright.train.trainer.engine import EngineMixin
-from fusewright.train.trainer.schedule import own_schedule
+from fusewright.train.trainer.schedule import custom_schedule
 
 from ..conftest import make_model, make_tokenizer
 
@@ -151,7 +151,7 @@ def test_keys_that_do_not_go_together(tmp_path: Path, keys: dict[str, Any], said
 
 def rates(recipe: Recipe, warmup: int, total: int) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule = own_schedule(recipe, optimizer, warmup, total)
+    schedule = custom_schedule(recipe, optimizer, warmup, total)
     assert schedule is not None
     found = []
     for _ in range(total):
@@ -181,7 +181,7 @@ def test_one_cycle(tmp_path: Path) -> None:
 
 def test_what_transformers_has_a_name_for(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-    assert own_schedule(asked(tmp_path), optimizer, 0, 10) is None
+    assert custom_schedule(asked(tmp_path), optimizer, 0, 10) is None
 
 
 # --- the order of the sequences -------------------------------------------------------------------

@@ -202,11 +202,11 @@ def test_restarts_of_the_learning_rate(recipe: dict[str, Any]) -> None:
     keys = {"jagged_restart_steps": 4, "jagged_restart_warmup_steps": 2,
             "jagged_restart_anneal_steps": 1, "max_steps": 10, "lr_scheduler": "linear",
             "learning_rate": 1.0, "val_set_size": 0}  # fmt: skip
-    from fusewright.train.trainer.schedule import own_schedule, try_schedule
+    from fusewright.train.trainer.schedule import custom_schedule, try_schedule
 
     loaded = load_recipe({**recipe, **keys})
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = own_schedule(loaded, optimizer, 0, 10)
+    schedule = custom_schedule(loaded, optimizer, 0, 10)
     assert schedule is not None
     rates = []
     for _ in range(10):

@@ -238,15 +238,15 @@ class Turns:
 
     def _match(self, skeleton: _Skeleton, messages: Messages, text: str) -> list[Turn] | None:
         """Try the contents as they are and stripped, the way that fitted last first."""
-        ways = [self._trim, (False, False), (True, True), (True, False), (False, True)]
-        for way in dict.fromkeys(ways):
+        strips = [self._trim, (False, False), (True, True), (True, False), (False, True)]
+        for strip in dict.fromkeys(strips):
             contents = [
-                m["content"].strip() if way[m["role"] == "assistant"] else m["content"]
+                m["content"].strip() if strip[m["role"] == "assistant"] else m["content"]
                 for m in messages
             ]
             turns = skeleton.turns(contents, text)
             if turns:
-                self._trim = way
+                self._trim = strip
                 return turns
         return None
 
@@ -255,10 +255,10 @@ class Turns:
         if key not in self._skeletons:
             if len(self._skeletons) >= _MOST:
                 self._skeletons.clear()
-            self._skeletons[key] = self._made(roles, tools)
+            self._skeletons[key] = self._new_skeleton(roles, tools)
         return self._skeletons[key]
 
-    def _made(self, roles: tuple[str, ...], tools: Any) -> _Skeleton | None:
+    def _new_skeleton(self, roles: tuple[str, ...], tools: Any) -> _Skeleton | None:
         probes = [f"\ue000{i}\ue001" for i in range(len(roles))]
         messages = [{"role": r, "content": p} for r, p in zip(roles, probes, strict=True)]
         try:

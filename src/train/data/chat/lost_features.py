@@ -48,7 +48,7 @@ class Features:
             return
         missing = list(dict.fromkeys(self._lost(chat)))
         if missing:
-            raise DataError(self._said(chat, missing))
+            raise DataError(self._message(chat, missing))
         if len(self._whole) >= _MOST:
             self._whole.clear()
         self._whole.add(kind)
@@ -110,7 +110,7 @@ class Features:
             changed = {k: message[k] + _SIGN for k in thoughts}
             yield " and ".join(thoughts), "thinking", {**message, **changed}
 
-    def _said(self, chat: Chat, lost: list[tuple[str, str]]) -> str:
+    def _message(self, chat: Chat, lost: list[tuple[str, str]]) -> str:
         names = ", ".join(name for name, _ in lost)
         remedies = [_REMEDIES[remedy] for _, remedy in lost if remedy]
         others = "use a chat_template that writes it, or remove it from the rows"

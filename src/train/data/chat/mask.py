@@ -60,7 +60,7 @@ class Masker:
         spans: list[Span] = []
         ends: set[int] = set()
         for i, turn in turns:
-            trained = i is None or self._wanted(chat, i)
+            trained = i is None or self._trained(chat, i)
             if turn is None or not trained:
                 continue
             first, stop = self._tokens(turn, text, ids, encoding, begin_of)
@@ -87,7 +87,7 @@ class Masker:
         pairs = zip(chat.messages, chat.train or (), strict=False)
         return not any(flag and message["role"] != "assistant" for message, flag in pairs)
 
-    def _wanted(self, chat: Chat, i: int) -> bool | list[Detail]:
+    def _trained(self, chat: Chat, i: int) -> bool | list[Detail]:
         flag = chat.train[i] if chat.train is not None else None
         return chat.messages[i]["role"] in self.rules.roles if flag is None else flag
 

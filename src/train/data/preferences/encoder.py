@@ -120,7 +120,7 @@ class PreferenceEncoder:
             chats = self._required_chats([chat])
             return TokenizedRow(
                 row.where, chats.question(chat), specials=chats.has_special(chat),
-                extra=_kept(row),
+                extra=_extra_json(row),
             )  # fmt: skip
         return _joined(row, [next(encoded) for _ in row.answers])
 
@@ -148,7 +148,7 @@ class PreferenceEncoder:
             ends=frozenset({self._eos()} if answers else ()), equal=row.equal,
             # the chat formats write their own special tokens
             specials=marked and not isinstance(self.reader, FormReader | SpelledOutReader),
-            extra="" if answers else _kept(row),
+            extra="" if answers else _extra_json(row),
         )  # fmt: skip
 
     def _eos(self) -> int:
@@ -223,8 +223,7 @@ def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
     )  # fmt: skip
 
 
-def _kept(row: Preference) -> str:
-    """The JSON of what is kept of a prompt besides its tokens."""
+def _extra_json(row: Preference) -> str:
     return json.dumps({"prompt": row.prompt, "columns": dict(row.columns)})
 
 

@@ -109,7 +109,6 @@ def _kinds(row: TokenizedRow, fitting: TokenizedRow) -> Iterator[str]:
 
 
 def _same_tokens(row: TokenizedRow) -> bool:
-    """Whether both answers are the same after truncation."""
     return len(row.answers) == 2 and row.answers[0].ids == row.answers[1].ids
 
 
@@ -146,13 +145,13 @@ def _cut_answers(row: TokenizedRow, most: int) -> TokenizedRow:
     return replace(row, answers=answers, labels=labels, ends=frozenset())  # they may be cut off
 
 
-def _laid_out(kept: Sequence[TokenizedRow], counts: Counter[str], watched: frozenset[int]) -> Part:
+def _laid_out(rows: Sequence[TokenizedRow], counts: Counter[str], watched: frozenset[int]) -> Part:
     ids: list[int] = []
     labels: list[int] = []
     lengths = []
     ends: set[int] = set()
     trained: set[int] = set()
-    for row in kept:
+    for row in rows:
         begin = len(ids)
         ids += row.prompt
         labels += [IGNORED] * len(row.prompt)
@@ -163,7 +162,7 @@ def _laid_out(kept: Sequence[TokenizedRow], counts: Counter[str], watched: froze
             trained |= {token for token in row.ends | watched if token in answer.ids}
         ends |= row.ends
         lengths.append(len(ids) - begin)
-    extra = [row.extra for row in kept] if any(row.extra for row in kept) else []
+    extra = [row.extra for row in rows] if any(row.extra for row in rows) else []
     return Part(
         np.array(ids, np.int32), np.array(labels, np.int32), np.array(lengths, np.int32),
         counts, ends, trained, extra,

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
-from ...own_functions import load_function, what_failed
 from ...recipe.keys.row_types import (
     PREFERENCE_TYPES,
     ChatForm,
-    is_own_type,
+    is_function_type,
     plain_type,
     preference_types,
 )
 from ...recipe.preferences import RowKind
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
+from ...user_functions import load_function, what_failed
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
 from ..formats.fields import as_text, fields_of, kind, may_text
@@ -189,7 +189,7 @@ class MessageReader:
         prompts: Sequence[str] | None = None,
     ) -> None:
         self.conversation, self.labelled, self.whole = conversation, labelled, whole
-        self.asked = dataset.field_messages
+        self.field = dataset.field_messages
         self.prompts = prompts
         if labelled:
             self.answers = [dataset.field_model or "completion"]
@@ -225,11 +225,11 @@ class MessageReader:
     def _prompt_field(self, row: Mapping[str, Any], answer: Any) -> str | None:
         """The field with the prompt, which is not the conversation that has the answer, too."""
         whole = answer if isinstance(answer, list) else None
-        names = self.prompts or (self.asked, _PROMPT)
+        names = self.prompts or (self.field, _PROMPT)
         return next((n for n in names if row.get(n) is not None and row[n] != whole), None)
 
     def _as_messages(self, field: str | None, prompt: Any, values: list[Any]) -> bool:
-        chats = field is not None and (self.prompts is not None or field == self.asked)
+        chats = field is not None and (self.prompts is not None or field == self.field)
         return chats or isinstance(prompt, list) or not all(isinstance(v, str) for v in values)
 
     # --- texts -----------------------------------------------------------------------------------
@@ -288,15 +288,15 @@ class MessageReader:
     def _messages(self, value: Any, name: str, where: str) -> Messages:
         return self.conversation.messages(self._turns(value), f"{where}: {name!r}")
 
-    def _repeats(self, found: list[Messages]) -> bool:
-        return all(len(messages) > 1 for messages in found)
+    def _repeats(self, answers: list[Messages]) -> bool:
+        return all(len(messages) > 1 for messages in answers)
 
-    def _shared(self, found: list[Messages], where: str) -> int:
+    def _shared(self, answers: list[Messages], where: str) -> int:
         """The number of messages at the beginning of the answers that are the prompt's."""
-        least = min(map(len, found)) - 1
+        least = min(map(len, answers)) - 1
         if self.whole or self.labelled:
-            return len(found[0]) - 1
-        first, second = found
+            return len(answers[0]) - 1
+        first, second = answers
         same = (i for i in range(least) if first[i] != second[i])
         count = next(same, least)
         while count and first[count - 1]["role"] == "assistant":
@@ -511,7 +511,7 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
 # --- prompts without answers ----------------------------------------------------------------------
 
 
-_TAKEN = (
+_RESERVED = (
     "prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
     "trainer_state", "log_extra", "log_metric", "environments", "image", "images",
 )  # fmt: skip
@@ -552,7 +552,7 @@ class PromptReader:
 
 def _require_column(name: str, value: Any, where: str) -> None:
     """Raise a DataError unless a field can be kept, and passed to a function."""
-    if name in _TAKEN:
+    if name in _RESERVED:
         raise DataError(
             f"{where}: the field {name!r} has a name that the trainer keeps for itself; rename it"
         )
@@ -696,7 +696,7 @@ def reader_of(
     if isinstance(dataset.type, PromptFormat):
         return SpelledOutReader(dataset.type, labelled)
     name = plain_type(dataset.type)
-    if is_own_type(dataset.type, rows):
+    if is_function_type(dataset.type, rows):
         plain = dataset.model_copy(update={"type": "chat_template"})
         inner = reader_of(plain, recipe, rows, conversation, classes)
         return OwnTypeReader(dataset.type, inner, recipe)

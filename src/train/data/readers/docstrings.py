@@ -20,7 +20,7 @@ of another function, if possible of the same module, so that the question decide
 
 It is real text, it is on every machine that has Python, and the order is always the same. Recipes
 have it as ``path: fusewright:docstrings``, ``fusewright:docstring_pairs`` and
-``fusewright:docstring_prompts`` (see ``own_functions``). By hand::
+``fusewright:docstring_prompts`` (see ``user_functions``). By hand::
 
     python src/train/data/readers/docstrings.py rows.jsonl [chats | pairs | prompts]
 """

@@ -154,14 +154,14 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
 
 
 def _laid_out(
-    kept: Sequence[tuple[Tokens, int]], counts: Counter[str], watched: frozenset[int]
+    pairs: Sequence[tuple[Tokens, int]], counts: Counter[str], watched: frozenset[int]
 ) -> Part:
-    lengths = np.fromiter((length for _, length in kept), np.int32, len(kept))
+    lengths = np.fromiter((length for _, length in pairs), np.int32, len(pairs))
     ids = np.empty(int(lengths.sum(dtype=np.int64)), np.int32)
     labels = np.full_like(ids, IGNORED)
     begin = 0
     ends: set[int] = set()
-    for row, length in kept:
+    for row, length in pairs:
         ids[begin : begin + length] = row.ids[:length]
         for first, end in row.spans:
             first, end = begin + max(first, 1), begin + min(end, length)
@@ -169,5 +169,5 @@ def _laid_out(
         ends |= row.ends if length == len(row.ids) else frozenset()  # else it may be cut off
         begin += length
     trained = {token for token in ends | watched if bool((labels == token).any())}
-    extra = [row.extra for row, _ in kept if row.extra]
+    extra = [row.extra for row, _ in pairs if row.extra]
     return Part(ids, labels, lengths, counts, ends, trained, extra)

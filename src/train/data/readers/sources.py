@@ -15,8 +15,8 @@ from typing import Any
 
 from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
-from ...own_functions import PackageRows, is_own
 from ...recipe.recipe import Dataset
+from ...user_functions import PackageRows, is_package_rows
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
 _READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
@@ -98,7 +98,7 @@ def find(
     whole with ``streaming``. Raises a DataError if it is not there, or its builder fails or is not
     allowed.
     """
-    path, packaged = Path(dataset.path), is_own(dataset.path)
+    path, packaged = Path(dataset.path), is_package_rows(dataset.path)
     if dataset.builder and not packaged and must_build(dataset.builder, path):
         if not allow_builders:
             raise DataError(f"{key}: builder: {refused_builder(dataset.builder, path)}")

@@ -11,8 +11,7 @@ from ....errors import RecipeError
 from ...recipe.deepspeed_config import stage
 from ...recipe.recipe import Recipe
 from ...recipe.strategy import Strategy
-from .optimizer_state import state_bytes
-from .tensors import Unit, Weight
+from .tensors import FSDPUnit, Weight
 
 Engine = Literal["one process", "DDP", "FSDP2", "HSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
 
@@ -102,14 +101,14 @@ def _zero(strategy: Strategy, world: int) -> ProcessLayout:
 
 
 @dataclass(frozen=True)
-class Held:
+class ModelStates:
     """Bytes that one process holds from step to step; on the device, or on the host.
 
     Attributes:
         weights: of its weights.
         gradients: of its gradients, once they are all there.
         optimizer: of the optimizer's states, and of copies of the weights in 32 bits.
-        kept_gradients: those of the gradients' bytes that stay between steps.
+        persistent_gradients: those of the gradients' bytes that stay between steps.
         buffers: of the engine's buffers for communication.
         host: of all of these that are in the memory of the host.
     """
@@ -117,52 +116,54 @@ class Held:
     weights: int
     gradients: int
     optimizer: int
-    kept_gradients: int = 0
+    persistent_gradients: int = 0
     buffers: int = 0
     host: int = 0
 
     @property
     def between_steps(self) -> int:
         """Bytes of tensors between two steps, wherever they are."""
-        return self.weights + self.optimizer + self.kept_gradients + self.buffers
+        return self.weights + self.optimizer + self.persistent_gradients + self.buffers
 
 
-def held(units: Sequence[Unit], layout: ProcessLayout, optimizer: str, passes: int = 1) -> Held:
+def model_states(
+    units: Sequence[FSDPUnit], layout: ProcessLayout, optimizer: str, passes: int = 1
+) -> ModelStates:
     """The bytes that the first process holds.
 
     ``passes`` are the forward passes per optimizer step: FSDP2 adds whole gradients up where there
     are several, and reduces them in the last one.
     """
-    total = Held(0, 0, 0)
+    total = ModelStates(0, 0, 0)
     for unit in units:
         for w in unit.weights:
-            one = _held(w, layout, optimizer)
+            one = _states_of(w, layout, optimizer)
             if passes > 1 and w.trains and layout.shards_weights and layout.engine != "ZeRO-3":
                 one = replace(one, gradients=one.gradients + w.numbers * w.itemsize)
-            total = Held(*(
+            total = ModelStates(*(
                 a + unit.times * b for a, b in zip(_numbers(total), _numbers(one), strict=True)
             ))  # fmt: skip
     return _moved(total, layout)
 
 
-def _numbers(h: Held) -> tuple[int, ...]:
-    return h.weights, h.gradients, h.optimizer, h.kept_gradients, h.buffers, h.host
+def _numbers(h: ModelStates) -> tuple[int, ...]:
+    return h.weights, h.gradients, h.optimizer, h.persistent_gradients, h.buffers, h.host
 
 
-def _held(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
+def _states_of(w: Weight, layout: ProcessLayout, optimizer: str) -> ModelStates:
     """Of one parameter, before anything is moved to the host."""
     part = 1 / layout.tensor if w.is_matrix else 1.0
     if layout.engine.startswith("ZeRO"):
-        return _held_by_zero(w, layout, optimizer)
+        return _states_with_zero(w, layout, optimizer)
     if layout.engine in ("FSDP2", "HSDP"):
         part *= w.shard(layout.shard)
     gradient = round(w.numbers * w.itemsize * part) if w.trains else 0
     state = state_bytes(optimizer, w, part) if w.trains else 0
     buckets = gradient if layout.engine == "DDP" else 0
-    return Held(round(w.bytes * part) + w.scales, gradient, state, buffers=buckets)
+    return ModelStates(round(w.bytes * part) + w.scales, gradient, state, buffers=buckets)
 
 
-def _held_by_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
+def _states_with_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> ModelStates:
     """DeepSpeed divides numbers, not rows; it trains a copy in 32 bits, whatever the dtype."""
     part = math.ceil(w.numbers / layout.world) / max(w.numbers, 1)
     if layout.engine != "ZeRO-3":
@@ -171,18 +172,18 @@ def _held_by_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
         weights = w.bytes * part + (w.bytes if w.numbers <= layout.persistent else 0)
     weights += w.scales
     if not w.trains:
-        return Held(round(weights), 0, 0)
+        return ModelStates(round(weights), 0, 0)
     wide = replace(w, itemsize=4)
     master = 4 * w.numbers * part
     states = round(w.numbers * 4 * part)
     whole = w.numbers * w.itemsize if layout.engine == "ZeRO-1" else 0
-    return Held(
+    return ModelStates(
         round(weights), states + whole, round(master) + state_bytes(optimizer, wide, part),
-        kept_gradients=states,
+        persistent_gradients=states,
     )  # fmt: skip
 
 
-def _moved(total: Held, layout: ProcessLayout) -> Held:
+def _moved(total: ModelStates, layout: ProcessLayout) -> ModelStates:
     """The same, with the bytes that the layout keeps on the host counted there."""
     host = 0
     if layout.weights_on_host:
@@ -192,3 +193,46 @@ def _moved(total: Held, layout: ProcessLayout) -> Held:
         if layout.engine.startswith("ZeRO") and not layout.weights_on_host:
             host += total.gradients
     return replace(total, host=host)
+
+
+# How many bytes an optimizer keeps for a parameter.
+
+
+_ONE = ("lion", "rmsprop", "adagrad")
+_NONE = ("sgd", "lomo", "adalomo")
+
+_SMALL = 4096
+"""Numbers below which bitsandbytes keeps states in 32 bits."""
+
+
+def state_bytes(optimizer: str, weight: Weight, part: float = 1.0) -> int:
+    """The bytes of the optimizer's states for (a part of) one parameter.
+
+    Two moments for AdamW and its kin, one for Lion, RMSprop and Adagrad, sums of rows and columns
+    for Adafactor (Shazeer & Stern 2018), none for SGD. Those of PyTorch and transformers have the
+    dtype of the parameter, those of bitsandbytes 32 or 8 bits. GaLore and APOLLO are taken for
+    AdamW: what their projections save is left out. ``part`` is the fraction of the parameter that
+    the process has.
+    """
+    numbers = weight.numbers * part
+    if optimizer.startswith(_NONE):
+        return 0
+    if "adafactor" in optimizer:
+        columns = weight.numbers // max(weight.rows, 1)
+        return round(4 * (weight.rows * part + columns if weight.is_matrix else numbers))
+    size: float = weight.itemsize
+    if "8bit" in optimizer:
+        size = 4.0 if weight.numbers < _SMALL else 1.0 + 4 / 256  # and a scale for each block
+    elif "4bit" in optimizer:
+        size = 4.0 if weight.numbers < _SMALL else 0.5 + 4 / 128
+    elif "32bit" in optimizer or optimizer.endswith("bnb"):
+        size = 4.0
+    return round(_states(optimizer) * size * numbers)
+
+
+def _states(optimizer: str) -> int:
+    if "ademamix" in optimizer:
+        return 3
+    if optimizer.startswith(_ONE) or optimizer.startswith("paged_lion"):
+        return 1
+    return 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .layout import ProcessLayout
-from .tensors import Unit
+from .tensors import FSDPUnit
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Traffic:
 
 
 def traffic(
-    units: Sequence[Unit],
+    units: Sequence[FSDPUnit],
     layout: ProcessLayout,
     passes: int,
     tokens: int,
@@ -88,7 +88,7 @@ def _ring(n: int) -> float:
     return (n - 1) / n if n > 1 else 0.0
 
 
-def _itemsize(units: Sequence[Unit]) -> int:
+def _itemsize(units: Sequence[FSDPUnit]) -> int:
     return max((w.itemsize for u in units for w in u.weights if not w.trains), default=0) or max(
         w.itemsize for u in units for w in u.weights
     )

@@ -49,7 +49,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Unit:
+class FSDPUnit:
     """Weights that are gathered together.
 
     Attributes:
@@ -63,7 +63,7 @@ class Unit:
     weights: tuple[Weight, ...]
 
 
-def units(blueprint: Blueprint, bits: int | None, experts: bool = False) -> list[Unit]:
+def fsdp_units(blueprint: Blueprint, bits: int | None, experts: bool = False) -> list[FSDPUnit]:
     """The units of a model.
 
     ``bits`` of quantized linear layers are 4 or 8; None: nothing is quantized. With ``experts``,
@@ -73,16 +73,16 @@ def units(blueprint: Blueprint, bits: int | None, experts: bool = False) -> list
     inside = {id(p) for b in blueprint.blocks.values() for p in b.parameters()}
     rest = [p for p in blueprint.model.parameters() if id(p) not in inside]
     result = [
-        Unit(path, blueprint.times[path], tuple(_weights(block.parameters(), quantized, bits)))
+        FSDPUnit(path, blueprint.times[path], tuple(_weights(block.parameters(), quantized, bits)))
         for path, block in blueprint.blocks.items()
     ]
-    return [*result, Unit("", 1, tuple(_weights(iter(rest), quantized, bits)))]
+    return [*result, FSDPUnit("", 1, tuple(_weights(iter(rest), quantized, bits)))]
 
 
 def _weights(
-    own: Iterator[nn.Parameter], quantized: set[int], bits: int | None
+    parameters: Iterator[nn.Parameter], quantized: set[int], bits: int | None
 ) -> Iterator[Weight]:
-    for p in own:
+    for p in parameters:
         size, scales = p.nbytes, 0
         if bits and id(p) in quantized:
             size, scales = quantized_bytes(p, bits)

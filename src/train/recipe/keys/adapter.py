@@ -39,7 +39,7 @@ class PeftKeys(Keys):
 
 
 class AdapterKeys(Keys):
-    """Small trained weights beside frozen ones."""
+    """Small trained weights alongside frozen ones."""
 
     adapter: Literal["lora", "qlora", "llama-adapter", "mora", "mixlora"] | None = key(
         values={
@@ -118,7 +118,7 @@ class AdapterKeys(Keys):
     """Ids of tokens whose embeddings are trained. Unset: none."""
 
     peft_autocast_adapter_dtype: bool = True
-    """Keep the adapters in float32 beside weights of 16 bits."""
+    """Keep the adapters in float32 where the weights have 16 bits."""
 
     peft_ensure_weight_tying: bool | None = None
     """Keep adapters of tied weights tied. Unset: PEFT's default."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .base import Keys, key, not_yet
 
-_OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
+_MEMORY_PLANNER = "fusewright's memory planner: it decides what each block keeps (key memory)"
 
 _EXPERTS = "fusewright's rewrite moe_experts (key optimize)"
 _SHARED_EXPERTS = "use fsdp_config, which also shards the weights of experts"
@@ -61,9 +61,9 @@ class AttentionKeys(Keys):
     gradient_checkpointing: bool | Literal["unsloth", "offload", "offload_disk"] = key(
         False,
         values={
-            "unsloth": ("subsumed", _OWN_MEMORY),
-            "offload": ("subsumed", _OWN_MEMORY),
-            "offload_disk": ("subsumed", _OWN_MEMORY),
+            "unsloth": ("subsumed", _MEMORY_PLANNER),
+            "offload": ("subsumed", _MEMORY_PLANNER),
+            "offload_disk": ("subsumed", _MEMORY_PLANNER),
         },
     )
     """Gradient checkpointing: keep only the inputs of each block, and recompute the rest in

@@ -73,7 +73,6 @@ _TYPES: dict[str, Any] = {
 
 
 def _type(words: str) -> Any:
-    """The type that the table names."""
     if " or " in words:
         return functools.reduce(operator.or_, map(_type, words.split(" or ")))
     if words.startswith("one of "):
@@ -93,7 +92,7 @@ def _group(name: str) -> type[UnreadKeys]:
 
 @functools.cache
 def _unread_keys() -> tuple[dict[str, list[_Unread]], dict[str, str]]:
-    """The keys that nothing reads, by class, and the descriptions of groups of their own."""
+    """The keys that nothing reads, by class, and the descriptions of groups with such keys."""
     rows: dict[str, list[_Unread]] = {}
     groups: dict[str, str] = {}
     text = Path(__file__).with_name("unread_keys.txt").read_text(encoding="utf-8")
@@ -123,19 +122,19 @@ def _unread_keys() -> tuple[dict[str, list[_Unread]], dict[str, str]]:
 
 def _add_unread(model: type[Keys]) -> None:
     """Give a class its keys that nothing reads, each at its place among the others."""
-    own = dict(model.__annotations__)
+    annotations = dict(model.__annotations__)
     known: dict[str | None, list[_Unread]] = {}  # by the key that they follow
     for row in _unread_keys()[0].get(model.__name__, ()):
-        if row.name not in own:
+        if row.name not in annotations:
             known.setdefault(row.after, []).append(row)
             extra = dict(row.extra)
             default = Field(row.default, description=row.meaning, json_schema_extra=extra)
             setattr(model, row.name, default)
-    if lost := known.keys() - {None, *own}:
+    if lost := known.keys() - {None, *annotations}:
         raise ValueError(
             f"unread_keys.txt: {model.__name__} has no key {', '.join(map(str, lost))}"
         )
-    for place in (None, *own) if known else ():
+    for place in (None, *annotations) if known else ():
         if place is not None:  # to the end, so that its followers come behind it
             model.__annotations__[place] = model.__annotations__.pop(place)
         model.__annotations__ |= {row.name: row.annotation() for row in known.get(place, ())}
@@ -213,9 +212,9 @@ class KeyRules:
     may have ``{key}`` in it: the first of the names that the recipe has (of ``METHOD``, its name).
 
     Attributes:
-        excludes: conditions that must not hold beside the key, each with what is said: a sequence
-            says ``set this or KEY, not both``.
-        needs: conditions that must hold beside it; a sequence says ``needs CONDITION``.
+        excludes: conditions that must not hold together with the key, each with what is said: a
+            sequence says ``set this or KEY, not both``.
+        needs: conditions that must hold together with it; a sequence says ``needs CONDITION``.
         one_of: keys that exclude each other, and this one: the second that is set is refused.
         because: the end of what is said then.
         read_with: conditions without which nothing reads the key; a sequence says
@@ -293,34 +292,34 @@ def aliases(model: type[Keys]) -> dict[str, str]:
 
 def moved(model: type[Keys]) -> dict[str, tuple[str, str]]:
     """Keys that have become those of a group: each with the group and the name that it has now."""
-    found: dict[str, tuple[str, str]] = {}
+    keys: dict[str, tuple[str, str]] = {}
     for group, field in model.model_fields.items():
         inner = nested(field.annotation)
         if inner is not None and inner.older_prefix:
-            found |= {
+            keys |= {
                 old: (group, new)
                 for old, new in aliases(inner).items()
                 if old.startswith(inner.older_prefix) and old not in model.model_fields
             }
-    return found
+    return keys
 
 
 def current(model: type[Keys], dotted: str) -> tuple[str | int, ...]:
     """The place of a dotted key, e.g. ``datasets.0.path``, with the names that keys have now."""
-    found: tuple[str | int, ...] = ()
+    path: tuple[str | int, ...] = ()
     inner: type[Keys] | None = model
     for part in dotted.split("."):
         names: tuple[str, ...] = (part,)
         if part.isdecimal():  # an item of a list, which has the same keys
-            found = (*found, int(part))
+            path = (*path, int(part))
             continue
         if inner is not None:
             names = moved(inner).get(part, (aliases(inner).get(part, part),))
         for name in names:
             field = inner.model_fields.get(name) if inner is not None else None
             inner = nested(field.annotation) if field is not None else None
-        found = (*found, *names)
-    return found
+        path = (*path, *names)
+    return path
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:

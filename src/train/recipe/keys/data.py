@@ -19,7 +19,7 @@ class DataKeys(Keys):
     """The rows, and the sequences that are made of them."""
 
     datasets: list[Dataset] = key([], min_length=1)
-    """The rows to train on, from one or several places. A relative path is looked for beside the
+    """The rows to train on, from one or several places. A relative path is looked for next to the
     recipe, then in the current folder. Unset: see ``pretraining_dataset``."""
 
     test_datasets: list[Dataset] = key([], min_length=1)

@@ -16,7 +16,7 @@ class PromptFormat(Keys):
     """The system message of every row. Unset: none."""
 
     system_format: str | None = None
-    """How the system message is written; ``{system}`` stands for it. Unset: as it is."""
+    """How the system message is written; ``{system}`` is replaced by it. Unset: as it is."""
 
     field_system: str | None = None
     """The field of a row that holds its system message. Unset: ``system``."""
@@ -46,7 +46,7 @@ class PromptFormat(Keys):
     """The field with its label: true for a desirable answer. Unset: ``label``."""
 
     prompt_format: str | None = None
-    """The form of a prompt; ``{prompt}`` and ``{system}`` stand for the fields. Unset: the prompt
+    """The form of a prompt; ``{prompt}`` and ``{system}`` are the fields. Unset: the prompt
     as it is."""
 
     chosen_format: str | None = None
@@ -59,7 +59,7 @@ class PromptFormat(Keys):
     """The form of a judged answer, with ``{completion}`` in it. Unset: as it is."""
 
     format: str | None = None
-    """The prompt; ``{instruction}`` and ``{input}`` stand for the fields. Unset: these two as they
+    """The prompt; ``{instruction}`` and ``{input}`` are the fields. Unset: these two as they
     are."""
 
     no_input_format: str | None = None
@@ -201,7 +201,7 @@ class Dataset(Keys):
     """The field with the answer. Unset: the type's own."""
 
     input_format: str | None = None
-    """For ``alpaca`` and its variants: the prompt; ``{instruction}`` and ``{input}`` stand for the
+    """For ``alpaca`` and its variants: the prompt; ``{instruction}`` and ``{input}`` are the
     fields, other braces are written twice. It holds for rows without input too, where ``{input}``
     is empty; for another prompt there, spell ``type`` out, with ``format`` and ``no_input_format``.
     Unset: the type's own two prompts."""

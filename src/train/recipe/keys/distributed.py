@@ -208,7 +208,7 @@ class DistributedKeys(Keys):
     context_parallel: ContextParallelKeys | None = not_applicable(
         "what it holds has a status of its own"
     )
-    """The same with settings of its own. Unset: see ``context_parallel_size``."""
+    """The same with separate settings. Unset: see ``context_parallel_size``."""
 
     expert_parallel_size: Int = not_yet(
         "leave it out, and use fsdp_config (with dp_shard_size), which shares the weights of the "

@@ -15,8 +15,8 @@ def _budget(value: Any) -> Any:
     try:
         return Budget.parse(value).text
     except ValueError:
-        wanted = "auto, speed, min, or the whole of what the process may use, such as 8GB"
-        raise PydanticCustomError("budget", wanted) from None
+        expected = "auto, speed, min, or the whole of what the process may use, such as 8GB"
+        raise PydanticCustomError("budget", expected) from None
 
 
 class FusewrightKeys(Keys):

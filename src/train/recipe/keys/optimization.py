@@ -211,7 +211,8 @@ class OptimizationKeys(Keys):
             "kd_trainer": _OTHER_LOSS,
         },
     )
-    """Weigh the loss of each token by the entropy of the most probable ones (EAFT), likewise."""
+    """Weigh the loss of each token by the entropy of the most probable ones (EAFT). As
+    with ``use_dft``, validation has the plain loss and several processes train with DDP."""
 
     eaft_alpha: Float | None = key(ge=0, read_with=["use_eaft"])
     """Exponent of that entropy. Unset: 1."""

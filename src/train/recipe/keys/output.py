@@ -48,7 +48,7 @@ class OutputKeys(Keys):
     """Replace the run in ``output_dir``; without this, an existing run is an error."""
 
     resume_from_checkpoint: str | bool | None = None
-    """A folder ``checkpoint-N`` to resume from, in the current folder, beside the recipe or in
+    """A folder ``checkpoint-N`` to resume from, in the current folder, next to the recipe or in
     ``output_dir``; true: the last one in ``output_dir``. Unset: start from the beginning."""
 
     auto_resume_from_checkpoints: bool = False

@@ -156,7 +156,7 @@ class TrlKeys(Keys):
     """Generate with vLLM."""
 
     vllm_mode: Literal["server", "colocate"] | None = None
-    """Whether vLLM is a server, or runs beside the trainer. Unset: ``server``."""
+    """Whether vLLM is a server, or shares the GPUs of the trainer. Unset: ``server``."""
 
     vllm_server_host: str | None = None
     """Host of the server. Unset: ``vllm.host``, or 0.0.0.0."""
@@ -171,7 +171,7 @@ class TrlKeys(Keys):
     """A regular expression that completions must match. Unset: none."""
 
     vllm_enable_sleep_mode: bool | None = None
-    """Free the memory of vLLM beside the trainer while it waits. Unset: no."""
+    """Free the memory of colocated vLLM while it waits. Unset: no."""
 
     vllm_importance_sampling_correction: bool | None = None
     """Weigh tokens by the trainer's probabilities over vLLM's. Unset: yes."""
@@ -214,10 +214,10 @@ class VllmKeys(Keys):
     """Port of the server. Unset: ``trl.vllm_server_port``."""
 
     gpu_memory_utilization: PositiveFloat | None = key(le=1)
-    """Fraction of a GPU's memory that vLLM beside the trainer takes. Unset: 0.3."""
+    """Fraction of a GPU's memory that colocated vLLM takes. Unset: 0.3."""
 
     tensor_parallel_size: PositiveInt | None = None
-    """Processes that share each layer of vLLM beside the trainer. Unset: 1."""
+    """Processes that share each layer of colocated vLLM. Unset: 1."""
 
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion, in tokens. Unset: what the model was made for."""
@@ -232,32 +232,26 @@ METHOD_KEYS = ("rl", "reward_model", "process_reward_model")
 
 
 def has_method(values: Any) -> bool:
-    """Whether any of these keys asks for a method.
-
-    Args:
-        values: a mapping of a recipe's keys.
-    """
+    """Whether any of these keys of a recipe asks for a method."""
     return any(values.get(key) for key in METHOD_KEYS)
 
 
 def loose_types(*groups: type[Keys]) -> dict[str, TypeAdapter[Any]]:
     """What values must be where nothing reads them, by key: of the right type, within no limits.
 
-    A key that has no limits is left out.
-
-    Args:
-        groups: the classes of ``trl`` and of ``vllm``, whose keys may have any value.
+    A key that has no limits is left out. ``groups`` are the classes of ``trl`` and of ``vllm``,
+    whose keys may have any value.
     """
     number = TypeAdapter[Any](Float | None)
-    found = dict.fromkeys(_NUMBERS, number)
-    found["num_labels"] = TypeAdapter(Int | None)
-    found["dpo_loss_type"] = TypeAdapter(list[str] | str | None)
-    found["dpo_loss_weights"] = TypeAdapter(list[Float] | None)
+    types = dict.fromkeys(_NUMBERS, number)
+    types["num_labels"] = TypeAdapter(Int | None)
+    types["dpo_loss_type"] = TypeAdapter(list[str] | str | None)
+    types["dpo_loss_weights"] = TypeAdapter(list[Float] | None)
     for name, group in zip(("trl", "vllm"), groups, strict=True):
         fields: Any = {key: (Any, None) for key in group.model_fields}
         unread: Any = create_model(group.__name__, __base__=UnreadKeys, **fields)
-        found[name] = TypeAdapter(unread | None)
-    return found
+        types[name] = TypeAdapter(unread | None)
+    return types
 
 
 _NUMBERS = (
@@ -294,7 +288,7 @@ class PreferenceKeys(Keys):
     )
     """The preference or reinforcement learning method. Unset: supervised training.
 
-    The rows of ``datasets`` have types of their own: ``chat_template`` (and ``.argilla``,
+    The rows of ``datasets`` have other types: ``chat_template`` (and ``.argilla``,
     ``.argilla_chat``), which also reads TRL's plain fields; ``chatml`` and ``llama3``, and their
     variants (``.intel``, ``.icr``, ``.argilla``, ``.argilla_chat``, ``.prompt_pairs``, ``.ultra``);
     the format spelled out as keys; ``bradley_terry.chat_template`` and ``bradley_terry.llama3.icr``

@@ -35,7 +35,7 @@ _CONCISE = (
 
 @dataclass(frozen=True)
 class Style:
-    """The text around the fields; ``{system}``, ``{instruction}`` and ``{input}`` stand for them.
+    """The text around the fields ``{system}``, ``{instruction}`` and ``{input}``.
 
     Attributes:
         system: how the system message is written, where there is one.
@@ -188,7 +188,7 @@ class ChatForm:
     """How a conversation is written.
 
     Attributes:
-        turn: a message; ``{role}`` and ``{content}`` stand for what it says.
+        turn: a message; ``{role}`` and ``{content}`` are what it says.
         header: what the assistant's answer comes after.
         end: what ends it.
     """
@@ -265,7 +265,7 @@ PREFERENCE_TYPES: dict[str, PreferenceType] = {
 
 
 def preference_types(rows: str) -> tuple[str, ...]:
-    """The names of the types whose rows may be ``rows``."""
+    """The types whose rows may be ``rows``: ``pairs``, ``labelled``, ``prompts`` or ``steps``."""
     return tuple(name for name, t in PREFERENCE_TYPES.items() if rows in t.rows)
 
 
@@ -288,13 +288,8 @@ def is_function(name: str) -> bool:
     return name.partition(":")[0] not in REWARDS and _FUNCTION.fullmatch(name) is not None
 
 
-def is_own_type(name: str, rows: str) -> bool:
-    """Whether the type of a dataset is a Python function that changes its rows.
-
-    Args:
-        name: the type.
-        rows: what the rows are, ``pairs``, ``labelled``, ``prompts`` or ``steps``.
-    """
+def is_function_type(name: str, rows: str) -> bool:
+    """Whether the type of a dataset of ``rows`` is a Python function that changes them."""
     known = preference_types(rows)
     plain = plain_type(name)
     family = plain.split(".")[0] in {n.split(".")[0] for n in known}
@@ -304,14 +299,9 @@ def is_own_type(name: str, rows: str) -> bool:
 
 
 def type_problem(name: str, rows: str) -> str | None:
-    """What is wrong with the type of a dataset; None: nothing.
-
-    Args:
-        name: the type.
-        rows: what the rows are, ``pairs``, ``labelled``, ``prompts`` or ``steps``.
-    """
+    """What is wrong with the type of a dataset of ``rows``; None: nothing."""
     known = preference_types(rows)
-    if plain_type(name) in known or is_own_type(name, rows):
+    if plain_type(name) in known or is_function_type(name, rows):
         return None
     if plain_type(name) == "user_defined":
         return "write the type as keys (field_prompt, prompt_format, ...) instead of user_defined"

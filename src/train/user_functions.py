@@ -112,7 +112,6 @@ def _file_of(function: Callable[..., Any]) -> str | None:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The file and the function of a name."""
     if ".py:" in name:
         file, _, function = name.rpartition(":")
         return file, function
@@ -160,7 +159,7 @@ def _importable(folder: Path) -> Iterator[None]:
 PREFIX = "fusewright:"
 """Prefix of the paths of such rows."""
 
-_MADE_BY = {
+_MAKERS = {
     "docstrings": ("data/readers/docstrings.py", "chats"),
     "docstring_pairs": ("data/readers/docstrings.py", "pairs"),
     "docstring_prompts": ("data/readers/docstrings.py", "prompts"),
@@ -168,16 +167,16 @@ _MADE_BY = {
 """The file that makes the rows of a name, and their form."""
 
 
-def is_own(path: str) -> bool:
+def is_package_rows(path: str) -> bool:
     """Whether a dataset's ``path`` names rows of the package."""
     return path.startswith(PREFIX)
 
 
 def why_none(path: str) -> str | None:
     """Why there are no rows under this name; None: there are."""
-    if path.removeprefix(PREFIX) in _MADE_BY:
+    if path.removeprefix(PREFIX) in _MAKERS:
         return None
-    return f"there are no rows {path}; there are {', '.join(PREFIX + name for name in _MADE_BY)}"
+    return f"there are no rows {path}; there are {', '.join(PREFIX + name for name in _MAKERS)}"
 
 
 class PackageRows:
@@ -193,7 +192,7 @@ class PackageRows:
         problem = why_none(path)
         if problem is not None:
             raise DataError(problem)
-        file, form = _MADE_BY[path.removeprefix(PREFIX)]
+        file, form = _MAKERS[path.removeprefix(PREFIX)]
         maker = Path(__file__).parent / file
         with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
             rows_file = Path(folder) / "rows.jsonl"

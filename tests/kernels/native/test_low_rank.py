@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusewright.kernels.linear import products
 from fusewright.kernels.native import library
-from fusewright.kernels.native import narrow as native
+from fusewright.kernels.native import low_rank as native
 from fusewright.kernels.processor import this_machine
 from fusewright.rewrite.tolerance import exceeded
 
