@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..op import Maker, Op, on_several_devices, loses_precision
+from ..op import Maker, Op, loses_precision, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
 from .products import Rows, shaped
 from .projections import (

@@ -51,13 +51,13 @@ LAYOUTS = ("two", "gate first", "up first")
 # -- reference -------------------------------------------------------------------------------------
 def reference(
     x: Tensor,
-    linears: Sequence[Linear],
+    chain: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
 ) -> Tensor:
     """Define the op: the linears by themselves, the gated unit between them."""
-    *ins, down = linears
+    *ins, down = chain
     outs = [linear.reference(x, v) for v in ins]
     if layout == "two":
         h = glu.glu_reference(outs[0], outs[1], activation)
@@ -447,7 +447,7 @@ def mlp_block(
 # -- OP --------------------------------------------------------------------------------------------
 def unsupported(
     x: Tensor,
-    linears: Sequence[Linear],
+    chain: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
@@ -457,16 +457,16 @@ def unsupported(
     reasons = [
         f"{v!r} is not one of {', '.join(choices)}" for v, choices in allowed if v not in choices
     ]
-    if len(linears) != (3 if layout == "two" else 2):
-        return [*reasons, f"{len(linears)} linears for the layout {layout!r}"]
-    *ins, down = linears
+    if len(chain) != (3 if layout == "two" else 2):
+        return [*reasons, f"{len(chain)} linears for the layout {layout!r}"]
+    *ins, down = chain
     h = x.new_empty(*x.shape[:-1], down.shape()[1])
     reasons += linear.qkv_block_unsupported(x, ins) + linear.qkv_block_unsupported(h, [down])
-    if len({v.is_quantized() for v in linears}) > 1:
+    if len({v.is_quantized() for v in chain}) > 1:
         reasons.append(MIXED)
     factor = 1 if layout == "two" else 2
     if any(v.shape()[0] != factor * h.shape[-1] for v in ins):
-        reasons.append(f"gate and up do not fit down: {[v.shape() for v in linears]}")
+        reasons.append(f"gate and up do not fit down: {[v.shape() for v in chain]}")
     return reasons
 
 
