@@ -13,17 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Gated(nn.Module):
-    """A residual block with a gated MLP."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class Stack(nn.Module):
     """Blocks in a row."""
 
