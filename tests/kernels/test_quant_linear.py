@@ -19,8 +19,8 @@ from fusewright.kernels.linear.linear import (
 from fusewright.kernels.linear.projections import Linear
 from fusewright.kernels.linear.quantized import (
     FORMATS,
-    Format,
     Quantized,
+    WeightFormat,
     dequantize,
     dequantize_reference,
     example_of_quantized,
@@ -249,7 +249,7 @@ def _rows_of_fp8(m: Maker, out: int, into: int, kind: str) -> Quantized:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_format_is_one_record(dtype, monkeypatch):
     """Products, gradients and reasons of all ops follow from what it says."""
-    record = Format(
+    record = WeightFormat(
         lambda w, dtype: w.packed.to(dtype) * w.absmax.to(dtype)[:, None],
         lambda w: [] if w.packed.itemsize == 1 else ["not of 8 bits"],
         _rows_of_fp8,
