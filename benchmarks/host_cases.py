@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fusewright.kernels import launch
 from fusewright.rewrite.op_table import OPS
 from layer_budget import gpu_forms
-from op_cases import CASES, Maker
+from op_cases import CASES, Maker, op_of
 from shapes import ModelShape, OpShape
 
 _AUTOCAST = {"block": False, "block under autocast": True}
@@ -69,7 +69,7 @@ def cases(only: Sequence[str]) -> Iterator[tuple[str, Call]]:
     for op in CASES:
         if op in _NO_KERNELS or (only and op not in only):
             continue
-        run, case = next(o for o in OPS if o.name == op).call, maker.make(op)
+        run, case = next(o for o in OPS if o.name == op_of(op)).call, maker.make(op)
 
         def forward(run: Any = run, case: Any = case) -> list[Any]:
             outs = [t for t in tree_leaves(run(*case.args)) if isinstance(t, torch.Tensor)]

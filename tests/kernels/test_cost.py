@@ -145,7 +145,10 @@ def test_an_opaque_op_may_take_arguments_by_name() -> None:
     assert cost(op, _x(5, 7), scale=2.0).flops == 35
 
 
-WEIGHT, ADAPTER, FROZEN = (True, False, False, False), (False, False, True, True), (False,) * 4
+NOTHING_ELSE = (False, False)  # neither a bias of B nor an input of the adapter's own
+WEIGHT = (True, False, False, False, *NOTHING_ELSE)
+ADAPTER = (False, False, True, True, *NOTHING_ELSE)
+FROZEN = (False,) * 6
 
 
 @pytest.mark.parametrize("from_above", [True, False], ids=["gradient of x", "no gradient of x"])
@@ -158,7 +161,7 @@ WEIGHT, ADAPTER, FROZEN = (True, False, False, False), (False, False, True, True
         (True, ADAPTER, ADAPTER),
         (True, FROZEN, ADAPTER),
         (True, ADAPTER, FROZEN),
-        (True, (True, False, True, True), WEIGHT),
+        (True, (True, False, True, True, *NOTHING_ELSE), WEIGHT),
     ],
 )
 def test_operations_of_tiles(
@@ -168,7 +171,7 @@ def test_operations_of_tiles(
     tensors: list[Tensor | None] = []
     for out, into in ((OUT, WIDE), (OUT, WIDE), (WIDE, OUT)):
         pair = [torch.randn(RANK, into), torch.randn(out, RANK)] if adapted else [None, None]
-        tensors += [torch.randn(out, into), None, *pair]
+        tensors += [torch.randn(out, into), None, *pair, None, None]
     x, grad, scales = torch.randn(ROWS, WIDE), torch.randn(ROWS, WIDE), [2.0] * 3
     needed = [from_above, *ins, *ins, *down]
     tiled = (tensors, scales, [], [], "silu", "two")

@@ -141,6 +141,17 @@ def test_the_input_is_kept_once_and_only_for_wanted_gradients():
     assert kept("all") == 3 * 9 * 4 * 4
 
 
+def test_a_bias_may_change_before_backward():
+    """It is not kept: no gradient depends on it."""
+    lists = operands(6, [4, 3], F32, F32, ranks=[2, 0], bias=True, lora_bias=True)
+    x = make(5, 6, dtype=F32)
+    outs = over(qkv_block, lists, [1.0, 1.0])(x, *present(lists))
+    with torch.no_grad():
+        lists[1][1].add_(1)
+    (grad,) = torch.autograd.grad(outs[1].sum(), lists[1][1])
+    assert torch.equal(grad, torch.full((3,), 5.0))
+
+
 def test_outputs_without_a_gradient_have_none():
     lists = operands(6, [4, 3], F32, F32, ranks=[2, 0])
     lists[0][0].requires_grad_(False)

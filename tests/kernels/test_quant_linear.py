@@ -9,8 +9,24 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fusewright.kernels.linear import projections
 from fusewright.kernels.linear import quantized as quantized_module
-from fusewright.kernels.linear.linear import QUANT_LINEAR, quant_linear, quant_linear_reference
-from fusewright.kernels.linear.quantized import Quantized, dequantize, dequantize_reference, scales
+from fusewright.kernels.linear.linear import (
+    LORA_LINEAR,
+    QKV_BLOCK,
+    QUANT_LINEAR,
+    quant_linear,
+    quant_linear_reference,
+)
+from fusewright.kernels.linear.projections import Linear
+from fusewright.kernels.linear.quantized import (
+    FORMATS,
+    Quantized,
+    WeightFormat,
+    dequantize,
+    dequantize_reference,
+    example_of_quantized,
+    scales,
+)
+from fusewright.kernels.op import Maker
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA
@@ -220,6 +236,41 @@ def test_inductor_traces_the_ops_and_keeps_no_copy():
     )
     for mine, theirs in pairs:
         assert (mine - theirs).norm() / theirs.norm() < torch.finfo(BF16).eps
+
+
+def _rows_of_fp8(m: Maker, out: int, into: int, kind: str) -> Quantized:
+    packed = m.normal(out, into, dtype=F32).to(torch.float8_e4m3fn)
+    scales_of_rows = into**-0.5 * (1 + m.normal(out, dtype=F32).abs())
+    return Quantized(packed, scales_of_rows, (out, into), into, kind)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_format_is_one_record(dtype, monkeypatch):
+    """Products, gradients and reasons of all ops follow from what it says."""
+    record = WeightFormat(
+        lambda w, dtype: w.packed.to(dtype) * w.absmax.to(dtype)[:, None],
+        lambda w: [] if w.packed.itemsize == 1 else ["not of 8 bits"],
+        _rows_of_fp8,
+    )
+    monkeypatch.setitem(FORMATS, "fp8", record)
+    m = Maker(dtype, generator=torch.Generator().manual_seed(0))
+    first, second = (example_of_quantized(m, out, 64, "fp8") for out in (31, 8))
+    inputs = _inputs((2, 33), first, dtype, dtype)
+
+    def over(*calls):
+        def run(x, bias, a, b):
+            adapted = Linear(first, bias, a, b, 2.0)
+            one, plain, several = calls
+            return one(x, adapted), plain(x, second), *several(x, [adapted, Linear(second)])
+
+        return run
+
+    ops = LORA_LINEAR, QUANT_LINEAR, QKV_BLOCK
+    ours, theirs = over(*(op.call for op in ops)), over(*(op.reference for op in ops))
+    assert_parity(ours, theirs, *inputs)
+    assert QUANT_LINEAR.unsupported(inputs[0], first) == []
+    wide = first._replace(packed=first.packed.float())
+    assert QUANT_LINEAR.unsupported(inputs[0], wide) == ["not of 8 bits"]
 
 
 def test_reasons():

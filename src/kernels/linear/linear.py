@@ -181,9 +181,8 @@ class _Linears(torch.autograd.Function):
         one = len(layers) == 1  # whose gradient of x is a sum of two: they are rounded as eager's
         dx, layer_grads = backward(rows, layers, hs, grads, need_x, needs, dtype, one)
         dx = dx if dx is None else dx.view(shape)
-        rest = [None] * (
-            len(tensors) - WIDTH * len(layers)
-        )  # the other halves of quantized weights
+        # the other halves of quantized weights
+        rest = [None] * (len(tensors) - WIDTH * len(layers))
         return dx, None, None, None, None, *[g for each in layer_grads for g in each], *rest
 
 

@@ -353,7 +353,8 @@ def output(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
     after = None
     if lora_bias is not None:
         scaled = lora_bias * scale
-        if dtype is compute:
+        # a result that is wider than what is rounded to a stored weight's ``compute`` gets it whole
+        if dtype is compute or isinstance(weight, Tensor):
             bias = scaled if bias is None else bias + scaled
         else:
             after = scaled

@@ -67,7 +67,7 @@ class Quantized(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightFormat:
     """How a frozen matrix is stored. Adding one takes a record in ``FORMATS`` and its test."""
 
     # (w, dtype) -> the matrix (out, in) in ``dtype``, in plain PyTorch: it defines the values
@@ -382,13 +382,13 @@ def _four_bits_example(m: Maker, out: int, into: int, kind: str) -> Quantized:
     return Quantized(codes, outer, (out, into), 64, kind, inner, values, offset)
 
 
-_FOUR_BITS = Format(
+_FOUR_BITS = WeightFormat(
     _four_bits_reference, _four_bits_misfits, _four_bits_example, _four_bits_kernel, _few_product
 )
 FORMATS = {
     "nf4": _FOUR_BITS,
     "fp4": _FOUR_BITS,
-    "int8": Format(_int8_reference, lambda w: _too_few_bits(w, 8), _int8_example),
+    "int8": WeightFormat(_int8_reference, lambda w: _too_few_bits(w, 8), _int8_example),
 }
 """Every stored format, by what ``Quantized.kind`` calls it."""
 
