@@ -26,14 +26,21 @@ from ....kernels.loss.head_tiles import accumulate, project, project_back, row_s
 from ....kernels.loss.linear_cross_entropy_parts import misfits, operands
 from ..changes import Fingerprint, fingerprint, is_unchanged
 from ..deferred import Change
-from ..head_parts import Operands
+from ..head_call import Operands
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
-from .arguments import WrongArguments, binding
 from .choices import CHOICES
-from .in_tiles import Tiled, compute
-from .measures import wide
-from .rows import Handlers, HeadRows, handler, is_last, result_dtype, rows_of
+from .in_tiles import Tiled, compute, wide
+from .rows import (
+    Handlers,
+    HeadRows,
+    WrongArguments,
+    binding,
+    handler,
+    is_last,
+    result_dtype,
+    rows_of,
+)
 from .scalings import SCALINGS
 
 # ---------------------------------------------------------------------------------------- records
@@ -59,9 +66,9 @@ class _Real:
         """The tensor, unless it was written to since."""
         if not is_unchanged([self.tensor], self.before):
             raise RuntimeError(
-                "a divergence cannot be computed: the log-probabilities that logits are compared "
-                "with were written to since. Write to a clone() of them, or use "
-                "fusewright.optimize(model, logits='always')."
+                "what is made of these logits cannot be computed: a tensor that they are compared "
+                "with, such as a teacher's log-probabilities, was written to since. Write to a "
+                "clone() of it, or use fusewright.optimize(model, logits='always')."
             )
         return self.tensor
 
@@ -116,7 +123,7 @@ def _input(x: Any, like: LazyLogits) -> Any:
             raise WrongArguments
         if x.is_inference() or _has_gradient(x):
             raise WrongArguments
-        return _Real.of(x)
+        return _Real.of(x.clone() if x.shape[-1] == 1 else x)  # who has a mask may write to it
     rows = x.recorded
     if x.shape != like.shape or x.device != like.device or not x.is_pending:
         raise WrongArguments
@@ -156,6 +163,11 @@ def _record(
     if indices[0] is not None and any(isinstance(n, _Real) for n in nodes):
         raise WrongArguments
     leaf = _leaf(lazy)
+    # as it is now, whatever is written to a number that is a tensor
+    args = [
+        x.clone() if isinstance(x, Tensor) and isinstance(n, float) else x
+        for x, n in zip(args, nodes, strict=True)
+    ]
     recorded = Program(
         leaf.call, leaf.inputs, _STACK if kind == "stack" else _PROGRAM, indices[0], kind,
         step=_Step(function, tuple(nodes)) if step is None else step(*nodes), leaf=leaf,
@@ -193,6 +205,12 @@ def _unary(function: Callable[[Tensor], Tensor], is_linear: bool = False) -> Cal
 def _binary(function: Callable[..., Tensor], is_linear: bool = False) -> Callable[..., Any]:
     @binding
     def record(input: Any, other: Any) -> Any:
+        lazy = [x for x in (input, other) if isinstance(x, LazyLogits)]
+        if len(lazy) == 1 and function is not torch.logaddexp and not _has_gradient(lazy[0]):
+            table = other if lazy[0] is input else input
+            # who writes to a table meanwhile gets an error, which is for training alone
+            if isinstance(table, Tensor) and table.dim() and table.shape[-1] > 1:
+                return NotImplemented
         return _record(function, [input, other], is_linear)
 
     return record
@@ -640,7 +658,7 @@ class _Strip:
             ratio = values.div_(self._mix(mixture)[1])
             for side, shift in mixture.parts:
                 if side.is_trained:
-                    constant = ratio.new_tensor(constants.pop(side, 0.0))
+                    constant = torch.full_like(ratio[:1, :1], constants.pop(side, 0.0))
                     share = torch.add(constant, ratio, alpha=-math.exp(shift))
                     _add(slopes, side, share.mul_(self._probs_of(side)), side.scale)
         slope: Tensor | None = None
