@@ -618,8 +618,9 @@ class _Strip:
         total = torch.full_like(self._projections[0][:1, :1], torch.finfo(torch.float32).tiny)
         tables = [self._log_probs_of(side) for side, _ in mixture.parts if side.factor is None]
         if not tables:
-            for side, shift in mixture.parts:
-                total = torch.add(total, self._probs_of(side), alpha=math.exp(shift))
+            (a, a_shift), (b, b_shift) = mixture.parts
+            total = torch.add(total, self._probs_of(a), alpha=math.exp(a_shift))
+            total.add_(self._probs_of(b), alpha=math.exp(b_shift))
             return total.log(), total
         # a table may be of any numbers: without the largest one, they have an exponential
         largest = functools.reduce(torch.maximum, [t.amax(-1, keepdim=True) for t in tables])
@@ -646,21 +647,25 @@ class _Strip:
             if not gradient:
                 continue
             if target.is_trained:
-                _add(slopes, target, elements, weight * target.scale)
+                _add(slopes, target, elements, weight * target.scale, elements)
                 # the derivative of the target's own logarithm is a multiple of the softmax, and
                 # vanishes; but a mixture's has nearly the same part, which is to cancel with it
                 constants[target] = constants.get(target, 0.0) + weight * is_mixed
             if isinstance(source, _Mixture):
-                _add(of_mixtures, source, probs, weight, is_free=False)
+                _add(of_mixtures, source, probs, weight, None if target.is_trained else elements)
             elif source.is_trained:
-                _add(slopes, source, probs, -weight * source.scale, is_free=False)
-        for mixture, values in of_mixtures.items():
-            ratio = values.div_(self._mix(mixture)[1])
+                _add(slopes, source, probs, -weight * source.scale)
+        for mixture, ratio in of_mixtures.items():
+            ratio.div_(self._mix(mixture)[1])
             for side, shift in mixture.parts:
-                if side.is_trained:
-                    constant = torch.full_like(ratio[:1, :1], constants.pop(side, 0.0))
-                    share = torch.add(constant, ratio, alpha=-math.exp(shift))
-                    _add(slopes, side, share.mul_(self._probs_of(side)), side.scale)
+                if not side.is_trained:
+                    continue
+                constant = torch.full_like(ratio[:1, :1], constants.pop(side, 0.0))
+                part = torch.add(constant, ratio, alpha=-math.exp(shift))
+                if side in slopes:
+                    slopes[side].addcmul_(part, self._probs_of(side), value=side.scale)
+                else:
+                    slopes[side] = part.mul_(self._probs_of(side)).mul_(side.scale)
         slope: Tensor | None = None
         for side, part in slopes.items():
             part.addcmul_(self._probs_of(side), part.sum(-1, keepdim=True), value=-1.0)
@@ -670,13 +675,13 @@ class _Strip:
 
 
 def _add(
-    totals: dict[Any, Tensor], key: Any, values: Tensor, weight: float, is_free: bool = True
+    totals: dict[Any, Tensor], key: Any, values: Tensor, weight: float, free: Tensor | None = None
 ) -> None:
-    """Add ``values`` to a total; in their memory if that ``is_free``."""
+    """Add ``values`` to a total, which is made in the memory of ``free`` if there is none yet."""
     if key in totals:
         totals[key].add_(values, alpha=weight)
     else:
-        totals[key] = values.mul_(weight) if is_free else values * weight
+        totals[key] = torch.mul(values, weight, out=free)
 
 
 class _Summed(torch.autograd.Function):
