@@ -471,6 +471,18 @@ def test_a_teacher_that_is_written_to_is_an_error_and_no_wrong_value() -> None:
         d.sum()
 
 
+@pytest.mark.parametrize("shape", [(), (2, 7, 1), (2, 7, V)])
+@torch.no_grad()
+def test_what_is_written_to_later_without_gradients(shape: tuple[int, ...]) -> None:
+    found = []
+    for student, _ in _models():
+        factor = torch.full(shape, 0.3)
+        product = student(IDS).log_softmax(-1) * factor
+        factor.zero_()
+        found.append(product.sum(-1))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=1e-6)
+
+
 def test_log_probabilities_of_no_softmax() -> None:
     given = torch.randn(2, 7, V, generator=torch.Generator().manual_seed(0)) - 2
     reads = _compare(

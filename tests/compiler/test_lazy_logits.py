@@ -98,6 +98,7 @@ def _halves(z: Tensor) -> Tensor:
 
 
 TILED: dict[str, Callable[[Tensor], Tensor]] = {
+    "half detached": lambda z: (z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
     "log_softmax, gather": lambda z: _pick(z.log_softmax(-1)),
     "log_softmax, gather of float": lambda z: _pick(F.log_softmax(z.float(), dim=-1)),
     "log_softmax, three columns": lambda z: z.log_softmax(-1).gather(
@@ -167,7 +168,6 @@ REAL: dict[str, Callable[[Tensor], Tensor]] = {
         z.view(-1, V), LABELS.view(-1), weight=torch.arange(V).to(z.dtype)
     ),
     "class first": lambda z: F.cross_entropy(z.transpose(1, 2), LABELS),
-    "half detached": lambda z: (z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
     "negative": lambda z: (-z).logsumexp(-1),
     "amax": lambda z: z.amax(-1),
     "joined": lambda z: torch.cat([z[:, 1:], z[:, :1]], 1).logsumexp(-1),

@@ -20,7 +20,7 @@ from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
 from ...sharding import in_zero3
 from ..bypass import Hooks, hidden_hooks, transform_reason
-from ..logits.awaiting import another_awaits
+from ..logits.deferred import another_awaits
 from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
 from ..session import CallState, Replay, Session

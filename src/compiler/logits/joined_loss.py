@@ -23,9 +23,8 @@ from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
 from ...sharding import in_zero3
-from .awaiting import stop_waiting
 from .changes import KeptLogits, fingerprint
-from .deferred import Deferred
+from .deferred import Deferred, stop_waiting
 from .head_call import HeadCall, Plan, aliases, called_model, storage
 from .lazy_gradient import LazyGradient
 from .lazy_logits import LazyLogits

@@ -18,9 +18,8 @@ from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
 
 from . import calls
-from .awaiting import await_loss
 from .changes import KeptLogits
-from .deferred import Change, Deferred, Family, Lift, Recorded, Snapshot
+from .deferred import Change, Deferred, Family, Lift, Recorded, Snapshot, await_loss
 from .reads import Reads
 
 _add = torch.ops.aten.add.Tensor

@@ -15,8 +15,7 @@ from torch import Tensor
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
-from .arguments import WrongArguments
-from .rows import Handlers, handler, is_last, rows_of
+from .rows import Handlers, WrongArguments, handler, is_last, rows_of
 
 
 def _chosen(z: LazyLogits, index: Tensor, function: Callable[..., Tensor], view: bool) -> Any:

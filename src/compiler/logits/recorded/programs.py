@@ -26,14 +26,21 @@ from ....kernels.loss.head_tiles import accumulate, project, project_back, row_s
 from ....kernels.loss.linear_cross_entropy_parts import misfits, operands
 from ..changes import Fingerprint, fingerprint, is_unchanged
 from ..deferred import Change
-from ..head_parts import Operands
+from ..head_call import Operands
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
-from .arguments import WrongArguments, binding
 from .choices import CHOICES
-from .in_tiles import Tiled, compute
-from .measures import wide
-from .rows import Handlers, HeadRows, handler, is_last, result_dtype, rows_of
+from .in_tiles import Tiled, compute, wide
+from .rows import (
+    Handlers,
+    HeadRows,
+    WrongArguments,
+    binding,
+    handler,
+    is_last,
+    result_dtype,
+    rows_of,
+)
 from .scalings import SCALINGS
 
 # ---------------------------------------------------------------------------------------- records
@@ -59,9 +66,9 @@ class _Real:
         """The tensor, unless it was written to since."""
         if not is_unchanged([self.tensor], self.before):
             raise RuntimeError(
-                "a divergence cannot be computed: the log-probabilities that logits are compared "
-                "with were written to since. Write to a clone() of them, or use "
-                "fusewright.optimize(model, logits='always')."
+                "what is made of these logits cannot be computed: a tensor that they are compared "
+                "with, such as a teacher's log-probabilities, was written to since. Write to a "
+                "clone() of it, or use fusewright.optimize(model, logits='always')."
             )
         return self.tensor
 
@@ -116,7 +123,7 @@ def _input(x: Any, like: LazyLogits) -> Any:
             raise WrongArguments
         if x.is_inference() or _has_gradient(x):
             raise WrongArguments
-        return _Real.of(x)
+        return _Real.of(x.clone() if x.shape[-1] == 1 else x)  # who has a mask may write to it
     rows = x.recorded
     if x.shape != like.shape or x.device != like.device or not x.is_pending:
         raise WrongArguments
@@ -156,6 +163,11 @@ def _record(
     if indices[0] is not None and any(isinstance(n, _Real) for n in nodes):
         raise WrongArguments
     leaf = _leaf(lazy)
+    # as it is now, whatever is written to a number that is a tensor
+    args = [
+        x.clone() if isinstance(x, Tensor) and isinstance(n, float) else x
+        for x, n in zip(args, nodes, strict=True)
+    ]
     recorded = Program(
         leaf.call, leaf.inputs, _STACK if kind == "stack" else _PROGRAM, indices[0], kind,
         step=_Step(function, tuple(nodes)) if step is None else step(*nodes), leaf=leaf,
@@ -193,6 +205,12 @@ def _unary(function: Callable[[Tensor], Tensor], is_linear: bool = False) -> Cal
 def _binary(function: Callable[..., Tensor], is_linear: bool = False) -> Callable[..., Any]:
     @binding
     def record(input: Any, other: Any) -> Any:
+        lazy = [x for x in (input, other) if isinstance(x, LazyLogits)]
+        if len(lazy) == 1 and function is not torch.logaddexp and not _has_gradient(lazy[0]):
+            table = other if lazy[0] is input else input
+            # who writes to a table meanwhile gets an error, which is for training alone
+            if isinstance(table, Tensor) and table.dim() and table.shape[-1] > 1:
+                return NotImplemented
         return _record(function, [input, other], is_linear)
 
     return record
@@ -600,8 +618,9 @@ class _Strip:
         total = torch.full_like(self._projections[0][:1, :1], torch.finfo(torch.float32).tiny)
         tables = [self._log_probs_of(side) for side, _ in mixture.parts if side.factor is None]
         if not tables:
-            for side, shift in mixture.parts:
-                total = torch.add(total, self._probs_of(side), alpha=math.exp(shift))
+            (a, a_shift), (b, b_shift) = mixture.parts
+            total = torch.add(total, self._probs_of(a), alpha=math.exp(a_shift))
+            total.add_(self._probs_of(b), alpha=math.exp(b_shift))
             return total.log(), total
         # a table may be of any numbers: without the largest one, they have an exponential
         largest = functools.reduce(torch.maximum, [t.amax(-1, keepdim=True) for t in tables])
@@ -628,21 +647,25 @@ class _Strip:
             if not gradient:
                 continue
             if target.is_trained:
-                _add(slopes, target, elements, weight * target.scale)
+                _add(slopes, target, elements, weight * target.scale, elements)
                 # the derivative of the target's own logarithm is a multiple of the softmax, and
                 # vanishes; but a mixture's has nearly the same part, which is to cancel with it
                 constants[target] = constants.get(target, 0.0) + weight * is_mixed
             if isinstance(source, _Mixture):
-                _add(of_mixtures, source, probs, weight, is_free=False)
+                _add(of_mixtures, source, probs, weight, None if target.is_trained else elements)
             elif source.is_trained:
-                _add(slopes, source, probs, -weight * source.scale, is_free=False)
-        for mixture, values in of_mixtures.items():
-            ratio = values.div_(self._mix(mixture)[1])
+                _add(slopes, source, probs, -weight * source.scale)
+        for mixture, ratio in of_mixtures.items():
+            ratio.div_(self._mix(mixture)[1])
             for side, shift in mixture.parts:
-                if side.is_trained:
-                    constant = ratio.new_tensor(constants.pop(side, 0.0))
-                    share = torch.add(constant, ratio, alpha=-math.exp(shift))
-                    _add(slopes, side, share.mul_(self._probs_of(side)), side.scale)
+                if not side.is_trained:
+                    continue
+                constant = torch.full_like(ratio[:1, :1], constants.pop(side, 0.0))
+                part = torch.add(constant, ratio, alpha=-math.exp(shift))
+                if side in slopes:
+                    slopes[side].addcmul_(part, self._probs_of(side), value=side.scale)
+                else:
+                    slopes[side] = part.mul_(self._probs_of(side)).mul_(side.scale)
         slope: Tensor | None = None
         for side, part in slopes.items():
             part.addcmul_(self._probs_of(side), part.sum(-1, keepdim=True), value=-1.0)
@@ -652,13 +675,13 @@ class _Strip:
 
 
 def _add(
-    totals: dict[Any, Tensor], key: Any, values: Tensor, weight: float, is_free: bool = True
+    totals: dict[Any, Tensor], key: Any, values: Tensor, weight: float, free: Tensor | None = None
 ) -> None:
-    """Add ``values`` to a total; in their memory if that ``is_free``."""
+    """Add ``values`` to a total, which is made in the memory of ``free`` if there is none yet."""
     if key in totals:
         totals[key].add_(values, alpha=weight)
     else:
-        totals[key] = values.mul_(weight) if is_free else values * weight
+        totals[key] = torch.mul(values, weight, out=free)
 
 
 class _Summed(torch.autograd.Function):

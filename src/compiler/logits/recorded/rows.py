@@ -9,6 +9,7 @@ without them.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from ..head_call import HeadCall, Picks
 from ..lazy_logits import LazyLogits
-from .arguments import WrongArguments, binding
 
 Handlers = dict[str, Callable[..., Any]]
 
@@ -200,3 +200,25 @@ class _Join:
         of = torch.arange(len(indices), device=indices.device).repeat_interleave(count)
         within = torch.arange(len(of), device=indices.device) - (count.cumsum(0) - count)[of]
         return self._order[first[of] + within], of
+
+
+# ---------------------------------------------------------------------------------- their arguments
+
+
+class WrongArguments(Exception):
+    """A call that no handler is for."""
+
+
+def binding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function raise ``WrongArguments`` for a call with other arguments than its own."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            raise WrongArguments from None
+        return function(*args, **kwargs)
+
+    return run

@@ -14,8 +14,7 @@ from ..changes import KeptLogits
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
-from .arguments import binding
-from .rows import Handlers, HeadRows, handler, is_last, result_dtype, rows_of
+from .rows import Handlers, HeadRows, binding, handler, is_last, result_dtype, rows_of
 
 
 def _changed(
