@@ -9,8 +9,11 @@ from typing import Any, get_args
 import pytest
 from transformers import Trainer
 
+from fusewright.train.recipe.keys.preferences import WITH_BETA, TrlKeys
 from fusewright.train.recipe.methods_table import METHODS as OF_RECIPES
 from fusewright.train.recipe.methods_table import Method
+from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.report.run_facts import TASKS
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
@@ -26,6 +29,23 @@ OBJECTIVES = {Objective, DistillationObjective, *(type(m.objective()) for m in M
 
 def test_both_have_the_methods_that_recipes_name() -> None:
     assert set(METHODS) == set(OF_RECIPES) == set(get_args(Method))
+
+
+def _texts(kind: Any) -> set[str]:
+    """The literals in a type."""
+    return {
+        t for part in get_args(kind) for t in ([part] if isinstance(part, str) else _texts(part))
+    }
+
+
+def test_every_list_of_methods_has_them_all() -> None:
+    named = {name for name, method in OF_RECIPES.items() if method.head.key is None}
+    assert _texts(Recipe.model_fields["rl"].annotation) == {*named, "ebft"}  # refused with a reason
+    by_key = {m.head.key.replace("_", "-") for m in OF_RECIPES.values() if m.head.key}
+    assert set(TASKS) == {*named, *by_key}  # what model cards call them
+    recipe = Recipe(base_model="x")
+    with_beta = {n for n in named if "beta" in OF_RECIPES[n].arguments(recipe, TrlKeys())}
+    assert set(WITH_BETA) == with_beta
 
 
 @pytest.mark.parametrize("kind", sorted(TRAINERS, key=str), ids=lambda kind: kind.__name__)
