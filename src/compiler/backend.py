@@ -8,6 +8,7 @@ what later stages need.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from ..graph import facts
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
@@ -248,12 +250,29 @@ def copy_written(work: Compilation) -> None:
     copy_what_is_written(work.effects, open_to_writes)
     work.graph.recompile()
     if open_to_writes:
-        # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our
-        # ops, a compiler's and a checkpoint keep x itself, and backward would refuse it. Whether
-        # the caller writes is not known. But it mostly goes on to the result, and lets x go: then a
-        # copy takes no memory, and little time (on a CPU, 6 us of a tiny block and 0.1% of a large
-        # one: 2026-11-29)
-        work.copied = work.effects.inputs_like_outputs
+        work.copied = _hidden_states(work)
+
+
+def _hidden_states(work: Compilation) -> list[int]:
+    """The places of the inputs that are hidden states: the first of the call, and results' like."""
+    # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our ops,
+    # a compiler's and a checkpoint keep x itself, and backward would refuse it. Whether the caller
+    # writes is not known. But it mostly goes on to the result, and lets x go: then a copy takes no
+    # memory, and little time (on a CPU, 6 us of a tiny block and 0.1% of a large one: 2026-11-29).
+    # What is given to all blocks of a stack (masks, positions, an encoder's states) is not copied:
+    # a result has at most one input of its size.
+    graph, first = work.graph.graph, work.session.state.first_input
+    inputs, outputs = graph.find_nodes(op="placeholder"), graph.output_node().all_input_nodes
+    results = [t for t in map(facts.tensor, outputs) if t is not None and t.requires_grad]
+    left = Counter(str(t.shape) for t in results)
+    is_first = [first is not None and facts.real(node) is first for node in inputs]
+    places = []
+    for i in sorted(work.effects.open_inputs, key=lambda i: not is_first[i]):
+        size = str(getattr(facts.tensor(inputs[i]), "shape", None))
+        if is_first[i] or left[size]:
+            left[size] -= 1
+            places.append(i)
+    return places
 
 
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
@@ -302,6 +321,10 @@ def generate_code(work: Compilation) -> None:
     # of fake weights the memory is predicted all the same
     if work.codegen == "inductor" and not session.choices.fake:
         inputs = [t.detach() if i in work.idle else t for i, t in enumerate(work.examples)]
+        placeholders = work.graph.graph.find_nodes(op="placeholder")
+        for i in work.copied:  # whose copies have other strides, if they are no dense memory
+            t: Any = facts.tensor(placeholders[i])
+            inputs[i] = t.detach().clone().requires_grad_(inputs[i].requires_grad)
         run = inductor(work.graph, inputs, session.state.preparation, work.absent)
         run = _of_frozen(with_changed_inputs(run, work.idle, Tensor.detach), work.examples)
     else:

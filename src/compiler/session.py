@@ -104,6 +104,7 @@ class CallState:
     watches: Watches = field(default_factory=Watches)
     # the first input of the block at hand, in whose place its graph gets a leaf
     no_gradient: Tensor | None = None
+    first_input: Tensor | None = None  # of the call at hand
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
     has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
@@ -184,8 +185,12 @@ class Session:
         state = self.state
         if not state.started:
             self._start(module)
-        outer = state.region, state.function, state.mark, state.no_gradient, state.has_run
+        outer = (
+            state.region, state.function, state.mark, state.no_gradient, state.first_input,
+            state.has_run,
+        )  # fmt: skip
         state.region, state.mark, state.no_gradient = module, mark, no_gradient
+        state.first_input = first_tensor(args, kwargs)
         try:
             run = compiled()
             with context(no_gradient):
@@ -201,7 +206,10 @@ class Session:
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
-            state.region, state.function, state.mark, state.no_gradient, state.has_run = outer
+            (
+                state.region, state.function, state.mark, state.no_gradient, state.first_input,
+                state.has_run,
+            ) = outer  # fmt: skip
         if no_gradient is not None:
             state.without_leaf.add(type(module))
             return self.call(module, compiled, args, kwargs, original, context, mark)
@@ -251,6 +259,14 @@ class Session:
         if self.choices.codegen[0] == "inductor" and not self.choices.fake:
             self.state.preparation = prepare(module)
         self.state.started = True
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first input of a call, if it is a tensor, or else the first tensor given by its name."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor):
+        return x
+    return next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:

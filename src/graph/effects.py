@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import operator
 import types
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -304,25 +303,20 @@ class Effects:
         return {memory for n in outputs for memory in facts.memories(n)}
 
     @_Answer
-    def inputs_like_outputs(self) -> list[int]:
-        """The inputs that are what an output is to the next graph, as hidden states are.
+    def open_inputs(self) -> list[int]:
+        """The inputs that the graph's caller may write into, and the graph lets alone.
 
-        They are floating, and neither parameters, nor written or returned by the graph. An output
-        that needs a gradient has at most one, the first of its size: what is given to all blocks
-        of a stack (masks, positions, an encoder's states) is none.
+        They are floating, and neither parameters, nor written or returned by the graph.
         """
         protected = self.returned.union(self.last_writes[self.module.graph])
-        outputs = map(facts.tensor, self.module.graph.output_node().all_input_nodes)
-        left = Counter(str(t.shape) for t in outputs if t is not None and t.requires_grad)
-        places = []
-        for i, node in enumerate(self.module.graph.find_nodes(op="placeholder")):
-            t = facts.tensor(node)
-            if t is None or not t.is_floating_point() or not left[str(t.shape)]:
-                continue
-            if not isinstance(t, torch.nn.Parameter) and not facts.memories(node) & protected:
-                left[str(t.shape)] -= 1
-                places.append(i)
-        return places
+        return [
+            i
+            for i, node in enumerate(self.module.graph.find_nodes(op="placeholder"))
+            if (t := facts.tensor(node)) is not None
+            and t.is_floating_point()
+            and not isinstance(t, torch.nn.Parameter)
+            and not facts.memories(node) & protected
+        ]
 
     @_Answer
     def draws(self) -> list[fx.Node]:

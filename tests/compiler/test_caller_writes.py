@@ -135,6 +135,80 @@ class WritesLater(Stack):
         return x
 
 
+class Crosses(Block):
+    """A block of a decoder that is given an encoder's states."""
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x) + self.d(super().forward(states)) * mask
+
+
+class CrossesFirst(Crosses):
+    """It uses these states before its hidden states, and both have the size of its result."""
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Any:
+        return self.d(Block.forward(self, states)) * mask + Block.forward(self, x)
+
+
+class Narrows(Block):
+    """A block whose result has another size than its input."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)[..., :4] * 2
+
+
+class AddsToAPart(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Narrows(False), Narrows(False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x[..., :4] += layer(x)
+        return x
+
+
+class AddsBesideAnEncoder(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([CrossesFirst(False), CrossesFirst(False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = x * 3
+        for layer in self.layers:
+            x += layer(x, states, torch.ones(2, 5, 1, dtype=x.dtype))
+        return x
+
+
+@pytest.mark.parametrize("kind", [AddsToAPart, AddsBesideAnEncoder])
+def test_hidden_states_are_known_by_their_place(kind: Any) -> None:
+    torch.manual_seed(0)
+    eager = kind().to(torch.bfloat16)
+    ours, x = optimize(copy.deepcopy(eager), codegen="eager"), torch.randn(2, 5, 16).bfloat16()
+    reference = _step(copy.deepcopy(eager).double(), x.double())
+    for a, b, o in zip(_step(ours, x), _step(eager, x), reference, strict=True):
+        assert exceeded(a, b, o) is None
+    assert explain(ours).by_rule()
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_inputs_that_are_slices_or_expanded(trained: bool, codegen: str) -> None:
+    """A copy of them has other strides than what the graph was captured with."""
+    torch.manual_seed(0)
+    eager = Plain()
+    ours = optimize(copy.deepcopy(eager), codegen=codegen)
+    for view in (lambda t: t[:, :5, :16], lambda t: t[:1, :5, :16].expand(2, -1, -1)):
+        torch._dynamo.reset()
+        grads = []
+        for model in (eager, ours):
+            model.zero_grad()
+            t = torch.linspace(-1, 1, 2 * 7 * 24).view(2, 7, 24).requires_grad_(trained)
+            model(view(t)).square().sum().backward()
+            grads.append([t.grad, *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(*grads)
+    assert explain(ours).by_rule()
+
+
 @pytest.mark.parametrize("kind", [Twice, WritesLater])
 def test_what_one_call_did_not_write_the_next_one_may(kind: Any) -> None:
     torch.manual_seed(0)
@@ -187,17 +261,11 @@ def test_a_buffer_without_a_gradient_is_filled_again_before_backward(
     assert explain(ours).by_rule()
 
 
-class Crosses(Block):
-    """A block of a decoder that is given an encoder's states."""
-
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
-        return super().forward(x) + self.d(super().forward(states)) * mask
-
-
-def test_what_all_blocks_are_given_is_not_copied_for_each() -> None:
+@pytest.mark.parametrize("kind", [Crosses, CrossesFirst])
+def test_what_all_blocks_are_given_is_not_copied_for_each(kind: Any) -> None:
     """Each of them keeps what it is given for backward."""
     torch._dynamo.reset()
-    blocks = nn.ModuleList([Crosses(False) for _ in range(3)])
+    blocks = nn.ModuleList([kind(False) for _ in range(3)])
     model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
     states = torch.randn(2, 5, 16, requires_grad=True) * 1
     kept: list[Tensor] = []

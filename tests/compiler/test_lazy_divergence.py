@@ -472,12 +472,14 @@ def test_a_teacher_that_is_written_to_is_an_error_and_no_wrong_value() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (2, 7, 1), (2, 7, V)])
+@pytest.mark.parametrize("operation", ["mul", "lerp"])
 @torch.no_grad()
-def test_what_is_written_to_later_without_gradients(shape: tuple[int, ...]) -> None:
+def test_what_is_written_to_later_without_gradients(operation: str, shape: tuple[int, ...]) -> None:
     found = []
     for student, _ in _models():
         factor = torch.full(shape, 0.3)
-        product = student(IDS).log_softmax(-1) * factor
+        z = student(IDS).log_softmax(-1)
+        product = z * factor if operation == "mul" else torch.lerp(z, factor.expand(2, 7, V), 0.3)
         factor.zero_()
         found.append(product.sum(-1))
     torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=1e-6)

@@ -18,15 +18,14 @@ from torch._dynamo.exc import TorchDynamoException
 
 from ...graph import facts
 from ...graph.effects import CHECKPOINT, Effects, is_reentrant, needs_gradient
+from ..session import first_tensor
 
 
 def input_without_gradient(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """The input of a block that is to be given a gradient; None where nothing is to be done."""
-    x = args[0] if args else None
-    if not isinstance(x, Tensor):
-        x = next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    x = first_tensor(args, kwargs)
     # asked in this order because only the first block gets past it
     if x is None or x.requires_grad or not _is_hidden(x) or x.is_inference():
         return None

@@ -306,6 +306,8 @@ def qkv_block_unsupported(x: Tensor, layers: Sequence[Linear], keep: str = "all"
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
     if len({linear.is_quantized() for linear in layers}) > 1:
         reasons.append(MIXED)
+    if any(linear.x_lora is not None for linear in layers):
+        reasons.append("an adapter has an input of its own")  # which ``keep="input"`` does not keep
     for i, linear in enumerate(layers):
         reasons += [f"linear {i}: {reason}" for reason in unsupported(x, linear)]
     return reasons

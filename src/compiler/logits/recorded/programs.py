@@ -148,10 +148,18 @@ def _is_same_projection(a: HeadRows, b: HeadRows) -> bool:
 
 def _record(
     function: Callable[..., Tensor], args: Sequence[Any], is_linear: bool = False,
-    step: Callable[..., Any] | None = None, kind: str = "program",
-) -> LazyLogits:  # fmt: skip
-    """What ``function`` makes of ``args``; ``step`` makes the program's step of their nodes."""
+    step: Callable[..., Any] | None = None, kind: str = "program", waits: bool = False,
+) -> Any:  # fmt: skip
+    """What ``function`` makes of ``args``; ``step`` makes the program's step of their nodes.
+
+    Without gradients, only what ``waits`` is recorded with a table: who writes to that meanwhile
+    gets an error.
+    """
     lazy = [x for x in args if isinstance(x, LazyLogits)]
+    if len(lazy) == 1 and not waits and not _has_gradient(lazy[0]):
+        others = [x for x in args if isinstance(x, Tensor) and x is not lazy[0]]
+        if any(x.dim() and x.shape[-1] > 1 for x in others):
+            return NotImplemented
     nodes: list[Any] = [None] * len(args)
     # the lazy ones first: a fingerprint of a real tensor is for nothing where these are others
     for i in sorted(range(len(args)), key=lambda i: not isinstance(args[i], LazyLogits)):
@@ -205,13 +213,8 @@ def _unary(function: Callable[[Tensor], Tensor], is_linear: bool = False) -> Cal
 def _binary(function: Callable[..., Tensor], is_linear: bool = False) -> Callable[..., Any]:
     @binding
     def record(input: Any, other: Any) -> Any:
-        lazy = [x for x in (input, other) if isinstance(x, LazyLogits)]
-        if len(lazy) == 1 and function is not torch.logaddexp and not _has_gradient(lazy[0]):
-            table = other if lazy[0] is input else input
-            # who writes to a table meanwhile gets an error, which is for training alone
-            if isinstance(table, Tensor) and table.dim() and table.shape[-1] > 1:
-                return NotImplemented
-        return _record(function, [input, other], is_linear)
+        waits = function is torch.logaddexp
+        return _record(function, [input, other], is_linear, waits=waits)
 
     return record
 
@@ -279,7 +282,7 @@ def _kl_div(
         log_probs = _Step(torch.detach, (log_probs,)) if is_constant else log_probs
         return _Step(_kl_of_log_probs, (input, log_probs))
 
-    elements = _record(function, [input, target], step=step)
+    elements = _record(function, [input, target], step=step, waits=True)
     if reduction == "none":
         return elements
     if reduction == "mean":
