@@ -60,7 +60,7 @@ def test_a_model_in_the_cache_is_not_asked_for(session: _Session) -> None:
     found = from_pretrained.pretrained(_Factory, "some/known", kind="other")
     assert found == {"local_files_only": True}
     session.fails = None
-    locate._hub.asked = float("-inf")
+    locate._hub.checked_at = float("-inf")
     assert from_pretrained.pretrained(_Factory, "some/known", kind="other") == {}
 
 
