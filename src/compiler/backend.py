@@ -158,7 +158,7 @@ def compile_graph(
             ("functionalized", functionalize),  # before the rules, which leave writes alone
             ("cleaned", clean),  # after writes are values, some of which nothing needs
             ("fused", recognise_and_fuse),
-            ("logits", defer),  # after the rules: logits are deferred beside a fused loss
+            ("logits", defer),  # after the rules: logits are deferred where a loss was fused
             ("copied", copy_written),  # after all ops are there: they say what they keep
         )
     _run(
@@ -234,7 +234,7 @@ def recognise_and_fuse(work: Compilation) -> None:
 
 
 def defer(work: Compilation) -> None:
-    """Let logits that are returned beside a fused loss be computed when they are read."""
+    """Let logits that are returned with a fused loss be computed when they are read."""
     choices, call = work.session.choices, work.session.state.replay
     lazy = choices.options.logits == "lazy"
     is_alone = work.kind == "head" and call is not None and not call.is_labelled

@@ -133,7 +133,7 @@ def unwrap(module: fx.GraphModule) -> bool:
 def why_not(effects: Effects) -> str | None:
     """Why a graph must not run twice: it writes into what it was given; None if it does not."""
     if effects.opaque:
-        return f"it is not known what {effects.opaque[0].name} does beside giving its value"
+        return f"it is not known what {effects.opaque[0].name} does besides giving its value"
     for node, _ in effects.lasting_writes:
         return f"{node.name} writes into an input of the block, or into its buffers"
     return None

@@ -30,9 +30,8 @@ def _config(
     d, e = (max(16, next_power_of_2(n)) for n in (dim, value_dim))
     wide, strong = max(d, e), gpu.multiplies_from_shared
     small_tiles = kernel == "keys" or (kernel == "queries" and wide > 128)
-    if (
-        gpu.hip and small_tiles and dtype is not torch.float32
-    ):  # four waves have 512 registers a thread
+    if gpu.hip and small_tiles and dtype is not torch.float32:
+        # four waves have 512 registers a thread
         m, n, warps, stages = 32, 32, 4, 1
     elif dtype is torch.float32:  # the operands of these products are in registers
         m, n, warps, stages = _SINGLE[wide > 64]

@@ -453,9 +453,8 @@ class _Reader:
         batch = next(self.rows, None)
         encoder, path = self.work.encoder, self.source.dataset.path
         if batch is None:
-            if self.samples and (
-                get_worker_info() is None or not self.trained
-            ):  # it has a share only
+            is_whole = get_worker_info() is None or not self.trained  # a worker has a share only
+            if self.samples and is_whole:
                 encoder.check_ends(path, self.ends, self.trained)
             return None
         part = self.work.part(batch)
