@@ -195,6 +195,7 @@ def _by_formula(s: Tensor, t: Tensor) -> Tensor:
 
 PROGRAMS: dict[str, Loss] = {
     "squared": lambda s, t: _kl(s, t).square().sum(-1),
+    "a list of dimensions": lambda s, t: _kl(s, t).square().sum([-1]),
     "a number more": lambda s, t: (s.log_softmax(-1) + 1.0).exp().square().sum(-1),
     "masked": _masked,
     "by formula": _by_formula,
@@ -303,6 +304,12 @@ REAL: dict[str, Loss] = {
     "a mixture": lambda s, t: torch.stack([s.log_softmax(-1), t.log_softmax(-1)]).logsumexp(0),
     "means of two": lambda s, t: torch.stack([s.log_softmax(-1), t.log_softmax(-1)]).mean(-1),
     "the whole": lambda s, t: _kl(s, t)[MASK],
+    "an old argument": lambda s, t: F.kl_div(
+        s.log_softmax(-1), t.log_softmax(-1), size_average=False, log_target=True
+    ),
+    "two dtypes": lambda s, t: torch.stack(
+        [s.log_softmax(-1), t.log_softmax(-1, dtype=torch.float64)]
+    ).logsumexp(0),
     "written to": _written,
 }  # fmt: skip
 
