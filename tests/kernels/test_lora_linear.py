@@ -243,5 +243,6 @@ def test_reasons():
         OP.unsupported(x, w.detach().to(torch.uint8), bias, a, b, 2.0)
     )
     assert "do not chain" in OP.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
+    assert OP.unsupported(x, w, bias, a.double(), b, 2.0) == [f"A is {F64}, B is {b.dtype}"]
     assert "several devices" in OP.unsupported(x, w, bias, a.to("meta"), b, 2.0)[0]
     w.requires_grad_(False)
