@@ -258,7 +258,7 @@ def _hidden_states(work: Compilation) -> list[int]:
     # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our ops,
     # a compiler's and a checkpoint keep x itself, and backward would refuse it. Whether the caller
     # writes is not known. But it mostly goes on to the result, and lets x go: then a copy takes no
-    # memory, and little time (on a CPU, 6 us of a tiny block and 0.1% of a large one: 2026-11-29).
+    # memory, and little time (67 us for 4 x 256 x 576 in bfloat16 on a CPU, 2026-11-29).
     # What is given to all blocks of a stack (masks, positions, an encoder's states) is not copied:
     # a result has at most one input of its size.
     graph, first = work.graph.graph, work.session.state.first_input

@@ -299,3 +299,14 @@ def test_reasons():
     assert any("do not fit down" in r for r in reasons("silu"))
     with pytest.raises(ValueError, match="swish"):
         mlp_block(x, *lists[:4], [1.0] * 3, lists[4], "swish")
+
+
+def test_adapters_that_read_another_input_are_refused() -> None:
+    x = torch.randn(6, 16)
+    up, down = (projections.Linear(torch.randn(*size), None) for size in ((12, 16), (16, 12)))
+    a, b = torch.randn(4, 16), torch.randn(12, 4)
+    gate = up._replace(lora_a=a, lora_b=b)
+    assert module.unsupported(x, [gate, up, down], "silu") == []
+    other = gate._replace(x_lora=torch.randn(6, 16))
+    reasons = module.unsupported(x, [other, up, down], "silu")
+    assert reasons == ["an adapter reads another input than its layer"]

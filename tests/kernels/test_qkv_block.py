@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.linear.linear import KEEPS
+from fusewright.kernels.linear import linear
+from fusewright.kernels.linear.linear import KEEPS, Linear
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import QKV as OP
@@ -192,3 +193,38 @@ def test_reasons():
     assert "linear 1: an operand is not" in OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4])[-1]
     with pytest.raises(ValueError, match="keep"):
         qkv_block(x, *lists[:4], [1.0, 1.0], lists[4], keep="nothing")
+
+
+@pytest.mark.parametrize("frozen_a", [False, True])
+@pytest.mark.parametrize("own", [(True, True), (True, False)])
+def test_adapters_with_other_inputs_get_the_same_gradients_from_less(
+    own: tuple[bool, ...], frozen_a: bool
+) -> None:
+    torch.manual_seed(0)
+    x, zs = torch.randn(6, 16, dtype=F64), [torch.randn(6, 16, dtype=F64) for _ in own]
+    parts = [
+        (torch.randn(8, 16, dtype=F64), torch.randn(4, 16, dtype=F64), torch.randn(8, 4, dtype=F64))
+        for _ in own
+    ]
+    results = []
+    for keep in ("reference", *KEEPS):
+        leaves = [t.clone().requires_grad_() for t in (x, *zs, *(t for p in parts for t in p[1:]))]
+        inputs, adapters = leaves[1 : 1 + len(own)], leaves[1 + len(own) :]
+        for a in adapters[::2]:
+            a.requires_grad_(not frozen_a)
+        layers = [
+            Linear(w, None, *adapters[2 * i : 2 * i + 2], 2.0, x_lora=z if is_own else None)
+            for i, ((w, *_), z, is_own) in enumerate(zip(parts, inputs, own, strict=True))
+        ]
+        if keep == "reference":
+            outs = [linear.reference(leaves[0], layer) for layer in layers]
+        else:
+            assert linear.qkv_block_unsupported(leaves[0], layers, keep) == []
+            outs = list(linear.qkv_block(leaves[0], layers, keep))
+        sum(out.sin().sum() for out in outs).backward()
+        results.append([t.grad for t in leaves])
+    for other in results[1:]:
+        assert [g is None for g in other] == [g is None for g in results[0]]
+        for a, b in zip(results[0], other, strict=True):
+            if a is not None:
+                torch.testing.assert_close(b, a)

@@ -174,7 +174,7 @@ class _Linears(torch.autograd.Function):
         source, hs, tensors = _saved(ctx, absent)
         rows = None if source is None else Rows(rows_of(source))
         layers = linears(tensors, ctx.constants)
-        if ctx.recompute and rows is not None:
+        if ctx.recompute:
             hs = through_a(rows, layers)
         shape, dtype, _ = ctx.like
         need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[5:], len(layers))
@@ -306,8 +306,6 @@ def qkv_block_unsupported(x: Tensor, layers: Sequence[Linear], keep: str = "all"
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
     if len({linear.is_quantized() for linear in layers}) > 1:
         reasons.append(MIXED)
-    if any(linear.x_lora is not None for linear in layers):
-        reasons.append("an adapter has an input of its own")  # which ``keep="input"`` does not keep
     for i, linear in enumerate(layers):
         reasons += [f"linear {i}: {reason}" for reason in unsupported(x, linear)]
     return reasons

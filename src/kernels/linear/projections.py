@@ -285,16 +285,23 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def through_a(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
-    """``scale·z·Aᵀ`` (N, r) of each adapter, in its dtype: those on x as one matmul."""
+def through_a(x: Rows | None, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
+    """``scale·z·Aᵀ`` (N, r) of each adapter, in its dtype: those on x as one matmul.
+
+    Without x, only those that have another input.
+    """
     # the scale goes onto the narrow factor, where it costs nothing and serves dB too
     results: list[Tensor | None] = [None] * len(layers)
     for group in _together(layers):
         i, *others = group
         a, z = layers[i].lora_a, layers[i].x_lora
+        if a is not None and z is not None:
+            results[i] = scaled_mm(beside(rows_of(z), a), a.t(), layers[i].scale)
+            continue
+        if x is None:
+            continue
         if a is not None and not others:
-            rows = x.beside(a) if z is None else beside(rows_of(z), a)
-            results[i] = scaled_mm(rows, a.t(), layers[i].scale)
+            results[i] = scaled_mm(x.beside(a), a.t(), layers[i].scale)
             continue
         stacked = _joined([layers[i].lora_a for i in group], 0)
         rows, right = x.beside(stacked), stacked.t()

@@ -462,6 +462,8 @@ def unsupported(
     *ins, down = chain
     h = x.new_empty(*x.shape[:-1], down.shape()[1])
     reasons += linear.qkv_block_unsupported(x, ins) + linear.qkv_block_unsupported(h, [down])
+    if any(v.x_lora is not None for v in chain):
+        reasons.append("an adapter reads another input than its layer")
     if len({v.is_quantized() for v in chain}) > 1:
         reasons.append(MIXED)
     factor = 1 if layout == "two" else 2
