@@ -265,17 +265,39 @@ def test_a_buffer_without_a_gradient_is_filled_again_before_backward(
 def test_what_all_blocks_are_given_is_not_copied_for_each(kind: Any) -> None:
     """Each of them keeps what it is given for backward."""
     torch._dynamo.reset()
-    blocks = nn.ModuleList([kind(False) for _ in range(3)])
+    blocks = nn.ModuleList([kind(False) for _ in range(3)]).to(torch.bfloat16)
     model = optimize(nn.ModuleDict({"layers": blocks}), codegen="eager")
-    states = torch.randn(2, 5, 16, requires_grad=True) * 1
+    states = torch.randn(2, 5, 16, dtype=torch.bfloat16, requires_grad=True) * 1
     kept: list[Tensor] = []
-    x = torch.randn(2, 5, 16, requires_grad=True) * 1
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16, requires_grad=True) * 1
     given = [x]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         for layer in model["layers"]:
-            x = layer(x, states, torch.ones(2, 5, 1))
+            x = layer(x, states, torch.ones(2, 5, 1).bfloat16())
             given.append(x)
     memory = [t.untyped_storage().data_ptr() for t in kept]
     assert states.untyped_storage().data_ptr() in memory
     assert not any(t.untyped_storage().data_ptr() in memory for t in given)
     assert explain(model).by_rule()
+
+
+def _saved_by(layer: nn.Module, x: Tensor) -> list[int]:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    return [t.untyped_storage().data_ptr() for t in saved]
+
+
+@pytest.mark.parametrize("memory", ["speed", "min"])
+@pytest.mark.parametrize("kind", [Adds, AddsByMethod])
+def test_what_eager_saves_is_not_copied_and_refused_as_there(kind: Any, memory: str) -> None:
+    """In fp32 the norm's square keeps the block's input itself."""
+    torch._dynamo.reset()
+    eager = kind()
+    ours = optimize(copy.deepcopy(eager), codegen="eager", memory=memory)
+    for model in (eager, ours):
+        x = torch.randn(2, 5, 16, requires_grad=True) * 1
+        assert x.untyped_storage().data_ptr() in _saved_by(model.layers[0], x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            model(torch.randn(2, 5, 16, requires_grad=True) * 1).square().sum().backward()
+    assert explain(ours).by_rule()

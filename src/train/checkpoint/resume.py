@@ -13,6 +13,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..json_text import parse_json
 from ..model.files import damaged, in_shards, shards_problem
+from ..recipe.keys.base import resumable
 from ..recipe.recipe import Recipe
 from ..recipe.secrets import hide
 from . import files as checkpoint
@@ -21,27 +22,6 @@ _FILE = "fusewright.json"
 _CHECKED = (".json", ".safetensors", ".pt", ".pth", ".bin")
 _FORMAT = 1
 
-_MAY_DIFFER = frozenset({
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints",
-    "optimize", "codegen", "memory", "strict", "verbose", "sample_prompt", "sample_max_tokens",
-    "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
-    "low_cpu_mem_usage", "device_map", "dataloader_num_workers", "dataloader_prefetch_factor",
-    "dataloader_pin_memory", "eval_batch_size", "early_stopping_patience",
-    "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "gc_collect_steps",
-    "torch_empty_cache_steps", "dynamic_checkpoint",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "world_size", "local_rank", "deepspeed", "dp_shard_size", "dp_replicate_size",
-    "tensor_parallel_size", "context_parallel_size", "context_parallel",
-    "sequence_parallel_degree",
-    "expert_parallel_size", "heads_k_stride", "ring_attn_func", "state_dict_type",
-})  # fmt: skip
-_MAY_DIFFER_TOO = (
-    "ddp", "fsdp", "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio",
-    "swanlab", "use_", "hf_",
-)  # fmt: skip
-"""Keys, and prefixes of keys, that do not change what is trained. Rows are compared by content."""
-_OF_THE_LOSS = frozenset({"use_dft", "use_eaft"})
-"""Keys that do change it, in spite of such a prefix."""
 _OF_A_STEP = ("gradient_accumulation_steps", "batch_size")
 """Keys that are compared together with the number of processes."""
 _OF_A_STREAM = ("dataloader_num_workers",)
@@ -273,8 +253,4 @@ def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
 
 
 def _may_differ(key: str, streams: bool) -> bool:
-    if streams and key in _OF_A_STREAM:
-        return False
-    if key in _OF_THE_LOSS:
-        return False
-    return key in _MAY_DIFFER or key.startswith(_MAY_DIFFER_TOO)
+    return resumable(Recipe, key) and not (streams and key in _OF_A_STREAM)

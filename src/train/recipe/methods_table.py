@@ -55,6 +55,7 @@ class RecipeMethod:
     """A method in a recipe.
 
     Attributes:
+        title: what model cards call it.
         arguments: what a recipe says of it, by the names in the configuration of its trainer; None
             where the recipe says nothing, so that the trainer's default holds.
         reference: whether it compares the model with a reference model: always, only with a
@@ -63,6 +64,7 @@ class RecipeMethod:
             and its reference each make them.
     """
 
+    title: str
     rows: RowKind
     arguments: Callable[[Recipe, TrlKeys], dict[str, Any]]
     reference: Literal["always", "with beta", "never"] = "never"
@@ -202,21 +204,27 @@ def _reward(recipe: Recipe, trl: TrlKeys) -> dict[str, Any]:
 
 
 METHODS: Mapping[Method, RecipeMethod] = {
-    "dpo": RecipeMethod("pairs", _dpo, "always"),
-    "ipo": RecipeMethod("pairs", _ipo, "always"),
-    "orpo": RecipeMethod("pairs", _orpo),
-    # it also compares each prompt with another one's answer
-    "kto": RecipeMethod("labelled", _kto, "always", other_passes=1),
-    "simpo": RecipeMethod("pairs", _simpo),
-    "cpo": RecipeMethod("pairs", _cpo),
-    "grpo": RecipeMethod("prompts", _grpo, "with beta"),
-    "gdpo": RecipeMethod("prompts", _gdpo, "with beta"),
+    "dpo": RecipeMethod("DPO (direct preference optimization)", "pairs", _dpo, "always"),
+    "ipo": RecipeMethod("IPO (identity preference optimization)", "pairs", _ipo, "always"),
+    "orpo": RecipeMethod("ORPO (odds ratio preference optimization)", "pairs", _orpo),
+    "kto": RecipeMethod(
+        "KTO (Kahneman-Tversky optimization)", "labelled", _kto, "always",
+        other_passes=1,  # it also compares each prompt with another one's answer
+    ),
+    "simpo": RecipeMethod("SimPO (simple preference optimization)", "pairs", _simpo),
+    "cpo": RecipeMethod("CPO (contrastive preference optimization)", "pairs", _cpo),
+    "grpo": RecipeMethod(
+        "GRPO (group relative policy optimization)", "prompts", _grpo, "with beta"
+    ),
+    "gdpo": RecipeMethod(
+        "GDPO (GRPO whose rewards are normalized one by one)", "prompts", _gdpo, "with beta"
+    ),
     "reward": RecipeMethod(
-        "pairs", _reward,
+        "reward modeling (Bradley and Terry)", "pairs", _reward,
         head=Head("AutoModelForSequenceClassification", "SEQ_CLS", 1, "reward_model"),
     ),
     "process_reward": RecipeMethod(
-        "steps", lambda recipe, trl: {},
+        "process reward modeling", "steps", lambda recipe, trl: {},
         head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 2, "process_reward_model"),
     ),
 }  # fmt: skip

@@ -13,24 +13,17 @@ from typing import Any
 
 from ...errors import DataError, RecipeError
 from ..model.tokenizer import ChatPrompt
+from ..recipe import methods_table
 from ..recipe.locate import ModelSource, locate
 from ..recipe.preferences import HEADS, LANGUAGE_HEAD, Head
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
 
 TASKS = {
-    "dpo": "DPO (direct preference optimization)", "ipo": "IPO (identity preference optimization)",
-    "kto": "KTO (Kahneman-Tversky optimization)",
-    "orpo": "ORPO (odds ratio preference optimization)",
-    "cpo": "CPO (contrastive preference optimization)",
-    "simpo": "SimPO (simple preference optimization)",
-    "grpo": "GRPO (group relative policy optimization)",
-    "gdpo": "GDPO (GRPO whose rewards are normalized one by one)",
-    "reward-model": "reward modeling (Bradley and Terry)",
-    "process-reward-model": "process reward modeling",
-}  # fmt: skip
+    (method.head.key or name).replace("_", "-"): method.title
+    for name, method in methods_table.METHODS.items()
+}
 """Methods of preferences and rewards, by their tags in model cards."""
-
 
 _PATH = re.compile(
     r"(?<=['\"])/[^'\"\n]+(?=['\"])|(?<![\w:/.<~-])(?:/[^\s/'\",;:()<>]+){2,}"

@@ -15,7 +15,9 @@ from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.checkpoint import files as checkpoint
 from fusewright.train.checkpoint import resume
+from fusewright.train.recipe.keys.base import resumable
 from fusewright.train.recipe.load import load_recipe
+from fusewright.train.recipe.recipe import Recipe
 
 from ..results import assert_same, curves, stop_at
 
@@ -307,3 +309,17 @@ def test_a_run_is_not_replaced_by_one_that_is_refused(
             overwrite=True, console=QUIET,
         )  # fmt: skip
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("learning_rate", False), ("use_dft", False), ("rl", False), ("sequence_len", False),
+        ("wandb_name", True), ("fsdp_config", True), ("save_steps", True), ("memory", True),
+        ("gc_collect_steps", True), ("gc_steps", True),  # its older name
+        ("gradio_title", True),  # nothing reads it
+        ("eval_batch_size", True), ("batch_size", False), ("no_key", False),
+    ],
+)  # fmt: skip
+def test_which_keys_may_have_another_value(key: str, expected: bool) -> None:
+    assert resumable(Recipe, key) is expected

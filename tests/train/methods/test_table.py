@@ -13,7 +13,6 @@ from fusewright.train.recipe.keys.preferences import WITH_BETA, TrlKeys
 from fusewright.train.recipe.methods_table import METHODS as OF_RECIPES
 from fusewright.train.recipe.methods_table import Method
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.report.run_facts import TASKS
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
@@ -41,8 +40,6 @@ def _texts(kind: Any) -> set[str]:
 def test_every_list_of_methods_has_them_all() -> None:
     named = {name for name, method in OF_RECIPES.items() if method.head.key is None}
     assert _texts(Recipe.model_fields["rl"].annotation) == {*named, "ebft"}  # refused with a reason
-    by_key = {m.head.key.replace("_", "-") for m in OF_RECIPES.values() if m.head.key}
-    assert set(TASKS) == {*named, *by_key}  # what model cards call them
     recipe = Recipe(base_model="x")
     with_beta = {n for n in named if "beta" in OF_RECIPES[n].arguments(recipe, TrlKeys())}
     assert set(WITH_BETA) == with_beta

@@ -77,6 +77,7 @@ class AttentionKeys(Keys):
         "leave it out: a process trains on one device; fsdp_config or deepspeed shards the model "
         "over several",
         values={"auto": ("not applicable", "the whole model is on the training device")},
+        resumable=True,
     )
     """Which layers are on which device, as in transformers. Unset: all on the training device."""
 

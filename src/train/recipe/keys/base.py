@@ -127,7 +127,7 @@ def _add_unread(model: type[Keys]) -> None:
     for row in _unread_keys()[0].get(model.__name__, ()):
         if row.name not in annotations:
             known.setdefault(row.after, []).append(row)
-            extra = dict(row.extra)
+            extra = {**row.extra, "rules": KeyRules(resumable=True)}
             default = Field(row.default, description=row.meaning, json_schema_extra=extra)
             setattr(model, row.name, default)
     if lost := known.keys() - {None, *annotations}:
@@ -140,6 +140,42 @@ def _add_unread(model: type[Keys]) -> None:
         model.__annotations__ |= {row.name: row.annotation() for row in known.get(place, ())}
 
 
+@dataclass(frozen=True)
+class KeyRules:
+    """How a key goes with others of its class; ``conflicts.py`` applies these.
+
+    A condition is ``NAME`` (that key asks for something), ``NAME: VALUE``, or several of them with
+    `` or `` between them. ``METHOD`` is the preference method that a recipe asks for. What is said
+    may have ``{key}`` in it: the first of the names that the recipe has (of ``METHOD``, its name).
+
+    Attributes:
+        excludes: conditions that must not hold together with the key, each with what is said: a
+            sequence says ``set this or KEY, not both``.
+        needs: conditions that must hold together with it; a sequence says ``needs CONDITION``.
+        one_of: keys that exclude each other, and this one: the second that is set is refused.
+        because: the end of what is said then.
+        read_with: conditions without which nothing reads the key; a sequence says
+            ``only CONDITION reads it``.
+        unread_with: conditions under which nothing reads it, each with the reason.
+        methods: the preference methods that read it; None: this does not depend on them.
+        more_than: a number asks for something only above this.
+        if_written: any value asks for something, 0 and an empty one too.
+        resumable: a run may be resumed with another value, for what is trained does not depend on
+            it (rows, for one, are compared by content).
+    """
+
+    excludes: Mapping[str, str] | Sequence[str] = ()
+    needs: Mapping[str, str] | Sequence[str] = ()
+    one_of: Sequence[str] = ()
+    because: str = ""
+    read_with: Mapping[str, str] | Sequence[str] = ()
+    unread_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    methods: Sequence[str] | None = None
+    more_than: int | None = None
+    if_written: bool = False
+    resumable: bool = False
+
+
 class Keys(BaseModel):
     """A group of keys. Attributes cannot be changed, and no other keys are taken."""
 
@@ -149,6 +185,9 @@ class Keys(BaseModel):
 
     older_prefix: ClassVar[str] = ""
     """What the older names of all its keys begin with, here and outside of the group."""
+
+    resumable: ClassVar[bool] = False
+    """Whether all its keys are ``KeyRules.resumable``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -201,39 +240,6 @@ def not_yet(
 ) -> Any:
     """A key that would change the run and cannot yet; ``instead`` says what to do."""
     return _field("not yet available", instead, default, values, (), rest)
-
-
-@dataclass(frozen=True)
-class KeyRules:
-    """How a key goes with others of its class; ``conflicts.py`` applies these.
-
-    A condition is ``NAME`` (that key asks for something), ``NAME: VALUE``, or several of them with
-    `` or `` between them. ``METHOD`` is the preference method that a recipe asks for. What is said
-    may have ``{key}`` in it: the first of the names that the recipe has (of ``METHOD``, its name).
-
-    Attributes:
-        excludes: conditions that must not hold together with the key, each with what is said: a
-            sequence says ``set this or KEY, not both``.
-        needs: conditions that must hold together with it; a sequence says ``needs CONDITION``.
-        one_of: keys that exclude each other, and this one: the second that is set is refused.
-        because: the end of what is said then.
-        read_with: conditions without which nothing reads the key; a sequence says
-            ``only CONDITION reads it``.
-        unread_with: conditions under which nothing reads it, each with the reason.
-        methods: the preference methods that read it; None: this does not depend on them.
-        more_than: a number asks for something only above this.
-        if_written: any value asks for something, 0 and an empty one too.
-    """
-
-    excludes: Mapping[str, str] | Sequence[str] = ()
-    needs: Mapping[str, str] | Sequence[str] = ()
-    one_of: Sequence[str] = ()
-    because: str = ""
-    read_with: Mapping[str, str] | Sequence[str] = ()
-    unread_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    methods: Sequence[str] | None = None
-    more_than: int | None = None
-    if_written: bool = False
 
 
 METHOD = "preference method"
@@ -336,3 +342,10 @@ def rules_of(model: type[Keys], name: str) -> KeyRules:
     about = model.model_fields.get(name)
     rules: KeyRules = _NO_RULES if about is None else extra_of(about).get("rules", _NO_RULES)
     return rules
+
+
+def resumable(model: type[Keys], name: str) -> bool:
+    """Whether a run may be resumed with another value of a key, by the name it has or had."""
+    name = aliases(model).get(name, name)
+    holders = [c for c in model.__mro__ if name in getattr(c, "model_fields", ())]
+    return rules_of(model, name).resumable or bool(holders and holders[-1].resumable)

@@ -60,11 +60,11 @@ class DataKeys(Keys):
 
     # --- preparation -----------------------------------------------------------------------------
 
-    dataset_prepared_path: str | None = None
+    dataset_prepared_path: str | None = key(resumable=True)
     """Folder of prepared rows, which later runs take from there. Unset: ``last_run_prepared`` for
     ``fusewright preprocess``, and for a run if it is there; otherwise nothing is kept."""
 
-    dataset_processes: Int | None = key(gt=0, aliases=["dataset_num_proc"])
+    dataset_processes: Int | None = key(gt=0, aliases=["dataset_num_proc"], resumable=True)
     """Processes that prepare rows. Unset: only the main process, where the tokenizer uses all
     cores. More pay off from about 100,000 rows."""
 
@@ -97,7 +97,7 @@ class DataKeys(Keys):
     sequence_len: Int = key(512, gt=1)
     """Longest row, and the size of a pack, in tokens."""
 
-    eval_sequence_len: Int | None = key(gt=1, read_with=VALIDATION)
+    eval_sequence_len: Int | None = key(gt=1, read_with=VALIDATION, resumable=True)
     """The same for validation. Unset: ``sequence_len``."""
 
     min_sample_len: Int | None = key(gt=0)
@@ -116,7 +116,9 @@ class DataKeys(Keys):
     sample_packing: bool = key(False, excludes={METHOD: _NOT_PACKED})
     """Pack several rows into one sequence; each attends only to itself and starts at position 0."""
 
-    eval_sample_packing: bool | None = key(excludes={METHOD: _NOT_PACKED}, read_with=VALIDATION)
+    eval_sample_packing: bool | None = key(
+        excludes={METHOD: _NOT_PACKED}, read_with=VALIDATION, resumable=True
+    )
     """The same for validation. Unset: as ``sample_packing``."""
 
     sample_packing_group_size: Int = key(100_000, gt=0, unread_with={_STREAM: _UNSORTED})
@@ -153,13 +155,13 @@ class DataKeys(Keys):
 
     # --- loading ---------------------------------------------------------------------------------
 
-    dataloader_num_workers: Int = key(0, ge=0)
+    dataloader_num_workers: Int = key(0, ge=0, resumable=True)
     """Dataloader worker processes; 0: the main process."""
 
-    dataloader_prefetch_factor: Int | None = key(gt=0)
+    dataloader_prefetch_factor: Int | None = key(gt=0, resumable=True)
     """Batches that each worker prefetches. Unset: torch's default."""
 
-    dataloader_pin_memory: bool | None = None
+    dataloader_pin_memory: bool | None = key(resumable=True)
     """Put batches into pinned memory, for faster copies to the GPU. Unset: where there is a GPU."""
 
     dataloader_drop_last: bool = False

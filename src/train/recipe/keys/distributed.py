@@ -162,6 +162,8 @@ class ContextParallelKeys(Keys):
 class DistributedKeys(Keys):
     """Several processes: which engine shares the work, and how. Without any of them it is DDP."""
 
+    resumable = True
+
     fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = key(excludes=_SHARDED)
     """Shard the model with FSDP2: true, or options as a list or a text, e.g. ``[full_shard,
     auto_wrap, offload]``, which mean the same as those of ``fsdp_config``. Unset: only where

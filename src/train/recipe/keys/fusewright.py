@@ -22,6 +22,8 @@ def _budget(value: Any) -> Any:
 class FusewrightKeys(Keys):
     """Fusewright's own."""
 
+    resumable = True
+
     optimize: bool = True
     """Rewrite the model's formulas (``fusewright.optimize``); false: train it as it is."""
 

@@ -94,7 +94,7 @@ class OptimizationKeys(Keys):
     """Sequences per optimizer step, an older form of ``gradient_accumulation_steps``. Unset: see
     there."""
 
-    eval_batch_size: Int | None = key(gt=0, read_with=VALIDATION)
+    eval_batch_size: Int | None = key(gt=0, read_with=VALIDATION, resumable=True)
     """Sequences per forward pass of validation. Unset: ``micro_batch_size``."""
 
     num_epochs: Float = key(1.0, gt=0, unread_with={"max_steps": "max_steps takes precedence"})
@@ -186,13 +186,15 @@ class OptimizationKeys(Keys):
     )
     """Label smoothing: the part of the target probability that is spread over all tokens."""
 
-    early_stopping_patience: Int | None = key(gt=0, read_with=VALIDATION)
+    early_stopping_patience: Int | None = key(gt=0, read_with=VALIDATION, resumable=True)
     """Early stopping: validations without improvement until training stops. Unset: off."""
 
-    loss_watchdog_threshold: Float | None = key(gt=0, if_written=True)
+    loss_watchdog_threshold: Float | None = key(gt=0, if_written=True, resumable=True)
     """A loss above this counts as divergence. Unset: off."""
 
-    loss_watchdog_patience: Int | None = key(gt=0, read_with=["loss_watchdog_threshold"])
+    loss_watchdog_patience: Int | None = key(
+        gt=0, read_with=["loss_watchdog_threshold"], resumable=True
+    )
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
     use_dft: bool = key(
@@ -223,11 +225,11 @@ class OptimizationKeys(Keys):
     seed: Int = key(42, ge=0, lt=2**32)
     """Seed of the split, the order of the rows, the adapters and dropout."""
 
-    gc_collect_steps: Int | None = key(ge=-1, aliases=["gc_steps"])
+    gc_collect_steps: Int | None = key(ge=-1, aliases=["gc_steps"], resumable=True)
     """Steps between two collections of Python's garbage; -1: at the end of each epoch, and before
     each validation. Unset or 0: Python's own choice."""
 
-    torch_empty_cache_steps: Int | None = key(gt=0)
+    torch_empty_cache_steps: Int | None = key(gt=0, resumable=True)
     """Steps between two calls of ``torch.cuda.empty_cache``. Unset: never."""
 
     accelerator_config: dict[str, Any] | None = None

@@ -40,6 +40,8 @@ class DynamicCheckpointKeys(Keys):
 class OutputKeys(Keys):
     """What is saved, validated and logged, and when."""
 
+    resumable = True
+
     output_dir: str = "./model-out"
     """Folder of the results, relative to the current folder: a new one, an empty one, or that of an
     earlier run."""

@@ -16,6 +16,8 @@ _CHAT = "chatting is a command: fusewright chat RUN"
 class TrackingKeys(Keys):
     """Where the figures of a run go besides its own report."""
 
+    resumable = True
+
     use_wandb: bool | None = None
     """Log to Weights & Biases. Unset: if ``wandb_project`` is set."""
 
