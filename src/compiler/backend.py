@@ -227,26 +227,37 @@ def clean(work: Compilation) -> None:
 
 
 def _saved_by_eager(work: Compilation) -> list[int]:
-    """The places of inputs that a captured operation saves for backward, in eager mode too."""
+    """The places of inputs that eager mode, too, cannot do without once the result has a gradient.
 
-    def saves(node: fx.Node, user: fx.Node) -> bool:
-        operation, result = canonical(user), facts.tensor(user)
-        return (
-            operation is not None
-            and operation.name in ("pow", "rms_norm", "layer_norm")
-            and user.args[:1] == (node,)
-            and result is not None
-            and result.requires_grad
-        )
+    They are fp32 or fp64 (of others autocast would save a copy), and saved by an operation that
+    every gradient passes through.
+    """
+    graph = work.graph.graph
+    results = [n for n in graph.output_node().all_input_nodes if _has_gradient(n)]
+    if len(results) != 1:  # backward may be of the other one
+        return []
+    passed = set(results)
+    for node in reversed(graph.nodes):
+        if node in passed:
+            passed.update(filter(_has_gradient, node.all_input_nodes))
+
+    def saves(user: fx.Node, node: fx.Node) -> bool:
+        operation = canonical(user)
+        names = ("pow", "rms_norm", "layer_norm")
+        return operation is not None and operation.name in names and user.args[:1] == (node,)
 
     return [
         i
-        for i, node in enumerate(work.graph.graph.find_nodes(op="placeholder"))
-        if (t := facts.tensor(node)) is not None
-        and t.requires_grad
-        and t.dtype in (torch.float32, torch.float64)  # autocast would save a copy of others
-        and any(saves(node, user) for user in node.users)
+        for i, node in enumerate(graph.find_nodes(op="placeholder"))
+        if node in passed
+        and facts.value(node).dtype in (torch.float32, torch.float64)
+        and any(saves(user, node) for user in node.users if user in passed)
     ]
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    tensor = facts.tensor(node)
+    return tensor is not None and tensor.requires_grad
 
 
 def recognise_and_fuse(work: Compilation) -> None:

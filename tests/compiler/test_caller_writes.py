@@ -301,3 +301,36 @@ def test_what_eager_saves_is_not_copied_and_refused_as_there(kind: Any, memory: 
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             model(torch.randn(2, 5, 16, requires_grad=True) * 1).square().sum().backward()
     assert explain(ours).by_rule()
+
+
+class Beside(Block):
+    """Backward need not pass the norm: there is another result, or the norm is a constant."""
+
+    def __init__(self, constant: bool) -> None:
+        super().__init__(False)
+        self.constant, self.v = constant, nn.Parameter(torch.rand(16))
+
+    def forward(self, x: Tensor) -> Any:
+        y, z = super().forward(x), F.gelu(x * 2 + self.v)
+        return y.detach() + z if self.constant else (y, z)
+
+
+@pytest.mark.parametrize("memory", ["speed", "min"])
+@pytest.mark.parametrize("constant", [False, True])
+def test_what_eager_saves_for_nothing_may_be_written(constant: bool, memory: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([Beside(constant), Beside(constant)])
+    eager = nn.ModuleDict({"layers": blocks})
+    ours = optimize(copy.deepcopy(eager), codegen="eager", memory=memory)
+    for model in (eager, ours):
+        x = torch.linspace(-1, 1, 160).view(2, 5, 16).requires_grad_()
+        for layer in model["layers"]:
+            h = x * 1
+            result = layer(h)
+            x = result if constant else result[1]
+            h += 1
+        x.square().sum().backward()
+    for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert explain(ours).by_rule()
