@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..graph import facts
-from ..graph.canon import canonical
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
@@ -99,8 +98,7 @@ def _says_so(error: Exception) -> bool:
 class Compilation:
     """A captured graph on its way, and what its stages have learnt of it and decided.
 
-    The inputs at ``idle`` need a gradient and get none; eager mode itself saves those at ``saved``
-    for backward; copies are made of those at ``copied``.
+    The inputs at ``idle`` need a gradient and get none; copies are made of those at ``copied``.
     """
 
     graph: fx.GraphModule
@@ -112,7 +110,6 @@ class Compilation:
     # why a block's input must have the gradient that its caller gives it
     gradient_reason: str | None = None
     idle: Sequence[int] = ()
-    saved: Sequence[int] = ()
     copied: Sequence[int] = ()
     absent: AbsentGradients = field(default_factory=lambda: AbsentGradients(None))
     losses: NodesBefore = field(default_factory=dict)  # the nodes before a loss was fused
@@ -223,41 +220,6 @@ def clean(work: Compilation) -> None:
     remove_noops(work.graph)
     if work.is_trained_block:
         work.absent = AbsentGradients(work.effects.inputs_of_outputs)
-    work.saved = _saved_by_eager(work)
-
-
-def _saved_by_eager(work: Compilation) -> list[int]:
-    """The places of inputs that eager mode, too, cannot do without once the result has a gradient.
-
-    They are fp32 or fp64 (of others autocast would save a copy), and saved by an operation that
-    every gradient passes through.
-    """
-    graph = work.graph.graph
-    results = [n for n in graph.output_node().all_input_nodes if _has_gradient(n)]
-    if len(results) != 1:  # backward may be of the other one
-        return []
-    passed = set(results)
-    for node in reversed(graph.nodes):
-        if node in passed:
-            passed.update(filter(_has_gradient, node.all_input_nodes))
-
-    def saves(user: fx.Node, node: fx.Node) -> bool:
-        operation = canonical(user)
-        names = ("pow", "rms_norm", "layer_norm")
-        return operation is not None and operation.name in names and user.args[:1] == (node,)
-
-    return [
-        i
-        for i, node in enumerate(graph.find_nodes(op="placeholder"))
-        if node in passed
-        and facts.value(node).dtype in (torch.float32, torch.float64)
-        and any(saves(user, node) for user in node.users if user in passed)
-    ]
-
-
-def _has_gradient(node: fx.Node) -> bool:
-    tensor = facts.tensor(node)
-    return tensor is not None and tensor.requires_grad
 
 
 def recognise_and_fuse(work: Compilation) -> None:
@@ -293,11 +255,11 @@ def copy_written(work: Compilation) -> None:
 
 def _hidden_states(work: Compilation) -> list[int]:
     """The places of the inputs that are hidden states: the first of the call, and results' like."""
-    # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. (In fp32
-    # it keeps x, and eager refuses as we do.) Our ops, a compiler's and a checkpoint keep x itself,
-    # and backward would refuse it. Whether the caller writes is not known. But it mostly goes on to
-    # the result, and lets x go: a copy takes 67 us for 4 x 256 x 576 in bfloat16 on a CPU, and all
-    # of them 0.5% of a step and 1% of its peak (SmolLM2-135M, 2026-11-29).
+    # In low precision eager allows ``x += layer(x)``: a norm keeps its own fp32 copy of x. Our ops,
+    # a compiler's and a checkpoint keep x itself, and backward would refuse it. Whether the caller
+    # writes is not known; in fp32, too, it may write where backward does not pass the norm. But it
+    # mostly goes on to the result, and lets x go. Then the copies keep no memory, and take about 1%
+    # of a step (SmolLM2-135M, 4 x 256, bfloat16, 2 cores, 2026-11-29).
     # What is given to all blocks of a stack (masks, positions, an encoder's states) is not copied:
     # a result has at most one input of its size.
     graph, first = work.graph.graph, work.session.state.first_input
@@ -311,7 +273,7 @@ def _hidden_states(work: Compilation) -> list[int]:
         if is_first[i] or left[size]:
             left[size] -= 1
             places.append(i)
-    return [i for i in places if i not in work.saved]
+    return places
 
 
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:

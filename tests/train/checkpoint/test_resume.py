@@ -323,3 +323,12 @@ def test_a_run_is_not_replaced_by_one_that_is_refused(
 )  # fmt: skip
 def test_which_keys_may_have_another_value(key: str, expected: bool) -> None:
     assert resumable(Recipe, key) is expected
+
+
+def test_a_new_key_of_the_recipe_itself_may_not() -> None:
+    class Longer(Recipe):
+        new: bool = False
+        """A key."""
+
+    assert not resumable(Longer, "new")
+    assert resumable(Longer, "save_steps")

@@ -161,7 +161,7 @@ class KeyRules:
         more_than: a number asks for something only above this.
         if_written: any value asks for something, 0 and an empty one too.
         resumable: a run may be resumed with another value, for what is trained does not depend on
-            it (rows, for one, are compared by content).
+            it (rows, for one, are compared by content). Of a group's keys, the group says it.
     """
 
     excludes: Mapping[str, str] | Sequence[str] = ()
@@ -345,7 +345,9 @@ def rules_of(model: type[Keys], name: str) -> KeyRules:
 
 
 def resumable(model: type[Keys], name: str) -> bool:
-    """Whether a run may be resumed with another value of a key, by the name it has or had."""
+    """Whether a run may be resumed with another value of a key, by its name or an older one."""
     name = aliases(model).get(name, name)
     holders = [c for c in model.__mro__ if name in getattr(c, "model_fields", ())]
-    return rules_of(model, name).resumable or bool(holders and holders[-1].resumable)
+    # of its own group: what inherits from several has other keys, too
+    in_group = bool(holders) and vars(holders[-1]).get("resumable", False)
+    return rules_of(model, name).resumable or in_group
