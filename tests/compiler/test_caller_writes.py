@@ -284,7 +284,7 @@ def test_what_all_blocks_are_given_is_not_copied_for_each(kind: Any) -> None:
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("memory", ["speed", "min"])
 def test_backward_need_not_pass_what_eager_saves(memory: str, codegen: str) -> None:
-    """In fp32 the norm keeps the block's input itself; the gradient of a later weight needs none."""
+    """In fp32 the norm keeps the input itself; the gradient of a later weight needs none."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     eager = nn.ModuleDict({"layers": nn.ModuleList([Block(False), Block(False)])})
