@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+_HISTORY = {
+    "grad_fn", "grad", "is_leaf", "output_nr", "retains_grad", "_base", "_backward_hooks",
+    "_version", "register_hook", "retain_grad", "requires_grad_",
+}  # fmt: skip
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
-    "is_sparse", "is_quantized", "is_meta", "is_nested", "grad_fn", "grad", "is_leaf", "output_nr",
-    "retains_grad", "_base", "_backward_hooks", "_version",
+    "is_sparse", "is_quantized", "is_meta", "is_nested", *_HISTORY,
 }  # fmt: skip
 _DESCRIBING = {
     "size", "dim", "numel", "is_floating_point", "is_complex", "nelement", "ndimension", "__len__",
-    "element_size", "get_device", "is_contiguous", "stride", "register_hook", "retain_grad",
-    "requires_grad_", "is_inference",
+    "element_size", "get_device", "is_contiguous", "stride", "is_inference", *_HISTORY,
 }  # fmt: skip
+_ACCESS = ("__get__", "__set__", "__delete__")
 _CASTS = {"float", "double", "half", "bfloat16", "to"}
 _COPIES = {"clone", "detach"}
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.")
@@ -28,9 +31,17 @@ _WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv"
 
 def is_for_autograd(func: Any, name: str) -> bool:
     """Whether a function reads or changes what autograd knows of a tensor, and no values."""
-    if name in ("__get__", "__set__", "__delete__"):
+    if name in _ACCESS:
         return getattr(func.__self__, "__name__", "") in _METADATA
     return name in _DESCRIBING or func in (torch.autograd.grad, torch.autograd.backward)
+
+
+def depends_on_writes(func: Any, name: str) -> bool:
+    """Whether a function has to do with values or with their history, and not with a shape."""
+    if name in _ACCESS:
+        name = getattr(func.__self__, "__name__", "")
+        return name in _HISTORY or name not in _METADATA
+    return name in _HISTORY or name not in _DESCRIBING
 
 
 def only_casts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

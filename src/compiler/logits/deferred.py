@@ -113,10 +113,17 @@ class Change:
 
 
 class Lift:
-    """The tensor that readers of a view get, whose history leads to the view."""
+    """A tensor that was given out for logits: its history leads to them, it shares their memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
+        self.reference = weakref.ref(tensor)
+        self._alias, self._version = tensor.detach(), tensor._version
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written to it, or to a view of it, also if it is gone by now."""
+        return self._alias._version != self._version
 
 
 class Family:
@@ -124,26 +131,39 @@ class Family:
 
     def __init__(self) -> None:
         self.writes, self.is_shared = 0, False
-        self._lifts: list[tuple[weakref.ref[Lift], weakref.ref[Tensor]]] = []
+        self.whole: Lift | None = None  # of the logits
+        self._parts: list[Lift] = []  # of their views
 
-    def note_lift(self, tensor: Tensor) -> Lift:
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written to a tensor that was given out."""
+        return any(lift.is_written for lift in (self.whole, *self._parts) if lift is not None)
+
+    def note_part(self, tensor: Tensor) -> Lift:
         """Note what readers of a view get."""
-        lift = Lift(tensor)
-        self._lifts.append((weakref.ref(lift), weakref.ref(tensor)))
-        return lift
+        self._parts.append(Lift(tensor))
+        return self._parts[-1]
 
     def before_write(self) -> None:
         """Raise where a view of a view was given out, as its history would miss the write."""
-        for lift, _ in self._lifts:
-            if (of := lift()) is not None:
-                of.tensor = None
-        if any(tensor() is not None for _, tensor in self._lifts):
+        self.require_unwritten_parts()
+        for lift in self._parts:
+            lift.tensor = None
+        if any(lift.reference() is not None for lift in self._parts):
             raise RuntimeError(
                 "these logits cannot be written to in place here, as a part of a part of them is "
                 "there as a tensor of its own: write to logits.clone(), or use "
                 "fusewright.optimize(model, logits='always')"
             )
-        self._lifts.clear()
+        self._parts.clear()
+
+    def require_unwritten_parts(self, besides: Lift | None = None) -> None:
+        """Raise where a part was written to as a tensor of its own: no other history sees that."""
+        if any(lift.is_written for lift in self._parts if lift is not besides):
+            raise RuntimeError(
+                "these logits cannot be read any more, as a part of them was written to in place: "
+                "write to a clone() of it, or use fusewright.optimize(model, logits='always')"
+            )
 
 
 class Snapshot:

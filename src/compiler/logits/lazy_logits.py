@@ -8,6 +8,7 @@ missing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,6 @@ class LazyLogits(Tensor):
     is_written = False
     recorded: Recorded | None = None
     _source: Deferred
-    _made: Tensor | None
     _lift: Lift | None = None
     _family: Family
     _view_of: tuple[Tensor, Callable[..., Tensor]] | None = None
@@ -65,7 +65,7 @@ class LazyLogits(Tensor):
             cls, shape, strides=strides, dtype=dtype, device=device
         )
         result._source = compute if isinstance(compute, Deferred) else Deferred(compute)
-        result._made, result._family = None, Family()
+        result._family = Family()
         return result
 
     @property
@@ -80,6 +80,11 @@ class LazyLogits(Tensor):
     def writes(self) -> int:
         """How often somebody has written to its values, or to what shares memory with them."""
         return self._family.writes
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether somebody has written to what shares memory with this since it was made."""
+        return self._writes_seen != self._family.writes or self._family.is_written
 
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
@@ -134,25 +139,41 @@ class LazyLogits(Tensor):
         return result
 
     def materialize(self) -> Tensor:
-        """The values as a tensor whose history leads to this one's."""
-        if self._writes_seen != self._family.writes and self._view_of is not None:
+        """The values as a tensor whose history leads to this one's.
+
+        Raises:
+            RuntimeError: another part of them was written to as a tensor of its own.
+        """
+        family = self._family
+        if self._writes_seen != family.writes and self._view_of is not None:
             return self._as_view()
         with calls.outside_transforms():
             data = self.values()
             self._source.settle()
-            self._family.is_shared = True
+            family.is_shared = True
             if not (self.requires_grad and torch.is_grad_enabled()):
                 return data
-            if self._lift is not None and self._lift.tensor is not None:
-                return self._lift.tensor
-            if self._made is None:
-                with torch._C.DisableTorchFunctionSubclass():
-                    lifted: Tensor = _lift(self)
-                if self._view_of is not None:
-                    self._lift = self._family.note_lift(lifted)
-                    return lifted
-                self._made = lifted
-        return self._made
+            lift = self._lift
+            if lift is not None and lift.is_written and lift.tensor is not None:
+                family.require_unwritten_parts(lift)
+                if family.whole is None or not family.whole.is_written:
+                    return lift.tensor
+            family.require_unwritten_parts()
+            if self._view_of is not None and family.whole is not None and family.whole.is_written:
+                return self._as_view()
+            return self._lifted()
+
+    def _lifted(self) -> Tensor:
+        """The tensor that is given out, the same one each time."""
+        if self._lift is not None and self._lift.tensor is not None:
+            return self._lift.tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            lifted: Tensor = _lift(self)
+        if self._view_of is not None:
+            self._lift = self._family.note_part(lifted)
+        else:
+            self._lift = self._family.whole = Lift(lifted)
+        return lifted
 
     @classmethod
     # a compiler leaves out what is computed of these: it would trace what is recorded here
@@ -161,6 +182,8 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if calls.depends_on_writes(func, name) and not calls.writes(name):
+            args, kwargs = tree_map(functools.partial(_caught_up, name), (args, kwargs))
         first = args[0] if args else None
         is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
         is_for_autograd = calls.is_for_autograd(func, name)
@@ -193,7 +216,8 @@ class LazyLogits(Tensor):
         )
         target, result = real, func(real, *rest, **kwargs)
         self._family.writes += 1
-        whole, self._made, self._view_of = self._made, None, None
+        whole = self._lift.tensor if self._view_of is None and self._lift is not None else None
+        self._lift = self._view_of = None
         if real is whole:  # others may have it, or a view of it
             with torch.enable_grad():
                 real = real.view_as(real)
@@ -246,6 +270,18 @@ class LazyLogits(Tensor):
 
 def _materialized(x: Any) -> Any:
     return x.materialize() if isinstance(x, LazyLogits) else x
+
+
+def _caught_up(name: str, x: Any) -> Any:
+    """What logits are now, if somebody has written to what shares memory with them."""
+    if not isinstance(x, LazyLogits) or not x._is_behind:
+        return x
+    if x._view_of is not None and name in ("register_hook", "retain_grad"):
+        raise RuntimeError(
+            f"{name} of a part of these logits is too late: they were written to since. Call it "
+            "before, or use fusewright.optimize(model, logits='always')."
+        )
+    return x.materialize()
 
 
 def _as_tensor(x: Any) -> Any:
