@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import optimize
+from fusewright.compiler.logits import changes
 from fusewright.compiler.logits.changes import fingerprint, is_unchanged
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 
@@ -480,3 +482,21 @@ def test_indices_written_into_a_tensor() -> None:
             found.append(empty)
             m.train()
         _close(found[1], found[0])
+
+
+def test_how_a_module_loads_by_itself_is_left_to_it() -> None:
+    class Kept:
+        def compute(self) -> None:
+            raise AssertionError("nobody loads")
+
+    kept, module = Kept(), nn.Linear(2, 2)
+    own = module.__dict__["_load_from_state_dict"] = lambda *args, **kwargs: None
+    undo = changes._before_loading(module, weakref.WeakMethod(kept.compute))
+    assert module.__dict__["_load_from_state_dict"] is own
+    undo()
+    assert module.__dict__["_load_from_state_dict"] is own
+    other = nn.Linear(2, 2)
+    undo = changes._before_loading(other, weakref.WeakMethod(kept.compute))
+    assert "_load_from_state_dict" in other.__dict__
+    undo()
+    assert "_load_from_state_dict" not in other.__dict__

@@ -245,4 +245,5 @@ def test_reasons():
     assert "do not chain" in OP.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
     assert OP.unsupported(x, w, bias, a.double(), b, 2.0) == [f"A is {F64}, B is {b.dtype}"]
     assert "several devices" in OP.unsupported(x, w, bias, a.to("meta"), b, 2.0)[0]
+    assert "the adapter's input is (5, 16)" in OP.unsupported(x, w, bias, a, b, 2.0, x[1:])[0]
     w.requires_grad_(False)

@@ -214,6 +214,18 @@ def test_autocast_casts_the_adapter_and_not_the_base():
     assert [g.dtype for g in torch.autograd.grad(mine.sum(), (a, b))] == [F32, F32]
 
 
+def test_autocast_leaves_the_bias_of_every_quantized_layer() -> None:
+    """It has more digits than bf16, and would lose them."""
+    w = random_weight((12, 64))
+    x, bias, a, b = _inputs((6,), w, F32, F32)
+    layers = [Linear(w, bias + 1e-4, a, b, 2.0) for _ in range(2)]
+    with torch.autocast("cpu", BF16):
+        one, two = QKV_BLOCK.call(x, layers)
+        without = QKV_BLOCK.call(x, [layer._replace(bias=None) for layer in layers])
+    for result, bare in zip((one, two), without, strict=True):
+        torch.testing.assert_close(result - bare, (bias + 1e-4).expand_as(bare), rtol=0, atol=1e-5)
+
+
 @pytest.mark.long
 def test_inductor_traces_the_ops_and_keeps_no_copy():
     w = random_weight((96, 64), nested=True)
@@ -281,6 +293,7 @@ def test_reasons():
     assert "features" in reasons(x[:, :32], w)[0]
     assert "the bias is" in reasons(x, w, bias.float())[0]
     assert "too few" in reasons(x, w._replace(packed=w.packed[:5]))[0]
+    assert "too few" in reasons(x, w._replace(packed=w.packed.flatten()[:-1]))[0]
     assert "of kind int3" in reasons(x, w._replace(kind="int3"))[0]
     assert "not complete" in reasons(x, w._replace(absmax_offset=None))[0]
     assert "several devices" in reasons(x.to("meta"), w)[0]
