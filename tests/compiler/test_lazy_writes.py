@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -230,3 +231,24 @@ def test_hooks_of_parts_that_were_written_to_are_refused() -> None:
     z.mul_(2)
     with pytest.raises(RuntimeError, match="too late: they were written to since"):
         part.register_hook(lambda grad: None)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z: z[:, 1:4].exp().sum(),
+        lambda z: z.chunk(3, 1)[0].exp().sum() + z[:, 1:][:, :2].sum() + z.sum(),
+        lambda z: z.log_softmax(-1).sum(),
+    ],
+    ids=["a part", "parts and all", "log-probabilities"],
+)
+def test_what_was_read_does_not_keep_the_logits(
+    use: Callable[[Tensor], Tensor], trained: bool
+) -> None:
+    z = _pair()[1](IDS)
+    values, loss = weakref.ref(z._source), use(z)
+    if trained:
+        loss.backward()
+    del z, loss
+    assert values() is None

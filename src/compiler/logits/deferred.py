@@ -112,11 +112,10 @@ class Change:
         return result
 
 
-class Lift:
-    """A tensor that was given out for logits: its history leads to them, it shares their memory."""
+class Trace:
+    """Tells of a tensor that was given out whether it was written to, without keeping its graph."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor
         self.reference = weakref.ref(tensor)
         self._alias, self._version = tensor.detach(), tensor._version
 
@@ -126,30 +125,42 @@ class Lift:
         return self._alias._version != self._version
 
 
+class Lift:
+    """A tensor that is given out for logits: its history leads to them, it shares their memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+        self.trace = Trace(tensor)
+
+
 class Family:
     """Logits and their views, which share memory; ``is_shared``: others may write to it, too."""
 
     def __init__(self) -> None:
         self.writes, self.is_shared = 0, False
-        self.whole: Lift | None = None  # of the logits
-        self._parts: list[Lift] = []  # of their views
+        # of the logits, and of their views; weak, as a lift's graph leads to what leads to these
+        self.whole: Trace | None = None
+        self._parts: list[tuple[weakref.ref[Lift], Trace]] = []
 
     @property
     def is_written(self) -> bool:
         """Whether somebody has written to a tensor that was given out."""
-        return any(lift.is_written for lift in (self.whole, *self._parts) if lift is not None)
+        whole = self.whole is not None and self.whole.is_written
+        return whole or any(trace.is_written for _, trace in self._parts)
 
     def note_part(self, tensor: Tensor) -> Lift:
         """Note what readers of a view get."""
-        self._parts.append(Lift(tensor))
-        return self._parts[-1]
+        lift = Lift(tensor)
+        self._parts.append((weakref.ref(lift), lift.trace))
+        return lift
 
     def before_write(self) -> None:
         """Raise where a view of a view was given out, as its history would miss the write."""
         self.require_unwritten_parts()
-        for lift in self._parts:
-            lift.tensor = None
-        if any(lift.reference() is not None for lift in self._parts):
+        for lift, _ in self._parts:
+            if (of := lift()) is not None:
+                of.tensor = None
+        if any(trace.reference() is not None for _, trace in self._parts):
             raise RuntimeError(
                 "these logits cannot be written to in place here, as a part of a part of them is "
                 "there as a tensor of its own: write to logits.clone(), or use "
@@ -157,9 +168,9 @@ class Family:
             )
         self._parts.clear()
 
-    def require_unwritten_parts(self, besides: Lift | None = None) -> None:
+    def require_unwritten_parts(self, besides: Trace | None = None) -> None:
         """Raise where a part was written to as a tensor of its own: no other history sees that."""
-        if any(lift.is_written for lift in self._parts if lift is not besides):
+        if any(trace.is_written for _, trace in self._parts if trace is not besides):
             raise RuntimeError(
                 "these logits cannot be read any more, as a part of them was written to in place: "
                 "write to a clone() of it, or use fusewright.optimize(model, logits='always')"

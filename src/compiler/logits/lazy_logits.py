@@ -154,8 +154,8 @@ class LazyLogits(Tensor):
             if not (self.requires_grad and torch.is_grad_enabled()):
                 return data
             lift = self._lift
-            if lift is not None and lift.is_written and lift.tensor is not None:
-                family.require_unwritten_parts(lift)
+            if lift is not None and lift.trace.is_written and lift.tensor is not None:
+                family.require_unwritten_parts(lift.trace)
                 if family.whole is None or not family.whole.is_written:
                     return lift.tensor
             family.require_unwritten_parts()
@@ -172,7 +172,8 @@ class LazyLogits(Tensor):
         if self._view_of is not None:
             self._lift = self._family.note_part(lifted)
         else:
-            self._lift = self._family.whole = Lift(lifted)
+            self._lift = Lift(lifted)
+            self._family.whole = self._lift.trace
         return lifted
 
     @classmethod
