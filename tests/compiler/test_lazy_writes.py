@@ -233,6 +233,55 @@ def test_hooks_of_parts_that_were_written_to_are_refused() -> None:
         part.register_hook(lambda grad: None)
 
 
+PARTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a gradient that is kept": lambda z, q: _retained(q),
+    "a gradient that is asked for": lambda z, q: _asked(q),
+    "kept, and both are read": lambda z, q: _retained(q) + z.double().exp().sum(),
+}
+
+
+@pytest.mark.parametrize("use", PARTS)
+def test_a_part_that_was_written_to(use: str) -> None:
+    made = []
+    for m in _pair(cap=True):
+        m.zero_grad()
+        z = m(IDS)
+        part = z[:, 1:]
+        z[:, :-1].mul_(2)
+        value = PARTS[use](z, part)
+        (value + part.sum()).backward()
+        made.append([value.detach(), *_gradients(m)])
+    _close(*reversed(made))
+
+
+def test_a_gradient_that_was_kept_before_a_write() -> None:
+    made = []
+    for m in _pair(cap=True):
+        z = m(IDS)
+        z.retain_grad()
+        z[:, 1:].mul_(2)
+        z.exp().sum().backward()
+        made.append(z.grad)
+        z, _ = m(IDS), m.zero_grad()
+        z.retain_grad()
+        z.exp().sum().backward()
+        z.detach()[:, -1].zero_()
+        made.append(z.grad)
+    _close(made[2:], made[:2])
+
+
+def test_a_first_read_in_inference_mode_keeps_the_history() -> None:
+    made = []
+    for m in _pair(cap=True):
+        m.zero_grad()
+        z = m(IDS)
+        with torch.inference_mode():
+            z.exp().sum()
+        z.exp().sum().backward()
+        made.append(_gradients(m))
+    _close(*reversed(made))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
     "use",

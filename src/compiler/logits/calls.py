@@ -44,6 +44,11 @@ def depends_on_writes(func: Any, name: str) -> bool:
     return name in _HISTORY or name not in _DESCRIBING
 
 
+def gets_gradient(func: Any, name: str) -> bool:
+    """Whether a tensor is asked for its ``grad``."""
+    return name == "__get__" and getattr(func.__self__, "__name__", "") == "grad"
+
+
 def only_casts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call casts to another dtype, and does nothing more, as ``to`` may."""
     return name in _CASTS and not kwargs and all(isinstance(a, torch.dtype) for a in args[1:])

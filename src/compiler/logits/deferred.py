@@ -151,6 +151,12 @@ class Family:
     def note_part(self, tensor: Tensor) -> Lift:
         """Note what readers of a view get."""
         lift = Lift(tensor)
+        # nobody can write any more to those that are gone, nor to a view of them
+        self._parts = [
+            (of, trace)
+            for of, trace in self._parts
+            if trace.is_written or trace.reference() is not None
+        ]
         self._parts.append((weakref.ref(lift), lift.trace))
         return lift
 

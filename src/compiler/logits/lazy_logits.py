@@ -49,6 +49,7 @@ class LazyLogits(Tensor):
     _lift: Lift | None = None
     _family: Family
     _view_of: tuple[Tensor, Callable[..., Tensor]] | None = None
+    _real_view: Tensor | None = None
     _writes_seen = 0
 
     @staticmethod
@@ -88,6 +89,9 @@ class LazyLogits(Tensor):
 
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
+        if self.requires_grad and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # who reads them later may train
+                return self._source.values()
         return self._source.values()
 
     def changed(self, change: Change, *others: LazyLogits) -> LazyLogits:
@@ -131,12 +135,16 @@ class LazyLogits(Tensor):
         return self.changed(Change(function, tuple(self.shape), dtype, None))
 
     def _as_view(self) -> Tensor:
-        """What it is now: computed from what it is a view of, as a real tensor."""
+        """What it is now: a real view of what it is a view of, the same one each time."""
         if self._view_of is None:
             return self.materialize()
+        if self._real_view is not None:
+            return self._real_view
         base, function = self._view_of
-        result: Tensor = function(base._as_view() if isinstance(base, LazyLogits) else base)
-        return result
+        view: Tensor = function(base._as_view() if isinstance(base, LazyLogits) else base)
+        if view.requires_grad:
+            self._real_view = view
+        return view
 
     def materialize(self) -> Tensor:
         """The values as a tensor whose history leads to this one's.
@@ -184,7 +192,14 @@ class LazyLogits(Tensor):
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if calls.depends_on_writes(func, name) and not calls.writes(name):
+            given = args
             args, kwargs = tree_map(functools.partial(_caught_up, name), (args, kwargs))
+            if calls.gets_gradient(func, name) and args[0] is not given[0]:
+                gradient = args[0].grad if args[0].retains_grad else None
+                if gradient is None:  # it came before the write
+                    with torch._C.DisableTorchFunctionSubclass():
+                        gradient = func(*given)
+                return gradient
         first = args[0] if args else None
         is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
         is_for_autograd = calls.is_for_autograd(func, name)
@@ -218,7 +233,7 @@ class LazyLogits(Tensor):
         target, result = real, func(real, *rest, **kwargs)
         self._family.writes += 1
         whole = self._lift.tensor if self._view_of is None and self._lift is not None else None
-        self._lift = self._view_of = None
+        self._lift = self._view_of = self._real_view = None
         if real is whole:  # others may have it, or a view of it
             with torch.enable_grad():
                 real = real.view_as(real)
@@ -277,12 +292,20 @@ def _caught_up(name: str, x: Any) -> Any:
     """What logits are now, if somebody has written to what shares memory with them."""
     if not isinstance(x, LazyLogits) or not x._is_behind:
         return x
-    if x._view_of is not None and name in ("register_hook", "retain_grad"):
+    if x._view_of is not None and name == "register_hook":  # torch 2.13 would end the process
         raise RuntimeError(
-            f"{name} of a part of these logits is too late: they were written to since. Call it "
-            "before, or use fusewright.optimize(model, logits='always')."
+            "register_hook of a part of these logits is too late: they were written to since. Call "
+            "it before, or use fusewright.optimize(model, logits='always')."
         )
-    return x.materialize()
+    if name == "detach":  # which no history matters to
+        with torch.no_grad():
+            return x.materialize()
+    real = x.materialize()
+    with torch._C.DisableTorchFunctionSubclass():
+        keeps_gradient = x.retains_grad
+    if keeps_gradient and real.grad_fn is not None:
+        real.retain_grad()  # as in eager mode, where that of what was written is kept from then on
+    return real
 
 
 def _as_tensor(x: Any) -> Any:
