@@ -112,7 +112,7 @@ class Change:
         return result
 
 
-class Trace:
+class WriteTrace:
     """Tells of a tensor that was given out whether it was written to, without keeping its graph."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -130,7 +130,7 @@ class Lift:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
-        self.trace = Trace(tensor)
+        self.trace = WriteTrace(tensor)
 
 
 class Family:
@@ -139,8 +139,8 @@ class Family:
     def __init__(self) -> None:
         self.writes, self.is_shared = 0, False
         # of the logits, and of their views; weak, as a lift's graph leads to what leads to these
-        self.whole: Trace | None = None
-        self._parts: list[tuple[weakref.ref[Lift], Trace]] = []
+        self.whole: WriteTrace | None = None
+        self._parts: list[tuple[weakref.ref[Lift], WriteTrace]] = []
 
     @property
     def is_written(self) -> bool:
@@ -174,7 +174,7 @@ class Family:
             )
         self._parts.clear()
 
-    def require_unwritten_parts(self, besides: Trace | None = None) -> None:
+    def require_unwritten_parts(self, besides: WriteTrace | None = None) -> None:
         """Raise where a part was written to as a tensor of its own: no other history sees that."""
         if any(trace.is_written for _, trace in self._parts if trace is not besides):
             raise RuntimeError(
