@@ -223,6 +223,7 @@ def test_autocast_leaves_the_bias_of_every_quantized_layer() -> None:
         one, two = QKV_BLOCK.call(x, layers)
         without = QKV_BLOCK.call(x, [layer._replace(bias=None) for layer in layers])
     for result, bare in zip((one, two), without, strict=True):
+        # the rounding of fp32 sums, as the difference cancels them; bf16's is a hundred times that
         torch.testing.assert_close(result - bare, (bias + 1e-4).expand_as(bare), rtol=0, atol=1e-5)
 
 

@@ -161,7 +161,7 @@ class Family:
         return lift
 
     def before_write(self) -> None:
-        """Raise where a view of a view was given out, as its history would miss the write."""
+        """Raise where a part was written to, or is there, as a tensor whose history misses this."""
         self.require_unwritten_parts()
         for lift, _ in self._parts:
             if (of := lift()) is not None:

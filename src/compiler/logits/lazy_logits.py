@@ -89,7 +89,7 @@ class LazyLogits(Tensor):
 
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
-        if self.requires_grad and torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() and self.requires_grad:
             with torch.inference_mode(False), torch.no_grad():  # who reads them later may train
                 return self._source.values()
         return self._source.values()
@@ -163,11 +163,13 @@ class LazyLogits(Tensor):
                 return data
             lift = self._lift
             if lift is not None and lift.trace.is_written and lift.tensor is not None:
+                # its own history has the write, unless there is one into another tensor as well
                 family.require_unwritten_parts(lift.trace)
                 if family.whole is None or not family.whole.is_written:
                     return lift.tensor
             family.require_unwritten_parts()
             if self._view_of is not None and family.whole is not None and family.whole.is_written:
+                # the history of the whole has it, and that of a view of the whole, too
                 return self._as_view()
             return self._lifted()
 
@@ -192,13 +194,13 @@ class LazyLogits(Tensor):
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if calls.depends_on_writes(func, name) and not calls.writes(name):
-            given = args
+            originals = args
             args, kwargs = tree_map(functools.partial(_caught_up, name), (args, kwargs))
-            if calls.gets_gradient(func, name) and args[0] is not given[0]:
+            if calls.gets_gradient(func, name) and args[0] is not originals[0]:
                 gradient = args[0].grad if args[0].retains_grad else None
                 if gradient is None:  # it came before the write
                     with torch._C.DisableTorchFunctionSubclass():
-                        gradient = func(*given)
+                        gradient = func(*originals)
                 return gradient
         first = args[0] if args else None
         is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
