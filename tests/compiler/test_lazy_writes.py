@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fusewright import optimize
 
@@ -268,6 +269,68 @@ def test_a_gradient_that_was_kept_before_a_write() -> None:
         z.detach()[:, -1].zero_()
         made.append(z.grad)
     _close(made[2:], made[:2])
+
+
+def test_a_gradient_to_be_kept_that_came_after_a_write() -> None:
+    z = _pair(cap=True)[1](IDS)
+    z.retain_grad()
+    part = z[:, 1:]
+    z[:, :-1].mul_(2)
+    part.exp().sum().backward()  # eager mode's is that of what was written
+    with pytest.raises(RuntimeError, match="call retain_grad once more after the write"):
+        _ = z.grad
+
+
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(y := x.exp())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+# what takes the history of a tensor in C++, where nothing can be put in its place
+IN_CPP: dict[str, Callable[[Tensor], Tensor]] = {
+    "a function": lambda z: _Exp.apply(z).sum(),  # type: ignore[no-untyped-call]
+    "vmap": lambda z: torch.vmap(lambda row: (row * 2).exp().sum(), in_dims=1)(z).sum(),
+    "torch.func.grad": lambda z: torch.func.grad(lambda x: x.exp().sum())(z).sum(),
+    "a checkpoint": lambda z: checkpoint(
+        lambda x: x.double().log_softmax(-1)[..., 3].sum(), z, use_reentrant=True
+    ),
+}
+SEEN: dict[str, Callable[[Tensor], Any]] = {
+    "nothing": lambda z: None,
+    "all": lambda z: z.mul_(0.5),
+    "an item": WRITES["an item"],
+    "a write that autograd does not see": lambda z: z.detach()[:, 1:].mul_(2),
+}
+
+
+@pytest.mark.parametrize("write", [*SEEN, "a slice", "a slice, read before"])
+@pytest.mark.parametrize("read", IN_CPP)
+def test_what_takes_the_history_in_cpp(read: str, write: str) -> None:
+    """It is right, or an error, and right with a copy."""
+    made = []
+    for m in _pair(cap=True):
+        m.zero_grad()
+        z = m(IDS)
+        if write in SEEN:
+            SEEN[write](z)
+        else:
+            if write.endswith("before"):
+                z.exp()  # from then on the part is an ordinary tensor, and nobody sees the write
+            z[:, :-1].mul_(1.5)
+            if m is not _pair(cap=True)[0]:
+                with pytest.raises(RuntimeError, match=r"give it logits\.clone\(\)"):
+                    IN_CPP[read](z)
+            z = z.clone()
+        value = IN_CPP[read](z)
+        value.backward()
+        made.append([value.detach(), *_gradients(m)])
+    _close(*reversed(made))
 
 
 def test_a_first_read_in_inference_mode_keeps_the_history() -> None:

@@ -372,5 +372,32 @@ def test_inputs_that_need_a_gradient_and_get_none() -> None:
     assert _inputs(module, Effects(module).inputs_without_gradient) == ["y"]
 
 
+OF_OUTPUTS: dict[str, tuple[Fn, bool]] = {
+    "of the input": (lambda x, w: x * 2, True),
+    "of both": (lambda x, w: x @ w, False),
+    "of a weight": (lambda x, w: (x.detach() @ w, w * 2), False),
+    "of one each": (lambda x, w: (x * 2, x @ w), True),
+    "of the input, in a checkpoint": (
+        lambda x, w: torch.utils.checkpoint.checkpoint(
+            lambda t: (t * 2, t @ w), x, use_reentrant=False
+        ),
+        True,
+    ),
+    "of both, in a checkpoint": (
+        lambda x, w: torch.utils.checkpoint.checkpoint(lambda t: t @ w, x, use_reentrant=False),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("output", OF_OUTPUTS)
+def test_outputs_that_have_a_gradient_of_inputs_alone(output: str) -> None:
+    function, expected = OF_OUTPUTS[output]
+    module = capture(function, _x().requires_grad_(), nn.Parameter(torch.eye(8)))
+    inputs = {n for n in module.graph.find_nodes(op="placeholder") if "x" in n.name}
+    assert len(inputs) == 1
+    assert Effects(module).gives_gradient_alone(inputs) is expected
+
+
 def _x() -> Tensor:
     return torch.randn(4, 8)

@@ -311,3 +311,15 @@ def test_a_run_on_fake_tensors_leaves_none_behind() -> None:
     assert isinstance(fake, FakeTensor)
     assert type(quantized_module.table(*kind)) is Tensor
     assert quantized_module.table(*kind) is quantized_module.table(*kind)
+
+
+def test_a_weight_that_a_kernel_would_make_is_traced() -> None:
+    """Where there is no kernel, nothing but a trace for another device runs this."""
+    w = random_weight((6, 10))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = torch.ops.fusewright.dequantize_4bit(
+            w.packed, w.absmax, None, None, None, *w.shape, w.blocksize, w.kind, BF16
+        )
+    assert isinstance(made, FakeTensor)
+    assert (made.shape, made.dtype, made.device.type) == ((6, 10), BF16, "cpu")
+    assert made.is_contiguous()

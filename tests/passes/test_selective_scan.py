@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusewright.graph.effects import Effects
 from fusewright.graph.opaque.functions import leaf
 from fusewright.kernels.scan.ssd import OP as SSD
 
@@ -102,6 +103,7 @@ def test_a_call_is_one_node_and_becomes_the_op(softplus: bool) -> None:
 
     graph = capture(fn, *_inputs())
     assert [n.name for n in graph.graph.nodes if "scan" in n.name] == ["scan_call"]
+    assert [n.name for n in Effects(graph).leaves] == ["scan_call"]
     assert rewritten(rewrite(graph)) == ["selective_scan"]
 
 

@@ -130,6 +130,7 @@ class Lift:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
+        self.history = tensor.grad_fn
         self.trace = WriteTrace(tensor)
 
 
@@ -147,6 +148,10 @@ class Family:
         """Whether somebody has written to a tensor that was given out."""
         whole = self.whole is not None and self.whole.is_written
         return whole or any(trace.is_written for _, trace in self._parts)
+
+    def is_written_since(self, writes: int) -> bool:
+        """Whether somebody has written to any of them since there were so many ``writes``."""
+        return self.writes != writes or self.is_written
 
     def note_part(self, tensor: Tensor) -> Lift:
         """Note what readers of a view get."""
@@ -181,6 +186,17 @@ class Family:
                 "these logits cannot be read any more, as a part of them was written to in place: "
                 "write to a clone() of it, or use fusewright.optimize(model, logits='always')"
             )
+
+
+class Arrival:
+    """When a gradient that is kept came: ``is_late`` if that was after a write."""
+
+    def __init__(self, family: Family, writes: int) -> None:
+        self._family, self._writes, self.is_late = family, writes, False
+
+    def note(self, grad: Tensor) -> None:
+        """A hook of the logits."""
+        self.is_late = self._family.is_written_since(self._writes)
 
 
 class Snapshot:

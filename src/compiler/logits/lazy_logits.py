@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from . import calls
 from .changes import KeptLogits
-from .deferred import Change, Deferred, Family, Lift, Recorded, Snapshot, await_loss
+from .deferred import Arrival, Change, Deferred, Family, Lift, Recorded, Snapshot, await_loss
 from .reads import Reads
 
 _add = torch.ops.aten.add.Tensor
@@ -51,6 +51,7 @@ class LazyLogits(Tensor):
     _view_of: tuple[Tensor, Callable[..., Tensor]] | None = None
     _real_view: Tensor | None = None
     _writes_seen = 0
+    _arrival: Arrival | None = None
 
     @staticmethod
     def __new__(
@@ -85,7 +86,7 @@ class LazyLogits(Tensor):
     @property
     def _is_behind(self) -> bool:
         """Whether somebody has written to what shares memory with this since it was made."""
-        return self._writes_seen != self._family.writes or self._family.is_written
+        return self._family.is_written_since(self._writes_seen)
 
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
@@ -198,10 +199,7 @@ class LazyLogits(Tensor):
             args, kwargs = tree_map(functools.partial(_caught_up, name), (args, kwargs))
             if calls.gets_gradient(func, name) and args[0] is not originals[0]:
                 gradient = args[0].grad if args[0].retains_grad else None
-                if gradient is None:  # it came before the write
-                    with torch._C.DisableTorchFunctionSubclass():
-                        gradient = func(*originals)
-                return gradient
+                return originals[0]._gradient_before_write() if gradient is None else gradient
         first = args[0] if args else None
         is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
         is_for_autograd = calls.is_for_autograd(func, name)
@@ -212,6 +210,10 @@ class LazyLogits(Tensor):
         if is_for_autograd or is_for_wrapper or calls.only_casts(name, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
+            if name == "retain_grad" and isinstance(first, LazyLogits):
+                first._arrival = Arrival(first._family, first._writes_seen)
+                with torch._C.DisableTorchFunctionSubclass():
+                    first.register_hook(first._arrival.note)
             # a gradient that is asked for is wanted now: later, the graph may be gone
             return tree_map(_materialized, result) if func is torch.autograd.grad else result
         _note_reads(func, (*args, *kwargs.values()))
@@ -219,6 +221,34 @@ class LazyLogits(Tensor):
             return first._run_write(func, args, kwargs)
         args, kwargs = tree_map(_materialized, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _require_whole_history(self) -> None:
+        """Raise where its own history, all that C++ code sees of it, lacks a write into a part."""
+        if self._is_behind and self.requires_grad and self._lacks_write():
+            raise RuntimeError(
+                "a part of these logits was written to in place since they were made, and an "
+                "autograd.Function, a checkpoint or vmap would miss the gradient of that: give it "
+                "logits.clone(), or use fusewright.optimize(model, logits='always')"
+            )
+
+    def _gradient_before_write(self) -> Tensor | None:
+        """The gradient that ``retain_grad`` kept of what this was before it was written to."""
+        if self._arrival is not None and self._arrival.is_late and self._lacks_write():
+            raise RuntimeError(
+                "the gradient of these logits was to be kept, and a part of them was written to in "
+                "place before it came: call retain_grad once more after the write, write to "
+                "logits.clone(), or use fusewright.optimize(model, logits='always')"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad
+
+    def _lacks_write(self) -> bool:
+        with torch.enable_grad():
+            real = self.materialize()
+        if self._lift is not None and real is self._lift.tensor:
+            return real.grad_fn is not self._lift.history
+        base = None if self._view_of is None else self._view_of[0]
+        return not isinstance(base, LazyLogits) or base._lacks_write()
 
     def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write into the values: from then on this is an ordinary tensor, with its new history."""
@@ -257,6 +287,9 @@ class LazyLogits(Tensor):
     ) -> Any:
         first = args[0] if args else None
         if isinstance(first, LazyLogits):
+            if func not in (_lift, _detach) and torch.is_grad_enabled():
+                with enable_reentrant_dispatch():  # of vmap, most likely: the others are caught up
+                    first._require_whole_history()
             if func is _lift:  # a separate tensor, with another history
                 return _as_tensor(first).detach()  # type: ignore[no-any-return]
             if func is _add and not kwargs:
@@ -294,6 +327,8 @@ def _caught_up(name: str, x: Any) -> Any:
     """What logits are now, if somebody has written to what shares memory with them."""
     if not isinstance(x, LazyLogits) or not x._is_behind:
         return x
+    if not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
+        x._require_whole_history()  # in the forward of an autograd.Function, which has its edges
     if x._view_of is not None and name == "register_hook":  # torch 2.13 would end the process
         raise RuntimeError(
             "register_hook of a part of these logits is too late: they were written to since. Call "
