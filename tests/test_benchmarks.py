@@ -110,6 +110,7 @@ def test_engines_of_ours_differ_by_memory(rows: dict[str, dict[str, Any]]) -> No
     assert not rows["eager"]["flat"]
 
 
+@pytest.mark.long
 def test_what_is_kept_for_backward_is_counted_once(
     rows: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

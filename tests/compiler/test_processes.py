@@ -213,6 +213,7 @@ def test_losses_and_rewrites_of_several_processes(name: str, tmp_path: pathlib.P
     _assert_right(_run(tmp_path, name))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )

@@ -115,6 +115,15 @@ def test_gradcheck(options):
     )
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])  # in fp16 so small gradients leave its range
+def test_parity_where_all_logits_are_near_their_bound(dtype):
+    """There the derivative of the cap is a difference of nearly equal numbers."""
+    x, w, _ = operands((33, 40), 300, dtype, spread=0.2)
+    signs = torch.randint(0, 2, (300,)) * 2 - 1
+    b = (signs * (6 + torch.rand(300))).to(dtype).requires_grad_()
+    parity((x, w, b), targets(33, 300, sets=6), softcap=3.0)
+
+
 def test_all_labels_ignored():
     inputs = operands((6, 8), 20, F32)
     labels = torch.full((6,), -100)

@@ -92,6 +92,20 @@ def test_parity_over_many_tiles(name, dtype, trained):
     assert_parity_of_draws(ours, theirs, draw)
 
 
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("dtype", [F32, BF16])  # in fp16 so small gradients leave its range
+def test_parity_where_all_logits_are_near_their_bound(name, dtype):
+    labels = some_targets((33,), 300, 0.3)
+    ours, theirs = (over(fn, labels, (name,), softcap=3.0) for fn in (linear_logprob, reference))
+
+    def draw() -> list[Tensor]:
+        x, w, _ = operands((33, 40), 300, dtype, spread=0.2)
+        b = (torch.randint(0, 2, (300,)) * 2 - 1) * (6 + torch.rand(300))
+        return [x, w, b.to(dtype).requires_grad_()]
+
+    assert_parity_of_draws(ours, theirs, draw)
+
+
 @pytest.mark.parametrize("trained", ["x", "x w b", "x s"])
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=["plain", "all"])
 @pytest.mark.parametrize("names", [*((name,) for name in FLOATS), FLOATS[:2], FLOATS])

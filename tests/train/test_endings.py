@@ -119,6 +119,7 @@ def run_in(encoding: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_output_that_is_not_utf_8(recipe: dict[str, Any], tmp_path: Path) -> None:
     words = {"sample_prompt": "Grüße, 猫?", "default_system_message": "žluťoučký"}
     path = tmp_path / "recipe.yaml"

@@ -341,6 +341,7 @@ def test_a_model_that_cannot_be_loaded(recipe: dict[str, Any], tmp_path: Path) -
         train(recipe, console=QUIET, base_model=str(tmp_path / "broken"))
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(recipe: Recipe, *device: Any) -> Any:

@@ -212,8 +212,9 @@ class LazyLogits(Tensor):
                 result = func(*args, **kwargs)
             if name == "retain_grad" and isinstance(first, LazyLogits):
                 first._arrival = Arrival(first._family, first._writes_seen)
+                register: Any = first.register_hook
                 with torch._C.DisableTorchFunctionSubclass():
-                    first.register_hook(first._arrival.note)
+                    register(first._arrival.note)
             # a gradient that is asked for is wanted now: later, the graph may be gone
             return tree_map(_materialized, result) if func is torch.autograd.grad else result
         _note_reads(func, (*args, *kwargs.values()))

@@ -82,10 +82,12 @@ def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias
     softmax = torch.empty(height, vocabulary, dtype=wide, device=logits.device)
     in_place = logits.dtype is wide
     wider = softmax if in_place else torch.empty_like(softmax)
+    slopes = torch.empty_like(softmax) if gradient and loss.softcap else None
     for part in strips:
         strip, y = logits[part], targets[part, None]
         rows = strip.shape[0]
-        scale_and_cap(strip, loss.scale, loss.softcap)
+        slope = None if slopes is None else slopes[:rows]
+        scale_and_cap(strip, loss.scale, loss.softcap, slope)
         f = strip if in_place else wider[:rows].copy_(strip)
         p = softmax_into(f, softmax[:rows], exact=in_place)
         losses[part] = _row_losses(f, p, y, loss.smoothing)
@@ -93,8 +95,8 @@ def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias
             if loss.smoothing:
                 p.sub_(loss.smoothing / vocabulary)
             p.scatter_add_(1, y, p.new_full((rows, 1), loss.smoothing - 1.0))
-            if loss.softcap:  # dtanh; the scale itself is left to backward
-                p.addcmul_(p, f.square_(), value=-1.0 / loss.softcap**2)
+            if slope is not None:  # the scale itself is left to backward
+                p.mul_(slope)
             strip.copy_(p)
             if dbias.numel():
                 dbias += p.sum(0)

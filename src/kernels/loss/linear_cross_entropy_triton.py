@@ -35,28 +35,42 @@ LARGE_TILE_BYTES = GPU_TILE_BYTES
 
 @triton.jit
 def _tanh(u):
-    """Hyperbolic tangent to fp32's precision, also where ``1 - 2/(exp(2u) + 1)`` cancels."""
+    """Hyperbolic tangent to fp32's precision, also where ``1 - 2/(exp(2u) + 1)`` cancels.
+
+    Near 1 it is rounded once: its slope is what is left to 1, where each rounding counts.
+    """
     s = u * u
     tail = -0.0539682540 + s * 0.0218694885
     small = u * (1.0 + s * (-0.3333333333 + s * (0.1333333333 + s * tail)))
     t = tl.exp(-2.0 * tl.abs(u))
-    large = (1.0 - t) / (1.0 + t)
+    large = tl.where(s < 1.0, (1.0 - t) / (1.0 + t), 1.0 - 2.0 * t / (1.0 + t))
     return tl.where(s < 0.09, small, tl.where(u < 0.0, -large, large))
 
 
 @triton.jit
-def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr):
-    """Scaled and capped logits, rounded where the model rounds; minus infinity outside.
+def capped_logits_and_slope(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr):
+    """Scaled and capped logits, rounded where the model rounds, and the derivative of the cap.
 
-    What is ``there`` is read: whole vectors, which may go past the last class.
+    Logits are minus infinity outside. What is ``there`` is read: whole vectors, which may go past
+    the last class. The derivative is made of the tanh: where that is near 1, the rounding of what
+    it is multiplied to would be too much.
     """
     raw = tl.load(pointers, mask=there, other=0.0)
     value = (raw.to(tl.float32) * scale).to(raw.dtype).to(tl.float32)
+    slope = tl.full(value.shape, 1.0, tl.float32)
     if SOFTCAP:
         share = (value / softcap).to(raw.dtype).to(tl.float32)
         share = _tanh(share).to(raw.dtype).to(tl.float32)
+        slope = 1.0 - share * share
         value = (softcap * share).to(raw.dtype).to(tl.float32)
-    return tl.where(inside, value, float("-inf"))
+    return tl.where(inside, value, float("-inf")), slope
+
+
+@triton.jit
+def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr):
+    """The logits of ``capped_logits_and_slope`` alone."""
+    value, _ = capped_logits_and_slope(pointers, there, inside, softcap, scale, SOFTCAP)
+    return value
 
 
 @triton.jit
@@ -99,12 +113,13 @@ def loss_kernel(
         for start in range(0, vocabulary, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
             inside = v < vocabulary
-            value = capped_logits(logits + v, v < room, inside, softcap, scale, SOFTCAP)
+            value, slope = capped_logits_and_slope(
+                logits + v, v < room, inside, softcap, scale, SOFTCAP
+            )
             grad = tl.exp(value - lse) - smoothing / vocabulary
             grad = tl.where(v == label, grad - (1.0 - smoothing), grad)
             if SOFTCAP:
-                share = value / softcap
-                grad *= 1.0 - share * share
+                grad *= slope
             grad = tl.where(inside, grad, 0.0)
             tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=v < room)
 

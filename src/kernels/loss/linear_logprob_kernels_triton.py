@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..aot import AotCase
-from .linear_cross_entropy_triton import capped_logits
+from .linear_cross_entropy_triton import capped_logits, capped_logits_and_slope
 
 
 @triton.jit
@@ -113,14 +113,15 @@ def slope_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         inside = v < vocabulary
-        value = capped_logits(logits + v, v < room, inside, softcap, factor, SOFTCAP)
+        value, slope = capped_logits_and_slope(
+            logits + v, v < room, inside, softcap, factor, SOFTCAP
+        )
         logp = tl.where(inside, value / temperature - lse, 0.0)
         p = tl.exp(logp)
         grad = p * (a + b * logp + c * p) + d
         grad = tl.where(v == target, grad + g, grad)
         if SOFTCAP:
-            share = value / softcap
-            grad *= 1.0 - share * share
+            grad *= slope
         if RESCALE:
             raw = tl.load(logits + v, mask=v < room, other=0.0).to(tl.float32)
             of_factor += tl.sum(tl.where(inside, grad * raw, 0.0), 0)

@@ -86,10 +86,13 @@ class _Tiles:
 
     def final(self, logits: Tensor) -> Tensor:
         """A tile's final logits, for the top classes."""
-        capped = logits[:, : self.weight.shape[0]] * self.scale
-        if self.softcap:
-            capped = self.softcap * torch.tanh(capped / self.softcap)
+        logits = logits[:, : self.weight.shape[0]]
+        capped = self.softcap * self.share_of_cap(logits) if self.softcap else logits * self.scale
         return capped.float() / self.temperature
+
+    def share_of_cap(self, logits: Tensor) -> Tensor:
+        """What of the bound logits reach, in [-1, 1]; the slope of the cap is 1 - its square."""
+        return torch.tanh(logits * self.scale / self.softcap)
 
     def slope(
         self, first: int, logits: Tensor, out: Tensor, found: Tensor,
@@ -206,16 +209,15 @@ def differentiate(
         here = {name: t[span] for name, t in given.items()}
         of_top = here.pop("topk_values", None), here.pop("topk_indices", None)
         sums = dfactor[span] if wanted[3] else None
-        final = None if of_top[0] is None else tiles.final(logits).gather(1, of_top[1])
-        raw = None if of_top[0] is None else logits.gather(1, of_top[1]).float()
+        raw = None if of_top[0] is None else logits.gather(1, of_top[1])
         tiles.slope(first, logits, logits, found, here, sums)
-        if final is not None:
+        if raw is not None:
             grad = of_top[0]
             if softcap:
-                grad = grad * (1.0 - (final * (temperature / softcap)).square())
+                grad = grad * (1.0 - tiles.share_of_cap(raw).float().square())
             live = tiles.keep.index_select(0, places).unsqueeze(1)  # other rows hold no logits
             if sums is not None:
-                sums += torch.where(live, grad * raw, 0.0).sum(1)
+                sums += torch.where(live, grad * raw.float(), 0.0).sum(1)
                 grad = grad * tiles.scale
             grad = torch.where(live, grad, 0.0)
             logits.scatter_add_(1, of_top[1], grad.to(logits.dtype))

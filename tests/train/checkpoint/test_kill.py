@@ -80,7 +80,7 @@ def finished(folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("kills", "steps", "every", "limit"),
     [
-        (2, 40, 1, 2),
+        pytest.param(2, 40, 1, 2, marks=pytest.mark.long),
         pytest.param(20, 400, 1, 2, marks=pytest.mark.slow),
         pytest.param(8, 160, 2, 1, marks=pytest.mark.slow),
     ],
