@@ -202,7 +202,20 @@ def _unfused(report: Report) -> list[str]:
     return gaps + [b.reason for b in report.bypasses if "could not be captured" in b.reason]
 
 
-@pytest.mark.long("DoRA, bf16 base, dropout", "bf16 base", "three active", "two active")
+@pytest.mark.long(
+    "adapter bias",
+    "bf16 base",
+    "DoRA",
+    "DoRA, bf16 base, dropout",
+    "DoRA, transposed bf16 weights",
+    "dropout",
+    "ranks",
+    "some projections",
+    "three active",
+    "trained base bias",
+    "trained part of a block",
+    "two active",
+)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in RARE else []) for n in SETTINGS]
 )

@@ -22,7 +22,7 @@ from 0.8 to 1.5 on one model), over twelve it does not (1.05 and 1.07)."""
 BF16 = processor().avx512_bf16 and not processor().amx
 
 
-@pytest.mark.long("gemma2")
+@pytest.mark.long("gemma2", "phi3", "olmo2")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2"])
 def test_bfloat16_with_fp32_adapters(name: str) -> None:
     family = next(f for f in FAMILIES if f.name == name)

@@ -25,7 +25,7 @@ LIMIT = 60.0
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.mark.long("zamba-lora", "zamba-plain")
+@pytest.mark.long("jamba-lora", "zamba-lora", "zamba-plain")
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_equal_eager(name: str, lora: bool) -> None:

@@ -105,7 +105,8 @@ def scale_and_cap(
     if softcap:
         strip.div_(softcap).tanh_()
         if slope is not None:  # of tanh itself: where it is near 1, another rounding is too much
-            slope.copy_(strip).square_().neg_().add_(1.0)
+            t = strip if strip.dtype is slope.dtype else slope.copy_(strip)
+            torch.addcmul(slope.new_ones(()), t, t, value=-1.0, out=slope)
         strip.mul_(softcap)
 
 

@@ -54,6 +54,7 @@ def assert_said_once(run: Run) -> None:
     assert [line for line in lines if re.match(r"\[|W\d{4}|.*[Ww]arning", line)] == []
 
 
+@pytest.mark.long
 def test_two_processes_train_what_one_does(runs: Runs) -> None:
     """The 15 batches of an epoch do not go round, nor do the 5 to validate on."""
     keys = {"sample_prompt": "What is 3?", "sample_max_tokens": 4, "save_steps": 8}

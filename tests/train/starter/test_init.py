@@ -94,6 +94,7 @@ def test_preferences_are_said_not_to_be_trained(model: Path, tmp_path: Path) -> 
     assert "trains on the chosen answers ALONE" in text.replace("\n# ", " ")
 
 
+@pytest.mark.long(*(f"row{i}-entry{i}" for i in range(1, 8)))
 @pytest.mark.parametrize(
     ("row", "entry"),
     [
