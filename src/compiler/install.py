@@ -165,8 +165,8 @@ def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
         if name not in (_REPLICATE, _GETSTATE, "train") or not _is_ours(value)
     }
     forward = _theirs(plain.get("forward"))
-    record = _innermost_record(forward, wrapped=False)
-    forward = forward if record is None else record.previous
+    while (record := _innermost_record(forward, wrapped=False)) is not None:
+        forward = record.previous
     if forward is not None:
         plain["forward"] = forward
     else:
@@ -223,10 +223,9 @@ def _replicate_for(record: Installed) -> Callable[[nn.Module], Any]:
 
     def replicate(self: nn.Module) -> Any:
         replica = type(self)._replicate_for_data_parallel(self)
-        for name in ("forward", _REPLICATE, _GETSTATE):
-            replica.__dict__.pop(name, None)
-        if record.previous is not None:
-            replica.__dict__["forward"] = _rebind(record.previous, replica)
+        replica.__dict__ = _without_ours(replica.__dict__)
+        if "forward" in replica.__dict__:
+            replica.__dict__["forward"] = _rebind(replica.__dict__["forward"], replica)
         return replica
 
     replicate.__name__ = _REPLICATE  # pickle stores a method by this name

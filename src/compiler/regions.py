@@ -162,7 +162,9 @@ def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
 def _region_of_head(path: str, module: nn.Module, blocks: list[nn.Module]) -> Region:
     """The head region of ``module``, of whose children one holds all blocks."""
     names, child = [], module
-    while inner := [(n, c) for n, c in child.named_children() if _holds(c, blocks)]:
+    while inner := [
+        (n, c) for n, c in child.named_children() if c not in blocks and _holds(c, blocks)
+    ]:
         name, child = inner[0]
         names.append(name)
         if not is_container(child):

@@ -113,6 +113,27 @@ def test_head_and_blocks_are_captured_apart(options: dict[str, Any], codegen: st
     assert_equal_steps(restore(ours), eager, IDS, labels=IDS)
 
 
+def test_a_block_that_is_called_three_times_is_no_backbone() -> None:
+    """It has one forward of ours, so that its shallow copy is plain and runs what it holds."""
+    eager = Flat()
+    eager.transformer.blocks = nn.ModuleList([eager.transformer.blocks[0]] * 3)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    for _ in range(2):
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
+    assert explain(ours).by_rule()["linear_cross_entropy"] == 1
+    for model in (eager, ours):
+        blocks: Any = model.transformer.blocks
+        block = copy.copy(blocks[0])
+        assert "forward" not in block.__dict__
+        block._modules = {**block._modules, "up": copy.deepcopy(block.up)}
+        with torch.no_grad():
+            block.up.weight.mul_(0.5)
+        blocks[0] = block
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
+    restore(ours)
+    assert not any("forward" in module.__dict__ for module in ours.modules())
+
+
 def test_explain_alone_captures_the_head() -> None:
     report = explain(optimize(Flat(), codegen="eager"))
     assert report.by_rule()["linear_cross_entropy"] == 1
