@@ -44,9 +44,20 @@ def depends_on_writes(func: Any, name: str) -> bool:
     return name in _HISTORY or name not in _DESCRIBING
 
 
-def gets_gradient(func: Any, name: str) -> bool:
-    """Whether a tensor is asked for its ``grad``."""
-    return name == "__get__" and getattr(func.__self__, "__name__", "") == "grad"
+def is_gradient(func: Any, name: str) -> bool:
+    """Whether a tensor's ``grad`` is read, set or deleted."""
+    return name in _ACCESS and getattr(func.__self__, "__name__", "") == "grad"
+
+
+def is_in_function() -> bool:
+    """Whether the forward pass of an autograd.Function runs, a reentrant checkpoint's too."""
+    # it disables derivatives in forward mode; so does inference mode, and nothing else
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass runs that is not differentiated itself."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 def only_casts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -120,9 +120,14 @@ class WriteTrace:
         self._alias, self._version = tensor.detach(), tensor._version
 
     @property
+    def writes(self) -> int:
+        """How often somebody has written to it, or to a view of it, also if it is gone by now."""
+        return self._alias._version - self._version
+
+    @property
     def is_written(self) -> bool:
-        """Whether somebody has written to it, or to a view of it, also if it is gone by now."""
-        return self._alias._version != self._version
+        """Whether somebody has."""
+        return self.writes > 0
 
 
 class Lift:
@@ -148,6 +153,13 @@ class Family:
         """Whether somebody has written to a tensor that was given out."""
         whole = self.whole is not None and self.whole.is_written
         return whole or any(trace.is_written for _, trace in self._parts)
+
+    @property
+    def state(self) -> int:
+        """What grows with each write into any of them."""
+        traces = [trace for _, trace in self._parts]
+        traces += [] if self.whole is None else [self.whole]
+        return self.writes + sum(trace.writes for trace in traces)
 
     def is_written_since(self, writes: int) -> bool:
         """Whether somebody has written to any of them since there were so many ``writes``."""
@@ -189,14 +201,19 @@ class Family:
 
 
 class Arrival:
-    """When a gradient that is kept came: ``is_late`` if that was after a write."""
+    """When gradients that are kept came: ``is_early`` before a write, ``is_late`` after it."""
 
     def __init__(self, family: Family, writes: int) -> None:
-        self._family, self._writes, self.is_late = family, writes, False
+        # weak, as a graph keeps the hook, and traces of writes keep the values
+        self._family, self._writes = weakref.ref(family), writes
+        self.is_early = self.is_late = False
 
     def note(self, grad: Tensor) -> None:
         """A hook of the logits."""
-        self.is_late = self._family.is_written_since(self._writes)
+        family = self._family()
+        if family is not None:
+            is_late = family.is_written_since(self._writes)
+            self.is_early, self.is_late = self.is_early or not is_late, self.is_late or is_late
 
 
 class Snapshot:

@@ -52,6 +52,7 @@ class LazyLogits(Tensor):
     _real_view: Tensor | None = None
     _writes_seen = 0
     _arrival: Arrival | None = None
+    _state_in_function = 0
 
     @staticmethod
     def __new__(
@@ -197,9 +198,8 @@ class LazyLogits(Tensor):
         if calls.depends_on_writes(func, name) and not calls.writes(name):
             originals = args
             args, kwargs = tree_map(functools.partial(_caught_up, name), (args, kwargs))
-            if calls.gets_gradient(func, name) and args[0] is not originals[0]:
-                gradient = args[0].grad if args[0].retains_grad else None
-                return originals[0]._gradient_before_write() if gradient is None else gradient
+            if calls.is_gradient(func, name) and args[0] is not originals[0]:
+                return originals[0]._gradient_of_written(args[0], func, *args[1:])
         first = args[0] if args else None
         is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
         is_for_autograd = calls.is_for_autograd(func, name)
@@ -223,25 +223,58 @@ class LazyLogits(Tensor):
         args, kwargs = tree_map(_materialized, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _require_own_history(self) -> None:
+        """Raise where a function has written to a part of them and marked them as dirty."""
+        lifted = None if self._lift is None else self._lift.history
+        with torch._C.DisableTorchFunctionSubclass():
+            now = self.grad_fn
+        if None not in (lifted, now) and lifted.next_functions[0][0] is not now:
+            raise RuntimeError(
+                "an autograd.Function has written to a part of these logits in place: let it "
+                "write to logits.clone(), or use fusewright.optimize(model, logits='always')"
+            )
+
     def _require_whole_history(self) -> None:
         """Raise where its own history, all that C++ code sees of it, lacks a write into a part."""
         if self._is_behind and self.requires_grad and self._lacks_write():
             raise RuntimeError(
                 "a part of these logits was written to in place since they were made, and an "
-                "autograd.Function, a checkpoint or vmap would miss the gradient of that: give it "
-                "logits.clone(), or use fusewright.optimize(model, logits='always')"
+                "autograd.Function, a reentrant checkpoint or vmap that takes them, or reads them, "
+                "would miss the gradient of that: give it logits.clone(), or use "
+                "fusewright.optimize(model, logits='always')"
             )
 
-    def _gradient_before_write(self) -> Tensor | None:
-        """The gradient that ``retain_grad`` kept of what this was before it was written to."""
-        if self._arrival is not None and self._arrival.is_late and self._lacks_write():
+    def _require_unwritten_when_saved(self) -> None:
+        """Raise, as eager mode does, where a backward pass may read what it saved before a write."""
+        if self.requires_grad and self._state_in_function != self._family.state:
             raise RuntimeError(
-                "the gradient of these logits was to be kept, and a part of them was written to in "
-                "place before it came: call retain_grad once more after the write, write to "
+                "these logits are read in a backward pass, and were modified by an in-place "
+                "operation after its forward pass may have saved them: write to logits.clone(), or "
+                "use fusewright.optimize(model, logits='always')"
+            )
+
+    def _gradient_of_written(self, real: Tensor, access: Any, *value: Any) -> Tensor | None:
+        """Read, set or delete the gradient of logits that were written to; ``real``: what they are.
+
+        The own gradient is that of what they were before.
+        """
+        arrival = self._arrival
+        if access.__name__ != "__get__":
+            self._arrival = None if arrival is None else Arrival(self._family, self._writes_seen)
+            with torch._C.DisableTorchFunctionSubclass():
+                access(self, *value)
+            return access(real, *value)  # type: ignore[no-any-return]
+        after = real.grad if real.retains_grad else None
+        if arrival is not None and (
+            arrival.is_early if after is not None else arrival.is_late and self._lacks_write()
+        ):
+            raise RuntimeError(
+                "what retain_grad keeps of these logits came, or began, before a part of them was "
+                "written to in place: call retain_grad after the write alone, write to "
                 "logits.clone(), or use fusewright.optimize(model, logits='always')"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            return self.grad
+            return self.grad if after is None else after
 
     def _lacks_write(self) -> bool:
         with torch.enable_grad():
@@ -328,8 +361,12 @@ def _caught_up(name: str, x: Any) -> Any:
     """What logits are now, if somebody has written to what shares memory with them."""
     if not isinstance(x, LazyLogits) or not x._is_behind:
         return x
-    if not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
-        x._require_whole_history()  # in the forward of an autograd.Function, which has its edges
+    x._require_own_history()
+    if calls.is_in_function():
+        x._require_whole_history()  # the function has the edges of its arguments already
+        x._state_in_function = x._family.state
+    elif calls.is_in_backward() and name != "detach":
+        x._require_unwritten_when_saved()
     if x._view_of is not None and name == "register_hook":  # torch 2.13 would end the process
         raise RuntimeError(
             "register_hook of a part of these logits is too late: they were written to since. Call "
