@@ -112,31 +112,46 @@ class Change:
         return result
 
 
-class WriteTrace:
-    """Tells of a tensor that was given out whether it was written to, without keeping its graph."""
+class Given(torch.autograd.Function):
+    """What is given out for logits ``z``: their ``values``, with a history that leads to them.
+
+    All that is given out shares one version counter. So autograd sees, of what it has saved, any
+    write into what shares its memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, values: Tensor) -> Tensor:
+        """``z``: (..., vocabulary), lazy; ``values``: the same shape and dtype."""
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Pass the gradient on to the logits."""
+        return grad, None
+
+
+class Trace:
+    """Tells of a tensor that was given out whether its history has a write, without keeping it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.reference = weakref.ref(tensor)
-        self._alias, self._version = tensor.detach(), tensor._version
-
-    @property
-    def writes(self) -> int:
-        """How often somebody has written to it, or to a view of it, also if it is gone by now."""
-        return self._alias._version - self._version
+        self.reference, self._is_written = weakref.ref(tensor), False
 
     @property
     def is_written(self) -> bool:
-        """Whether somebody has."""
-        return self.writes > 0
+        """Whether somebody has written to it, or to a view of it, with a history."""
+        tensor = self.reference()
+        if tensor is not None and getattr(tensor.grad_fn, "_forward_cls", None) is not Given:
+            self._is_written = True
+        return self._is_written
 
 
 class Lift:
-    """A tensor that is given out for logits: its history leads to them, it shares their memory."""
+    """A tensor that was given out for logits, and its history then."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
         self.history = tensor.grad_fn
-        self.trace = WriteTrace(tensor)
+        self.trace = Trace(tensor)
 
 
 class Family:
@@ -145,37 +160,42 @@ class Family:
     def __init__(self) -> None:
         self.writes, self.is_shared = 0, False
         # of the logits, and of their views; weak, as a lift's graph leads to what leads to these
-        self.whole: WriteTrace | None = None
-        self._parts: list[tuple[weakref.ref[Lift], WriteTrace]] = []
+        self.whole: Trace | None = None
+        self._parts: list[tuple[weakref.ref[Lift], Trace]] = []
+        self._memory: Tensor | None = None
+        self._first = self._last = 0  # versions: when it was given out, and at the last look
+        self._is_lost = False
 
-    @property
-    def is_written(self) -> bool:
-        """Whether somebody has written to a tensor that was given out."""
-        whole = self.whole is not None and self.whole.is_written
-        return whole or any(trace.is_written for _, trace in self._parts)
+    def watch(self, values: Tensor) -> None:
+        """Note that ``values`` are given out."""
+        if self._memory is None and not values.is_inference():  # those have no versions
+            self._memory = values.detach()
+            self._first = self._last = self._memory._version
+        self.is_shared = True
 
     @property
     def state(self) -> int:
         """What grows with each write into any of them."""
-        traces = [trace for _, trace in self._parts]
-        traces += [] if self.whole is None else [self.whole]
-        return self.writes + sum(trace.writes for trace in traces)
+        return self.writes + (0 if self._memory is None else self._memory._version - self._first)
 
     def is_written_since(self, writes: int) -> bool:
         """Whether somebody has written to any of them since there were so many ``writes``."""
-        return self.writes != writes or self.is_written
+        return self.writes != writes or self.state > self.writes
 
     def note_part(self, tensor: Tensor) -> Lift:
         """Note what readers of a view get."""
+        self._look()
         lift = Lift(tensor)
-        # nobody can write any more to those that are gone, nor to a view of them
-        self._parts = [
-            (of, trace)
-            for of, trace in self._parts
-            if trace.is_written or trace.reference() is not None
-        ]
         self._parts.append((weakref.ref(lift), lift.trace))
         return lift
+
+    def _look(self) -> None:
+        """Forget parts that are gone, if nobody can have written to them."""
+        now = self._last if self._memory is None else self._memory._version
+        kept = [(of, t) for of, t in self._parts if t.is_written or t.reference() is not None]
+        if now != self._last and len(kept) < len(self._parts):
+            self._is_lost = True  # to one of those that are gone since, maybe, or to another
+        self._parts, self._last = kept, now
 
     def before_write(self) -> None:
         """Raise where a part was written to, or is there, as a tensor whose history misses this."""
@@ -191,9 +211,10 @@ class Family:
             )
         self._parts.clear()
 
-    def require_unwritten_parts(self, besides: WriteTrace | None = None) -> None:
+    def require_unwritten_parts(self, besides: Trace | None = None) -> None:
         """Raise where a part was written to as a tensor of its own: no other history sees that."""
-        if any(trace.is_written for _, trace in self._parts if trace is not besides):
+        self._look()
+        if self._is_lost or any(t.is_written for _, t in self._parts if t is not besides):
             raise RuntimeError(
                 "these logits cannot be read any more, as a part of them was written to in place: "
                 "write to a clone() of it, or use fusewright.optimize(model, logits='always')"

@@ -20,11 +20,20 @@ from torch.utils._pytree import tree_map
 
 from . import calls
 from .changes import KeptLogits
-from .deferred import Arrival, Change, Deferred, Family, Lift, Recorded, Snapshot, await_loss
+from .deferred import (
+    Arrival,
+    Change,
+    Deferred,
+    Family,
+    Given,
+    Lift,
+    Recorded,
+    Snapshot,
+    await_loss,
+)
 from .reads import Reads
 
 _add = torch.ops.aten.add.Tensor
-_lift = torch.ops.aten.lift.default
 _cast = torch.ops.aten._to_copy.default
 _clone = torch.ops.aten.clone.default
 _detach = torch.ops.aten.detach.default
@@ -160,7 +169,7 @@ class LazyLogits(Tensor):
         with calls.outside_transforms():
             data = self.values()
             self._source.settle()
-            family.is_shared = True
+            family.watch(data)
             if not (self.requires_grad and torch.is_grad_enabled()):
                 return data
             lift = self._lift
@@ -180,7 +189,7 @@ class LazyLogits(Tensor):
         if self._lift is not None and self._lift.tensor is not None:
             return self._lift.tensor
         with torch._C.DisableTorchFunctionSubclass():
-            lifted: Tensor = _lift(self)
+            lifted: Tensor = Given.apply(self, self.values())  # type: ignore[no-untyped-call]
         if self._view_of is not None:
             self._lift = self._family.note_part(lifted)
         else:
@@ -225,10 +234,10 @@ class LazyLogits(Tensor):
 
     def _require_own_history(self) -> None:
         """Raise where a function has written to a part of them and marked them as dirty."""
-        lifted = None if self._lift is None else self._lift.history
+        history = None if self._lift is None else self._lift.history
         with torch._C.DisableTorchFunctionSubclass():
             now = self.grad_fn
-        if None not in (lifted, now) and lifted.next_functions[0][0] is not now:
+        if history is not None and now is not None and history.next_functions[0][0] is not now:
             raise RuntimeError(
                 "an autograd.Function has written to a part of these logits in place: let it "
                 "write to logits.clone(), or use fusewright.optimize(model, logits='always')"
@@ -245,7 +254,7 @@ class LazyLogits(Tensor):
             )
 
     def _require_unwritten_when_saved(self) -> None:
-        """Raise, as eager mode does, where a backward pass may read what it saved before a write."""
+        """Raise where a backward pass may read what was saved before a write: so does eager mode."""
         if self.requires_grad and self._state_in_function != self._family.state:
             raise RuntimeError(
                 "these logits are read in a backward pass, and were modified by an in-place "
@@ -264,23 +273,27 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 access(self, *value)
             return access(real, *value)  # type: ignore[no-any-return]
-        after = real.grad if real.retains_grad else None
-        if arrival is not None and (
-            arrival.is_early if after is not None else arrival.is_late and self._lacks_write()
-        ):
+        with torch._C.DisableTorchFunctionSubclass():
+            keeps = self.retains_grad, real.retains_grad  # of the other, PyTorch would warn
+            before = self.grad if keeps[0] or not keeps[1] else None
+            after = real.grad if keeps[1] or not keeps[0] else None
+        if after is not None:
+            is_mixed = before is not None and (arrival is None or arrival.is_early)
+        else:
+            is_mixed = arrival is not None and arrival.is_late and self._lacks_write()
+        if is_mixed:
             raise RuntimeError(
                 "what retain_grad keeps of these logits came, or began, before a part of them was "
                 "written to in place: call retain_grad after the write alone, write to "
                 "logits.clone(), or use fusewright.optimize(model, logits='always')"
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.grad if after is None else after
+        return before if after is None else after
 
     def _lacks_write(self) -> bool:
         with torch.enable_grad():
             real = self.materialize()
         if self._lift is not None and real is self._lift.tensor:
-            return real.grad_fn is not self._lift.history
+            return self._lift.trace.is_written
         base = None if self._view_of is None else self._view_of[0]
         return not isinstance(base, LazyLogits) or base._lacks_write()
 
@@ -321,11 +334,9 @@ class LazyLogits(Tensor):
     ) -> Any:
         first = args[0] if args else None
         if isinstance(first, LazyLogits):
-            if func not in (_lift, _detach) and torch.is_grad_enabled():
+            if func is not _detach and torch.is_grad_enabled():
                 with enable_reentrant_dispatch():  # of vmap, most likely: the others are caught up
                     first._require_whole_history()
-            if func is _lift:  # a separate tensor, with another history
-                return _as_tensor(first).detach()  # type: ignore[no-any-return]
             if func is _add and not kwargs:
                 total = first.plus(args[1])
                 if total is not NotImplemented:
@@ -361,7 +372,8 @@ def _caught_up(name: str, x: Any) -> Any:
     """What logits are now, if somebody has written to what shares memory with them."""
     if not isinstance(x, LazyLogits) or not x._is_behind:
         return x
-    x._require_own_history()
+    if name != "__set__":  # which autograd does, and takes no error
+        x._require_own_history()
     if calls.is_in_function():
         x._require_whole_history()  # the function has the edges of its arguments already
         x._state_in_function = x._family.state
@@ -386,9 +398,10 @@ def _caught_up(name: str, x: Any) -> Any:
 def _as_tensor(x: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return x
-    x._family.is_shared = True
     with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient
-        return x.values()
+        values = x.values()
+        x._family.watch(values)
+        return values
 
 
 def _recorded_answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
