@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -132,6 +133,24 @@ def test_a_block_that_is_called_three_times_is_no_backbone() -> None:
     assert_equal_steps(ours, eager, IDS, labels=IDS)
     restore(ours)
     assert not any("forward" in module.__dict__ for module in ours.modules())
+
+
+def test_a_class_that_is_changed_after_an_instance_was_wrapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The wrapper keeps the forward that the class had; the other instances have the new one."""
+    eager = Flat()
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    of_class = Block.forward
+    for model in (eager, ours):
+        block: Any = model.transformer.blocks[1]
+        block.forward = functools.partial(lambda own, *args: own(*args) * 0.75, block.forward)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
+    monkeypatch.setattr(Block, "forward", lambda self, *args: of_class(self, *args) * 0.5)
+    for _ in range(2):
+        assert_equal_steps(ours, eager, IDS, labels=IDS)
+    restore(ours)
+    assert_equal_steps(ours, eager, IDS, labels=IDS)
 
 
 def test_explain_alone_captures_the_head() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -29,17 +30,34 @@ _NO_UNITS = Units(())
 
 
 class Original:
-    """The original forward of a module: its own, or the one that its class has now."""
+    """The original forward of a module: its own, or its class's.
+
+    That is the one that the class has now. A wrapper of the instance's ``forward`` keeps the one
+    that the class had when it was put there: nobody tells us when, so the one at its first call.
+    """
 
     def __init__(self, previous: Any) -> None:
         """Make one from ``previous``, the instance's own forward, or None if it has none."""
         self._own = getattr(previous, "__func__", previous)
         # whether it takes the module first; an unpickled module carries its class's forward
         self.is_method = previous is None or isinstance(previous, types.MethodType)
+        self._wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Any]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def function(self, module: nn.Module) -> Any:
         """The function behind it."""
-        return type(module).forward if self._own is None else self._own
+        if self._own is not None:
+            return self._own
+        now, put = type(module).forward, module.__dict__.get("forward")
+        if put is None or getattr(put, "__self__", None) is module:
+            return now  # ours, which was looked up now
+        wrapper, then = self._wrapped.get(module, (None, now))
+        if wrapper is not None and wrapper() is put:
+            return then
+        with contextlib.suppress(TypeError):  # of an object without weak references
+            self._wrapped[module] = weakref.ref(put), now
+        return now
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call it."""

@@ -254,7 +254,7 @@ class LazyLogits(Tensor):
             )
 
     def _require_unwritten_when_saved(self) -> None:
-        """Raise where a backward pass may read what was saved before a write: so does eager mode."""
+        """Raise, as eager mode does, where a backward pass may read what it saved earlier."""
         if self.requires_grad and self._state_in_function != self._family.state:
             raise RuntimeError(
                 "these logits are read in a backward pass, and were modified by an in-place "
