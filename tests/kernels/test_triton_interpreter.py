@@ -26,6 +26,7 @@ OPS = [
 
 @pytest.mark.long(
     "add_rms_norm",
+    "capped_logits",
     "corrected",
     "fallback",
     "glu",

@@ -54,13 +54,6 @@ def main() -> None:
         check([x, w.detach()], 0.5, options)
         kernels.TILE_BYTES = whole
         checks += 2
-    # near the bound its slope is a difference of nearly equal numbers; fp16 has none so small
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w, b = operands(33, 140, 20, dtype)
-        signs = torch.randint(0, 2, (140,)) * 2 - 1
-        b = (signs * (6 + torch.rand(140))).to(dtype).requires_grad_()
-        check([x.detach().mul_(0.2).requires_grad_(), w, b], 0.0, {"softcap": 3.0})
-        checks += 1
     x, w, b = operands(70, 90, 24, torch.float32)  # two blocks of rows, the second ignored
     check([x, w, b], 0.5, {})
     x, w, b = operands(6, 70, 24, torch.float32)
