@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +291,23 @@ def test_models_that_are_compared_are_compiled_alike(
     rows = [{"path": "rows.jsonl", "type": "chat_template"}]
     optimize_model(None, Recipe.model_validate({"base_model": "m", "datasets": rows, **keys}))
     assert [options["compile_no_grad"] for options in given] == [alike]
+
+
+def test_trl_that_is_not_installed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is missed before anything imports it."""
+
+    def version(name: str) -> str:
+        if name == "trl":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return of_package(name)
+
+    of_package = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for name in list(sys.modules):
+        if re.match(r"trl\b|fusewright\.train\.methods\.(?!task)", name):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(RecipeError, match=r"rl: dpo needs the package trl, which is not installed"):
+        train(method_recipe("dpo", base, tmp_path), console=QUIET)
