@@ -165,8 +165,8 @@ def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
         if name not in (_REPLICATE, _GETSTATE, "train") or not _is_ours(value)
     }
     forward = _theirs(plain.get("forward"))
-    while (record := _innermost_record(forward, wrapped=False)) is not None:
-        forward = record.previous
+    record = _innermost_record(forward, wrapped=False)
+    forward = forward if record is None else record.previous
     if forward is not None:
         plain["forward"] = forward
     else:
@@ -206,6 +206,7 @@ def _install_forward(
     if results is not None:
         forward = callable_from_head(session, results, forward)
     functools.update_wrapper(forward, original.function(module))
+    original.replaced_by = forward
     forward.__name__ = "forward"  # pickle stores a method by this name
     record = Installed(session, kind, previous)
     setattr(forward, _MARK, record)

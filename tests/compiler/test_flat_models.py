@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 import warnings
 from typing import Any
 
@@ -135,8 +136,13 @@ def test_a_block_that_is_called_three_times_is_no_backbone() -> None:
     assert not any("forward" in module.__dict__ for module in ours.modules())
 
 
+def _scaled(own: Any) -> Any:
+    return lambda self, *args: own(*args) * 0.75
+
+
+@pytest.mark.parametrize("method", [False, True])
 def test_a_class_that_is_changed_after_an_instance_was_wrapped(
-    monkeypatch: pytest.MonkeyPatch,
+    method: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wrapper keeps the forward that the class had; the other instances have the new one."""
     eager = Flat()
@@ -144,7 +150,11 @@ def test_a_class_that_is_changed_after_an_instance_was_wrapped(
     of_class = Block.forward
     for model in (eager, ours):
         block: Any = model.transformer.blocks[1]
-        block.forward = functools.partial(lambda own, *args: own(*args) * 0.75, block.forward)
+        if method:
+            wrapper = _scaled(block.forward)
+            block.forward = types.MethodType(wrapper, block)
+        else:
+            block.forward = functools.partial(lambda own, *args: own(*args) * 0.75, block.forward)
     assert_equal_steps(ours, eager, IDS, labels=IDS)
     monkeypatch.setattr(Block, "forward", lambda self, *args: of_class(self, *args) * 0.5)
     for _ in range(2):

@@ -403,7 +403,20 @@ def test_what_autograd_saved_is_not_read_after_a_write(use: str, write: str) -> 
             _write_and_differentiate(LATER[write], z, value)
 
 
+def _read_by_a_hook(z: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    z.register_hook(lambda grad: seen.append((z * grad).sum()))
+    z.detach()[..., 3] = 1.0
+    value = z.logsumexp(-1).sum()
+    value.backward(retain_graph=True)
+    return value + seen[0].detach()
+
+
 RIGHT: dict[str, Callable[[Tensor], Any]] = {
+    "a hook that reads them": _read_by_a_hook,
+    "a part that is gone, then a write without a gradient": lambda z: (
+        z[:, :-1].exp().sum(), _silently(lambda z: z[:, -1].zero_())(z), z.exp().sum()
+    )[2],
     "a function of values that were detached": lambda z: (
         z.detach()[:, 1:].mul_(2), _Square.apply(z).sum()
     )[1],
@@ -438,6 +451,43 @@ def test_what_a_write_does_not_spoil(use: str) -> None:
         value.backward()
         made.append([value.detach(), *_gradients(m)])
     _close(*reversed(made))
+
+
+def test_a_part_that_is_gone_may_have_been_written_to() -> None:
+    """By a function that does not look like one that writes."""
+    z = _pair(cap=True)[1](IDS)
+    F.relu(z[:, :3], inplace=True)
+    with pytest.raises(RuntimeError, match="a part of them was written to in place"):
+        z.exp()
+
+
+SAVERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "before another": lambda z: _square_and_exp(z, torch.enable_grad()),
+    "before another without gradients": lambda z: _square_and_exp(z, torch.no_grad()),
+    "a reentrant checkpoint": lambda z: _written(
+        z, checkpoint(lambda x: x.exp().sum(), z, use_reentrant=True)
+    ),
+}
+
+
+def _written(z: Tensor, value: Tensor) -> Tensor:
+    z.detach()[..., 3] = -5
+    return value
+
+
+def _square_and_exp(z: Tensor, mode: Any) -> Tensor:
+    value = _written(z, _Square.apply(z).sum())  # type: ignore[no-untyped-call]
+    with mode:
+        other = _Exp.apply(z).sum()  # type: ignore[no-untyped-call]
+    return value + other
+
+
+@pytest.mark.parametrize("use", SAVERS)
+def test_what_a_function_saved_is_not_read_after_a_write(use: str) -> None:
+    for m in _pair(cap=True):
+        value = SAVERS[use](m(IDS))
+        with pytest.raises(RuntimeError, match=r"in-?place operation"):
+            value.backward()
 
 
 def test_a_function_that_writes_into_a_part() -> None:

@@ -37,27 +37,25 @@ class Original:
     """
 
     def __init__(self, previous: Any) -> None:
-        """Make one from ``previous``, the instance's own forward, or None if it has none."""
+        """Make one from ``previous``, the instance's own forward, or None if it has none.
+
+        ``replaced_by`` is the function that is put into the instance.
+        """
         self._own = getattr(previous, "__func__", previous)
         # whether it takes the module first; an unpickled module carries its class's forward
         self.is_method = previous is None or isinstance(previous, types.MethodType)
-        self._wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self.replaced_by: Callable[..., Any] | None = None
+        self._under_wrapper: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def function(self, module: nn.Module) -> Any:
         """The function behind it."""
         if self._own is not None:
             return self._own
         now, put = type(module).forward, module.__dict__.get("forward")
-        if put is None or getattr(put, "__self__", None) is module:
-            return now  # ours, which was looked up now
-        wrapper, then = self._wrapped.get(module, (None, now))
-        if wrapper is not None and wrapper() is put:
-            return then
-        with contextlib.suppress(TypeError):  # of an object without weak references
-            self._wrapped[module] = weakref.ref(put), now
-        return now
+        if put is None or getattr(put, "__func__", None) is self.replaced_by:
+            self._under_wrapper.pop(module, None)
+            return now
+        return self._under_wrapper.setdefault(module, now)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call it."""

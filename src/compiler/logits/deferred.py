@@ -115,8 +115,8 @@ class Change:
 class Given(torch.autograd.Function):
     """What is given out for logits ``z``: their ``values``, with a history that leads to them.
 
-    All that is given out shares one version counter. So autograd sees, of what it has saved, any
-    write into what shares its memory.
+    All that is given out shares one version counter. So autograd sees, of what it has saved of it,
+    any write into what shares its memory. The logits themselves have another one.
     """
 
     @staticmethod
@@ -172,10 +172,11 @@ class Family:
             self._memory = values.detach()
             self._first = self._last = self._memory._version
         self.is_shared = True
+        self._look()
 
     @property
     def state(self) -> int:
-        """What grows with each write into any of them."""
+        """What grows, by one or more, with each write into any of them."""
         return self.writes + (0 if self._memory is None else self._memory._version - self._first)
 
     def is_written_since(self, writes: int) -> bool:
@@ -190,7 +191,7 @@ class Family:
         return lift
 
     def _look(self) -> None:
-        """Forget parts that are gone, if nobody can have written to them."""
+        """Forget parts that are gone; they are lost if somebody may have written to them."""
         now = self._last if self._memory is None else self._memory._version
         kept = [(of, t) for of, t in self._parts if t.is_written or t.reference() is not None]
         if now != self._last and len(kept) < len(self._parts):

@@ -61,7 +61,7 @@ class LazyLogits(Tensor):
     _real_view: Tensor | None = None
     _writes_seen = 0
     _arrival: Arrival | None = None
-    _state_in_function = 0
+    _state_in_function: int | None = None
 
     @staticmethod
     def __new__(
@@ -255,7 +255,7 @@ class LazyLogits(Tensor):
 
     def _require_unwritten_when_saved(self) -> None:
         """Raise, as eager mode does, where a backward pass may read what it saved earlier."""
-        if self.requires_grad and self._state_in_function != self._family.state:
+        if self.requires_grad and self._state_in_function not in (None, self._family.state):
             raise RuntimeError(
                 "these logits are read in a backward pass, and were modified by an in-place "
                 "operation after its forward pass may have saved them: write to logits.clone(), or "
@@ -370,14 +370,17 @@ def _materialized(x: Any) -> Any:
 
 def _caught_up(name: str, x: Any) -> Any:
     """What logits are now, if somebody has written to what shares memory with them."""
-    if not isinstance(x, LazyLogits) or not x._is_behind:
+    if not isinstance(x, LazyLogits):
+        return x
+    if calls.is_in_function() and x._state_in_function is None:
+        x._state_in_function = x._family.state
+    if not x._is_behind:
         return x
     if name != "__set__":  # which autograd does, and takes no error
         x._require_own_history()
     if calls.is_in_function():
         x._require_whole_history()  # the function has the edges of its arguments already
-        x._state_in_function = x._family.state
-    elif calls.is_in_backward() and name != "detach":
+    elif calls.is_in_backward():
         x._require_unwritten_when_saved()
     if x._view_of is not None and name == "register_hook":  # torch 2.13 would end the process
         raise RuntimeError(
