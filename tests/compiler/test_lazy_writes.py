@@ -426,6 +426,16 @@ RIGHT: dict[str, Callable[[Tensor], Any]] = {
     "a function of a part of what was written whole": lambda z: (
         q := z[:, 1:], z.mul_(2), _Exp.apply(q.clone()).sum()
     )[2],
+    "a checkpoint after reads and writes": lambda z: (
+        z.exp(), _half(z), z.exp(),
+        checkpoint(lambda x: x.square().sum(), z, use_reentrant=False),
+    )[3],
+    "a write in a checkpoint": lambda z: checkpoint(
+        lambda x: (y := x.clone(), _half(y), y.square().sum())[2], z, use_reentrant=False
+    ),
+    "vmap of values that were detached": lambda z: (
+        z.detach()[:, 1:].mul_(2), torch.vmap(torch.square)(z).sum()
+    )[1],
     "read in inference mode": lambda z: (_half(z), _inferred(z), z.exp().sum())[2],
     "vmap without a gradient": lambda z: (
         _half(z), z.exp().sum() + _silently(torch.vmap(lambda row: row.exp().sum()))(z).sum()
@@ -467,6 +477,14 @@ SAVERS: dict[str, Callable[[Tensor], Tensor]] = {
     "a reentrant checkpoint": lambda z: _written(
         z, checkpoint(lambda x: x.exp().sum(), z, use_reentrant=True)
     ),
+    "a checkpoint": lambda z: _written(
+        z, checkpoint(lambda x: x.square().sum(), z, use_reentrant=False)
+    ),
+    "a checkpoint of a part": lambda z: _written(
+        z, checkpoint(lambda x: x.square().sum(), z[:, 1:], use_reentrant=False)
+    ),
+    "vmap": lambda z: _written(z, torch.vmap(torch.square)(z).sum()),
+    "torch.func": lambda z: _written(z, torch.func.vjp(torch.square, z)[0].sum()),
 }
 
 

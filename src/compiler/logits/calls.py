@@ -55,9 +55,20 @@ def is_in_function() -> bool:
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
-def is_in_backward() -> bool:
-    """Whether a backward pass runs that is not differentiated itself."""
-    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+def may_save() -> bool:
+    """Whether what is read now may have been saved as it is, without a tensor being given out."""
+    return is_in_function() or _has_saved_tensors_hooks()
+
+
+def reads_what_was_saved() -> bool:
+    """Whether a backward pass runs, or what it computes once more, and is not differentiated."""
+    is_plain = not torch.is_grad_enabled() or _has_saved_tensors_hooks()
+    return torch._C._current_graph_task_id() != -1 and is_plain
+
+
+def _has_saved_tensors_hooks() -> bool:
+    """Whether hooks on saved tensors are set, as a checkpoint that is not reentrant does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def only_casts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -130,8 +130,8 @@ class Given(torch.autograd.Function):
         return grad, None
 
 
-class Trace:
-    """Tells of a tensor that was given out whether its history has a write, without keeping it."""
+class HistoryTrace:
+    """Tells of a tensor that was given out whether its history has a write; does not keep it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.reference, self._is_written = weakref.ref(tensor), False
@@ -151,7 +151,7 @@ class Lift:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
         self.history = tensor.grad_fn
-        self.trace = Trace(tensor)
+        self.trace = HistoryTrace(tensor)
 
 
 class Family:
@@ -160,8 +160,8 @@ class Family:
     def __init__(self) -> None:
         self.writes, self.is_shared = 0, False
         # of the logits, and of their views; weak, as a lift's graph leads to what leads to these
-        self.whole: Trace | None = None
-        self._parts: list[tuple[weakref.ref[Lift], Trace]] = []
+        self.whole: HistoryTrace | None = None
+        self._parts: list[tuple[weakref.ref[Lift], HistoryTrace]] = []
         self._memory: Tensor | None = None
         self._first = self._last = 0  # versions: when it was given out, and at the last look
         self._is_lost = False
@@ -212,7 +212,7 @@ class Family:
             )
         self._parts.clear()
 
-    def require_unwritten_parts(self, besides: Trace | None = None) -> None:
+    def require_unwritten_parts(self, besides: HistoryTrace | None = None) -> None:
         """Raise where a part was written to as a tensor of its own: no other history sees that."""
         self._look()
         if self._is_lost or any(t.is_written for _, t in self._parts if t is not besides):

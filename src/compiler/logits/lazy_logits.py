@@ -61,7 +61,7 @@ class LazyLogits(Tensor):
     _real_view: Tensor | None = None
     _writes_seen = 0
     _arrival: Arrival | None = None
-    _state_in_function: int | None = None
+    _state_when_saved: int | None = None
 
     @staticmethod
     def __new__(
@@ -253,9 +253,14 @@ class LazyLogits(Tensor):
                 "fusewright.optimize(model, logits='always')"
             )
 
+    def _note_saved(self) -> None:
+        """Note that they may be saved now, for a backward pass, as what they are."""
+        if self._state_when_saved is None and torch._C._current_graph_task_id() == -1:
+            self._state_when_saved = self._family.state
+
     def _require_unwritten_when_saved(self) -> None:
         """Raise, as eager mode does, where a backward pass may read what it saved earlier."""
-        if self.requires_grad and self._state_in_function not in (None, self._family.state):
+        if self.requires_grad and self._state_when_saved not in (None, self._family.state):
             raise RuntimeError(
                 "these logits are read in a backward pass, and were modified by an in-place "
                 "operation after its forward pass may have saved them: write to logits.clone(), or "
@@ -372,15 +377,15 @@ def _caught_up(name: str, x: Any) -> Any:
     """What logits are now, if somebody has written to what shares memory with them."""
     if not isinstance(x, LazyLogits):
         return x
-    if calls.is_in_function() and x._state_in_function is None:
-        x._state_in_function = x._family.state
+    if calls.may_save():
+        x._note_saved()
     if not x._is_behind:
         return x
     if name != "__set__":  # which autograd does, and takes no error
         x._require_own_history()
     if calls.is_in_function():
         x._require_whole_history()  # the function has the edges of its arguments already
-    elif calls.is_in_backward():
+    elif calls.reads_what_was_saved():
         x._require_unwritten_when_saved()
     if x._view_of is not None and name == "register_hook":  # torch 2.13 would end the process
         raise RuntimeError(
@@ -402,6 +407,10 @@ def _as_tensor(x: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return x
     with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient
+        if torch._C._current_graph_task_id() != -1:
+            x._require_unwritten_when_saved()
+        else:
+            x._note_saved()
         values = x.values()
         x._family.watch(values)
         return values
