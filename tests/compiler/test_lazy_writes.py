@@ -440,9 +440,6 @@ RIGHT: dict[str, Callable[[Tensor], Any]] = {
     "vmap without a gradient": lambda z: (
         _half(z), z.exp().sum() + _silently(torch.vmap(lambda row: row.exp().sum()))(z).sum()
     )[1],
-    "a hook that reads others": lambda z: (
-        h := z * 2, h.register_hook(lambda grad: grad * z.shape[0]), _half(z), h.sum()
-    )[3],
     "a part that is gone": lambda z: (z[:, 1:].exp().sum(), _half(z), z.exp().sum())[2],
 }  # fmt: skip
 

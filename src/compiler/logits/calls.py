@@ -51,7 +51,7 @@ def is_gradient(func: Any, name: str) -> bool:
 
 def is_in_function() -> bool:
     """Whether the forward pass of an autograd.Function runs, a reentrant checkpoint's too."""
-    # it disables derivatives in forward mode; so does inference mode, and nothing else
+    # it disables forward-mode derivatives, as inference mode does; hardly anybody else does
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
