@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 
-from ..sharding import divided_by
+from ..sharding import divided_by, gathers
 from .units import is_unit
 
 A_CACHE = "a cache was passed (generation; in training call model.train(), or pass use_cache=False)"
@@ -32,12 +32,12 @@ def bypass_reason(
     for value in (*args, *kwargs.values()):
         if value is None or isinstance(value, (Tensor, int, float, str)):
             continue
-        if _is_cache(value):
+        if is_cache(value):
             return A_CACHE
         if _may_collect(value):
             return f"a {type(value).__name__} was passed, which may collect values as a cache does"
-    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-        return "inner outputs (attentions or hidden states) were asked for"
+    if kwargs.get("output_attentions"):  # hidden states are what hooks on whole blocks see
+        return "attentions were asked for"
     if torch._C._get_tracing_state() is not None:
         return "the model is being traced by torch.jit"
     if hooks.divided:
@@ -82,12 +82,45 @@ _TRACERS = (
 )
 
 
-def _is_cache(value: Any) -> bool:
-    """A key/value or state cache, by what it can do."""
+def is_cache(value: Any) -> bool:
+    """Whether this is a key/value or state cache, by what it can do."""
     return any(
         hasattr(value, name)
         for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
     )
+
+
+class CacheRefused(Exception):
+    """The blocks of a call must be given its cache after all."""
+
+
+class WithheldCache:
+    """The empty cache that one call of a model has made for its blocks, which do not get it."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+        self._blocks: set[nn.Module] = set()
+
+    def withhold(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of ``block`` without the cache; CacheRefused: not possible."""
+        values = (*args, *kwargs.values())
+        caches = [v for v in values if not isinstance(v, (Tensor, nn.Module)) and is_cache(v)]
+        if not caches:
+            return args, kwargs
+        self.cache = caches[0] if self.cache is None else self.cache
+        if any(c is not self.cache for c in caches):
+            raise CacheRefused("its blocks get several caches")
+        if block in self._blocks:
+            raise CacheRefused("a block is called twice with one cache")
+        hooks = block._forward_hooks_with_kwargs or block._forward_pre_hooks_with_kwargs
+        if hooks and not gathers(block):
+            raise CacheRefused("a hook on a block gets the cache")
+        self._blocks.add(block)
+        return tuple(None if v is self.cache else v for v in args), {
+            k: None if v is self.cache else v for k, v in kwargs.items()
+        }
 
 
 def _may_collect(value: Any) -> bool:
@@ -199,12 +232,16 @@ def has_idle_hooks(module: nn.Module) -> bool:
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a hook is one that transformers leaves behind after a call for inner outputs."""
-    # it does nothing until the next such call, which is bypassed
+    """Whether a hook is one of transformers for inner outputs that this call does not ask for."""
+    # each collects outputs of one kind, its key, where the call collects these
     if getattr(hook, "__name__", "") != "output_capturing_hook":
         return False
     collector = hook.__globals__.get("_active_collector")
-    return collector is not None and not collector.get()
+    if collector is None:
+        return False
+    collected = collector.get()
+    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
+    return not collected or ("key" in cells and cells["key"].cell_contents not in collected)
 
 
 @contextmanager

@@ -104,6 +104,9 @@ def install(regions: Iterable[Region], session: Session) -> None:
                 outside = functools.partial(backbone_forward, session, fused)
                 _install_forward(module, session, "backbone", outside)
                 watch_training(module, fused)
+        elif region.kind == "backbone":
+            make = functools.partial(backbone_forward, session, None)
+            _install_forward(region.module, session, "backbone", make)
         else:
             make = functools.partial(block_forward, session, region.kind)
             _install_forward(

@@ -59,7 +59,28 @@ def find(model: nn.Module) -> list[Region]:
             regions.append(Region(path, module, "norm"))
     if head is not None:
         regions.append(head)
-    return regions
+    return regions + _makers_of_caches(model, blocks, head)
+
+
+def _makers_of_caches(
+    model: nn.Module, blocks: dict[str, nn.Module], head: Region | None
+) -> list[Region]:
+    """What is around blocks and may make a cache for them, besides the head and its backbone."""
+    known = (head.module, *head.backbone) if head is not None else ()
+    around = {path[:i] for path in blocks for i, c in enumerate(path) if c == "."} | {""}
+    return [
+        Region(path, module, "backbone")
+        for path, module in model.named_modules()
+        if path in around
+        and not (module in known or is_container(module) or takes_labels(module))
+        and has_cache_switch(module)
+    ]
+
+
+def has_cache_switch(module: nn.Module) -> bool:
+    """Whether a module's forward takes ``use_cache``, and need not be told."""
+    switch = inspect.signature(module.forward).parameters.get("use_cache")
+    return switch is not None and switch.default is None
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from ..memory.planner import Planner
 from ..memory.random_state import RandomState
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
+from .bypass import WithheldCache
 from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
@@ -101,6 +102,9 @@ class CallState:
     in_head: bool = False  # whether the call came through a captured head
     units: Units | None = None  # those of its modules whose parameters are sharded
     replay: Replay | None = None  # what the head at hand has run
+    withheld: WithheldCache | None = None  # the default cache that blocks do not get now
+    # makes the caches that the head at hand returns fill themselves when they are read
+    on_return: list[Callable[[], None]] = field(default_factory=list)
     watches: Watches = field(default_factory=Watches)
     # the first input of the block at hand, in whose place its graph gets a leaf
     no_gradient: Tensor | None = None

@@ -73,6 +73,8 @@ def block_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
+        if session.state.withheld is not None:
+            args, kwargs = session.state.withheld.withhold(self, args, kwargs)
         failed = session.failure(self)
         if failed is not None:
             return _bypassed(session, failed, original, self, args, kwargs)

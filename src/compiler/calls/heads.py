@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import typing
-import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -26,6 +25,7 @@ from ..regions import leading_sizes, mark_dynamic
 from ..session import CallState, Replay, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
+from .default_cache import DefaultCache, SharedCacheIndices
 from .forwards import Original, inactive_check
 from .opaque_blocks import Results
 from .trainer_heads import ASKED, TrainerHead
@@ -217,6 +217,9 @@ def _run(
         label_counts.forget()  # its loss has been computed: nothing is kept until the next
         for state, before in zip(states, outer, strict=True):
             state.in_head, state.units, state.replay = before
+            if state.replay is None:
+                while state.on_return:
+                    state.on_return.pop()()
     return units.after(outputs) if units.is_open else outputs
 
 
@@ -270,15 +273,22 @@ def _gathered(outputs: Any, units: Units) -> Any:
 
 
 def backbone_forward(
-    session: Session, fused: TrainerHead, original: Original, compiled: Callable[..., Any]
+    session: Session,
+    fused: TrainerHead | None,
+    original: Original,
+    compiled: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
+    """The backbone inside a head: a graph break while the head is captured, itself otherwise.
+
+    ``fused`` is that of a backbone that a trainer's head may call.
+    """
+    run = DefaultCache(session, original)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def run_uncaptured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session.state.in_head = False
         try:
-            outputs = original(self, *args, **kwargs)
+            outputs = run(self, *args, **kwargs)
         finally:
             session.state.in_head = True
         if session.state.units:
@@ -295,12 +305,12 @@ def backbone_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.state.in_head and self not in session.log.restored:
             return run_uncaptured(self, *args, **kwargs)
-        if self not in session.log.restored and not is_traced_here():
+        if fused is not None and self not in session.log.restored and not is_traced_here():
             fused.adopt(self)
         saved = session.state.replayed(self)
         if saved is not None:
             return saved[0]
-        return original(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
 
     return forward
 
@@ -344,8 +354,6 @@ def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bo
 # values stay what they are.
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
-_INDEX = "layer_idx"
-"""Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
 
 
 def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect.Parameter]:
@@ -401,52 +409,3 @@ def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
         and all(kwargs.get(n) is None for n in _CACHE_ARGUMENTS)
         and (kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None)
     )
-
-
-class SharedCacheIndices:
-    """Whether two layers write to one place of the cache: the second reads what the first wrote.
-
-    Asked at each step; the layers are searched only when they, or their parts, have changed.
-    """
-
-    def __init__(self) -> None:
-        self._known: tuple[list[Any], bool] = ([], False)
-
-    def any_in(self, backbone: nn.Module) -> bool:
-        """Whether there are such layers in ``backbone``."""
-        layers = [
-            layer
-            for stack in _stacks(backbone)
-            for layer in stack._modules.values()
-            if layer is not None
-        ]
-        parts = [p for layer in layers for p in (layer, *layer._modules.values()) if p is not None]
-        # references, and not their ids: another module may get the id of one that is gone
-        now = [(weakref.ref(p), p.__dict__.get(_INDEX)) for p in parts]
-        if now != self._known[0]:
-            self._known = now, any(map(_share_an_index, _stacks(backbone)))
-        return self._known[1]
-
-
-def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The outermost lists of modules."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _stacks(child)
-
-
-def _share_an_index(stack: nn.ModuleList) -> bool:
-    """Whether two layers are one module, or have one index."""
-    seen: set[tuple[str, int]] = set()
-    layers = [m for m in stack._modules.values() if m is not None]
-    for layer in layers:
-        for path, module in layer.named_modules():
-            index = module.__dict__.get(_INDEX)
-            if type(index) is int and index >= 0:
-                if (path, index) in seen:
-                    return True
-                seen.add((path, index))
-    composite = all(any(True for _ in m.children()) for m in layers)
-    return composite and len(set(map(id, layers))) < len(layers)
