@@ -154,11 +154,11 @@ _NO_FORWARD = nn.Module.forward
 
 
 def captured_submodules(
-    module: nn.Module, outside: Sequence[str] = ()
+    module: nn.Module, outside: Sequence[tuple[str, ...]] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
     """The submodules of ``module``, a region, by name, each once, without those captured apart.
 
-    ``outside`` is the path, name by name, to a submodule that is not captured with it. Where this
+    ``outside`` are the paths, name by name, to submodules that are not captured with it. Where one
     is a mere container, the region calls what it holds: blocks are there, but not their parts.
     """
     seen: set[nn.Module] = {module}
@@ -167,7 +167,7 @@ def captured_submodules(
     ]
     while stack:
         name, path, m = stack.pop()
-        if m is None or m in seen or (path == tuple(outside) and not is_container(m)):
+        if m is None or m in seen or (path in outside and not is_container(m)):
             continue
         seen.add(m)
         yield name, m
@@ -175,8 +175,8 @@ def captured_submodules(
             stack += [(f"{name}.{n}", (*path, n), c) for n, c in m._modules.items()]
 
 
-def _leads_to(outside: Sequence[str], path: tuple[str, ...]) -> bool:
-    return bool(outside) and path[: len(outside)] == tuple(outside)
+def _leads_to(outside: Sequence[tuple[str, ...]], path: tuple[str, ...]) -> bool:
+    return any(path[: len(names)] == names for names in outside)
 
 
 def is_block(module: nn.Module) -> bool:

@@ -91,10 +91,10 @@ def _function(forward: Any) -> Any:
 
 def install(regions: Iterable[Region], session: Session) -> None:
     """Give the modules of ``regions`` captured forwards."""
-    results = Results()
+    results, regions = Results(), list(regions)
     for region in regions:
         if region.kind == "head":
-            head_results = None if region.backbone else results
+            head_results = results if any(r.in_head for r in regions) else None
             fused = TrainerHead(region.module, session.log.reads)
             make = functools.partial(
                 head_forward, session, region.outside, head_results, fused, _session_of

@@ -34,9 +34,9 @@ class Region:
     path: str  # as in ``named_modules()``
     module: nn.Module
     kind: str  # ``"block"``, ``"norm"`` or ``"head"``
-    # for a head, the path, name by name, to the submodule that stays outside
-    outside: tuple[str, ...] = ()
-    # for a head, this submodule; then those inside it that hold all blocks, one of which the head
+    # for a head, the paths, name by name, to the submodules that stay outside
+    outside: tuple[tuple[str, ...], ...] = ()
+    # for a head, these submodules; then those inside that hold all blocks of one, which the head
     # may call in its place. Empty where the head calls the blocks itself.
     backbone: tuple[nn.Module, ...] = ()
     in_head: bool = False  # for a block, whether a head that is captured calls it
@@ -50,11 +50,12 @@ def find(model: nn.Module) -> list[Region]:
     inside = tuple(f"{path}." for path in blocks)
     regions = []
     head = _head(model, list(blocks.values()))
-    in_head = set(head.module.modules()) - set(_outside(head).modules()) if head else set()
-    flat = head is not None and not head.backbone
+    outside = _outside(head) if head else []
+    in_head = set(head.module.modules()).difference(*(m.modules() for m in outside)) if head else ()
+    called = {m for o in outside if is_container(o) for m in o.modules()}
     for path, module in model.named_modules():
         if path in blocks:
-            regions.append(Region(path, module, "block", in_head=flat))
+            regions.append(Region(path, module, "block", in_head=module in called))
         elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
             regions.append(Region(path, module, "norm"))
     if head is not None:
@@ -165,51 +166,56 @@ def undivided_parts(block: nn.Module) -> list[Region]:
 
 
 def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
-    """The outermost module that owns both the blocks and the projection to the vocabulary."""
+    """The outermost module that owns both blocks and the projection of their results to logits."""
     # A model may not say where its projection is, or have no module for it (a tied head is one
-    # matmul): then it is the innermost module that owns the blocks and takes labels.
+    # matmul): then it is the innermost module that owns all blocks and takes labels.
     inner = None
     for path, module in model.named_modules():
-        holders = [c for c in module.children() if _holds(c, blocks)]
+        holders = [c for c in module.children() if _blocks_in(c, blocks)]
         head = _output_embeddings(module)
-        for child in holders:
-            if head is not None and head not in set(child.modules()):
-                return _region_of_head(path, module, blocks)
-            if takes_labels(module):
-                inner = _region_of_head(path, module, blocks)
+        if not holders or module in blocks:
+            continue
+        if head is not None and head not in {m for c in holders for m in c.modules()}:
+            return _region_of_head(path, module, blocks)
+        if takes_labels(module) and len(_blocks_in(module, blocks)) == len(blocks):
+            inner = _region_of_head(path, module, blocks)
     return inner
 
 
 def _region_of_head(path: str, module: nn.Module, blocks: list[nn.Module]) -> Region:
-    """The head region of ``module``, of whose children one holds all blocks."""
-    names, child = [], module
-    while inner := [
-        (n, c) for n, c in child.named_children() if c not in blocks and _holds(c, blocks)
-    ]:
-        name, child = inner[0]
-        names.append(name)
-        if not is_container(child):
-            return Region(path, module, "head", tuple(names), _chain(child, blocks))
-    return Region(path, module, "head", tuple(names))
+    """The head region of ``module``, which owns blocks."""
+    paths = list(_paths_outside(module, blocks))
+    outside = [module.get_submodule(".".join(names)) for names in paths]
+    backbone = [m for o in outside if not is_container(o) for m in _chain(o, blocks)]
+    return Region(path, module, "head", tuple(paths), tuple(dict.fromkeys(backbone)))
 
 
-def _outside(head: Region) -> nn.Module:
-    return head.module.get_submodule(".".join(head.outside))
+def _paths_outside(module: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, ...]]:
+    """The paths to what is called with blocks in it, or else to the lists of blocks."""
+    for name, child in module.named_children():
+        if _unwrapped("", child)[1] in blocks or not _blocks_in(child, blocks):
+            continue
+        inner = list(_paths_outside(child, blocks)) if is_container(child) else []
+        yield from ((name, *rest) for rest in inner or [()])
+
+
+def _outside(head: Region) -> list[nn.Module]:
+    return [head.module.get_submodule(".".join(names)) for names in head.outside]
 
 
 def _chain(module: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, ...]:
-    """``module``, and what is inside it around all the blocks."""
-    chain = [module]
-    while inner := [c for c in chain[-1].children() if _holds(c, blocks)]:
+    """``module``, and what is inside it around all of its blocks."""
+    chain, inside = [module], _blocks_in(module, blocks)
+    while inner := [c for c in chain[-1].children() if _blocks_in(c, blocks) == inside]:
         if isinstance(inner[0], nn.ModuleList) or inner[0] in blocks:
             break
         chain.append(inner[0])
     return tuple(chain)
 
 
-def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
+def _blocks_in(module: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
     members = set(module.modules())
-    return all(b in members for b in blocks)
+    return [b for b in blocks if b in members]
 
 
 def _output_embeddings(module: nn.Module) -> nn.Module | None:

@@ -83,8 +83,8 @@ class Watches:
         self._codes: dict[Hashable, Hashable] = {}
         self._round = 0
 
-    def get(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
-        """What is below a region now; ``outside`` is the path to a submodule captured apart."""
+    def get(self, module: nn.Module, outside: Sequence[tuple[str, ...]] = ()) -> Watch:
+        """What is below a region now; ``outside`` are paths to submodules captured apart."""
         # the methods of all classes are compared once for each pass over the model
         if module in self._seen:
             self._seen.clear()
@@ -114,7 +114,7 @@ class Watches:
         grown.round, grown.code = self._round, watch.code
         self._codes[self._find_code(module, grown)] = watch.code
 
-    def _watch(self, module: nn.Module, outside: Sequence[str]) -> Watch:
+    def _watch(self, module: nn.Module, outside: Sequence[tuple[str, ...]]) -> Watch:
         inlined = self._inlined.get(module, _NOTHING)
         return Watch(module, outside, self.opaque.below(module), inlined)
 
@@ -165,7 +165,7 @@ class Watch:
     """The modules below one region. It holds them, but not the region itself.
 
     Attributes:
-        outside: the path, name by name, to a submodule that is not captured with it.
+        outside: the paths, name by name, to submodules that are not captured with it.
         inlined: those of them that are below the one that is not captured, with their paths.
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that these modules have as instances.
@@ -180,7 +180,7 @@ class Watch:
     def __init__(
         self,
         module: nn.Module,
-        outside: Sequence[str],
+        outside: Sequence[tuple[str, ...]],
         copies: ForwardCopies,
         inlined: Inlined = _NOTHING,
     ) -> None:
