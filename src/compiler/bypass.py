@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 
-from ..sharding import divided_by, gathers
+from ..sharding import divided_by
 from .units import is_unit
 
 A_CACHE = "a cache was passed (generation; in training call model.train(), or pass use_cache=False)"
@@ -88,39 +88,6 @@ def is_cache(value: Any) -> bool:
         hasattr(value, name)
         for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
     )
-
-
-class CacheRefused(Exception):
-    """The blocks of a call must be given its cache after all."""
-
-
-class WithheldCache:
-    """The empty cache that one call of a model has made for its blocks, which do not get it."""
-
-    def __init__(self) -> None:
-        self.cache: Any = None
-        self._blocks: set[nn.Module] = set()
-
-    def withhold(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call of ``block`` without the cache; CacheRefused: not possible."""
-        values = (*args, *kwargs.values())
-        caches = [v for v in values if not isinstance(v, (Tensor, nn.Module)) and is_cache(v)]
-        if not caches:
-            return args, kwargs
-        self.cache = caches[0] if self.cache is None else self.cache
-        if any(c is not self.cache for c in caches):
-            raise CacheRefused("its blocks get several caches")
-        if block in self._blocks:
-            raise CacheRefused("a block is called twice with one cache")
-        hooks = block._forward_hooks_with_kwargs or block._forward_pre_hooks_with_kwargs
-        if hooks and not gathers(block):
-            raise CacheRefused("a hook on a block gets the cache")
-        self._blocks.add(block)
-        return tuple(None if v is self.cache else v for v in args), {
-            k: None if v is self.cache else v for k, v in kwargs.items()
-        }
 
 
 def _may_collect(value: Any) -> bool:

@@ -19,7 +19,6 @@ from ..memory.planner import Planner
 from ..memory.random_state import RandomState
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
-from .bypass import WithheldCache
 from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
@@ -27,6 +26,7 @@ from .options import Environment, Options
 from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
+from .withheld import WithheldCache
 
 
 class Replay:

@@ -14,26 +14,29 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.direct import is_traced_here
-from ...memory.oom_retry import is_out_of_memory
 from ...memory.random_state import RandomState
 from ...sharding import has_shards
-from ..bypass import CacheRefused, WithheldCache, is_cache, transform_reason
+from ..bypass import is_cache, transform_reason
 from ..session import Session
 from ..watch import global_hook_reason
+from ..withheld import CacheRefused, WithheldCache
 from .forwards import Original
 
 _SWITCH = "use_cache"
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 _INDEX = "layer_idx"
 """Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
-_FILL = "__fusewright_fill__"
+
+
+_NO_CACHE = (CacheRefused, AttributeError, TypeError, LookupError, ValueError, AssertionError)
+"""What code may raise that gets None, or an empty cache, where it expects one that is filled."""
 
 
 class DefaultCache:
@@ -57,27 +60,25 @@ class DefaultCache:
             outputs = self._original(module, *args, **kwargs)
             if withheld.cache is None:
                 return outputs
-            if not any(v is withheld.cache for v in _values(outputs)):
-                raise CacheRefused("its outputs do not hold the cache that its blocks get")
-        except Exception as error:
-            # what the code makes of an empty cache may fail
-            if (withheld.cache is None and not isinstance(error, CacheRefused)) or (
-                is_out_of_memory(error)
-            ):
+            if withheld.is_used or not any(v is withheld.cache for v in _values(outputs)):
+                raise CacheRefused("the model uses the cache itself, or does not return it")
+        except _NO_CACHE as error:  # what the code makes of an empty cache may fail
+            if withheld.cache is None and not isinstance(error, CacheRefused):
                 raise
             state.withheld = None
-            self._stop(module, str(error) or type(error).__name__)
             before.random.restore()
-            return self._original(module, *args, **kwargs)
+            outputs = self._original(module, *args, **kwargs)
+            self._stop(module, str(error))
+            return outputs
         finally:
             state.withheld = None
         before.watch(outputs)
         refill = functools.partial(self._refill, module, args, kwargs, before)
-        defer = functools.partial(_defer, withheld.cache, refill)
         if state.replay is None:
-            defer()
+            withheld.defer(refill)
         else:  # it goes through a graph
-            state.on_return.append(defer)
+            withheld.release()
+            state.on_return.append(functools.partial(withheld.defer, refill))
         return outputs
 
     def _stop(self, module: nn.Module, reason: str) -> None:
@@ -113,13 +114,13 @@ class DefaultCache:
         if self._signature[0] is not function:
             signature = inspect.signature(function)
             switch = signature.parameters.get(_SWITCH)
-            is_ours = switch is not None and switch.default is None
-            self._signature = function, signature if is_ours else None
-        signature = self._signature[1]
-        if signature is None:
+            is_switch = switch is not None and switch.default is None
+            self._signature = function, signature if is_switch else None
+        if self._signature[1] is None:
             return None
         if not args:
             return kwargs
+        signature = self._signature[1]
         try:
             bound = signature.bind(
                 *((module,) if self._original.is_method else ()), *args, **kwargs
@@ -213,61 +214,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
-
-
-# ------------------------------------------------------------------- a cache that fills itself
-
-
-def _defer(cache: Any, refill: Callable[[], Any]) -> None:
-    """Let an empty ``cache`` become what ``refill`` returns at its first use."""
-    try:
-        cache.__class__ = _deferred_class(type(cache))
-    except TypeError:  # of a class with another layout
-        cache.__dict__.update(refill().__dict__)
-        return
-    object.__getattribute__(cache, "__dict__")[_FILL] = refill
-
-
-@functools.cache
-def _deferred_class(kind: type) -> type:
-    """A subclass of a class of caches; any use of an object of it fills the object first."""
-
-    def __getattribute__(self: Any, name: str) -> Any:
-        attributes = object.__getattribute__(self, "__dict__")
-        if name == "__class__":
-            return type(self)
-        if name in attributes or hasattr(kind, name):
-            _fill(self, kind)
-        return getattr(self, name) if type(self) is kind else kind.__getattribute__(self, name)
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        _fill(self, kind)
-        setattr(self, name, value)
-
-    def operator(name: str) -> Callable[..., Any]:
-        def method(self: Any, *args: Any) -> Any:
-            _fill(self, kind)
-            return getattr(kind, name)(self, *args)
-
-        return method
-
-    # Python looks these up in the class
-    names = [n for n in dir(kind) if n.startswith("__") and getattr(kind, n) is not
-             getattr(object, n, None) and inspect.isfunction(getattr(kind, n))]  # fmt: skip
-    methods = {
-        n: operator(n) for n in names if n not in ("__init__", "__new__", "__init_subclass__")
-    }
-    methods |= {"__repr__": operator("__repr__"), "__getattribute__": __getattribute__,
-                "__setattr__": __setattr__, "__slots__": ()}  # fmt: skip
-    return type(kind.__name__, (kind,), methods | {"__module__": kind.__module__})
-
-
-def _fill(cache: Any, kind: type) -> None:
-    attributes = object.__getattribute__(cache, "__dict__")
-    full = attributes[_FILL]()
-    object.__setattr__(cache, "__class__", kind)
-    cache.__dict__.clear()
-    cache.__dict__.update(full.__dict__)
 
 
 # ------------------------------------------------------------------- layers that share their place
