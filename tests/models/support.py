@@ -166,8 +166,8 @@ def _introduction_by_name(
         f"{_worst(r.grad_error for r in rows)} in all gradients together"
         + (f"; {len(far)} are further than {TOLERANCE:.0e}, where eager's own distance "
            "from fp64 is as large." if far else "."),
-        f"The first optimized step took {statistics.median(times):.1f} s (median), "
-        f"{max(times):.1f} s at most, on one thread.",
+        f"The first optimized step took {statistics.median(times):.1f} s of a processor (median), "
+        f"{max(times):.1f} s at most.",
         "",
     ]  # fmt: skip
 
