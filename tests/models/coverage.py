@@ -146,7 +146,7 @@ def measure(case: Case) -> Row:
     if case.call.startswith("Trainer"):
         inputs |= _of_the_trainer(model, inputs)
         model.config.use_cache = False
-    towers = _towers(model) if case.kind == "multimodal" else None
+    towers = towers_of(model) if case.kind == "multimodal" else None
     if case.lora:
         causal = case.kind == "causal"  # as PEFT does under checkpointing
         model = _adapted(model, case.kind, input_gradients=causal)
@@ -191,7 +191,7 @@ def measure(case: Case) -> Row:
     return row
 
 
-def _towers(model: nn.Module) -> list[str]:
+def towers_of(model: nn.Module) -> list[str]:
     """The outermost modules that neither are, hold nor belong to the language model."""
     parts = media.language_parts(model)
     whole = [path for path, module in model.named_modules() if any(module is p for p in parts)]

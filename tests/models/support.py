@@ -192,7 +192,7 @@ def _left_by_name(row: Row) -> list[str]:
         places[f"{TITLES[kind]} in {_layer(block)}"] += number
     reasons = [_short(f"{rule} {status}: {reason}") for rule, status, reason in row.gaps]
     reasons += [_short(r.removeprefix("a block that is made alike ")) for r in row.passed]
-    problem = [f"**{row.problem}**"] if row.problem else []
+    problem = [f"**{_short(row.problem)}**"] if row.problem else []
     return [*problem, *(f"{p} ({n}x)" for p, n in places.items()), *dict.fromkeys(reasons)]
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import pathlib
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ import transformers
 from fusewright.rewrite.tolerance import FACTOR, unit
 
 from . import architectures
-from .coverage import TOLERANCE, Case, Row, cases, measure
-from .support import COLUMNS, PAGES, SUPPORT, TITLES, read, read_by_name
+from .coverage import TOLERANCE, Case, Row, cases, measure, towers_of
+from .support import COLUMNS, PAGES, SUPPORT, TITLES, page_by_name, read, read_by_name
 
 SAMPLE, FIRST = 20, 6
 NAMES = architectures.names()
@@ -187,3 +189,36 @@ def test_no_source_names_an_architecture() -> None:
         words = set(re.findall(r"[a-z0-9_]+", text))
         found += [f"{path.name}: {w}" for w in sorted(words & types)]
     assert not found
+
+
+@pytest.mark.parametrize("name", ["idefics3", "mllama", "qwen3_vl", "voxtral"])
+def test_pictures_and_sounds_reach_the_loss(name: str) -> None:
+    model = architectures.build(name, "multimodal")
+    architectures.loss_of(model, architectures.step_inputs(model, "multimodal")).backward()
+    towers = {path: model.get_submodule(path) for path in towers_of(model)}
+    assert towers
+    for path, tower in towers.items():
+        assert any(p.grad is not None and p.grad.any() for p in tower.parameters()), path
+
+
+def test_a_page_by_name_holds_what_was_counted() -> None:
+    rows = [
+        Row(
+            Case("llava", "multimodal", call), grad_error=1e-7, loss_error=0.0,
+            candidates={"norm": (7, 9), "loss": (1, 1)}, towers={"norm": (2, 4)},
+            left=[("norm", "model.vision_tower.layers.0.norm", 2)],
+        )
+        for call in ("default", "Trainer")
+    ]  # fmt: skip
+    rows.append(Row(Case("llama4", "multimodal", "default"), not_built="why|not"))
+    text = page_by_name("multimodal", rows)
+    assert read_by_name(text) == {
+        "llava": {
+            "language": (6, 6), "under Trainer": (6, 6), "language with LoRA": (0, 0),
+            "towers": (2, 4), "towers with LoRA": (0, 0), "losses": (1, 1),
+        }
+    }  # fmt: skip
+    assert "norms in `model.vision_tower.layers.*` (2x)" in text
+    assert "- `llama4`: why/not" in text
+    assert "| towers | 2 | 4 | 50.0% |" in text
+    assert [Row.read(json.dumps(asdict(row))) for row in rows] == rows
