@@ -8,7 +8,9 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+from .consent import CODE_SWITCH
 from .recipe.methods_table import METHODS, Method
+from .recipe.paths import is_hub_kernel
 from .recipe.preferences import method_of, rows_of
 from .recipe.recipe import Recipe
 
@@ -32,6 +34,7 @@ _OPTIMIZERS = {
     "schedule_free": ("schedulefree", "schedulefree"),
     "adamw_torch_4bit": ("torchao", "torchao"),
     "adamw_torch_8bit": ("torchao", "torchao"),
+    "came_pytorch": ("came_pytorch", "came-pytorch"),
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
     "adamw_torch_xla": ("torch_xla", "torch-xla"),
     "adamw_torch_npu": ("torch_npu", "torch-npu"),
@@ -64,12 +67,24 @@ def attention(recipe: Recipe) -> tuple[str | None, str | None]:
     name = recipe.attention()
     if name in (None, "eager", "sdpa"):
         return name, None
-    why = _not_here(str(name))
+    hub = is_hub_kernel(name)
+    why = _hub_kernel_not_here(recipe) if hub else _not_here(str(name))
     if why is None:
         return name, None
     key = "flex_attention" if recipe.attn_implementation is None else "attn_implementation"
     instead = "the model's own attention computes the same values (sdpa, for nearly all models)"
     return None, f"{key}: {name} {why}; {instead}"
+
+
+def _hub_kernel_not_here(recipe: Recipe) -> str | None:
+    """Why an attention that is code on the hub is not used; None: it is allowed, and can run."""
+    if not recipe.consent.trust_remote_code:
+        return f"is code on the hub, which is run only with {CODE_SWITCH}"
+    if not _is_there("kernels"):
+        return "needs the package kernels, which is not installed (pip install kernels)"
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a GPU"
 
 
 def _not_here(name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
         "cpu_ram_efficient_loading": False,  # every process has read the weights itself
         "activation_checkpointing": False,  # blocks do that themselves: Recipe.checkpointing
     }
+    if left := left_whole(model):
+        kwargs["ignored_modules"] = [_holding(left.values())]
     if fsdp.offload_params:
         pins = fsdp.pin_memory and torch.cuda.is_available()  # which is for copies to a GPU
         kwargs["cpu_offload"] = CPUOffloadPolicy(pin_memory=pins)
@@ -42,6 +44,30 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
         dtype = getattr(torch, fsdp.mixed_precision)
         kwargs["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
     return FullyShardedDataParallelPlugin(**kwargs)
+
+
+def left_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that FSDP cannot shard, by name: those whose scales are beside them.
+
+    bitsandbytes' weights of 8 bits, and packed experts, are frozen, so that nothing is averaged.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and (parameter.dtype is torch.int8 or _packs(parameter))
+    }
+
+
+def _packs(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "packed") and hasattr(parameter, "states")
+
+
+def _holding(parameters: Iterable[nn.Parameter]) -> nn.Module:
+    """A module that has these parameters, for accelerate, which ignores those of modules."""
+    holder = nn.Module()
+    for number, parameter in enumerate(parameters):
+        holder.register_parameter(str(number), parameter)
+    return holder
 
 
 def block_classes(model: nn.Module) -> list[str]:
