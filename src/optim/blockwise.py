@@ -93,7 +93,9 @@ def _blocks(tensor: Tensor) -> int:
 def _qmap(number: str) -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map(signed=number == "1")  # type: ignore[no-any-return]  # 2026-11-29: not typed
+    make: Any = create_dynamic_map  # which is not typed
+    qmap: Tensor = make(signed=number == "1")
+    return qmap
 
 
 def _values(numbers: Tensor, scale: Tensor | None, qmap: Tensor) -> Tensor:
@@ -164,9 +166,8 @@ def _stored(entry: State, requantize: bool) -> State:
             wrapped[f"state{number}"] = _joined([row.float() for row in rows])
             continue
         qmap = _qmap(number)
-        if not requantize and any(
-            _by_block(scale) is None for scale in scales if scale is not None
-        ):
+        cut = any(scale is not None and _by_block(scale) is None for scale in scales)
+        if cut and not requantize:
             return _encoded(entry)
         pairs = [_quantized(row, scale, qmap) for row, scale in zip(rows, scales, strict=True)]
         wrapped[f"state{number}"] = _joined([codes.view_as(rows[0]) for codes, _ in pairs])
@@ -295,6 +296,19 @@ def _begin(optimizer: Any, parameter: Any, group: Any, place: Any) -> None:
 # --- over the shares of FSDP2 ---------------------------------------------------------------------
 
 
+if TYPE_CHECKING:
+
+    class _Mixin(torch.optim.Optimizer):
+        name2qmap: dict[str, Tensor]
+
+        def get_config(self, gindex: int, pindex: int, group: Any) -> State: ...
+        def init_state(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None: ...
+        def update_step(self, group: Any, p: Any, gindex: int, pindex: int) -> None: ...
+
+else:  # before one of bitsandbytes' classes
+    _Mixin = object
+
+
 def over_shards(optimizer: Any) -> Any:
     """Let an optimizer of bitsandbytes step the shares of parameters; returns the same object.
 
@@ -308,13 +322,7 @@ def over_shards(optimizer: Any) -> Any:
     return optimizer
 
 
-if TYPE_CHECKING:
-    _Optimizer = Any
-else:  # a mixin, before one of bitsandbytes' classes
-    _Optimizer = object
-
-
-class _OverShards(_Optimizer):
+class _OverShards(_Mixin):
     def get_config(self, gindex: int, pindex: int, group: Any) -> State:
         config: State = super().get_config(gindex, pindex, group)
         in_8_bits = group["params"][pindex].numel() >= config["min_8bit_size"]

@@ -2,11 +2,11 @@
 
 Each process has two parts of every sequence, one from either end. There are two ways to attend:
 
-- torch's ring attention, through accelerate and transformers, with FSDP on GPUs. It knows the causal
-  mask and no other, so that rows are not packed, and padding comes after everything that is trained.
-- Keys and values of all parts are gathered for each layer (``Parts``), and each process attends with
-  its queries, tile by tile, to what the sample of a pack has before them. For packs, CPUs, DDP and
-  DeepSpeed.
+- torch's ring attention, through accelerate and transformers, with FSDP on GPUs. It knows the
+  causal mask and no other, so that rows are not packed, and padding comes after what is trained.
+- Keys and values of all parts are gathered for each layer (``Parts``), and each process attends
+  with its queries, tile by tile, to what the sample of a pack has before them. For packs, CPUs,
+  DDP and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class _Attention:
             self._masks[number] = mask[:, None]
         return mask[:, None]
 
-    @torch._dynamo.disable  # tiles differ from batch to batch
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # tiles differ from batch to batch
     def __call__(
         self,
         query: Tensor,
@@ -211,7 +211,7 @@ class _Attention:
                     dropout_p,
                     scale=scale,
                     enable_gqa=enable_gqa,
-                )  # fmt: skip
+                )
             )
         return torch.cat(outputs, 2)
 
@@ -219,4 +219,5 @@ class _Attention:
         """Keys or values (B, heads, T, D) of the whole sequence, in its order."""
         from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
-        return all_gather_tensor_autograd(part, 2, self.group).index_select(2, self.places)
+        whole: Tensor = all_gather_tensor_autograd(part, 2, self.group)
+        return whole.index_select(2, self.places)

@@ -30,7 +30,7 @@ def parallelism(strategy: Strategy, world: World) -> Any:
     """
     if not world.several or strategy.engine == "deepspeed":
         return None
-    # with ``Parts``, processes that share sequences are ordinary ones for whoever averages gradients
+    # with ``Parts``, processes that share sequences are ordinary ones where gradients are averaged
     among = strategy.context if gathers(strategy) else 1
     group, context = strategy.group // among, strategy.context // among
     if strategy.replicate == 1 and group == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
     }
     if left := left_whole(model):
         kwargs["ignored_modules"] = [_holding(left.values())]
+        _leave_scales_out(model)
     if fsdp.offload_params:
         pins = fsdp.pin_memory and torch.cuda.is_available()  # which is for copies to a GPU
         kwargs["cpu_offload"] = CPUOffloadPolicy(pin_memory=pins)
@@ -68,6 +70,18 @@ def _holding(parameters: Iterable[nn.Parameter]) -> nn.Module:
     for number, parameter in enumerate(parameters):
         holder.register_parameter(str(number), parameter)
     return holder
+
+
+def _leave_scales_out(model: nn.Module) -> None:
+    """Take the scales of 8-bit weights, which are no parameters, out of state dictionaries.
+
+    PyTorch looks for an attribute by each name there, and bitsandbytes has none. Frozen weights are
+    never written.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            plain = functools.partial(nn.Linear._save_to_state_dict, module)
+            module._save_to_state_dict = plain  # type: ignore[method-assign]
 
 
 def block_classes(model: nn.Module) -> list[str]:

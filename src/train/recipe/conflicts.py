@@ -539,7 +539,7 @@ def _distributed(values: Values) -> Iterator[Problem]:
     recipe = _keys(values)
     if recipe is None:
         return
-    fsdp = "fsdp" if recipe.fsdp else "fsdp_config"
+    fsdp = _fsdp_key(recipe)
     if recipe.deepspeed and names_fsdp(recipe):
         yield ("deepspeed",), f"set this or {fsdp}, not both: each shards the model in its own way"
     engine = _sharding_key(recipe)
@@ -611,7 +611,14 @@ def _sharding_key(recipe: DistributedKeys) -> str | None:
         return "deepspeed"
     if not is_sharded(recipe):
         return None
-    return "fsdp" if recipe.fsdp else "fsdp_config"
+    return _fsdp_key(recipe)
+
+
+def _fsdp_key(recipe: DistributedKeys) -> str:
+    """The key that asks for FSDP, if one does."""
+    if recipe.fsdp or not (recipe.fsdp_config or recipe.expert_parallel_size > 1):
+        return "fsdp" if recipe.fsdp else "fsdp_config"
+    return "fsdp_config" if recipe.fsdp_config else "expert_parallel_size"
 
 
 def _strategies(recipe: DistributedKeys) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _LIMIT = 240.0  # the processes import bitsandbytes
 
 def _model(sizes: tuple[int, int, int]) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)))
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
 
 
 def _optimizer(world: World, model: nn.Module, kind: str) -> Any:

@@ -176,7 +176,8 @@ def test_processes_in_a_ring_train_what_one_does(
     "strategy",
     [
         {}, {"fsdp": True}, {"fsdp": True, "tensor_parallel_size": 2},
-        {"deepspeed": "deepspeed_configs/zero2.json"}, {"deepspeed": "deepspeed_configs/zero3.json"},
+        {"deepspeed": "deepspeed_configs/zero2.json"},
+        {"deepspeed": "deepspeed_configs/zero3.json"},
     ],
     ids=["ddp", "fsdp", "tensor", "zero2", "zero3"],
 )  # fmt: skip

@@ -217,10 +217,7 @@ class DistributedKeys(Keys):
         1,
         ge=1,
         more_than=1,
-        excludes={
-            **_SHARDED,
-            "deepspeed": "shards the model with FSDP: set this or deepspeed, not both",
-        },
+        excludes=_SHARDED,
     )
     """Devices that share the experts. The model is sharded with FSDP2, which shares the weights of
     experts like all others; ``dp_shard_size`` processes times this many share one copy."""
