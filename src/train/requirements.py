@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 from .consent import CODE_SWITCH
+from .doctor.packages import install
 from .recipe.methods_table import METHODS, Method
 from .recipe.paths import is_hub_kernel
 from .recipe.preferences import method_of, rows_of
@@ -144,14 +145,14 @@ def missing_packages(recipe: Recipe) -> list[str]:
         if not _is_there(module):
             missing.append(
                 f"{key}: {value} needs the package {package}, which is not installed: "
-                f"pip install {package}"
+                f"{install(package)}"
             )
     if (method := method_of(recipe)) is not None:
         missing += _trl(method)
     if recipe.deepspeed and not _is_there("deepspeed"):
         missing.append(
             "deepspeed: needs the package deepspeed, which is not installed: "
-            'pip install "fusewright[distributed]"'
+            f"{install('deepspeed')}"
         )
     return missing
 
@@ -163,15 +164,14 @@ _TRL = (1, 16)
 def _trl(method: Method) -> list[str]:
     """What of TRL is missing for a preference method; imports nothing."""
     key = METHODS[method].head.key or f"rl: {method}"
-    install = 'pip install "fusewright[rl]"'
     try:
         present = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        return [f"{key} needs the package trl, which is not installed: {install}"]
+        return [f"{key} needs the package trl, which is not installed: {install('trl')}"]
     version = tuple(int(part) for part in present.split(".")[:2] if part.isdecimal())
     if version < _TRL:
         return [f"{key} needs trl {'.'.join(map(str, _TRL))} or newer, and {present} is installed: "
-                f"{install}"]  # fmt: skip
+                f"{install('trl')}"]  # fmt: skip
     return []
 
 

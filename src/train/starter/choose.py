@@ -272,7 +272,7 @@ def _recipe(values: Values) -> Recipe:
 
 _DPO_WHY = (
     "learns to prefer the chosen answer to the rejected one (DPO; docs/preferences.md has others). "
-    'It needs TRL: pip install -e ".[train,rl]"'
+    "It needs TRL (install the extra rl)"
 )
 
 
