@@ -19,6 +19,7 @@ from ....errors import RecipeError
 from ...model.adapters import add_adapter
 from ...model.from_pretrained import meta_model
 from ...model.load import load_config, quiet
+from ...model.multimodal import use_cache
 from ...recipe.recipe import Recipe
 
 Kind = tuple[Any, ...]
@@ -51,8 +52,7 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     with quiet():
         config = load_config(recipe)
         _require_plain(config)
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
+        use_cache(config, False)
         model = meta_model(recipe, config).to(dtype)
         times = _keep_one_of_each(model, _numbers_blocks(recipe))
         model = _adapted(model, recipe)
