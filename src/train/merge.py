@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from .model.multimodal import is_in, names_in_model, processor_files, towers, us
 from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.tokenizer import set_padding
-from .recipe.locate import locate
 from .terminal import Terminal, announce, say
 
 _DTYPES = {

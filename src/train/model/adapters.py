@@ -12,7 +12,7 @@ from ...errors import ModelError, RecipeError, first_line
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
-from .multimodal import freeze, is_in, language_path, towers
+from .multimodal import freeze, is_in, language_path, tower_pattern, towers
 from .quantize import head_modules
 
 
@@ -151,16 +151,16 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
 
 
 def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
-    """The layers that are not adapted: the recipe's, and those of towers, which text never calls."""
-    excluded, places = recipe.lora_exclude_modules, towers(model)
-    if not places:
+    """The layers that are not adapted: the recipe's, and those of towers."""
+    excluded, outside = recipe.lora_exclude_modules, tower_pattern(model)
+    if outside is None:
         return excluded
-    patterns = [rf"{re.escape(place)}(\..*)?" for place in places]
+    patterns = [outside]
     if isinstance(excluded, str):
         patterns.append(excluded)
     elif excluded:  # as PEFT reads a list of names
         patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, excluded))})")
-    return "|".join(f"({pattern})" for pattern in patterns)
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def _targets(model: Any, recipe: Recipe) -> list[str] | str:

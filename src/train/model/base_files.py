@@ -1,4 +1,4 @@
-"""The tensors in a base model's safetensors files, of which a saved model takes what none trains."""
+"""The tensors in a base model's safetensors files; a saved model takes what it does not train."""
 
 from __future__ import annotations
 

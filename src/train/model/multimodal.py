@@ -7,6 +7,7 @@ head; the towers, and what projects their outputs, are everything else.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,12 @@ def is_in(name: str, places: Iterable[str]) -> bool:
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
+def tower_pattern(model: Any) -> str | None:
+    """A regular expression for the whole names of all modules in towers; None: there are none."""
+    places = "|".join(map(re.escape, towers(model)))
+    return rf"(?:{places})(?:\..*)?" if places else None
+
+
 def freeze(model: Any, places: Iterable[str]) -> None:
     """Train nothing in ``places``, such as towers, to which text gives no gradients."""
     for name, parameter in model.named_parameters():
@@ -188,7 +195,7 @@ def without_towers(kind: type[Any]) -> type[Any]:
     Give a loaded model ``kind`` as its class again.
     """
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # 2026-11-30: of a class made here
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
         remove_towers(self)
 
