@@ -41,7 +41,7 @@ def ready_model(
     added = fit_embeddings(model, tokenizer, recipe)
     if added:
         say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
-    return add_adapter(model, recipe)
+    return add_adapter(model, recipe, say)
 
 
 def optimize_model(model: Any, recipe: Recipe) -> None:
