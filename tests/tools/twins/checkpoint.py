@@ -84,11 +84,9 @@ def make_checkpoint(kind: Kind, tokenizer: Any, folder: Path) -> str:
         config = shrink(CONFIG_MAPPING[kind.model_type]())
         if kind.text_type:
             config.text_config = shrink(CONFIG_MAPPING[kind.text_type]())
-        for part, changes in kind.parts.items():
-            default = CONFIG_MAPPING[kind.model_type]()
-            for key, value in changes.items():
-                setattr(getattr(default, part), key, value)
-            setattr(config, part, shrink(getattr(default, part), nested=True))
+    for part, values in kind.parts.items():
+        for key, value in values.items():
+            setattr(getattr(config, part), key, value)
     mappings = (
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
