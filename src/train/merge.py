@@ -247,7 +247,9 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
         recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     model = load_model(recipe)
     if dequantize:
-        dequantize_linears(model, model.dtype)
+        dequantize_linears(model, loaded or model.dtype)
+    if loaded is not None and not _quantized(model):
+        model = model.to(loaded)  # quantized files are loaded in the dtype that they name
     merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
     use_cache(merged.config, True)  # load_model has switched it off
     if "_weight_conversions" in vars(merged):  # those of quantized files cannot be reversed

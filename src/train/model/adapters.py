@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from .adapter_files import put_adapter
 from .multimodal import freeze, is_in, language_path, tower_pattern, towers
 from .quantize import head_modules
 
+Say = Callable[[str], None]
 
-def add_adapter(model: Any, recipe: Recipe) -> Any:
+_USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Names that recipes list for any architecture; one that a model lacks is no mistake."""
+
+
+def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     """Wrap ``model`` with the adapters that the recipe asks for, or choose the weights to train.
 
     Quantized weights are frozen and everything else keeps its dtype: that of the norms and the
     embeddings is the dtype of the computation, which does not need PEFT's float32 copies of them.
-    Raises a RecipeError if the model lacks layers, blocks or parameters that the recipe names.
+    ``say`` is called with a line about layers that are left out. Raises a RecipeError if the model
+    lacks layers, blocks or parameters that the recipe names.
     """
     if recipe.adapter is None:
         return _unfrozen(model, recipe.unfrozen_parameters)
@@ -45,7 +52,7 @@ def _with_adapter(model: Any, recipe: Recipe) -> Any:
             return put_adapter(model, name, is_trainable=True, autocast_adapter_dtype=autocast)
         except ModelError as error:
             raise RecipeError(f"lora_model_dir: {error}") from error
-    return _adapted(model, recipe, _config(model, recipe))
+    return _adapted(model, recipe, _config(model, recipe, say))
 
 
 def _require_task(name: str, recipe: Recipe) -> None:
@@ -98,7 +105,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
             return
 
 
-def _config(model: Any, recipe: Recipe) -> Any:
+def _config(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     from peft import LoraConfig
 
     _require_present(model, recipe.lora_modules_to_save, "lora_modules_to_save")
@@ -108,9 +115,9 @@ def _config(model: Any, recipe: Recipe) -> Any:
         "rank_pattern": recipe.lora_rank_pattern,
         "alpha_pattern": recipe.lora_alpha_pattern,
         "lora_dropout": recipe.lora_dropout,
-        "target_modules": _targets(model, recipe),
+        "target_modules": _targets(model, recipe, say),
         "target_parameters": _listed(recipe.lora_target_parameters),
-        "exclude_modules": _excluded(model, recipe),
+        "exclude_modules": _excluded(model, recipe, say),
         "modules_to_save": _saved(model, recipe),
         "fan_in_fan_out": recipe.lora_fan_in_fan_out,
         "bias": recipe.lora_bias,
@@ -150,10 +157,14 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     return modules or None
 
 
-def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
+def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | None:
     """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
     excluded, outside = recipe.lora_exclude_modules, tower_pattern(model)
-    refused = refused_layers(model, recipe)
+    refused = _refused_layers(model, recipe)
+    if refused and say is not None:
+        say(
+            f"lora_target_linear: leaves out {', '.join(refused)}, which PEFT refuses in this model"
+        )
     if not isinstance(excluded, str):
         excluded = [*(excluded or ()), *refused] or None
         if outside is None:
@@ -165,7 +176,7 @@ def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
     return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
-def _targets(model: Any, recipe: Recipe) -> list[str] | str:
+def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
     targets = recipe.lora_target_modules
     all_linear = recipe.lora_target_linear
     if targets in ("all-linear", ["all-linear"]):
@@ -177,13 +188,22 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
                 "lora_target_linear to false"
             )
         return _by_expression(model, targets)
+    absent = [name for name in _absent(model, targets) if name in _USUAL]
+    if absent and len(absent) < len(targets or []):
+        targets = [name for name in targets or [] if name not in absent]
+        if say is not None:
+            say(f"lora_target_modules: the model has no layer {', '.join(absent)}: left out")
     _require_present(model, targets, "lora_target_modules")
     targets = list(targets or [])
     if not all_linear:
         return targets
     # PEFT wants names for layers_to_transform, and does not know the heads of all classifiers
     numbered = recipe.peft_layers_to_transform is not None
-    if not (targets or numbered or head_of(recipe).classifies):
+    without_experts = bool(recipe.lora_dropout) and _means_experts(model)
+    if without_experts and say is not None:
+        say("lora_target_linear: the experts are left out, because PEFT has no dropout for their "
+            "weights; lora_dropout: 0 adapts them, too")  # fmt: skip
+    if not (targets or numbered or without_experts or head_of(recipe).classifies):
         return "all-linear"
     from transformers.pytorch_utils import Conv1D
 
@@ -198,7 +218,7 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     return sorted(linear | set(targets))
 
 
-def refused_layers(model: Any, recipe: Recipe) -> list[str]:
+def _refused_layers(model: Any, recipe: Recipe) -> list[str]:
     """The names of layers that ``lora_target_linear`` would adapt, and PEFT refuses in a model.
 
     Such as Mamba's ``out_proj``: its kernel reads the weight, and would pass by the adapter. A
@@ -250,18 +270,35 @@ def _by_expression(model: Any, expression: str) -> list[str] | str:
     return targets
 
 
+def _means_experts(model: Any) -> bool:
+    """Whether PEFT takes all linear layers to be also the weights that hold all experts at once."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(config, model, None)
+    return bool(config.target_parameters)
+
+
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
-    places = towers(model)
-    inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
-    present = {name.rpartition(".")[2] for name, _ in inside}
-    unknown = [name for name in named or [] if name.rpartition(".")[2] not in present]
-    if unknown:
+    if unknown := _absent(model, named):
         kinds = (nn.Linear, nn.Embedding)
-        inner = [name for name, m in inside if isinstance(m, kinds)]
+        inner = [name for name, m in _trained_with_text(model) if isinstance(m, kinds)]
         names = dict.fromkeys(name.rpartition(".")[2] for name in inner)
         raise RecipeError(
             f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(names)}"
         )
+
+
+def _absent(model: nn.Module, named: list[str] | None) -> list[str]:
+    present = {name.rpartition(".")[2] for name, _ in _trained_with_text(model)}
+    return [name for name in named or [] if name.rpartition(".")[2] not in present]
+
+
+def _trained_with_text(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules outside of towers, by name."""
+    places = towers(model)
+    return [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
 
 
 def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import RecipeError
 from ..data import leaks
-from ..model.adapters import add_adapter, refused_layers
+from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
@@ -41,11 +41,7 @@ def ready_model(
     added = fit_embeddings(model, tokenizer, recipe)
     if added:
         say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
-    if refused := refused_layers(model, recipe):
-        say(
-            f"lora_target_linear: leaves out {', '.join(refused)}, which PEFT refuses in this model"
-        )
-    return add_adapter(model, recipe)
+    return add_adapter(model, recipe, say)
 
 
 def optimize_model(model: Any, recipe: Recipe) -> None:

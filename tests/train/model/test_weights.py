@@ -15,8 +15,14 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from fusewright.errors import RecipeError
@@ -256,3 +262,47 @@ def test_layers_that_peft_does_not_adapt_can_be_left_out() -> None:
     assert {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad} == {
         "in_proj", "x_proj", "dt_proj",
     }  # fmt: skip
+
+
+def adapter_recipe(**keys: Any) -> Recipe:
+    head = {"base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2}
+    return Recipe.model_validate({**head, **keys})
+
+
+def trained_layers(model: Any) -> set[str]:
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+
+
+def test_usual_layers_that_a_model_lacks_are_left_out() -> None:
+    said: list[str] = []
+    usual = ["gate_proj", "q_proj", "o_proj"]
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = LlamaForCausalLM(LlamaConfig(**config, vocab_size=8, intermediate_size=16))
+    adapted = add_adapter(plain, adapter_recipe(lora_target_modules=usual), said.append)
+    assert trained_layers(adapted) == set(usual)
+    assert not said
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**config, vocab_size=8, intermediate_size=16))
+    recipe = adapter_recipe(lora_target_modules=[*usual, "dense"])
+    assert trained_layers(add_adapter(neox, recipe, said.append)) == {"dense"}
+    assert said == [
+        "lora_target_modules: the model has no layer gate_proj, q_proj, o_proj: left out"
+    ]
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**config, vocab_size=8, intermediate_size=16))
+    for names in (usual, ["dense", "dence"]):
+        with pytest.raises(RecipeError, match=r"the model has no layer (gate_proj, q_pr|dence)"):
+            add_adapter(neox, adapter_recipe(lora_target_modules=names))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_experts_are_adapted_unless_there_is_dropout(dropout: float) -> None:
+    said: list[str] = []
+    config = MixtralConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=8, intermediate_size=16, num_local_experts=2,
+    )  # fmt: skip
+    recipe = adapter_recipe(lora_target_linear=True, lora_dropout=dropout)
+    adapted = add_adapter(MixtralForCausalLM(config), recipe, said.append)
+    assert ("experts" in " ".join(trained_layers(adapted))) == (not dropout)
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= trained_layers(adapted)
+    assert bool(said) == bool(dropout)
