@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.opaque.segments import Boundaries
 from ..sharding import divided_by
 from .bypass import is_container
 
@@ -218,11 +219,16 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """(batch, sequence) of the first 3-dimensional floating-point argument."""
+    """(batch, sequence) of the first 3-dimensional floating-point argument.
+
+    Where there is none, the first argument may be one row: (1, sequence) of a matrix.
+    """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
             return value.shape[0], value.shape[1]
-    return None
+    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    is_row = first is not None and first.dim() == 2 and first.is_floating_point()
+    return (1, first.shape[0]) if first is not None and is_row else None
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
@@ -232,8 +238,14 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
     for value in values:
         if isinstance(value, (tuple, list)):
             mark_dynamic(value, sizes)
+        elif isinstance(value, Boundaries):
+            torch._dynamo.maybe_mark_dynamic(value.values, 0)
         elif isinstance(value, Tensor):
+            has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):
-                features = d == value.dim() - 1 and value.dim() == 3
+                features = has_features and d == value.dim() - 1
                 if (d == 0 and size == batch) or (size == sequence and not features):
                     torch._dynamo.maybe_mark_dynamic(value, d)
+                elif features and size != sequence:
+                    # else TorchDynamo would take the sizes of layers' heads for one that varies
+                    torch._dynamo.mark_static(value, d)

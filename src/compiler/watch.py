@@ -22,6 +22,7 @@ from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quantized import is_packed
+from ..graph.opaque.segments import splits_by_lengths
 from .bypass import (
     Hooks,
     captured_submodules,
@@ -171,6 +172,7 @@ class Watch:
         own_code: the code of forwards that these modules have as instances.
         blocks: those of these modules that run their own graphs.
         packed: those of these modules that are 4-bit layers.
+        splits: whether code of the region or these modules may split by lengths from a tensor.
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
@@ -200,6 +202,7 @@ class Watch:
         self.blocks = [m for m in captured if is_block(m)]
         self._called = [m.__dict__ for m in captured if not is_container(m)]
         self.packed = [m for m in captured if is_packed(m)]
+        self.splits = any(splits_by_lengths(_function_of(m)) for m in (module, *captured))
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         forwards = enumerate(self._forwards)
@@ -254,6 +257,11 @@ def _prefixes(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
+
+
+def _function_of(module: nn.Module) -> Any:
+    forward = module.__dict__.get("forward", type(module).forward)
+    return getattr(forward, "__func__", forward)
 
 
 def _code(forward: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.opaque.quantized import restore_states
+from ...graph.opaque.segments import with_boundaries
 from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
@@ -96,6 +97,10 @@ def block_forward(
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(original, self, *args, **kwargs)
+        plain = None
+        if watch.splits and type(self) not in session.state.without_boundaries:
+            plain = args, kwargs
+            args, kwargs = with_boundaries(args, kwargs)
 
         def find_compiled() -> Any:
             return compiled(self, level(), watch.code)
@@ -107,7 +112,7 @@ def block_forward(
             units.hidden() if units else _NO_CONTEXT,
         ):
             results = session.call(
-                self, find_compiled, args, kwargs, run_original, context, mark, x
+                self, find_compiled, args, kwargs, run_original, context, mark, x, plain
             )
         return units.after(results) if units.is_open else results
 
