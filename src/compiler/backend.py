@@ -46,7 +46,7 @@ from .sharing import CaptureError, UnfrozenWeight
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
-    """The Dynamo backend of one kind of region: ``"block"``, ``"head"`` or ``"norm"``."""
+    """The Dynamo backend of one kind of region (``regions.py``)."""
 
     def fusewright(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph, examples, session, kind)

@@ -1,13 +1,15 @@
 """Which callables of a model are captured, by structure alone.
 
-Three kinds of region:
+Four kinds of region:
 
 * **block**: an element of a repeated ``ModuleList``: a decoder layer, whatever its class is called.
 * **norm**: a leaf outside the blocks with nothing but vectors as parameters, or with an epsilon:
   the final norm.
+* **projector**: a module outside the blocks that is made of some linears and what is between them:
+  what leads from an encoder of pictures to the language model, or pools.
 * **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
 
-A block that cannot be captured as a whole gives way to its ``parts``.
+A block or projector that cannot be captured as a whole gives way to its ``parts``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Region:
 
     path: str  # as in ``named_modules()``
     module: nn.Module
-    kind: str  # ``"block"``, ``"norm"`` or ``"head"``
+    kind: str  # ``"block"``, ``"norm"``, ``"projector"`` or ``"head"``
     # for a head, the path, name by name, to the submodule that stays outside
     outside: tuple[str, ...] = ()
     # for a head, this submodule; then those inside it that hold all blocks, one of which the head
@@ -48,16 +50,23 @@ def find(model: nn.Module) -> list[Region]:
     blocks = dict(_unwrapped(path, block) for path, block in _blocks(model))
     if not blocks:
         return []
-    inside = tuple(f"{path}." for path in blocks)
+    inside, blocks_in = tuple(f"{path}." for path in blocks), set(blocks.values())
     regions = []
     head = _head(model, list(blocks.values()))
     in_head = set(head.module.modules()) - set(_outside(head).modules()) if head else set()
     flat = head is not None and not head.backbone
+    tables = {*map(_output_embeddings, model.modules()), input_embeddings(model)}
+    around = {m for m in model.modules() if not (tables | blocks_in).isdisjoint(m.modules())}
     for path, module in model.named_modules():
         if path in blocks:
             regions.append(Region(path, module, "block", in_head=flat))
-        elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
+        elif path.startswith(inside) or module in in_head:
+            continue
+        elif _is_norm(module):
             regions.append(Region(path, module, "norm"))
+        elif module not in around and _is_projector(module):
+            regions.append(Region(path, module, "projector"))
+            inside += (f"{path}.",)
     if head is not None:
         regions.append(head)
     return regions
@@ -116,6 +125,17 @@ def _is_norm(module: nn.Module) -> bool:
         has_eps = any("eps" in name and isinstance(v, float) for name, v in attributes.items())
         return has_eps or "normalized_shape" in attributes
     return all(p.dim() == 1 for p in parameters)
+
+
+_MOST_LINEARS = 16
+"""What has more is no projector, but a network whose layers are in no list."""
+
+
+def _is_projector(module: nn.Module) -> bool:
+    """A composite module with linears in it, but not many."""
+    if is_container(module) or not any(True for _ in module.children()):
+        return False
+    return 0 < sum(isinstance(m, nn.Linear) for m in module.modules()) <= _MOST_LINEARS
 
 
 def parts(block: nn.Module) -> list[Region]:

@@ -215,9 +215,7 @@ class Session:
             ) = outer  # fmt: skip
         if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return self.call(
-                module, compiled, args, kwargs, original, context, mark, plain=plain
-            )
+            return self.call(module, compiled, args, kwargs, original, context, mark, plain=plain)
         if plain is not None:
             state.without_boundaries.add(type(module))
             return self.call(module, compiled, *plain, original, context, mark)

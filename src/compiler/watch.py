@@ -82,6 +82,7 @@ class Watches:
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._inlined: weakref.WeakKeyDictionary[nn.Module, Inlined] = weakref.WeakKeyDictionary()
         self._codes: dict[Hashable, Hashable] = {}
+        self._sizes: dict[Hashable, int] = {}
         self._round = 0
 
     def get(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
@@ -127,7 +128,8 @@ class Watches:
             names = tuple((c.__module__, c.__qualname__) for c in watch.classes)
             alike[names] += 1
             watch.is_unsettled = alike[names] > _MAX_ALIKE
-        return methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        code = methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        return *code, self._sizes.setdefault(watch.sizes, len(self._sizes))
 
 
 @dataclass(eq=False)
@@ -172,6 +174,8 @@ class Watch:
         own_code: the code of forwards that these modules have as instances.
         blocks: those of these modules that run their own graphs.
         packed: those of these modules that are 4-bit layers.
+        sizes: those of all parameters. Modules that differ in them have graphs of their own in any
+            case. Sharing a function, they would have their numbers (sizes of heads) for inputs.
         splits: whether code of the region or these modules may split by lengths from a tensor.
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
@@ -202,6 +206,8 @@ class Watch:
         self.blocks = [m for m in captured if is_block(m)]
         self._called = [m.__dict__ for m in captured if not is_container(m)]
         self.packed = [m for m in captured if is_packed(m)]
+        every = (p for m in (module, *captured) for p in m._parameters.values() if p is not None)
+        self.sizes = tuple(p.shape for p in every)
         self.splits = any(splits_by_lengths(_function_of(m)) for m in (module, *captured))
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]

@@ -38,6 +38,4 @@ OF_CALL: dict[Any, Op] = {op.call: op for op in OPS}
 for _op in OPS:
     register(_op.call, _op.name, Spec.of(_op.call))
 register(inverse_permutation, "inverse_permutation", Spec.of(inverse_permutation))
-register(
-    segment_attention_reference, "split_attention", Spec.of(segment_attention_reference)
-)
+register(segment_attention_reference, "split_attention", Spec.of(segment_attention_reference))

@@ -71,8 +71,6 @@ class _Pieces:
         return _split(*args, **(kwargs or {}))
 
 
-
-
 def _split(tensor: Tensor, split_size_or_sections: _Pieces, dim: int = 0) -> tuple[Tensor]:
     return (piece(tensor, split_size_or_sections.values, dim),)
 
@@ -151,7 +149,7 @@ def _follow(node: fx.Node, rows: dict[fx.Node, tuple[int, Any]]) -> None:
     name, args = (canon.name, canon.args) if canon is not None else ("", ())
     if name == "cat" and len(args[0]) == 1 and rows[args[0][0]][0] == args[1]:
         return  # the pieces are joined
-    if name == "sdpa" and args[3:6] in ((None, 0.0, False), (None, 0, False)) and not args[7]:
+    if name == "sdpa" and args[3] is None and args[4] == 0 and args[5] is False:
         of_each = {rows.get(n) for n in args[:3]}
         if len(of_each) == 1 and (found := of_each.pop()) is not None and found[0] == -2:
             node.target, node.kwargs = segment_attention_reference, {}

@@ -30,14 +30,15 @@ def segment_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float | None = None
 ) -> Tensor:
     """PyTorch's attention, a call for each segment."""
+    grouped = q.shape[1] != k.shape[1]
     lengths = (boundaries[1:] - boundaries[:-1]).tolist()
     pieces = zip(*(torch.split(t, lengths, dim=2) for t in (q, k, v)), strict=True)
-    outs = [F.scaled_dot_product_attention(*p, scale=scale).transpose(1, 2) for p in pieces]
-    return torch.cat(outs, 1).transpose(1, 2)
+    outs = [F.scaled_dot_product_attention(*p, scale=scale, enable_gqa=grouped) for p in pieces]
+    return torch.cat([out.transpose(1, 2) for out in outs], 1).transpose(1, 2)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-def _runs(boundaries: Tensor, time: int) -> Iterator[tuple[int, int, int]]:
+def runs(boundaries: Tensor, time: int) -> Iterator[tuple[int, int, int]]:
     """Neighbouring segments of one length: where they begin, the length, and how many there are."""
     lengths = (boundaries[1:] - boundaries[:-1]).tolist()
     if sum(lengths) != time or min(lengths, default=0) < 0:
@@ -70,7 +71,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, sums = map(without_base, fake_forward(q))
-    for run in _runs(boundaries, q.shape[2]):
+    for run in runs(boundaries, q.shape[2]):
         parts = _aten._scaled_dot_product_flash_attention_for_cpu(
             *(_samples(t, run) for t in (q, k, v)), scale=scale
         )
@@ -84,7 +85,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = map(without_base, fake_backward(grad, q, k, v))
-    for run in _runs(boundaries, q.shape[2]):
+    for run in runs(boundaries, q.shape[2]):
         parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(_samples(t, run) for t in (grad, q, k, v, out, sums)), 0.0, False, scale=scale
         )
@@ -166,8 +167,8 @@ def segment_attention(
 
     Args:
         q: (B, H, T, D), any strides, on the CPU.
-        k: (B, H, T, D).
-        v: (B, H, T, D).
+        k: (B, KV, T, D) with H a multiple of KV: query head h reads group ``h // (H / KV)``.
+        v: (B, KV, T, D).
         boundaries: (segments + 1,), whole numbers, none less than the one before: segments are as
             long as two neighbours are apart, and follow each other from position 0.
         scale: of the scores; None is ``1 / sqrt(D)``.
@@ -183,6 +184,9 @@ def segment_attention(
     if reasons:
         raise ValueError("; ".join(reasons))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[1] != k.shape[1]:  # PyTorch's kernel for the CPU takes no groups
+        share = q.shape[1] // k.shape[1]
+        k, v = (t.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2) for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         return _SegmentAttention.apply(q, k, v, boundaries, factor)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -197,15 +201,23 @@ def segment_attention_unsupported(
     reasons = on_several_devices(q, k, v, boundaries)
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.dim() != 4 or not q.shape == k.shape == v.shape:
-        reasons.append(f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} are not alike")
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    if q.dim() != 4 or shapes[1] != shapes[2] or _without_heads(q) != _without_heads(k):
+        reasons.append(f"{', '.join(map(str, shapes))} are not alike")
+    elif q.shape[1] % k.shape[1]:
+        reasons.append(f"{q.shape[1]} heads are not a multiple of {k.shape[1]}")
     if boundaries.dim() != 1 or boundaries.dtype not in (torch.int32, torch.int64):
         reasons.append("boundaries are not whole numbers in one row")
     return reasons
 
 
+def _without_heads(t: Tensor) -> tuple[int, ...]:
+    return t.shape[0], *t.shape[2:]
+
+
 def _example(m: Maker, count: int = 3) -> tuple[Any, ...]:
-    q, k, v = (m.heads(m.sizes.heads) for _ in range(3))
+    s = m.sizes
+    q, k, v = (m.heads(n) for n in (s.heads, *[s.heads if count == 3 else s.kv_heads] * 2))
     return q, k, v, _boundaries(m, count), m.sizes.head_dim**-0.5
 
 
@@ -224,5 +236,5 @@ OP = Op(
     saved_outputs=(0,),
     rule="attention",
     example=_example,
-    variants={"windows": lambda m: _example(m, 6)},
+    variants={"grouped": lambda m: _example(m, 6)},
 )
