@@ -122,7 +122,8 @@ def _session_of(module: nn.Module) -> Session | None:
 def split(module: nn.Module, session: Session) -> Callable[[], None]:
     """Make regions of the parts of a block that could not be captured; returns what undoes it."""
     record = installed(module, wrapped=True)
-    parts = undivided_parts(module) if record is not None and record.kind == "block" else []
+    is_whole = record is not None and record.kind in ("block", "projector")
+    parts = undivided_parts(module) if is_whole else []
     install(parts, session)
 
     def undo() -> None:

@@ -1,13 +1,15 @@
 """Which callables of a model are captured, by structure alone.
 
-Three kinds of region:
+Four kinds of region:
 
 * **block**: an element of a repeated ``ModuleList``: a decoder layer, whatever its class is called.
 * **norm**: a leaf outside the blocks with nothing but vectors as parameters, or with an epsilon:
   the final norm.
+* **projector**: a module outside the blocks that is made of some linears and what is between them:
+  what leads from an encoder of pictures to the language model, or pools.
 * **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
 
-A block that cannot be captured as a whole gives way to its ``parts``.
+A block or projector that cannot be captured as a whole gives way to its ``parts``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.opaque.segments import Boundaries
 from ..sharding import divided_by
 from .bypass import is_container
 
@@ -33,7 +36,7 @@ class Region:
 
     path: str  # as in ``named_modules()``
     module: nn.Module
-    kind: str  # ``"block"``, ``"norm"`` or ``"head"``
+    kind: str  # ``"block"``, ``"norm"``, ``"projector"``, ``"head"`` or ``"backbone"``
     # for a head, the paths, name by name, to the submodules that stay outside
     outside: tuple[tuple[str, ...], ...] = ()
     # for a head, these submodules; then those inside that hold all blocks of one, which the head
@@ -47,17 +50,24 @@ def find(model: nn.Module) -> list[Region]:
     blocks = dict(_unwrapped(path, block) for path, block in _blocks(model))
     if not blocks:
         return []
-    inside = tuple(f"{path}." for path in blocks)
+    inside, blocks_in = tuple(f"{path}." for path in blocks), set(blocks.values())
     regions = []
     head = _head(model, list(blocks.values()))
     outside = _outside(head) if head else []
     in_head = set(head.module.modules()).difference(*(m.modules() for m in outside)) if head else ()
     called = {m for o in outside if is_container(o) for m in o.modules()}
+    tables = {*map(_output_embeddings, model.modules()), input_embeddings(model)}
+    around = {m for m in model.modules() if not (tables | blocks_in).isdisjoint(m.modules())}
     for path, module in model.named_modules():
         if path in blocks:
             regions.append(Region(path, module, "block", in_head=module in called))
-        elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
+        elif path.startswith(inside) or module in in_head:
+            continue
+        elif _is_norm(module):
             regions.append(Region(path, module, "norm"))
+        elif module not in around and _is_projector(module):
+            regions.append(Region(path, module, "projector"))
+            inside += (f"{path}.",)
     if head is not None:
         regions.append(head)
     return regions + _makers_of_caches(model, blocks, head)
@@ -137,6 +147,17 @@ def _is_norm(module: nn.Module) -> bool:
         has_eps = any("eps" in name and isinstance(v, float) for name, v in attributes.items())
         return has_eps or "normalized_shape" in attributes
     return all(p.dim() == 1 for p in parameters)
+
+
+_MOST_LINEARS = 16
+"""What has more is no projector, but a network whose layers are in no list."""
+
+
+def _is_projector(module: nn.Module) -> bool:
+    """A composite module with linears in it, but not many."""
+    if is_container(module) or not any(True for _ in module.children()):
+        return False
+    return 0 < sum(isinstance(m, nn.Linear) for m in module.modules()) <= _MOST_LINEARS
 
 
 def parts(block: nn.Module) -> list[Region]:
@@ -245,11 +266,16 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """(batch, sequence) of the first 3-dimensional floating-point argument."""
+    """(batch, sequence) of the first 3-dimensional floating-point argument.
+
+    Where there is none, the first argument may be one row: (1, sequence) of a matrix.
+    """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
             return value.shape[0], value.shape[1]
-    return None
+    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    is_row = first is not None and first.dim() == 2 and first.is_floating_point()
+    return (1, first.shape[0]) if first is not None and is_row else None
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
@@ -259,8 +285,14 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
     for value in values:
         if isinstance(value, (tuple, list)):
             mark_dynamic(value, sizes)
+        elif isinstance(value, Boundaries):
+            torch._dynamo.maybe_mark_dynamic(value.values, 0)
         elif isinstance(value, Tensor):
+            has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):
-                features = d == value.dim() - 1 and value.dim() == 3
+                features = has_features and d == value.dim() - 1
                 if (d == 0 and size == batch) or (size == sequence and not features):
                     torch._dynamo.maybe_mark_dynamic(value, d)
+                elif features and size != sequence:
+                    # else TorchDynamo would take the sizes of layers' heads for one that varies
+                    torch._dynamo.mark_static(value, d)

@@ -110,6 +110,7 @@ class CallState:
     no_gradient: Tensor | None = None
     first_input: Tensor | None = None  # of the call at hand
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
+    without_boundaries: set[type] = field(default_factory=set)  # and those with ``Boundaries``
     has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
     # what Inductor needs first, found in the background since the first call
@@ -175,6 +176,7 @@ class Session:
         context: Callable[[Any], AbstractContextManager[None]] = nullcontext,
         mark: Callable[[], None] | None = None,
         no_gradient: Tensor | None = None,
+        plain: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
@@ -184,7 +186,8 @@ class Session:
         ``compiled`` makes, or finds, what runs the graph; ``original`` is the same call of the
         original forward. ``context`` makes what surrounds the captured call, and only that, of
         ``no_gradient``, an input in whose place a leaf is tried first. ``mark`` is called before a
-        capture: it tells TorchDynamo which sizes vary.
+        capture: it tells TorchDynamo which sizes vary. ``plain`` are the arguments, where some of
+        ``args`` and ``kwargs`` are shown as something else.
         """
         state = self.state
         if not state.started:
@@ -216,7 +219,10 @@ class Session:
             ) = outer  # fmt: skip
         if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return self.call(module, compiled, args, kwargs, original, context, mark)
+            return self.call(module, compiled, args, kwargs, original, context, mark, plain=plain)
+        if plain is not None:
+            state.without_boundaries.add(type(module))
+            return self.call(module, compiled, *plain, original, context, mark)
         undo_split = self.choices.split(module, self)
         try:
             result = original()

@@ -22,6 +22,7 @@ from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quantized import is_packed
+from ..graph.opaque.segments import splits_by_lengths
 from .bypass import (
     Hooks,
     captured_submodules,
@@ -81,6 +82,7 @@ class Watches:
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._inlined: weakref.WeakKeyDictionary[nn.Module, Inlined] = weakref.WeakKeyDictionary()
         self._codes: dict[Hashable, Hashable] = {}
+        self._sizes: dict[Hashable, int] = {}
         self._round = 0
 
     def get(self, module: nn.Module, outside: Sequence[tuple[str, ...]] = ()) -> Watch:
@@ -126,7 +128,8 @@ class Watches:
             names = tuple((c.__module__, c.__qualname__) for c in watch.classes)
             alike[names] += 1
             watch.is_unsettled = alike[names] > _MAX_ALIKE
-        return methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        code = methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        return *code, self._sizes.setdefault(watch.sizes, len(self._sizes))
 
 
 @dataclass(eq=False)
@@ -171,6 +174,9 @@ class Watch:
         own_code: the code of forwards that these modules have as instances.
         blocks: those of these modules that run their own graphs.
         packed: those of these modules that are 4-bit layers.
+        sizes: those of all parameters. Modules that differ in them have graphs of their own in any
+            case. Sharing a function, they would have their numbers (sizes of heads) for inputs.
+        splits: whether code of the region or these modules may split by lengths from a tensor.
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
@@ -200,6 +206,9 @@ class Watch:
         self.blocks = [m for m in captured if is_block(m)]
         self._called = [m.__dict__ for m in captured if not is_container(m)]
         self.packed = [m for m in captured if is_packed(m)]
+        every = (p for m in (module, *captured) for p in m._parameters.values() if p is not None)
+        self.sizes = tuple(p.shape for p in every)
+        self.splits = any(splits_by_lengths(_function_of(m)) for m in (module, *captured))
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         forwards = enumerate(self._forwards)
@@ -254,6 +263,11 @@ def _prefixes(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
+
+
+def _function_of(module: nn.Module) -> Any:
+    forward = module.__dict__.get("forward", type(module).forward)
+    return getattr(forward, "__func__", forward)
 
 
 def _code(forward: Any) -> Any:

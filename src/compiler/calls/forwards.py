@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.opaque.quantized import restore_states
+from ...graph.opaque.segments import with_boundaries
 from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
@@ -66,7 +67,7 @@ class Original:
 def block_forward(
     session: Session, kind: str, original: Original, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The forward of a block, or of a norm outside (``kind``); one ``compiled`` form per level."""
+    """The forward of a block, or of a module outside (``kind``); a ``compiled`` form per level."""
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     is_inactive = inactive_check(session)
 
@@ -98,18 +99,22 @@ def block_forward(
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(original, self, *args, **kwargs)
+        plain = None
+        if watch.splits and type(self) not in session.state.without_boundaries:
+            plain = args, kwargs
+            args, kwargs = with_boundaries(args, kwargs)
 
         def find_compiled() -> Any:
             return compiled(self, level(), watch.code)
 
-        mark = functools.partial(_mark, args, kwargs, sizes)
+        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None)
         context = functools.partial(_around, session, self, watch)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
         ):
             results = session.call(
-                self, find_compiled, args, kwargs, run_original, context, mark, x
+                self, find_compiled, args, kwargs, run_original, context, mark, x, plain
             )
         return units.after(results) if units.is_open else results
 
@@ -124,6 +129,7 @@ def _around(session: Session, module: nn.Module, watch: Watch, x: Tensor | None)
 
 
 def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:
+    # a projector may fold positions into features, and towers mostly have as many each time
     if sizes is not None:
         mark_dynamic((*args, *kwargs.values()), sizes)
 
@@ -139,10 +145,10 @@ def _bypassed(
 def _why_not(
     kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool
 ) -> str | None:
-    """Why a call of a block or a norm is not captured, or None."""
+    """Why a call of a block, a norm or a projector is not captured, or None."""
     reason = global_hook_reason() or bypass_reason(args, kwargs, hooks, fake)
-    if reason is None and kind == "norm" and not torch.is_grad_enabled():
-        return "evaluation: a lone norm is not worth a graph of its own"
+    if reason is None and kind != "block" and not torch.is_grad_enabled():
+        return f"evaluation: a lone {kind} is not worth a graph of its own"
     return reason
 
 

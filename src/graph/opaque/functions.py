@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-_MARK = "__fusewright_whole__"
+MARK = "__fusewright_whole__"
+"""The attribute of a leaf that says so: the function that it calls."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,14 @@ def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in result)
 
     call.__name__ = call.__qualname__ = kind.name
-    setattr(call, _MARK, function)
+    setattr(call, MARK, function)
     result: Callable[..., Any] = torch._dynamo.allow_in_graph(call)  # type: ignore[no-untyped-call]
     return result
 
 
 def is_leaf(target: Any) -> bool:
     """Whether a node's target is a leaf."""
-    return getattr(target, _MARK, None) is not None
+    return getattr(target, MARK, None) is not None
 
 
 def bind(
@@ -197,7 +198,7 @@ def bind(
     """The canonical name and arguments of a call of a leaf; None for any other target."""
     # a further argument is left out where it is None or False, where it only chooses among
     # implementations of the same thing (``use_...``), and where the function does not look at it
-    function = getattr(target, _MARK, None)
+    function = getattr(target, MARK, None)
     if function is None:
         return None
     kind = convention(function)
