@@ -33,13 +33,13 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     if recipe.adapter is None:
         return _unfrozen(model, recipe.unfrozen_parameters)
     places = towers(model)
-    model = _with_adapter(model, recipe)
+    model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
     freeze(model.get_base_model(), places)
     return model
 
 
-def _with_adapter(model: Any, recipe: Recipe) -> Any:
+def _with_adapter(model: Any, recipe: Recipe, say: Say | None) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _reach_blocks(model, recipe)
