@@ -22,8 +22,8 @@ from ..graph import facts
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
-from ..graph.opaque.segments import join_segments
 from ..graph.run import eager
+from ..graph.segments import join_segments
 from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import offloaded, planned
 from ..memory.oom_retry import is_out_of_memory

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.opaque.segments import Boundaries
+from ..graph.segments import Boundaries
 from ..sharding import divided_by
 from .bypass import is_container
 

@@ -22,7 +22,7 @@ from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quantized import is_packed
-from ..graph.opaque.segments import splits_by_lengths
+from ..graph.segments import splits_by_lengths
 from .bypass import (
     Hooks,
     captured_submodules,

@@ -46,7 +46,7 @@ class Attention(Rule):
 
 
 class SegmentAttention(Rule):
-    """A call for each segment of a row, captured whole (``graph/opaque/segments.py``)."""
+    """A call for each segment of a row, captured whole (``graph/segments.py``)."""
 
     name, op = "attention", "segment_attention"
     optional = True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.opaque.quantized import restore_states
-from ...graph.opaque.segments import with_boundaries
+from ...graph.segments import with_boundaries
 from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks

@@ -33,7 +33,10 @@ def segment_attention_reference(
     grouped = q.shape[1] != k.shape[1]
     lengths = (boundaries[1:] - boundaries[:-1]).tolist()
     pieces = zip(*(torch.split(t, lengths, dim=2) for t in (q, k, v)), strict=True)
-    outs = [F.scaled_dot_product_attention(*p, scale=scale, enable_gqa=grouped) for p in pieces]
+    outs = (
+        F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        for q, k, v in pieces
+    )
     return torch.cat([out.transpose(1, 2) for out in outs], 1).transpose(1, 2)
 
 
@@ -57,7 +60,8 @@ def _samples(t: Tensor, run: tuple[int, int, int]) -> Tensor:
     """(B, H, T, ...) to (B * count, H, length, ...): the segments of a run as samples."""
     start, length, count = run
     parts = t.narrow(2, start, count * length).unflatten(2, (count, length))
-    return parts.transpose(1, 2).flatten(0, 1)
+    samples: Tensor = parts.transpose(1, 2).flatten(0, 1)
+    return samples
 
 
 def _place(t: Tensor, run: tuple[int, int, int], values: Tensor) -> None:

@@ -11,16 +11,16 @@ Whatever else is done with boundaries or pieces ends the capture.
 from __future__ import annotations
 
 import functools
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...kernels.attention.segment_attention import segment_attention_reference
-from .. import facts
-from ..canon import canonical
-from .functions import MARK
+from ..kernels.attention.segment_attention import segment_attention_reference
+from . import facts
+from .canon import canonical
+from .opaque.functions import MARK
+from .signatures import names_in
 
 
 class Boundaries:
@@ -90,12 +90,6 @@ def splits_by_lengths(function: Any) -> bool:
             return True
         function = getattr(function, "__wrapped__", None)
     return False
-
-
-def names_in(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes in ``code`` and in what it defines."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*map(names_in, inner))
 
 
 def with_boundaries(
