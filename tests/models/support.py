@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -151,32 +152,37 @@ def _introduction_by_name(
         "LoRA, all linear layers of both are adapted, in a default call.",
     }.get(kind, "in a default call, with the batch alone; once plain, once with LoRA on all its "
           "linear layers.")  # fmt: skip
-    return [
-        f"# Architectures: {kind}",
-        "",
+    far_ones = (
+        f"; {len(far)} are further than {TOLERANCE:.0e}, where eager's own distance from fp64 is "
+        "as large"
+    )
+    paragraphs = (
         f"{SUBJECTS[kind]}, as a tiny model with random weights: one training step of eager and "
-        f"one of the optimized model, in fp32 on a CPU, {calls} Written by",
-        f"`python -m tests.models.coverage --kind {kind}`; a test fails when a number falls. What",
+        f"one of the optimized model, in fp32 on a CPU, {calls} Written by "
+        f"`python -m tests.models.coverage --kind {kind}`; a test fails when a number falls. What "
         "there is to rewrite is counted as on the [page of causal language models](support.md).",
-        "",
         f"torch {torch.__version__}, transformers {transformers.__version__}: {len(built)} of "
-        f"{number} names built, {len(rows)} steps compared,",
-        f"{sum(not r.problem for r in rows)} ran. The largest relative difference from eager is "
-        f"{_worst(r.loss_error for r in rows)} in a loss and",
-        f"{_worst(r.grad_error for r in rows)} in all gradients together"
-        + (f"; {len(far)} are further than {TOLERANCE:.0e}, where eager's own distance "
-           "from fp64 is as large." if far else "."),
+        f"{number} names built, {len(rows)} steps compared, {sum(not r.problem for r in rows)} "
+        "ran. The largest relative difference from eager is "
+        f"{_worst(r.loss_error for r in rows)} in a loss and "
+        f"{_worst(r.grad_error for r in rows)} in all gradients together{far_ones if far else ''}. "
         f"The first optimized step took {statistics.median(times):.1f} s of a processor (median), "
         f"{max(times):.1f} s at most.",
-        "",
-    ]  # fmt: skip
+    )
+    lines = [f"# Architectures: {kind}", ""]
+    for paragraph in paragraphs:
+        lines += [*textwrap.wrap(paragraph, 96, break_long_words=False, break_on_hyphens=False), ""]
+    return lines
 
 
 def _line_by_name(name: str, by_call: dict[str, Row], columns: dict[str, Column]) -> str:
     cells = []
     for column in columns.values():
-        done, there = column.count(by_call[column.call]) if column.call in by_call else (0, 0)
-        cells.append(f"{done}/{there}" if there else "")
+        if column.call in by_call:
+            done, there = column.count(by_call[column.call])
+            cells.append(f"{done}/{there}" if there else "")
+        else:
+            cells.append("?")  # not measured
     rows = by_call.values()
     worst = max((r.grad_error for r in rows if r.grad_error is not None), default=0.0)
     first = max(r.first_call for r in rows)
@@ -202,11 +208,11 @@ def read_by_name(text: str) -> dict[str, Counts]:
     titles = header.split(" | ")[1:-3]
     found: dict[str, Counts] = {}
     for match in re.finditer(r"^\| `([\w.-]+)` \| (.*) \|$", text, re.MULTILINE):
-        cells = match[2].split(" | ")[: len(titles)]
-        found[match[1]] = {
-            title: tuple(map(int, cell.strip().split("/"))) if cell.strip() else (0, 0)  # type: ignore[misc]
-            for title, cell in zip(titles, cells, strict=True)
-        }
+        found[match[1]] = {}
+        for title, cell in zip(titles, match[2].split(" | "), strict=False):
+            done, _, there = cell.strip().partition("/")
+            if done != "?":
+                found[match[1]][title] = (int(done or 0), int(there or 0))
     return found
 
 
