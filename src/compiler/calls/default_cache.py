@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,8 +42,9 @@ _NO_CACHE = (CacheRefused, AttributeError, TypeError, LookupError, ValueError, A
 class DefaultCache:
     """The forward of a module that makes a cache by default; called as ``Original`` is."""
 
-    def __init__(self, session: Session, original: Original) -> None:
-        self._session, self._original = session, original
+    def __init__(self, session: Session, original: Original, run: Callable[..., Any]) -> None:
+        # ``run`` calls the original
+        self._session, self._original, self._run = session, original, run
         self._indices = SharedCacheIndices()
         self._signature: tuple[Any, inspect.Signature | None] = (None, None)
         # why the cache is filled at once, by module: a copy of one has the same forward
@@ -52,12 +53,12 @@ class DefaultCache:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the original; its blocks do not get a cache that nobody has asked for."""
         if not self._is_default(module, args, kwargs):
-            return self._original(module, *args, **kwargs)
+            return self._run(module, *args, **kwargs)
         state = self._session.state
         before = _Before(module, (args, kwargs))
         withheld = state.withheld = WithheldCache()
         try:
-            outputs = self._original(module, *args, **kwargs)
+            outputs = self._run(module, *args, **kwargs)
             if withheld.cache is None:
                 return outputs
             if withheld.is_used or not any(v is withheld.cache for v in _values(outputs)):
@@ -67,7 +68,7 @@ class DefaultCache:
                 raise
             state.withheld = None
             before.random.restore()
-            outputs = self._original(module, *args, **kwargs)
+            outputs = self._run(module, *args, **kwargs)
             self._stop(module, str(error))
             return outputs
         finally:
@@ -149,7 +150,7 @@ class DefaultCache:
                 torch.enable_grad(),
                 torch.autocast(device, dtype, enabled),
             ):
-                outputs = self._original(module, *args, **kwargs)
+                outputs = self._run(module, *args, **kwargs)
         finally:
             now.restore()
         return next(v for v in _values(outputs) if is_cache(v))

@@ -284,7 +284,12 @@ def backbone_forward(
 
     ``fused`` is that of a backbone that a trainer's head may call.
     """
-    run = DefaultCache(session, original)
+
+    def run_in_step(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = original.function(self) if original.is_method else None
+        return session.state.segments.run_backbone(original, function, self, args, kwargs)
+
+    run = DefaultCache(session, original, run_in_step)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def run_uncaptured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -312,6 +317,8 @@ def backbone_forward(
         saved = session.state.replayed(self)
         if saved is not None:
             return saved[0]
+        if self in session.log.restored or is_traced_here():
+            return original(self, *args, **kwargs)
         return run(self, *args, **kwargs)
 
     return forward
