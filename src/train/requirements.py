@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from .consent import CODE_SWITCH
-from .doctor.packages import install
+from .package_ranges import install
 from .recipe.methods_table import METHODS, Method
 from .recipe.paths import is_hub_kernel
 from .recipe.preferences import method_of, rows_of

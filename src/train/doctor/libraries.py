@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..package_ranges import install
 from .imports import broken
-from .packages import install
 from .result import CheckResult, reason
 
 _BITS = "4-bit and 8-bit weights (load_in_4bit, load_in_8bit, adapter: qlora), 8-bit optimizers"
