@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..model.relora import relora_of
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
 from .files import CheckpointWriteError, write_error_reason
@@ -55,9 +56,11 @@ def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None 
         # only the trained adapter: a reference's may be there, too; "auto" would ask the hub
         # whether the vocabulary grew
         adapters = list(model.active_adapters)
-        model.save_pretrained(
-            folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
-        )
+        relora = relora_of(model)
+        with relora.whole() if relora is not None else contextlib.nullcontext():
+            model.save_pretrained(
+                folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
+            )
     else:
         with _with_cache(model):
             model.save_pretrained(folder, **kwargs)
