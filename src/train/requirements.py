@@ -8,7 +8,10 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+from .consent import CODE_SWITCH
+from .doctor.packages import install
 from .recipe.methods_table import METHODS, Method
+from .recipe.paths import is_hub_kernel
 from .recipe.preferences import method_of, rows_of
 from .recipe.recipe import Recipe
 
@@ -32,6 +35,7 @@ _OPTIMIZERS = {
     "schedule_free": ("schedulefree", "schedulefree"),
     "adamw_torch_4bit": ("torchao", "torchao"),
     "adamw_torch_8bit": ("torchao", "torchao"),
+    "came_pytorch": ("came_pytorch", "came-pytorch"),
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
     "adamw_torch_xla": ("torch_xla", "torch-xla"),
     "adamw_torch_npu": ("torch_npu", "torch-npu"),
@@ -64,12 +68,24 @@ def attention(recipe: Recipe) -> tuple[str | None, str | None]:
     name = recipe.attention()
     if name in (None, "eager", "sdpa"):
         return name, None
-    why = _not_here(str(name))
+    hub = is_hub_kernel(name)
+    why = _hub_kernel_not_here(recipe) if hub else _not_here(str(name))
     if why is None:
         return name, None
     key = "flex_attention" if recipe.attn_implementation is None else "attn_implementation"
     instead = "the model's own attention computes the same values (sdpa, for nearly all models)"
     return None, f"{key}: {name} {why}; {instead}"
+
+
+def _hub_kernel_not_here(recipe: Recipe) -> str | None:
+    """Why an attention that is code on the hub is not used; None: it is allowed, and can run."""
+    if not recipe.consent.trust_remote_code:
+        return f"is code on the hub, which is run only with {CODE_SWITCH}"
+    if not _is_there("kernels"):
+        return "needs the package kernels, which is not installed (pip install kernels)"
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a GPU"
 
 
 def _not_here(name: str) -> str | None:
@@ -129,14 +145,14 @@ def missing_packages(recipe: Recipe) -> list[str]:
         if not _is_there(module):
             missing.append(
                 f"{key}: {value} needs the package {package}, which is not installed: "
-                f"pip install {package}"
+                f"{install(package)}"
             )
     if (method := method_of(recipe)) is not None:
         missing += _trl(method)
     if recipe.deepspeed and not _is_there("deepspeed"):
         missing.append(
             "deepspeed: needs the package deepspeed, which is not installed: "
-            'pip install "fusewright[distributed]"'
+            f"{install('deepspeed')}"
         )
     return missing
 
@@ -148,15 +164,14 @@ _TRL = (1, 16)
 def _trl(method: Method) -> list[str]:
     """What of TRL is missing for a preference method; imports nothing."""
     key = METHODS[method].head.key or f"rl: {method}"
-    install = 'pip install "fusewright[rl]"'
     try:
         present = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        return [f"{key} needs the package trl, which is not installed: {install}"]
+        return [f"{key} needs the package trl, which is not installed: {install('trl')}"]
     version = tuple(int(part) for part in present.split(".")[:2] if part.isdecimal())
     if version < _TRL:
         return [f"{key} needs trl {'.'.join(map(str, _TRL))} or newer, and {present} is installed: "
-                f"{install}"]  # fmt: skip
+                f"{install('trl')}"]  # fmt: skip
     return []
 
 

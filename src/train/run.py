@@ -26,7 +26,6 @@ from .model.positions import require_reach
 from .model.precision import precision_warning
 from .model.tokenizer import load_tokenizer
 from .preflight import require_startable
-from .processes.context_parallel import require_ring_attention
 from .processes.mesh import is_sharded, processes_message
 from .processes.signals import Interrupts, Stopped
 from .processes.world import World, joined
@@ -301,7 +300,6 @@ def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     with joined(recipe.ddp_timeout) as world:
         strategy = recipe.strategy()
         strategy.require_world(world.size)
-        require_ring_attention(strategy)
         world.share_batches(strategy.group)
         if console is None:
             console = Terminal(quiet=not world.main)

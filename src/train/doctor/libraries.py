@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from .imports import broken
+from .packages import install
 from .result import CheckResult, reason
 
-_BITS = "4-bit and 8-bit weights (load_in_4bit, load_in_8bit, adapter: qlora)"
+_BITS = "4-bit and 8-bit weights (load_in_4bit, load_in_8bit, adapter: qlora), 8-bit optimizers"
 
 
 def triton() -> list[CheckResult]:
@@ -59,10 +60,8 @@ def _kernel_error(device: Any) -> float:
 def bitsandbytes() -> list[CheckResult]:
     """Quantize a matrix to 4 and 8 bits, and multiply by it, on the training device."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        mend = 'pip install "fusewright[quant]"'
-        return [
-            CheckResult("bitsandbytes", "not installed", "missing", f"needed for {_BITS}", mend)
-        ]
+        note, mend = f"needed for {_BITS}", install("bitsandbytes")
+        return [CheckResult("bitsandbytes", "not installed", "missing", note, mend)]
     try:
         module = importlib.import_module("bitsandbytes")
     except Exception as error:  # a broken library raises anything

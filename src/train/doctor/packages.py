@@ -8,14 +8,15 @@ from typing import Any
 
 from .result import CheckResult
 
-_OTHERS = ("trl", "tokenizers", "safetensors", "huggingface-hub", "deepspeed", "flash-attn")
+_OTHERS = ("tokenizers", "safetensors", "huggingface-hub", "deepspeed", "flash-attn")
 """Packages that fusewright works with and whose versions it does not limit."""
 
 _PLAIN = ("", "train")
 """The extras without which ``fusewright train`` does not start."""
 
 _FOR = {
-    "quant": "4-bit and 8-bit weights (adapter: qlora, load_in_8bit)",
+    "rl": "preferences and rewards (key rl)",
+    "quant": "4-bit and 8-bit weights (adapter: qlora, load_in_8bit), 8-bit optimizers",
     "distributed": "DeepSpeed (key deepspeed)",
 }
 """The purposes of the other extras."""
@@ -30,6 +31,15 @@ def packages() -> list[CheckResult]:
         if name not in required and (version := _version(name)) is not None:
             results.append(CheckResult(name, version))
     return results
+
+
+def install(name: str) -> str:
+    """The command that installs a package, in the versions that fusewright supports."""
+    return _command(name, _named().get(name, ("", ""))[0])
+
+
+def _command(name: str, versions: str) -> str:
+    return f"pip install '{name}{versions}'" if versions else f"pip install {name}"
 
 
 def _python() -> CheckResult:
@@ -62,15 +72,15 @@ def _package(name: str, versions: str, extra: str) -> CheckResult:
     note = f"wanted: {versions}" if versions else ""
     # PyTorch runs without Triton, and uses no kernel of it where there is no GPU
     needed = needed and name != "triton"
-    install = f"pip install '{name}{versions}'"
+    mend = _command(name, versions)
     if version is None:
         note = "; ".join(filter(None, (note, f"for {_FOR[extra]}" if extra in _FOR else "")))
         if name == "triton" and not _has_gpu():
             return CheckResult(name, "not installed", "unused", note)
-        return CheckResult(name, "not installed", "missing", note, install, needed)
+        return CheckResult(name, "not installed", "missing", note, mend, needed)
     if versions and not _is_in(version, versions):
         return CheckResult(
-            name, version, "broken", f"{note}; this version is outside that range", install, needed
+            name, version, "broken", f"{note}; this version is outside that range", mend, needed
         )
     return CheckResult(name, version, note=note)
 

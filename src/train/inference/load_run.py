@@ -122,7 +122,7 @@ _DATA = ("datasets", "test_datasets", "pretraining_dataset")
 _DONE = (
     "base_model_config", "tokenizer_config", "tokenizer_type", "revision_of_model",
     "special_tokens", "tokens", "added_tokens_overrides", "resize_token_embeddings_to_32x",
-    "overrides_of_model_config", "load_in_4bit", "load_in_8bit",
+    "overrides_of_model_config", "load_in_4bit", "load_in_8bit", "reinit_weights",
 )  # fmt: skip
 """Keys whose effect is already in the files of a whole model."""
 

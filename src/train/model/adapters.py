@@ -108,7 +108,7 @@ def _config(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
         "lora_dropout": recipe.lora_dropout,
         "target_modules": _targets(model, recipe, say),
         "target_parameters": _listed(recipe.lora_target_parameters),
-        "exclude_modules": recipe.lora_exclude_modules,
+        "exclude_modules": _excluded(model, recipe),
         "modules_to_save": _saved(model, recipe),
         "fan_in_fan_out": recipe.lora_fan_in_fan_out,
         "bias": recipe.lora_bias,
@@ -195,6 +195,43 @@ def _means_experts(model: Any) -> bool:
     config = LoraConfig(target_modules="all-linear")
     convert_peft_config_for_transformers(config, model, None)
     return bool(config.target_parameters)
+
+
+def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
+    """The layers that get no adapter: the recipe's, and of all linear ones those PEFT refuses."""
+    named, refused = recipe.lora_exclude_modules, refused_layers(model, recipe)
+    if not refused:
+        return named
+    if isinstance(named, str):
+        return rf"{named}|(.*\.)?({'|'.join(refused)})"
+    return [*(named or ()), *refused]
+
+
+def refused_layers(model: Any, recipe: Recipe) -> list[str]:
+    """The names of layers that ``lora_target_linear`` would adapt, and PEFT refuses in a model.
+
+    Such as Mamba's ``out_proj``: its kernel reads the weight, and would pass by the adapter. A
+    layer that the recipe names is none of them: it is refused with PEFT's words.
+    """
+    targets = recipe.lora_target_modules
+    all_linear = recipe.lora_target_linear or targets in ("all-linear", ["all-linear"])
+    if not all_linear or recipe.lora_model_dir or recipe.adapter is None:
+        return []
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check: Any = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    names = {
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
+    named = targets if isinstance(targets, list) else ()
+    refused = []
+    for name in sorted(names - set(named)) if check is not None else ():
+        try:
+            check(LoraConfig(task_type=head_of(recipe).task), model, name)
+        except ValueError:
+            refused.append(name)
+    return refused
 
 
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:

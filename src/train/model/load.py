@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +157,26 @@ def _read(recipe: Recipe, options: dict[str, Any], say: Callable[[str], None] | 
     gpu = device_for_training()
     with torch.random.fork_rng([gpu] if gpu.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
+        kind = class_by_name(recipe.model_type, head.auto, "PreTrainedModel", "model_type")
+        if recipe.reinit_weights:
+            return _random(kind, recipe, options)
         return pretrained(
-            class_by_name(recipe.model_type, head.auto, "PreTrainedModel", "model_type"),
+            kind,
             recipe.base_model,
             on_new_head=on_new_head if head.classifies else None,
             **options,
         )
+
+
+def _random(kind: Any, recipe: Recipe, options: Mapping[str, Any]) -> Any:
+    """A model of the configuration with random weights."""
+    config = options.get("config") or load_config(recipe)
+    names = ("dtype", "attn_implementation", "experts_implementation", "trust_remote_code")
+    kwargs = {name: options[name] for name in names if name in options}
+    if hasattr(kind, "from_config"):  # an auto class
+        return kind.from_config(config, **kwargs)
+    del kwargs["trust_remote_code"]
+    return kind._from_config(config, **kwargs)
 
 
 def _hub(recipe: Recipe) -> dict[str, Any]:

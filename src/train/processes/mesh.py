@@ -9,6 +9,7 @@ import torch
 from ...errors import RecipeError
 from ..recipe.deepspeed_config import stage
 from ..recipe.strategy import Strategy
+from .context_parallel import gathers
 from .world import World
 
 
@@ -29,17 +30,20 @@ def parallelism(strategy: Strategy, world: World) -> Any:
     """
     if not world.several or strategy.engine == "deepspeed":
         return None
-    if strategy.replicate == 1 and strategy.group == 1:
+    # with ``Parts``, processes that share sequences are ordinary ones where gradients are averaged
+    among = strategy.context if gathers(strategy) else 1
+    group, context = strategy.group // among, strategy.context // among
+    if strategy.replicate == 1 and group == 1:
         return None
     from accelerate.parallelism_config import ParallelismConfig
 
-    groups = {"tp_size": strategy.tensor, "cp_size": strategy.context}
+    groups = {"tp_size": strategy.tensor, "cp_size": context}
     if not uses_fsdp(strategy, world):
-        config = ParallelismConfig(**groups) if strategy.group > 1 else None
+        config = ParallelismConfig(**groups) if group > 1 else None
     else:
         copies = strategy.replicate
-        shard = strategy.shard or world.size // copies // strategy.group
-        if strategy.group > 1 and copies > 1 and shard == 1:
+        shard = strategy.shard * among or world.size // copies // group
+        if group > 1 and copies > 1 and shard == 1:
             raise RecipeError(
                 f"dp_replicate_size: {copies} copies leave each group of processes nothing to "
                 "shard: lower it, or start more processes"
@@ -48,7 +52,7 @@ def parallelism(strategy: Strategy, world: World) -> Any:
         config = ParallelismConfig(**sizes, **groups)
         if strategy.tensor > 1:
             whole = config.get_device_mesh(device_type())
-            config = ParallelismConfig(**sizes, cp_size=strategy.context)
+            config = ParallelismConfig(**sizes, cp_size=context)
             config.device_mesh = whole
     if config is not None:
         config.get_device_mesh(device_type())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
         "cpu_ram_efficient_loading": False,  # every process has read the weights itself
         "activation_checkpointing": False,  # blocks do that themselves: Recipe.checkpointing
     }
+    if left := left_whole(model):
+        kwargs["ignored_modules"] = [_holding(left.values())]
+        _leave_scales_out(model)
     if fsdp.offload_params:
         pins = fsdp.pin_memory and torch.cuda.is_available()  # which is for copies to a GPU
         kwargs["cpu_offload"] = CPUOffloadPolicy(pin_memory=pins)
@@ -42,6 +46,42 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
         dtype = getattr(torch, fsdp.mixed_precision)
         kwargs["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
     return FullyShardedDataParallelPlugin(**kwargs)
+
+
+def left_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that FSDP cannot shard, by name: those whose scales are beside them.
+
+    bitsandbytes' weights of 8 bits, and packed experts, are frozen, so that nothing is averaged.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and (parameter.dtype is torch.int8 or _packs(parameter))
+    }
+
+
+def _packs(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "packed") and hasattr(parameter, "states")
+
+
+def _holding(parameters: Iterable[nn.Parameter]) -> nn.Module:
+    """A module that has these parameters, for accelerate, which ignores those of modules."""
+    holder = nn.Module()
+    for number, parameter in enumerate(parameters):
+        holder.register_parameter(str(number), parameter)
+    return holder
+
+
+def _leave_scales_out(model: nn.Module) -> None:
+    """Take the scales of 8-bit weights, which are no parameters, out of state dictionaries.
+
+    PyTorch looks for an attribute by each name there, and bitsandbytes has none. Frozen weights are
+    never written.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            plain = functools.partial(nn.Linear._save_to_state_dict, module)
+            module._save_to_state_dict = plain  # type: ignore[method-assign]
 
 
 def block_classes(model: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import RecipeError
+from ...optim import blockwise
 from ...sharding import in_zero3, whole_shape
 from .gather import Groups
 
@@ -92,6 +93,18 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
     ``groups`` are the names of its parameters, before DeepSpeed took it over. None where this
     process does not ``keep`` the state, on the CPU.
     """
+    base = _base(engine)
+    if not blockwise.of_bitsandbytes(base):
+        return _whole_optimizer(engine, groups, keep)
+    packed = blockwise.unpack(base)
+    try:
+        state = _whole_optimizer(engine, groups, keep)
+    finally:
+        base.state.update(packed)
+    return state if state is None else blockwise.stored(state)
+
+
+def _whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] | None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     parameters = dict(engine.module.named_parameters())
@@ -131,6 +144,10 @@ def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
 
     ``state`` is a ``state_dict``, the same on every process; ``groups`` are the parameters' names.
     """
+    base = _base(engine)
+    in_blocks = blockwise.of_bitsandbytes(base)
+    if in_blocks:
+        state = blockwise.with_scales(state)
     parameters = dict(engine.module.named_parameters())
     names = [name for members in groups for name in members]
     # those of a parameter with one element look like counts
@@ -143,8 +160,10 @@ def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
                 _set(parameter, value, None)
             elif key != MASTER and key in whole:
                 _set(parameter, value, key)
+    if in_blocks:
+        blockwise.repack(base)
     filled = [group for group in state["param_groups"] if group["params"]]
-    for group, saved in zip(_base(engine).param_groups, filled, strict=True):
+    for group, saved in zip(base.param_groups, filled, strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
 
 

@@ -631,7 +631,8 @@ _OFF: dict[str, Any] = {
     "lora_dropout": 0.0, "neftune_noise_alpha": None,
     # every step moves the weights
     "lr_scheduler": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0,
-    "warmup_ratio": None, "cosine_min_lr_ratio": None, "cosine_constant_lr_ratio": None,
+    "warmup_ratio": None, "eta_min": None, "cosine_min_lr_ratio": None,
+    "cosine_constant_lr_ratio": None,
     "lr_quadratic_warmup": False, "lr_div_factor": None, "jagged_restart_steps": None,
     "jagged_restart_warmup_steps": None, "jagged_restart_anneal_steps": None,
 }  # fmt: skip

@@ -17,6 +17,7 @@ from ...errors import did_you_mean
 from ..chat_templates import unknown_template
 from .keys.base import METHOD, KeyRules, Keys, UnreadKeys, nested, rules_of
 from .keys.distributed import DistributedKeys, FsdpKeys
+from .keys.optimization import OWN_OPTIMIZERS
 from .keys.preferences import GENERATING, OF_METHODS, PAIRED, WITH_BETA, has_method
 from .keys.row_types import TEACHER_TYPES, TYPES, reward_problem, type_problem
 from .preferences import HEADS, ROWS
@@ -197,8 +198,8 @@ def _model(values: Values) -> Iterator[Problem]:
     if values.get("quantize_moe_experts"):
         if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
             yield ("quantize_moe_experts",), "needs load_in_4bit: true or load_in_8bit: true"
-        elif any(values.get(k) for k in ("fsdp", "fsdp_config", "deepspeed")):
-            text = "packed experts cannot be sharded: leave it out, or train with DDP"
+        elif values.get("deepspeed"):
+            text = "DeepSpeed cannot send packed experts: leave it out, or train with DDP or FSDP"
             yield ("quantize_moe_experts",), text
     if (config := values.get("model_quantization_config")) is not None:
         options = values.get("model_quantization_config_kwargs")
@@ -300,6 +301,19 @@ def _steps(values: Values) -> Iterator[Problem]:
     size, micro = values.get("batch_size"), values.get("micro_batch_size", 1)
     if isinstance(size, int) and isinstance(micro, int) and micro > 0 and size % micro:
         yield ("batch_size",), f"must be a multiple of micro_batch_size, which is {micro}"
+    warmup = values.get("warmup_steps")
+    if isinstance(warmup, float) and warmup > 1 and warmup != int(warmup):
+        yield ("warmup_steps",), f"must be a number of steps or a fraction below 1, not {warmup}"
+    least, peak = values.get("eta_min"), values.get("learning_rate", 2e-4)
+    if isinstance(least, float) and isinstance(peak, float) and least > peak:
+        yield ("eta_min",), f"must not be above learning_rate, which is {peak:g}"
+    if (name := values.get("optimizer")) in OWN_OPTIMIZERS:
+        for key in ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio"):
+            if values.get(key):
+                yield (key,), f"{name} has one learning rate: leave one of them out"
+        if values.get("deepspeed"):
+            text = f"{name} needs matrices, which DeepSpeed makes one vector of: use fsdp: true"
+            yield ("optimizer",), text
 
 
 def _output(values: Values) -> Iterator[Problem]:
@@ -525,19 +539,13 @@ def _distributed(values: Values) -> Iterator[Problem]:
     recipe = _keys(values)
     if recipe is None:
         return
-    fsdp = "fsdp" if recipe.fsdp else "fsdp_config"
+    fsdp = _fsdp_key(recipe)
     if recipe.deepspeed and names_fsdp(recipe):
         yield ("deepspeed",), f"set this or {fsdp}, not both: each shards the model in its own way"
     engine = _sharding_key(recipe)
     if engine and values.get("device_map") is not None:
         message = f"set this or {engine}, not both: it gives each process its own device"
         yield ("device_map",), message
-    if is_sharded(recipe) and values.get("load_in_8bit"):
-        yield (
-            ("load_in_8bit",),
-            f"weights of 8 bits cannot be sharded by FSDP: use adapter: qlora with load_in_4bit: "
-            f"true, or remove {fsdp}, so that each process has the whole model",
-        )
     if names_fsdp(recipe):
         yield from _strategies(recipe)
         yield from _options(recipe)
@@ -603,7 +611,14 @@ def _sharding_key(recipe: DistributedKeys) -> str | None:
         return "deepspeed"
     if not is_sharded(recipe):
         return None
-    return "fsdp" if recipe.fsdp else "fsdp_config"
+    return _fsdp_key(recipe)
+
+
+def _fsdp_key(recipe: DistributedKeys) -> str:
+    """The key that asks for FSDP, if one does."""
+    if recipe.fsdp or not (recipe.fsdp_config or recipe.expert_parallel_size > 1):
+        return "fsdp" if recipe.fsdp else "fsdp_config"
+    return "fsdp_config" if recipe.fsdp_config else "expert_parallel_size"
 
 
 def _strategies(recipe: DistributedKeys) -> Iterator[Problem]:
@@ -681,14 +696,11 @@ def _groups_of_processes(values: Values, recipe: DistributedKeys) -> Iterator[Pr
 
 def _data_parallel(recipe: DistributedKeys, keys: list[tuple[str, ...]]) -> Iterator[Problem]:
     """What averages gradients over several groups, or over the parts of a sequence."""
-    if recipe.deepspeed:
-        for loc in keys:
-            yield loc, "DeepSpeed does not go with it here: use fsdp_config in place of deepspeed"
-    elif not is_sharded(recipe) and keys and keys[-1] != _TENSOR:
-        yield (
-            keys[-1],
-            "needs FSDP, which adds up what the parts of a sequence give: set fsdp: true",
-        )
+    if recipe.deepspeed and _TENSOR in keys:
+        text = "DeepSpeed does not go with it here: use fsdp_config in place of deepspeed"
+        yield _TENSOR, text
+    elif len(keys) > 1 and not is_sharded(recipe):
+        yield keys[-1], "needs FSDP beside tensor_parallel_size: set fsdp: true"
     elif not is_sharded(recipe) and keys and (recipe.dp_replicate_size or 1) > 1:
         yield ("dp_replicate_size",), f"needs FSDP beside {'.'.join(keys[0])}: set fsdp: true"
 
@@ -707,14 +719,7 @@ def _tensor(values: Values) -> Iterator[Problem]:
 
 
 def _context(values: Values, key: str) -> Iterator[Problem]:
-    """What torch's ring attention cannot do: it knows the causal mask, and no other."""
-    for name in ("sample_packing", "eval_sample_packing"):
-        if values.get(name):
-            yield (
-                (name,),
-                f"the samples of a pack would see each other: torch's ring attention ({key}) has "
-                "no masks; set it to false",
-            )
+    """What parts of sequences cannot do: they share causal attention alone."""
     attention = str(values.get("attn_implementation", "sdpa"))
     if attention != "sdpa" and "flash" not in attention:
         yield ("attn_implementation",), f"{key} needs sdpa, torch's own attention"
@@ -731,28 +736,27 @@ def _context(values: Values, key: str) -> Iterator[Problem]:
         )
 
 
-_FEW_BITS = re.compile(r"_\d+bit")
-_OTHERS = ("ademamix", "rmsprop_bnb", "adafactor")
+_BITSANDBYTES = re.compile(r"(paged_)?(adamw|lion|ademamix|rmsprop|adamw_bnb|rmsprop_bnb)_\d+bit")
+_ALSO_BITSANDBYTES = ("ademamix", "rmsprop_bnb")
 
 
 def _sharded_optimizers(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
     """Optimizers that cannot step as the other keys say."""
-    # Optimizers of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
-    # FSDP's. DeepSpeed steps the shares of all parameters as one, whose blocks of 8 bits are those
-    # of no parameter.
+    # Adafactor does not know PyTorch's ``DTensor``. bitsandbytes' step the share of a process as a
+    # parameter, which is rows: of layers that are divided, it may be columns, which no file has.
     name = str(values.get("optimizer", ""))
-    divided, of_torch = recipe.tensor_parallel_size > 1, name.startswith("adamw_torch")
-    few_bits = bool(_FEW_BITS.search(name)) and (divided or not of_torch)
-    if (divided or is_sharded(recipe)) and (few_bits or name in _OTHERS):
-        key = "tensor_parallel_size" if divided else "FSDP"
-        instead = "adamw_torch_fused" if divided else "adamw_torch_fused or adamw_torch_8bit"
-        yield ("optimizer",), f"{name} needs whole weights, which {key} divides: use {instead}"
-    elif recipe.deepspeed and "8bit" in name and not (of_torch or values.get("save_only_model")):
-        yield (
-            ("optimizer",),
-            f"under DeepSpeed, checkpoints cannot hold the state of {name}: use adamw_torch_fused, "
-            "or set save_only_model: true",
-        )
+    divided = recipe.tensor_parallel_size > 1
+    in_blocks = bool(_BITSANDBYTES.fullmatch(name)) or name in _ALSO_BITSANDBYTES
+    few_bits = bool(re.search(r"_\dbit", name))
+    projected = few_bits and name.startswith(("galore", "apollo"))
+    whole = projected or name in ("adafactor", "came_pytorch")
+    if divided and (in_blocks or few_bits or whole or name == "muon"):
+        text = "needs whole weights, which tensor_parallel_size divides: use adamw_torch_fused"
+        yield ("optimizer",), f"{name} {text}"
+    elif whole and (is_sharded(recipe) or (recipe.deepspeed and few_bits)):
+        engine = "DeepSpeed" if recipe.deepspeed else "FSDP"
+        instead = "adamw_torch_fused or adamw_8bit"
+        yield ("optimizer",), f"{name} needs whole weights, which {engine} divides: use {instead}"
 
 
 _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
@@ -784,7 +788,9 @@ def _unread_keys(values: Values) -> Iterator[tuple[Sequence[str], str]]:
         yield keys, "adapter is unset: every weight is trained"
     elif values.get("lora_model_dir") is not None:
         yield _OF_NEW_ADAPTERS, "the adapter in lora_model_dir has settings of its own"
-    schedule = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup")
+    schedule = (
+        "eta_min", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup",
+    )  # fmt: skip
     scheduler = str(values.get("lr_scheduler") or "cosine")
     if scheduler == "cosine" and any(values.get(k) for k in schedule):
         yield ("lr_scheduler_kwargs",), "the cosine keys say what the schedule is"

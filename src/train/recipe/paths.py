@@ -249,7 +249,8 @@ def needs_consent(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
     """The keys by which a recipe would run foreign code without consent, each with the refusal.
 
     ``trust_remote_code`` itself is none of them: without consent it is not obeyed, and most models
-    that it is written for have long been part of transformers.
+    that it is written for have long been part of transformers. Nor is ``attn_implementation``, for
+    which the model's own attention stands in.
     """
     if recipe.consent.trust_remote_code:
         return
@@ -261,9 +262,6 @@ def needs_consent(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
             what = _runs_code(name, value)
             if what:
                 yield (where, name), why_not_run(what, CODE_SWITCH)
-    if _is_hub_kernel(recipe.attn_implementation):
-        what = f"{recipe.attn_implementation} is code on the hub"
-        yield ("attn_implementation",), why_not_run(what, CODE_SWITCH)
 
 
 def require_consent(recipe: Recipe) -> None:
@@ -280,11 +278,11 @@ def _runs_code(name: str, value: Any) -> str | None:
         return "this runs code that comes with the model"
     if name.lstrip("_").startswith("attn_implementation"):
         values = value.values() if isinstance(value, Mapping) else [value]
-        if any(map(_is_hub_kernel, values)):
+        if any(map(is_hub_kernel, values)):
             return "an attention with a / in its name is code on the hub"
     return None
 
 
-def _is_hub_kernel(name: Any) -> bool:
+def is_hub_kernel(name: Any) -> bool:
     """Whether an attention is a kernel on the hub, ``owner/name``."""
     return isinstance(name, str) and "/" in name

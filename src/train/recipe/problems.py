@@ -24,6 +24,18 @@ _EXPECTED = {
     "value": "a number", "too": "a list that is not empty",
 }  # fmt: skip
 
+OTHER_NAMES = {
+    "max_seq_length": "sequence_len", "max_seq_len": "sequence_len", "max_length": "sequence_len",
+    "per_device_train_batch_size": "micro_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size", "num_train_epochs": "num_epochs",
+    "model_name_or_path": "base_model", "model_name": "base_model", "lr": "learning_rate",
+    "r": "lora_r", "target_modules": "lora_target_modules", "use_peft": "adapter: lora",
+    "packing": "sample_packing", "optim": "optimizer", "lr_scheduler_type": "lr_scheduler",
+    "dataset_name": "datasets", "assistant_only_loss": "train_on_inputs: false",
+    "beta": "rl_beta",
+}  # fmt: skip
+"""Names that TRL, PEFT and transformers have for keys of a recipe."""
+
 _MANY = 15
 """More values than this are not listed in a message."""
 
@@ -57,7 +69,9 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
     if kind == "missing":
         return "is missing"
     if kind == "extra_forbidden":
-        near = nearest_key(model_at(loc[:-1]), str(loc[-1]))
+        name = str(loc[-1])
+        near = OTHER_NAMES.get(name) if len(loc) == 1 else None
+        near = near or nearest_key(model_at(loc[:-1]), name)
         return f"is not a key of a recipe{_meant(near)}"
     expectations = [str(detail.get("ctx", {}).get("expected", "")) for detail in details]
     names = [name for expected in expectations for name in re.findall(r"'([^']*)'", expected)]

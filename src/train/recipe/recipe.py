@@ -104,6 +104,10 @@ class Recipe(
         # each process would draw blocks, and DDP looks for all gradients
         return f"lisa_n_layers: {self.lisa_n_layers}" if self.lisa_n_layers else None
 
+    def packs_sequences(self) -> bool:
+        """Whether rows are packed, for training or validation."""
+        return self.packs() or (self.validates() and self.packs_validation())
+
     def packs(self) -> bool:
         """Whether training rows are packed."""
         return bool(self.sample_packing)

@@ -59,6 +59,7 @@ class Strategy:
         replicate: number of copies of the weights.
         tensor: number of processes that share each layer (tensor parallelism).
         context: number of processes that share each sequence (context parallelism).
+        packs: whether sequences are packs of samples.
         alone: the key, as it is written, that means one process; None: no key does.
     """
 
@@ -69,6 +70,7 @@ class Strategy:
     replicate: int = 1
     tensor: int = 1
     context: int = 1
+    packs: bool = False
     alone: str | None = None
 
     @property
@@ -135,22 +137,27 @@ def strategy_of(recipe: DistributedKeys) -> Strategy:
     shard = recipe.dp_shard_size or 1
     if recipe.deepspeed:
         try:
-            return Strategy("deepspeed", deepspeed=read_config(recipe.deepspeed))
+            return Strategy(
+                "deepspeed", deepspeed=read_config(recipe.deepspeed), context=contexts(recipe),
+                packs=recipe.packs_sequences(),
+            )  # fmt: skip
         except RecipeError as error:
             raise RecipeError(f"deepspeed: {error}") from None
-    tensor, context = recipe.tensor_parallel_size, contexts(recipe)
+    tensor, context, packs = recipe.tensor_parallel_size, contexts(recipe), recipe.packs_sequences()
     if is_sharded(recipe):
-        fixed_shard = shard if shard > 1 else 0
+        # experts are shared as all weights are: their groups are part of the copy's
+        fixed_shard = shard * recipe.expert_parallel_size if shard > 1 else 0
         return Strategy(
             "fsdp", _fsdp(recipe),
-            shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
+            shard=fixed_shard, replicate=replicate, tensor=tensor, context=context, packs=packs,
         )  # fmt: skip
-    # DDP averages over all processes, so there is one group
+    # DDP averages over all processes; layers that are divided are not averaged
     alone = recipe.one_process() or ("ddp: false" if recipe.ddp is False else None)
-    shard = 1 if replicate > 1 or alone or tensor * context > 1 else 0
+    shard = 1 if replicate > 1 or alone or tensor > 1 else 0
     return Strategy(
-        "ddp", shard=shard, replicate=replicate, tensor=tensor, context=context, alone=alone
-    )
+        "ddp", shard=shard, replicate=replicate, tensor=tensor, context=context, packs=packs,
+        alone=alone,
+    )  # fmt: skip
 
 
 def ddp_arguments(recipe: DistributedKeys) -> dict[str, Any]:
@@ -217,7 +224,9 @@ def names_fsdp(recipe: DistributedKeys) -> bool:
     """Whether a recipe asks for FSDP, even if only for its ``NO_SHARD``."""
     if recipe.fsdp is False:
         return False
-    return bool(recipe.fsdp) or any(value is not None for _, value in settings(recipe))
+    shares_experts = recipe.expert_parallel_size > 1
+    named = bool(recipe.fsdp) or any(value is not None for _, value in settings(recipe))
+    return named or shares_experts
 
 
 def strategies(recipe: DistributedKeys) -> list[tuple[str, str]]:

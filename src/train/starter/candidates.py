@@ -91,7 +91,13 @@ _LEAST, _STEP = 128, 128
 """The shortest ``sequence_len``, and what it is a multiple of."""
 
 _PACK = 1024
-"""A pack is at least this long, where the model and the memory allow it."""
+"""A pack is at least this long, where there are enough rows, and model and memory allow it."""
+
+STEPS = 20
+"""An epoch has at least so many steps, where it has as many rows: few steps train nothing."""
+
+_CONTEXT = 512
+"""Few texts are not cut shorter than this, if they are as long."""
 
 _TEXT = 2048
 """Texts are cut to this length."""
@@ -126,7 +132,37 @@ class Candidates:
     @property
     def is_text(self) -> bool:
         """Whether rows that are longer than a sequence are cut, and not left out."""
-        return self.rows.shape.entry().get("type") == "completion"
+        entry = self.rows.shape.entry()
+        return entry.get("type") == "completion" and self.rows.shape.pair is None
+
+    @property
+    def trained(self) -> int:
+        """The rows that are not held out."""
+        held = self.validation()
+        return self.rows.count - (held if isinstance(held, int) else int(held * self.rows.count))
+
+    def validation(self) -> int | float:
+        """The ``val_set_size``."""
+        count = self.rows.count
+        return 0 if count < 20 else max(2, count // 10) if count < 400 else 0.05
+
+    def packs(self, length: int) -> bool:
+        """Whether rows are packed into sequences: not if those would be few, nor pairs."""
+        return self.rows.shape.pair is None and (self.is_text or self._packed(length) >= STEPS)
+
+    def sequences(self, length: int) -> int:
+        """Sequences of an epoch, among the rows that were read."""
+        if self.packs(length):
+            return self._packed(length)
+        return max(1, int(self.trained * self.coverage(length)))
+
+    def _packed(self, length: int) -> int:
+        tokens = self.lengths.tokens
+        fitting = tokens if self.is_text else tokens[tokens <= length]
+        if not len(fitting):
+            return 1
+        share = len(fitting) / len(tokens)
+        return max(1, int(self.trained * share * float(fitting.mean()) / length * 1.05))
 
     def in_order(self) -> Iterator[tuple[dict[str, Any], str, int]]:
         """Adapters, with the reason for each, and lengths.
@@ -174,6 +210,11 @@ class Candidates:
             text = "longer texts become several samples"
             if length < self._best_length():
                 text += f", each with LESS CONTEXT than {_TEXT:,} tokens, because of {limit}"
+            elif length < min(_TEXT, self.lengths.at(99)):
+                text += (
+                    f", each with LESS CONTEXT than {_TEXT:,} tokens, because there are few: an "
+                    f"epoch has some {STEPS} steps"
+                )
             return text
         how = "counted by the tokenizer"
         if not self.lengths.counted:
@@ -204,9 +245,16 @@ class Candidates:
 
     def _best_length(self) -> int:
         """The length that is best for the rows, whatever the model and the memory allow."""
-        best = _TEXT if self.is_text else _rounded(self.lengths.at(99))
+        least = _rounded(self.lengths.at(99))
+        best = _TEXT if self.is_text else least
         packs = self.is_text or self.lengths.at(50) <= best // 2 or best < _PACK
-        return max(best, _PACK) if packs else best
+        if self.rows.shape.pair is not None or not packs:
+            return best
+        best = max(best, _PACK)
+        least = min(least, _CONTEXT) if self.is_text else least
+        while best > least and self._packed(best) < STEPS:
+            best = max(least, _rounded(best // 2))
+        return best
 
 
 def has_bitsandbytes() -> bool:

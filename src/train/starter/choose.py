@@ -21,7 +21,7 @@ from ..plan.plan import make_job
 from ..plan.recommend import method_of
 from ..recipe.load import check
 from ..recipe.recipe import Recipe
-from .candidates import LORA, LORA_WHY, Candidates, has_bitsandbytes
+from .candidates import LORA, LORA_WHY, STEPS, Candidates, has_bitsandbytes
 from .look import RowsRead
 
 # --- memory: the answer of ``fusewright plan`` ---------------------------------------------------
@@ -114,6 +114,8 @@ def smallest(budget: int | None) -> str:
 _ROWS_PER_STEP, _STEPS = 16, 50
 """Sequences of an optimizer step; fewer where an epoch would have less than so many steps."""
 
+_BETA = 0.1
+
 _MICRO = (8, 4, 2, 1)
 
 _UNCHECKED = (
@@ -190,25 +192,26 @@ class Chooser:
     def _draft(self, adapter: Values, why: str, length: int, micro: int) -> Draft | None:
         values = {key: value for key, (value, _) in self.base.items()}
         reasons = {key: reason for key, (_, reason) in self.base.items()}
-        total = self._sequences(length)
+        total = self.candidates.sequences(length)
         per_step = 1 << (min(_ROWS_PER_STEP, max(1, total // _STEPS)).bit_length() - 1)
         if micro > per_step:
             return None
+        packs, pairs = self.candidates.packs(length), self._rows.shape.pair is not None
         val_size, val_why = self._validation_size()
         epochs, epochs_why = self._epochs()
         keys: list[tuple[str, Any, str]] = [
             ("val_set_size", val_size, val_why),
             ("sequence_len", length, self.candidates.why(length)),
-            ("sample_packing", True, _PACKING),
+            ("sample_packing", packs, self._packing_why(packs)),
             ("micro_batch_size", micro, "sequences per forward pass"),
             (
                 "gradient_accumulation_steps",
                 max(1, per_step // micro),
-                f"times micro_batch_size; sequences per optimizer step: {per_step}, "
-                f"in an epoch: about {total:,}",
+                f"times micro_batch_size; {'pairs' if pairs else 'sequences'} per optimizer step: "
+                f"{per_step}, in an epoch: about {total:,}",
             ),
             ("num_epochs", epochs, epochs_why),
-            ("learning_rate", 2e-4 if adapter else 2e-5, _rate_why(adapter)),
+            ("learning_rate", *_rate(adapter, pairs)),
             ("lr_scheduler", "cosine", "decays to 0 at the end"),
             ("warmup_ratio", 0.05, "warms up over the first 5% of the steps"),
             ("bf16", "auto", _precision_why()),
@@ -220,27 +223,29 @@ class Chooser:
             ),
         ]
         before = [(key, value, why if key == "adapter" else "") for key, value in adapter.items()]
+        if pairs:
+            before.append(("rl", "dpo", _DPO_WHY))
+            before.append(("rl_beta", _BETA, "how close to the model without the adapter: usual"))
         if not adapter:
             reasons["base_model"] += f"; {why}"
         for key, value, reason in [*before, *keys]:
             values[key], reasons[key] = value, reason
         return Draft(values, reasons, MemoryVerdict(None, None, ""))
 
-    def _sequences(self, length: int) -> int:
-        """Sequences of an epoch, among the rows that were read."""
-        tokens = self.candidates.lengths.tokens
-        fitting = tokens if self.candidates.is_text else tokens[tokens <= length]
-        mean = float(fitting.mean())
-        share = len(fitting) / len(tokens)
-        return max(1, int(self._rows.count * share * mean / length * 1.05))
+    def _packing_why(self, packs: bool) -> str:
+        if packs:
+            return _PACKING
+        if self._rows.shape.pair is not None:
+            return "pairs are not packed"
+        return f"the rows are few: packed, an epoch would have fewer than {STEPS} steps"
 
     def _validation_size(self) -> tuple[int | float, str]:
-        count = self._rows.count
-        if count < 20:
+        size, count = self.candidates.validation(), self._rows.count
+        if not size:
             return 0, f"{count} rows are too few to hold any out for validation"
-        if count < 400:
-            return max(2, count // 10), "a tenth of the rows is held out for validation"
-        return 0.05, "5% of the rows are held out for validation"
+        if isinstance(size, int):
+            return size, "a tenth of the rows is held out for validation"
+        return size, "5% of the rows are held out for validation"
 
     def _epochs(self) -> tuple[int, str]:
         if not self._rows.complete:
@@ -265,8 +270,18 @@ def _recipe(values: Values) -> Recipe:
     return check(values).recipe
 
 
-def _rate_why(adapter: Values) -> str:
-    return "usual for adapters" if adapter else "usual for full fine-tuning: a tenth of LoRA's"
+_DPO_WHY = (
+    "learns to prefer the chosen answer to the rejected one (DPO; docs/preferences.md has others). "
+    "It needs TRL (install the extra rl)"
+)
+
+
+def _rate(adapter: Values, pairs: bool) -> tuple[float, str]:
+    if pairs:
+        return (2e-5, "usual for DPO with adapters") if adapter else (1e-6, "usual for DPO")
+    if adapter:
+        return 2e-4, "usual for adapters"
+    return 2e-5, "usual for full fine-tuning: a tenth of LoRA's"
 
 
 def _precision_why() -> str:

@@ -6,10 +6,11 @@ import importlib.util
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ...errors import DataError, RecipeError
@@ -60,8 +61,9 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     model, why = _model(options.model)
     rows = look(_dataset(options.data, model))
     announce(f"loading the tokenizer of {model}")
-    entry = _entry(options, rows)
+    entry = _entry(options, rows, trained=False)
     recipe, base, lengths = _measured(model, why, entry, rows)
+    base["datasets"] = ([_entry(options, rows)], base["datasets"][1])
     announce("planning a training step to see what fits")
     longest = positions_of(recipe)
     candidates = Candidates(rows, lengths, longest)
@@ -75,8 +77,6 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     write_atomically(options.output, text)
     console = Terminal(highlight=False)
     say(console, f"{options.output}: {rows.shape.kind}, {rows.count:,} rows; {draft.verdict.note}")
-    if rows.shape.answers:
-        say(console, _PREFERENCES)
     say(console, f"next: fusewright train {options.output} --dry-run")
 
 
@@ -106,12 +106,15 @@ def _dataset(path: str, model: str) -> Dataset:
     return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
 
 
-def _entry(options: InitOptions, rows: RowsRead) -> dict[str, Any]:
-    """The entry of ``datasets``; its path is as it was given, if the recipe can use it so."""
+def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[str, Any]:
+    """The entry of ``datasets``; its path is as it was given, if the recipe can use it so.
+
+    It is the one to train with, or that which reads the better answers of pairs alone.
+    """
     apart = options.output is not None and options.output.resolve().parent != Path.cwd()
     local = Path(rows.dataset.path).is_absolute()
     entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else options.data}
-    entry |= rows.shape.entry()
+    entry |= rows.shape.trained() if trained else rows.shape.entry()
     if rows.features.thinking not in (None, "reasoning_content"):
         entry["field_thinking"] = rows.features.thinking
     if (roles := rows.features.mapping()) is not None:
@@ -137,19 +140,18 @@ def _measured(
         base["skip_prepare_dataset"] = (True, "the rows have input_ids and labels")
     recipe = check({key: value for key, (value, _) in base.items()}).recipe
     try:
-        return recipe, base, measure(recipe, rows, tokenizer)
+        lengths = measure(recipe, rows, tokenizer)
+        if rows.shape.pair is not None:
+            swapped = [(where, {**row, "chosen": row["rejected"]}) for where, row in rows.sample]
+            others = measure(recipe, replace(rows, sample=swapped), tokenizer)
+            longest = np.maximum(lengths.tokens, others.tokens)
+            lengths = replace(lengths, tokens=longest)
+        return recipe, base, lengths
     except DataError as error:
         if "leaves out" not in str(error):
             raise
         hint = "; or choose a --model whose template writes it, such as Qwen/Qwen3-0.6B"
         raise DataError(f"{error}{hint}") from None
-
-
-_PREFERENCES = (
-    "These rows are preferences, and this recipe trains on the chosen answers ALONE, as supervised "
-    "fine-tuning. To train on both, set rl: dpo, and take the type out of datasets "
-    "(docs/preferences.md)."
-)
 
 
 def _rows_why(rows: RowsRead) -> str:
@@ -168,8 +170,6 @@ def _rows_why(rows: RowsRead) -> str:
         )
     if features.mapping() is not None:
         lines.append("GUESSED (roles): chats are opened by the user and closed by the assistant")
-    if rows.shape.answers:
-        lines.append(_PREFERENCES)
     return ". ".join(lines)
 
 

@@ -32,16 +32,25 @@ class Shape:
     Attributes:
         kind: in words, e.g. ``chat``; rows of several kinds are not one dataset.
         keys: what the entry of ``datasets`` must have so that it is read so.
-        answers: it is read as its better answer, of a pair.
+        pair: of two answers, the same for ``rl: dpo``; then ``keys`` are those that read the better
+            one alone. None: it is no pair.
     """
 
     kind: str
     keys: tuple[tuple[str, Any], ...] = field(default=())
-    answers: bool = False
+    pair: tuple[tuple[str, Any], ...] | None = None
 
     def entry(self) -> dict[str, Any]:
-        """The keys, as a mapping."""
-        return {key: dict(v) if isinstance(v, tuple) else v for key, v in self.keys}
+        """The keys of the one answer, as a mapping."""
+        return _mapping(self.keys)
+
+    def trained(self) -> dict[str, Any]:
+        """The keys with which it is trained: both answers of a pair."""
+        return self.entry() if self.pair is None else _mapping(self.pair)
+
+
+def _mapping(keys: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {key: dict(v) if isinstance(v, tuple) else v for key, v in keys}
 
 
 def shape_of(row: Any, where: str) -> Shape:
@@ -66,16 +75,19 @@ def _preference(row: Mapping[str, Any]) -> Shape | None:
         return None
     prompt = next((name for name in _PROMPTS if name in row), None)
     kind = "preference pairs"
+    names = _names("chosen", row["chosen"])
+    chats = (("type", "chat_template.default"), *(n for n in names if n[0] != "field_messages"))
     if prompt is None and isinstance(row["chosen"], list):  # the whole conversation, twice
-        keys = (("type", "chat_template"), *_names("chosen", row["chosen"]))
-        return Shape(kind, keys, answers=True)
+        return Shape(kind, (("type", "chat_template"), *names), chats)
     if prompt is None:
-        return Shape(kind, (("type", "completion"), ("field", "chosen")), answers=True)
+        return Shape(kind, (("type", "completion"), ("field", "chosen")), ())
+    field = () if prompt == "prompt" else (("field_messages", prompt),)
     if isinstance(row["chosen"], list) and not isinstance(row[prompt], list):
-        keys = (("type", "chat_template"), *_names("chosen", row["chosen"]))
-        return Shape(kind, keys, answers=True)  # TRL's older form: the prompt is in it, too
+        # TRL's older form: the prompt is in it, too
+        return Shape(kind, (("type", "chat_template"), *names), (*chats, *field))
     keys = (("type", "prompt_completion"), ("field_human", prompt), ("field_model", "chosen"))
-    return Shape(kind, keys, answers=True)
+    texts = isinstance(row[prompt], str) and isinstance(row["chosen"], str)
+    return Shape(kind, keys, field if texts else (*chats, *field))
 
 
 def _tokenized(row: Mapping[str, Any]) -> Shape | None:

@@ -16,6 +16,7 @@ from ...errors import RecipeError
 from ..model.precision import dtype_for_training
 from ..processes.world import World
 from ..processes.wrapping import check_deepspeed, deepspeed_config, deepspeed_state
+from ..recipe.keys.optimization import OWN_OPTIMIZERS
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import ddp_arguments, strategy_of
 from ..report.result import Figure
@@ -199,8 +200,9 @@ def _pinned(recipe: Recipe) -> bool:
 
 def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
     warmup = recipe.warmup_steps
-    if warmup is None:
-        warmup = math.ceil((recipe.warmup_ratio or 0.0) * count.total)  # as transformers does
+    if warmup is None or warmup < 1:
+        share = recipe.warmup_ratio if warmup is None else warmup
+        warmup = math.ceil((share or 0.0) * count.total)  # as transformers does
     scheduler, options = recipe.lr_scheduler, dict(recipe.lr_scheduler_kwargs or {})
     if scheduler == "one_cycle":  # made by ``schedule``
         scheduler, options = "constant", {}
@@ -208,13 +210,14 @@ def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
         "per_device_train_batch_size": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.accumulation(),
         "max_steps": count.total,
-        "optim": recipe.optimizer,
+        # what transformers does not have is made by ``optimizer``
+        "optim": "adamw_torch" if recipe.optimizer in OWN_OPTIMIZERS else recipe.optimizer,
         "optim_args": optimizer_arguments(recipe),
         "optim_target_modules": _target_modules(recipe),
         "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": scheduler,
         "lr_scheduler_kwargs": options,
-        "warmup_steps": warmup,
+        "warmup_steps": int(warmup),
         "weight_decay": recipe.weight_decay,
         "adam_beta1": recipe.adam_beta1,
         "adam_beta2": recipe.adam_beta2,

@@ -16,6 +16,7 @@ from ..model.tokenizer import pad_token
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
+from ..processes.wrapping import left_whole as fsdp_whole
 from ..recipe.recipe import Recipe
 from ..report.progress import ProgressCallback
 from ..report.result import Figure
@@ -162,7 +163,18 @@ def make_trainer(
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
     if trainer.sharding.divides and (experts := left_whole(model)):
         context.say(f"tensor_parallel_size: each process has all of {', '.join(experts)}")
+    if trainer.sharding.shards and trainer.sharding.strategy.fsdp and (whole := fsdp_whole(model)):
+        size = sum(_bytes(p) for p in whole.values()) / 2**30
+        context.say(
+            f"fsdp: {len(whole)} quantized weights are not sharded, because their scales are "
+            f"separate: each process has all {size:.2f} GiB of them; the rest is sharded"
+        )
     return trainer
+
+
+def _bytes(parameter: Any) -> int:
+    parts = getattr(parameter, "packed", [parameter])
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _collate(recipe: Recipe, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:

@@ -264,6 +264,18 @@ class EngineMixin(_Trainer):
         self.guard.add(self.state.global_step + 1, inputs, loss)
         return loss
 
+    def get_cp_size(self) -> int:
+        """How many processes share each sequence."""
+        parts = self.sharding.parts
+        return super().get_cp_size() if parts is None else parts.size
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
+        """A context for forward and backward, and this process's part of the batch."""
+        if self.sharding.parts is None:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        part, attention = self.sharding.parts.divide(inputs)
+        return attention, part
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of one batch: the objective's, around that of Trainer or TRL."""
         return self.objective.loss(super().compute_loss, model, inputs, *args, **kwargs)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import random
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ...errors import RecipeError
+from ...optim import blockwise
 from ...optim.buckets import why_not
 from ...optim.flat import FlatOptimizer
 from ...sharding import is_dtensor
@@ -29,6 +33,8 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
         optimizer = _build(trainer, model, recipe)
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         raise RecipeError(f"optimizer: {recipe.optimizer} cannot be used: {error}") from error
+    if trainer.is_fsdp_enabled and blockwise.of_bitsandbytes(optimizer):
+        optimizer = blockwise.over_shards(optimizer)
     # these replace parameters, or have only parts of some
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or divided(model)
     if hasattr(model, "peft_config") and not sharded and not why_not(optimizer):
@@ -37,6 +43,10 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
 
 
 def _build(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
+    if recipe.optimizer == "muon":
+        return _muon(trainer, model, recipe)
+    if recipe.optimizer == "came_pytorch":
+        return _came(trainer, model, recipe)
     rate = embedding_rate(recipe)
     several = rate is not None or recipe.lr_groups is not None
     if recipe.loraplus_lr_ratio is None and not several and not divided(model):
@@ -54,6 +64,96 @@ def _build(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
     make = _groups if several else _two_groups
     groups = make(model, decayed, recipe, rate)
     return kind(groups, **options)  # type: ignore[no-any-return]  # 2026-11-25: chosen by name
+
+
+def _muon(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
+    decayed = set(trainer.get_decay_parameter_names(model))
+    embedded = {id(p) for p in _embeddings(model)}
+    matrices: list[nn.Parameter] = []
+    others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim == 2 and id(parameter) not in embedded:
+            matrices.append(parameter)
+        else:
+            others[name in decayed].append(parameter)
+    decay = recipe.weight_decay
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    return MuonWithAdamW(
+        {"params": matrices, "lr": recipe.learning_rate, "weight_decay": decay,
+         "adjust_lr_fn": "match_rms_adamw", **_optim_args(recipe)},
+        [{"params": parameters, "lr": recipe.learning_rate, "betas": betas,
+          "eps": recipe.adam_epsilon, "weight_decay": decay if decays else 0.0}
+         for decays, parameters in others.items()],
+    )  # fmt: skip
+
+
+def _came(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
+    from came_pytorch import CAME
+
+    first = recipe.adam_epsilon if "adam_epsilon" in recipe.model_fields_set else 1e-30
+    second = recipe.adam_epsilon2
+    third = recipe.adam_beta3
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.adam_beta1, recipe.adam_beta2, 0.9999 if third is None else third),
+        "eps": (first, 1e-16 if second is None else second),
+        **_optim_args(recipe),
+    }
+    groups = _two_groups(model, set(trainer.get_decay_parameter_names(model)), recipe, None)
+    return CAME([g for g in groups if g["params"]], **options)  # type: ignore[no-any-return]  # 2026-11-29: not typed
+
+
+def _optim_args(recipe: Recipe) -> dict[str, Any]:
+    """``optim_args`` as keyword arguments; numbers and tuples of a text are read as in Python."""
+    options = recipe.optim_args or {}
+    if isinstance(options, str):
+        options = dict(part.strip().split("=", 1) for part in options.split(",") if part.strip())
+    result = {}
+    for name, value in options.items():
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value) if isinstance(value, str) else value
+        result[name] = value
+    return result
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for matrices, and AdamW for everything else, as one optimizer.
+
+    The groups of both, Muon's first, and the states of all parameters are those of this one.
+    Matrices that FSDP2 shards are put together for the products that orthogonalize their updates.
+    """
+
+    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]]) -> None:
+        self.parts = [Muon([matrices]), AdamW(others)]
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__(groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts have the groups and states of this one."""
+        first = len(self.parts[0].param_groups)
+        for part, groups in zip(
+            self.parts, (self.param_groups[:first], self.param_groups[first:]), strict=True
+        ):
+            part.param_groups, part.state = groups, self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Update all parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` has returned."""
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def divided(model: Any) -> bool:

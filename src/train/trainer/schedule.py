@@ -86,6 +86,8 @@ def _single(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LR
         rates = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, max_lr=rates, total_steps=total + 1, **options)
     floor, until = recipe.cosine_min_lr_ratio, recipe.cosine_constant_lr_ratio
+    if recipe.eta_min is not None:
+        floor = recipe.eta_min / recipe.learning_rate
     if recipe.lr_scheduler == "cosine" and (
         floor is not None or until is not None or recipe.lr_quadratic_warmup
     ):

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from ...optim import blockwise
 from ...sharding import has_shards
 from ..checkpoint import sharded
 from ..checkpoint.load import load_trained, readable, trained_weights
 from ..model.files import in_shards
 from ..processes import gather, tensor_parallel, zero
-from ..processes.context_parallel import require_causal
+from ..processes.context_parallel import Parts, gathers, require_causal
 from ..processes.mesh import is_sharded, parallelism, use_mesh, uses_fsdp
 from ..processes.world import World
 from ..processes.wrapping import fsdp_plugin
@@ -37,6 +38,7 @@ class Sharding:
         self.trainer, self.world, self.strategy = trainer, world, strategy
         self._plugin: Any = None
         self._mesh: Any = parallelism(strategy, world)
+        self.parts = Parts(world, strategy) if world.several and gathers(strategy) else None
         # as with one process: names by group, and the kernels that each group used
         self._names: list[list[str]] = []
         self._kernels: list[dict[str, Any]] = []
@@ -174,7 +176,8 @@ class Sharding:
     def load_optimizer(self, folder: Path) -> bool:
         """Load the optimizer and the schedule; False where nothing is sharded, and Trainer can."""
         from_shards = in_shards(folder)
-        if not (self.shards or self.zero_stage or from_shards):
+        in_blocks = blockwise.of_bitsandbytes(self.optimizer)
+        if not (self.shards or self.zero_stage or from_shards or in_blocks):
             return False
         optimizer, names = self.optimizer_and_names()
         whole = self.zero_stage or self.divides or not has_shards(self.model)
@@ -191,14 +194,17 @@ class Sharding:
         return True
 
     def _load_whole_optimizer(self, state: dict[str, Any], names: list[list[str]]) -> None:
+        state = blockwise.expanded(state)
         if self.zero_stage:
             zero.load_optimizer(self.trainer.deepspeed, state, names)
             return
         zero.drop_masters(state["state"])
-        if self.shards:
+        if self.shards and not blockwise.of_bitsandbytes(self.optimizer):
             gather.load_optimizer(self.model, self.optimizer, state, names)
-        else:
+        elif self.shards:
             self.optimizer.load_state_dict(state)
+        else:
+            self.optimizer.load_state_dict(blockwise.stored(state, requantize=True))
 
     # --- into a checkpoint -----------------------------------------------------------------------
 
@@ -223,6 +229,8 @@ class Sharding:
         if not self.shards:
             return self.optimizer.state_dict() if self.world.main else None
         state = gather.whole_optimizer(self.model, self.optimizer, self._names)
+        if state is not None and blockwise.of_bitsandbytes(self.optimizer):
+            state = blockwise.stored(state)
         if state is not None and self.divides:
             for group, kernels in zip(state["param_groups"], self._kernels, strict=True):
                 group.update(kernels)

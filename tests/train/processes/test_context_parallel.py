@@ -1,7 +1,7 @@
 """Context parallelism: how batches are divided, and that the parts are worth the whole.
 
 torch has ring attention for GPUs only. ``ring`` registers the CPU's kernel with its templates, so
-that everything around them is tried; a run of the command refuses.
+that everything around them is tried.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusewright.errors import RecipeError
-from fusewright.train import train
+from fusewright.train.processes import context_parallel as context_parallel_module
+from fusewright.train.processes import mesh
 from fusewright.train.processes.context_parallel import (
+    _ATTENTION,
+    Parts,
     divisible,
+    gathers,
     require_causal,
-    require_ring_attention,
 )
 from fusewright.train.processes.world import World
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.strategy import Strategy
 from fusewright.train.run import TrainingRun
+from fusewright.train.trainer import sharding
 
 from ..conftest import make_model, small_recipe
 from . import ring
@@ -53,20 +57,24 @@ def test_a_batch_that_can_be_divided(width: int, size: int, expected: int) -> No
     assert batch["position_ids"].tolist() == [list(range(expected))] * 2
 
 
-@ON_CPU
-def test_a_cpu_has_no_ring_attention() -> None:
-    require_ring_attention(Strategy("fsdp", context=1))
-    with pytest.raises(RecipeError, match="context_parallel_size: torch's ring attention has no"):
-        require_ring_attention(Strategy("fsdp", context=2))
+def test_positions_of_packs_stay_and_padding_is_apart() -> None:
+    ids = torch.arange(10).view(1, 10)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
+    batch = divisible({"input_ids": ids, "labels": ids, "position_ids": positions}, 2, 7)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0]]
 
 
 @ON_CPU
-def test_a_run_on_cpus_is_refused_in_one_sentence(recipe: dict[str, Any]) -> None:
-    keys = {"context_parallel_size": 1, "fsdp": True, "sample_packing": False}
-    load_recipe({**recipe, **keys})
-    with pytest.raises(RecipeError) as error:
-        train({**recipe, **keys, "context_parallel_size": 2}, console=Console(quiet=True))
-    assert str(error.value).startswith("context_parallel_size: 2 needs a multiple of 2 processes")
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (Strategy("fsdp"), False),
+        (Strategy("fsdp", context=2), True),  # of rings, torch has none for CPUs
+        (Strategy("ddp", context=2, packs=True), True),
+    ],
+)
+def test_who_gathers(strategy: Strategy, expected: bool) -> None:
+    assert gathers(strategy) is expected
 
 
 def test_models_with_other_attention_are_refused() -> None:
@@ -98,7 +106,7 @@ def _batch() -> dict[str, Any]:
 
 def _losses_of_parts(world: World) -> tuple[float, float, int]:
     """Of logits that need no attention: the loss of the whole, and those of the parts added up."""
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    pair = torch.distributed.init_device_mesh("cpu", (2,))
     batch = _batch()
     table = torch.randn(262, 262, generator=torch.Generator().manual_seed(1))
 
@@ -111,7 +119,7 @@ def _losses_of_parts(world: World) -> tuple[float, float, int]:
     whole = float(loss())
     buffers = list(batch.values())
     with context_parallel(
-        mesh, buffers=buffers, buffer_seq_dims=[1] * 4, no_restore_buffers=set(buffers)
+        pair, buffers=buffers, buffer_seq_dims=[1] * 4, no_restore_buffers=set(buffers)
     ):
         part, width = loss(), batch["input_ids"].shape[1]
     torch.distributed.all_reduce(part)
@@ -125,14 +133,25 @@ def test_the_losses_of_the_parts_add_up_to_that_of_the_whole() -> None:
         assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def _trained(world: World, keys: dict[str, Any]) -> list[float]:
-    ring.register()
+def _trained(world: World, keys: dict[str, Any], rings: bool = False) -> list[float]:
+    if rings:  # as on a GPU
+        ring.register()
+        for place in (context_parallel_module, mesh, sharding):
+            place.gathers = lambda strategy: False  # type: ignore[attr-defined]
     recipe = load_recipe(keys)
     world.share_batches(recipe.strategy().group)
     result = TrainingRun(recipe, Console(quiet=True), world).run()
-    assert {"forward", "backward"} <= set(ring.calls) or not world.several
+    assert ({"forward", "backward"} <= set(ring.calls)) is rings or not world.several
     found = [entry["loss"] for entry in result.history if "loss" in entry]
     return [*found, result.val_loss_after or 0.0]
+
+
+def _keys(base: Path, rows: Path, folder: Path, **keys: Any) -> dict[str, Any]:
+    return small_recipe(base, rows, folder / "out") | {
+        "adapter": None, "lora_r": None, "lora_target_linear": None, "learning_rate": 1e-3,
+        "max_steps": 10, "logging_steps": 1, "codegen": "eager",
+        "dataset_prepared_path": str(folder / "prepared"), **keys,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -140,16 +159,94 @@ def _trained(world: World, keys: dict[str, Any]) -> list[float]:
 @pytest.mark.parametrize(
     "sizes", [{"context_parallel_size": 2}, {"context_parallel_size": 2, "tensor_parallel_size": 2}]
 )
-def test_processes_that_share_sequences_train_what_one_does(
+def test_processes_in_a_ring_train_what_one_does(
     base: Path, rows: Path, tmp_path: Path, sizes: dict[str, int], optimize: bool
 ) -> None:
-    common = small_recipe(base, rows, tmp_path / "out") | {
-        "adapter": None, "lora_r": None, "lora_target_linear": None, "learning_rate": 1e-3,
-        "sample_packing": False, "max_steps": 10, "logging_steps": 1, "optimize": optimize,
-        "codegen": "eager", "dataset_prepared_path": str(tmp_path / "prepared"),
-    }  # fmt: skip
+    common = _keys(base, rows, tmp_path, sample_packing=False, optimize=optimize)
     size = 2 ** len(sizes)
     one = values(_trained, {**common, "output_dir": str(tmp_path / "one")}, size=1, limit=300.0)[0]
     keys = {**common, **sizes, "fsdp": True}
+    for found in values(_trained, keys, True, size=size, timeout=120.0, limit=300.0):
+        assert found == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {}, {"fsdp": True}, {"fsdp": True, "tensor_parallel_size": 2},
+        {"deepspeed": "deepspeed_configs/zero2.json"},
+        {"deepspeed": "deepspeed_configs/zero3.json"},
+    ],
+    ids=["ddp", "fsdp", "tensor", "zero2", "zero3"],
+)  # fmt: skip
+def test_packs_that_processes_share_train_as_in_one(
+    base: Path, rows: Path, tmp_path: Path, strategy: dict[str, Any], optimize: bool
+) -> None:
+    common = _keys(base, rows, tmp_path, optimize=optimize)
+    one = values(_trained, {**common, "output_dir": str(tmp_path / "one")}, size=1, limit=300.0)[0]
+    size = 2 * strategy.get("tensor_parallel_size", 1)
+    keys = {**common, **strategy, "context_parallel_size": 2}
     for found in values(_trained, keys, size=size, timeout=120.0, limit=300.0):
         assert found == pytest.approx(one, abs=1e-5)
+
+
+def _gradients(world: World) -> tuple[float, float, float]:
+    """The largest differences of loss and gradients from those of one process, and of a leak."""
+    torch.manual_seed(0)
+    model = make_model()
+    ids = torch.randint(3, 200, (2, 44))
+    labels = ids.clone()
+    sizes = ([20, 1, 23], [7, 30, 7])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in sizes])
+    labels[positions == 0] = -100
+    batch = divisible({"input_ids": ids, "labels": labels, "position_ids": positions}, 2, 0)
+
+    def loss(inputs: dict[str, Any]) -> Any:
+        out = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"])
+        flat = out.logits.flatten(0, 1).double(), inputs["shift_labels"].flatten()
+        return F.cross_entropy(*flat, reduction="sum")
+
+    whole = loss(batch)
+    whole.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    inputs, attention = Parts(world, Strategy("ddp", context=2, packs=True)).divide(batch)
+    with attention():
+        part = loss(inputs)
+        part.backward()
+    total = part.detach().clone()
+    torch.distributed.all_reduce(total)
+    worst = 0.0
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.distributed.all_reduce(parameter.grad)
+        worst = max(worst, (parameter.grad - grad).abs().max().item() / grad.abs().max().item())
+    assert F.scaled_dot_product_attention is _ATTENTION
+    with attention(), torch.no_grad():
+        changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        chosen = _of_first_samples(inputs, batch)
+        changed["input_ids"][chosen] += 1
+        before, after = (
+            model(input_ids=i["input_ids"], position_ids=i["position_ids"]).logits
+            for i in (inputs, changed)
+        )
+        leak = (before - after)[~chosen].abs().max().item()
+    return abs(float(total) - float(whole)) / float(whole), worst, leak
+
+
+def _of_first_samples(inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+    """Which tokens of a part are of the first sample in their row."""
+    first = (batch["position_ids"] == 0).cumsum(1) == 1
+    rank, width = torch.distributed.get_rank(), batch["input_ids"].shape[1]
+    chunks = torch.arange(width).view(4, -1)
+    return first[:, torch.cat([chunks[rank], chunks[3 - rank]])]
+
+
+@pytest.mark.long
+def test_loss_and_every_gradient_of_parts_are_those_of_one_process() -> None:
+    for loss, gradients, leak in values(_gradients):
+        assert loss < 1e-6
+        assert gradients < 1e-5
+        assert leak == 0

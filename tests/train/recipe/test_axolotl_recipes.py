@@ -89,10 +89,40 @@ strict: false
         "max_packed_sequence_len:\nevaluation_strategy: steps\neval_steps: 10",
         {"flash_attention": "subsumed", "eval_strategy": "honoured"},
     ),
+    "names of PyTorch": (
+        "adam_eps: 1e-8\neta_min: 1e-6\nwarmup_steps: 0.1",
+        {"adam_epsilon": "honoured", "eta_min": "honoured", "warmup_steps": "honoured"},
+    ),
+    "experts on several devices": (
+        "expert_parallel_size: 2\ndp_shard_size: 2\nexperts_implementation: deep_ep\n"
+        "plugins: [axolotl.integrations.expert_parallel.ExpertParallelPlugin]",
+        {"expert_parallel_size": "subsumed", "plugins": "subsumed"},
+    ),
+    "parts of packed sequences": (
+        "context_parallel_size: 2\nsample_packing: true\ndeepspeed: deepspeed_configs/zero3.json",
+        {"context_parallel_size": "honoured", "sample_packing": "honoured"},
+    ),
+    "few bits in shards": (
+        "fsdp: true\nadapter: lora\nlora_target_linear: true\nload_in_8bit: true\n"
+        "quantize_moe_experts: true\noptimizer: paged_adamw_8bit",
+        {"optimizer": "honoured", "quantize_moe_experts": "honoured"},
+    ),
+    "eight bits under DeepSpeed": (
+        "deepspeed: deepspeed_configs/zero2.json\noptimizer: adamw_bnb_8bit",
+        {"optimizer": "honoured"},
+    ),
+    "attention of the hub": (
+        "attn_implementation: kernels-community/vllm-flash-attn3",
+        {"attn_implementation": "honoured"},
+    ),
+    "Muon from random weights, by Ray": (
+        "optimizer: muon\nreinit_weights: true\nuse_ray: true\nray_num_workers: 4",
+        {"optimizer": "honoured", "reinit_weights": "honoured", "use_ray": "not applicable"},
+    ),
 }  # fmt: skip
 
 REFUSED = {
-    "a misspelt key": ("adam_eps: 1e-8", "adam_eps: is not a key of a recipe; did you mean adam_e"),
+    "a misspelt key": ("adam_epsi: 1e-8", "adam_epsi: is not a key of a recipe; did you mean adam"),
     "a placeholder": ("datasets: [{path: <your-dataset>}]", r"'<your-dataset>' is neither in"),
     "tokens twice": (
         "tokens: {bos_token: <s>}\nspecial_tokens: {eos_token: </s>}", "tokens: must be a list",

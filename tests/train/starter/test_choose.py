@@ -71,7 +71,7 @@ def test_lost_rows_are_said(choose: Any) -> None:
 
 
 def test_texts_get_an_adapter_before_they_are_cut_shorter(choose: Any) -> None:
-    rows = ROWS["completion"]
+    rows = ROWS["completion"] * 4
     found, text = choose(rows, lambda r: r.adapter == "lora" or r.sequence_len <= 128)
     assert (found["adapter"], found["sequence_len"]) == ("lora", 2048)
     assert "LESS CONTEXT" not in text
@@ -120,4 +120,20 @@ def test_what_is_validated_is_what_is_to_be_watched(choose: Any, count: int) -> 
     found, text = choose([chat("a?", "b " * (3 + i)) for i in range(count)], lambda r: True)
     assert found["num_epochs"] == 3
     assert ("Watch eval_loss" in text) == bool(found["val_set_size"]) == (count >= 20)
-    assert "sequences per optimizer step: 1, in an epoch: about 1" in text or count > 5
+    assert "sequences per optimizer step: 1, in an epoch: about 5" in text or count > 5
+
+
+def test_few_rows_make_some_twenty_steps_of_an_epoch(choose: Any) -> None:
+    few, text = choose([chat("a?", "b " * (10 + i % 20)) for i in range(40)], lambda r: True)
+    assert few["sample_packing"] is False
+    assert "sequences per optimizer step: 1, in an epoch: about 36" in text
+    some, text = choose([chat("a?", "b " * 20) for i in range(300)], lambda r: True)
+    assert (some["sample_packing"], some["sequence_len"]) == (True, 512)
+    many, _ = choose([chat("a?", "b " * 20) for i in range(900)], lambda r: True)
+    assert (many["sample_packing"], many["sequence_len"]) == (True, 1024)
+
+
+def test_few_texts_are_cut_so_that_there_are_steps(choose: Any) -> None:
+    found, text = choose([{"text": "word " * 400}] * 6, lambda r: True)
+    assert found["sequence_len"] == 512
+    assert "LESS CONTEXT than 2,048 tokens, because there are few" in text

@@ -27,7 +27,7 @@ TYPES = {
     "tools": "chat_template",
     "alpaca": "alpaca",
     "completion": "completion",
-    "preferences": "prompt_completion",
+    "preferences": None,
 }
 
 
@@ -63,7 +63,8 @@ def test_each_recipe_trains_its_first_steps(
     checked = fusewright("train", str(recipe), "--dry-run")
     assert checked.exit_code == 0, checked.output
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    assert values["datasets"][0]["type"] == TYPES[name]
+    assert values["datasets"][0].get("type") == TYPES[name]
+    assert values.get("rl") == ("dpo" if name == "preferences" else None)
     assert values["memory"] == memory
     result = train(recipe, max_steps=2, console=Console(quiet=True))
     assert result.steps == 2
@@ -86,20 +87,22 @@ def test_every_choice_has_its_reason(model: Path, tmp_path: Path) -> None:
     assert "all 60 rows" in result.stdout
 
 
-def test_preferences_are_said_not_to_be_trained(model: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", ROWS["preferences"])
-    result = fusewright("init", "rows.jsonl", "--model", str(model), "--output", "recipe.yaml")
-    assert "trains on the chosen answers ALONE" in " ".join(result.stdout.split())
-    text = Path("recipe.yaml").read_text(encoding="utf-8")
-    assert "trains on the chosen answers ALONE" in text.replace("\n# ", " ")
+def test_pairs_are_trained_with_both_answers(model: Path, tmp_path: Path) -> None:
+    long = {"prompt": "What?", "chosen": "This.", "rejected": "no " * 100}
+    write_rows(tmp_path / "rows.jsonl", [long] * 30)
+    recipe = init("rows.jsonl", "--model", model)
+    assert (recipe["rl"], recipe["sample_packing"]) == ("dpo", False)
+    assert recipe["sequence_len"] > 300, "the rejected answers fit, too"
+    assert recipe["datasets"] == [{"path": "rows.jsonl"}]
 
 
 @pytest.mark.long(*(f"row{i}-entry{i}" for i in range(1, 8)))
 @pytest.mark.parametrize(
     ("row", "entry"),
     [
-        ({"chosen": chat("a?", "b")["messages"], "rejected": []}, {"field_messages": "chosen"}),
-        ({"question": "a?", "chosen": "b", "rejected": "c"}, {"field_human": "question"}),
+        ({"chosen": chat("a?", "b")["messages"], "rejected": chat("a?", "c")["messages"]},
+         {"type": "chat_template.default"}),
+        ({"question": "a?", "chosen": "b", "rejected": "c"}, {"field_messages": "question"}),
         ({"question": "a?", "answer": "b"}, {"field_instruction": "question"}),
         ({"content": "a text"}, {"type": "completion", "field": "content"}),
         ({"segments": [{"text": "a", "label": True}]}, {"type": "input_output"}),

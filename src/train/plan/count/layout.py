@@ -217,9 +217,11 @@ def state_bytes(optimizer: str, weight: Weight, part: float = 1.0) -> int:
     numbers = weight.numbers * part
     if optimizer.startswith(_NONE):
         return 0
-    if "adafactor" in optimizer:
+    if "adafactor" in optimizer or optimizer == "came_pytorch":
         columns = weight.numbers // max(weight.rows, 1)
-        return round(4 * (weight.rows * part + columns if weight.is_matrix else numbers))
+        sums = 4 * (weight.rows * part + columns if weight.is_matrix else numbers)
+        # CAME has a moment, and two of these
+        return round(sums if "adafactor" in optimizer else 2 * sums + 4 * numbers)
     size: float = weight.itemsize
     if "8bit" in optimizer:
         size = 4.0 if weight.numbers < _SMALL else 1.0 + 4 / 256  # and a scale for each block

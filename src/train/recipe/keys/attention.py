@@ -9,7 +9,7 @@ from .base import Keys, key, not_yet
 _MEMORY_PLANNER = "fusewright's memory planner: it decides what each block keeps (key memory)"
 
 _EXPERTS = "fusewright's rewrite moe_experts (key optimize)"
-_SHARED_EXPERTS = "use fsdp_config, which also shards the weights of experts"
+_SHARED_EXPERTS = "FSDP, which shards the weights of experts, too (key expert_parallel_size)"
 
 
 class AttentionKeys(Keys):
@@ -44,8 +44,8 @@ class AttentionKeys(Keys):
         values={
             "scattermoe": ("subsumed", _EXPERTS),
             "sonicmoe": ("subsumed", _EXPERTS),
-            "expert_parallel": ("not yet available", _SHARED_EXPERTS),
-            "deep_ep": ("not yet available", _SHARED_EXPERTS),
+            "expert_parallel": ("subsumed", _SHARED_EXPERTS),
+            "deep_ep": ("subsumed", _SHARED_EXPERTS),
         }
     )
     """The experts of transformers: ``eager``, ``batched_mm`` or ``grouped_mm``. Unset: the model's

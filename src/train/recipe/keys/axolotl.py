@@ -31,15 +31,15 @@ _PLUGINS: Reasons = {
     **{name: ("subsumed", "fusewright's rewrites (key optimize)") for name in _KERNEL_PLUGINS},
     "axolotl.integrations.swanlab.SwanLabPlugin": ("subsumed", "the keys swanlab_*"),
     "axolotl.integrations.kd.KDPlugin": ("subsumed", "the keys kd_*"),
+    "axolotl.integrations.expert_parallel.ExpertParallelPlugin": (
+        "subsumed", "FSDP, which shards the weights of experts, too (key expert_parallel_size)",
+    ),
     "axolotl.integrations.context_parallel.ContextParallelPlugin": (
         "subsumed", "torch's own ring attention (key context_parallel_size)",
     ),
     **{
         f"axolotl.integrations.{name}": ("not yet available", instead)
         for name, instead in {
-            "expert_parallel.ExpertParallelPlugin": (
-                "use fsdp_config, which also shards the weights of experts"
-            ),
             "spectrum.SpectrumPlugin": "use unfrozen_parameters",
             "lm_eval.LMEvalPlugin": "use a benchmark harness on the saved model",
             "llm_compressor.LLMCompressorPlugin": (

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from .base import METHOD, Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import METHOD, Int, Keys, key, not_applicable, subsumed
 
 Strategies = Literal[
     "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"
@@ -212,14 +212,15 @@ class DistributedKeys(Keys):
     )
     """The same with separate settings. Unset: see ``context_parallel_size``."""
 
-    expert_parallel_size: Int = not_yet(
-        "leave it out, and use fsdp_config (with dp_shard_size), which shares the weights of the "
-        "experts between devices, too: transformers can only place experts while it loads a model, "
-        "before adapters and new tokens are there",
+    expert_parallel_size: Int = subsumed(
+        "FSDP, which shards the weights of experts with all others: the gradients are the same",
         1,
         ge=1,
+        more_than=1,
+        excludes=_SHARDED,
     )
-    """Devices that share the experts."""
+    """Devices that share the experts. The model is sharded with FSDP2, which shares the weights of
+    experts like all others; ``dp_shard_size`` processes times this many share one copy."""
 
     ddp: bool | None = None
     """Gradients are averaged over processes, which all have the whole model; false: one process is
@@ -236,6 +237,10 @@ class DistributedKeys(Keys):
 
     ddp_find_unused_parameters: bool | None = None
     """Look for parameters without a gradient. Unset: yes, unless blocks are checkpointed."""
+
+    def packs_sequences(self) -> bool:
+        """Whether the keys of rows make packs of samples, for training or validation."""
+        return False
 
     def one_process(self) -> str | None:
         """A key of another subject, as it is written, that means one process; None: none does."""

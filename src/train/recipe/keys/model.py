@@ -40,6 +40,16 @@ class ModelKeys(Keys):
     revision_of_model: str | None = key(aliases=["model_revision"])
     """Branch, tag or commit of ``base_model`` on the hub. Unset: its main branch."""
 
+    reinit_weights: bool = key(
+        False,
+        excludes={
+            "adapter": "random weights are trained as a whole: leave adapter out",
+            "load_in_4bit or load_in_8bit": "random weights cannot be quantized: leave {key} out",
+        },
+    )
+    """Begin with random weights, from ``seed``: of ``base_model`` only the configuration and the
+    tokenizer are read."""
+
     model_type: str | None = key(aliases=["type_of_model"])
     """The class of transformers that loads the model, e.g. ``LlamaForCausalLM``. Unset, or
     ``AutoModelForCausalLM``: the class that the model's configuration names."""

@@ -25,6 +25,9 @@ OPTIMIZERS = Literal[
 ]  # fmt: skip
 """What transformers has, then Axolotl's own."""
 
+OWN_OPTIMIZERS = ("muon", "came_pytorch")
+"""Those that are made here, from torch's and from a package."""
+
 SCHEDULERS = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
     "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
@@ -44,8 +47,6 @@ _NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
         "ao_adamw_8bit": "use adamw_torch_8bit",
         "ao_adamw_fp8": "use adamw_torch_8bit",
         "adopt_adamw": "use adamw_torch_fused",
-        "came_pytorch": "use adafactor",
-        "muon": "use adamw_torch_fused",
         "dion": "use adamw_torch_fused",
         "adamc": "use adamw_torch_fused",
         "muon_8bit": "use adamw_8bit",
@@ -106,7 +107,9 @@ class OptimizationKeys(Keys):
     # --- optimizer -------------------------------------------------------------------------------
 
     optimizer: OPTIMIZERS = key("adamw_torch_fused", values=_NO_OPTIMIZER)
-    """The optimizer, by its name in transformers."""
+    """The optimizer, by its name in transformers. ``muon`` is torch's: it orthogonalizes the
+    updates of matrices, scaled so that AdamW's learning rates suit them, and all else
+    (embeddings, output head, vectors) has AdamW."""
 
     optim_args: str | dict[str, Any] | None = None
     """Further arguments of the optimizer, as keys and values or as ``a=1,b=2``. Unset: none."""
@@ -124,8 +127,15 @@ class OptimizationKeys(Keys):
     adam_beta2: Float = key(0.999, ge=0, lt=1)
     """Decay of the squared gradient's running mean."""
 
-    adam_epsilon: Float = key(1e-8, gt=0)
-    """Added to the denominator of the update."""
+    adam_epsilon: Float = key(1e-8, gt=0, aliases=["adam_eps"])
+    """Added to the denominator of the update. For ``came_pytorch``, which adds it to the squared
+    gradient, unset: 1e-30."""
+
+    adam_beta3: Float | None = key(ge=0, lt=1, read_with=["optimizer: came_pytorch"])
+    """The third decay of CAME, of its confidence. Unset: 0.9999."""
+
+    adam_epsilon2: Float | None = key(gt=0, read_with=["optimizer: came_pytorch"])
+    """The second epsilon of CAME. Unset: 1e-16."""
 
     max_grad_norm: Float = key(1.0, ge=0)
     """Maximum gradient norm (L2, over all parameters); 0: no clipping."""
@@ -156,6 +166,11 @@ class OptimizationKeys(Keys):
     cosine_min_lr_ratio: Float | None = key(ge=0, le=1, read_with=["lr_scheduler: cosine"])
     """Where ``cosine`` ends, as a fraction of ``learning_rate``. Unset: 0."""
 
+    eta_min: Float | None = key(
+        ge=0, read_with=["lr_scheduler: cosine"], excludes=["cosine_min_lr_ratio"]
+    )
+    """The same as a learning rate, as PyTorch's cosine schedule names it. Unset: see there."""
+
     cosine_constant_lr_ratio: Float | None = key(ge=0, le=1, read_with=["lr_scheduler: cosine"])
     """The fraction of the steps after which ``cosine`` stays at ``cosine_min_lr_ratio``. Unset:
     1."""
@@ -166,8 +181,9 @@ class OptimizationKeys(Keys):
     lr_div_factor: Float | None = key(gt=1, read_with=["lr_scheduler: one_cycle"])
     """For ``one_cycle``: it starts at ``learning_rate`` divided by this. Unset: 25."""
 
-    warmup_steps: Int | None = key(ge=0)
-    """Optimizer steps of linear warm-up from 0. Unset: none, or ``warmup_ratio``."""
+    warmup_steps: Float | None = key(ge=0)
+    """Optimizer steps of linear warm-up from 0; below 1, a fraction of all steps. Unset: none, or
+    ``warmup_ratio``."""
 
     warmup_ratio: Float | None = key(ge=0, lt=1, excludes=["warmup_steps"])
     """The same as a fraction of all steps. Unset: none."""
