@@ -31,7 +31,7 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     lacks layers, blocks or parameters that the recipe names.
     """
     if recipe.adapter is None:
-        return _unfrozen(model, recipe.unfrozen_parameters)
+        return _unfrozen(model, recipe.unfrozen_parameters, say)
     places = towers(model)
     model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
@@ -94,7 +94,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
     ``model`` is on the meta device, and cannot be used afterwards: adapters are put on it.
     """
     if recipe.adapter is None:
-        _matched(model, recipe.unfrozen_parameters or [])
+        _unmatched(model, recipe.unfrozen_parameters or [])
     elif not recipe.lora_model_dir:
         config = _config(model, recipe)
         try:
@@ -157,24 +157,7 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     return modules or None
 
 
-<<<<<<< HEAD
 def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
-=======
-def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
-    """The layers that are not adapted: the recipe's, and those of towers."""
-    excluded, outside = recipe.lora_exclude_modules, tower_pattern(model)
-    if outside is None:
-        return excluded
-    patterns = [outside]
-    if isinstance(excluded, str):
-        patterns.append(excluded)
-    elif excluded:  # as PEFT reads a list of names
-        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, excluded))})")
-    return "|".join(f"(?:{pattern})" for pattern in patterns)
-
-
-def _targets(model: Any, recipe: Recipe) -> list[str] | str:
->>>>>>> wt-mm
     targets = recipe.lora_target_modules
     all_linear = recipe.lora_target_linear
     if targets in ("all-linear", ["all-linear"]):
@@ -185,18 +168,12 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
                 "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
-<<<<<<< HEAD
-        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
-            raise RecipeError(f"lora_target_modules: no layer's whole name matches {targets!r}")
-        return targets
+        return _by_expression(model, targets)
     absent = [name for name in _absent(model, targets) if name in _USUAL]
     if absent and len(absent) < len(targets or []):
         targets = [name for name in targets or [] if name not in absent]
         if say is not None:
             say(f"lora_target_modules: the model has no layer {', '.join(absent)}: left out")
-=======
-        return _by_expression(model, targets)
->>>>>>> wt-mm
     _require_present(model, targets, "lora_target_modules")
     targets = list(targets or [])
     if not all_linear:
@@ -222,7 +199,6 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     return sorted(linear | set(targets))
 
 
-<<<<<<< HEAD
 def _means_experts(model: Any) -> bool:
     """Whether PEFT takes all linear layers to be also the weights that hold all experts at once."""
     from peft import LoraConfig
@@ -234,13 +210,15 @@ def _means_experts(model: Any) -> bool:
 
 
 def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
-    """The layers that get no adapter: the recipe's, and of all linear ones those PEFT refuses."""
-    named, refused = recipe.lora_exclude_modules, refused_layers(model, recipe)
-    if not refused:
-        return named
-    if isinstance(named, str):
-        return rf"{named}|(.*\.)?({'|'.join(refused)})"
-    return [*(named or ()), *refused]
+    """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
+    named, outside = recipe.lora_exclude_modules, tower_pattern(model)
+    names = [*(named if isinstance(named, list) else ()), *refused_layers(model, recipe)]
+    patterns = [p for p in (outside, named if isinstance(named, str) else None) if p]
+    if not patterns:
+        return names or None
+    if names:  # as PEFT reads a list of names
+        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, names))})")
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def refused_layers(model: Any, recipe: Recipe) -> list[str]:
@@ -270,9 +248,6 @@ def refused_layers(model: Any, recipe: Recipe) -> list[str]:
     return refused
 
 
-def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
-    if unknown := _absent(model, named):
-=======
 def _by_expression(model: Any, expression: str) -> list[str] | str:
     """The layers of the language model whose whole names match, in whatever class's names."""
     places = towers(model)
@@ -299,12 +274,9 @@ def _by_expression(model: Any, expression: str) -> list[str] | str:
 
 
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
-    places = towers(model)
-    inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
-    present = {name.rpartition(".")[2] for name, _ in inside}
-    unknown = [name for name in named or [] if name.rpartition(".")[2] not in present]
-    if unknown:
->>>>>>> wt-mm
+    if unknown := _absent(model, named):
+        places = towers(model)
+        inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
         kinds = (nn.Linear, nn.Embedding)
         inner = [name for name, m in inside if isinstance(m, kinds)]
         names = dict.fromkeys(name.rpartition(".")[2] for name in inner)
@@ -314,34 +286,43 @@ def _require_present(model: nn.Module, named: list[str] | None, key: str) -> Non
 
 
 def _absent(model: nn.Module, named: list[str] | None) -> list[str]:
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    places = towers(model)
+    inside = (name for name, _ in model.named_modules() if not is_in(name, places))
+    present = {name.rpartition(".")[2] for name in inside}
     return [name for name in named or [] if name.rpartition(".")[2] not in present]
 
 
-def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
+def _unfrozen(model: nn.Module, patterns: list[str] | None, say: Say | None) -> Any:
     """Train the parameters whose names begin like one of ``patterns``; None: all of them."""
     if patterns:
-        _matched(model, patterns)
+        if (useless := _unmatched(model, patterns)) and say is not None:
+            say(f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, useless))}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
     freeze(model, towers(model))
     return model
 
 
-def _matched(model: nn.Module, patterns: list[str]) -> None:
-    """Raise a RecipeError unless every pattern is the beginning of some parameter's name."""
+def _unmatched(model: nn.Module, patterns: list[str]) -> list[str]:
+    """The patterns that are no beginning of a parameter's name.
+
+    Raises a RecipeError if that are all of them, or one is no regular expression.
+    """
     places = towers(model)
     names = [name for name, _ in model.named_parameters() if not is_in(name, places)]
+    useless = []
     for pattern in patterns:
         try:
-            matched = any(re.match(pattern, name) for name in names)
+            if not any(re.match(pattern, name) for name in names):
+                useless.append(pattern)
         except re.error as error:
             raise RecipeError(f"unfrozen_parameters: {pattern!r}: {error}") from None
-        if not matched:
-            raise RecipeError(
-                f"unfrozen_parameters: no parameter name matches {pattern!r}; examples of names: "
-                f"{names[0]}, {names[-1]}"
-            )
+    if patterns and len(useless) == len(patterns):
+        raise RecipeError(
+            f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, patterns))}; "
+            f"examples of names: {names[0]}, {names[-1]}"
+        )
+    return useless
 
 
 def _reach_blocks(model: Any, recipe: Recipe) -> None:
