@@ -85,6 +85,8 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
         message = f"adapter: PEFT refuses these settings: {first_line(error)}"
         if recipe.lora_target_linear and "target_modules" in message:
             message += " List it in lora_exclude_modules, which lora_target_linear leaves out."
+        elif recipe.lora_dropout and "lora_dropout" in message:
+            message += " Set lora_dropout: 0: layers of the list are weights that hold all experts."
         raise RecipeError(message) from error
 
 
