@@ -50,6 +50,20 @@ def elementwise(state: Mapping[str, Any], shape: torch.Size) -> State:
     return values
 
 
+def values_of(state: Mapping[str, Any], shape: torch.Size) -> State:
+    """The state of a parameter in elementwise form, as numbers and not as codes."""
+    values = elementwise(state, shape)
+    result: State = {}
+    for name, value in values.items():
+        if name.startswith("state"):
+            kind, _, row = name.removeprefix("state").partition(".")
+            scale = values.get(f"scale{kind}.{row}")
+            value = _values(value, scale, state[f"qmap{kind}"]) if scale is not None else value
+        if not name.startswith("scale"):
+            result[name] = value
+    return result
+
+
 def restore(state: State, values: Mapping[str, Any], qmaps: Mapping[str, Tensor]) -> None:
     """Set a state that an optimizer has begun to ``values``, which are elementwise."""
     state["step"] = int(values["step"])

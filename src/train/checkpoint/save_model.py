@@ -14,6 +14,7 @@ import torch
 from ...errors import FusewrightError
 from ..model.base_files import BaseFiles, base_files, save_with_base
 from ..model.multimodal import processor_files, use_cache
+from ..model.relora import relora_of
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
@@ -70,9 +71,11 @@ def save(
         # only the trained adapter: a reference's may be there, too; "auto" would ask the hub
         # whether the vocabulary grew
         adapters = list(model.active_adapters)
-        model.save_pretrained(
-            folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
-        )
+        relora = relora_of(model)
+        with relora.whole() if relora is not None else contextlib.nullcontext():
+            model.save_pretrained(
+                folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
+            )
     else:
         files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):

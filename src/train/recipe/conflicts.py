@@ -307,6 +307,8 @@ def _steps(values: Values) -> Iterator[Problem]:
     least, peak = values.get("eta_min"), values.get("learning_rate", 2e-4)
     if isinstance(least, float) and isinstance(peak, float) and least > peak:
         yield ("eta_min",), f"must not be above learning_rate, which is {peak:g}"
+    if values.get("relora") and "adam" not in str(values.get("optimizer", "adamw")):
+        yield ("relora",), f"prunes the moments of AdamW: {values['optimizer']} has others"
     if (name := values.get("optimizer")) in OWN_OPTIMIZERS:
         for key in ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio"):
             if values.get(key):

@@ -12,6 +12,7 @@ from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
 from ..model.precision import device_for_training
+from ..model.relora import Relora
 from ..model.tokenizer import pad_token
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
@@ -144,7 +145,8 @@ def make_trainer(
         context.meter, context.interrupts, context.console, args.max_steps,
         lambda: memory.used() / 2**20,
     )  # fmt: skip
-    samplers = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
+    samplers: list[Any] = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
+    samplers += [Relora(model, recipe, context.say)] if recipe.relora else []
     extra = {
         "model": model,
         "args": args,

@@ -40,6 +40,7 @@ from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState, seed_rank, share_in_groups
 from ..checkpoint.write import Checkpoints
 from ..data.ranks import RankBatches, RankStream
+from ..model.relora import relora_of
 from ..model.token_losses import causal_loss
 from ..processes import zero
 from ..processes.signals import Interrupts
@@ -394,6 +395,8 @@ class EngineMixin(_Trainer):
         self.checkpoints.resume_at_end(folder)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        if (relora := relora_of(self.model)) is not None:
+            relora.finish()
         self.objective.load_reference()
 
     def nothing_left(self, folder: Path) -> str | None:

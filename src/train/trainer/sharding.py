@@ -18,6 +18,7 @@ from ...sharding import has_shards
 from ..checkpoint import sharded
 from ..checkpoint.load import load_trained, readable, trained_weights
 from ..model.files import in_shards
+from ..model.relora import relora_of
 from ..processes import gather, tensor_parallel, zero
 from ..processes.context_parallel import Parts, gathers, require_causal
 from ..processes.mesh import is_sharded, parallelism, use_mesh, uses_fsdp
@@ -142,6 +143,8 @@ class Sharding:
         if self._loaded:  # before they were sharded
             return True
         model = self.model
+        if self._load_adapters(folder):
+            return True
         if self.divides:
             gather.load_weights(model, trained_weights(folder, model))
         elif in_shards(folder):
@@ -155,6 +158,8 @@ class Sharding:
     def load_best(self, folder: Path) -> bool:
         """Load the best checkpoint's weights; False for an adapter's, which Trainer loads too."""
         model = self.model
+        if self._load_adapters(folder):
+            return True
         parts = self.shards and has_shards(model)
         with readable(folder):
             if in_shards(folder) and not (self.zero_stage and has_shards(model)):
@@ -171,6 +176,14 @@ class Sharding:
             zero.load_weights(model, weights)
         else:
             gather.load_weights(model, weights)
+        return True
+
+    def _load_adapters(self, folder: Path) -> bool:
+        """Load the adapters that the base has taken in, and the last one; False without any."""
+        relora = relora_of(self.model)
+        if relora is None:
+            return False
+        relora.load(trained_weights(folder, self.model))
         return True
 
     def load_optimizer(self, folder: Path) -> bool:

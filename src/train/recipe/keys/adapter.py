@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Float, Int, Keys, PositiveInt, key, not_applicable, not_yet, subsumed
+from .base import METHOD, Float, Int, Keys, PositiveInt, key, not_applicable, not_yet, subsumed
 
 
 def _off(value: Any) -> Any:
@@ -17,6 +17,13 @@ StepsOrOff = Annotated[Int | None, BeforeValidator(_off)]
 """A number of steps; false is unset."""
 
 _MIXLORA = "only adapter: mixlora reads it"
+
+
+_NOT_ADDED = (
+    "peft_use_dora", "peft_use_rslora", "lora_rank_pattern", "lora_alpha_pattern",
+    "peft_init_lora_weights", "lora_target_parameters", "peft_layer_replication",
+)  # fmt: skip
+"""Keys of adapters that cannot be added up to one."""
 
 
 class LoftQ(Keys):
@@ -146,14 +153,41 @@ class AdapterKeys(Keys):
 
     # --- restarts --------------------------------------------------------------------------------
 
-    jagged_restart_steps: StepsOrOff = key(gt=0)
+    relora: bool = key(
+        False,
+        needs={
+            "adapter": "needs adapter: lora or qlora, which is merged",
+            "jagged_restart_steps": "needs jagged_restart_steps: when it is merged",
+        },
+        excludes={
+            **dict.fromkeys(_NOT_ADDED, "set this or {key}, not both: adapters are added up"),
+            "deepspeed or fsdp or fsdp_config": "set this or {key}, not both: merging needs whole "
+            "weights in each process (DDP)",
+            METHOD: "{key} compares the model with itself without the adapter: leave one out",
+        },
+    )
+    """ReLoRA: merge the adapter into the base after every ``jagged_restart_steps``, and begin a new
+    one. The result is one adapter, the sum of all, whose rank is ``lora_r`` times their number."""
+
+    relora_prune_ratio: Float | None = key(ge=0, le=1, read_with=["relora"])
+    """Fraction of the optimizer's moments that a restart clears. Unset: 0.9, or 0.999 for
+    ``reset``."""
+
+    relora_prune_method: Literal["magnitude", "random", "reset"] | None = key(read_with=["relora"])
+    """Which moments a restart clears: the smallest, or random ones. Unset: ``magnitude``."""
+
+    jagged_restart_steps: StepsOrOff = key(gt=0, aliases=["relora_steps"])
     """Steps between two restarts of the learning rate, each of which begins a warm-up anew on top
     of the schedule. Unset, or false: none."""
 
-    jagged_restart_warmup_steps: StepsOrOff = key(ge=0, read_with=["jagged_restart_steps"])
+    jagged_restart_warmup_steps: StepsOrOff = key(
+        ge=0, read_with=["jagged_restart_steps"], aliases=["relora_warmup_steps"]
+    )
     """Warm-up after such a restart, in steps. Unset, or false: none."""
 
-    jagged_restart_anneal_steps: StepsOrOff = key(ge=0, read_with=["jagged_restart_steps"])
+    jagged_restart_anneal_steps: StepsOrOff = key(
+        ge=0, read_with=["jagged_restart_steps"], aliases=["relora_anneal_steps"]
+    )
     """Steps over which the learning rate decays before such a restart. Unset, or false: 1."""
 
     lisa_n_layers: Int | None = key(
