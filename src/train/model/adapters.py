@@ -31,7 +31,7 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     lacks layers, blocks or parameters that the recipe names.
     """
     if recipe.adapter is None:
-        return _unfrozen(model, recipe.unfrozen_parameters)
+        return _unfrozen(model, recipe.unfrozen_parameters, say)
     places = towers(model)
     model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
@@ -85,6 +85,8 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
         message = f"adapter: PEFT refuses these settings: {first_line(error)}"
         if recipe.lora_target_linear and "target_modules" in message:
             message += " List it in lora_exclude_modules, which lora_target_linear leaves out."
+        elif recipe.lora_dropout and "lora_dropout" in message:
+            message += " Set lora_dropout: 0: layers of the list are weights that hold all experts."
         raise RecipeError(message) from error
 
 
@@ -94,7 +96,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
     ``model`` is on the meta device, and cannot be used afterwards: adapters are put on it.
     """
     if recipe.adapter is None:
-        _matched(model, recipe.unfrozen_parameters or [])
+        _unmatched(model, recipe.unfrozen_parameters or [])
     elif not recipe.lora_model_dir:
         config = _config(model, recipe)
         try:
@@ -301,30 +303,37 @@ def _trained_with_text(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
 
 
-def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
+def _unfrozen(model: nn.Module, patterns: list[str] | None, say: Say | None) -> Any:
     """Train the parameters whose names begin like one of ``patterns``; None: all of them."""
     if patterns:
-        _matched(model, patterns)
+        if (useless := _unmatched(model, patterns)) and say is not None:
+            say(f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, useless))}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
     freeze(model, towers(model))
     return model
 
 
-def _matched(model: nn.Module, patterns: list[str]) -> None:
-    """Raise a RecipeError unless every pattern is the beginning of some parameter's name."""
+def _unmatched(model: nn.Module, patterns: list[str]) -> list[str]:
+    """The patterns that are no beginning of a parameter's name.
+
+    Raises a RecipeError if that are all of them, or one is no regular expression.
+    """
     places = towers(model)
     names = [name for name, _ in model.named_parameters() if not is_in(name, places)]
+    useless = []
     for pattern in patterns:
         try:
-            matched = any(re.match(pattern, name) for name in names)
+            if not any(re.match(pattern, name) for name in names):
+                useless.append(pattern)
         except re.error as error:
             raise RecipeError(f"unfrozen_parameters: {pattern!r}: {error}") from None
-        if not matched:
-            raise RecipeError(
-                f"unfrozen_parameters: no parameter name matches {pattern!r}; examples of names: "
-                f"{names[0]}, {names[-1]}"
-            )
+    if patterns and len(useless) == len(patterns):
+        raise RecipeError(
+            f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, patterns))}; "
+            f"examples of names: {names[0]}, {names[-1]}"
+        )
+    return useless
 
 
 def _reach_blocks(model: Any, recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ from .quantize import (
     quantize,
     quantize_experts,
     stay_trainable,
+    take_any_rank,
     unpacking,
 )
 from .tokenizer import set_padding
@@ -141,6 +142,8 @@ def load_model(
     if dense:
         quantize(model, config, quantizing)
     stay_trainable(model)
+    if recipe.load_in_8bit:
+        take_any_rank(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model = model.to(quantizing) if dense else model

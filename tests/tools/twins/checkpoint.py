@@ -86,7 +86,7 @@ def make_checkpoint(kind: Kind, tokenizer: Any, folder: Path) -> str:
             config.text_config = shrink(CONFIG_MAPPING[kind.text_type]())
     for part, values in kind.parts.items():
         for key, value in values.items():
-            setattr(getattr(config, part), key, value)
+            setattr(getattr(config, part) if part else config, key, value)
     mappings = (
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,

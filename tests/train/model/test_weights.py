@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -30,9 +32,10 @@ from fusewright.train import train
 from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training
-from fusewright.train.model.quantize import quantize, stay_trainable
+from fusewright.train.model.quantize import quantize, stay_trainable, take_any_rank
 from fusewright.train.recipe.recipe import Recipe
 
+from ...models.architectures import build
 from ..conftest import make_model
 
 QUIET = Console(quiet=True)
@@ -306,3 +309,30 @@ def test_experts_are_adapted_unless_there_is_dropout(dropout: float) -> None:
     assert ("experts" in " ".join(trained_layers(adapted))) == (not dropout)
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= trained_layers(adapted)
     assert bool(said) == bool(dropout)
+
+
+def test_experts_that_are_listed_have_no_dropout() -> None:
+    names = ["gate_proj", "up_proj", "down_proj"]
+    with pytest.raises(RecipeError, match=r"Set lora_dropout: 0: layers of the list are"):
+        add_adapter(build("afmoe"), adapter_recipe(lora_target_modules=names, lora_dropout=0.1))
+
+
+@QUANTIZED
+@pytest.mark.parametrize("trained", [False, True])
+def test_8_bit_layers_take_inputs_of_any_rank(trained: bool) -> None:
+    import bitsandbytes as bnb
+
+    plain = nn.Linear(16, 32, bias=False)
+    layer = bnb.nn.Linear8bitLt(16, 32, bias=False, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    model = nn.Sequential(layer.to("cpu")).train(trained)
+    x = torch.randn(2, 3, 5, 16, dtype=torch.bfloat16, requires_grad=trained)
+    expected = model(x.flatten(0, 1)).unflatten(0, (2, 3))
+    take_any_rank(model)
+    found = model(x)
+    assert torch.equal(found, expected)
+    assert isinstance(copy.deepcopy(model)[0], bnb.nn.Linear8bitLt)
+    if trained:
+        found.float().sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
