@@ -32,7 +32,7 @@ def bypass_reason(
     for value in (*args, *kwargs.values()):
         if value is None or isinstance(value, (Tensor, int, float, str)):
             continue
-        if _is_cache(value):
+        if is_cache(value):
             return A_CACHE
         if _may_collect(value):
             return f"a {type(value).__name__} was passed, which may collect values as a cache does"
@@ -82,7 +82,7 @@ _TRACERS = (
 )
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
     """A key/value or state cache, by what it can do."""
     return any(
         hasattr(value, name)

@@ -25,6 +25,7 @@ from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, is_training_watch, replaced_forward, watch_training
 from .copies.forward_copies import cell_contents, clone_function
 from .regions import Region, undivided_parts
+from .segments import Segmented
 from .session import Session
 
 _MARK = "__fusewright__"
@@ -193,7 +194,8 @@ def _install_forward(
 
     def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
         function = original.function(self)
-        copies = session.state.watches.opaque
+        watches = session.state.watches
+        copies = watches.segmented if isinstance(code, Segmented) else watches.opaque
         source = (copies.of(function) or function) if original.is_method else original
 
         def build() -> Callable[..., Any]:
@@ -205,6 +207,8 @@ def _install_forward(
     forward = make(original, compiled)
     if results is not None:
         forward = callable_from_head(session, results, forward)
+    if kind in ("head", "backbone"):
+        forward = session.state.segments.entering(forward, original.function(module))
     functools.update_wrapper(forward, original.function(module))
     original.replaced_by = forward
     forward.__name__ = "forward"  # pickle stores a method by this name

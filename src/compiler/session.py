@@ -23,6 +23,7 @@ from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
+from .segments import StepSegments
 from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
@@ -101,7 +102,8 @@ class CallState:
     in_head: bool = False  # whether the call came through a captured head
     units: Units | None = None  # those of its modules whose parameters are sharded
     replay: Replay | None = None  # what the head at hand has run
-    watches: Watches = field(default_factory=Watches)
+    segments: StepSegments = field(default_factory=StepSegments)
+    watches: Watches = field(init=False)
     # the first input of the block at hand, in whose place its graph gets a leaf
     no_gradient: Tensor | None = None
     first_input: Tensor | None = None  # of the call at hand
@@ -110,6 +112,9 @@ class CallState:
     started: bool = False
     # what Inductor needs first, found in the background since the first call
     preparation: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self.watches = Watches(self.segments.slot)
 
     def replayed(self, module: nn.Module) -> tuple[Any] | None:
         """What ``module`` has returned in this call of a head whose capture failed, in a tuple."""

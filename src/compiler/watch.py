@@ -31,8 +31,8 @@ from .bypass import (
     is_block,
     is_container,
 )
-from .copies.forward_copies import ForwardCopies
-from .copies.opaque_calls import opaque_copies
+from .copies.forward_copies import ForwardCopies, FunctionCopies
+from .copies.opaque_calls import opaque_copies, segmented_copies, takes_segments
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -71,8 +71,12 @@ _MAX_ALIKE = 2
 class Watches:
     """The watches of one session, and what equal modules have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: Any = None) -> None:
+        """Make none yet; ``slot`` holds the segments of the block that is called."""
         self.opaque = opaque_copies()
+        self.segmented = segmented_copies(slot)
+        self._mixers = FunctionCopies(lambda value, names: takes_segments(value) or None)
+        self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}
         self._alike: weakref.WeakKeyDictionary[nn.Module, Counter[Hashable]] = (
@@ -93,11 +97,20 @@ class Watches:
         watch = self._watches.get(module)
         if watch is None or not watch.is_current(module):
             watch = self._watches[module] = self._watch(module, outside)
+            self._mixes.pop(module, None)
         if watch.round != self._round:
             watch.round = self._round
             code = self._find_code(module, watch)
             watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
+
+    def has_mixers(self, module: nn.Module, forward: Any) -> bool:
+        """Whether ``forward`` of a region, or code below it, calls what takes segments."""
+        mixes = self._mixes.get(module)
+        if mixes is None:
+            found = self._mixers.of(forward) or any(map(self._mixers.of_forward, module.modules()))
+            mixes = self._mixes[module] = bool(found)
+        return mixes
 
     def watch_inlined(self, module: nn.Module) -> None:
         """Watch also what the graph that is being compiled calls, and ``get`` has not read."""

@@ -14,7 +14,7 @@ from .moe_experts import MoEExperts
 from .quant_linear import QuantLinear
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
-from .selective_scan import ChunkedScan, SelectiveScan
+from .selective_scan import ChunkedScan, SelectiveScan, ShortConvolution
 
 PIPELINE: tuple[Rule, ...] = (
     # recognise: formulas, in all their spellings, become ops
@@ -29,6 +29,7 @@ PIPELINE: tuple[Rule, ...] = (
     Attention(),
     SelectiveScan(),
     ChunkedScan(),
+    ShortConvolution(),
     MoEExperts(),
     # fuse: ops and their neighbours become larger ops
     RopePair(),

@@ -274,11 +274,15 @@ def backbone_forward(
 ) -> Callable[..., Any]:
     """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
 
+    def run(self: nn.Module, args: Any, kwargs: Any) -> Any:
+        function = original.function(self) if original.is_method else None
+        return session.state.segments.run_backbone(original, function, self, args, kwargs)
+
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def run_uncaptured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session.state.in_head = False
         try:
-            outputs = original(self, *args, **kwargs)
+            outputs = run(self, args, kwargs)
         finally:
             session.state.in_head = True
         if session.state.units:
@@ -300,7 +304,9 @@ def backbone_forward(
         saved = session.state.replayed(self)
         if saved is not None:
             return saved[0]
-        return original(self, *args, **kwargs)
+        if self in session.log.restored or is_traced_here():
+            return original(self, *args, **kwargs)
+        return run(self, args, kwargs)
 
     return forward
 
