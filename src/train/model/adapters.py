@@ -119,7 +119,7 @@ def _config(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
         "lora_dropout": recipe.lora_dropout,
         "target_modules": _targets(model, recipe, say),
         "target_parameters": _listed(recipe.lora_target_parameters),
-        "exclude_modules": _excluded(model, recipe),
+        "exclude_modules": _excluded(model, recipe, say),
         "modules_to_save": _saved(model, recipe),
         "fan_in_fan_out": recipe.lora_fan_in_fan_out,
         "bias": recipe.lora_bias,
@@ -211,10 +211,14 @@ def _means_experts(model: Any) -> bool:
     return bool(config.target_parameters)
 
 
-def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
+def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | None:
     """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
     named, outside = recipe.lora_exclude_modules, tower_pattern(model)
-    names = [*(named if isinstance(named, list) else ()), *refused_layers(model, recipe)]
+    refused = _refused(model, recipe)
+    if refused and say is not None:
+        listed = ", ".join(refused)
+        say(f"lora_target_linear: leaves out {listed}, which PEFT refuses in this model")
+    names = [*(named if isinstance(named, list) else ()), *refused]
     patterns = [p for p in (outside, named if isinstance(named, str) else None) if p]
     if not patterns:
         return names or None
@@ -223,7 +227,7 @@ def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
     return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
-def refused_layers(model: Any, recipe: Recipe) -> list[str]:
+def _refused(model: Any, recipe: Recipe) -> list[str]:
     """The names of layers that ``lora_target_linear`` would adapt, and PEFT refuses in a model.
 
     Such as Mamba's ``out_proj``: its kernel reads the weight, and would pass by the adapter. A
