@@ -159,25 +159,6 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     return modules or None
 
 
-def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | None:
-    """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
-    excluded, outside = recipe.lora_exclude_modules, tower_pattern(model)
-    refused = _refused_layers(model, recipe)
-    if refused and say is not None:
-        say(
-            f"lora_target_linear: leaves out {', '.join(refused)}, which PEFT refuses in this model"
-        )
-    if not isinstance(excluded, str):
-        excluded = [*(excluded or ()), *refused] or None
-        if outside is None:
-            return excluded
-        refused = excluded or []
-    patterns = [p for p in (outside, excluded) if isinstance(p, str)]
-    if refused:  # as PEFT reads a list of names
-        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, refused))})")
-    return "|".join(f"(?:{pattern})" for pattern in patterns)
-
-
 def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
     targets = recipe.lora_target_modules
     all_linear = recipe.lora_target_linear
@@ -220,7 +201,33 @@ def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
     return sorted(linear | set(targets))
 
 
-def _refused_layers(model: Any, recipe: Recipe) -> list[str]:
+def _means_experts(model: Any) -> bool:
+    """Whether PEFT takes all linear layers to be also the weights that hold all experts at once."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(config, model, None)
+    return bool(config.target_parameters)
+
+
+def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | None:
+    """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
+    named, outside = recipe.lora_exclude_modules, tower_pattern(model)
+    refused = _refused(model, recipe)
+    if refused and say is not None:
+        listed = ", ".join(refused)
+        say(f"lora_target_linear: leaves out {listed}, which PEFT refuses in this model")
+    names = [*(named if isinstance(named, list) else ()), *refused]
+    patterns = [p for p in (outside, named if isinstance(named, str) else None) if p]
+    if not patterns:
+        return names or None
+    if names:  # as PEFT reads a list of names
+        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, names))})")
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def _refused(model: Any, recipe: Recipe) -> list[str]:
     """The names of layers that ``lora_target_linear`` would adapt, and PEFT refuses in a model.
 
     Such as Mamba's ``out_proj``: its kernel reads the weight, and would pass by the adapter. A
@@ -272,20 +279,12 @@ def _by_expression(model: Any, expression: str) -> list[str] | str:
     return targets
 
 
-def _means_experts(model: Any) -> bool:
-    """Whether PEFT takes all linear layers to be also the weights that hold all experts at once."""
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    config = LoraConfig(target_modules="all-linear")
-    convert_peft_config_for_transformers(config, model, None)
-    return bool(config.target_parameters)
-
-
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
     if unknown := _absent(model, named):
+        places = towers(model)
+        inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
         kinds = (nn.Linear, nn.Embedding)
-        inner = [name for name, m in _trained_with_text(model) if isinstance(m, kinds)]
+        inner = [name for name, m in inside if isinstance(m, kinds)]
         names = dict.fromkeys(name.rpartition(".")[2] for name in inner)
         raise RecipeError(
             f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(names)}"
@@ -293,14 +292,10 @@ def _require_present(model: nn.Module, named: list[str] | None, key: str) -> Non
 
 
 def _absent(model: nn.Module, named: list[str] | None) -> list[str]:
-    present = {name.rpartition(".")[2] for name, _ in _trained_with_text(model)}
-    return [name for name in named or [] if name.rpartition(".")[2] not in present]
-
-
-def _trained_with_text(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules outside of towers, by name."""
     places = towers(model)
-    return [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
+    inside = (name for name, _ in model.named_modules() if not is_in(name, places))
+    present = {name.rpartition(".")[2] for name in inside}
+    return [name for name in named or [] if name.rpartition(".")[2] not in present]
 
 
 def _unfrozen(model: nn.Module, patterns: list[str] | None, say: Say | None) -> Any:

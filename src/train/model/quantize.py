@@ -181,10 +181,11 @@ def take_any_rank(model: nn.Module) -> None:
     Without gradients of weights, bitsandbytes returns two dimensions for them (multi-head latent
     attention of transformers expands keys of four).
     """
-    bnb: Any = importlib.import_module("bitsandbytes.nn")
+    plain: Any = importlib.import_module("bitsandbytes.nn").Linear8bitLt
+    layer: Any
     for layer in model.modules():
-        if type(layer) is bnb.Linear8bitLt:
-            layer.__class__ = _of_any_rank(bnb.Linear8bitLt)
+        if type(layer) is plain:
+            layer.__class__ = _of_any_rank(plain)
 
 
 @functools.cache
@@ -193,7 +194,7 @@ def _of_any_rank(kind: Any) -> Any:
         if x.dim() <= 3:
             return cast("Tensor", kind.forward(self, x))
         rows: Tensor = kind.forward(self, x.flatten(0, -2))
-        return rows.unflatten(0, x.shape[:-1])
+        return cast("Tensor", rows.unflatten(0, x.shape[:-1]))
 
     # the names of its base, by which layers of bitsandbytes are known
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
