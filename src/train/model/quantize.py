@@ -185,7 +185,7 @@ def take_any_rank(model: nn.Module) -> None:
     layer: Any
     for layer in model.modules():
         if type(layer) is plain:
-            layer.__class__ = _of_any_rank(plain)
+            layer.__class__ = _of_any_rank(plain)  # type: ignore[arg-type]  # 2026-11-30: a class
 
 
 @functools.cache
