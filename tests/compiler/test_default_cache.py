@@ -10,11 +10,18 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from fusewright import explain, optimize
+from fusewright.compiler.regions import find
 from fusewright.compiler.withheld import CacheRefused, WithheldCache
 
+from ..models.architectures import shrink
 from ..models.tiny import Stack
 from ..models.zoo import FAMILIES, build
 from .test_flat_models import Block
@@ -304,6 +311,35 @@ def test_blocks_are_rewritten_in_training_calls_that_ask_for_no_cache(kind: str)
     report = explain(ours)
     assert report.by_rule().items() >= rules.items()
     assert not [b for b in report.bypasses if "a cache" in b.reason or "its cache" in b.reason]
+
+
+DEEP = (
+    "cosmos3_omni", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "internvl", "llava",
+    "minimax_m3_vl", "qianfan_ocr", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp",
+    "moss_transcribe_diarize", "vibevoice_asr",
+)  # fmt: skip
+"""Names whose decoder alone takes ``use_cache``: neither the head nor its backbone does."""
+
+
+@pytest.mark.long(*DEEP)
+@pytest.mark.parametrize("name", DEEP)
+def test_the_decoder_of_a_multimodal_model_defers_its_cache(name: str) -> None:
+    of = CONFIG_MAPPING[name]
+    kinds = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    with torch.device("meta"):
+        model = next(kind[of] for kind in kinds if of in kind)(shrink(of()))
+    regions = {r.path: r.module for r in find(model) if r.kind == "backbone"}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    assert decoder is None or decoder in regions.values()
+    assert list(regions) == ["model.language_model"]
+
+
+@pytest.mark.long("t5")
+@pytest.mark.parametrize("kind", ["embeddings", "t5"])
+def test_explain_takes_a_step_of_its_own(kind: str) -> None:
+    report = explain(_both(STEPS[kind][0])[0])
+    assert report.by_rule().items() >= STEPS[kind][2].items()
+    assert not [b for b in report.bypasses if "tiny step" in b.reason]
 
 
 def _with_cache(read: Any) -> Any:
