@@ -78,9 +78,9 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if any(path == t or path.startswith(f"{t}.") for t in stacks):
             continue
-        if isinstance(module, nn.ModuleList) and _is_stack(module):
+        if isinstance(module, nn.ModuleList) and _is_stack(elements := _elements(module)):
             stacks.append(path)
-            for name, block in module.named_children():
+            for name, block in elements.items():
                 yield f"{path}.{name}" if path else name, block
         elif _is_hinted(module) and not any(_is_hinted(m) for m in list(module.modules())[1:]):
             stacks.append(path)
@@ -100,9 +100,20 @@ def _unwrapped(path: str, block: nn.Module) -> tuple[str, nn.Module]:
     return path, block
 
 
-def _is_stack(modules: nn.ModuleList) -> bool:
+def _elements(modules: nn.ModuleList) -> dict[str, nn.Module]:
+    """What a list of modules holds, by path; a list in it is a part of it."""
+    elements: dict[str, nn.Module] = {}
+    for name, module in modules.named_children():
+        if isinstance(module, nn.ModuleList):
+            elements |= {f"{name}.{n}": m for n, m in _elements(module).items()}
+        else:
+            elements[name] = module
+    return elements
+
+
+def _is_stack(elements: dict[str, nn.Module]) -> bool:
     """At least two composite modules of one class (or of few: hybrids alternate)."""
-    inner = [_unwrapped("", m)[1] for m in modules]
+    inner = [_unwrapped("", m)[1] for m in elements.values()]
     if len(inner) < 2:
         return len(inner) == 1 and _is_hinted(inner[0])
     kinds = {type(m) for m in inner}
@@ -266,6 +277,3 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
                 features = has_features and d == value.dim() - 1
                 if (d == 0 and size == batch) or (size == sequence and not features):
                     torch._dynamo.maybe_mark_dynamic(value, d)
-                elif features and size != sequence:
-                    # else TorchDynamo would take the sizes of layers' heads for one that varies
-                    torch._dynamo.mark_static(value, d)
