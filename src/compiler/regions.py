@@ -263,7 +263,7 @@ def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, i
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
-    """Tell Dynamo which dimensions of the arguments are batch and sequence."""
+    """Tell Dynamo which dimensions of the arguments are batch and sequence; of (0, 0), none."""
     # the marks are weak: where the code needs a number, the dimension becomes one
     batch, sequence = sizes
     for value in values:
@@ -272,6 +272,8 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
         elif isinstance(value, Boundaries):
             torch._dynamo.maybe_mark_dynamic(value.values, 0)
         elif isinstance(value, Tensor):
+            # another region, which has given or taken it, may have marked it
+            vars(value).pop("_dynamo_weak_dynamic_indices", None)
             has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):
                 features = has_features and d == value.dim() - 1

@@ -105,7 +105,7 @@ def block_forward(
         def find_compiled() -> Any:
             return compiled(self, level(), watch.code)
 
-        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None)
+        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else (0, 0))
         context = functools.partial(_around, session, self, watch)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
@@ -127,7 +127,7 @@ def _around(session: Session, module: nn.Module, watch: Watch, x: Tensor | None)
 
 
 def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:
-    # a projector may fold positions into features, and towers mostly have as many each time
+    # none of a projector's: it may fold positions into features, and mostly has as many each time
     if sizes is not None:
         mark_dynamic((*args, *kwargs.values()), sizes)
 
