@@ -100,9 +100,9 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if any(path == t or path.startswith(f"{t}.") for t in stacks):
             continue
-        if isinstance(module, nn.ModuleList) and _is_stack(module):
+        if isinstance(module, nn.ModuleList) and _is_stack(elements := _elements(module)):
             stacks.append(path)
-            for name, block in module.named_children():
+            for name, block in elements.items():
                 yield f"{path}.{name}" if path else name, block
         elif _is_hinted(module) and not any(_is_hinted(m) for m in list(module.modules())[1:]):
             stacks.append(path)
@@ -122,9 +122,20 @@ def _unwrapped(path: str, block: nn.Module) -> tuple[str, nn.Module]:
     return path, block
 
 
-def _is_stack(modules: nn.ModuleList) -> bool:
+def _elements(modules: nn.ModuleList) -> dict[str, nn.Module]:
+    """What a list of modules holds, by path; a list in it is a part of it."""
+    elements: dict[str, nn.Module] = {}
+    for name, module in modules.named_children():
+        if isinstance(module, nn.ModuleList):
+            elements |= {f"{name}.{n}": m for n, m in _elements(module).items()}
+        else:
+            elements[name] = module
+    return elements
+
+
+def _is_stack(elements: dict[str, nn.Module]) -> bool:
     """At least two composite modules of one class (or of few: hybrids alternate)."""
-    inner = [_unwrapped("", m)[1] for m in modules]
+    inner = [_unwrapped("", m)[1] for m in elements.values()]
     if len(inner) < 2:
         return len(inner) == 1 and _is_hinted(inner[0])
     kinds = {type(m) for m in inner}
@@ -279,7 +290,7 @@ def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, i
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
-    """Tell Dynamo which dimensions of the arguments are batch and sequence."""
+    """Tell Dynamo which dimensions of the arguments are batch and sequence; of (0, 0), none."""
     # the marks are weak: where the code needs a number, the dimension becomes one
     batch, sequence = sizes
     for value in values:
@@ -288,11 +299,10 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
         elif isinstance(value, Boundaries):
             torch._dynamo.maybe_mark_dynamic(value.values, 0)
         elif isinstance(value, Tensor):
+            # another region, which has given or taken it, may have marked it
+            vars(value).pop("_dynamo_weak_dynamic_indices", None)
             has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):
                 features = has_features and d == value.dim() - 1
                 if (d == 0 and size == batch) or (size == sequence and not features):
                     torch._dynamo.maybe_mark_dynamic(value, d)
-                elif features and size != sequence:
-                    # else TorchDynamo would take the sizes of layers' heads for one that varies
-                    torch._dynamo.mark_static(value, d)

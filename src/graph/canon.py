@@ -268,12 +268,14 @@ def _new_axis(node: fx.Node, source: Any, index: tuple[Any, ...]) -> Canon | Non
 
 
 def _part(source: Any, index: Any) -> Canon | None:
-    """``x.chunk(2, -1)[i]`` and ``x.split(n, -1)[i]`` are slices of ``x``."""
+    """``x.chunk(2, -1)[i]`` and ``x.split(n, -1)[i]`` are slices of ``x``; parts of pairs, too."""
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return None
     name = (
         source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
     )
+    if name == "unbind":
+        return _of_pairs(source, index)
     if name not in ("chunk", "split", "split_with_sizes"):
         return None
     args, kwargs = _by_position(source.args, dict(source.kwargs))
@@ -287,6 +289,22 @@ def _part(source: Any, index: Any) -> Canon | None:
         return None
     start = sum(widths[:index])
     return Canon("slice", (x, dim, start, start + widths[index]), (source,))
+
+
+def _of_pairs(source: fx.Node, index: int) -> Canon | None:
+    """``x.view(..., n, 2).unbind(-1)[i]`` is ``x[..., i::2]``."""
+    args, kwargs = _by_position(source.args, dict(source.kwargs))
+    pairs, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    view = canonical(pairs)
+    if view is None or view.name != "reshape" or not isinstance(dim, int):
+        return None
+    x, split = facts.tensor(view.args[0]), facts.tensor(pairs)
+    if x is None or split is None or x.dim() == 0 or _from_end(pairs, dim) != -1:
+        return None
+    sizes = (*x.shape[:-1], x.shape[-1] // 2, 2)
+    if list(map(str, split.shape)) != list(map(str, sizes)) or index not in (0, 1):
+        return None
+    return Canon("stride", (view.args[0], -1, index, 2), (source, pairs))
 
 
 _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon | None]] = {

@@ -168,3 +168,28 @@ def test_evaluation_and_hooks_inside() -> None:
     ours.projector.gate.register_forward_hook(lambda *args: calls.append(1))
     _assert_equal(ours, eager)
     assert len(calls) == 4
+
+
+class Nested(nn.Module):
+    """Blocks in stages, in a list of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        stages = (nn.ModuleList(Block() for _ in range(n)) for n in (1, 2))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return x
+
+
+def test_the_blocks_of_stages_are_blocks() -> None:
+    eager = Nested()
+    assert [r.path for r in find(eager)] == ["stages.0.0", "stages.1.0", "stages.1.1"]
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    x = torch.randn(2, 3, WIDTH)
+    torch.testing.assert_close(ours(x), eager(x))
+    assert explain(ours).by_rule() == {"layer_norm": 3}

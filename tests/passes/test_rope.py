@@ -22,6 +22,15 @@ def _pairs(x: Tensor) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
+def _unbound(x: Tensor) -> Tensor:
+    a, b = x.view(*x.shape[:-1], -1, 2).unbind(dim=-1)
+    return torch.stack((-b, a), dim=-1).flatten(start_dim=-2)
+
+
+def _unflat(x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
+    return x.view(*x.shape[:-1], count, -1).unbind(dim)
+
+
 def _inputs(width: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     q, k = (torch.randn(2, 5, h, 16, dtype=dtype).transpose(1, 2).requires_grad_() for h in (4, 2))
     return [q, k, *(torch.randn(2, 1, 5, width, dtype=dtype) for _ in range(2))]
@@ -62,6 +71,7 @@ SPELLINGS: dict[str, tuple[Rotate, int]] = {
     "commuted": (lambda x, c, s: s * _half(x) + c * x, 16),
     "in fp32": (lambda x, c, s: (x.float() * c + _half(x.float()) * s).to(x.dtype), 16),
     "pairs": (lambda x, c, s: x * c + _pairs(x) * s, 16),
+    "pairs, unbound": (lambda x, c, s: x * c + _unbound(x) * s, 16),
     "pairs, repeated tables": (_repeated, 16),
     "pairs to halves": (_regrouped, 8),
     "two parts": (_parts, 8),
@@ -124,6 +134,12 @@ def test_rotations_that_cannot_stand_together_stay_two() -> None:
 WRONG: dict[str, Rotate] = {
     "sign": lambda x, c, s: x * c + torch.cat((x[..., 8:], x[..., :8]), -1) * s,
     "order": lambda x, c, s: x * c + torch.cat((-x[..., :8], x[..., 8:]), -1) * s,
+    "pairs, unbound as halves": lambda x, c, s: (
+        x * c + torch.stack((-_unflat(x, 2, -2)[1], _unflat(x, 2, -2)[0]), -1).flatten(-2) * s
+    ),
+    "pairs, unbound in another order": lambda x, c, s: (
+        x * c + torch.stack((-_unflat(x, 8, -1)[0], _unflat(x, 8, -1)[1]), -1).flatten(-2) * s
+    ),
     "pairs, sign": lambda x, c, s: (
         x * c + torch.stack((x[..., 1::2], x[..., ::2]), -1).flatten(-2) * s
     ),

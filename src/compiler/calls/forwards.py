@@ -114,7 +114,9 @@ def block_forward(
         def find_compiled() -> Any:
             return compiled(self, level(), code)
 
-        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None, packs)
+        mark = functools.partial(
+            _mark, args, kwargs, sizes if kind != "projector" else (0, 0), packs
+        )
         context = functools.partial(_around, session, self, watch, packs)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
@@ -169,7 +171,7 @@ def _mark(
     sizes: tuple[int, int] | None,
     packs: BlockSegments | None,
 ) -> None:
-    # a projector may fold positions into features, and towers mostly have as many each time
+    # none of a projector's: it may fold positions into features, and mostly has as many each time
     if sizes is not None:
         mark_dynamic((*args, *kwargs.values(), packs and packs.segments), sizes)
 

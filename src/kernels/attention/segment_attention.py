@@ -9,7 +9,8 @@ is neither a mask nor a call for each of many windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,60 +42,58 @@ def segment_attention_reference(
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-def runs(boundaries: Tensor, time: int) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring segments of one length: where they begin, the length, and how many there are."""
+Run = tuple[int, int]
+"""Neighbouring segments of one length: the length, and how many there are."""
+
+
+def runs(boundaries: Tensor, time: int) -> list[Run]:
+    """The runs of a row, without segments of no positions."""
     lengths = (boundaries[1:] - boundaries[:-1]).tolist()
     if sum(lengths) != time or min(lengths, default=0) < 0:
         raise RuntimeError(f"segments of {lengths} positions do not add up to {time}")
-    start, i = 0, 0
-    while i < len(lengths):
-        count = 1
-        while i + count < len(lengths) and lengths[i + count] == lengths[i]:
-            count += 1
-        if lengths[i]:
-            yield start, lengths[i], count
-        start, i = start + count * lengths[i], i + count
+    return [(n, len(list(same))) for n, same in itertools.groupby(lengths) if n]
 
 
-def _samples(t: Tensor, run: tuple[int, int, int]) -> Tensor:
-    """(B, H, T, ...) to (B * count, H, length, ...): the segments of a run as samples."""
-    start, length, count = run
-    parts = t.narrow(2, start, count * length).unflatten(2, (count, length))
-    samples: Tensor = parts.transpose(1, 2).flatten(0, 1)
-    return samples
+def _samples(t: Tensor, row: list[Run]) -> Iterator[Tensor]:
+    """(B, H, T, ...) to a (B * count, H, length, ...) for each run: its segments as samples."""
+    for part, (length, count) in zip(t.split([n * c for n, c in row], 2), row, strict=True):
+        if count == 1:
+            yield part
+        else:
+            yield part.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1)
 
 
-def _place(t: Tensor, run: tuple[int, int, int], values: Tensor) -> None:
-    """Write the ``values`` of a run's segments into ``t``."""
-    start, length, count = run
-    part = t.narrow(2, start, count * length).unflatten(2, (count, length)).transpose(1, 2)
-    part.copy_(values.unflatten(0, (-1, count)))
+def _joined(samples: Sequence[Tensor], row: list[Run]) -> Tensor:
+    """What the samples are of, (B, H, T, ...), in memory (B, T, H, ...)."""
+    parts = [
+        t.transpose(1, 2)
+        if count == 1
+        else t.unflatten(0, (-1, count)).transpose(2, 3).flatten(1, 2)
+        for t, (_, count) in zip(samples, row, strict=True)
+    ]
+    whole = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+    return without_base(whole.transpose(1, 2))
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out, sums = map(without_base, fake_forward(q))
-    for run in runs(boundaries, q.shape[2]):
-        parts = _aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_samples(t, run) for t in (q, k, v)), scale=scale
-        )
-        for whole, part in zip((out, sums), parts, strict=True):
-            _place(whole, run, part)
-    return out, sums
+    row = runs(boundaries, q.shape[2])
+    samples = zip(*(_samples(t, row) for t in (q, k, v)), strict=True)
+    kernel = _aten._scaled_dot_product_flash_attention_for_cpu
+    outs, sums = zip(*(kernel(*tensors, scale=scale) for tensors in samples), strict=True)
+    return _joined(outs, row), _joined(sums, row)
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, boundaries: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = map(without_base, fake_backward(grad, q, k, v))
-    for run in runs(boundaries, q.shape[2]):
-        parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_samples(t, run) for t in (grad, q, k, v, out, sums)), 0.0, False, scale=scale
-        )
-        for whole, part in zip((dq, dk, dv), parts, strict=True):
-            _place(whole, run, part)
+    row = runs(boundaries, q.shape[2])
+    samples = zip(*(_samples(t, row) for t in (grad, q, k, v, out, sums)), strict=True)
+    kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = zip(*(kernel(*tensors, 0.0, False, scale=scale) for tensors in samples), strict=True)
+    dq, dk, dv = (_joined(parts, row) for parts in grads)
     return dq, dk, dv
 
 
