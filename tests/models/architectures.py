@@ -351,13 +351,14 @@ def targets(model: nn.Module) -> list[str]:
 
 def linears(model: nn.Module) -> list[str]:
     """Return the paths of all linear layers but the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    having = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    heads = [head for m in having if (head := m.get_output_embeddings()) is not None]
     excluded = UNTARGETABLE.get(model.config.model_type, frozenset())
     return [
         path
         for path, module in model.named_modules()
         if type(module) in (nn.Linear, Conv1D)
-        and module is not head
+        and not any(module is head for head in heads)
         and path.rpartition(".")[2] not in excluded
     ]
 

@@ -192,17 +192,22 @@ def measure(case: Case) -> Row:
 
 
 def towers_of(model: nn.Module) -> list[str]:
-    """The outermost modules that neither are, hold nor belong to the language model."""
+    """The outermost modules that neither are, hold nor belong to the language model.
+
+    Some language models hold an encoder: what runs by a configuration of another type.
+    """
     parts = media.language_parts(model)
-    whole = [path for path, module in model.named_modules() if any(module is p for p in parts)]
+    paths = [path for path, module in model.named_modules() if any(module is p for p in parts)]
     kinds = {type(part.config) for part in parts if hasattr(part, "config")}
     towers: list[str] = []
     for path, module in model.named_modules():
-        config = getattr(module, "config", None)
-        inside = any(path != part and _inside(path, part) for part in whole)
-        other = isinstance(config, PreTrainedConfig) and type(config) not in kinds
-        outside = not any(_inside(path, part) or _inside(part, path) for part in whole)
-        if (outside or (inside and other)) and not any(_inside(path, t) for t in towers):
+        outside = not any(_inside(path, part) or _inside(part, path) for part in paths)
+        within = path.rpartition(".")[0] in paths and any(
+            isinstance(config := getattr(inner, "config", None), PreTrainedConfig)
+            and type(config) not in kinds
+            for inner in module.modules()
+        )
+        if (outside or within) and not any(_inside(path, tower) for tower in towers):
             towers.append(path)
     return towers
 
