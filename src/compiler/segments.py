@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from ..kernels.direct import is_traced_here
@@ -41,10 +42,19 @@ class ModelStep:
         """Note what a call of a head or a backbone says of its rows."""
         given = kwargs.get("position_ids")
         others = (kwargs.get(name) is not None for name in _OTHERWISE)
-        self.given = None if not isinstance(given, Tensor) or any(others) else given
+        known = isinstance(given, Tensor) and not isinstance(given, FakeTensor) and not any(others)
+        self.given = given if known else None
         self.positions = None if self.given is None else _of_text(self.given)
         self.has_positions = self.positions is not None
-        self._segments: dict[int, Tensor | None] = {}  # by the number of rows
+        self._version = _version(self.given)
+        # by the number of rows and the device
+        self._segments: dict[tuple[int, torch.device], Tensor | None] = {}
+
+    def is_of(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether another call says the same, by a tensor that nobody has written to since."""
+        version = self._version
+        given = ModelStep(kwargs).given
+        return version is not None and given is self.given and _version(given) == version
 
     def of(self, x: Tensor | None) -> Tensor | None:
         """The segments (B, L) of hidden states (B, L, D); None where no row has several."""
@@ -53,9 +63,15 @@ class ModelStep:
         batch, length = x.shape[:2]
         if self.positions.shape[-1] != length:  # of a tower, say
             return None
-        if batch not in self._segments:
-            self._segments[batch] = _segments(self.positions, batch)
-        return self._segments[batch]
+        key = batch, x.device
+        if key not in self._segments:
+            segments = _segments(self.positions, batch)
+            self._segments[key] = segments if segments is None else segments.to(x.device)
+        return self._segments[key]
+
+
+def _version(t: Tensor | None) -> int | None:
+    return None if t is None or t.is_inference() else t._version
 
 
 def _of_text(positions: Tensor) -> Tensor | None:
@@ -176,8 +192,9 @@ class StepSegments:
         if step is None and torch._C._current_graph_task_id() != -1 and self._any:
             raise OptimizeError(_UNKNOWN)
         if step is None:
-            step = ModelStep(kwargs)
-            self._last = step = self._last if self._last.given is step.given else step
+            if not self._last.is_of(kwargs):
+                self._last = ModelStep(kwargs)
+            step = self._last
         segments = step.of(x)
         self._any = self._any or segments is not None
         if x is not None:

@@ -259,6 +259,7 @@ def test_packs_of_any_lengths_run_the_same_graphs() -> None:
     assert counts[1:] == counts[:1] * 3
 
 
+@pytest.mark.long
 def test_rows_with_padding_are_as_in_eager_mode() -> None:
     """With a mask, positions that start again say nothing."""
     model = _made("mamba2")
@@ -270,6 +271,27 @@ def test_rows_with_padding_are_as_in_eager_mode() -> None:
     batch["attention_mask"] = mask
     batch["labels"][mask == 0] = -100
     assert _differing(_step(model, [batch]), _step(eager, [batch])) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_what_else_tells_of_samples_says_no_more(name: str) -> None:
+    """A collator's keywords for libraries' kernels, which models refuse where there are none."""
+    model = _made(name)
+    expected = _single(model, (9, 71))
+    batch = _batch(_samples((9, 71)))
+    ends = torch.tensor([0, 9, 80], dtype=torch.int32)
+    more = {
+        "seq_idx": (batch["position_ids"] == 0).cumsum(1).int() - 1,
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 71, "max_length_k": 71,
+    }  # fmt: skip
+    if name == "mamba2":  # whose mixers are given no keywords
+        assert _differing(_step(model, [{**batch, **more}]), expected)
+    else:
+        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+            _step(model, [{**batch, **more}])
+    optimize(model, codegen="eager")
+    assert _differing(_step(model, [{**batch, **more}]), expected) == []
 
 
 @pytest.mark.long

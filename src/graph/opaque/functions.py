@@ -266,6 +266,10 @@ def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
+_SAY_THE_SAME = ("seq_idx", "cu_seqlens")
+"""Keywords by which libraries' kernels are told of samples."""
+
+
 @functools.cache
 def segmented_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     """The leaf of a function that takes segments; these are its first argument."""
@@ -277,8 +281,7 @@ def segmented_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
         if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
             return _outline(function, kind, args, kwargs)
         arguments = _given(function, args, kwargs)
-        if any(arguments.get(name) is not None for name in ("seq_idx", "cu_seqlens")):
-            return function(*args, **kwargs)  # it is told of the samples otherwise
+        arguments = {n: v for n, v in arguments.items() if n not in _SAY_THE_SAME}
         asked = [n for n in kind.states if arguments.get(n) not in (None, False)]
         if asked:
             raise NotImplementedError(f"{asked[0]} with several samples in a row")
@@ -322,6 +325,7 @@ def bind(
     others = tuple(
         (name, value) for name, value in inputs.items()
         if value is not None and value is not False and not name.startswith("use_")
+        and not (segments is not None and name in _SAY_THE_SAME)
         and not _is_overlooked(function, name)
     )  # fmt: skip
     return kind.name, (*values, segments, others)

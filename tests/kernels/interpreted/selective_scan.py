@@ -32,7 +32,7 @@ def main() -> None:
     for length, places in ((18, (1, 16)), (37, (3, 4, 15, 31)), (33, (32,))):
         begins = torch.zeros(2, length, dtype=torch.bool)
         begins[1, list(places)] = True
-        make = functools.partial(draw, 2, 9, 4, length, FP32)
+        make = functools.partial(draw, 2, 37, 4, length, FP32)
         assert_parity_over(OP, make, True, starts_of(begins))
         checks += 1
     frozen = draw(1, 4, 2, 18, FP32)
