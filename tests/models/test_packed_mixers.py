@@ -259,6 +259,7 @@ def test_packs_of_any_lengths_run_the_same_graphs() -> None:
     assert counts[1:] == counts[:1] * 3
 
 
+@pytest.mark.long
 def test_rows_with_padding_are_as_in_eager_mode() -> None:
     """With a mask, positions that start again say nothing."""
     model = _made("mamba2")

@@ -25,6 +25,7 @@ def _require(model: Any, optimize: bool) -> None:
     require_packing(model, recipe)
 
 
+@pytest.mark.long
 def test_a_recurrent_model_packs_if_it_is_optimized() -> None:
     model = _model("mamba2")
     _require(model, optimize=True)
