@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe_of(checkpoint: Path, output: Path, **keys: Any) -> dict[str, Any]:
-    rows = write_rows(output.with_name(f"{output.name}.jsonl"), numbers(24))
+    rows = write_rows(output.with_name("rows.jsonl"), numbers(24))
     wanted = {**small_recipe(checkpoint, rows, output), "sample_packing": False, "max_steps": 2}
     return {k: v for k, v in {**wanted, **keys}.items() if v is not None}
 
@@ -226,6 +227,21 @@ def test_a_tower_that_is_not_loaded(checkpoints: dict[str, Path], tmp_path: Path
         model.model.visual(torch.zeros(1))
 
 
+def test_towers_that_are_not_loaded_must_be_in_safetensors(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pickled"
+    model = load_model(checked(checkpoints["llava"], tmp_path / "out"))
+    model.config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    recipe = checked(folder, tmp_path / "out", language_model_only=True)
+    assert obstacles(recipe) == [
+        "language_model_only: what is saved takes the towers from the base's safetensors files, "
+        f"and {folder} has none: leave the key out, or use a copy in safetensors"
+    ]
+
+
 def test_a_text_model_has_no_towers(base: Path, tmp_path: Path) -> None:
     recipe = checked(base, tmp_path / "out", language_model_only=True)
     model = load_model(recipe)
@@ -298,7 +314,8 @@ def test_a_run_and_its_merged_model(checkpoints: dict[str, Path], tmp_path: Path
 def test_every_type_trains_and_merges(
     kind: str, keys: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    keys |= {"sample_packing": kind != "qwen3_5"}
+    # these let the samples of a pack see each other, and are refused
+    keys = {**keys, "sample_packing": kind not in ("qwen3_5", "qwen2_5_vl")}
     assert_merges(checkpoints[kind], tmp_path / "out", **keys)
 
 
@@ -326,8 +343,11 @@ def test_towers_keep_their_dtype_in_a_merged_model(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     base = make_multimodal("internvl", tmp_path / "base", torch.bfloat16)
+    (base / "preprocessor_config.json").unlink()
     out = ran(base, tmp_path / "out", language_model_only=True)  # in float32
-    assert_of_base(merge(open_run(out), console=Console(quiet=True)), base)
+    said = Console(record=True, quiet=False, width=300, file=io.StringIO())
+    assert_of_base(merge(open_run(out), console=said), base)
+    assert f"{base} has no processor (preprocessor_config.json): copy" in said.export_text()
     asked = MergeOptions(output=tmp_path / "halves", dtype="float16")
     halves = stored(merge(open_run(out), asked, Console(quiet=True)))
     assert {t.dtype for t in halves.values()} == {torch.float16}
@@ -413,14 +433,25 @@ SEVERAL: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = [("ddp", False), ("fsdp", True)]
+"""What CI runs; the others take minutes, too."""
+
+
 @pytest.fixture(scope="module")
 def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(checkpoints["qwen3_vl"], tmp_path_factory.mktemp("several"))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
-@pytest.mark.parametrize("strategy", SEVERAL)
+@pytest.mark.parametrize(
+    ("strategy", "full"),
+    [
+        pytest.param(
+            name, full, marks=pytest.mark.long if (name, full) in QUICK else pytest.mark.slow
+        )
+        for name in SEVERAL
+        for full in (False, True)
+    ],
+)
 def test_two_processes_with_a_tower_that_no_step_calls(
     strategy: str, full: bool, runs: Runs, tmp_path: Path
 ) -> None:
