@@ -127,9 +127,9 @@ are stored in the dtype of computation, unless `bnb_config_kwargs` has `bnb_4bit
 
 ## Coming from Axolotl
 
-The keys, their types and their defaults are Axolotl's. Its recipes for supervised training, with
-LoRA, QLoRA or all weights, run unchanged; older names of keys work, too. Start with `--dry-run`.
-The differences:
+The keys, their types and their defaults are Axolotl's, and older names of keys work, too. Most of
+its example recipes for text run unchanged: [axolotl.md](axolotl.md) says which. Start with
+`--dry-run`. The differences:
 
 - Unknown keys are errors. Axolotl ignores them.
 - Kernels and patches (`liger_*`, `lora_*_kernel`, `unsloth_*`, `cut_cross_entropy`,
