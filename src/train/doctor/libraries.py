@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from .imports import broken
-from .packages import install
 from .result import CheckResult, reason
 
 _BITS = "4-bit and 8-bit weights (load_in_4bit, load_in_8bit, adapter: qlora), 8-bit optimizers"
@@ -60,6 +59,8 @@ def _kernel_error(device: Any) -> float:
 def bitsandbytes() -> list[CheckResult]:
     """Quantize a matrix to 4 and 8 bits, and multiply by it, on the training device."""
     if importlib.util.find_spec("bitsandbytes") is None:
+        from ..requirements import install
+
         note, mend = f"needed for {_BITS}", install("bitsandbytes")
         return [CheckResult("bitsandbytes", "not installed", "missing", note, mend)]
     try:

@@ -33,15 +33,6 @@ def packages() -> list[CheckResult]:
     return results
 
 
-def install(name: str) -> str:
-    """The command that installs a package, in the versions that fusewright supports."""
-    return _command(name, _named().get(name, ("", ""))[0])
-
-
-def _command(name: str, versions: str) -> str:
-    return f"pip install '{name}{versions}'" if versions else f"pip install {name}"
-
-
 def _python() -> CheckResult:
     about: Any = importlib.metadata.metadata("fusewright")
     versions = str(about.get("Requires-Python", ""))
@@ -72,7 +63,7 @@ def _package(name: str, versions: str, extra: str) -> CheckResult:
     note = f"wanted: {versions}" if versions else ""
     # PyTorch runs without Triton, and uses no kernel of it where there is no GPU
     needed = needed and name != "triton"
-    mend = _command(name, versions)
+    mend = f"pip install '{name}{versions}'"
     if version is None:
         note = "; ".join(filter(None, (note, f"for {_FOR[extra]}" if extra in _FOR else "")))
         if name == "triton" and not _has_gpu():

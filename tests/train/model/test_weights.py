@@ -21,7 +21,7 @@ from transformers import (
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.model.adapters import add_adapter
+from fusewright.train.model.adapters import add_adapter, refused_layers
 from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training
 from fusewright.train.model.quantize import quantize, stay_trainable
@@ -243,16 +243,18 @@ def test_checkpointed_blocks(recipe: dict[str, Any], keys: dict[str, Any]) -> No
     assert learned(result)
 
 
-def test_layers_that_peft_does_not_adapt_can_be_left_out() -> None:
+@pytest.mark.parametrize("excluded", [None, ["x_proj"], "(.*\\.)?x_proj"])
+def test_layers_that_peft_does_not_adapt_are_left_out(excluded: list[str] | str | None) -> None:
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8, state_size=4)
     keys: dict[str, Any] = {
         "base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2,
-        "lora_target_linear": True,
+        "lora_target_linear": True, "lora_exclude_modules": excluded,
     }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"'out_proj'.* List it in lora_exclude_modules"):
-        add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
-    keys["lora_exclude_modules"] = ["out_proj"]
-    adapted = add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
-    assert {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad} == {
-        "in_proj", "x_proj", "dt_proj",
-    }  # fmt: skip
+    recipe = Recipe.model_validate(keys)
+    assert refused_layers(MambaForCausalLM(config), recipe) == ["out_proj"]
+    adapted = add_adapter(MambaForCausalLM(config), recipe)
+    found = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert found == {"in_proj", "dt_proj"} | (set() if excluded else {"x_proj"})
+    named = Recipe.model_validate({**keys, "lora_target_modules": ["out_proj"]})
+    with pytest.raises(RecipeError, match="'out_proj'"):
+        add_adapter(MambaForCausalLM(config), named)
