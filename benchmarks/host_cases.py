@@ -23,6 +23,7 @@ _AUTOCAST = {"block": False, "block under autocast": True}
 _EAGER = "eager "
 _NO_KERNELS = (
     "attention", "decode_attention", "dora", "dora_row_norms", "moe_experts",
+    "segment_attention",
 )  # fmt: skip
 _TOKENS, _WIDTH = 24, 256
 """The least that is neither a case of few tokens nor of few features, which run otherwise."""

@@ -138,6 +138,7 @@ _NO_KERNELS = (
     "dora",
     "dora_row_norms",
     "moe_experts",
+    "segment_attention",
 )
 """Of PyTorch's own operators, or made of two others."""
 

@@ -23,6 +23,7 @@ from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.run import eager
+from ..graph.segments import join_segments
 from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import offloaded, planned
 from ..memory.oom_retry import is_out_of_memory
@@ -45,7 +46,7 @@ from .sharing import CaptureError, UnfrozenWeight
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
-    """The Dynamo backend of one kind of region: ``"block"``, ``"head"`` or ``"norm"``."""
+    """The Dynamo backend of one kind of region (``regions.py``)."""
 
     def fusewright(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph, examples, session, kind)
@@ -211,8 +212,9 @@ def refuse_what_differs(work: Compilation) -> None:
 
 
 def functionalize(work: Compilation) -> None:
-    """Turn writes into values, so that patterns see them."""
+    """Turn writes into values, and pieces into rows, so that patterns see them."""
     remove_writes(work.graph)
+    join_segments(work.graph)
 
 
 def clean(work: Compilation) -> None:

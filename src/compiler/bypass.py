@@ -32,12 +32,12 @@ def bypass_reason(
     for value in (*args, *kwargs.values()):
         if value is None or isinstance(value, (Tensor, int, float, str)):
             continue
-        if _is_cache(value):
+        if is_cache(value):
             return A_CACHE
         if _may_collect(value):
             return f"a {type(value).__name__} was passed, which may collect values as a cache does"
-    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-        return "inner outputs (attentions or hidden states) were asked for"
+    if kwargs.get("output_attentions"):  # hidden states are what hooks on whole blocks see
+        return "attentions were asked for"
     if torch._C._get_tracing_state() is not None:
         return "the model is being traced by torch.jit"
     if hooks.divided:
@@ -82,8 +82,8 @@ _TRACERS = (
 )
 
 
-def _is_cache(value: Any) -> bool:
-    """A key/value or state cache, by what it can do."""
+def is_cache(value: Any) -> bool:
+    """Whether this is a key/value or state cache, by what it can do."""
     return any(
         hasattr(value, name)
         for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
@@ -121,11 +121,11 @@ _NO_FORWARD = nn.Module.forward
 
 
 def captured_submodules(
-    module: nn.Module, outside: Sequence[str] = ()
+    module: nn.Module, outside: Sequence[tuple[str, ...]] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
     """The submodules of ``module``, a region, by name, each once, without those captured apart.
 
-    ``outside`` is the path, name by name, to a submodule that is not captured with it. Where this
+    ``outside`` are the paths, name by name, to submodules that are not captured with it. Where one
     is a mere container, the region calls what it holds: blocks are there, but not their parts.
     """
     seen: set[nn.Module] = {module}
@@ -134,7 +134,7 @@ def captured_submodules(
     ]
     while stack:
         name, path, m = stack.pop()
-        if m is None or m in seen or (path == tuple(outside) and not is_container(m)):
+        if m is None or m in seen or (path in outside and not is_container(m)):
             continue
         seen.add(m)
         yield name, m
@@ -142,8 +142,8 @@ def captured_submodules(
             stack += [(f"{name}.{n}", (*path, n), c) for n, c in m._modules.items()]
 
 
-def _leads_to(outside: Sequence[str], path: tuple[str, ...]) -> bool:
-    return bool(outside) and path[: len(outside)] == tuple(outside)
+def _leads_to(outside: Sequence[tuple[str, ...]], path: tuple[str, ...]) -> bool:
+    return any(path[: len(names)] == names for names in outside)
 
 
 def is_block(module: nn.Module) -> bool:
@@ -199,12 +199,16 @@ def has_idle_hooks(module: nn.Module) -> bool:
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a hook is one that transformers leaves behind after a call for inner outputs."""
-    # it does nothing until the next such call, which is bypassed
+    """Whether a hook is one of transformers for inner outputs that this call does not ask for."""
+    # each collects outputs of one kind, its key, where the call collects these
     if getattr(hook, "__name__", "") != "output_capturing_hook":
         return False
     collector = hook.__globals__.get("_active_collector")
-    return collector is not None and not collector.get()
+    if collector is None:
+        return False
+    collected = collector.get()
+    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
+    return not collected or ("key" in cells and cells["key"].cell_contents not in collected)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, is_training_watch, replaced_forward, watch_training
 from .copies.forward_copies import cell_contents, clone_function
 from .regions import Region, undivided_parts
+from .segments import Segmented
 from .session import Session
 
 _MARK = "__fusewright__"
@@ -91,10 +92,10 @@ def _function(forward: Any) -> Any:
 
 def install(regions: Iterable[Region], session: Session) -> None:
     """Give the modules of ``regions`` captured forwards."""
-    results = Results()
+    results, regions = Results(), list(regions)
     for region in regions:
         if region.kind == "head":
-            head_results = None if region.backbone else results
+            head_results = results if any(r.in_head for r in regions) else None
             fused = TrainerHead(region.module, session.log.reads)
             make = functools.partial(
                 head_forward, session, region.outside, head_results, fused, _session_of
@@ -104,6 +105,9 @@ def install(regions: Iterable[Region], session: Session) -> None:
                 outside = functools.partial(backbone_forward, session, fused)
                 _install_forward(module, session, "backbone", outside)
                 watch_training(module, fused)
+        elif region.kind == "backbone":
+            make = functools.partial(backbone_forward, session, None)
+            _install_forward(region.module, session, "backbone", make)
         else:
             make = functools.partial(block_forward, session, region.kind)
             _install_forward(
@@ -119,7 +123,8 @@ def _session_of(module: nn.Module) -> Session | None:
 def split(module: nn.Module, session: Session) -> Callable[[], None]:
     """Make regions of the parts of a block that could not be captured; returns what undoes it."""
     record = installed(module, wrapped=True)
-    parts = undivided_parts(module) if record is not None and record.kind == "block" else []
+    is_whole = record is not None and record.kind in ("block", "projector")
+    parts = undivided_parts(module) if is_whole else []
     install(parts, session)
 
     def undo() -> None:
@@ -193,7 +198,8 @@ def _install_forward(
 
     def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
         function = original.function(self)
-        copies = session.state.watches.opaque
+        watches = session.state.watches
+        copies = watches.segmented if isinstance(code, Segmented) else watches.opaque
         source = (copies.of(function) or function) if original.is_method else original
 
         def build() -> Callable[..., Any]:
@@ -205,6 +211,8 @@ def _install_forward(
     forward = make(original, compiled)
     if results is not None:
         forward = callable_from_head(session, results, forward)
+    if kind in ("head", "backbone"):
+        forward = session.state.segments.entering(forward, original.function(module))
     functools.update_wrapper(forward, original.function(module))
     original.replaced_by = forward
     forward.__name__ = "forward"  # pickle stores a method by this name

@@ -280,9 +280,10 @@ def _tiny_step(model: nn.Module) -> None:
         except TypeError:  # a model without a cache has no such argument
             outputs = model(**inputs)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        # an output class has the loss by name, a tuple has it first; without labels, scores are
-        loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
-        loss = loss if "labels" in inputs else outputs[0].sum()
+        # an output class has the loss by name, a tuple has it first; without one, scores or states
+        # are first
+        loss = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+        loss = loss if "labels" in inputs and loss is not None else outputs[0].sum()
         if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0 and parameters:
             torch.autograd.grad(loss, parameters, allow_unused=True)
 

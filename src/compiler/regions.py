@@ -1,13 +1,15 @@
 """Which callables of a model are captured, by structure alone.
 
-Three kinds of region:
+Four kinds of region:
 
 * **block**: an element of a repeated ``ModuleList``: a decoder layer, whatever its class is called.
 * **norm**: a leaf outside the blocks with nothing but vectors as parameters, or with an epsilon:
   the final norm.
+* **projector**: a module outside the blocks that is made of some linears and what is between them:
+  what leads from an encoder of pictures to the language model, or pools.
 * **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
 
-A block that cannot be captured as a whole gives way to its ``parts``.
+A block or projector that cannot be captured as a whole gives way to its ``parts``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.segments import Boundaries
 from ..sharding import divided_by
 from .bypass import is_container
 
@@ -33,10 +36,10 @@ class Region:
 
     path: str  # as in ``named_modules()``
     module: nn.Module
-    kind: str  # ``"block"``, ``"norm"`` or ``"head"``
-    # for a head, the path, name by name, to the submodule that stays outside
-    outside: tuple[str, ...] = ()
-    # for a head, this submodule; then those inside it that hold all blocks, one of which the head
+    kind: str  # ``"block"``, ``"norm"``, ``"projector"``, ``"head"`` or ``"backbone"``
+    # for a head, the paths, name by name, to the submodules that stay outside
+    outside: tuple[tuple[str, ...], ...] = ()
+    # for a head, these submodules; then those inside that hold all blocks of one, which the head
     # may call in its place. Empty where the head calls the blocks itself.
     backbone: tuple[nn.Module, ...] = ()
     in_head: bool = False  # for a block, whether a head that is captured calls it
@@ -47,19 +50,48 @@ def find(model: nn.Module) -> list[Region]:
     blocks = dict(_unwrapped(path, block) for path, block in _blocks(model))
     if not blocks:
         return []
-    inside = tuple(f"{path}." for path in blocks)
+    inside, blocks_in = tuple(f"{path}." for path in blocks), set(blocks.values())
     regions = []
     head = _head(model, list(blocks.values()))
-    in_head = set(head.module.modules()) - set(_outside(head).modules()) if head else set()
-    flat = head is not None and not head.backbone
+    outside = _outside(head) if head else []
+    in_head = set(head.module.modules()).difference(*(m.modules() for m in outside)) if head else ()
+    called = {m for o in outside if is_container(o) for m in o.modules()}
+    tables = {*map(_output_embeddings, model.modules()), input_embeddings(model)}
+    around = {m for m in model.modules() if not (tables | blocks_in).isdisjoint(m.modules())}
     for path, module in model.named_modules():
         if path in blocks:
-            regions.append(Region(path, module, "block", in_head=flat))
-        elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
+            regions.append(Region(path, module, "block", in_head=module in called))
+        elif path.startswith(inside) or module in in_head:
+            continue
+        elif _is_norm(module):
             regions.append(Region(path, module, "norm"))
+        elif module not in around and _is_projector(module):
+            regions.append(Region(path, module, "projector"))
+            inside += (f"{path}.",)
     if head is not None:
         regions.append(head)
-    return regions
+    return regions + _makers_of_caches(model, blocks, head)
+
+
+def _makers_of_caches(
+    model: nn.Module, blocks: dict[str, nn.Module], head: Region | None
+) -> list[Region]:
+    """What is around blocks and may make a cache for them, besides the head and its backbone."""
+    known = (head.module, *head.backbone) if head is not None else ()
+    around = {path[:i] for path in blocks for i, c in enumerate(path) if c == "."} | {""}
+    return [
+        Region(path, module, "backbone")
+        for path, module in model.named_modules()
+        if path in around
+        and not (module in known or is_container(module) or takes_labels(module))
+        and has_cache_switch(module)
+    ]
+
+
+def has_cache_switch(module: nn.Module) -> bool:
+    """Whether a module's forward takes ``use_cache``, and need not be told."""
+    switch = inspect.signature(module.forward).parameters.get("use_cache")
+    return switch is not None and switch.default is None
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -117,6 +149,17 @@ def _is_norm(module: nn.Module) -> bool:
     return all(p.dim() == 1 for p in parameters)
 
 
+_MOST_LINEARS = 16
+"""What has more is no projector, but a network whose layers are in no list."""
+
+
+def _is_projector(module: nn.Module) -> bool:
+    """A composite module with linears in it, but not many."""
+    if is_container(module) or not any(True for _ in module.children()):
+        return False
+    return 0 < sum(isinstance(m, nn.Linear) for m in module.modules()) <= _MOST_LINEARS
+
+
 def parts(block: nn.Module) -> list[Region]:
     """The regions inside a block that cannot be captured as one graph."""
     # its children, and the elements of its lists: composite ones as blocks, norms as norms; lone
@@ -144,51 +187,56 @@ def undivided_parts(block: nn.Module) -> list[Region]:
 
 
 def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
-    """The outermost module that owns both the blocks and the projection to the vocabulary."""
+    """The outermost module that owns both blocks and the projection of their results to logits."""
     # A model may not say where its projection is, or have no module for it (a tied head is one
-    # matmul): then it is the innermost module that owns the blocks and takes labels.
+    # matmul): then it is the innermost module that owns all blocks and takes labels.
     inner = None
     for path, module in model.named_modules():
-        holders = [c for c in module.children() if _holds(c, blocks)]
+        holders = [c for c in module.children() if _blocks_in(c, blocks)]
         head = _output_embeddings(module)
-        for child in holders:
-            if head is not None and head not in set(child.modules()):
-                return _region_of_head(path, module, blocks)
-            if takes_labels(module):
-                inner = _region_of_head(path, module, blocks)
+        if not holders or module in blocks:
+            continue
+        if head is not None and head not in {m for c in holders for m in c.modules()}:
+            return _region_of_head(path, module, blocks)
+        if takes_labels(module) and len(_blocks_in(module, blocks)) == len(blocks):
+            inner = _region_of_head(path, module, blocks)
     return inner
 
 
 def _region_of_head(path: str, module: nn.Module, blocks: list[nn.Module]) -> Region:
-    """The head region of ``module``, of whose children one holds all blocks."""
-    names, child = [], module
-    while inner := [
-        (n, c) for n, c in child.named_children() if c not in blocks and _holds(c, blocks)
-    ]:
-        name, child = inner[0]
-        names.append(name)
-        if not is_container(child):
-            return Region(path, module, "head", tuple(names), _chain(child, blocks))
-    return Region(path, module, "head", tuple(names))
+    """The head region of ``module``, which owns blocks."""
+    paths = list(_paths_outside(module, blocks))
+    outside = [module.get_submodule(".".join(names)) for names in paths]
+    backbone = [m for o in outside if not is_container(o) for m in _chain(o, blocks)]
+    return Region(path, module, "head", tuple(paths), tuple(dict.fromkeys(backbone)))
 
 
-def _outside(head: Region) -> nn.Module:
-    return head.module.get_submodule(".".join(head.outside))
+def _paths_outside(module: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, ...]]:
+    """The paths to what is called with blocks in it, or else to the lists of blocks."""
+    for name, child in module.named_children():
+        if _unwrapped("", child)[1] in blocks or not _blocks_in(child, blocks):
+            continue
+        inner = list(_paths_outside(child, blocks)) if is_container(child) else []
+        yield from ((name, *rest) for rest in inner or [()])
+
+
+def _outside(head: Region) -> list[nn.Module]:
+    return [head.module.get_submodule(".".join(names)) for names in head.outside]
 
 
 def _chain(module: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, ...]:
-    """``module``, and what is inside it around all the blocks."""
-    chain = [module]
-    while inner := [c for c in chain[-1].children() if _holds(c, blocks)]:
+    """``module``, and what is inside it around all of its blocks."""
+    chain, inside = [module], _blocks_in(module, blocks)
+    while inner := [c for c in chain[-1].children() if _blocks_in(c, blocks) == inside]:
         if isinstance(inner[0], nn.ModuleList) or inner[0] in blocks:
             break
         chain.append(inner[0])
     return tuple(chain)
 
 
-def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
+def _blocks_in(module: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
     members = set(module.modules())
-    return all(b in members for b in blocks)
+    return [b for b in blocks if b in members]
 
 
 def _output_embeddings(module: nn.Module) -> nn.Module | None:
@@ -218,11 +266,16 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """(batch, sequence) of the first 3-dimensional floating-point argument."""
+    """(batch, sequence) of the first 3-dimensional floating-point argument.
+
+    Where there is none, the first argument may be one row: (1, sequence) of a matrix.
+    """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
             return value.shape[0], value.shape[1]
-    return None
+    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    is_row = first is not None and first.dim() == 2 and first.is_floating_point()
+    return (1, first.shape[0]) if first is not None and is_row else None
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
@@ -232,8 +285,14 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
     for value in values:
         if isinstance(value, (tuple, list)):
             mark_dynamic(value, sizes)
+        elif isinstance(value, Boundaries):
+            torch._dynamo.maybe_mark_dynamic(value.values, 0)
         elif isinstance(value, Tensor):
+            has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):
-                features = d == value.dim() - 1 and value.dim() == 3
+                features = has_features and d == value.dim() - 1
                 if (d == 0 and size == batch) or (size == sequence and not features):
                     torch._dynamo.maybe_mark_dynamic(value, d)
+                elif features and size != sequence:
+                    # else TorchDynamo would take the sizes of layers' heads for one that varies
+                    torch._dynamo.mark_static(value, d)

@@ -23,9 +23,11 @@ from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
+from .segments import StepSegments
 from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
+from .withheld import WithheldCache
 
 
 class Replay:
@@ -101,15 +103,23 @@ class CallState:
     in_head: bool = False  # whether the call came through a captured head
     units: Units | None = None  # those of its modules whose parameters are sharded
     replay: Replay | None = None  # what the head at hand has run
-    watches: Watches = field(default_factory=Watches)
+    withheld: WithheldCache | None = None  # the default cache that blocks do not get now
+    # makes the caches that the head at hand returns fill themselves when they are read
+    on_return: list[Callable[[], None]] = field(default_factory=list)
+    segments: StepSegments = field(default_factory=StepSegments)
+    watches: Watches = field(init=False)
     # the first input of the block at hand, in whose place its graph gets a leaf
     no_gradient: Tensor | None = None
     first_input: Tensor | None = None  # of the call at hand
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
+    without_boundaries: set[type] = field(default_factory=set)  # and those with ``Boundaries``
     has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
     # what Inductor needs first, found in the background since the first call
     preparation: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self.watches = Watches(self.segments.slot)
 
     def replayed(self, module: nn.Module) -> tuple[Any] | None:
         """What ``module`` has returned in this call of a head whose capture failed, in a tuple."""
@@ -171,6 +181,7 @@ class Session:
         context: Callable[[Any], AbstractContextManager[None]] = nullcontext,
         mark: Callable[[], None] | None = None,
         no_gradient: Tensor | None = None,
+        plain: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
@@ -180,7 +191,8 @@ class Session:
         ``compiled`` makes, or finds, what runs the graph; ``original`` is the same call of the
         original forward. ``context`` makes what surrounds the captured call, and only that, of
         ``no_gradient``, an input in whose place a leaf is tried first. ``mark`` is called before a
-        capture: it tells TorchDynamo which sizes vary.
+        capture: it tells TorchDynamo which sizes vary. ``plain`` are the arguments, where some of
+        ``args`` and ``kwargs`` are shown as something else.
         """
         state = self.state
         if not state.started:
@@ -212,7 +224,10 @@ class Session:
             ) = outer  # fmt: skip
         if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return self.call(module, compiled, args, kwargs, original, context, mark)
+            return self.call(module, compiled, args, kwargs, original, context, mark, plain=plain)
+        if plain is not None:
+            state.without_boundaries.add(type(module))
+            return self.call(module, compiled, *plain, original, context, mark)
         undo_split = self.choices.split(module, self)
         try:
             result = original()

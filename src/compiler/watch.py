@@ -22,6 +22,7 @@ from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quantized import is_packed
+from ..graph.segments import splits_by_lengths
 from .bypass import (
     Hooks,
     captured_submodules,
@@ -31,8 +32,8 @@ from .bypass import (
     is_block,
     is_container,
 )
-from .copies.forward_copies import ForwardCopies
-from .copies.opaque_calls import opaque_copies
+from .copies.forward_copies import ForwardCopies, FunctionCopies
+from .copies.opaque_calls import opaque_copies, segmented_copies, takes_segments
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -71,8 +72,12 @@ _MAX_ALIKE = 2
 class Watches:
     """The watches of one session, and what equal modules have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: Any = None) -> None:
+        """Make none yet; ``slot`` holds the segments of the block that is called."""
         self.opaque = opaque_copies()
+        self.segmented = segmented_copies(slot)
+        self._mixers = FunctionCopies(lambda value, names: takes_segments(value) or None)
+        self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}
         self._alike: weakref.WeakKeyDictionary[nn.Module, Counter[Hashable]] = (
@@ -81,10 +86,11 @@ class Watches:
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._inlined: weakref.WeakKeyDictionary[nn.Module, Inlined] = weakref.WeakKeyDictionary()
         self._codes: dict[Hashable, Hashable] = {}
+        self._sizes: dict[Hashable, int] = {}
         self._round = 0
 
-    def get(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
-        """What is below a region now; ``outside`` is the path to a submodule captured apart."""
+    def get(self, module: nn.Module, outside: Sequence[tuple[str, ...]] = ()) -> Watch:
+        """What is below a region now; ``outside`` are paths to submodules captured apart."""
         # the methods of all classes are compared once for each pass over the model
         if module in self._seen:
             self._seen.clear()
@@ -93,11 +99,20 @@ class Watches:
         watch = self._watches.get(module)
         if watch is None or not watch.is_current(module):
             watch = self._watches[module] = self._watch(module, outside)
+            self._mixes.pop(module, None)
         if watch.round != self._round:
             watch.round = self._round
             code = self._find_code(module, watch)
             watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
+
+    def has_mixers(self, module: nn.Module, forward: Any) -> bool:
+        """Whether ``forward`` of a region, or code below it, calls what takes segments."""
+        mixes = self._mixes.get(module)
+        if mixes is None:
+            found = self._mixers.of(forward) or any(map(self._mixers.of_forward, module.modules()))
+            mixes = self._mixes[module] = bool(found)
+        return mixes
 
     def watch_inlined(self, module: nn.Module) -> None:
         """Watch also what the graph that is being compiled calls, and ``get`` has not read."""
@@ -114,7 +129,7 @@ class Watches:
         grown.round, grown.code = self._round, watch.code
         self._codes[self._find_code(module, grown)] = watch.code
 
-    def _watch(self, module: nn.Module, outside: Sequence[str]) -> Watch:
+    def _watch(self, module: nn.Module, outside: Sequence[tuple[str, ...]]) -> Watch:
         inlined = self._inlined.get(module, _NOTHING)
         return Watch(module, outside, self.opaque.below(module), inlined)
 
@@ -126,7 +141,8 @@ class Watches:
             names = tuple((c.__module__, c.__qualname__) for c in watch.classes)
             alike[names] += 1
             watch.is_unsettled = alike[names] > _MAX_ALIKE
-        return methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        code = methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        return *code, self._sizes.setdefault(watch.sizes, len(self._sizes))
 
 
 @dataclass(eq=False)
@@ -165,12 +181,15 @@ class Watch:
     """The modules below one region. It holds them, but not the region itself.
 
     Attributes:
-        outside: the path, name by name, to a submodule that is not captured with it.
+        outside: the paths, name by name, to submodules that are not captured with it.
         inlined: those of them that are below the one that is not captured, with their paths.
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that these modules have as instances.
         blocks: those of these modules that run their own graphs.
         packed: those of these modules that are 4-bit layers.
+        sizes: those of all parameters. Modules that differ in them have graphs of their own in any
+            case. Sharing a function, they would have their numbers (sizes of heads) for inputs.
+        splits: whether code of the region or these modules may split by lengths from a tensor.
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
@@ -180,7 +199,7 @@ class Watch:
     def __init__(
         self,
         module: nn.Module,
-        outside: Sequence[str],
+        outside: Sequence[tuple[str, ...]],
         copies: ForwardCopies,
         inlined: Inlined = _NOTHING,
     ) -> None:
@@ -200,6 +219,9 @@ class Watch:
         self.blocks = [m for m in captured if is_block(m)]
         self._called = [m.__dict__ for m in captured if not is_container(m)]
         self.packed = [m for m in captured if is_packed(m)]
+        every = (p for m in (module, *captured) for p in m._parameters.values() if p is not None)
+        self.sizes = tuple(p.shape for p in every)
+        self.splits = any(splits_by_lengths(_function_of(m)) for m in (module, *captured))
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         forwards = enumerate(self._forwards)
@@ -254,6 +276,11 @@ def _prefixes(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
+
+
+def _function_of(module: nn.Module) -> Any:
+    forward = module.__dict__.get("forward", type(module).forward)
+    return getattr(forward, "__func__", forward)
 
 
 def _code(forward: Any) -> Any:

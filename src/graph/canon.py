@@ -17,7 +17,7 @@ from torch import fx
 
 from . import facts
 from .opaque.autograd_functions import forward
-from .opaque.functions import CONVENTIONS, bind, is_leaf
+from .opaque.functions import CONVENTIONS, CONVOLUTION, bind, is_leaf
 from .opaque.quantized import PARAMS, product
 from .operations import CASTS, FUNCTIONS, LIBRARY_OPS, METHODS, SPECS, Spec
 
@@ -36,7 +36,7 @@ class Canon:
 
 _OPS: dict[Any, tuple[str, Spec]] = {}
 
-SPECS.update({c.name: Spec(c.params) for c in CONVENTIONS})
+SPECS.update({c.name: Spec(c.params) for c in (*CONVENTIONS, CONVOLUTION)})
 SPECS["quantized_linear"] = Spec(PARAMS)
 
 

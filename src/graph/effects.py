@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import types
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +26,7 @@ from .signatures import (
     is_torch,
     module_of,
     name_of,
+    names_in,
     overloads,
     packet,
 )
@@ -170,13 +170,8 @@ def _may_draw(op: str, target: Any) -> bool:
     code = getattr(target, "__code__", None)
     if code is None or not is_torch(target):
         return False
-    packets = (packet(name) for name in _code_names(code))
+    packets = (packet(name) for name in names_in(code))
     return any(_is_seeded(getattr(p, o)) for p in packets if p is not None for o in p.overloads())
-
-
-def _code_names(code: types.CodeType) -> set[str]:
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*(_code_names(c) for c in inner))
 
 
 def _is_seeded(overload: Any) -> bool:

@@ -156,3 +156,9 @@ def module_of(target: Any) -> str:
 def name_of(target: Any) -> str:
     """The bare name of a function or a method."""
     return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """The names of globals and attributes in ``code`` and in what it defines."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*map(names_in, inner))

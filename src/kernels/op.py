@@ -121,6 +121,12 @@ class Maker:
         drawn = -0.5 - self.normal(*shape, dtype=self.wide).abs()
         return nn.Parameter(drawn, self.train)
 
+    def segments(self) -> Tensor:
+        """Where the segment of each position begins: some of one, and some of many positions."""
+        begins = self.integers(3, self.sizes.batch, self.sizes.seq) == 0
+        begins[:, self.sizes.seq // 4 : self.sizes.seq // 2] = False
+        return starts_of(begins)
+
     def labels(self) -> Tensor:
         """A class for each token, also the last one; -100 for every other, as for a prompt."""
         drawn = self.integers(self.sizes.vocabulary, self.sizes.batch, self.sizes.seq)
@@ -130,6 +136,12 @@ class Maker:
 
     def _laid_out(self, t: Tensor) -> Tensor:
         return torch.stack((t, t), -1)[..., 0] if self.strided else t
+
+
+def starts_of(begins: Tensor) -> Tensor:
+    """Of each position (B, L) the one where its segment begins, int32, from where some begin."""
+    places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)
+    return torch.where(begins, places, 0).cummax(1).values
 
 
 Example = Callable[[Maker], tuple[Any, ...]]

@@ -87,7 +87,8 @@ def _in_tiles(module: fx.GraphModule) -> None:
 _PRODUCTS = {
     "aten": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "_scaled_dot_product"),
     "fusewright": (
-        "lora_", "attention_", "selective_scan", "ssd_", "moe_", "rms_norm_linear", "quant_"
+        "lora_", "attention_", "segment_attention_", "selective_scan", "ssd_", "moe_",
+        "rms_norm_linear", "quant_",
     ),
 }  # fmt: skip
 """Operations, by the beginnings of their names, that cost far more to compute than to keep."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..rewrite.rule import Rule
-from .attention import Attention
+from .attention import Attention, SegmentAttention
 from .dora import DoRALinear
 from .glu import GLU
 from .layer_norm import LayerNorm
@@ -14,7 +14,7 @@ from .moe_experts import MoEExperts
 from .quant_linear import QuantLinear
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
-from .selective_scan import ChunkedScan, SelectiveScan
+from .selective_scan import ChunkedScan, SelectiveScan, ShortConvolution
 
 PIPELINE: tuple[Rule, ...] = (
     # recognise: formulas, in all their spellings, become ops
@@ -27,8 +27,10 @@ PIPELINE: tuple[Rule, ...] = (
     LoRALinear(),
     LinearCrossEntropy(),
     Attention(),
+    SegmentAttention(),
     SelectiveScan(),
     ChunkedScan(),
+    ShortConvolution(),
     MoEExperts(),
     # fuse: ops and their neighbours become larger ops
     RopePair(),

@@ -19,13 +19,21 @@ from ..rewrite.rule import Emit, Match, Rule
 
 def _capped_head(p: Builder, x: Pattern, w: Pattern, bias: Pattern, cap: Pattern) -> Pattern:
     """The logits before the last cast: linear, factor or scale, soft cap."""
-    linear = p.linear(x, w, bias)
+    # BART and its like have the bias in a buffer of shape (1, classes)
+    added = p.capture("added", p.add(p.linear(x, w, None), bias))
+    linear = p.either(p.linear(x, w, bias), added)
     factor = p.var("factor", lambda v: isinstance(v, fx.Node))
     raw = p.either(p.mul(p.maybe_cast(linear), factor), p.either(p.contiguous(linear), linear))
     scale = p.var("scale", lambda v: isinstance(v, (int, float)))
     divided = p.capture("divided", p.div(raw, scale))
     scaled = p.either(p.mul(raw, scale), divided, raw)
     return p.either(p.tanh(scaled / cap) * cap, p.tanh(raw / cap) * cap, scaled)
+
+
+def is_bias(value: Any, weight: Any) -> bool:
+    """Whether ``value`` is one number for each row of ``weight``, of shape (..., classes)."""
+    sizes = [facts.size(value, d) for d in range(facts.ndim(value) or 0)]
+    return bool(sizes) and sizes[-1] == facts.size(weight, 0) and all(n == 1 for n in sizes[:-1])
 
 
 class _Head(Rule):
@@ -85,6 +93,9 @@ class LinearCrossEntropy(Rule):
         m.require(facts.ndim(m.labels) == 1, "labels are not one per row", m.labels)
         m.require(facts.ndim(m.w) == 2, "the head is not a matrix", m.w)
         m.require(
+            m.bias is None or is_bias(m.bias, m.w), "what is added is not one per class", m.root
+        )
+        m.require(
             facts.dtype(m.root) in (torch.float32, torch.float64)
             or facts.dtype(m.x) is facts.dtype(m.root),
             "the loss has an unexpected dtype",
@@ -113,8 +124,11 @@ class LinearCrossEntropy(Rule):
         if m.get("divided") is not None:
             scale = 1.0 / scale
         cap = None if m.get("cap") is None else float(m.cap)
+        bias = m.bias
+        if m.get("added") is not None:
+            bias = ops.method("reshape", bias, -1)
         loss = ops.linear_cross_entropy(
-            x, m.w, m.bias, m.labels, m.ignore, m.reduction, float(m.smoothing), cap, scale
+            x, m.w, bias, m.labels, m.ignore, m.reduction, float(m.smoothing), cap, scale
         )
         if facts.dtype(m.root) not in (torch.float32, torch.float64):
             loss = ops.cast(loss, facts.dtype(m.root))

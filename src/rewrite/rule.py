@@ -239,6 +239,9 @@ class Rule:
         """A test input for ``node`` where random numbers will not do (labels); None for those."""
         return None
 
+    def fit(self, m: Match, values: Mapping[fx.Node, Any]) -> None:
+        """Write into test inputs what depends on others (boundaries, on a length); none does."""
+
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """Nodes that look like this rule's formula and why; the unclaimed ones are reported."""
         return ()

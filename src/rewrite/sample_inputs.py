@@ -97,6 +97,7 @@ def sample(
             inputs.append(values.to(example.device))
         else:
             inputs.append(sizes.of(example))
+    c.rule.fit(c.match, dict(zip(c.inputs, inputs, strict=True)))
     return inputs
 
 

@@ -111,17 +111,21 @@ def _model(recipe: Recipe) -> Iterator[str]:
     try:
         with quiet():
             config = load_config(here)
-            if recipe.model_type is None:
-                model = meta_model(here, config)
-                meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
-                require_names(model, recipe)
-                _require_groups(model, recipe)
+            model = meta_model(here, config)
+            meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
+            require_names(model, recipe)
+            _require_groups(model, recipe)
             problem = too_long(here, config)
     except RecipeError as error:
         yield str(error)
         return
     if problem is not None:
         yield problem
+    if recipe.language_model_only and not list(folder.glob("*.safetensors")):
+        yield (
+            "language_model_only: what is saved takes the towers from the base's safetensors "
+            f"files, and {folder} has none: leave the key out, or use a copy in safetensors"
+        )
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
         yield from _weights(recipe, folder, meta)
 

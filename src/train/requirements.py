@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 from .consent import CODE_SWITCH
+from .package_ranges import install
 from .recipe.methods_table import METHODS, Method
 from .recipe.paths import is_hub_kernel
 from .recipe.preferences import method_of, rows_of
@@ -121,18 +122,6 @@ def _vllm_notice(recipe: Recipe) -> str | None:
         "trl.use_vllm: needs the package vllm, which is not installed (pip install vllm); the "
         "trained model itself generates the completions"
     )
-
-
-def install(name: str) -> str:
-    """The command that installs a package, in the versions that fusewright supports."""
-    try:
-        from packaging.requirements import Requirement
-
-        required = map(Requirement, importlib.metadata.requires("fusewright") or ())
-        versions = next((str(one.specifier) for one in required if one.name == name), "")
-    except (ImportError, importlib.metadata.PackageNotFoundError):
-        versions = ""
-    return f"pip install '{name}{versions}'" if versions else f"pip install {name}"
 
 
 def missing_packages(recipe: Recipe) -> list[str]:

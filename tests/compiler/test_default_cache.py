@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fusewright import explain, optimize
+from fusewright.compiler.withheld import CacheRefused, WithheldCache
 
 from ..models.tiny import Stack
 from ..models.zoo import FAMILIES, build
@@ -147,3 +149,319 @@ def test_a_model_that_says_what_it_returns_makes_no_cache() -> None:
     assert ours(IDS, IDS).past_key_values is None
     ours.config.use_cache = True
     assert ours.eval()(IDS, IDS).past_key_values is not None
+
+
+# --- training calls that do not say whether they want a cache -------------------------------------
+
+T = dict(
+    vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def _llama(**more: Any) -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**T, **more))
+
+
+def _llava() -> nn.Module:
+    vision = tf.CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
+    config = tf.LlavaConfig(
+        text_config=tf.LlamaConfig(**T), vision_config=vision, image_token_index=210
+    )
+    config.use_cache = False  # Trainer sets this one, and not the decoder's
+    return tf.LlavaForConditionalGeneration(config)
+
+
+class Embedder(nn.Module):
+    """Like SentenceTransformers' module around a model: the mean of the last states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tf.LlamaModel(tf.LlamaConfig(**T))
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return self.model(**features).last_hidden_state.mean(1)
+
+
+class ManyHeads(nn.Module):
+    """Heads for several tokens: they call the backbone, or ask the model for its last states."""
+
+    def __init__(self, calls_backbone: bool) -> None:
+        super().__init__()
+        self.lm, self.calls_backbone = _llama(), calls_backbone
+        self.heads = nn.ModuleList(nn.Linear(32, 211) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.calls_backbone:
+            x = self.lm.model(ids).last_hidden_state
+            losses = [self.lm.lm_head(x)]
+        else:
+            outputs = self.lm(ids, output_hidden_states=True)
+            x, losses = outputs.hidden_states[-1], [outputs.logits]
+        losses += [head(x) for head in self.heads]
+        each = [nn.functional.cross_entropy(z.flatten(0, 1), ids.flatten()) for z in losses]
+        return torch.stack(each).sum()
+
+
+def _seq2seq(kind: str) -> nn.Module:
+    if kind == "t5":
+        config = tf.T5Config(
+            vocab_size=211, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0, dropout_rate=0.0,
+        )  # fmt: skip
+        return tf.T5ForConditionalGeneration(config)
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("ffn_dim", 48), ("attention_heads", 4))
+    }
+    model = tf.BartForConditionalGeneration(
+        tf.BartConfig(vocab_size=211, d_model=32, max_position_embeddings=64, dropout=0.0, **sides)
+    )
+    nn.init.normal_(model.final_logits_bias)
+    return model
+
+
+STEPS: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "embeddings": (
+        lambda: tf.LlamaModel(tf.LlamaConfig(**T)),
+        lambda m: m(IDS).last_hidden_state.exp().mean(),
+        {"rms_norm": 5, "rope": 2, "glu": 2},
+    ),
+    "an embedding module": (
+        Embedder,
+        lambda m: m({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}).exp().mean(),
+        {"rms_norm": 5, "rope": 2, "glu": 2},
+    ),
+    "logits": (
+        _llama,
+        lambda m: m(IDS, output_hidden_states=True).logits.float().exp().mean(),
+        {"rms_norm": 5, "rope": 2, "glu": 2},
+    ),
+    "positions alone": (
+        _llama,
+        lambda m: m(IDS, labels=IDS, position_ids=torch.arange(13).expand(2, -1)).loss,
+        {"rms_norm": 5, "rope": 2, "glu": 2, "linear_cross_entropy": 1},
+    ),
+    "heads on the backbone": (
+        lambda: ManyHeads(True), lambda m: m(IDS), {"rms_norm": 5, "rope": 2, "glu": 2}
+    ),
+    "heads on hidden states": (
+        lambda: ManyHeads(False), lambda m: m(IDS), {"rms_norm": 5, "rope": 2, "glu": 2}
+    ),
+    "a decoder of parts": (
+        _llava,
+        lambda m: m(IDS, labels=IDS).loss,
+        {"rms_norm": 5, "rope": 2, "glu": 2, "linear_cross_entropy": 1},
+    ),
+    "t5": (
+        lambda: _seq2seq("t5"),
+        lambda m: m(IDS, labels=IDS).loss,
+        {"rms_norm": 12, "glu": 4, "linear_cross_entropy": 1},
+    ),
+    "bart": (
+        lambda: _seq2seq("bart"),
+        lambda m: m(IDS, labels=IDS).loss,
+        {"layer_norm": 12, "linear_cross_entropy": 1},
+    ),
+}  # fmt: skip
+SHORT = ("a decoder of parts",)
+
+
+def _both(make: Any, **options: Any) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    eager = make().train()
+    for p in eager.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return optimize(copy.deepcopy(eager), codegen="eager", **options), eager
+
+
+def _assert_equal_steps(ours: nn.Module, eager: nn.Module, step: Any) -> None:
+    losses = []
+    for model in (ours, eager):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = step(model)
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[0] + 0, losses[1], rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in SHORT else [pytest.mark.long]) for k in STEPS]
+)
+def test_blocks_are_rewritten_in_training_calls_that_ask_for_no_cache(kind: str) -> None:
+    make, step, rules = STEPS[kind]
+    ours, eager = _both(make)
+    for _ in range(2):
+        _assert_equal_steps(ours, eager, step)
+    report = explain(ours)
+    assert report.by_rule().items() >= rules.items()
+    assert not [b for b in report.bypasses if "a cache" in b.reason or "its cache" in b.reason]
+
+
+def _with_cache(read: Any) -> Any:
+    def step(model: nn.Module) -> Tensor:
+        outputs = model(IDS)
+        cache = read(outputs)
+        states = sum(t.float().exp().mean() for x in cache.layers for t in (x.keys, x.values))
+        # the dropout of what comes next is that of eager mode, too
+        second = model(IDS[:, :5], past_key_values=cache).logits.float().exp().mean()
+        return outputs.logits.float().exp().mean() + states + second
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda o: o.past_key_values, id="attribute"),
+        pytest.param(lambda o: o["past_key_values"], id="key", marks=pytest.mark.long),
+        pytest.param(lambda o: o.to_tuple()[1], id="tuple", marks=pytest.mark.long),
+    ],
+)
+def test_a_default_cache_that_is_read_is_the_one_of_eager_mode(read: Any) -> None:
+    models = _both(lambda: _llama(attention_dropout=0.2), passes=())
+    for _ in range(2):  # the first time it is filled late, then at once
+        _assert_equal_steps(*models, _with_cache(read))
+    assert any("an earlier one was read" in b.reason for b in explain(models[0]).bypasses)
+
+
+USES: dict[str, Any] = {
+    "length": lambda c: c.get_seq_length(),
+    "len": len,
+    "keys": lambda c: c.layers[1].keys.sum().item(),
+    "repr": repr,
+    "copy": lambda c: copy.deepcopy(c).layers[0].values.tolist(),
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)).layers[0].values.tolist(),
+    "write": lambda c: setattr(c, "name", 3) or (c.name, c.get_seq_length()),
+    "crop": lambda c: c.crop(-3) or c.layers[0].keys.shape,
+    "state": lambda c: sorted(vars(c)),
+}
+
+
+def _filled() -> tf.DynamicCache:
+    cache = tf.DynamicCache()
+    for i in range(2):
+        cache.update(torch.arange(40.0).view(1, 2, 5, 4), torch.ones(1, 2, 5, 4), i)
+    return cache
+
+
+@pytest.mark.parametrize("use", USES)
+def test_each_use_of_a_deferred_cache_fills_it(use: str) -> None:
+    withheld, fills = WithheldCache(), []
+    withheld.cache = cache = tf.DynamicCache()
+    withheld.defer(lambda: fills.append(1) or _filled())
+    assert isinstance(cache, tf.DynamicCache)
+    assert type(cache).__name__ == "DynamicCache"
+    assert not hasattr(cache, "dtype")  # which wrappers for mixed precision ask
+    assert not fills
+    assert USES[use](cache) == USES[use](_filled())
+    assert fills == [1]
+    assert type(cache) is tf.DynamicCache
+    assert vars(cache).keys() - {"name"} == vars(_filled()).keys()
+
+
+def test_a_cache_that_blocks_do_not_get_refuses_to_be_used_meanwhile() -> None:
+    withheld, cache = WithheldCache(), tf.DynamicCache()
+    args, kwargs = withheld.withhold(nn.Linear(1, 1), (1, cache), {"cache": cache, "x": 2})
+    assert (args, kwargs) == ((1, None), {"cache": None, "x": 2})
+    with pytest.raises(CacheRefused):
+        cache.get_seq_length()
+    assert withheld.is_used
+    withheld.release()
+    assert cache.get_seq_length() == 0
+
+
+LATE: dict[str, Any] = {
+    "backward": lambda m, o: o.logits.sum().backward(),
+    "a gradient": lambda m, o: torch.autograd.grad(o.logits.sum(), m.model.embed_tokens.weight),
+    "a write": lambda m, o: m.model.norm.weight.detach().mul_(2.0),
+    "evaluation": lambda m, o: m.eval(),
+}
+
+
+def test_a_default_cache_that_can_no_longer_be_computed_is_an_error() -> None:
+    ours, _ = _both(_llama, passes=(), verify="off")
+    ours(IDS)
+    for change in LATE.values():
+        model = copy.deepcopy(ours)
+        outputs = model(IDS)
+        change(model, outputs)
+        with pytest.raises(RuntimeError, match="pass use_cache=True"):
+            outputs.cache.get_seq_length()
+    outputs = ours(IDS, use_cache=True)
+    outputs.logits.sum().backward()
+    assert outputs.cache.get_seq_length() == 13
+
+
+class Reading(tf.LlamaModel):
+    """A model whose code uses the cache between its blocks, or after them."""
+
+    late = True
+
+    def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
+        cache = tf.DynamicCache(config=self.config)
+        x = self.embed_tokens(input_ids)
+        position = torch.arange(input_ids.shape[1])[None]
+        rotary = self.rotary_emb(x, position_ids=position)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=rotary, cache=cache, use_cache=True)
+            if not self.late:
+                x = x * (1.0 + cache.get_seq_length(0))
+        if self.late:
+            x = x + cache.layers[0].keys.mean()
+        return CausalLMOutputWithPast(logits=x, cache=cache)
+
+
+class Hiding(Reading):
+    """One that keeps the cache to itself."""
+
+    def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
+        outputs = super().forward(input_ids)
+        self.kept = outputs.cache
+        return CausalLMOutputWithPast(logits=outputs.logits)
+
+
+@pytest.mark.parametrize("kind", ["between", "after", "hidden"])
+def test_a_model_that_uses_its_cache_itself_gets_it(kind: str) -> None:
+    ours, eager = _both(
+        lambda: (Hiding if kind == "hidden" else Reading)(tf.LlamaConfig(**T)), passes=()
+    )
+    ours.late = eager.late = kind != "between"
+    for _ in range(2):
+        _assert_equal_steps(ours, eager, lambda m: m(IDS).logits.exp().mean())
+        assert ours(IDS).logits.requires_grad
+    assert any("filled at once" in b.reason for b in explain(ours).bypasses)
+    if kind == "hidden":
+        assert ours.kept.get_seq_length() == eager.kept.get_seq_length() == 13
+
+
+def test_a_hook_on_a_block_gets_the_cache() -> None:
+    lengths: list[list[int]] = []
+    for model in _both(lambda: tf.LlamaModel(tf.LlamaConfig(**T)), passes=()):
+        lengths.append([])
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            lengths[-1].append(kwargs["cache"].get_seq_length(0))
+
+        model.layers[0].register_forward_hook(hook, with_kwargs=True)
+        model(IDS)
+    assert set(lengths[0]) == set(lengths[1]) == {13}
+
+
+@pytest.mark.long("True")
+@pytest.mark.parametrize("training", [False, True])
+def test_generation_and_evaluation_have_their_caches(training: bool) -> None:
+    ours, eager = (m.train(training) for m in _both(_llama, passes=()))
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(IDS, **kwargs), eager.generate(IDS, **kwargs))
+    with torch.no_grad():
+        assert type(ours.model(IDS).cache) is tf.DynamicCache
+    assert ours.eval().model(IDS).cache.get_seq_length() == 13

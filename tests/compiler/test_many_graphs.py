@@ -54,6 +54,45 @@ def counter(self: Any, y: Tensor) -> Tensor:
     return y * self.number
 
 
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Heads(nn.Module):
+    """A rotary embedding on heads of a size of its own, and a number of its own."""
+
+    def __init__(self, size: int, number: int) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 2 * size), nn.Linear(2 * size, 8)
+        self.size, self.number = size, number
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], -1, self.size).transpose(1, 2)
+        q = _rotated(q, cos[:, None], sin[:, None]) / (1 + self.number)
+        return x + self.o(q.transpose(1, 2).flatten(2))
+
+
+class HeadsOfTwoSizes(Stack):
+    """Each layer is given the tables of its size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            angles = torch.arange(x.shape[1])[:, None] * torch.linspace(0.1, 1, layer.size)
+            angles = angles.expand(len(x), -1, -1)
+            x = layer(x, angles.cos(), angles.sin())
+        return x
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
+def test_sizes_of_heads_are_constants_though_numbers_vary(sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    eager = HeadsOfTwoSizes(Heads(sizes[i % 2], i) for i in range(14))
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager)
+    assert explain(ours).by_rule() == {"rope": 14}
+
+
 def _assert_equal(ours: nn.Module, eager: nn.Module, steps: int = 1) -> None:
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     for _ in range(steps):

@@ -111,6 +111,8 @@ _WITHOUT = (
     "attention",
     "attention-window",
     "decode_attention",
+    "segment_attention",
+    "segment_attention-grouped",
     # PyTorch's products of matrices
     "qkv_block-plain",
     "quant_linear-int8",

@@ -75,6 +75,7 @@ DEPTHS = (
     "num_blocks",
     "depth",
     "num_layers_per_stack",
+    "layers",
 )
 
 # Sizes of the encoders of pictures and sound that hang on a decoder.
@@ -89,7 +90,34 @@ ENCODER_SIZES: dict[str, int] = {
     "nemo_conv_channels": 64,
     "input_size": 64,
     "audio_vocab_size": VOCAB,
+    "embed_dim": HIDDEN,
+    "out_hidden_size": HIDDEN,
+    "text_hidden_size": HIDDEN,
+    "output_dim": HIDDEN,
+    "num_position_embeddings": 64,
+    "patch_embed_hidden_size": HIDDEN,
+    "projection_dim": HIDDEN,
+    "num_mel_bins": 16,
+    "projector_hidden_size": HIDDEN,
+    "projection_hidden_dim": HIDDEN,
+    "vision_hidden_size": HIDDEN,
+    "encoder_hidden_size": HIDDEN,
+    "adapter_hidden_size": HIDDEN,
 }
+
+# Lists that are none of layers.
+LISTS: dict[str, Any] = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+
+# Placeholders of pictures and sound: ids that no text has.
+TOKENS: dict[str, int] = {
+    f"{medium}_token_{suffix}": 201 + place
+    for place, medium in enumerate(
+        ("image", "video", "audio", "vision_start", "vision_end", "image_start", "image_end",
+         "audio_start", "audio_end", "boi")
+    )
+    for suffix in ("id", "index")
+}  # fmt: skip
+TOKENS |= {"eoi_token_id": 210, "eoi_token_index": 210}
 
 # Features that most released models of a family have and that default to off.
 FEATURES: dict[str, Any] = {
@@ -111,6 +139,13 @@ _CONV = ["conv", "full_attention"]
 _FULL = ["full_attention", "sliding_attention"]
 _SLIDING = ["sliding_attention", "full_attention"]
 _MOE = ["dense", "sparse"]
+
+
+def _sections(time: int, height: int, width: int, **more: Any) -> dict[str, Any]:
+    """Rotary frequencies of which each axis of a picture has some."""
+    sections = [time, height, width]
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **more}
+
 
 # What single families insist on, by `model_type`; it overrides everything above.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -266,14 +301,177 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
 }
 
-# Why a registered name has no trainable tiny model.
-IMPOSSIBLE: dict[str, str] = dict.fromkeys(
-    ("gemma4_assistant", "gemma4_unified_assistant"),
-    "a drafter: it needs the embeddings and the keys and values of its backbone, and has no loss",
-)
+# The same for whole models with their encoders: what their parts want of each other.
+WHOLE: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 180, "audio_token_offset": 188},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8, "base_channels": 32},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 201, "IMGIMGAA": 190, "IMGIMGBA": 191}},
+    "chameleon_vqgan": {"base_channels": 32, "num_embeddings": 2, "resolution": 32},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [64, 64]},
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": _MOE,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "diffusion_gemma_text": {
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 201,
+            "<|extra_200|>": 202,
+            "<|visual token 000000|>": 190,
+            "<|visual token 000001|>": 191,
+        }
+    },
+    "emu3_vqgan": {"base_channels": 32, "codebook_size": 2, "hidden_size": 128},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _sections(3, 3, 2)},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 0, "mask_token_id": 205},
+    "esmc": {"num_key_value_heads": 4},
+    "evolla": {"hidden_act": "silu"},
+    "exaone4_5_vision": {"window_size": 32},
+    "florence_vision": {
+        "embed_dim": [16, 32, 64, 64],
+        "num_heads": [1, 2, 4, 4],
+        "num_groups": [1, 2, 4, 4],
+        "depths": [1, 1, 1, 1],
+        "projection_dim": HIDDEN,
+    },
+    "fun_asr_nano_encoder": {"num_timestamp_prediction_layers": 1},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 16, "projector_hidden_size": HIDDEN},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4_audio": {"subsampling_conv_channels": [16, 8], "output_proj_dims": HIDDEN},
+    "glm4v_moe_text": {"rope_parameters": _sections(2, 1, 1, partial_rotary_factor=0.5)},
+    "glm4v_text": {"rope_parameters": _sections(3, 3, 2)},
+    "glm5_next_text": {"index_kpool": 4},
+    "glm_ocr_text": {"rope_parameters": _sections(3, 3, 2)},
+    "glmasr_encoder": {"intermediate_size": 4 * HIDDEN},
+    "granite4_vision": {
+        "deepstack_layer_map": [(1, 0)],
+        "spatial_target_layers": [0, 1, 1, 1],
+        "downsample_rate": "1/2",
+    },
+    "granite_speech": {"window_size": 15},
+    "granite_speech_encoder": {"hidden_dim": HIDDEN, "context_size": 16},
+    "granite_speech_plus": {"window_size": 15},
+    "granite_speech_plus_encoder": {"hidden_dim": HIDDEN, "context_size": 16},
+    "hunyuan_vl_text": {"head_dim": 16, "rope_parameters": _sections(3, 3, 2)},
+    "idefics": {
+        "cross_layer_interval": 1,
+        "freeze_text_layers": False,
+        "freeze_vision_layers": False,
+    },
+    "internvl_vision": {"image_size": [32, 32], "patch_size": [8, 8]},
+    "janus_vision_model": {"use_qk_norm": False},
+    "janus_vqgan": {"base_channels": 32, "num_embeddings": 16},
+    "kimi_k25": {"projection_hidden_size": HIDDEN},
+    "kosmos-2": {"latent_query_num": 6},
+    "kosmos-2.5": {"latent_query_num": 6},
+    "kosmos_2_text_model": {"embed_dim": HIDDEN, "max_position_embeddings": 128},
+    "kyutai_speech_to_text": {
+        "audio_bos_token_id": 64,
+        "audio_pad_token_id": 70,
+        "codebook_vocab_size": 65,
+        "num_codebooks": 2,
+    },
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "lilt": {"hidden_size": 96},
+    "llama4_vision_model": {
+        "projector_input_dim": HIDDEN,
+        "projector_output_dim": HIDDEN,
+        "vision_output_dim": HIDDEN,
+        "intermediate_size": 256,
+    },
+    "luke": {"entity_vocab_size": 32, "entity_emb_size": 16},
+    "mimi": {"upsample_groups": HIDDEN},
+    "mllama": {"vision_output_dim": 128},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "mllama_vision_model": {"vision_output_dim": 128},
+    "molmo2": {"image_patch_id": 201, "low_res_image_start_token_id": 208},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "molmo2_vision": {"num_position_embeddings": 16, "image_size": [32, 32]},
+    "muse_glimmer": {"out_hidden_size": 4 * HIDDEN},
+    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
+    "muse_spark_audio": {"out_hidden_size": HIDDEN, "hidden_sizes": [16, 32, 64, 64]},
+    "muse_spark_text": {"moe_hidden_size": 32},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 205},
+    "Nemotron3DiarizationHeadConfig": {"audio_hidden_size": HIDDEN},
+    "paddleocr_vl_text": {"rope_parameters": _sections(3, 3, 2)},
+    "paligemma": {"projection_dim": HIDDEN},
+    "perceiver": {"d_latents": HIDDEN, "num_latents": 8, "num_self_attends_per_block": 2},
+    "pp_formulanet_vision": {
+        "post_conv_in_channels": 32,
+        "post_conv_mid_channels": 32,
+        "post_conv_out_channels": 64,
+        "decoder_hidden_size": HIDDEN,
+    },
+    "qianfan_ocr_vision": {"image_size": [32, 32], "patch_size": [8, 8]},
+    "qwen2_5_omni_text": {"rope_parameters": _sections(3, 3, 2)},
+    "qwen2_5_omni_vision_encoder": {"window_size": 32},
+    "qwen2_5_vl_text": {"rope_parameters": _sections(3, 3, 2)},
+    "qwen2_5_vl_vision": {"window_size": 32},
+    "qwen2_vl_text": {"rope_parameters": _sections(3, 3, 2)},
+    "radio": {"video_temporal_patch_size": 2},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "step3p5": {"sliding_window": 8},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [64, 64]},
+    "vibevoice_acoustic_tokenizer_encoder": {
+        "num_filters": 4,
+        "depths": [1, 1, 1],
+        "downsampling_ratios": [2, 4],
+    },
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "vision-encoder-decoder": {"pad_token_id": 0},
+    "voxtral_encoder": {"intermediate_size": 4 * HIDDEN},
+    "wavtokenizer_encoder": {"codebook_dim": HIDDEN, "codebook_size": 8},
+}
+
+_BERT_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+
+# What a whole model has by default only when it is named.
+PARTS: dict[str, dict[str, Any]] = {
+    "diffusion_gemma": {"vision_config": {}},
+    "gemma4": {"vision_config": {}, "audio_config": {}},
+    "gemma4_unified": {"vision_config": {}, "audio_config": {}},
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": _BERT_DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _BERT_DECODER},
+}
+
+# Why a registered name has no trainable tiny model of a kind.
+IMPOSSIBLE: dict[tuple[str, str], str] = {
+    **dict.fromkeys(
+        (("causal", "gemma4_assistant"), ("causal", "gemma4_unified_assistant")),
+        "a drafter: it needs the embeddings and the keys and values of its backbone, and has no "
+        "loss",
+    ),
+    ("embedding", "perceiver"): "it reads bytes of any kind through a preprocessor, no tokens",
+    ("embedding", "t5gemma"): "its encoder alone is not the encoder-decoder that its default "
+    "configuration is",
+    ("encoder-decoder", "musicflamingo"): "the features of a sound need the positions of its own "
+    "placeholders, whose number they are",
+    ("multimodal", "diffusion_gemma"): "its forward has no loss: it denoises blocks of text",
+    ("multimodal", "llama4"): "eager transformers 5.24 fails in training: "
+    "'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'",
+    **dict.fromkeys(
+        (("multimodal", "qwen2_5_omni"), ("multimodal", "qwen3_omni_moe")),
+        "it generates only: a talker around the model that is here as its `_thinker`",
+    ),
+}
 
 # Decoders of sound: every codebook has its own row of ids, the labels have one more dimension.
 CODEBOOKS = frozenset({"musicgen_decoder", "musicgen_melody_decoder"})
+
+# Encoder-decoders that are given no inputs of the decoder: it reads what the encoder reads.
+SAME_LENGTH = frozenset({"fsmt"})
 
 # Decoders whose loss insists on a picture in front of the text.
 PICTURES = frozenset({"git"})

@@ -327,8 +327,11 @@ def test_a_signal_between_training_and_saving_costs_nothing(
 def test_a_model_that_leaks_is_refused(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: True)
-    with pytest.raises(RecipeError, match="LlamaForCausalLM lets the samples of a pack see"):
+    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: "model.x (Mixer)")
+    with pytest.raises(
+        RecipeError,
+        match=r"LlamaForCausalLM lets the samples of a pack see each other, in model\.x \(Mixer\)",
+    ):
         train(recipe, console=QUIET)
 
 

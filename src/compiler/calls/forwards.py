@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.opaque.quantized import restore_states
+from ...graph.segments import with_boundaries
 from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
-from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
+from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache
 from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic
-from ..session import Session
+from ..segments import BlockSegments, Segmented, require_once
+from ..session import Session, first_tensor
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
 from .input_gradients import input_without_gradient, shown_with_gradient
@@ -66,16 +68,21 @@ class Original:
 def block_forward(
     session: Session, kind: str, original: Original, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The forward of a block, or of a norm outside (``kind``); one ``compiled`` form per level."""
+    """The forward of a block, or of a module outside (``kind``); a ``compiled`` form per level."""
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
-    is_inactive = inactive_check(session)
+    is_inactive, segments = inactive_check(session), session.state.segments
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
+        packs = None
+        if kind == "block" and segments.concern(kwargs):
+            packs = _given(session, original, self, args, kwargs)
+        if session.state.withheld is not None:
+            args, kwargs = session.state.withheld.withhold(self, args, kwargs)
         failed = session.failure(self)
         if failed is not None:
-            return _bypassed(session, failed, original, self, args, kwargs)
+            return _bypassed(session, failed, original, self, args, kwargs, packs)
         watch = session.state.watches.get(self)
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
@@ -85,7 +92,7 @@ def block_forward(
         if reason is not None:
             if reason is UNSETTLED or (hooks.divided and kind == "block"):
                 session.leave(self, reason)
-            return _bypassed(session, reason, original, self, args, kwargs)
+            return _bypassed(session, reason, original, self, args, kwargs, packs)
         if units:
             args, kwargs = gathered(units, args, kwargs)
         if watch.packed:
@@ -96,40 +103,92 @@ def block_forward(
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(original, self, *args, **kwargs)
+        code, plain = watch.code, None
+        if packs is not None and packs.segments is not None:
+            run_original = functools.partial(_with_segments, session, original, self, args, kwargs)
+            code = Segmented(code)
+        if watch.splits and type(self) not in session.state.without_boundaries:
+            plain = args, kwargs
+            args, kwargs = with_boundaries(args, kwargs)
 
         def find_compiled() -> Any:
-            return compiled(self, level(), watch.code)
+            return compiled(self, level(), code)
 
-        mark = functools.partial(_mark, args, kwargs, sizes)
-        context = functools.partial(_around, session, self, watch)
+        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None, packs)
+        context = functools.partial(_around, session, self, watch, packs)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
+            segments.given(packs) if packs is not None else _NO_CONTEXT,
         ):
             results = session.call(
-                self, find_compiled, args, kwargs, run_original, context, mark, x
+                self, find_compiled, args, kwargs, run_original, context, mark, x, plain
             )
         return units.after(results) if units.is_open else results
 
     return forward
 
 
-def _around(session: Session, module: nn.Module, watch: Watch, x: Tensor | None) -> Any:
+def _given(
+    session: Session, original: Original, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> BlockSegments | None:
+    """The segments that a call of a block is given; None where it mixes no positions."""
+    if not session.state.watches.has_mixers(module, original.function(module)):
+        return None
+    given = session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
+    return None if any(map(is_cache, (*args, *kwargs.values()))) else given
+
+
+def _with_segments(
+    session: Session, original: Original, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """The original code, but for what takes segments."""
+    require_once(module)
+    copies = session.state.watches.segmented
+    with using_copies(copies.below(module)):
+        copy = copies.of(original.function(module)) if original.is_method else None
+        return original(module, *args, **kwargs) if copy is None else copy(module, *args, **kwargs)
+
+
+def _around(
+    session: Session, module: nn.Module, watch: Watch, packs: BlockSegments | None, x: Tensor | None
+) -> Any:
     """What surrounds a captured call: copies of forwards, and ``x`` seen as needing a gradient."""
-    copies = session.state.watches.opaque.below(module) if watch.copies else None
+    watches, copies = session.state.watches, None
+    if packs is not None and packs.segments is not None:
+        copies = watches.segmented.below(module)
+    elif watch.copies:
+        copies = watches.opaque.below(module)
     around: Any = using_copies(copies) if copies else _NO_CONTEXT
     return around if x is None else shown_with_gradient(x, around)
 
 
-def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:
+def _mark(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sizes: tuple[int, int] | None,
+    packs: BlockSegments | None,
+) -> None:
+    # a projector may fold positions into features, and towers mostly have as many each time
     if sizes is not None:
-        mark_dynamic((*args, *kwargs.values()), sizes)
+        mark_dynamic((*args, *kwargs.values(), packs and packs.segments), sizes)
 
 
 def _bypassed(
-    session: Session, reason: str, original: Original, module: nn.Module, args: Any, kwargs: Any
+    session: Session,
+    reason: str,
+    original: Original,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    packs: BlockSegments | None,
 ) -> Any:
     session.log.note(module, reason)
+    if packs is not None:
+        with session.state.segments.given(packs):
+            if packs.segments is not None:
+                return _with_segments(session, original, module, args, kwargs)
+            return original(module, *args, **kwargs)
     with session.choices.decoding(module) if reason is A_CACHE else _NO_CONTEXT:
         return original(module, *args, **kwargs)
 
@@ -137,10 +196,10 @@ def _bypassed(
 def _why_not(
     kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool
 ) -> str | None:
-    """Why a call of a block or a norm is not captured, or None."""
+    """Why a call of a block, a norm or a projector is not captured, or None."""
     reason = global_hook_reason() or bypass_reason(args, kwargs, hooks, fake)
-    if reason is None and kind == "norm" and not torch.is_grad_enabled():
-        return "evaluation: a lone norm is not worth a graph of its own"
+    if reason is None and kind != "block" and not torch.is_grad_enabled():
+        return f"evaluation: a lone {kind} is not worth a graph of its own"
     return reason
 
 

@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import typing
-import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -26,6 +25,7 @@ from ..regions import leading_sizes, mark_dynamic
 from ..session import CallState, Replay, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
+from .default_cache import DefaultCache, SharedCacheIndices
 from .forwards import Original, inactive_check
 from .opaque_blocks import Results
 from .trainer_heads import ASKED, TrainerHead
@@ -34,12 +34,12 @@ from .trainer_heads import ASKED, TrainerHead
 class _Signature:
     """What a causal LM's forward takes, and whether it can fill a cache by default."""
 
-    def __init__(self, forward: Any, is_method: bool, backbone: Any) -> None:
+    def __init__(self, forward: Any, is_method: bool, backbones: Sequence[nn.Module]) -> None:
         self.forward = forward
         parameters = inspect.signature(forward).parameters
         positional = [n for n, p in parameters.items() if p.kind in _POSITIONAL]
         self._positional = positional[1:] if is_method else positional
-        self.has_cache = has_cache_switch(forward, parameters_of(forward, backbone))
+        self.has_cache = has_cache_switch(forward, parameters_of(forward, backbones))
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """All arguments by name; None where the call is a wrong one."""
@@ -61,21 +61,21 @@ class _Signature:
 class _Signatures:
     """The signature of a module's original forward, read again where somebody has replaced it."""
 
-    def __init__(self, original: Original, backbone: Sequence[str] | None) -> None:
-        self._original, self._backbone = original, backbone
+    def __init__(self, original: Original, backbones: Sequence[tuple[str, ...]]) -> None:
+        self._original, self._backbones = original, backbones
         self._last: _Signature | None = None
 
     def of(self, head: nn.Module) -> _Signature:
         function = self._original.function(head)
         if self._last is None or self._last.forward is not function:
-            backbone = None if self._backbone is None else _submodule(head, self._backbone)
-            self._last = _Signature(function, self._original.is_method, backbone)
+            backbones = _submodules(head, self._backbones)
+            self._last = _Signature(function, self._original.is_method, backbones)
         return self._last
 
 
 def head_forward(
     session: Session,
-    outside: Sequence[str],
+    outside: Sequence[tuple[str, ...]],
     results: Results | None,
     fused: TrainerHead,
     session_of: Callable[[nn.Module], Session | None],
@@ -84,13 +84,13 @@ def head_forward(
 ) -> Callable[..., Any]:
     """The forward of a causal LM: head, shift and loss in one graph, in calls of a training step.
 
-    ``outside`` is the path, name by name, to the submodule that is not captured with it;
+    ``outside`` are the paths, name by name, to the submodules that are not captured with it;
     ``results`` says what the blocks return, where the head calls them itself. ``session_of`` gives
     another session where a second model that has the same backbone was optimized later. There is
     one ``compiled`` form for each set of arguments.
     """
     cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
-    signatures = _Signatures(original, outside if results is None else None)
+    signatures = _Signatures(original, outside if results is None else ())
     lazy, fake = session.choices.options.logits == "lazy" and results is None, session.choices.fake
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -133,9 +133,8 @@ def head_forward(
         def find_compiled() -> Any:
             return compiled(self, _given(kwargs), watch.code)
 
-        backbone = _submodule(self, outside)
-        inner = None if backbone is None else session_of(backbone)
-        states = list(dict.fromkeys(s.state for s in (session, inner) if s is not None))
+        sessions = (session, *map(session_of, _submodules(self, outside)))
+        states = list(dict.fromkeys(s.state for s in sessions if s is not None))
         run = functools.partial(_run, session, states, self, kwargs, hooks, find_compiled, original)
         return retrying(session.choices.planner, run) if training else run()
 
@@ -159,7 +158,7 @@ def _mark_sizes(kwargs: dict[str, Any]) -> None:
 
 
 def _is_captured(
-    session: Session, head: nn.Module, outside: Sequence[str], kwargs: Any, lazy: bool
+    session: Session, head: nn.Module, outside: Sequence[tuple[str, ...]], kwargs: Any, lazy: bool
 ) -> bool:
     """Whether a call is one that a graph may run: none has failed, and it trains or evaluates."""
     failed = session.log.failed.get(head)
@@ -217,6 +216,9 @@ def _run(
         label_counts.forget()  # its loss has been computed: nothing is kept until the next
         for state, before in zip(states, outer, strict=True):
             state.in_head, state.units, state.replay = before
+            if state.replay is None:
+                while state.on_return:
+                    state.on_return.pop()()
     return units.after(outputs) if units.is_open else outputs
 
 
@@ -227,11 +229,14 @@ def _enter_head(
         state.in_head, state.units, state.replay = in_head, units, replay
 
 
-def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
-    submodule: nn.Module | None = module
-    for name in path:
-        submodule = None if submodule is None else submodule._modules.get(name)
-    return submodule
+def _submodules(module: nn.Module, paths: Sequence[tuple[str, ...]]) -> list[nn.Module]:
+    submodules = []
+    for path in paths:
+        m: nn.Module | None = module
+        for name in path:
+            m = None if m is None else m._modules.get(name)
+        submodules += [] if m is None else [m]
+    return submodules
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -270,15 +275,27 @@ def _gathered(outputs: Any, units: Units) -> Any:
 
 
 def backbone_forward(
-    session: Session, fused: TrainerHead, original: Original, compiled: Callable[..., Any]
+    session: Session,
+    fused: TrainerHead | None,
+    original: Original,
+    compiled: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
+    """The backbone inside a head: a graph break while the head is captured, itself otherwise.
+
+    ``fused`` is that of a backbone that a trainer's head may call.
+    """
+
+    def run_in_step(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = original.function(self) if original.is_method else None
+        return session.state.segments.run_backbone(original, function, self, args, kwargs)
+
+    run = DefaultCache(session, original, run_in_step)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def run_uncaptured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session.state.in_head = False
         try:
-            outputs = original(self, *args, **kwargs)
+            outputs = run(self, *args, **kwargs)
         finally:
             session.state.in_head = True
         if session.state.units:
@@ -295,12 +312,14 @@ def backbone_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.state.in_head and self not in session.log.restored:
             return run_uncaptured(self, *args, **kwargs)
-        if self not in session.log.restored and not is_traced_here():
+        if fused is not None and self not in session.log.restored and not is_traced_here():
             fused.adopt(self)
         saved = session.state.replayed(self)
         if saved is not None:
             return saved[0]
-        return original(self, *args, **kwargs)
+        if self in session.log.restored or is_traced_here():
+            return original(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
 
     return forward
 
@@ -311,7 +330,7 @@ _CACHES = ("past_key_values", "cache", "cache_params")
 
 
 def is_step(
-    session: Session, head: nn.Module, outside: Sequence[str], kwargs: dict[str, Any]
+    session: Session, head: nn.Module, outside: Sequence[tuple[str, ...]], kwargs: dict[str, Any]
 ) -> bool:
     """Whether a call without labels is a part of training: its caller makes the loss."""
     # One without gradients (a reference) says that it wants no cache: else it may be generation.
@@ -323,7 +342,7 @@ def is_step(
     return torch.is_grad_enabled() or kwargs.get("use_cache") is False
 
 
-def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bool:
+def _is_teacher(session: Session, head: nn.Module, outside: Sequence[tuple[str, ...]]) -> bool:
     """Whether a call in evaluation mode is compared with another model's logits."""
     # Logits of a training call of that one wait for their loss. Parameters that are sharded would
     # be gathered once more when they are read, by all processes: such a teacher's logits are made.
@@ -344,17 +363,14 @@ def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bo
 # values stay what they are.
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
-_INDEX = "layer_idx"
-"""Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
 
 
-def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect.Parameter]:
-    """The parameters of a head, and of the backbone where the head passes on what it is given."""
+def parameters_of(forward: Any, backbones: Sequence[nn.Module]) -> dict[str, inspect.Parameter]:
+    """The parameters of a head, and of backbones where the head passes on what it is given."""
     parameters = dict(inspect.signature(forward).parameters)
     passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if passes_on and backbone is not None:
-        parameters |= {n: p for n, p in inspect.signature(backbone.forward).parameters.items()
-                if n not in parameters}  # fmt: skip
+    for backbone in backbones if passes_on else ():
+        parameters = {**inspect.signature(backbone.forward).parameters, **parameters}
     return parameters
 
 
@@ -401,52 +417,3 @@ def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
         and all(kwargs.get(n) is None for n in _CACHE_ARGUMENTS)
         and (kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None)
     )
-
-
-class SharedCacheIndices:
-    """Whether two layers write to one place of the cache: the second reads what the first wrote.
-
-    Asked at each step; the layers are searched only when they, or their parts, have changed.
-    """
-
-    def __init__(self) -> None:
-        self._known: tuple[list[Any], bool] = ([], False)
-
-    def any_in(self, backbone: nn.Module) -> bool:
-        """Whether there are such layers in ``backbone``."""
-        layers = [
-            layer
-            for stack in _stacks(backbone)
-            for layer in stack._modules.values()
-            if layer is not None
-        ]
-        parts = [p for layer in layers for p in (layer, *layer._modules.values()) if p is not None]
-        # references, and not their ids: another module may get the id of one that is gone
-        now = [(weakref.ref(p), p.__dict__.get(_INDEX)) for p in parts]
-        if now != self._known[0]:
-            self._known = now, any(map(_share_an_index, _stacks(backbone)))
-        return self._known[1]
-
-
-def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The outermost lists of modules."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _stacks(child)
-
-
-def _share_an_index(stack: nn.ModuleList) -> bool:
-    """Whether two layers are one module, or have one index."""
-    seen: set[tuple[str, int]] = set()
-    layers = [m for m in stack._modules.values() if m is not None]
-    for layer in layers:
-        for path, module in layer.named_modules():
-            index = module.__dict__.get(_INDEX)
-            if type(index) is int and index >= 0:
-                if (path, index) in seen:
-                    return True
-                seen.add((path, index))
-    composite = all(any(True for _ in m.children()) for m in layers)
-    return composite and len(set(map(id, layers))) < len(layers)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...graph.signatures import names_in
 from ...kernels.loss.linear_logprob import linear_logprob
 from ...sharding import in_zero3
-from ..copies.forward_copies import cell_contents, clone_function, names_in, sets_globals
+from ..copies.forward_copies import cell_contents, clone_function, sets_globals
 from ..logits.reads import Reads
 from .forwards import Original
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from ...graph.signatures import names_in
+
 ForwardCopies = list[tuple[nn.Module, Callable[..., Any]]]
 """Modules, each with the copy of its forward."""
 
@@ -202,11 +204,6 @@ def _function(module: nn.Module) -> Any:
         return method.__func__ if getattr(method, "__self__", None) is module else None
     plain = inspect.getattr_static(type(module), "forward", None)
     return plain if isinstance(plain, types.FunctionType) else None
-
-
-def names_in(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes in ``code`` and in what it defines."""
-    return {name for c in _codes(code) for name in c.co_names}
 
 
 def cell_contents(cell: types.CellType) -> Any:

@@ -7,9 +7,19 @@ whose forward calls such a function runs a copy of this forward.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from ...graph.opaque.functions import asks_for_place, convention, leaf, stand_in
+from ...graph.opaque.functions import (
+    asks_for_place,
+    convention,
+    leaf,
+    segmented_convention,
+    segmented_leaf,
+    stand_in,
+)
 from .forward_copies import FunctionCopies
 
 
@@ -18,15 +28,61 @@ def opaque_copies() -> FunctionCopies:
     return FunctionCopies(_replacement)
 
 
+def segmented_copies(slot: Any) -> FunctionCopies:
+    """Makes copies of forwards that give the segments in ``slot.value`` to what takes them."""
+
+    @functools.cache
+    def segmented(function: Callable[..., Any]) -> Callable[..., Any]:
+        node = segmented_leaf(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # an attribute that TorchDynamo makes an input of the graph, read at each call
+            return node(slot.value, *args, **kwargs)
+
+        return call
+
+    def replacement(value: Any, names: set[str]) -> Any:
+        if takes_segments(value):
+            return segmented(value)
+        return _gives_none if _has(_does_all, value) else _replacement(value, names)
+
+    return FunctionCopies(replacement)
+
+
+def _gives_none(*args: Any, **kwargs: Any) -> None:
+    """In place of a library's kernel of a whole mixer, which takes no segments."""
+    # models take the way of scan and convolution where the library is not there, and it gives None
+
+
+@functools.cache
+def _does_all(function: Callable[..., Any]) -> bool | None:
+    """True if a function does a convolution, a scan and a projection in one; or None."""
+    try:
+        names = set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # no signature
+        return None
+    projects = bool(names & {"out_proj_weight", "outproj_weight"})
+    return True if projects and names >= {"conv1d_weight", "A"} else None
+
+
+def takes_segments(value: Any) -> bool:
+    """Whether a global is a function that takes segments."""
+    return _has(segmented_convention, value)
+
+
 def _replacement(value: Any, names: set[str]) -> Any:
     """What is called in place of a global function while a block is captured, or None."""
     if not callable(value) or isinstance(value, type):
         return None
-    return leaf(value) if _is_opaque(value) else stand_in(value) if asks_for_place(value) else None
+    if _has(convention, value):
+        return leaf(value)
+    return stand_in(value) if asks_for_place(value) else None
 
 
-def _is_opaque(function: Any) -> bool:
+def _has(find: Callable[[Any], Any], value: Any) -> bool:
+    if not callable(value) or isinstance(value, type):
+        return False
     try:
-        return convention(function) is not None
+        return find(value) is not None
     except TypeError:  # not hashable
         return False

@@ -243,7 +243,7 @@ def _replace(old: fx.Node, new: fx.Node) -> None:
 
 # ---------------------------------------------------------------------- graphs of logits and losses
 
-_CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
+_CHAIN = ("mul", "div", "tanh", "cast", "contiguous", "add")
 
 
 def logits_chain(node: fx.Node, heads: set[Any] | None) -> list[fx.Node]:
@@ -259,9 +259,15 @@ def logits_chain(node: fx.Node, heads: set[Any] | None) -> list[fx.Node]:
             is_ours = _widens(canon.args[1]) if heads is None else canon.args[1] in heads
             return chain[::-1] if is_ours else []
         inner = [a for a in canon.args if isinstance(a, fx.Node)]
+        if canon.name == "add":  # of a bias
+            inner = [a for a in inner if facts.ndim(a) == facts.ndim(node) and not _is_row(a)]
         if canon.name not in _CHAIN or len(inner) != 1:
             return []
         node = inner[0]
+
+
+def _is_row(node: fx.Node) -> bool:
+    return all(facts.size(node, d) == 1 for d in range((facts.ndim(node) or 1) - 1))
 
 
 def _widens(weight: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ...graph import facts
-from ...passes.linear_cross_entropy import HEAD
+from ...passes.linear_cross_entropy import HEAD, is_bias
 from ...rewrite.matcher import Trace
 from ...sharding import in_zero3, is_released
 from .calls import may_keep_history
@@ -60,7 +60,7 @@ class HeadParts:
         x = x.reshape(-1, x.shape[-1])
         if index is not None:
             x = x.index_select(0, index.reshape(-1))
-        bias = None if self.bias is None else inputs[self.bias]
+        bias = None if self.bias is None else inputs[self.bias].reshape(-1)
         scale = self.scale if self.factor is None else inputs[self.factor].reshape(())
         return Operands(x, inputs[self.weight], bias, scale, self.softcap, 1.0 / factor)
 
@@ -88,6 +88,8 @@ def head_parts(logits: fx.Node, inputs: Sequence[fx.Node]) -> HeadParts | None:
         if cap is not None and (not isinstance(cap, (int, float)) or cap <= 0):
             continue
         if facts.ndim(m.w) != 2 or facts.dtype(logits) not in _DTYPES:
+            continue
+        if m.bias is not None and not is_bias(m.bias, m.w):
             continue
         return HeadParts(
             places[m.x], places[m.w],

@@ -5,6 +5,10 @@ tokens, and another graph for each length. Such a function is known by its calli
 public one of the CUDA packages that it replaces, and never by its name or its model. A *leaf* is
 called in its place while a block is captured: TorchDynamo puts it into the graph as one node, for
 any length. Outside of tracing, a leaf is the function itself.
+
+A *segmented* leaf also takes where the samples of a row begin (``segments.py``), and runs the
+function over each of them apart. Short convolutions are leaves only so: without segments a tracer
+follows them.
 """
 
 from __future__ import annotations
@@ -20,18 +24,23 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-_MARK = "__fusewright_whole__"
+from .segments import run_apart
+
+MARK = "__fusewright_whole__"
+"""The attribute of a leaf that says so: the function that it calls."""
+_SEGMENTED = "__fusewright_segmented__"
 
 
 @dataclass(frozen=True)
 class Convention:
-    """A way of calling a scan."""
+    """A way of calling a scan, or a convolution over time."""
 
     name: str
-    # the names of the arguments, in order; those of the first two are free. The last is a tuple of
-    # pairs, of all further ones, as far as they say anything.
+    # the names of the arguments, in order; those of the first two are free. The last two are the
+    # segments, and a tuple of pairs, of all further ones, as far as they say anything.
     params: tuple[str, ...]
     known_by: frozenset[str]  # the names that a function with this convention must have
     time: int  # the dimension of time in the first two arguments, B, C, z and the first output
@@ -44,30 +53,36 @@ class Convention:
     outline: Callable[[Mapping[str, Any]], Any] | None = None
     # arguments for which a function must give what ``outline`` says
     examples: Callable[[], list[dict[str, Any]]] = list
+    # further arguments that are sequences, besides the first two
+    sequences: tuple[str, ...] = ("B", "C", "z")
+    # those that ask for more than a pack can be given: states before and after
+    states: tuple[str, ...] = ()
 
 
 SELECTIVE = Convention(
     "scan_call",
     ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "return_last_state",
-     "others"),
+     "segments", "others"),
     frozenset(("D", "z", "delta_bias", "delta_softplus")),
     2,
     {"D": None, "z": None, "delta_bias": None, "delta_softplus": False, "return_last_state": False},
     ((1, 2, 3), (1, 2, 3), (2, 2), (1, 2, 3), (1, 2, 3)),
     {},
+    states=("return_last_state",),
 )  # fmt: skip
 """u, delta, z (B, D, L); A (D, N); B, C (B, N, L): Gu & Dao, "Mamba", 2023."""
 
 CHUNKED = Convention(
     "chunk_scan_call",
     ("x", "dt", "A", "B", "C", "chunk_size", "D", "z", "dt_bias", "dt_softplus", "dt_limit",
-     "initial_states", "return_final_states", "others"),
+     "initial_states", "return_final_states", "segments", "others"),
     frozenset(("chunk_size", "D", "dt_bias", "dt_softplus")),
     1,
     {"D": None, "z": None, "dt_bias": None, "dt_softplus": False,
      "dt_limit": (0.0, float("inf")), "initial_states": None, "return_final_states": False},
     ((1, 3, 1, 2), (1, 3, 1), (1,), (1, 3, 1, 2), (1, 3, 1, 2)),
     {"chunk_size": 2},
+    states=("initial_states", "return_final_states"),
 )  # fmt: skip
 """x (B, L, H, P); dt (B, L, H); A (H,); B, C (B, L, G, N): Dao & Gu, "Transformers are SSMs"."""
 
@@ -101,7 +116,17 @@ def _examples_of_delta() -> list[dict[str, Any]]:
 
 DELTA = Convention(
     "delta_rule_call",
-    ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "others"),
+    (
+        "query",
+        "key",
+        "value",
+        "g",
+        "beta",
+        "initial_state",
+        "output_final_state",
+        "segments",
+        "others",
+    ),
     frozenset(("initial_state", "output_final_state")),
     1,
     {"initial_state": None, "output_final_state": False},
@@ -110,29 +135,86 @@ DELTA = Convention(
     ("query", "key", "value", "g", "beta"),
     _outline_of_delta,
     _examples_of_delta,
+    ("value", "g", "beta"),
+    ("initial_state", "output_final_state"),
 )
 """query, key (B, L, H, K); value (B, L, H, V); g (B, L, H), or one for each feature of the key;
 beta (B, L, H): Yang et al., "Gated Delta Networks", 2024, as in flash-linear-attention."""
 
+CONVOLUTION = Convention(
+    "short_conv_call",
+    ("x", "weight", "bias", "activation", "segments", "others"),
+    frozenset(("bias", "activation")),
+    2,
+    {"bias": None, "activation": None},
+    ((1, 2, 3), (2, 2), (2,)),
+    {},
+    (None, "weight", "bias"),
+    sequences=(),
+    states=("initial_states", "return_final_states", "final_states_out"),
+)
+"""x (B, D, L); weight (D, W): a causal convolution of each channel, as in causal-conv1d."""
+
 CONVENTIONS = (SELECTIVE, CHUNKED, DELTA)
+"""Those of what is captured whole in any call."""
 
 
 @functools.cache
 def convention(function: Callable[..., Any]) -> Convention | None:
-    """The convention that ``function`` follows, or None."""
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # no signature
-        return None
-    kind = next((c for c in CONVENTIONS if _follows(c, names)), None)
+    """The convention of those that are captured whole that ``function`` follows, or None."""
+    kind = next((c for c in CONVENTIONS if _follows(c, _names(function))), None)
     return kind if kind is None or _keeps_to(function, kind) else None
+
+
+@functools.cache
+def segmented_convention(function: Callable[..., Any]) -> Convention | None:
+    """The convention of those that take segments that ``function`` follows, or None."""
+    if _follows(CONVOLUTION, _names(function)) and _is_convolution(function):
+        return CONVOLUTION
+    return convention(function)
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # no signature
+        return []
+
+
+def _is_convolution(function: Callable[..., Any]) -> bool:
+    """Whether a function gives the causal convolution, and writes to no argument."""
+    # libraries' own take no tensors that are not on a GPU
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return any(_convolves(function, device) for device in devices)
+
+
+def _convolves(function: Callable[..., Any], device: str) -> bool:
+    with _disable_current_modes(), torch.no_grad(), torch.autocast(device, enabled=False):
+        x, weight, bias = (
+            torch.linspace(-0.9, 0.7, prod(size), device=device).view(size)
+            for size in ((2, 8, 5), (8, 3), (8,))
+        )
+        padded = F.pad(x, (2, 0))
+        expected = F.conv1d(padded, weight.unsqueeze(1), bias, groups=8)
+        before = [t.clone() for t in (x, weight, bias)]
+        try:
+            result = function(x, weight=weight, bias=bias, activation=None)
+        except Exception:  # whatever it does not like
+            return False
+        same = isinstance(result, Tensor) and result.shape == expected.shape
+        return (
+            same
+            and torch.allclose(result, expected, atol=1e-3)
+            and all(map(torch.equal, (x, weight, bias), before))
+        )
 
 
 def _keeps_to(function: Callable[..., Any], kind: Convention) -> bool:
     """Whether a function gives what the outline says, and writes to no argument."""
     # it need not take all examples: some have a decay for each feature, others one a head
-    examples = kind.examples()
-    verdicts = [_as_outlined(function, kind, kwargs) for kwargs in examples]
+    with _disable_current_modes():  # a plan asks on fake tensors, which have no values to compare
+        examples = kind.examples()
+        verdicts = [_as_outlined(function, kind, kwargs) for kwargs in examples]
     return not examples or (any(verdicts) and None not in verdicts)
 
 
@@ -141,7 +223,7 @@ def _as_outlined(function: Callable[..., Any], kind: Convention, given: dict[str
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     before = [t.clone() for t in tensors]
     try:
-        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             result = function(**given)
     except Exception:  # whatever it does not like
         result = NotImplemented
@@ -160,8 +242,9 @@ def _shapes(results: Any) -> Any:
 
 
 def _follows(kind: Convention, names: list[str]) -> bool:
-    pairs = zip(kind.first, names[:5], strict=False)
-    return len(names) > 5 and kind.known_by <= set(names) and all(a in (None, b) for a, b in pairs)
+    pairs = zip(kind.first, names, strict=False)
+    enough = len(names) >= len(kind.first) + (kind is not CONVOLUTION)
+    return enough and kind.known_by <= set(names) and all(a in (None, b) for a, b in pairs)
 
 
 @functools.cache
@@ -180,14 +263,45 @@ def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in result)
 
     call.__name__ = call.__qualname__ = kind.name
-    setattr(call, _MARK, function)
+    setattr(call, MARK, function)
+    result: Callable[..., Any] = torch._dynamo.allow_in_graph(call)  # type: ignore[no-untyped-call]
+    return result
+
+
+_SAY_THE_SAME = ("seq_idx", "cu_seqlens")
+"""Keywords by which libraries' kernels are told of samples."""
+
+
+@functools.cache
+def segmented_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The leaf of a function that takes segments; these are its first argument."""
+    kind = segmented_convention(function)
+    if kind is None:
+        raise TypeError(f"{function} takes no segments")
+
+    def call(segments: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
+            return _outline(function, kind, args, kwargs)
+        arguments = _given(function, args, kwargs)
+        arguments = {n: v for n, v in arguments.items() if n not in _SAY_THE_SAME}
+        asked = [n for n in kind.states if arguments.get(n) not in (None, False)]
+        if asked:
+            raise NotImplementedError(f"{asked[0]} with several samples in a row")
+        first = list(arguments)[: 1 if kind is CONVOLUTION else 2]
+        names = (n for n in (*first, *kind.sequences) if isinstance(arguments.get(n), Tensor))
+        sequences = dict.fromkeys(names, kind.time)
+        return run_apart(function, segments, arguments, sequences, kind.time)
+
+    call.__name__ = call.__qualname__ = kind.name
+    setattr(call, MARK, function)
+    setattr(call, _SEGMENTED, True)
     result: Callable[..., Any] = torch._dynamo.allow_in_graph(call)  # type: ignore[no-untyped-call]
     return result
 
 
 def is_leaf(target: Any) -> bool:
     """Whether a node's target is a leaf."""
-    return getattr(target, _MARK, None) is not None
+    return getattr(target, MARK, None) is not None
 
 
 def bind(
@@ -196,22 +310,27 @@ def bind(
     """The canonical name and arguments of a call of a leaf; None for any other target."""
     # a further argument is left out where it is None or False, where it only chooses among
     # implementations of the same thing (``use_...``), and where the function does not look at it
-    function = getattr(target, _MARK, None)
+    function = getattr(target, MARK, None)
     if function is None:
         return None
-    kind = convention(function)
+    segments = None
+    if getattr(target, _SEGMENTED, False):
+        segments, *rest = args
+        args = tuple(rest)
+    kind = segmented_convention(function)
     if kind is None:
         return None
     inputs = _given(function, args, kwargs)
     first, second = list(inputs)[:2]
     values = [inputs.pop(first), inputs.pop(second)]
-    values += [inputs.pop(name, kind.defaults.get(name)) for name in kind.params[2:-1]]
+    values += [inputs.pop(name, kind.defaults.get(name)) for name in kind.params[2:-2]]
     others = tuple(
         (name, value) for name, value in inputs.items()
         if value is not None and value is not False and not name.startswith("use_")
+        and not (segments is not None and name in _SAY_THE_SAME)
         and not _is_overlooked(function, name)
     )  # fmt: skip
-    return kind.name, (*values, others)
+    return kind.name, (*values, segments, others)
 
 
 _signature = functools.cache(inspect.signature)
@@ -234,7 +353,7 @@ def _given(
 @functools.cache
 def _is_overlooked(function: Callable[..., Any], name: str) -> bool:
     """Whether a scan takes a keyword among any others, and never looks at its value."""
-    kind, names = convention(function), list(_signature(function).parameters)
+    kind, names = segmented_convention(function), list(_signature(function).parameters)
     if kind is None or name in names:
         return False
     tensors = {
@@ -254,7 +373,7 @@ def _outline(
         return kind.outline(arguments)
     names = list(arguments)
     length = arguments[names[0]].shape[kind.time]
-    for name in (*names[:2], "B", "C", "z"):
+    for name in (*names[: 1 if kind is CONVOLUTION else 2], *kind.sequences):
         if isinstance(arguments.get(name), Tensor):
             arguments[name] = arguments[name].narrow(kind.time, 0, 1)
     results = function(**arguments)

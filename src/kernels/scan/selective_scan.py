@@ -11,6 +11,8 @@ between are computed again:
     g[t] = C[t] dy[t] + exp(delta[t+1] A) * g[t+1]      the gradient of h[t]
     dC = h dy;  dB = g delta u;  du = delta (B . g);  dA, ddelta by way of  g * exp(..) * h[t-1]
 
+Where a segment begins (a sample that shares its row with others), ``exp(..)`` is zero.
+
 In low precision all arithmetic is in fp32 and the result is rounded once.
 """
 
@@ -33,6 +35,7 @@ from ..second_order import differentiable, double_backward
 def scan_reference(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    segments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The loop over time, rounding as model code does; see ``selective_scan``."""
     if delta_bias is not None:
@@ -44,7 +47,10 @@ def scan_reference(
     outputs = []
     for t in range(u.shape[2]):
         step, drive = delta[:, :, t, None], B[:, None, :, t].to(wide)
-        state = torch.exp(A.to(wide) * step) * state + step * drive * u[:, :, t, None].to(wide)
+        decay = torch.exp(A.to(wide) * step)
+        if segments is not None:
+            decay = decay.masked_fill((segments[:, t] == t)[:, None, None], 0)
+        state = decay * state + step * drive * u[:, :, t, None].to(wide)
         outputs.append((state.to(u.dtype) @ C[:, :, t, None].to(u.dtype))[..., 0])
     y = torch.stack(outputs, dim=-1)
     if D is not None:
@@ -97,11 +103,12 @@ class Prepared:
     c: Tensor  # (L, B, N)
     d: Tensor | None  # (D,)
     z: Tensor | None  # (B, L, D)
+    begins: Tensor | None  # whether a segment begins, (L, B)
 
 
 def prepare(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, softplus: bool,
+    bias: Tensor | None, softplus: bool, segments: Tensor | None = None,
 ) -> Prepared:  # fmt: skip
     """Bring the inputs (as ``selective_scan`` has them) into one dtype and order."""
     wide = torch.promote_types(u.dtype, torch.float32)
@@ -112,11 +119,16 @@ def prepare(
     raw = rows(delta)
     if bias is not None:
         raw = raw + bias.to(wide)
+    begins = None
+    if segments is not None:
+        places = torch.arange(segments.shape[1], device=segments.device)
+        begins = (segments == places).t().contiguous()
     return Prepared(
         rows(u), raw, F.softplus(raw) if softplus else raw,
         a.to(wide).t().contiguous(),
         b.permute(2, 0, 1).to(wide).contiguous(), c.permute(2, 0, 1).to(wide).contiguous(),
         None if d is None else d.to(wide), None if z is None else z.transpose(1, 2).to(wide),
+        begins,
     )  # fmt: skip
 
 
@@ -127,8 +139,15 @@ class _Chunk:
         self.dt, self.xdt = dt.unsqueeze(2), (x * dt).unsqueeze(2)  # (T, B, 1, D)
 
     def decays(self, out: Tensor) -> Tensor:
-        """``exp(dt A)``, (T, B, N, D)."""
-        return torch.mul(self.dt, self.p.a, out=out[: self.dt.shape[0]]).exp_()
+        """``exp(dt A)``, or zero where a segment begins: (T, B, N, D)."""
+        decays = torch.mul(self.dt, self.p.a, out=out[: self.dt.shape[0]]).exp_()
+        if self.p.begins is not None:
+            begins = self.p.begins[self.span]
+            if begins.is_cpu:  # a few slabs; elsewhere their number would be waited for
+                decays[begins] = 0
+            else:
+                decays.masked_fill_(begins[..., None, None], 0)
+        return decays
 
     def states(self, decays: Tensor, before: Tensor, out: Tensor) -> Tensor:
         """The states after each step, (T, B, N, D), from the one ``before`` the first."""
@@ -249,12 +268,12 @@ def backward(
 
 def _forward(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, softplus: bool,
+    bias: Tensor | None, softplus: bool, segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, starts = _fake_forward(u, delta, a, b, c, d, z, bias, softplus)
     for rows in _groups(u, a):
-        gate = None if z is None else z[rows]
-        p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus)
+        gate, begins = (None if t is None else t[rows] for t in (z, segments))
+        p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus, begins)
         y = forward(p, starts[:, rows])
         out[rows].transpose(1, 2).copy_(y if p.z is None else y.mul_(F.silu(p.z)))
     return without_base(out), starts
@@ -267,14 +286,15 @@ def _groups(u: Tensor, a: Tensor) -> list[slice]:
 
 def _backward(
     grad: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool, needs: list[bool],
+    z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool,
+    segments: Tensor | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     every = _fake_gradients(u, delta, a, b, c, d, z, bias)
     du, ddelta, _, db, dc, _, dz, _ = every
     sums: list[Tensor | float] = [0.0, 0.0, 0.0]
     for rows in _groups(u, a):
-        gate = None if z is None else z[rows]
-        p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus)
+        gate, begins = (None if t is None else t[rows] for t in (z, segments))
+        p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus, begins)
         outer = grad[rows].transpose(1, 2).to(p.x.dtype)
         inner = outer if p.z is None else outer * F.silu(p.z)
         g = backward(p, inner.contiguous(), starts[:, rows], softplus, needs[2])
@@ -298,7 +318,7 @@ def _backward(
 
 def _fake_forward(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, softplus: bool,
+    bias: Tensor | None, softplus: bool, segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs (B, D, L), in memory (B, L, D) as the projection after it reads them; states."""
     (batch, channels, length), states = u.shape, a.shape[1]
@@ -345,14 +365,14 @@ def _backward_flops(grad: Tensor, *rest: Any) -> int:
 
 
 _forward_op = library_op(
-    f"selective_scan_forward({_INPUTS}bool softplus) -> (Tensor, Tensor)",
+    f"selective_scan_forward({_INPUTS}bool softplus, Tensor? segments) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _flops,
 )
 _backward_op = library_op(
-    f"selective_scan_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, bool[8] needs) "
-    "-> Tensor[]",
+    f"selective_scan_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, "
+    "Tensor? segments, bool[8] needs) -> Tensor[]",
     _backward,
     _fake_backward,
     _backward_flops,
@@ -363,7 +383,8 @@ MAX_STATES = 64
 """States per channel that the Triton kernels hold in registers."""
 
 _triton_forward = library_op(
-    f"selective_scan_triton_forward({_INPUTS}bool softplus, ScalarType dtype) -> (Tensor, Tensor)",
+    f"selective_scan_triton_forward({_INPUTS}bool softplus, Tensor? segments, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
     "scan.selective_scan:forward",
     lambda *args: _fake_forward(*args[:-1]),
     _flops,
@@ -371,7 +392,7 @@ _triton_forward = library_op(
 )
 _triton_backward = library_op(
     f"selective_scan_triton_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, "
-    "bool[8] needs) -> Tensor[]",
+    "Tensor? segments, bool[8] needs) -> Tensor[]",
     "scan.selective_scan:backward",
     _fake_backward,
     _backward_flops,
@@ -384,16 +405,16 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-        z: Tensor | None, bias: Tensor | None, softplus: bool,
+        z: Tensor | None, bias: Tensor | None, softplus: bool, segments: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
         tensors = (u, delta, a, b, c, d, z, bias)
         ctx.triton = use_triton(*tensors) and a.shape[1] <= MAX_STATES
-        ctx.options = (softplus,)
+        ctx.options = softplus, segments
         if ctx.triton:
-            out, starts = _triton_forward(*tensors, softplus, output_dtype(u, d, z))
+            out, starts = _triton_forward(*tensors, *ctx.options, output_dtype(u, d, z))
         else:
-            out, starts = _forward_op(*tensors, softplus)
+            out, starts = _forward_op(*tensors, *ctx.options)
         ctx.save_for_backward(*tensors, starts)
         result: Tensor = out
         return result
@@ -405,12 +426,13 @@ class _SelectiveScan(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:8])
         run = _triton_backward if ctx.triton else _backward_op
         remaining = iter(run(grad, *tensors, starts, *ctx.options, needs))
-        return *(next(remaining) if needed else None for needed in needs), None
+        return *(next(remaining) if needed else None for needed in needs), None, None
 
 
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    segments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The outputs of a selective scan that starts from zero.
 
@@ -427,6 +449,8 @@ def selective_scan(
         z: (B, D, L): the gate, or None.
         delta_bias: (D,), added to delta, or None.
         delta_softplus: whether the steps are ``softplus(delta + delta_bias)``.
+        segments: (B, L), int32: where the segment of each position begins, each scanned from zero;
+            None: each row is one.
 
     Returns:
         (B, D, L), in memory (B, L, D), in the promoted dtype of u, D and z.
@@ -434,22 +458,24 @@ def selective_scan(
     Raises:
         ValueError: for what ``OP.unsupported`` lists.
     """
-    reasons = scan_unsupported(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    reasons = scan_unsupported(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments)
     if reasons:
         raise ValueError("; ".join(reasons))
-    return _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # type: ignore[no-any-return, no-untyped-call]
+    return _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, segments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # -- OP --------------------------------------------------------------------------------------------
 def scan_unsupported(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    segments: Tensor | None = None,
 ) -> list[str]:  # fmt: skip
     """Why ``selective_scan`` cannot take these inputs; empty when it can."""
     tensors = [t for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
     if any(not t.is_floating_point() for t in tensors):
         return ["an input is complex or an integer"]
-    if away := on_several_devices(*tensors, message="the tensors are on different devices"):
+    message = "the tensors are on different devices"
+    if away := on_several_devices(*tensors, segments, message=message):
         return away
     if u.ndim != 3 or A.ndim != 2 or B.ndim != 3 or C.ndim != 3:
         return ["B and C are not one vector per position, or u has not 3 dimensions"]
@@ -458,6 +484,7 @@ def scan_unsupported(
         (delta, (batch, channels, length)), (A, (channels, A.shape[1])),
         (B, (batch, A.shape[1], length)), (C, (batch, A.shape[1], length)),
         (D, (channels,)), (z, (batch, channels, length)), (delta_bias, (channels,)),
+        (segments, (batch, length)),
     )  # fmt: skip
     return misshapen("u", u, expected)
 
@@ -475,11 +502,15 @@ def _plain_example(m: Maker) -> tuple[Any, ...]:
     return u, delta.detach().abs().requires_grad_(), *rest
 
 
+def _example_of_segments(m: Maker) -> tuple[Any, ...]:
+    return *_example(m), m.segments()
+
+
 OP = Op(
     "selective_scan",
     scan_reference,
     selective_scan,
     scan_unsupported,
     example=_example,
-    variants={"plain": _plain_example},
+    variants={"plain": _plain_example, "segments": _example_of_segments},
 )

@@ -44,18 +44,29 @@ def vector(ptr, places, mask, PRESENT: tl.constexpr):
 
 
 @triton.jit
+def decays(dt, a, segments_ptr, rows, inside, HAS_SEGMENTS: tl.constexpr):
+    """``exp(dt a)``, (T, D, N), and zero where a segment begins."""
+    values = tl.exp(dt[:, :, None] * a[None, :, :])
+    if HAS_SEGMENTS:
+        begins = tl.load(segments_ptr + rows, mask=inside, other=-2) == rows
+        values = tl.where(begins[:, None, None], 0.0, values)
+    return values
+
+
+@triton.jit
 def states_before(
-    u_ptr, delta_ptr, b_ptr, ul, ud, tt, td, bl, bn, rows, ds, ns, td_mask, tn_mask, bias, a, start,
-    SOFTPLUS: tl.constexpr,
+    u_ptr, delta_ptr, b_ptr, segments_ptr, ul, ud, tt, td, bl, bn, rows, rm, ds, ns, td_mask,
+    tn_mask, bias, a, start, SOFTPLUS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """The states after the step before each of a chunk: a scan of the steps before, too."""
-    early = (tl.arange(0, rows.shape[0]) > 0)[:, None]
+    is_early = tl.arange(0, rows.shape[0]) > 0
+    early = is_early[:, None]
     mask = td_mask & early
     x = tile(u_ptr - ul, rows, ds, ul, ud, mask)
     raw = tile(delta_ptr - tt, rows, ds, tt, td, mask) + bias[None, :]
     dt, _ = step(raw, mask, SOFTPLUS)
     b = tile(b_ptr - bl, rows, ns, bl, bn, tn_mask & early)
-    decay = tl.exp(dt[:, :, None] * a[None, :, :])
+    decay = decays(dt, a, segments_ptr, rows - 1, rm & is_early, HAS_SEGMENTS)
     drive = (dt * x)[:, :, None] * b[:, None, :]
     total, local = tl.associative_scan((decay, drive), 0, combine)
     return local + total * start[None, :, :]
@@ -63,8 +74,9 @@ def states_before(
 
 @triton.jit
 def gradients_of_states(
-    delta_ptr, tt, td, rows, ds, dm, length, bias, a, rise, after, SOFTPLUS: tl.constexpr
-):
+    delta_ptr, segments_ptr, tt, td, rows, ds, dm, length, bias, a, rise, after,
+    SOFTPLUS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+):  # fmt: skip
     """The gradients of a chunk's states, (T, D, N).
 
     ``rise`` is what outputs add to them, ``after`` (D, N) what the chunk after it does.
@@ -75,6 +87,6 @@ def gradients_of_states(
     raw = tile(delta_ptr + tt, rows, ds, tt, td, mask) + bias[None, :]
     dt, _ = step(raw, mask, SOFTPLUS)
     rise += tl.where((steps == T - 1)[:, None, None], after[None, :, :], 0.0)
-    decay = tl.exp(dt[:, :, None] * a[None, :, :])
+    decay = decays(dt, a, segments_ptr, rows + 1, rows + 1 < length, HAS_SEGMENTS)
     _, grads = tl.associative_scan((decay, rise), 0, combine, reverse=True)
     return grads

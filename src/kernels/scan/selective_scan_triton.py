@@ -18,6 +18,7 @@ from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, gpu_of, next_power_of_2
 from .selective_scan_tiles_triton import (
     combine,
+    decays,
     gradients_of_states,
     states_before,
     step,
@@ -28,10 +29,12 @@ from .selective_scan_tiles_triton import (
 
 @triton.jit
 def _forward_kernel(
-    u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, out_ptr, starts_ptr,
+    u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, segments_ptr, out_ptr,
+    starts_ptr,
     ub, ud, ul, tb, td, tt, bb, bn, bl, cb, cn, cl, zb, zd, zl,
     length, channels, states, batch, blocks,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Outputs (B, L, D) contiguous, and states (K, B, N, D) before each chunk."""
@@ -62,7 +65,7 @@ def _forward_kernel(
         b = tl.load(place, mask=tn_mask, other=0.0).to(tl.float32)
         place = c_ptr + sample * cb + rows[:, None] * cl + ns[None, :] * cn
         c = tl.load(place, mask=tn_mask, other=0.0).to(tl.float32)
-        decay = tl.exp(dt[:, :, None] * a[None, :, :])
+        decay = decays(dt, a, segments_ptr + sample * length, rows, rm, HAS_SEGMENTS)
         drive = (dt * x)[:, :, None] * b[:, None, :]
         total, local = tl.associative_scan((decay, drive), 0, combine)
         local += total * h[None, :, :]
@@ -80,17 +83,20 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, starts_ptr,
+    grad_ptr, u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, segments_ptr,
+    starts_ptr,
     du_ptr, ddelta_ptr, dz_ptr, da_ptr, dd_ptr, db_ptr, dc_ptr,
     gb, gd, gl, ub, ud, ul, tb, td, tt, bb, bn, bl, cb, cn, cl, zb, zd, zl,
     length, channels, states, batch, blocks,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """du, ddelta, dz (B, L, D); da (B, D, N) and dd (B, D); db, dc (blocks, B, L, N), to add up."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     u_ptr, delta_ptr, b_ptr = u_ptr + sample * ub, delta_ptr + sample * tb, b_ptr + sample * bb
+    segments_ptr += sample * length
     ds, ns, steps = block * D + tl.arange(0, D), tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
@@ -109,11 +115,11 @@ def _backward_kernel(
         dt, slope = step(raw, td_mask, SOFTPLUS)
         b = tile(b_ptr, rows, ns, bl, bn, tn_mask)
         c = tile(c_ptr + sample * cb, rows, ns, cl, cn, tn_mask)
-        decay = tl.exp(dt[:, :, None] * a[None, :, :])
+        decay = decays(dt, a, segments_ptr, rows, rm, HAS_SEGMENTS)
         place = starts_ptr + (k * batch + sample) * states * channels
         before = decay * states_before(
-            u_ptr, delta_ptr, b_ptr, ul, ud, tt, td, bl, bn, rows, ds, ns, td_mask, tn_mask, bias,
-            a, tile(place, ds, ns, 1, channels, dn), SOFTPLUS,
+            u_ptr, delta_ptr, b_ptr, segments_ptr, ul, ud, tt, td, bl, bn, rows, rm, ds, ns,
+            td_mask, tn_mask, bias, a, tile(place, ds, ns, 1, channels, dn), SOFTPLUS, HAS_SEGMENTS,
         )  # fmt: skip
         h = before + (dt * x)[:, :, None] * b[:, None, :]
         grad = tile(grad_ptr + sample * gb, rows, ds, gl, gd, td_mask)
@@ -126,7 +132,8 @@ def _backward_kernel(
             grad *= z * gate
         rise = grad[:, :, None] * c[:, None, :]
         g = gradients_of_states(
-            delta_ptr, tt, td, rows, ds, dm, length, bias, a, rise, after, SOFTPLUS
+            delta_ptr, segments_ptr, tt, td, rows, ds, dm, length, bias, a, rise, after, SOFTPLUS,
+            HAS_SEGMENTS,
         )  # fmt: skip
         after = tl.sum(tl.where((steps == 0)[:, None, None], g * decay, 0.0), 0)
         shared = ((block * batch + sample) * length + rows[:, None]) * states + ns[None, :]
@@ -151,7 +158,7 @@ def _config(states: int, elements: int = 4096) -> dict[str, int]:
 
 def forward(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, softplus: bool, dtype: torch.dtype,
+    bias: Tensor | None, softplus: bool, segments: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``kernels.selective_scan``; the states are those before each of our chunks."""
     (batch, channels, length), states = u.shape, a.shape[1]
@@ -162,11 +169,11 @@ def forward(
     blocks = cdiv(channels, config["D"])
     if out.numel():
         _forward_kernel[(batch * blocks,)](
-            u, delta, a.contiguous(), b, c, *_vectors(u, d, z, bias), out, starts,
+            u, delta, a.contiguous(), b, c, *_vectors(u, d, z, bias, segments), out, starts,
             *_strides(u, delta, b, c, u if z is None else z),
             length, channels, states, batch, blocks,
             HAS_D=d is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
-            SOFTPLUS=softplus, **config, num_warps=4,
+            SOFTPLUS=softplus, HAS_SEGMENTS=segments is not None, **config, num_warps=4,
             enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return out.transpose(1, 2), starts
@@ -174,7 +181,8 @@ def forward(
 
 def backward(
     grad: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool, needs: list[bool],
+    z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool,
+    segments: Tensor | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed of (u, delta, a, b, c, d, z, bias)."""
     (batch, channels, length), states = u.shape, a.shape[1]
@@ -189,12 +197,13 @@ def backward(
     db, dc = torch.zeros(2, blocks, batch, length, states, **wide)
     if du.numel():
         _backward_kernel[(batch * blocks,)](
-            grad, u, delta, a.contiguous(), b, c, *_vectors(u, d, z, bias), starts,
+            grad, u, delta, a.contiguous(), b, c, *_vectors(u, d, z, bias, segments), starts,
             du, ddelta, dz, da, dd, db, dc,
             *_strides(grad, u, delta, b, c, u if z is None else z),
             length, channels, states, batch, blocks,
             HAS_D=d is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
-            SOFTPLUS=softplus, **config, num_warps=4 if hip else 8,
+            SOFTPLUS=softplus, HAS_SEGMENTS=segments is not None, **config,
+            num_warps=4 if hip else 8,
             enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
@@ -211,11 +220,13 @@ def backward(
     return [make() for make, needed in zip(makers, needs, strict=True) if needed]
 
 
-def _vectors(u: Tensor, d: Tensor | None, z: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+def _vectors(
+    u: Tensor, d: Tensor | None, z: Tensor | None, bias: Tensor | None, segments: Tensor | None
+) -> list[Tensor]:
     """What may be missing; ``u`` stands in for it, unread."""
-    dense = (None if t is None else t.contiguous() for t in (d, bias))
-    first, last = (u if t is None else t for t in dense)
-    return [first, u if z is None else z, last]
+    dense = (None if t is None else t.contiguous() for t in (d, bias, segments))
+    first, *rest = (u if t is None else t for t in dense)
+    return [first, u if z is None else z, *rest]
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -233,8 +244,8 @@ def _cases() -> tuple[AotCase, ...]:
                     signature[argument] = "*fp32" if is_fp32 else f"*{dtype}"
                 else:
                     signature[argument] = "i64" if len(argument) == 2 else "i32"
-            signature["ddelta_ptr"] = "*fp32"
-            flags = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS"), full)
+            signature |= {"ddelta_ptr": "*fp32", "segments_ptr": "*i32"}
+            flags = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "HAS_SEGMENTS"), full)
             constants = {**flags, **_config(states)}
             signature = {k: v for k, v in signature.items() if k in kernel.arg_names}
             cases.append(AotCase(f"scan_{name}_{dtype}_{states}", kernel, signature, constants))

@@ -38,7 +38,7 @@ _TILE = 1 << 20
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    dt_limit: tuple[float, float] = (0.0, float("inf")), segments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The dual form, attention with decays, rounding as model code does; see ``ssd``."""
     if dt_bias is not None:
@@ -54,10 +54,17 @@ def ssd_reference(
     # between[i, j] is the sum of the exponents after step j, up to step i
     below = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
     between = exponents[..., None].expand(*exponents.shape, x.shape[1])
-    between = between.masked_fill(~below.tril(-1), 0).cumsum(-2).masked_fill(~below, -torch.inf)
+    seen = below if segments is None else below & _same(segments).unsqueeze(1)
+    between = between.masked_fill(~below.tril(-1), 0).cumsum(-2).masked_fill(~seen, -torch.inf)
     values = (x * dt[..., None]).transpose(1, 2)
     y = ((C @ B.transpose(-1, -2) * between.exp()) @ values).transpose(1, 2)
     return y if D is None else y + x * D[:, None]
+
+
+def _same(segments: Tensor) -> Tensor:
+    """Whether position j is not before the segment of position i: (B, L, L)."""
+    places = torch.arange(segments.shape[1], device=segments.device)
+    return places >= segments.unsqueeze(-1)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -86,34 +93,44 @@ def _tiles(x: Tensor, b: Tensor) -> Iterator[tuple[int, int, slice]]:
 
 
 def _tile(
-    x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, at: tuple[int, int, slice]
-) -> ssd_chunks.ScanTile:
+    x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: Tensor | None,
+    at: tuple[int, int, slice],
+) -> ssd_chunks.ScanTile:  # fmt: skip
     i, g, heads = at
     wide = step.dtype
     steps = step[i, :, heads]
-    shared = (_chunked(t[i, :, g : g + 1].to(wide))[0] for t in (b, c))
+    b, c = (_chunked(t[i, :, g : g + 1].to(wide))[0] for t in (b, c))
     return ssd_chunks.ScanTile(
         _chunked(x[i, :, heads].to(wide) * steps[..., None]),
         _chunked(steps * a[heads].to(wide)),
-        *shared,
+        b,
+        c,
+        None if segments is None else _from_chunks(segments[i]),
     )
+
+
+def _from_chunks(segments: Tensor) -> Tensor:
+    """(L,) -> (K, Q): counted from the beginning of each chunk."""
+    cut: Tensor = F.pad(segments, (0, -segments.shape[0] % CHUNK)).unflatten(-1, (-1, CHUNK))  # type: ignore[no-untyped-call]
+    return cut - CHUNK * torch.arange(cut.shape[0], device=cut.device).unsqueeze(-1)
 
 
 def _forward(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, bias: Tensor | None,
-    softplus: bool, low: float, high: float,
+    softplus: bool, low: float, high: float, segments: Tensor | None,
 ) -> Tensor:  # fmt: skip
     step, _ = ssd_chunks.steps(dt, bias, softplus, low, high)
     out = torch.empty(x.shape, dtype=step.dtype, device=x.device)
     for at in _tiles(x, b):
-        y = ssd_chunks.forward(_tile(x, step, a, b, c, at))
+        y = ssd_chunks.forward(_tile(x, step, a, b, c, segments, at))
         out[at[0], :, at[2]] = _joined(y, x.shape[1])
     return out if d is None else out.addcmul_(x.to(out.dtype), d.to(out.dtype)[:, None])
 
 
 def _backward(
     grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-    bias: Tensor | None, softplus: bool, low: float, high: float, needs: list[bool],
+    bias: Tensor | None, softplus: bool, low: float, high: float, segments: Tensor | None,
+    needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     step, slope = ssd_chunks.steps(dt, bias, softplus, low, high)
     wide, length = step.dtype, x.shape[1]
@@ -123,7 +140,7 @@ def _backward(
     db, dc = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (b, c))
     for at in _tiles(x, b):
         i, g, heads = at
-        tile = _tile(x, step, a, b, c, at)
+        tile = _tile(x, step, a, b, c, segments, at)
         outer = _chunked(grad[i, :, heads])
         gx, gexponents, gb, gc = ssd_chunks.backward(tile, outer)
         dx[i, :, heads] = _joined(gx, length)
@@ -156,7 +173,7 @@ def _fake_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
 # The loops over chunks would fix the length in a traced graph, so the two directions are opaque.
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? bias, bool softplus, "
-    "float low, float high"
+    "float low, float high, Tensor? segments"
 )
 
 
@@ -197,22 +214,22 @@ _triton_backward = library_op(
 
 # -- autograd --------------------------------------------------------------------------------------
 def _of_options(*tensors: Any) -> Tensor:
-    x, dt, a, b, c, d, bias, softplus, low, high = tensors
-    return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
+    x, dt, a, b, c, d, bias, softplus, low, high, segments = tensors
+    return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high), segments)
 
 
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-        bias: Tensor | None, softplus: bool, low: float, high: float,
+        bias: Tensor | None, softplus: bool, low: float, high: float, segments: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, a, b, c, d, bias)
-        ctx.options = softplus, low, high
+        ctx.options = softplus, low, high, segments
         ctx.triton = use_triton(x, dt, a, b, c, d, bias)
         run = _triton_forward if ctx.triton else _forward_op
-        out: Tensor = run(x, dt, a, b, c, d, bias, softplus, low, high)
+        out: Tensor = run(x, dt, a, b, c, d, bias, *ctx.options)
         return out
 
     @staticmethod
@@ -221,13 +238,13 @@ class _SSD(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:7])
         run = _triton_backward if ctx.triton else _backward_op
         remaining = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
-        return *(next(remaining) if needed else None for needed in needs), None, None, None
+        return *(next(remaining) if needed else None for needed in needs), None, None, None, None
 
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    dt_limit: tuple[float, float] = (0.0, float("inf")), segments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The outputs of the scan from a zero state. Nothing but the inputs is kept for backward.
 
@@ -241,6 +258,8 @@ def ssd(
         dt_bias: (H,), added to dt, or None.
         dt_softplus: whether the steps are ``softplus(dt + dt_bias)``.
         dt_limit: what the steps are clamped to.
+        segments: (B, L), int32: where the segment of each position begins, each scanned from zero;
+            None: each row is one.
 
     Returns:
         (B, L, H, P), in fp32, or fp64 for fp64.
@@ -248,22 +267,23 @@ def ssd(
     Raises:
         ValueError: for what ``OP.unsupported`` lists.
     """
-    reasons = ssd_unsupported(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit)
+    reasons = ssd_unsupported(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, segments)
     if reasons:
         raise ValueError("; ".join(reasons))
     low, high = dt_limit
-    return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high)  # type: ignore[no-any-return, no-untyped-call]
+    return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high, segments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # -- OP --------------------------------------------------------------------------------------------
 def ssd_unsupported(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    dt_limit: tuple[float, float] = (0.0, float("inf")), segments: Tensor | None = None,
 ) -> list[str]:  # fmt: skip
     """Why ``ssd`` cannot take these inputs; empty when it can."""
     tensors = [t for t in (x, dt, A, B, C, D, dt_bias) if t is not None]
-    if any(not t.is_floating_point() for t in tensors) or len({t.device for t in tensors}) > 1:
+    devices = {t.device for t in (*tensors, segments) if t is not None}
+    if any(not t.is_floating_point() for t in tensors) or len(devices) > 1:
         return ["an input is not floating-point, or is on another device"]
     if x.ndim != 4 or B.ndim != 4 or x.shape[2] % B.shape[2]:
         return ["x and B have not 4 dimensions, or heads are not a multiple of groups"]
@@ -272,6 +292,7 @@ def ssd_unsupported(
     expected = (
         (dt, (batch, length, heads)), (A, (heads,)), (B, (batch, length, groups, states)),
         (C, (batch, length, groups, states)), (D, (heads,)), (dt_bias, (heads,)),
+        (segments, (batch, length)),
     )  # fmt: skip
     return misshapen("x", x, expected)
 
@@ -288,6 +309,10 @@ def _example_of_groups(m: Maker) -> tuple[Any, ...]:
     return *inputs, None, bias, softplus, (0.01, 1.5)
 
 
+def _example_of_segments(m: Maker) -> tuple[Any, ...]:
+    return *_example_of_groups(m), m.segments()
+
+
 OP = Op(
     "ssd",
     ssd_reference,
@@ -295,5 +320,5 @@ OP = Op(
     ssd_unsupported,
     rule="selective_scan",
     example=_example,
-    variants={"groups": _example_of_groups},
+    variants={"groups": _example_of_groups, "segments": _example_of_segments},
 )

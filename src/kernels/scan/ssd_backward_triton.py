@@ -59,11 +59,11 @@ def _with_states(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, x_ptr, step_ptr, sums_ptr, b_ptr, c_ptr, d_ptr, before_ptr, after_ptr,
+    grad_ptr, x_ptr, step_ptr, sums_ptr, segments_ptr, b_ptr, c_ptr, d_ptr, before_ptr, after_ptr,
     dx_ptr, dexponents_ptr, dstep_ptr, dd_ptr,
     gb, gl, gh, gp, xb, xl, xh, xp, bb, bl, bg, bn, cb, cl, cg, cn,
     length, heads, each, chunks, states, features,
-    HAS_D: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_SEGMENTS: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """What is one head's own.
@@ -82,11 +82,13 @@ def backward_kernel(
     c_ptr += sample * cb + (head // each) * cg
     before_ptr += ((sample * heads + head) * chunks + k) * states * features
     after_ptr += ((sample * heads + head) * chunks + k) * states * features
-    step, into, rest, whole = decays(step_ptr, sums_ptr, sample, head, k, chunks, heads, Q)
+    step, into, rest, whole = decays(
+        step_ptr, sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q
+    )
     scores = _products(
         c_ptr, b_ptr, rows, cl, cn, bl, bn, step, length, states, False, LOW, PRECISION, Q, N
     )  # fmt: skip
-    scores *= within(sums_ptr, sample, head, k, chunks, heads, Q)
+    scores *= within(sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q)
     pairs = _products(
         grad_ptr, x_ptr, rows, gl, gp, xl, xp, step, length, features, True, False, PRECISION, Q, P
     )  # fmt: skip
@@ -130,10 +132,10 @@ def backward_kernel(
 
 @triton.jit
 def shared_kernel(
-    grad_ptr, x_ptr, step_ptr, sums_ptr, other_ptr, states_ptr, out_ptr,
+    grad_ptr, x_ptr, step_ptr, sums_ptr, segments_ptr, other_ptr, states_ptr, out_ptr,
     gb, gl, gh, gp, xb, xl, xh, xp, ob, ol, og, on,
     batch, length, heads, each, chunks, states, features, splits,
-    OF_B: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    OF_B: tl.constexpr, HEADS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """What HEADS heads of a group add to db (OF_B) or dc, (splits, B, L, G, N).
@@ -153,7 +155,9 @@ def shared_kernel(
     for i in range(split * HEADS, tl.minimum(split * HEADS + HEADS, each)):
         head = group * each + i
         place = ((sample * heads + head) * chunks + k) * states * features
-        step, into, rest, _ = decays(step_ptr, sums_ptr, sample, head, k, chunks, heads, Q)
+        step, into, rest, _ = decays(
+            step_ptr, sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q
+        )
         pairs = tl.zeros((Q, Q), tl.float32)
         for start in range(0, features, P):
             ps = start + tl.arange(0, P).to(tl.int64)
@@ -168,7 +172,7 @@ def shared_kernel(
             else:
                 pairs = tl.dot(grad, tl.trans(x), pairs, input_precision=PRECISION)
                 out = tl.dot(grad * into[:, None], chunk_states, out, input_precision=PRECISION)
-        seen = within(sums_ptr, sample, head, k, chunks, heads, Q)
+        seen = within(sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q)
         total += pairs * (tl.trans(seen) if OF_B else seen)
     other_ptr += sample * ob + group * og
     other = tile(other_ptr, rows, ns, ol, on, length, states).to(tl.float32)

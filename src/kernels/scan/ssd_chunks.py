@@ -6,7 +6,8 @@ of the exponents ``A dt`` from a chunk's beginning:
     Y = (C B^T * exp(s_i - s_j), lower) X + exp(s_i) C h        within a chunk, and from before it
     h' = exp(s_Q) h + (B * exp(s_Q - s_j))^T X                  from chunk to chunk
 
-Differences of sums are taken in fp64: they are small where both sums are large.
+Differences of sums are taken in fp64: they are small where both sums are large. Between two
+segments every factor is zero.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class ScanTile:
     exponents: Tensor  # A times dt, (H, K, Q); none is positive as a rule
     b: Tensor  # (K, Q, N)
     c: Tensor  # (K, Q, N)
+    # where the segments of its positions begin, counted from the chunk's beginning, (K, Q)
+    segments: Tensor | None = None
 
 
 class _Decays:
-    def __init__(self, exponents: Tensor) -> None:
+    def __init__(self, exponents: Tensor, segments: Tensor | None) -> None:
         s = exponents.cumsum(-1, dtype=torch.float64)
         kind, size = exponents.dtype, exponents.shape[-1]
         upper = torch.ones(size, size, dtype=torch.bool, device=s.device).triu_(1)
@@ -58,6 +61,13 @@ class _Decays:
         # exp(s_Q - s_j), to the state after: (H, K, Q, 1)
         self.rest = (last - s).to(kind).exp_().unsqueeze(-1)
         self.whole = last.to(kind).exp().unsqueeze(-1)  # exp(s_Q): (H, K, 1, 1)
+        if segments is not None:
+            steps = torch.arange(size, device=s.device)
+            ends = segments[:, -1:]
+            self.within.masked_fill_(steps < segments.unsqueeze(-1), 0)
+            self.into.masked_fill_((segments >= 0).unsqueeze(-1), 0)
+            self.rest.masked_fill_((steps < ends).unsqueeze(-1), 0)
+            self.whole.masked_fill_((ends >= 0).unsqueeze(-1), 0)
 
 
 def _states(t: ScanTile, decays: _Decays) -> Tensor:
@@ -71,7 +81,7 @@ def _states(t: ScanTile, decays: _Decays) -> Tensor:
 
 def forward(t: ScanTile) -> Tensor:
     """The outputs without the skip connection, (H, K, Q, P)."""
-    decays = _Decays(t.exponents)
+    decays = _Decays(t.exponents, t.segments)
     states = _states(t, decays)
     scores = decays.within.mul_(t.c @ t.b.transpose(-1, -2))
     return (scores @ t.x).addcmul_(decays.into, t.c @ states)
@@ -81,7 +91,7 @@ def backward(t: ScanTile, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """The gradients of x, exponents, b and c, from that of the outputs."""
     # The gradient of an exponent is the sum over all pairs of steps between which it lies. It is
     # added up so, and never as the difference of two larger sums.
-    decays = _Decays(t.exponents)
+    decays = _Decays(t.exponents, t.segments)
     before = _states(t, decays)
     bt = t.b.transpose(-1, -2)
     products = t.c @ bt

@@ -54,10 +54,10 @@ WARPS = 8
 
 @triton.jit
 def scan_kernel(
-    left_ptr, right_ptr, step_ptr, sums_ptr, out_ptr,
+    left_ptr, right_ptr, step_ptr, sums_ptr, segments_ptr, out_ptr,
     lb, ll, lg, ln, rb, rl, rh, rp,
     length, heads, each, chunks, states, features,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """States (B, H, K, N, P).
@@ -83,7 +83,9 @@ def scan_kernel(
         rows = k * Q + qs
         left = tile(left_ptr, rows, ns, ll, ln, length, states).to(tl.float32)
         right = tile(right_ptr, rows, ps, rl, rp, length, features).to(tl.float32)
-        step, into, rest, whole = decays(step_ptr, sums_ptr, sample, head, k, chunks, heads, Q)
+        step, into, rest, whole = decays(
+            step_ptr, sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q
+        )
         factor = step * rest
         if REVERSE:
             factor = into
@@ -94,10 +96,10 @@ def scan_kernel(
 
 @triton.jit
 def output_kernel(
-    x_ptr, step_ptr, sums_ptr, b_ptr, c_ptr, d_ptr, before_ptr, out_ptr,
+    x_ptr, step_ptr, sums_ptr, segments_ptr, b_ptr, c_ptr, d_ptr, before_ptr, out_ptr,
     xb, xl, xh, xp, bb, bl, bg, bn, cb, cl, cg, cn,
     length, heads, each, chunks, states, features,
-    HAS_D: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_SEGMENTS: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Outputs (B, L, H, P), contiguous."""
@@ -120,8 +122,10 @@ def output_kernel(
         scores = tl.dot(c, tl.trans(b), scores, input_precision=PRECISION)
         before = tile(before_ptr, ns, ps, features, 1, states, features)
         y = tl.dot(c.to(tl.float32), before, y, input_precision=PRECISION)
-    step, into, _, _ = decays(step_ptr, sums_ptr, sample, head, k, chunks, heads, Q)
-    scores *= within(sums_ptr, sample, head, k, chunks, heads, Q)
+    step, into, _, _ = decays(
+        step_ptr, sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q
+    )
+    scores *= within(sums_ptr, segments_ptr, sample, head, k, chunks, heads, HAS_SEGMENTS, Q)
     x = tile(x_ptr + sample * xb + head * xh, rows, ps, xl, xp, length, features).to(tl.float32)
     y = tl.dot(scores, x * step[:, None], y * into[:, None], input_precision=PRECISION)
     if HAS_D:
@@ -150,16 +154,22 @@ class _Sizes:
     Attributes:
         step: (B, K Q, H), zero beyond the end.
         sums: (B, K, Q, H), fp64: the sums of the exponents of 2 from a chunk's beginning.
+        segments: (B, K Q), where the segment of each position begins; unread if there are none.
         scalars: the length, heads, heads of a group, chunks, states and features.
         precision: of the products of tiles.
     """
 
-    def __init__(self, x: Tensor, step: Tensor, a: Tensor, b: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, step: Tensor, a: Tensor, b: Tensor, segments: Tensor | None
+    ) -> None:
         self.batch, length, heads, features = x.shape
         self.step = F.pad(step, (0, 0, 0, -length % CHUNK)).contiguous()
         cut = (self.batch, self.step.shape[1] // CHUNK, CHUNK, heads)
         self.sums = (self.step * a.to(step.dtype)).view(cut).cumsum(2, dtype=torch.float64)
         self.sums.mul_(math.log2(math.e))
+        self.has_segments, self.segments = segments is not None, self.step
+        if segments is not None:
+            self.segments = F.pad(segments, (0, -length % CHUNK)).contiguous()
         groups, states = b.shape[2:]
         self.each, self.chunks = heads // groups, cut[1]
         self.states, self.features = states, features
@@ -174,8 +184,9 @@ def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
     config = _config(SCAN, of.states, of.features)
     grid = rows, cdiv(of.states, config["N"]), cdiv(of.features, config["P"])
     scan_kernel[grid](
-        left, right, of.step, of.sums, out, *_strides(left, right), *of.scalars,
-        REVERSE=reverse, PRECISION=of.precision, **config, num_warps=WARPS,
+        left, right, of.step, of.sums, of.segments, out, *_strides(left, right), *of.scalars,
+        REVERSE=reverse, HAS_SEGMENTS=of.has_segments, PRECISION=of.precision, **config,
+        num_warps=WARPS,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
@@ -183,22 +194,22 @@ def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
 
 def forward(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, bias: Tensor | None,
-    softplus: bool, low: float, high: float,
+    softplus: bool, low: float, high: float, segments: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See ``kernels.ssd``."""
     out = x.new_empty(x.shape, dtype=torch.float32)
     if not out.numel():
         return out
     step, _ = ssd_chunks.steps(dt, bias, softplus, low, high)
-    of = _Sizes(x, step, a, b)
+    of = _Sizes(x, step, a, b, segments)
     before = _scan(b, x, of, reverse=False)
     config = _config(OUTPUT, of.states, of.features)
     grid = of.batch * x.shape[2] * of.chunks, cdiv(of.features, config["P"])
     output_kernel[grid](
-        x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, out,
+        x, of.step, of.sums, of.segments, b, c, x if d is None else d.contiguous(), before, out,
         *_strides(x, b, c), *of.scalars,
-        HAS_D=d is not None, LOW=_low(b, c), PRECISION=of.precision, **config,
-        num_warps=WARPS,
+        HAS_D=d is not None, HAS_SEGMENTS=of.has_segments, LOW=_low(b, c),
+        PRECISION=of.precision, **config, num_warps=WARPS,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
@@ -217,9 +228,10 @@ def _shared(
     for of_b, other, chunk_states in ((True, c, after), (False, b, before)):
         out = of.step.new_empty(splits, *b.shape)
         shared_kernel[grid](
-            grad, x, of.step, of.sums, other, chunk_states, out,
+            grad, x, of.step, of.sums, of.segments, other, chunk_states, out,
             *_strides(grad, x, other), of.batch, *of.scalars, splits,
-            OF_B=of_b, HEADS=HEADS, PRECISION=precision, **config, num_warps=WARPS,
+            OF_B=of_b, HEADS=HEADS, HAS_SEGMENTS=of.has_segments, PRECISION=precision, **config,
+            num_warps=WARPS,
             enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         grads.append(out.sum(0))
@@ -234,10 +246,10 @@ def _per_head(
     dx, rest = x.new_empty(x.shape), of.step.new_empty(3, *x.shape[:3])
     config = _config(BACKWARD, of.states, of.features)
     backward_kernel[(of.batch * x.shape[2] * of.chunks,)](
-        grad, x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, after,
-        dx, *rest, *_strides(grad, x, b, c), *of.scalars,
-        HAS_D=d is not None, LOW=_low(b, c), PRECISION=of.precision, **config,
-        num_warps=WARPS,
+        grad, x, of.step, of.sums, of.segments, b, c, x if d is None else d.contiguous(),
+        before, after, dx, *rest, *_strides(grad, x, b, c), *of.scalars,
+        HAS_D=d is not None, HAS_SEGMENTS=of.has_segments, LOW=_low(b, c),
+        PRECISION=of.precision, **config, num_warps=WARPS,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return dx, rest
@@ -245,14 +257,15 @@ def _per_head(
 
 def backward(
     grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
-    bias: Tensor | None, softplus: bool, low: float, high: float, needs: list[bool],
+    bias: Tensor | None, softplus: bool, low: float, high: float, segments: Tensor | None,
+    needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed of (x, dt, a, b, c, d, bias)."""
     tensors = (x, dt, a, b, c, d, bias)
     if not x.numel():
         return [torch.zeros_like(t) for t, needed in zip(tensors, needs, strict=True) if needed]
     step, slope = ssd_chunks.steps(dt, bias, softplus, low, high)
-    of = _Sizes(x, step, a, b)
+    of = _Sizes(x, step, a, b, segments)
     before, after = _scan(b, x, of, reverse=False), _scan(c, grad, of, reverse=True)
     every: list[Tensor | None] = [None] * 7
     if needs[3] or needs[4]:
@@ -281,11 +294,13 @@ def _cases() -> tuple[AotCase, ...]:
         for name, kernel, most in kernels:
             dtypes = dict.fromkeys(("x_ptr", "b_ptr", "c_ptr", "dx_ptr", "other_ptr"), dtype)
             right = "fp32" if precision != "ieee" else dtype  # in reverse, a gradient
-            dtypes |= {"left_ptr": dtype, "right_ptr": right, "sums_ptr": "fp64"}
+            dtypes |= {"left_ptr": dtype, "right_ptr": right}
+            dtypes |= {"sums_ptr": "fp64", "segments_ptr": "i32"}
             constants = {
                 **_config(most, size, size), "PRECISION": precision, "HEADS": HEADS,
                 "OF_B": size > 16,
-                "HAS_D": size > 16, "LOW": dtype != "fp32", "REVERSE": precision != "ieee",
+                "HAS_D": size > 16, "HAS_SEGMENTS": size > 16, "LOW": dtype != "fp32",
+                "REVERSE": precision != "ieee",
                 # unit strides, as they usually are
                 **dict.fromkeys(("ln", "rp", "gp", "xp", "bn", "cn", "on"), 1),
             }  # fmt: skip

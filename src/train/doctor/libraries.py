@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..package_ranges import install
 from .imports import broken
 from .result import CheckResult, reason
 
@@ -59,8 +60,6 @@ def _kernel_error(device: Any) -> float:
 def bitsandbytes() -> list[CheckResult]:
     """Quantize a matrix to 4 and 8 bits, and multiply by it, on the training device."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        from ..requirements import install
-
         note, mend = f"needed for {_BITS}", install("bitsandbytes")
         return [CheckResult("bitsandbytes", "not installed", "missing", note, mend)]
     try:

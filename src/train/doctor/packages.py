@@ -6,26 +6,17 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from ..package_ranges import PLAIN_EXTRAS, PURPOSES, install_command, package_ranges
 from .result import CheckResult
 
 _OTHERS = ("tokenizers", "safetensors", "huggingface-hub", "deepspeed", "flash-attn")
 """Packages that fusewright works with and whose versions it does not limit."""
 
-_PLAIN = ("", "train")
-"""The extras without which ``fusewright train`` does not start."""
-
-_FOR = {
-    "rl": "preferences and rewards (key rl)",
-    "quant": "4-bit and 8-bit weights (adapter: qlora, load_in_8bit), 8-bit optimizers",
-    "distributed": "DeepSpeed (key deepspeed)",
-}
-"""The purposes of the other extras."""
-
 
 def packages() -> list[CheckResult]:
     """Python, the packages that fusewright names as its own needs, and some others."""
     results = [_python()]
-    required = _named()
+    required = package_ranges()
     results += [_package(name, *requirement) for name, requirement in required.items()]
     for name in _OTHERS:
         if name not in required and (version := _version(name)) is not None:
@@ -43,29 +34,15 @@ def _python() -> CheckResult:
     return CheckResult("python", version, note=f"wanted: {versions}" if versions else "")
 
 
-def _named() -> dict[str, tuple[str, str]]:
-    """Each package that fusewright needs here, with the range of versions and the extra."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:  # transformers needs it, too, and fails without it
-        return {name: ("", "") for name in ("torch", "transformers", "peft", "accelerate")}
-    requirements: dict[str, tuple[str, str]] = {}
-    for line in importlib.metadata.requires("fusewright") or ():
-        one = Requirement(line)
-        for extra in (*_PLAIN, *_FOR):
-            if one.marker is None or one.marker.evaluate({"extra": extra}):
-                requirements.setdefault(one.name, (str(one.specifier), extra))
-    return requirements
-
-
 def _package(name: str, versions: str, extra: str) -> CheckResult:
-    version, needed = _version(name), extra in _PLAIN
+    version, needed = _version(name), extra in PLAIN_EXTRAS
     note = f"wanted: {versions}" if versions else ""
     # PyTorch runs without Triton, and uses no kernel of it where there is no GPU
     needed = needed and name != "triton"
-    mend = f"pip install '{name}{versions}'"
+    mend = install_command(name, versions)
     if version is None:
-        note = "; ".join(filter(None, (note, f"for {_FOR[extra]}" if extra in _FOR else "")))
+        purpose = f"for {PURPOSES[extra]}" if extra in PURPOSES else ""
+        note = "; ".join(filter(None, (note, purpose)))
         if name == "triton" and not _has_gpu():
             return CheckResult(name, "not installed", "unused", note)
         return CheckResult(name, "not installed", "missing", note, mend, needed)

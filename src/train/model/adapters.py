@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,33 @@ from ...errors import ModelError, RecipeError, first_line
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
+from .multimodal import freeze, is_in, language_path, tower_pattern, towers
 from .quantize import head_modules
 
+Say = Callable[[str], None]
 
-def add_adapter(model: Any, recipe: Recipe) -> Any:
+_USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Names that recipes list for any architecture; one that a model lacks is no mistake."""
+
+
+def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     """Wrap ``model`` with the adapters that the recipe asks for, or choose the weights to train.
 
     Quantized weights are frozen and everything else keeps its dtype: that of the norms and the
     embeddings is the dtype of the computation, which does not need PEFT's float32 copies of them.
-    Raises a RecipeError if the model lacks layers, blocks or parameters that the recipe names.
+    ``say`` is called with a line about layers that are left out. Raises a RecipeError if the model
+    lacks layers, blocks or parameters that the recipe names.
     """
     if recipe.adapter is None:
-        return _unfrozen(model, recipe.unfrozen_parameters)
+        return _unfrozen(model, recipe.unfrozen_parameters, say)
+    places = towers(model)
+    model = _with_adapter(model, recipe, say)
+    # which biases may be: PEFT trains all of a name
+    freeze(model.get_base_model(), places)
+    return model
+
+
+def _with_adapter(model: Any, recipe: Recipe, say: Say | None) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _reach_blocks(model, recipe)
@@ -36,7 +52,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
             return put_adapter(model, name, is_trainable=True, autocast_adapter_dtype=autocast)
         except ModelError as error:
             raise RecipeError(f"lora_model_dir: {error}") from error
-    return _adapted(model, recipe, _config(model, recipe))
+    return _adapted(model, recipe, _config(model, recipe, say))
 
 
 def _require_task(name: str, recipe: Recipe) -> None:
@@ -69,6 +85,8 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
         message = f"adapter: PEFT refuses these settings: {first_line(error)}"
         if recipe.lora_target_linear and "target_modules" in message:
             message += " List it in lora_exclude_modules, which lora_target_linear leaves out."
+        elif recipe.lora_dropout and "lora_dropout" in message:
+            message += " Set lora_dropout: 0: layers of the list are weights that hold all experts."
         raise RecipeError(message) from error
 
 
@@ -78,7 +96,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
     ``model`` is on the meta device, and cannot be used afterwards: adapters are put on it.
     """
     if recipe.adapter is None:
-        _matched(model, recipe.unfrozen_parameters or [])
+        _unmatched(model, recipe.unfrozen_parameters or [])
     elif not recipe.lora_model_dir:
         config = _config(model, recipe)
         try:
@@ -89,7 +107,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
             return
 
 
-def _config(model: Any, recipe: Recipe) -> Any:
+def _config(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     from peft import LoraConfig
 
     _require_present(model, recipe.lora_modules_to_save, "lora_modules_to_save")
@@ -99,9 +117,9 @@ def _config(model: Any, recipe: Recipe) -> Any:
         "rank_pattern": recipe.lora_rank_pattern,
         "alpha_pattern": recipe.lora_alpha_pattern,
         "lora_dropout": recipe.lora_dropout,
-        "target_modules": _targets(model, recipe),
+        "target_modules": _targets(model, recipe, say),
         "target_parameters": _listed(recipe.lora_target_parameters),
-        "exclude_modules": _excluded(model, recipe),
+        "exclude_modules": _excluded(model, recipe, say),
         "modules_to_save": _saved(model, recipe),
         "fan_in_fan_out": recipe.lora_fan_in_fan_out,
         "bias": recipe.lora_bias,
@@ -131,6 +149,9 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     modules = list(recipe.lora_modules_to_save or [])
+    if modules and (places := towers(model)):  # which may have modules of the same names
+        paths = [name for name, _ in model.named_modules() if not is_in(name, places)]
+        modules = [p for p in paths if any(p == n or p.endswith(f".{n}") for n in modules)]
     if head_of(recipe).classifies:
         head = dict.fromkeys(name.partition(".")[0] for name in head_modules(model))
         trained = [n for n in head if any(True for _ in getattr(model, n).parameters())]
@@ -138,7 +159,7 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     return modules or None
 
 
-def _targets(model: Any, recipe: Recipe) -> list[str] | str:
+def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
     targets = recipe.lora_target_modules
     all_linear = recipe.lora_target_linear
     if targets in ("all-linear", ["all-linear"]):
@@ -149,39 +170,64 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
                 "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
-        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
-            raise RecipeError(f"lora_target_modules: no layer's whole name matches {targets!r}")
-        return targets
+        return _by_expression(model, targets)
+    absent = [name for name in _absent(model, targets) if name in _USUAL]
+    if absent and len(absent) < len(targets or []):
+        targets = [name for name in targets or [] if name not in absent]
+        if say is not None:
+            say(f"lora_target_modules: the model has no layer {', '.join(absent)}: left out")
     _require_present(model, targets, "lora_target_modules")
     targets = list(targets or [])
     if not all_linear:
         return targets
     # PEFT wants names for layers_to_transform, and does not know the heads of all classifiers
     numbered = recipe.peft_layers_to_transform is not None
-    if not (targets or numbered or head_of(recipe).classifies):
+    without_experts = bool(recipe.lora_dropout) and _means_experts(model)
+    if without_experts and say is not None:
+        say("lora_target_linear: the experts are left out, because PEFT has no dropout for their "
+            "weights; lora_dropout: 0 adapts them, too")  # fmt: skip
+    if not (targets or numbered or without_experts or head_of(recipe).classifies):
         return "all-linear"
     from transformers.pytorch_utils import Conv1D
 
     head = set(head_modules(model).values())
+    places = towers(model)
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module not in head
-    }
+        and not is_in(name, places)
+    }  # fmt: skip
     return sorted(linear | set(targets))
 
 
-def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
-    """The layers that get no adapter: the recipe's, and of all linear ones those PEFT refuses."""
-    named, refused = recipe.lora_exclude_modules, refused_layers(model, recipe)
-    if not refused:
-        return named
-    if isinstance(named, str):
-        return rf"{named}|(.*\.)?({'|'.join(refused)})"
-    return [*(named or ()), *refused]
+def _means_experts(model: Any) -> bool:
+    """Whether PEFT takes all linear layers to be also the weights that hold all experts at once."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(config, model, None)
+    return bool(config.target_parameters)
 
 
-def refused_layers(model: Any, recipe: Recipe) -> list[str]:
+def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | None:
+    """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
+    named, outside = recipe.lora_exclude_modules, tower_pattern(model)
+    refused = _refused(model, recipe)
+    if refused and say is not None:
+        listed = ", ".join(refused)
+        say(f"lora_target_linear: leaves out {listed}, which PEFT refuses in this model")
+    names = [*(named if isinstance(named, list) else ()), *refused]
+    patterns = [p for p in (outside, named if isinstance(named, str) else None) if p]
+    if not patterns:
+        return names or None
+    if names:  # as PEFT reads a list of names
+        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, names))})")
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def _refused(model: Any, recipe: Recipe) -> list[str]:
     """The names of layers that ``lora_target_linear`` would adapt, and PEFT refuses in a model.
 
     Such as Mamba's ``out_proj``: its kernel reads the weight, and would pass by the adapter. A
@@ -208,40 +254,81 @@ def refused_layers(model: Any, recipe: Recipe) -> list[str]:
     return refused
 
 
+def _by_expression(model: Any, expression: str) -> list[str] | str:
+    """The layers of the language model whose whole names match, in whatever class's names."""
+    places = towers(model)
+    names = [name for name, _ in model.named_modules() if not is_in(name, places)]
+    if any(re.fullmatch(expression, name) for name in names):
+        return expression
+    # what a checkpoint's layers are called in older versions of its class, or in its class for text
+    path = language_path(model) if places else ""
+    inner = [name.removeprefix(f"{path}.") for name in names if name.startswith(f"{path}.")]
+    starts = ("model.language_model", "language_model.model", "language_model", "model")
+    targets = [
+        f"{path}.{name}"
+        for name in inner
+        if any(re.fullmatch(expression, f"{start}.{name}") for start in starts)
+    ]
+    if not targets:
+        more = ""
+        if any(re.fullmatch(expression, name) for name, _ in model.named_modules()):
+            more = " but such as text never calls, which are not trained"
+        raise RecipeError(
+            f"lora_target_modules: no layer's whole name matches {expression!r}{more}"
+        )
+    return targets
+
+
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    unknown = [name for name in named or [] if name.rpartition(".")[2] not in present]
-    if unknown:
+    if unknown := _absent(model, named):
+        places = towers(model)
+        inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
         kinds = (nn.Linear, nn.Embedding)
-        inner = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+        inner = [name for name, m in inside if isinstance(m, kinds)]
         names = dict.fromkeys(name.rpartition(".")[2] for name in inner)
         raise RecipeError(
             f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(names)}"
         )
 
 
-def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
+def _absent(model: nn.Module, named: list[str] | None) -> list[str]:
+    places = towers(model)
+    inside = (name for name, _ in model.named_modules() if not is_in(name, places))
+    present = {name.rpartition(".")[2] for name in inside}
+    return [name for name in named or [] if name.rpartition(".")[2] not in present]
+
+
+def _unfrozen(model: nn.Module, patterns: list[str] | None, say: Say | None) -> Any:
     """Train the parameters whose names begin like one of ``patterns``; None: all of them."""
     if patterns:
-        _matched(model, patterns)
+        if (useless := _unmatched(model, patterns)) and say is not None:
+            say(f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, useless))}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+    freeze(model, towers(model))
     return model
 
 
-def _matched(model: nn.Module, patterns: list[str]) -> None:
-    """Raise a RecipeError unless every pattern is the beginning of some parameter's name."""
-    names = [name for name, _ in model.named_parameters()]
+def _unmatched(model: nn.Module, patterns: list[str]) -> list[str]:
+    """The patterns that are no beginning of a parameter's name.
+
+    Raises a RecipeError if that are all of them, or one is no regular expression.
+    """
+    places = towers(model)
+    names = [name for name, _ in model.named_parameters() if not is_in(name, places)]
+    useless = []
     for pattern in patterns:
         try:
-            matched = any(re.match(pattern, name) for name in names)
+            if not any(re.match(pattern, name) for name in names):
+                useless.append(pattern)
         except re.error as error:
             raise RecipeError(f"unfrozen_parameters: {pattern!r}: {error}") from None
-        if not matched:
-            raise RecipeError(
-                f"unfrozen_parameters: no parameter name matches {pattern!r}; examples of names: "
-                f"{names[0]}, {names[-1]}"
-            )
+    if patterns and len(useless) == len(patterns):
+        raise RecipeError(
+            f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, patterns))}; "
+            f"examples of names: {names[0]}, {names[-1]}"
+        )
+    return useless
 
 
 def _reach_blocks(model: Any, recipe: Recipe) -> None:

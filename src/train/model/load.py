@@ -17,7 +17,8 @@ from ..recipe.paths import require_consent
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..requirements import attention
-from .from_pretrained import class_by_name, clear_gguf_marks, meta_model, pretrained
+from .from_pretrained import class_by_name, class_of, clear_gguf_marks, meta_model, pretrained
+from .multimodal import use_cache, weighs_tokens, without_towers
 from .precision import device_for_training, dtype_for_training, keep_norms_in_float32
 from .quantize import (
     clear_marks,
@@ -26,6 +27,7 @@ from .quantize import (
     quantize,
     quantize_experts,
     stay_trainable,
+    take_any_rank,
     unpacking,
 )
 from .tokenizer import set_padding
@@ -129,8 +131,10 @@ def load_model(
         clear_marks(model)
     keep_norms_in_float32(model, recipe)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
-    model.config.use_cache = False
+    use_cache(model.config, False)
     set_padding(model.config, recipe)
+    if getattr(model, "accepts_loss_kwargs", None) is False and not head.classifies:
+        model.accepts_loss_kwargs = weighs_tokens(meta_model(recipe, load_config(recipe)))
     if recipe.checkpointing():
         _checkpoint(model, recipe.gradient_checkpointing_kwargs)
     if config is None:
@@ -138,6 +142,8 @@ def load_model(
     if dense:
         quantize(model, config, quantizing)
     stay_trainable(model)
+    if recipe.load_in_8bit:
+        take_any_rank(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model = model.to(quantizing) if dense else model
@@ -154,18 +160,32 @@ def _read(recipe: Recipe, options: dict[str, Any], say: Callable[[str], None] | 
             say(f"new head ({', '.join(names)}), initialized from seed {recipe.seed}: "
                 f"{recipe.base_model} has none that fits")  # fmt: skip
 
+    kind = smaller = _class(recipe, options)
+    if recipe.language_model_only:
+        kind = type(meta_model(recipe, options.get("config") or load_config(recipe)))
+        smaller = without_towers(kind)
     gpu = device_for_training()
     with torch.random.fork_rng([gpu] if gpu.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        kind = class_by_name(recipe.model_type, head.auto, "PreTrainedModel", "model_type")
         if recipe.reinit_weights:
-            return _random(kind, recipe, options)
-        return pretrained(
-            kind,
-            recipe.base_model,
-            on_new_head=on_new_head if head.classifies else None,
-            **options,
-        )
+            model = _random(smaller, recipe, options)
+        else:
+            model = pretrained(
+                smaller, recipe.base_model, on_new_head=on_new_head if head.classifies else None,
+                **options,
+            )  # fmt: skip
+    if type(model) is smaller:
+        model.__class__ = kind
+    return model
+
+
+def _class(recipe: Recipe, options: dict[str, Any]) -> Any:
+    """The class to load a recipe's model with, of which the configuration is read if needed."""
+    config = options.get("config")
+    is_gguf = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
+    if config is None and not is_gguf and not head_of(recipe).classifies:
+        config = load_config(recipe)
+    return class_of(recipe, config)
 
 
 def _random(kind: Any, recipe: Recipe, options: Mapping[str, Any]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,31 @@ def stay_trainable(model: nn.Module) -> None:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def take_any_rank(model: nn.Module) -> None:
+    """Let 8-bit layers take inputs of more than three dimensions, in place.
+
+    Without gradients of weights, bitsandbytes returns two dimensions for them (multi-head latent
+    attention of transformers expands keys of four).
+    """
+    plain: Any = importlib.import_module("bitsandbytes.nn").Linear8bitLt
+    layer: Any
+    for layer in model.modules():
+        if type(layer) is plain:
+            layer.__class__ = _of_any_rank(plain)  # type: ignore[arg-type]  # 2026-11-30: a class
+
+
+@functools.cache
+def _of_any_rank(kind: Any) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if x.dim() <= 3:
+            return cast("Tensor", kind.forward(self, x))
+        rows: Tensor = kind.forward(self, x.flatten(0, -2))
+        return cast("Tensor", rows.unflatten(0, x.shape[:-1]))
+
+    # the names of its base, by which layers of bitsandbytes are known
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _four(layer: nn.Linear, config: Any) -> Any:

@@ -22,6 +22,7 @@ from ..model.positions import positions
 from ..model.precision import dtype_for_training
 from ..recipe.preferences import PreferenceSettings, preference_settings
 from ..recipe.recipe import Recipe
+from ..report.throughput import layer_configs
 from .cards import Devices
 from .count.blueprint import Blueprint, draw
 from .count.layout import ProcessLayout, layout_of, model_states
@@ -166,11 +167,14 @@ def _planned(
 
 
 def _keys_width(job: TrainingJob) -> int | None:
-    """The size of a token's keys, of all heads, where the configuration says it."""
+    """The size of a token's keys in a layer, of all heads, where the configuration says it."""
     config = job.blueprint.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None)
-    size = getattr(config, "head_dim", None)
-    return heads * size if isinstance(heads, int) and isinstance(size, int) else None
+    widths = []
+    for layer in layer_configs(config):
+        heads, size = (getattr(layer, key, None) for key in ("num_key_value_heads", "head_dim"))
+        if isinstance(heads, int) and isinstance(size, int):
+            widths.append(heads * size)
+    return max(widths, default=None)
 
 
 def _steps(recipe: Recipe, tokens: int, layout: ProcessLayout) -> int | None:

@@ -166,13 +166,24 @@ def _share(model: nn.Module, experts: int) -> float:
 
 def _attention_width(model: nn.Module) -> float:
     """L·H·D: features of all query heads of all layers; 0 without attention."""
-    config = _text_config(model)
-    heads = getattr(config, "num_attention_heads", None)
+    width = 0.0
+    for layer in layer_configs(_text_config(model)):
+        heads = getattr(layer, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            return 0.0
+        size = getattr(layer, "head_dim", None) or getattr(layer, "hidden_size", 0) // heads
+        width += heads * size
+    return width
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The configuration of each layer, whose sizes may differ; none without a number of layers."""
     layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(heads, int) or not isinstance(layers, int):
-        return 0.0
-    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
-    return float(layers * heads * size)
+    if not isinstance(layers, int):
+        return []
+    if getattr(config, "is_heterogeneous", False):  # not in older transformers
+        return list(config.per_layer_config)
+    return [config] * layers
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float | None:

@@ -24,10 +24,13 @@ from ..report.result import Figure
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps, in the whole run and per epoch; a stream has no end, so no epochs (None)."""
+    """Optimizer steps, in the whole run and per epoch.
+
+    A stream has no end: ``max_steps`` of it are taken to be ``num_epochs`` epochs.
+    """
 
     total: int
-    per_epoch: int | None
+    per_epoch: int
 
     def every(self, interval: float, key: str) -> int:
         """An interval in whole steps; below 1, a share of all; RecipeError if it is not whole."""
@@ -39,14 +42,8 @@ class Steps:
             )
         return int(interval)
 
-    def times_per_epoch(self, times: int, key: str) -> int:
-        """The interval, in steps, of what happens so many times in an epoch.
-
-        Raises:
-            RecipeError: the data is a stream, which has no epochs.
-        """
-        if self.per_epoch is None:
-            raise RecipeError(f"{key}: streamed data has no epochs; give a number of steps instead")
+    def times_per_epoch(self, times: int) -> int:
+        """The interval, in steps, of what happens so many times in an epoch."""
         return max(1, math.ceil(self.per_epoch / times))
 
 
@@ -61,7 +58,7 @@ def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
     if sequences is None:
         if recipe.max_steps is None:
             raise RecipeError("max_steps: streamed data has no end, so this must be set")
-        return Steps(recipe.max_steps, None)
+        return Steps(recipe.max_steps, math.ceil(recipe.max_steps / recipe.num_epochs))
     rounded = math.floor if recipe.dataloader_drop_last else math.ceil
     batches = rounded(sequences / recipe.micro_batch_size)
     if not batches:
@@ -252,7 +249,7 @@ def _saving(recipe: Recipe, count: Steps) -> dict[str, Any]:
     kind = recipe.saving()
     interval = 500
     if kind == "epoch" or recipe.saves_per_epoch:
-        interval = count.times_per_epoch(recipe.saves_per_epoch or 1, "saves_per_epoch")
+        interval = count.times_per_epoch(recipe.saves_per_epoch or 1)
     elif recipe.save_steps:
         interval = count.every(recipe.save_steps, "save_steps")
     # old checkpoints are removed by ``files.rotate``, in one move each
@@ -277,14 +274,14 @@ def _validation(recipe: Recipe, count: Steps, figure: Figure) -> dict[str, Any]:
     if kind == "no":
         return {"eval_strategy": "no"}
     if kind == "epoch" or recipe.evals_per_epoch:
-        interval = count.times_per_epoch(recipe.evals_per_epoch or 1, "evals_per_epoch")
+        interval = count.times_per_epoch(recipe.evals_per_epoch or 1)
     elif recipe.eval_steps is None:
         raise RecipeError("eval_strategy: steps needs eval_steps or evals_per_epoch")
     else:
         interval = count.every(recipe.eval_steps, "eval_steps")
     delay = recipe.eval_delay or 0
     if kind == "epoch":
-        delay *= count.per_epoch or 0
+        delay *= count.per_epoch
     result: dict[str, Any] = {
         "eval_strategy": "steps",
         "eval_steps": interval,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...errors import RecipeError
-from ..data import leaks
-from ..model.adapters import add_adapter, refused_layers
+from ..data.packing import LONG, leaks
+from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
@@ -31,21 +31,39 @@ def ready_model(
     say(f"loading {recipe.base_model}")
     model = load_model(recipe, torch.device("cpu") if on_cpu else None, say)
     # only rows of language models are packed: a recipe of any other is refused
-    packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
-    if packs and leaks(model, model.config.vocab_size, model.device):
-        raise RecipeError(
-            f"sample_packing: {type(model).__name__} lets the samples of a pack see each other; "
-            "set it to false"
-        )
+    if recipe.packs() or (recipe.validates() and recipe.packs_validation()):
+        require_packing(model, recipe)
     set_seed(recipe.seed)
     added = fit_embeddings(model, tokenizer, recipe)
     if added:
         say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
-    if refused := refused_layers(model, recipe):
-        say(
-            f"lora_target_linear: leaves out {', '.join(refused)}, which PEFT refuses in this model"
+    return add_adapter(model, recipe, say)
+
+
+def require_packing(model: Any, recipe: Recipe) -> None:
+    """Check that samples in one sequence do not see each other.
+
+    Raises:
+        RecipeError: they do.
+    """
+    from ...compiler.pipeline import optimize, restore
+
+    vocabulary = model.config.get_text_config().vocab_size
+    leak = leaks(model, vocabulary, model.device)
+    if not leak:
+        return
+    # what is recurrent keeps samples apart when it is optimized, as it is once it has its adapter
+    optimize(model, codegen="eager")
+    try:
+        rest = leaks(model, vocabulary, model.device, LONG)
+    finally:
+        restore(model)
+    if rest or not recipe.optimize:
+        remedy = "set it to false" if rest else "set optimize: true, or sample_packing: false"
+        raise RecipeError(
+            f"sample_packing: {type(model).__name__} lets the samples of a pack see each other, in "
+            f"{rest or leak}, which takes no segments; {remedy}"
         )
-    return add_adapter(model, recipe)
 
 
 def optimize_model(model: Any, recipe: Recipe) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from fusewright.kernels.op import starts_of
 from fusewright.kernels.scan.selective_scan import OP
 from tests.kernels.test_selective_scan import draw
-from tests.kernels.util import assert_parity_of
+from tests.kernels.util import assert_parity_of, assert_parity_over
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -26,6 +29,12 @@ def main() -> None:
             inputs = draw(*size, dtype, *given)
             assert_parity_of(OP, inputs, softplus)
             checks += 1
+    for length, places in ((18, (1, 16)), (37, (3, 4, 15, 31)), (33, (32,))):
+        begins = torch.zeros(2, length, dtype=torch.bool)
+        begins[1, list(places)] = True
+        make = functools.partial(draw, 2, 37, 4, length, FP32)
+        assert_parity_over(OP, make, True, starts_of(begins))
+        checks += 1
     frozen = draw(1, 4, 2, 18, FP32)
     for t in frozen[2:]:
         t.requires_grad_(False)

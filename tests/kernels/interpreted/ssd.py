@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fusewright.kernels.op import starts_of
 from fusewright.kernels.scan.ssd import OP, ssd
 from tests.kernels.interpreted import run
 from tests.kernels.test_ssd import draw
@@ -63,6 +64,16 @@ def check_layouts() -> None:
     ssd(*make(), True).sum().backward()
 
 
+def check_segments() -> None:
+    """Beginnings within chunks, at their ends, none in a chunk, and segments of one position."""
+    torch.manual_seed(0)
+    for length, places in ((70, (3, 64)), (131, (1, 2, 60)), (130, (63, 127, 129)), (9, (4,))):
+        begins = torch.zeros(1, length, dtype=torch.bool)
+        begins[:, list(places)] = True
+        options = True, (0.0, float("inf")), starts_of(begins)
+        assert_parity_over(OP, lambda n=length: draw((1, n, 4, 2, 5, 6), FP32), *options)
+
+
 def check_steep_decays() -> None:
     inputs = draw((1, 100, 4, 2, 4, 4), FP32)
     inputs[2] = (inputs[2].detach() * 1e4).requires_grad_()
@@ -76,10 +87,10 @@ def check_library_ops_keep_their_contract() -> None:
     tests = ("test_schema", "test_faketensor")
     ops = torch.ops.fusewright
     torch.library.opcheck(
-        ops.ssd_triton_forward.default, (*inputs, True, 0.0, 9.0), test_utils=tests
+        ops.ssd_triton_forward.default, (*inputs, True, 0.0, 9.0, None), test_utils=tests
     )
     for needs in ([True] * 7, [True, False] * 3 + [True]):
-        given = (torch.randn(inputs[0].shape), *inputs, True, 0.0, 9.0, needs)
+        given = (torch.randn(inputs[0].shape), *inputs, True, 0.0, 9.0, None, needs)
         torch.library.opcheck(ops.ssd_triton_backward.default, given, test_utils=tests)
 
 
@@ -89,6 +100,7 @@ if __name__ == "__main__":
         check_clamped_steps,
         check_frozen_inputs,
         check_layouts,
+        check_segments,
         check_steep_decays,
         check_library_ops_keep_their_contract,
     )

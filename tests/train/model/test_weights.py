@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,21 +13,29 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.model.adapters import add_adapter, refused_layers
+from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training
-from fusewright.train.model.quantize import quantize, stay_trainable
+from fusewright.train.model.quantize import quantize, stay_trainable, take_any_rank
 from fusewright.train.recipe.recipe import Recipe
 
+from ...models.architectures import build
 from ..conftest import make_model
 
 QUIET = Console(quiet=True)
@@ -251,10 +260,82 @@ def test_layers_that_peft_does_not_adapt_are_left_out(excluded: list[str] | str 
         "lora_target_linear": True, "lora_exclude_modules": excluded,
     }  # fmt: skip
     recipe = Recipe.model_validate(keys)
-    assert refused_layers(MambaForCausalLM(config), recipe) == ["out_proj"]
-    adapted = add_adapter(MambaForCausalLM(config), recipe)
+    said: list[str] = []
+    adapted = add_adapter(MambaForCausalLM(config), recipe, said.append)
+    assert said == ["lora_target_linear: leaves out out_proj, which PEFT refuses in this model"]
     found = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
     assert found == {"in_proj", "dt_proj"} | (set() if excluded else {"x_proj"})
     named = Recipe.model_validate({**keys, "lora_target_modules": ["out_proj"]})
     with pytest.raises(RecipeError, match="'out_proj'"):
         add_adapter(MambaForCausalLM(config), named)
+
+
+def adapter_recipe(**keys: Any) -> Recipe:
+    head = {"base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2}
+    return Recipe.model_validate({**head, **keys})
+
+
+def trained_layers(model: Any) -> set[str]:
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+
+
+def test_usual_layers_that_a_model_lacks_are_left_out() -> None:
+    said: list[str] = []
+    usual = ["gate_proj", "q_proj", "o_proj"]
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = LlamaForCausalLM(LlamaConfig(**config, vocab_size=8, intermediate_size=16))
+    adapted = add_adapter(plain, adapter_recipe(lora_target_modules=usual), said.append)
+    assert trained_layers(adapted) == set(usual)
+    assert not said
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**config, vocab_size=8, intermediate_size=16))
+    recipe = adapter_recipe(lora_target_modules=[*usual, "dense"])
+    assert trained_layers(add_adapter(neox, recipe, said.append)) == {"dense"}
+    assert said == [
+        "lora_target_modules: the model has no layer gate_proj, q_proj, o_proj: left out"
+    ]
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**config, vocab_size=8, intermediate_size=16))
+    for names in (usual, ["dense", "dence"]):
+        with pytest.raises(RecipeError, match=r"the model has no layer (gate_proj, q_pr|dence)"):
+            add_adapter(neox, adapter_recipe(lora_target_modules=names))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_experts_are_adapted_unless_there_is_dropout(dropout: float) -> None:
+    said: list[str] = []
+    config = MixtralConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=8, intermediate_size=16, num_local_experts=2,
+    )  # fmt: skip
+    recipe = adapter_recipe(lora_target_linear=True, lora_dropout=dropout)
+    adapted = add_adapter(MixtralForCausalLM(config), recipe, said.append)
+    assert ("experts" in " ".join(trained_layers(adapted))) == (not dropout)
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= trained_layers(adapted)
+    assert bool(said) == bool(dropout)
+
+
+def test_experts_that_are_listed_have_no_dropout() -> None:
+    names = ["gate_proj", "up_proj", "down_proj"]
+    with pytest.raises(RecipeError, match=r"Set lora_dropout: 0: layers of the list are"):
+        add_adapter(build("afmoe"), adapter_recipe(lora_target_modules=names, lora_dropout=0.1))
+
+
+@QUANTIZED
+@pytest.mark.parametrize("trained", [False, True])
+def test_8_bit_layers_take_inputs_of_any_rank(trained: bool) -> None:
+    import bitsandbytes as bnb
+
+    plain = nn.Linear(16, 32, bias=False)
+    layer = bnb.nn.Linear8bitLt(16, 32, bias=False, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    model = nn.Sequential(layer.to("cpu")).train(trained)
+    x = torch.randn(2, 3, 5, 16, dtype=torch.bfloat16, requires_grad=trained)
+    expected = model(x.flatten(0, 1)).unflatten(0, (2, 3))
+    take_any_rank(model)
+    found = model(x)
+    assert torch.equal(found, expected)
+    assert isinstance(copy.deepcopy(model)[0], bnb.nn.Linear8bitLt)
+    if trained:
+        found.float().sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape

@@ -163,7 +163,7 @@ def test_a_model_that_cannot_pack_says_so(
     recipe: dict[str, Any], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _job(recipe, scratch, sample_packing=True)
-    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: True)
+    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: "model.x (Mixer)")
     assert worker.main(folder) == 2
     result = json.loads((folder / worker.RESULT).read_text())
     assert result["status"] == "refused"

@@ -142,7 +142,8 @@ REFUSED = {
     "pruning": ("llmcompressor: {recipe: {}}", "llmcompressor: .* with LLM Compressor itself"),
     "quantized training": ("qat: {weight_dtype: int4}", "qat: .* is not yet available"),
     "restarts of adapters": (
-        "relora: true\njagged_restart_steps: 9\nadapter: lora\nlora_target_linear: true\nfsdp: true",
+        "relora: true\njagged_restart_steps: 9\nadapter: lora\nlora_target_linear: true\n"
+        "fsdp: true",
         "relora: set this or fsdp, not both: merging needs whole weights",
     ),
     "shifted attention": ("s2_attention: true", "s2_attention: true is not yet available"),

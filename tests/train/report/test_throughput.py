@@ -142,3 +142,20 @@ def test_a_gpu_is_known_by_its_longest_name(monkeypatch: pytest.MonkeyPatch) -> 
         assert not any(earlier in name for earlier in names[:i])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == 756e12
+
+
+def test_attention_counts_each_layer_with_its_own_heads() -> None:
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    sizes = {
+        "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    widths = []
+    for full in (8, 32):
+        config = Gemma4TextConfig(**sizes, global_head_dim=full)
+        with torch.device("meta"):
+            model = Gemma4ForCausalLM(config)
+        widths.append(flops_per_token(model, 1.0) - flops_per_token(model))
+    assert widths == [6 * 2 * (8 + 8), 6 * 2 * (8 + 32)]

@@ -56,6 +56,10 @@ def test_how_many_steps(tmp_path: Path, keys: dict[str, Any], total: int, per_ep
     assert steps(asked(tmp_path, **keys), 20) == Steps(total, per_epoch)
 
 
+def test_the_steps_of_a_stream_are_all_epochs_together(tmp_path: Path) -> None:
+    assert steps(asked(tmp_path, max_steps=200, num_epochs=4), None) == Steps(200, 50)
+
+
 def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer would make the batch larger, and copies of the model that are not optimized."""
     own = TrainingArguments.__post_init__
@@ -142,8 +146,6 @@ def test_arguments(tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any
 def test_keys_that_do_not_go_together(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         training_arguments(asked(tmp_path, **keys), Steps(40, 20))
-    with pytest.raises(RecipeError, match="saves_per_epoch: streamed data has no epochs"):
-        training_arguments(asked(tmp_path, saves_per_epoch=1), Steps(40, None))
 
 
 # --- schedules ------------------------------------------------------------------------------------

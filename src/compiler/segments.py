@@ -1,0 +1,249 @@
+"""Where the samples of a row begin: one value of each step, which blocks are called with.
+
+Transformers takes a row for several samples where ``position_ids`` do not count on, and no mask and
+no cache say otherwise (``masking_utils.find_packed_sequence_indices``). Its attention keeps such
+samples apart; what is recurrent goes on from one to the next. Here a call of a head or a backbone
+with such positions is a *step* that has segments, and the blocks whose code calls a scan or a short
+convolution are captured with copies of it that give them the segments (``segmented_copies``). All
+other blocks, and all calls of rows with one sample, are not concerned.
+
+A block that runs once more in backward, in somebody's checkpoint, is called without the head. It
+knows its step by its input, which is tagged.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..errors import OptimizeError
+from ..kernels.direct import is_traced_here
+from ..memory.apply_plan import inside_checkpoint
+from .copies.forward_copies import FunctionCopies
+
+_TAG = "_fusewright_step"
+_OTHERWISE = ("attention_mask", "past_key_values", "cache", "cache_params")
+"""With one of these transformers takes a row for one sample."""
+
+
+class ModelStep:
+    """One call of a model: which samples its rows hold, worked out when a block first asks."""
+
+    def __init__(self, kwargs: Mapping[str, Any]) -> None:
+        """Note what a call of a head or a backbone says of its rows."""
+        given = kwargs.get("position_ids")
+        others = (kwargs.get(name) is not None for name in _OTHERWISE)
+        known = isinstance(given, Tensor) and not isinstance(given, FakeTensor) and not any(others)
+        self.given = given if known else None
+        self.positions = None if self.given is None else _of_text(self.given)
+        self.has_positions = self.positions is not None
+        self._version = _version(self.given)
+        # by the number of rows and the device
+        self._segments: dict[tuple[int, torch.device], Tensor | None] = {}
+
+    def is_of(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether another call says the same, by a tensor that nobody has written to since."""
+        version = self._version
+        given = ModelStep(kwargs).given
+        return version is not None and given is self.given and _version(given) == version
+
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """The segments (B, L) of hidden states (B, L, D); None where no row has several."""
+        if self.positions is None or x is None or x.dim() != 3:
+            return None
+        batch, length = x.shape[:2]
+        if self.positions.shape[-1] != length:  # of a tower, say
+            return None
+        key = batch, x.device
+        if key not in self._segments:
+            segments = _segments(self.positions, batch)
+            self._segments[key] = segments if segments is None else segments.to(x.device)
+        return self._segments[key]
+
+
+def _version(t: Tensor | None) -> int | None:
+    return None if t is None or t.is_inference() else t._version
+
+
+def _of_text(positions: Tensor) -> Tensor | None:
+    """The positions (B, L) in the text, or None where they say nothing of samples."""
+    if positions.dim() == 3 and positions.shape[0] == 4:
+        return positions[0]  # the others are time, height and width
+    return positions if positions.dim() == 2 else None
+
+
+@torch.no_grad()
+def _segments(positions: Tensor, batch: int) -> Tensor | None:
+    """Where segments begin, by position; one host synchronisation."""
+    if positions.shape[0] not in (1, batch):
+        return None
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    if bool(goes_on.all()):
+        return None
+    places = torch.arange(1, positions.shape[1], dtype=torch.int32, device=positions.device)
+    first = torch.zeros(positions.shape, dtype=torch.int32, device=positions.device)
+    first[:, 1:] = torch.where(goes_on, 0, places)
+    return first.cummax(1).values.expand(batch, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class BlockSegments:
+    """What a block that mixes positions is called with: its step, and where segments begin."""
+
+    step: ModelStep
+    segments: Tensor | None
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """In place of the code of a region: it is called with segments, and captured apart."""
+
+    code: Hashable
+
+
+class Slot:
+    """The segments of the block at hand, where its captured code reads them."""
+
+    value: Tensor | None = None
+
+
+class StepSegments:
+    """The step that the models of one session are in, and what its blocks are to be given."""
+
+    def __init__(self) -> None:
+        self.slot = Slot()
+        self._step: ModelStep | None = None
+        self._any = False  # whether a step has had segments
+        self._last = ModelStep({})  # of a block that was called by itself
+        self._masks = FunctionCopies(self._mask_of, live=True)
+
+    def entering(self, forward: Callable[..., Any], original: Callable[..., Any]) -> Any:
+        """``forward`` of a head or a backbone, whose calls are steps."""
+        names = _positional(original)
+
+        def entered(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if is_traced_here():
+                return forward(module, *args, **kwargs)
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            outer, positions = self._step, named.get("position_ids")
+            if outer is None or (positions is not None and positions is not outer.given):
+                self._step = ModelStep(named)
+            try:
+                return forward(module, *args, **kwargs)
+            finally:
+                self._step = outer
+
+        return entered
+
+    def run_backbone(
+        self, original: Callable[..., Any], function: Any, module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        """Call a backbone, whose masks are told of the positions of the step."""
+        if self._step is not None and self._step.has_positions:
+            copy = self._masks.of(function)
+            if copy is not None:
+                return copy(module, *args, **kwargs)
+        return original(module, *args, **kwargs)
+
+    def _mask_of(self, value: Any, names: set[str]) -> Any:
+        """In place of a function that makes a mask, and may be told of positions, one that is."""
+        # transformers' Granite 4 makes them without (5.24): samples in a row would be one
+        if not isinstance(value, types.FunctionType) or not _makes_masks(value):
+            return None
+
+        @functools.wraps(value)
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            positions = None if self._step is None else self._step.positions
+            if positions is None or args or kwargs.get("position_ids") is not None:
+                return value(*args, **kwargs)
+            (batch, length), sizes = kwargs["inputs_embeds"].shape[:2], positions.shape
+            if sizes[1] == length and sizes[0] in (1, batch):
+                kwargs["position_ids"] = positions
+            return value(**kwargs)
+
+        return mask
+
+    def concern(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call of a block may have segments, or may run again after one that had."""
+        if self._any or inside_checkpoint():
+            return True
+        if self._step is not None:
+            return self._step.has_positions
+        return kwargs.get("position_ids") is not None
+
+    def of_block(self, x: Tensor | None, kwargs: Mapping[str, Any]) -> BlockSegments:
+        """What a call of a block that mixes positions belongs to, and the segments of ``x``.
+
+        Raises:
+            OptimizeError: a block runs once more in backward, and nothing tells of which step.
+        """
+        step = self._step
+        if step is None and x is not None:
+            step = x.__dict__.get(_TAG)
+        if step is None and torch._C._current_graph_task_id() != -1 and self._any:
+            raise OptimizeError(_UNKNOWN)
+        if step is None:
+            if not self._last.is_of(kwargs):
+                self._last = ModelStep(kwargs)
+            step = self._last
+        segments = step.of(x)
+        self._any = self._any or segments is not None
+        if x is not None:
+            x.__dict__[_TAG] = step
+        return BlockSegments(step, segments)
+
+    @contextmanager
+    def given(self, call: BlockSegments) -> Iterator[None]:
+        """While a block runs."""
+        outer = self._step, self.slot.value
+        self._step, self.slot.value = call.step, call.segments
+        try:
+            yield
+        finally:
+            self._step, self.slot.value = outer
+
+
+def require_once(block: nn.Module) -> None:
+    """Refuse a block that runs its original code, with copies for one call, and a checkpoint.
+
+    Raises:
+        OptimizeError: a checkpoint inside of it would run what is no copy, once more.
+    """
+    if torch.is_grad_enabled() and any(
+        m.training and getattr(m, "gradient_checkpointing", False) for m in block.modules()
+    ):
+        raise OptimizeError(
+            f"samples share rows (position_ids), and {type(block).__name__} runs as it was "
+            "(explain says why), with a checkpoint inside: do not pack, or disable gradient "
+            "checkpointing"
+        )
+
+
+_UNKNOWN = (
+    "samples share rows (position_ids), and a checkpoint runs a block once more without saying "
+    "which of its calls that is: use use_reentrant=False, without hooks that move what a "
+    "checkpoint keeps; or do not pack"
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _makes_masks(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters
+    return {"config", "inputs_embeds", "attention_mask", "position_ids"} <= set(parameters)
+
+
+@functools.lru_cache(maxsize=256)
+def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments of a forward after the module, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in kinds and p.name != "self")

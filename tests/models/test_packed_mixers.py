@@ -1,0 +1,312 @@
+"""Packed samples have the losses and gradients of single ones where layers are recurrent, too.
+
+In fp32, of what is computed in it anyway; a leak is orders of magnitude larger, as the last tests
+show: they let one op ignore where samples begin.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from fusewright import OptimizeError, explain, optimize, restore
+from fusewright.compiler.copies import opaque_calls
+from fusewright.graph.opaque import functions
+from fusewright.train.data.packing import LONG as LONGEST
+from fusewright.train.data.packing import leaks
+
+from .architectures import LAST_ID, build, shrink
+
+TEXT = {
+    "mamba": {"short_conv", "selective_scan"},
+    "mamba2": {"short_conv", "selective_scan"},
+    "falcon_mamba": {"short_conv", "selective_scan"},
+    "jamba": {"short_conv", "selective_scan"},
+    "bamba": {"short_conv", "selective_scan"},
+    "granitemoehybrid": {"short_conv", "selective_scan"},
+    "nemotron_h": {"short_conv", "selective_scan"},
+    "zamba2": {"short_conv", "selective_scan"},
+    "lfm2": {"short_conv"},
+    "qwen3_next": {"short_conv"},
+    "qwen3_5_text": {"short_conv"},
+    "kimi_linear": {"short_conv"},
+}
+"""Which rules rewrite what mixes positions; the delta rule is run over samples as rows."""
+
+MULTIMODAL = ("qwen3_5", "lfm2_vl", "gemma3", "qwen3_vl", "llava")
+LONG = tuple(n for n in (*TEXT, *MULTIMODAL) if n != "mamba2")
+
+SIZES = (9, 71, 5, 66)
+"""Chunks of scans are 64 positions: samples begin in them, and go on across them."""
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def _made(name: str) -> Any:
+    if name in TEXT:
+        model: Any = build(name)
+    else:
+        config = shrink(CONFIG_MAPPING[name]())
+        torch.manual_seed(0)
+        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).float().train()
+    model.config.use_cache = model.config.get_text_config().use_cache = False
+    return model
+
+
+def _batch(samples: list[Tensor], positions: bool = True) -> dict[str, Tensor]:
+    labels = [torch.cat([torch.tensor([-100]), ids[1:]]) for ids in samples]
+    batch = {"input_ids": torch.cat(samples)[None], "labels": torch.cat(labels)[None]}
+    if positions:
+        places = [torch.arange(len(ids)) for ids in samples]
+        batch["position_ids"] = torch.cat(places)[None]
+    return batch
+
+
+def _samples(sizes: tuple[int, ...] = SIZES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, LAST_ID, (n,), generator=generator) for n in sizes]
+
+
+def _step(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The loss over all labels, and its gradients."""
+    model.zero_grad()
+    counts = [(b["labels"] != -100).sum() for b in batches]
+    total = torch.zeros(())
+    for batch, count in zip(batches, counts, strict=True):
+        loss = model(**batch).loss * count / sum(counts)
+        loss.backward()
+        total += loss.detach()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": total, **grads}
+
+
+def _single(model: Any, sizes: tuple[int, ...] = SIZES) -> dict[str, Tensor]:
+    return _step(model, [_batch([ids], positions=False) for ids in _samples(sizes)])
+
+
+def _differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    assert found.keys() == expected.keys()
+    largest = max(float(v.norm()) for v in expected.values())
+    return [
+        f"{part}: {(found[part] - value).norm():.1e} of {value.norm():.1e}"
+        for part, value in expected.items()
+        if not (found[part] - value).norm() <= 2e-5 * value.norm() + 1e-7 * largest
+    ]
+
+
+@pytest.mark.long(*LONG)
+@pytest.mark.parametrize("name", [*TEXT, *MULTIMODAL])
+def test_gradients_of_packed_samples(name: str) -> None:
+    model = _made(name)
+    expected = _single(model)
+    assert len(expected) > 10
+    leaky = name in TEXT or name in ("qwen3_5", "lfm2_vl")
+    if leaky:
+        assert _differing(_step(model, [_batch(_samples())]), expected), "eager mode leaks"
+    optimize(model, codegen="eager")
+    assert _differing(_step(model, [_batch(_samples())]), expected) == []
+    report = explain(model)
+    sites = {s.rule for s in report.sites if s.status == "rewritten"}
+    assert TEXT.get(name, set()) <= sites, str(report)
+    # and rows with one sample run the graphs that know nothing of it
+    assert _differing(_single(model), expected) == []
+    assert leaks(model, LAST_ID, model.device, LONGEST) == ""
+    restore(model)
+    leak = leaks(model, LAST_ID, model.device)
+    assert bool(leak) == leaky
+    assert leak.count("layers") == leaky  # it is named, and no block
+
+
+KINDS = {c.name: c for c in (*functions.CONVENTIONS, functions.CONVOLUTION)}
+FAULTS = {
+    "short_conv_call": TEXT,
+    "scan_call": ("mamba", "falcon_mamba", "jamba"),
+    "chunk_scan_call": ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "zamba2"),
+    "delta_rule_call": ("qwen3_next", "qwen3_5_text", "kimi_linear"),
+}
+"""What may be called without segments by mistake, and in which models."""
+
+
+@contextmanager
+def _ignoring(kind: str) -> Iterator[None]:
+    """Let what follows a convention ignore segments."""
+    original = opaque_calls.segmented_leaf
+
+    def ignores(function: Any) -> Any:
+        if functions.segmented_convention(function) is not KINDS[kind]:
+            return original(function)
+        call = functions.leaf(function) if functions.convention(function) else function
+        return lambda segments, *args, **kwargs: call(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opaque_calls, "segmented_leaf", ignores)
+        yield
+
+
+FAULTY = [f"{name}-{kind}" for kind, names in FAULTS.items() for name in names]
+
+
+@pytest.mark.long(*FAULTY)
+@pytest.mark.parametrize("fault", FAULTY)
+def test_an_op_that_ignores_segments_is_found(fault: str) -> None:
+    name, kind = fault.split("-")
+    model = _made(name)
+    expected = _single(model, (9, 71))
+    with _ignoring(kind):
+        optimize(model, codegen="eager")
+        assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected)
+        assert "layers" in leaks(model, LAST_ID, model.device, LONGEST)
+
+
+@pytest.mark.long("mamba2-inductor", "mamba-eager", "lfm2-eager", "qwen3_next-eager")
+@pytest.mark.parametrize(
+    ("name", "codegen"),
+    [("mamba2", "inductor"), ("mamba", "eager"), ("lfm2", "eager"), ("qwen3_next", "eager")],
+)
+def test_gradient_checkpointing_and_accumulation(name: str, codegen: str) -> None:
+    """A block runs once more in backward, when rows of another step have been given."""
+    model = _made(name)
+    sizes = [(9, 71), (30,), (5, 66)]
+    expected = _single(model, (9, 71, 30, 5, 66))
+    model.gradient_checkpointing_enable()
+    optimize(model, codegen=codegen)
+    samples = iter(_samples((9, 71, 30, 5, 66)))
+    batches = [_batch([next(samples) for _ in group]) for group in sizes]
+    model.zero_grad()
+    counts = [int((b["labels"] != -100).sum()) for b in batches]
+    losses = [model(**b).loss * n / sum(counts) for b, n in zip(batches, counts, strict=True)]
+    for loss in losses:
+        loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {"loss": torch.stack([x.detach() for x in losses]).sum(), **grads}
+    assert _differing(found, expected) == []
+
+
+def _checkpointed(model: Any, **options: Any) -> None:
+    """Put a checkpoint around each block, as a training engine does."""
+    for block in model.backbone.layers:
+        inner = block.forward
+
+        def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+            return checkpoint(functools.partial(inner, **kwargs), *args, **options)
+
+        block.forward = forward
+
+
+def test_a_checkpoint_around_a_block_knows_its_step() -> None:
+    model = _made("mamba2")
+    expected = _single(model, (9, 71, 30))
+    optimize(model, codegen="eager")
+    _checkpointed(model, use_reentrant=False)
+    samples = _samples((9, 71, 30))
+    batches = [_batch(samples[:2]), _batch(samples[2:], positions=False)]
+    model.zero_grad()
+    counts = [int((b["labels"] != -100).sum()) for b in batches]
+    losses = [model(**b).loss * n / sum(counts) for b, n in zip(batches, counts, strict=True)]
+    for loss in reversed(losses):
+        loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {"loss": torch.stack([x.detach() for x in losses]).sum(), **grads}
+    assert _differing(found, expected) == []
+
+
+def test_a_checkpoint_that_forgets_its_input_is_refused() -> None:
+    model = _made("mamba2")
+    optimize(model, codegen="eager")
+    _checkpointed(model, use_reentrant=True)
+    model.enable_input_require_grads()
+    loss = model(**_batch(_samples((9, 20)))).loss
+    with pytest.raises(OptimizeError, match="use_reentrant=False"):
+        loss.backward()
+
+
+@pytest.mark.long
+def test_a_block_that_runs_as_it_was_takes_segments() -> None:
+    model = _made("mamba2")
+    expected = _single(model, (9, 71))
+    optimize(model, codegen="eager")
+    handles = [
+        b.mixer.in_proj.register_forward_hook(lambda *_: None) for b in model.backbone.layers
+    ]
+    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+    assert any("a hook" in b.reason for b in explain(model).bypasses)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(OptimizeError, match="disable gradient checkpointing"):
+        model(**_batch(_samples((9, 71))))
+    for handle in handles:
+        handle.remove()
+    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+
+
+@pytest.mark.long
+def test_packs_of_any_lengths_run_the_same_graphs() -> None:
+    model = optimize(_made("mamba2"), codegen="eager")
+    counts = []
+    for sizes in ((9, 71), (30, 4, 4), (5, 66, 12, 1, 1), (130, 20)):
+        rows = [_batch(_samples(sizes)), _batch(_samples(sizes[::-1]))]
+        _step(model, [{name: torch.cat([r[name] for r in rows]) for name in rows[0]}])
+        counts.append(explain(model).graphs)
+    assert counts[1:] == counts[:1] * 3
+
+
+def test_rows_with_padding_are_as_in_eager_mode() -> None:
+    """With a mask, positions that start again say nothing."""
+    model = _made("mamba2")
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    batch = _batch(_samples((9, 20)))
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, :9] = 0
+    batch["attention_mask"] = mask
+    batch["labels"][mask == 0] = -100
+    assert _differing(_step(model, [batch]), _step(eager, [batch])) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_what_else_tells_of_samples_says_no_more(name: str) -> None:
+    """A collator's keywords for libraries' kernels, which models refuse where there are none."""
+    model = _made(name)
+    expected = _single(model, (9, 71))
+    batch = _batch(_samples((9, 71)))
+    ends = torch.tensor([0, 9, 80], dtype=torch.int32)
+    more = {
+        "seq_idx": (batch["position_ids"] == 0).cumsum(1).int() - 1,
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 71, "max_length_k": 71,
+    }  # fmt: skip
+    if name == "mamba2":  # whose mixers are given no keywords
+        assert _differing(_step(model, [{**batch, **more}]), expected)
+    else:
+        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+            _step(model, [{**batch, **more}])
+    optimize(model, codegen="eager")
+    assert _differing(_step(model, [{**batch, **more}]), expected) == []
+
+
+@pytest.mark.long
+def test_a_copy_and_a_second_model_take_their_own_segments() -> None:
+    model = _made("mamba2")
+    other = _made("mamba2")
+    expected = _single(model, (9, 71)), _single(other, (5, 66, 12))
+    optimize(model, codegen="eager")
+    optimize(other, codegen="eager")
+    copied = copy.deepcopy(model)
+    for _ in range(2):
+        assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected[0]) == []
+        assert _differing(_step(other, [_batch(_samples((5, 66, 12)))]), expected[1]) == []
+        assert _differing(_step(copied, [_batch(_samples((9, 71)))]), expected[0]) == []
+    with torch.no_grad():
+        model.eval()
+        packed = model(**_batch(_samples((9, 71)))).logits[0]
+        single = [model(input_ids=ids[None]).logits[0] for ids in _samples((9, 71))]
+    torch.testing.assert_close(packed, torch.cat(single), rtol=1e-4, atol=1e-5)
