@@ -32,7 +32,7 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def test_weights_of_8_bits_are_whole_in_each_process(recipe: Any) -> None:
+def test_weights_of_8_bits_are_whole_in_each_process(recipe: MakeRecipe) -> None:
     made = draw(recipe(**LORA), torch.bfloat16)
     alone, shared = (
         model_states(fsdp_units(made, 8), ProcessLayout("FSDP2", n, shard=n), "adamw_torch")
