@@ -127,9 +127,9 @@ are stored in the dtype of computation, unless `bnb_config_kwargs` has `bnb_4bit
 
 ## Coming from Axolotl
 
-The keys, their types and their defaults are Axolotl's. Its recipes for supervised training, with
-LoRA, QLoRA or all weights, run unchanged; older names of keys work, too. Start with `--dry-run`.
-The differences:
+The keys, their types and their defaults are Axolotl's, and older names of keys work, too. Most of
+its example recipes for text run unchanged: [axolotl.md](axolotl.md) says which. Start with
+`--dry-run`. The differences:
 
 - Unknown keys are errors. Axolotl ignores them.
 - Kernels and patches (`liger_*`, `lora_*_kernel`, `unsloth_*`, `cut_cross_entropy`,
@@ -138,9 +138,16 @@ The differences:
 - Without `save_steps` or `saves_per_epoch` a run that is not stopped has no checkpoints, only the
   result. Validation always runs before and after training.
 - FSDP is always FSDP2. Recipes for FSDP1 run on it, [too](#several-processes).
-- Tensor and context parallelism are those of PyTorch and transformers. Context parallelism needs
-  `sample_packing: false`, because its ring attention has no masks.
-- Expert parallelism (`expert_parallel_size`) and plugins are not yet available. Preference methods
+- Tensor parallelism is that of transformers. Context parallelism is torch's ring attention or, with
+  `sample_packing` and on CPUs, keys and values that are gathered for each layer
+  ([scale.md](scale.md)).
+- With `sample_packing`, a sample starts anew in recurrent layers, too (Mamba, Mamba-2, gated delta
+  rule, short convolutions): that is what `optimize` does ([optimize.md](optimize.md)). Before
+  training, the model at hand is tried on packs that differ in one sample, forward and in gradients;
+  where samples see each other, the run ends with the name of the layer. The plain model cannot pack
+  such layers, and `fusewright verify` compares with it: give it `--no-sample_packing`, and it still
+  trains the same samples packed, as one of its ways.
+- `expert_parallel_size` shards experts with FSDP2; plugins are not yet available. Preference methods
   (`rl`) are: see [preferences.md](preferences.md).
 - A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as
   the class that its configuration names. Its language model is trained on text, with LoRA on its

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -285,12 +285,27 @@ def untrained(model: Any, keys: Iterable[str]) -> list[str]:
     """The keys in a base model's files that ``model`` does not train: towers, and what it ignores.
 
     These are tensors that the class does not load, such as the layers for several tokens at a time
-    (``mtp``), but not buffers that it computes itself.
+    (``mtp``), but not buffers that it computes itself, nor the scales of weights that it loads.
     """
     places = towers(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = {name.rpartition(".")[2] for name, _ in model.named_buffers()} | {"inv_freq"}
     names = names_in_model(model, keys)
-    return [key for key in keys
-            if is_in(names[key], places)
-            or (names[key] not in known and names[key].rpartition(".")[2] not in own)]  # fmt: skip
+    ignored = (
+        key for key, name in names.items()
+        if not _is_of(name, known) and name.rpartition(".")[2] not in own
+    )  # fmt: skip
+    wanted = {*ignored, *(key for key, name in names.items() if is_in(name, places))}
+    return [key for key in keys if key in wanted]
+
+
+_OF_8_BITS = (".SCB", ".weight_format")
+
+
+def _is_of(name: str, parameters: Collection[str]) -> bool:
+    """Whether a tensor is a parameter, or belongs to one that bitsandbytes has packed."""
+    for end in _OF_8_BITS:
+        if name.endswith(end):
+            name = f"{name.removesuffix(end)}.weight"
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in parameters for n in range(1, len(parts) + 1))

@@ -259,6 +259,7 @@ def run(
 
 def _plainly(message: str, *paths: Path) -> str:
     """A message on one line without the paths of this machine."""
+    message = message.replace(f"{paths[-1] / 'base'}", "the twin")
     for path in paths:
         message = message.replace(f"{path}, ", "").replace(f"{path}", path.name)
     first, _, rest = message.partition("problems:")

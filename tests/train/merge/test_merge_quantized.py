@@ -110,6 +110,7 @@ def test_a_base_that_is_stored_in_four_bits(tmp_path: Path) -> None:
     assert "in memory: the base is quantized" in whole.stdout
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert "quantization_config" not in config
+    assert not [name for name in tensors(tmp_path / "whole") if ".weight." in name]  # of scales
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert torch.allclose(logits(model), expected, atol=1e-4)
 
@@ -129,6 +130,24 @@ def test_a_base_that_is_stored_in_four_bits(tmp_path: Path) -> None:
     for stored, wanted in layers:  # what was merged, rounded to four bits again
         rounded = dequantize_4bit(*quantize_4bit(wanted.data, quant_type="nf4"))
         assert torch.allclose(dequantize_4bit(stored.data, stored.quant_state), rounded, atol=1e-6)
+
+
+@needs_bitsandbytes
+def test_the_adapter_is_added_in_the_requested_dtype(tmp_path: Path) -> None:
+    """Although transformers loads files that are quantized in the dtype that they name."""
+    adapter = make_adapter(tmp_path, make_model(**SIZES), torch.bfloat16)
+    full = tmp_path / "base"
+    four: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(full, quantization_config=four)
+    shutil.rmtree(full)
+    model.save_pretrained(full)
+    make_tokenizer().save_pretrained(full)
+    done = fusewright(
+        "merge", adapter, "--dequantize", "--output", tmp_path / "whole", "--dtype", "float32"
+    )
+    assert done.exit_code == 0, done.output
+    weight = tensors(tmp_path / "whole")["model.layers.0.self_attn.q_proj.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_tied_embeddings_in_memory(tmp_path: Path) -> None:

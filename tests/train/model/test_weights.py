@@ -252,19 +252,22 @@ def test_checkpointed_blocks(recipe: dict[str, Any], keys: dict[str, Any]) -> No
     assert learned(result)
 
 
-def test_layers_that_peft_does_not_adapt_can_be_left_out() -> None:
+@pytest.mark.parametrize("excluded", [None, ["x_proj"], "(.*\\.)?x_proj"])
+def test_layers_that_peft_does_not_adapt_are_left_out(excluded: list[str] | str | None) -> None:
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8, state_size=4)
     keys: dict[str, Any] = {
         "base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2,
-        "lora_target_linear": True,
+        "lora_target_linear": True, "lora_exclude_modules": excluded,
     }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"'out_proj'.* List it in lora_exclude_modules"):
-        add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
-    keys["lora_exclude_modules"] = ["out_proj"]
-    adapted = add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
-    assert {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad} == {
-        "in_proj", "x_proj", "dt_proj",
-    }  # fmt: skip
+    recipe = Recipe.model_validate(keys)
+    said: list[str] = []
+    adapted = add_adapter(MambaForCausalLM(config), recipe, said.append)
+    assert said == ["lora_target_linear: leaves out out_proj, which PEFT refuses in this model"]
+    found = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert found == {"in_proj", "dt_proj"} | (set() if excluded else {"x_proj"})
+    named = Recipe.model_validate({**keys, "lora_target_modules": ["out_proj"]})
+    with pytest.raises(RecipeError, match="'out_proj'"):
+        add_adapter(MambaForCausalLM(config), named)
 
 
 def adapter_recipe(**keys: Any) -> Recipe:

@@ -32,6 +32,16 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
+def test_weights_of_8_bits_are_whole_in_each_process(recipe: MakeRecipe) -> None:
+    made = draw(recipe(**LORA), torch.bfloat16)
+    alone, shared = (
+        model_states(fsdp_units(made, 8), ProcessLayout("FSDP2", n, shard=n), "adamw_torch")
+        for n in (1, 4)
+    )
+    packed = sum(w.scales * u.times for u in fsdp_units(made, 8) for w in u.weights)
+    assert 0 < packed < shared.weights < alone.weights
+
+
 @pytest.mark.parametrize("fake_group", [2, 8, 1024], indirect=True)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_shards_are_those_of_fully_shard(method: str, fake_group: int, recipe: MakeRecipe) -> None:

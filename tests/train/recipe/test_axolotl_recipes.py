@@ -115,6 +115,12 @@ strict: false
         "attn_implementation: kernels-community/vllm-flash-attn3",
         {"attn_implementation": "honoured"},
     ),
+    "restarts of adapters": (
+        "relora: true\njagged_restart_steps: 150\njagged_restart_warmup_steps: 10\n"
+        "jagged_restart_anneal_steps: false\nrelora_prune_ratio: 0.9\nrelora_cpu_offload: false\n"
+        "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\noptimizer: adamw_bnb_8bit",
+        {"relora": "honoured", "relora_prune_ratio": "honoured"},
+    ),
     "Muon from random weights, by Ray": (
         "optimizer: muon\nreinit_weights: true\nuse_ray: true\nray_num_workers: 4",
         {"optimizer": "honoured", "reinit_weights": "honoured", "use_ray": "not applicable"},
@@ -135,7 +141,11 @@ REFUSED = {
     "metrics without a name": ("do_causal_lm_eval: true", "needs eval_causal_lm_metrics"),
     "pruning": ("llmcompressor: {recipe: {}}", "llmcompressor: .* with LLM Compressor itself"),
     "quantized training": ("qat: {weight_dtype: int4}", "qat: .* is not yet available"),
-    "restarts of adapters": ("relora: true\njagged_restart_steps: 9", "relora: true is not yet"),
+    "restarts of adapters": (
+        "relora: true\njagged_restart_steps: 9\nadapter: lora\nlora_target_linear: true\n"
+        "fsdp: true",
+        "relora: set this or fsdp, not both: merging needs whole weights",
+    ),
     "shifted attention": ("s2_attention: true", "s2_attention: true is not yet available"),
     "no such template": ("chat_template: qwen33", "there is no template 'qwen33' here; did you"),
     "no such type of rows": ("datasets: [{path: a/b, type: jeopardi}]", "did you mean jeopardy"),

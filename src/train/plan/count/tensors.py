@@ -30,7 +30,8 @@ class Weight:
         numbers: how many it has.
         rows: its size in the first dimension, which is what is divided between processes.
         bytes: of the whole tensor, its scales not included where it is quantized.
-        scales: bytes of those, which no strategy divides.
+        scales: bytes of those, which no strategy divides, and of all of a weight that is whole in
+            each process.
         itemsize: bytes of a number in the dtype of computation.
         is_matrix: whether it has two dimensions or more.
     """
@@ -86,6 +87,8 @@ def _weights(
         size, scales = p.nbytes, 0
         if bits and id(p) in quantized:
             size, scales = quantized_bytes(p, bits)
+            if bits == 8 or p.dim() == 3:  # which FSDP cannot divide either
+                size, scales = 0, size + scales
         rows = p.shape[0] if p.dim() else 1
         yield Weight(p.numel(), rows, size, p.element_size(), p.requires_grad, p.dim() > 1, scales)
 
