@@ -147,8 +147,8 @@ its example recipes for text run unchanged: [axolotl.md](axolotl.md) says which.
   where samples see each other, the run ends with the name of the layer. The plain model cannot pack
   such layers, and `fusewright verify` compares with it: give it `--no-sample_packing`, and it still
   trains the same samples packed, as one of its ways.
-- `expert_parallel_size` shards experts with FSDP2; plugins are not yet available. Preference methods
-  (`rl`) are: see [preferences.md](preferences.md).
+- `expert_parallel_size` shards experts with FSDP2. Plugins are not yet available; preference
+  methods (`rl`) are: see [preferences.md](preferences.md).
 - A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as
   the class that its configuration names. Its language model is trained on text, with LoRA on its
   layers only; regular expressions in `lora_target_modules` mean them in whatever class's names.
