@@ -261,4 +261,5 @@ def test_a_scan_that_is_captured_whole() -> None:
     assert canon is not None
     assert canon.name == "scan_call"
     assert _plain(canon.args[:5]) == tuple("uvabc")
-    assert _plain(canon.args[5:]) == (None, None, None, True, False, ())
+    # no gate, no bias, ..., no segments
+    assert _plain(canon.args[5:]) == (None, None, None, True, False, None, ())
