@@ -23,6 +23,7 @@ from ..errors import ModelError, RecipeError, did_you_mean
 from ..report import Report
 from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
+from .model.multimodal import auto_class, tower_pattern
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
 from .terminal import Terminal, announce, say
@@ -117,17 +118,21 @@ def load(request: ExplainOptions) -> tuple[Any, str]:
 
 
 def _pretrained(request: ExplainOptions) -> tuple[Any, str]:
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": _dtype(request)}
     depth = ""
+    config = _config(request)
     if request.layers is not None:
-        config = _config(request)
         depth = f", {_shorten(config, request.layers)}"
         options["config"] = config
-    model = _read(AutoModelForCausalLM, request, **options)
+    model = _read(_auto(config), request, **options)
     clear_gguf_marks(model)
     return model.to(device_for_training()), f"{request.model}, its own weights{depth}"
+
+
+def _auto(config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, auto_class(config))
 
 
 def _config(request: ExplainOptions) -> Any:
@@ -180,9 +185,7 @@ def _default_config(model_type: str) -> Any:
 
 def _random(request: ExplainOptions, config: Any) -> tuple[Any, str]:
     """A shallow model with random weights, and its description."""
-    import transformers
-
-    auto: Any = transformers.AutoModelForCausalLM
+    auto = _auto(config)
     depth = _shorten(config, request.layers)
     options = {"dtype": _dtype(request), "trust_remote_code": request.trust_remote_code}
     try:
@@ -239,7 +242,10 @@ def _with_lora(model: nn.Module) -> Any:
     from peft import LoraConfig, get_peft_model
 
     try:
-        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", exclude_modules=tower_pattern(model)
+        )
+        return get_peft_model(model, config)
     except ValueError as error:  # layers that PEFT refuses to adapt
         raise ModelError(f"LoRA cannot be put on all linears: {_first(error)}") from error
 

@@ -60,7 +60,7 @@ def save(trainer: EngineMixin, result: RunResult) -> None:
 
     def write() -> str | None:
         try:
-            save_model.save_whole(trainer.model, tokenizer, folder, state)
+            save_model.save_whole(trainer.model, tokenizer, folder, state, trainer.context.recipe)
         except CheckpointWriteError as error:
             return str(error)
         return None

@@ -9,27 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError, first_line
 from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
 from .inference.run_folder import RunFolder
+from .model.base_files import BaseFiles, base_files, save_with_base
 from .model.files import adapter_weights, in_shards
 from .model.from_pretrained import meta_model, pretrained
 from .model.load import load_config, load_model, quiet
+from .model.multimodal import is_in, names_in_model, processor_files, towers, use_cache
 from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.tokenizer import set_padding
-from .recipe.locate import locate
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -78,8 +78,8 @@ def merge(
         config = load_config(recipe)  # as the run had it, with what its recipe overrides
         try:
             files = _files(run, config, request)
-            adapted = Adapted(meta_model(recipe, config), run.folder)
-            layers = Layers(adapted, files, dtype)
+            adapted = Adapted(meta_model(recipe, config), run.folder, files)
+            layers = Layers(adapted, files, dtype, all_of_it=request.dtype is not None)
             say(console, f"merging into {run.base_model}, file by file")
             write_shards(folder, layers.plan, layers.tensor, request.max_shard_size)
             set_padding(config, recipe)
@@ -89,11 +89,10 @@ def merge(
             say(console, f"merging in memory: {reason}")
             announce(f"loading {run.base_model}")
             model = merged_in_memory(run, dtype, request.dequantize)
-            try:
-                model.save_pretrained(folder, max_shard_size=request.max_shard_size)
-            except ValueError as error:
-                raise RecipeError(f"max_shard_size: {first_line(error)}") from error
+            _save(model, run, folder, request, dtype)
         load_tokenizer(run).save_pretrained(folder)
+        for path in processor_files(run.base_model, run.recipe.get("revision_of_model")):
+            shutil.copy(path, folder)
         _copy_code(run, folder)
     size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     say(console, f"the merged model, {size / 1e6:,.0f} MB, is in {output}")
@@ -104,19 +103,23 @@ class Layers:
     """The merged tensors, made one module at a time.
 
     Args:
-        dtype: of the result; None: as each is stored.
+        dtype: of the language model in the result; None: as each is stored.
+        all_of_it: whether ``dtype`` is also that of what is not trained, such as towers.
 
     Attributes:
-        plan: shape and dtype of each tensor of the result, by the model's names.
+        plan: shape and dtype of each tensor of the result, by its name there.
         untied: whether tensors that the base has once are now two.
 
     Raises:
         UnmergeableError: the files do not have the tensors that the adapter changes.
     """
 
-    def __init__(self, adapted: Adapted, files: BaseFiles, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, adapted: Adapted, files: BaseFiles, dtype: torch.dtype | None, all_of_it: bool = False
+    ) -> None:
         self.adapted, self.files, self.dtype = adapted, files, dtype
-        self._key = _keys(adapted, files)
+        self._all = all_of_it
+        self._key = adapted.keys(files)
         self._merged: dict[str, Tensor] = {}
         groups = {tuple(group) for group in adapted.tied.values()}
         self.untied = False
@@ -126,10 +129,12 @@ class Layers:
                 self.untied = True
                 self._key |= {name: self._key.get(name, source) for name in group}
         self._check()
-        self.plan = {name: self._planned(name) for name in self._key}
+        self._names = {adapted.stored.get(name, name): name for name in self._key}
+        self.plan = {stored: self._planned(name) for stored, name in self._names.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor ``name`` of the result, in float32 where it was merged."""
+    def tensor(self, stored: str) -> Tensor:
+        """The tensor ``stored`` of the result, in float32 where it was merged."""
+        name = self._names[stored]
         if name not in self.adapted.names or not self.adapted.changes(name):
             return self.files.read(self._key[name])
         if name not in self._merged:
@@ -142,8 +147,10 @@ class Layers:
 
     def _planned(self, name: str) -> tuple[Shape, torch.dtype]:
         key = self._key[name]
-        stored = self.files.dtypes[key]
-        dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
+        dtype = self.files.dtypes[key]
+        trained = name in self.adapted.names and not is_in(name, self.adapted.towers)
+        if self.dtype is not None and dtype.is_floating_point and (trained or self._all):
+            dtype = self.dtype
         is_changed = name in self.adapted.names and self.adapted.changes(name)
         return (self.adapted.names[name] if is_changed else self.files.shapes[key]), dtype
 
@@ -157,13 +164,21 @@ class Layers:
                 raise UnmergeableError(f"{name} has another size in the base's files")
 
 
-def _keys(adapted: Adapted, files: BaseFiles) -> dict[str, str]:
-    """The key in the files for each tensor, by the model's names; other tensors keep theirs."""
-    prefix, keys = f"{adapted.prefix}.", {}
-    for key in files.shapes:
-        candidates = (key, prefix + key, key.removeprefix(prefix))
-        keys[next((name for name in candidates if name in adapted.names), key)] = key
-    return keys
+def _save(
+    model: Any, run: RunFolder, folder: Path, request: MergeOptions, dtype: torch.dtype | None
+) -> None:
+    """Write a merged model; what was not trained comes from the base's files."""
+    base = run.base_model if run.adapter else run.recipe.get("base_model")
+    files = None
+    if base and not _quantized(model):
+        files = base_files(base, run.recipe.get("revision_of_model"))
+    try:
+        save_with_base(
+            model, folder, files, dtype=None if request.dtype is None else dtype,
+            max_shard_size=request.max_shard_size,
+        )  # fmt: skip
+    except ValueError as error:
+        raise RecipeError(f"max_shard_size: {first_line(error)}") from error
 
 
 def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
@@ -215,97 +230,6 @@ def _copy_code(run: RunFolder, folder: Path) -> None:
             shutil.copy(path, folder)
 
 
-# --- files of a base model, read tensor by tensor ------------------------------------------------
-
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-_STORED_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-class BaseFiles:
-    """Tensors on disk, by name; only those in use are in memory.
-
-    Attributes:
-        shapes: of every tensor, in the order of the files.
-
-    Raises:
-        ModelError: a file is missing, damaged, or holds something that is not a plain tensor.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._file: dict[str, Path] = {}
-        for path in files:
-            try:
-                self._list(path)
-            except Exception as error:  # safetensors raises its own class
-                raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
-
-    def read(self, name: str) -> Tensor:
-        """The tensor ``name``, mapped from its file: its pages come as they are used."""
-        with safe_open(self._file[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def _list(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # 2026-11-25: not a dict
-                part = file.get_slice(name)
-                if part.get_dtype() not in _STORED_DTYPES:
-                    raise ValueError(f"{name} is {part.get_dtype()}")
-                self.shapes[name] = tuple(part.get_shape())
-                self.dtypes[name] = _STORED_DTYPES[part.get_dtype()]
-                self._file[name] = path
-
-
-def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None:
-    """Find the safetensors files of a base model; None where it has another kind, such as GGUF.
-
-    Raises:
-        RecipeError: the base is not there.
-        ModelError: a file is missing or damaged.
-    """
-    source = locate(base_model, [Path.cwd()])
-    if source.gguf_file:
-        return None
-    index = _file(source.name, _INDEX, revision)
-    if index is not None:
-        names = sorted(set(_weight_map(index).values()))
-        files = [_file(source.name, name, revision) for name in names]
-        missing = [name for name, file in zip(names, files, strict=True) if file is None]
-        if missing:
-            raise ModelError(f"{source.name}: {_INDEX} names {missing[0]}, which is not there")
-        return BaseFiles([file for file in files if file is not None])
-    single = _file(source.name, _SINGLE, revision)
-    return BaseFiles([single]) if single is not None else None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{index} cannot be read: {first_line(error)}") from None
-    return names
-
-
-def _file(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a model, which is downloaded if the model is a Hugging Face id."""
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return path if path.is_file() else None
-    from transformers.utils.hub import cached_file
-
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    cached = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
-    return Path(cached) if cached else None
-
-
 # --- merging in memory by PEFT: for bases and adapters that cannot be taken in pieces ------------
 
 
@@ -325,7 +249,7 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
     if dequantize:
         dequantize_linears(model, model.dtype)
     merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
-    merged.config.use_cache = True  # load_model has switched it off
+    use_cache(merged.config, True)  # load_model has switched it off
     if "_weight_conversions" in vars(merged):  # those of quantized files cannot be reversed
         del merged._weight_conversions
     return merged if dtype is None or _quantized(merged) else merged.to(dtype)
@@ -382,16 +306,19 @@ class Adapted:
 
     Args:
         base: the base model, on the meta device. Its vocabulary grows with the adapter's.
+        files: with the base's tensors.
 
     Attributes:
         names: of the base's tensors, each with its shape.
         tied: for each name of a tensor that has several, all of them.
+        towers: paths of what is outside of the language model.
+        stored: the names in the result of tensors that the base's files call otherwise.
 
     Raises:
         UnmergeableError: the adapter is not one that can be merged layer by layer.
     """
 
-    def __init__(self, base: Any, folder: Path) -> None:
+    def __init__(self, base: Any, folder: Path, files: BaseFiles) -> None:
         from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
         config = PeftConfig.from_pretrained(str(folder))
@@ -403,8 +330,10 @@ class Adapted:
         grow(base, weights)
         pairs = list(base.named_parameters(remove_duplicate=False))
         self.names = {name: tuple(p.shape) for name, p in pairs}
-        self.tied = _tied(pairs)
-        self.prefix: str = base.base_model_prefix
+        self.tied, self.towers = _tied(pairs), towers(base)
+        self.stored: dict[str, str] = {}
+        self._prefix = f"{base.base_model_prefix}."
+        self._renamed = names_in_model(base, files.shapes, renamed_only=True)
         with torch.device("meta"):
             self.model = PeftModel(base, config, low_cpu_mem_usage=True)
         # the adapter goes to the base's device, which must not be meta
@@ -412,6 +341,21 @@ class Adapted:
         set_peft_model_state_dict(self.model, weights, low_cpu_mem_usage=True)
         self._require_loaded()
         self.base: Any = self.model.get_base_model()
+
+    def keys(self, files: BaseFiles) -> dict[str, str]:
+        """The key in the base's files of each tensor, by the model's names; others keep theirs."""
+        keys = {}
+        for key in files.shapes:
+            candidates = (key, self._prefix + key, key.removeprefix(self._prefix))
+            name = next((name for name in candidates if name in self.names), None)
+            if name is None:
+                renamed = self._renamed.get(key, key)
+                name = renamed if renamed in self.names else key
+                self.stored[name] = key
+            elif self.towers:
+                self.stored[name] = key
+            keys[name] = key
+        return keys
 
     def changes(self, name: str) -> bool:
         """Whether the adapter changes or replaces the base's tensor ``name``."""

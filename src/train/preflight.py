@@ -111,11 +111,10 @@ def _model(recipe: Recipe) -> Iterator[str]:
     try:
         with quiet():
             config = load_config(here)
-            if recipe.model_type is None:
-                model = meta_model(here, config)
-                meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
-                require_names(model, recipe)
-                _require_groups(model, recipe)
+            model = meta_model(here, config)
+            meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
+            require_names(model, recipe)
+            _require_groups(model, recipe)
             problem = too_long(here, config)
     except RecipeError as error:
         yield str(error)

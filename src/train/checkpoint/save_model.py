@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+from ...errors import FusewrightError
+from ..model.base_files import BaseFiles, base_files, save_with_base
+from ..model.multimodal import processor_files, use_cache
+from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
 from .files import CheckpointWriteError, write_error_reason
@@ -21,14 +25,18 @@ _PROBE = 64
 
 
 def save_whole(
-    model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    state: dict[str, Any] | None = None,
+    recipe: Recipe | None = None,
 ) -> None:
     """As ``save``, but every file is complete or as before; CheckpointWriteError on a full disk."""
     part = folder / PART
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save(model, tokenizer, part, state)
+        save(model, tokenizer, part, state, recipe)
         for path in sorted(part.iterdir()):
             target = folder / path.name
             if path.name == card.NAME and target.exists() and not card.is_generated(target):
@@ -45,13 +53,20 @@ def save_whole(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    state: dict[str, Any] | None = None,
+    recipe: Recipe | None = None,
+) -> None:
     """Write the adapter (or the whole model, if it has none) and the tokenizer.
 
-    ``state`` has the weights by name, where the model has only a part of them.
+    ``state`` has the weights by name, where the model has only a part of them. With ``recipe``, a
+    whole model also gets what it does not train of its base.
     """
-    kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
+        kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
         # only the trained adapter: a reference's may be there, too; "auto" would ask the hub
         # whether the vocabulary grew
         adapters = list(model.active_adapters)
@@ -59,19 +74,31 @@ def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None 
             folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
         )
     else:
+        files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):
-            model.save_pretrained(folder, **kwargs)
+            save_with_base(model, folder, files, state)
+        for path in processor_files(recipe.base_model, recipe.revision_of_model) if recipe else ():
+            shutil.copy(path, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _base_files(recipe: Recipe) -> BaseFiles | None:
+    """The files of the base, if there are any; what was trained is saved in any case."""
+    if head_of(recipe).classifies or recipe.base_model_config or recipe.overrides_of_model_config:
+        return None  # what the model lacks of its base, it lacks on purpose
+    with contextlib.suppress(FusewrightError, OSError):
+        return base_files(recipe.base_model, recipe.revision_of_model)
+    return None
 
 
 @contextlib.contextmanager
 def _with_cache(model: Any) -> Iterator[None]:
     """Let the configuration ask for a cache, as generation wants; training has switched it off."""
-    model.config.use_cache = True
+    use_cache(model.config, True)
     try:
         yield
     finally:
-        model.config.use_cache = False
+        use_cache(model.config, False)
 
 
 @dataclass(frozen=True)

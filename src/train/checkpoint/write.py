@@ -63,7 +63,7 @@ def _write_whole(trainer: Any, part: Path) -> None:
     whole = trainer.sharding.whole_state()
     optimizer = None if trainer.args.save_only_model else trainer.sharding.optimizer_state()
     if trainer.world.main:
-        save(trainer.model, trainer.context.tokenizer, part, whole)
+        save(trainer.model, trainer.context.tokenizer, part, whole, trainer.context.recipe)
         if not trainer.args.save_only_model:
             torch.save(optimizer, part / "optimizer.pt")
 

@@ -12,6 +12,7 @@ from ...errors import ModelError, RecipeError, first_line
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
+from .multimodal import freeze, is_in, language_path, tower_pattern, towers
 from .quantize import head_modules
 
 
@@ -24,6 +25,14 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     """
     if recipe.adapter is None:
         return _unfrozen(model, recipe.unfrozen_parameters)
+    places = towers(model)
+    model = _with_adapter(model, recipe)
+    # which biases may be: PEFT trains all of a name
+    freeze(model.get_base_model(), places)
+    return model
+
+
+def _with_adapter(model: Any, recipe: Recipe) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _reach_blocks(model, recipe)
@@ -101,7 +110,7 @@ def _config(model: Any, recipe: Recipe) -> Any:
         "lora_dropout": recipe.lora_dropout,
         "target_modules": _targets(model, recipe),
         "target_parameters": _listed(recipe.lora_target_parameters),
-        "exclude_modules": recipe.lora_exclude_modules,
+        "exclude_modules": _excluded(model, recipe),
         "modules_to_save": _saved(model, recipe),
         "fan_in_fan_out": recipe.lora_fan_in_fan_out,
         "bias": recipe.lora_bias,
@@ -131,11 +140,27 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     modules = list(recipe.lora_modules_to_save or [])
+    if modules and (places := towers(model)):  # which may have modules of the same names
+        paths = [name for name, _ in model.named_modules() if not is_in(name, places)]
+        modules = [p for p in paths if any(p == n or p.endswith(f".{n}") for n in modules)]
     if head_of(recipe).classifies:
         head = dict.fromkeys(name.partition(".")[0] for name in head_modules(model))
         trained = [n for n in head if any(True for _ in getattr(model, n).parameters())]
         modules += [n for n in trained if n not in (*modules, *SEQ_CLS_HEAD_NAMES)]
     return modules or None
+
+
+def _excluded(model: Any, recipe: Recipe) -> list[str] | str | None:
+    """The layers that are not adapted: the recipe's, and those of towers."""
+    excluded, outside = recipe.lora_exclude_modules, tower_pattern(model)
+    if outside is None:
+        return excluded
+    patterns = [outside]
+    if isinstance(excluded, str):
+        patterns.append(excluded)
+    elif excluded:  # as PEFT reads a list of names
+        patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, excluded))})")
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def _targets(model: Any, recipe: Recipe) -> list[str] | str:
@@ -149,9 +174,7 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
                 "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
-        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
-            raise RecipeError(f"lora_target_modules: no layer's whole name matches {targets!r}")
-        return targets
+        return _by_expression(model, targets)
     _require_present(model, targets, "lora_target_modules")
     targets = list(targets or [])
     if not all_linear:
@@ -163,20 +186,49 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     from transformers.pytorch_utils import Conv1D
 
     head = set(head_modules(model).values())
+    places = towers(model)
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module not in head
-    }
+        and not is_in(name, places)
+    }  # fmt: skip
     return sorted(linear | set(targets))
 
 
+def _by_expression(model: Any, expression: str) -> list[str] | str:
+    """The layers of the language model whose whole names match, in whatever class's names."""
+    places = towers(model)
+    names = [name for name, _ in model.named_modules() if not is_in(name, places)]
+    if any(re.fullmatch(expression, name) for name in names):
+        return expression
+    # what a checkpoint's layers are called in older versions of its class, or in its class for text
+    path = language_path(model) if places else ""
+    inner = [name.removeprefix(f"{path}.") for name in names if name.startswith(f"{path}.")]
+    starts = ("model.language_model", "language_model.model", "language_model", "model")
+    targets = [
+        f"{path}.{name}"
+        for name in inner
+        if any(re.fullmatch(expression, f"{start}.{name}") for start in starts)
+    ]
+    if not targets:
+        more = ""
+        if any(re.fullmatch(expression, name) for name, _ in model.named_modules()):
+            more = " but such as text never calls, which are not trained"
+        raise RecipeError(
+            f"lora_target_modules: no layer's whole name matches {expression!r}{more}"
+        )
+    return targets
+
+
 def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    places = towers(model)
+    inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
+    present = {name.rpartition(".")[2] for name, _ in inside}
     unknown = [name for name in named or [] if name.rpartition(".")[2] not in present]
     if unknown:
         kinds = (nn.Linear, nn.Embedding)
-        inner = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+        inner = [name for name, m in inside if isinstance(m, kinds)]
         names = dict.fromkeys(name.rpartition(".")[2] for name in inner)
         raise RecipeError(
             f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(names)}"
@@ -189,12 +241,14 @@ def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
         _matched(model, patterns)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+    freeze(model, towers(model))
     return model
 
 
 def _matched(model: nn.Module, patterns: list[str]) -> None:
     """Raise a RecipeError unless every pattern is the beginning of some parameter's name."""
-    names = [name for name, _ in model.named_parameters()]
+    places = towers(model)
+    names = [name for name, _ in model.named_parameters() if not is_in(name, places)]
     for pattern in patterns:
         try:
             matched = any(re.match(pattern, name) for name in names)

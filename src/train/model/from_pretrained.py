@@ -13,7 +13,7 @@ from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..consent import code_refused
 from ..recipe.locate import ModelSource, hub_problem, locate
-from ..recipe.preferences import HEADS, head_of
+from ..recipe.preferences import HEADS, LANGUAGE_HEAD, head_of
 from ..recipe.recipe import Recipe
 from .files import (
     Shards,
@@ -26,6 +26,7 @@ from .files import (
     tokenizer_problem,
     weights_problem,
 )
+from .multimodal import auto_class, remove_towers, require_text
 from .quantize import clear_marks, head_modules
 
 Kind = Literal["model", "config", "tokenizer", "other"]
@@ -125,25 +126,47 @@ def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
     return result
 
 
+def class_of(recipe: Recipe, config: Any) -> Any:
+    """The class that loads the model of a recipe: an Auto class, or what ``model_type`` names.
+
+    ``config`` is the checkpoint's configuration; None, of a GGUF file: that of a causal language
+    model. Raises a RecipeError if transformers has no such class.
+    """
+    head = head_of(recipe)
+    auto = head.auto if head.classifies or config is None else auto_class(config)
+    name = None if recipe.model_type == LANGUAGE_HEAD.auto else recipe.model_type
+    return class_by_name(name, auto, "PreTrainedModel", "model_type")
+
+
 def meta_model(recipe: Recipe, config: Any) -> Any:
     """The model of a configuration without its weights, on the meta device.
 
-    Raises a RecipeError if there is no such model.
+    Raises a RecipeError if there is no such model, or it cannot be trained on text.
     """
     import torch
-    import transformers
 
-    auto: Any = getattr(transformers, head_of(recipe).auto)
+    kind: Any = class_of(recipe, config)
     name = recipe.base_model
-    options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
+    options: dict[str, Any] = {}
     if recipe.attention() in ("eager", "sdpa"):  # others need packages, or a GPU
         options["attn_implementation"] = recipe.attention()
+    if hasattr(kind, "from_config"):  # an Auto class
+        make = kind.from_config
+        options["trust_remote_code"] = recipe.consent.trust_remote_code
+    else:
+        make = kind._from_config
+        text = config.get_text_config(decoder=True)
+        config = config if isinstance(config, kind.config_class) else text
     try:
         with torch.device("meta"):
-            return auto.from_config(config, **options)
+            model = make(config, **options)
     except Exception as error:  # a model's code raises anything
-        why = _explained(error, name, Path(name), "config", auto)
+        why = _explained(error, name, Path(name), "config", kind)
         raise RecipeError(f"base_model: {why}") from error
+    require_text(model, name)
+    if recipe.language_model_only:
+        remove_towers(model)
+    return model
 
 
 def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,8 @@ from ..recipe.paths import require_consent
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..requirements import attention
-from .from_pretrained import class_by_name, clear_gguf_marks, meta_model, pretrained
+from .from_pretrained import class_by_name, class_of, clear_gguf_marks, meta_model, pretrained
+from .multimodal import use_cache, without_towers
 from .precision import device_for_training, dtype_for_training, keep_norms_in_float32
 from .quantize import (
     clear_marks,
@@ -129,7 +130,7 @@ def load_model(
         clear_marks(model)
     keep_norms_in_float32(model, recipe)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
-    model.config.use_cache = False
+    use_cache(model.config, False)
     set_padding(model.config, recipe)
     if recipe.checkpointing():
         _checkpoint(model, recipe.gradient_checkpointing_kwargs)
@@ -154,15 +155,29 @@ def _read(recipe: Recipe, options: dict[str, Any], say: Callable[[str], None] | 
             say(f"new head ({', '.join(names)}), initialized from seed {recipe.seed}: "
                 f"{recipe.base_model} has none that fits")  # fmt: skip
 
+    kind = smaller = _class(recipe, options)
+    if recipe.language_model_only:
+        kind = type(meta_model(recipe, options.get("config") or load_config(recipe)))
+        smaller = without_towers(kind)
     gpu = device_for_training()
     with torch.random.fork_rng([gpu] if gpu.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        return pretrained(
-            class_by_name(recipe.model_type, head.auto, "PreTrainedModel", "model_type"),
-            recipe.base_model,
-            on_new_head=on_new_head if head.classifies else None,
+        model = pretrained(
+            smaller, recipe.base_model, on_new_head=on_new_head if head.classifies else None,
             **options,
-        )
+        )  # fmt: skip
+    if type(model) is smaller:
+        model.__class__ = kind
+    return model
+
+
+def _class(recipe: Recipe, options: dict[str, Any]) -> Any:
+    """The class to load a recipe's model with, of which the configuration is read if needed."""
+    config = options.get("config")
+    is_gguf = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
+    if config is None and not is_gguf and not head_of(recipe).classifies:
+        config = load_config(recipe)
+    return class_of(recipe, config)
 
 
 def _hub(recipe: Recipe) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import keyword
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import DataError, RecipeError
+from ..model.files import cached, read_object
+from ..model.multimodal import auto_class
 from ..model.tokenizer import ChatPrompt
 from ..recipe import methods_table
 from ..recipe.locate import ModelSource, locate
@@ -215,6 +218,8 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
     """
     base = str(recipe.get("base_model") or "")
     head = _head(recipe)
+    if not head.classifies:
+        head = replace(head, auto=_auto_class(recipe, base))
     labels = f", num_labels={head.labels}" if head.labels else ""
     plain = f"from transformers import {head.auto}, AutoTokenizer"
     imports, loading = plain, f"model = {head.auto}.from_pretrained(folder)"
@@ -223,10 +228,11 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
             source = locate(base, [Path.cwd()])
         except RecipeError:
             return None
+        multimodal = not head.classifies and head.auto != LANGUAGE_HEAD.auto
         name = head.auto.replace("AutoModel", "AutoPeftModel")
         imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
         loading = f"model = {name}.from_pretrained(folder{labels})"
-        if source.gguf_file or base.startswith("package:"):
+        if source.gguf_file or base.startswith("package:") or multimodal:
             find = "from importlib.util import find_spec\n\n" * base.startswith("package:")
             imports = f"{find}from peft import PeftModel\n{plain}"
             call = _load_base(base, source, head)
@@ -238,6 +244,18 @@ folder = {json.dumps(folder, ensure_ascii=False)}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
     return loaded + (_judging(recipe) if head.classifies else _answering(recipe))
+
+
+def _auto_class(recipe: Mapping[str, Any], base: str) -> str:
+    """The Auto class that a base model is loaded with, by its configuration if that is here."""
+    with contextlib.suppress(RecipeError, ValueError):
+        source = locate(base, [Path.cwd()])
+        folder = Path(source.name)
+        if not folder.is_dir():
+            folder = cached(base, recipe.get("revision_of_model")) or folder
+        if source.gguf_file is None and (folder / "config.json").is_file():
+            return auto_class(read_object(folder / "config.json"))
+    return LANGUAGE_HEAD.auto
 
 
 def _judging(recipe: Mapping[str, Any]) -> str:
@@ -265,6 +283,8 @@ print(tokenizer.decode(answer, skip_special_tokens=True))"""
 def _load_base(base: str, source: ModelSource, head: Head) -> str:
     """The call that loads a base model which only ``locate`` can find."""
     where = json.dumps(Path(source.name).name, ensure_ascii=False) + ",  # its folder"
+    if not Path(source.name).exists():
+        where = json.dumps(base, ensure_ascii=False) + ","
     if base.startswith("package:"):
         package, *inner = base.removeprefix("package:").split("/")
         below = "".join(f' + "/{part}"' for part in inner if not part.endswith(".gguf"))

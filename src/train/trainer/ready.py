@@ -32,7 +32,7 @@ def ready_model(
     model = load_model(recipe, torch.device("cpu") if on_cpu else None, say)
     # only rows of language models are packed: a recipe of any other is refused
     packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
-    if packs and leaks(model, model.config.vocab_size, model.device):
+    if packs and leaks(model, model.config.get_text_config().vocab_size, model.device):
         raise RecipeError(
             f"sample_packing: {type(model).__name__} lets the samples of a pack see each other; "
             "set it to false"

@@ -19,6 +19,7 @@ from ....errors import RecipeError
 from ...model.adapters import add_adapter
 from ...model.from_pretrained import meta_model
 from ...model.load import load_config, quiet
+from ...model.multimodal import is_in, towers, use_cache
 from ...recipe.recipe import Recipe
 
 Kind = tuple[Any, ...]
@@ -33,6 +34,7 @@ class Blueprint:
         model: with at least one block of each kind.
         blocks: those of ``model``, by their paths in it.
         times: the number of the whole model's blocks that each represents.
+        depth: the number of blocks of the whole language model.
     """
 
     model: Any
@@ -51,14 +53,17 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     with quiet():
         config = load_config(recipe)
         _require_plain(config)
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
+        use_cache(config, False)
         model = meta_model(recipe, config).to(dtype)
         times = _keep_one_of_each(model, _numbers_blocks(recipe))
         model = _adapted(model, recipe)
     blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
     times_of = {path: times.get(id(block), 1) for path, block in blocks.items()}
-    return Blueprint(model.train(), config, blocks, times_of, sum(times_of.values()))
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    places = towers(base)
+    inside = {id(m) for name, m in base.named_modules() if is_in(name, places)}
+    depth = sum(n for path, n in times_of.items() if id(blocks[path]) not in inside)
+    return Blueprint(model.train(), config, blocks, times_of, depth)
 
 
 def _require_plain(config: Any) -> None:

@@ -68,7 +68,11 @@ def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int 
         if uncounted:
             known |= _counted(model, uncounted, ids)
     usages = {path: known[kind_of(block)] for path, block in blueprint.blocks.items()}
-    why = {path: reasons.get(path, "it was not captured") for path in uncounted if recipe.optimize}
+    why = {
+        path: reasons.get(path, "it was not captured")
+        for path in uncounted
+        if recipe.optimize and usages[path] is not _IDLE
+    }
     return Step(usages, rewrites, rows * length, why)
 
 
@@ -106,11 +110,18 @@ def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> 
             handle.remove()
     usages: dict[Any, Usages] = {}
     for path, block in blocks.items():
+        if id(block) not in calls and not any(p.requires_grad for p in block.parameters()):
+            usages.setdefault(kind_of(block), _IDLE)  # of a tower
+            continue
         if id(block) not in calls:
             raise ModelError(f"{path} is a block that no training step calls: it cannot be planned")
         if kind_of(block) not in usages:
             usages[kind_of(block)] = _usages(block, *calls[id(block)])
     return usages
+
+
+_IDLE: Usages = {"all": Usage(0, 0, 0, 0, 0), "input": Usage(0, 0, 0, 0, 0)}
+"""The usages of a block that no step calls."""
 
 
 def _usages(block: nn.Module, args: Any, kwargs: Any) -> Usages:

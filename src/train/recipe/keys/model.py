@@ -42,7 +42,13 @@ class ModelKeys(Keys):
 
     model_type: str | None = key(aliases=["type_of_model"])
     """The class of transformers that loads the model, e.g. ``LlamaForCausalLM``. Unset, or
-    ``AutoModelForCausalLM``: the class that the model's configuration names."""
+    ``AutoModelForCausalLM``: the class that the model's configuration names, also where that is a
+    multimodal one."""
+
+    language_model_only: bool = False
+    """Of a checkpoint with towers for images or sound, load the language model alone, which is all
+    that text trains: it takes less memory. What is saved has the towers of the base all the same.
+    False: they are loaded, and frozen."""
 
     cls_model_config: str | None = None
     """The class of transformers that reads the configuration, e.g. ``LlamaConfig``. Unset:
