@@ -21,6 +21,7 @@ from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.model import multimodal
 from fusewright.train.model.adapters import add_adapter
+from fusewright.train.model.files import in_shards
 from fusewright.train.model.from_pretrained import meta_model
 from fusewright.train.model.load import load_config, load_model
 from fusewright.train.plan.count.blueprint import draw
@@ -31,6 +32,7 @@ from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.run_facts import snippet
 
 from ..conftest import make_tokenizer, numbers, small_recipe, write_rows
+from ..processes.runs import Run, Runs
 from .multimodal import CONFIGS, MTP, make_multimodal, stored
 
 IDS = torch.tensor([[1, 7, 45, 99, 130, 2, 200, 31]])
@@ -390,3 +392,49 @@ def test_what_a_text_model_does_not_load_is_saved_too(base: Path, tmp_path: Path
     recipe = checked(folder, tmp_path / "run", adapter=None, lora_target_linear=None)
     save_whole(load_model(recipe), make_tokenizer(), tmp_path / "out", None, recipe)
     assert stored(tmp_path / "out").keys() == {*tensors, MTP}
+
+
+def assert_same_curves(run: Run, other: Run) -> None:
+    for key, tolerance in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-3)):
+        values = [(step, pytest.approx(x, rel=tolerance)) for step, x in other.curve(key)]
+        assert run.curve(key) == values, key
+        assert values
+
+
+SEVERAL: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": ["full_shard", "auto_wrap"]},
+    "fsdp, not loaded": {"fsdp": ["full_shard", "auto_wrap"], "language_model_only": True},
+    "fsdp in shards": {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(checkpoints["qwen3_vl"], tmp_path_factory.mktemp("several"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
+@pytest.mark.parametrize("strategy", SEVERAL)
+def test_two_processes_with_a_tower_that_no_step_calls(
+    strategy: str, full: bool, runs: Runs, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"num_epochs": 1, "max_steps": 4, "save_steps": 2}
+    if full:
+        keys |= {"adapter": None, "lora_target_linear": False, "learning_rate": 1e-3}
+    run = runs.several(f"{strategy}, {full}", **keys, **SEVERAL[strategy])
+    one = runs.alone(2, **keys)
+    assert_same_curves(run, one)
+    first = run.folder / "checkpoint-2"
+    out = run.folder
+    if not full:
+        out = merge(open_run(out), console=Console(quiet=True))
+    elif in_shards(first):
+        assert_of_base(merge(open_run(first), console=Console(quiet=True)), runs.base)
+    assert_of_base(out, runs.base)
+    resumed = runs.several(
+        f"{strategy}, {full} resumed", resume_from_checkpoint=str(first), **keys,
+        **SEVERAL[strategy],
+    )  # fmt: skip
+    assert_same_curves(resumed, one)
