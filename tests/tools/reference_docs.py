@@ -142,10 +142,11 @@ The differences:
   `sample_packing: false`, because its ring attention has no masks.
 - Expert parallelism (`expert_parallel_size`) and plugins are not yet available. Preference methods
   (`rl`) are: see [preferences.md](preferences.md).
-- A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as the
-  class that its configuration names, whose language model is trained on text, with LoRA on its layers
-  only; regular expressions in `lora_target_modules` mean them in whatever class's names. Towers are
-  frozen, as with `freeze_mm_modules`; `language_model_only` does not load them. Rows with images are refused.
+- A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as
+  the class that its configuration names. Its language model is trained on text, with LoRA on its
+  layers only; regular expressions in `lora_target_modules` mean them in whatever class's names.
+  Towers are frozen, as with `freeze_mm_modules`, and `language_model_only` does not load them. Rows
+  with images are refused.
 - `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
   are fusewright's own. `strict` means that every known formula must be rewritten.
 

@@ -18,7 +18,7 @@ from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..requirements import attention
 from .from_pretrained import class_by_name, class_of, clear_gguf_marks, meta_model, pretrained
-from .multimodal import use_cache, without_towers
+from .multimodal import use_cache, weighs_tokens, without_towers
 from .precision import device_for_training, dtype_for_training, keep_norms_in_float32
 from .quantize import (
     clear_marks,
@@ -132,6 +132,8 @@ def load_model(
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     use_cache(model.config, False)
     set_padding(model.config, recipe)
+    if getattr(model, "accepts_loss_kwargs", None) is False and not head.classifies:
+        model.accepts_loss_kwargs = weighs_tokens(meta_model(recipe, load_config(recipe)))
     if recipe.checkpointing():
         _checkpoint(model, recipe.gradient_checkpointing_kwargs)
     if config is None:

@@ -179,6 +179,29 @@ def use_cache(config: Any, value: bool) -> None:
             use_cache(part, value)
 
 
+def weighs_tokens(model: Any) -> bool:
+    """Whether a model divides the sum of its loss by the number of tokens that a call names.
+
+    Classes for images say that they do not (``accepts_loss_kwargs``), of the time when they left
+    out the tokens of images, and most of them do. ``model`` is on the meta device.
+    """
+    import torch
+
+    counts: list[Any] = []
+
+    def loss(logits: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
+        counts.append(num_items_in_batch)
+        return logits.sum()
+
+    model.loss_function = loss
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        model(input_ids=ids, labels=ids, num_items_in_batch=1)
+    except Exception:  # a model's code raises anything without values
+        return False
+    return counts == [1]
+
+
 class NotLoaded(nn.Module):
     """A tower that was not loaded, as ``language_model_only`` says."""
 

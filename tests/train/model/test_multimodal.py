@@ -106,6 +106,10 @@ def test_a_checkpoint_loads_as_the_class_that_saved_it(
     assert type(model).__name__ == name
     parts = [model.config, *(getattr(model.config, part) for part in model.config.sub_configs)]
     assert not any(getattr(part, "use_cache", False) for part in parts)
+    # so that a step's loss is the mean over its tokens, whatever its batches
+    assert getattr(model, "accepts_loss_kwargs", True)
+    loss = model(input_ids=IDS, labels=IDS, num_items_in_batch=70).loss
+    torch.testing.assert_close(loss, model(input_ids=IDS, labels=IDS).loss / 10)
 
 
 @pytest.mark.parametrize(
