@@ -26,10 +26,19 @@ from .model.base_files import BaseFiles, base_files, save_with_base
 from .model.files import adapter_weights, in_shards
 from .model.from_pretrained import meta_model, pretrained
 from .model.load import load_config, load_model, quiet
-from .model.multimodal import is_in, names_in_model, processor_files, towers, use_cache
+from .model.multimodal import (
+    NotLoaded,
+    auto_class,
+    is_in,
+    names_in_model,
+    processor_files,
+    towers,
+    use_cache,
+)
 from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.tokenizer import set_padding
+from .recipe.preferences import LANGUAGE_HEAD
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -91,8 +100,12 @@ def merge(
             model = merged_in_memory(run, dtype, request.dequantize)
             _save(model, run, folder, request, dtype)
         load_tokenizer(run).save_pretrained(folder)
-        for path in processor_files(run.base_model, run.recipe.get("revision_of_model")):
+        processor = processor_files(run.base_model, run.recipe.get("revision_of_model"))
+        for path in processor:
             shutil.copy(path, folder)
+        if not processor and auto_class(config) != LANGUAGE_HEAD.auto:
+            say(console, f"{run.base_model} has no processor (preprocessor_config.json): copy one "
+                "into the merged model to use it with more than text")  # fmt: skip
         _copy_code(run, folder)
     size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     say(console, f"the merged model, {size / 1e6:,.0f} MB, is in {output}")
@@ -172,6 +185,11 @@ def _save(
     files = None
     if base and not _quantized(model):
         files = base_files(base, run.recipe.get("revision_of_model"))
+    if files is None and any(isinstance(m, NotLoaded) for m in model.modules()):
+        raise ModelError(
+            f"{base}: its towers were not loaded (language_model_only), and it has no safetensors "
+            "files to take them from; merge into a copy that has: --base-model BASE"
+        )
     try:
         save_with_base(
             model, folder, files, dtype=None if request.dtype is None else dtype,

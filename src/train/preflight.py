@@ -121,6 +121,11 @@ def _model(recipe: Recipe) -> Iterator[str]:
         return
     if problem is not None:
         yield problem
+    if recipe.language_model_only and not list(folder.glob("*.safetensors")):
+        yield (
+            "language_model_only: what is saved takes the towers from the base's safetensors "
+            f"files, and {folder} has none: leave the key out, or use a copy in safetensors"
+        )
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
         yield from _weights(recipe, folder, meta)
 
