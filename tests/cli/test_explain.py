@@ -135,7 +135,7 @@ def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("it is nowhere to be found")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
     monkeypatch.setattr("fusewright.train.model.from_pretrained.hub_problem", lambda: None)
     nowhere = "cannot be loaded: it is nowhere to be found"
     assert refused("explain", "llamma").startswith(f"llamma {nowhere}; did you mean llama?")

@@ -183,23 +183,41 @@ def weighs_tokens(model: Any) -> bool:
     """Whether a model divides the sum of its loss by the number of tokens that a call names.
 
     Classes for images say that they do not (``accepts_loss_kwargs``), of the time when they left
-    out the tokens of images, and most of them do. ``model`` is on the meta device.
+    out the tokens of images, and most of them do. ``model`` is on the meta device, and cannot be
+    used afterwards.
     """
     import torch
 
     counts: list[Any] = []
 
-    def loss(logits: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
+    def loss(*_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
         counts.append(num_items_in_batch)
-        return logits.sum()
+        return torch.zeros((), device="meta")
 
+    size = model.config.get_text_config(decoder=True).hidden_size
+    states = torch.zeros(1, 2, size, dtype=model.dtype, device="meta")
     model.loss_function = loss
+    if model.base_model is not model:  # what is below the head may need values
+        model.base_model.forward = lambda *_, **__: _HiddenStates(states)
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         model(input_ids=ids, labels=ids, num_items_in_batch=1)
-    except Exception:  # a model's code raises anything without values
+    except Exception:  # a model's code raises anything
         return False
     return counts == [1]
+
+
+class _HiddenStates:
+    """The outputs of a backbone that has no others."""
+
+    def __init__(self, last: Any) -> None:
+        self.last_hidden_state = last
+
+    def __getitem__(self, index: int) -> Any:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class NotLoaded(nn.Module):

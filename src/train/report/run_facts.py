@@ -14,7 +14,6 @@ from typing import Any
 
 from ...errors import DataError, RecipeError
 from ..model.files import cached, read_object
-from ..model.multimodal import auto_class
 from ..model.tokenizer import ChatPrompt
 from ..recipe import methods_table
 from ..recipe.locate import ModelSource, locate
@@ -248,6 +247,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 def _auto_class(recipe: Mapping[str, Any], base: str) -> str:
     """The Auto class that a base model is loaded with, by its configuration if that is here."""
+    from ..model.multimodal import auto_class  # imports PyTorch
+
     with contextlib.suppress(RecipeError, ValueError):
         source = locate(base, [Path.cwd()])
         folder = Path(source.name)

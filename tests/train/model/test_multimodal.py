@@ -413,14 +413,25 @@ SEVERAL: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = [("ddp", False), ("fsdp", True)]
+"""What CI runs; the others take minutes, too."""
+
+
 @pytest.fixture(scope="module")
 def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(checkpoints["qwen3_vl"], tmp_path_factory.mktemp("several"))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
-@pytest.mark.parametrize("strategy", SEVERAL)
+@pytest.mark.parametrize(
+    ("strategy", "full"),
+    [
+        pytest.param(
+            name, full, marks=pytest.mark.long if (name, full) in QUICK else pytest.mark.slow
+        )
+        for name in SEVERAL
+        for full in (False, True)
+    ],
+)
 def test_two_processes_with_a_tower_that_no_step_calls(
     strategy: str, full: bool, runs: Runs, tmp_path: Path
 ) -> None:
