@@ -22,23 +22,21 @@ from torch import Tensor, nn
 from ..errors import ModelError, RecipeError, first_line
 from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
 from .inference.run_folder import RunFolder
-from .model.base_files import BaseFiles, base_files, save_with_base
+from .model.base_files import BaseFiles, base_files, processor_files, save_with_base
 from .model.files import adapter_weights, in_shards
 from .model.from_pretrained import meta_model, pretrained
 from .model.load import load_config, load_model, quiet
 from .model.multimodal import (
     NotLoaded,
-    auto_class,
     is_in,
+    is_multimodal,
     names_in_model,
-    processor_files,
     towers,
     use_cache,
 )
 from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.tokenizer import set_padding
-from .recipe.preferences import LANGUAGE_HEAD
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -100,12 +98,8 @@ def merge(
             model = merged_in_memory(run, dtype, request.dequantize)
             _save(model, run, folder, request, dtype)
         load_tokenizer(run).save_pretrained(folder)
-        processor = processor_files(run.base_model, run.recipe.get("revision_of_model"))
-        for path in processor:
-            shutil.copy(path, folder)
-        if not processor and auto_class(config) != LANGUAGE_HEAD.auto:
-            say(console, f"{run.base_model} has no processor (preprocessor_config.json): copy one "
-                "into the merged model to use it with more than text")  # fmt: skip
+        if is_multimodal(config):
+            _copy_processor(run, folder, console)
         _copy_code(run, folder)
     size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     say(console, f"the merged model, {size / 1e6:,.0f} MB, is in {output}")
@@ -238,6 +232,18 @@ def _write_generation_config(run: RunFolder, folder: Path) -> None:
 
     with contextlib.suppress(RecipeError):
         pretrained(GenerationConfig, run.base_model, kind="other").save_pretrained(folder)
+
+
+def _copy_processor(run: RunFolder, folder: Path, console: Console) -> None:
+    files = processor_files(run.base_model, run.recipe.get("revision_of_model"))
+    for path in files:
+        shutil.copy(path, folder)
+    if not files:
+        say(
+            console,
+            f"{run.base_model} has no processor (preprocessor_config.json): copy one into the "
+            "merged model to use it with more than text",
+        )
 
 
 def _copy_code(run: RunFolder, folder: Path) -> None:

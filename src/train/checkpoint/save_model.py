@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ...errors import FusewrightError
-from ..model.base_files import BaseFiles, base_files, save_with_base
-from ..model.multimodal import processor_files, use_cache
+from ..model.base_files import BaseFiles, base_files, processor_files, save_with_base
+from ..model.multimodal import is_multimodal, use_cache
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
@@ -77,8 +77,9 @@ def save(
         files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):
             save_with_base(model, folder, files, state)
-        for path in processor_files(recipe.base_model, recipe.revision_of_model) if recipe else ():
-            shutil.copy(path, folder)
+        if recipe is not None and is_multimodal(model.config):
+            for path in processor_files(recipe.base_model, recipe.revision_of_model):
+                shutil.copy(path, folder)
     tokenizer.save_pretrained(folder)
 
 

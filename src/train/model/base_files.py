@@ -13,9 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import ModelError, first_line
+from ...errors import FusewrightError, ModelError, first_line
 from ..recipe.locate import locate
 from .multimodal import is_in, towers, untrained
+
+_PROCESSOR = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.json",
+)  # fmt: skip
+"""The files of a processor, besides those of its tokenizer."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -91,6 +97,18 @@ def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None
         return BaseFiles([file for file in files if file is not None])
     single = _file(source.name, _SINGLE, revision)
     return BaseFiles([single]) if single is not None else None
+
+
+def processor_files(base_model: str, revision: str | None = None) -> list[Path]:
+    """The files of the processor that comes with a base model, besides its tokenizer's."""
+    try:
+        source = locate(base_model, [Path.cwd()])
+        if source.gguf_file:
+            return []
+        files = [_file(source.name, name, revision) for name in _PROCESSOR]
+    except (FusewrightError, OSError):  # the hub does not answer
+        return []
+    return [file for file in files if file is not None]
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...errors import RecipeError
-from ..recipe.locate import locate
 from ..recipe.methods_table import LANGUAGE_HEAD
 from .quantize import head_modules
 
@@ -28,12 +26,6 @@ _TABLES = {
 """The Auto classes of models that write text, with their tables by types of models."""
 
 _MULTIMODAL = tuple(auto for auto in _TABLES if auto != _CAUSAL)
-
-_PROCESSOR = (
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "chat_template.json",
-)  # fmt: skip
-"""The files of a processor, besides those of its tokenizer."""
 
 
 # --- the class of a checkpoint --------------------------------------------------------------------
@@ -61,6 +53,11 @@ def auto_class(config: Any) -> str:
     return _CAUSAL
 
 
+def is_multimodal(config: Any) -> bool:
+    """Whether transformers has a class for text and more for the type of a configuration."""
+    return any(_names(auto, config.model_type) for auto in _MULTIMODAL)
+
+
 def _names(auto: str, model_type: Any) -> tuple[str, ...]:
     """The classes that an Auto class has for a type of models."""
     from transformers.models.auto import modeling_auto
@@ -73,7 +70,8 @@ def _names(auto: str, model_type: Any) -> tuple[str, ...]:
 def require_text(model: Any, name: str) -> None:
     """Raise a RecipeError if a model of transformers cannot be trained on text alone."""
     kind = type(model)
-    if not kind.__module__.startswith("transformers."):
+    ours = kind.__module__.startswith("transformers.")
+    if not ours or kind.__name__ in _names(_CAUSAL, model.config.model_type):
         return
     about = inspect.signature(kind.forward).parameters
     needed = [
@@ -114,7 +112,7 @@ def towers(model: Any) -> list[str]:
         return []
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     if text is config:
-        if not _names(_MULTIMODAL[0], config.model_type):
+        if not is_multimodal(config):
             return []
         # one configuration for text and all: what has another one is a tower
         names = {id(m): path for path, m in model.named_modules()}
@@ -296,16 +294,3 @@ def untrained(model: Any, keys: Iterable[str]) -> list[str]:
     return [key for key in keys
             if is_in(names[key], places)
             or (names[key] not in known and names[key].rpartition(".")[2] not in own)]  # fmt: skip
-
-
-def processor_files(base_model: str, revision: str | None = None) -> list[Path]:
-    """The files of the processor that comes with a base model, besides its tokenizer's."""
-    source = locate(base_model, [Path.cwd()])
-    if source.gguf_file:
-        return []
-    if Path(source.name).is_dir():
-        return [p for name in _PROCESSOR if (p := Path(source.name) / name).is_file()]
-    from .files import cached
-
-    folder = cached(base_model, revision)
-    return [] if folder is None else [p for n in _PROCESSOR if (p := folder / n).is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,21 @@ def test_a_tower_that_is_not_loaded(checkpoints: dict[str, Path], tmp_path: Path
         model.model.visual(torch.zeros(1))
 
 
+def test_towers_that_are_not_loaded_must_be_in_safetensors(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pickled"
+    model = load_model(checked(checkpoints["llava"], tmp_path / "out"))
+    model.config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    recipe = checked(folder, tmp_path / "out", language_model_only=True)
+    assert obstacles(recipe) == [
+        "language_model_only: what is saved takes the towers from the base's safetensors files, "
+        f"and {folder} has none: leave the key out, or use a copy in safetensors"
+    ]
+
+
 def test_a_text_model_has_no_towers(base: Path, tmp_path: Path) -> None:
     recipe = checked(base, tmp_path / "out", language_model_only=True)
     model = load_model(recipe)
@@ -326,8 +342,11 @@ def test_towers_keep_their_dtype_in_a_merged_model(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     base = make_multimodal("internvl", tmp_path / "base", torch.bfloat16)
+    (base / "preprocessor_config.json").unlink()
     out = ran(base, tmp_path / "out", language_model_only=True)  # in float32
-    assert_of_base(merge(open_run(out), console=Console(quiet=True)), base)
+    said = Console(record=True, quiet=False, width=300, file=io.StringIO())
+    assert_of_base(merge(open_run(out), console=said), base)
+    assert f"{base} has no processor (preprocessor_config.json): copy" in said.export_text()
     asked = MergeOptions(output=tmp_path / "halves", dtype="float16")
     halves = stored(merge(open_run(out), asked, Console(quiet=True)))
     assert {t.dtype for t in halves.values()} == {torch.float16}
