@@ -55,7 +55,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe_of(checkpoint: Path, output: Path, **keys: Any) -> dict[str, Any]:
-    rows = write_rows(output.with_name(f"{output.name}.jsonl"), numbers(24))
+    rows = write_rows(output.with_name("rows.jsonl"), numbers(24))
     wanted = {**small_recipe(checkpoint, rows, output), "sample_packing": False, "max_steps": 2}
     return {k: v for k, v in {**wanted, **keys}.items() if v is not None}
 
@@ -314,7 +314,8 @@ def test_a_run_and_its_merged_model(checkpoints: dict[str, Path], tmp_path: Path
 def test_every_type_trains_and_merges(
     kind: str, keys: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    keys |= {"sample_packing": kind != "qwen3_5"}
+    # these let the samples of a pack see each other, and are refused
+    keys = {**keys, "sample_packing": kind not in ("qwen3_5", "qwen2_5_vl")}
     assert_merges(checkpoints[kind], tmp_path / "out", **keys)
 
 
