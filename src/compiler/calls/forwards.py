@@ -20,7 +20,7 @@ from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
 from ..copies.forward_copies import using_copies
-from ..regions import leading_sizes, mark_dynamic
+from ..regions import leading_sizes, mark_dynamic, unmark
 from ..session import Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
@@ -105,7 +105,7 @@ def block_forward(
         def find_compiled() -> Any:
             return compiled(self, level(), watch.code)
 
-        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else (0, 0))
+        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None)
         context = functools.partial(_around, session, self, watch)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
@@ -130,6 +130,8 @@ def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] 
     # none of a projector's: it may fold positions into features, and mostly has as many each time
     if sizes is not None:
         mark_dynamic((*args, *kwargs.values()), sizes)
+    else:
+        unmark((*args, *kwargs.values()))
 
 
 def _bypassed(
