@@ -15,7 +15,7 @@ A block or projector that cannot be captured as a whole gives way to its ``parts
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,7 +290,7 @@ def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, i
 
 
 def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
-    """Tell Dynamo which dimensions of the arguments are batch and sequence; of (0, 0), none."""
+    """Tell Dynamo which dimensions of the arguments are batch and sequence."""
     # the marks are weak: where the code needs a number, the dimension becomes one
     batch, sequence = sizes
     for value in values:
@@ -299,10 +299,17 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
         elif isinstance(value, Boundaries):
             torch._dynamo.maybe_mark_dynamic(value.values, 0)
         elif isinstance(value, Tensor):
-            # another region, which has given or taken it, may have marked it
-            vars(value).pop("_dynamo_weak_dynamic_indices", None)
             has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):
                 features = has_features and d == value.dim() - 1
                 if (d == 0 and size == batch) or (size == sequence and not features):
                     torch._dynamo.maybe_mark_dynamic(value, d)
+
+
+def unmark(values: Iterable[Any]) -> None:
+    """Take away the marks that a tensor has had from another region, which has made or taken it."""
+    for value in values:
+        if isinstance(value, Tensor) and vars(value).pop("_dynamo_weak_dynamic_indices", None):
+            others = any(name.startswith("_dynamo_") for name in vars(value))
+            if not others:
+                vars(value).pop("_has_dynamo_dim_marking", None)

@@ -193,3 +193,36 @@ def test_the_blocks_of_stages_are_blocks() -> None:
     x = torch.randn(2, 3, WIDTH)
     torch.testing.assert_close(ours(x), eager(x))
     assert explain(ours).by_rule() == {"layer_norm": 3}
+
+
+class Shuffle(Projector):
+    """Folds the positions of a square into features, by numbers that it works out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, patches, _ = x.shape
+        side = int(patches**0.5)
+        x = self.norm(x).reshape(batch, side, side, -1)
+        x = x.reshape(batch, side, int(side * 0.5), int(x.shape[-1] / 0.5))
+        return self.down(F.silu(self.gate(x)) * self.up(x)).flatten(1, 2)
+
+
+class EarlyFeatures(Model):
+    """Its projector reads what the last block of the tower reads, too."""
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        pixels = self.tower[0](pixels)
+        late = self.tower[1](pixels)
+        x = torch.cat((self.projector(pixels), self.embed(ids), late), 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).logsumexp(-1).mean() + self.pool["by"](x[:, :4]).mean()
+
+
+def test_sizes_that_it_works_out_are_constants() -> None:
+    """The block has marked its input as one of any length."""
+    eager = EarlyFeatures(Shuffle)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    for patches in (16, 4):
+        torch.testing.assert_close(_step(ours, patches), _step(eager, patches))
+    sites = {(s.module, s.rule, s.status) for s in explain(ours).sites}
+    assert ("projector", "mlp_block", "rewritten") in sites

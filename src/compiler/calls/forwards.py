@@ -20,7 +20,7 @@ from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache
 from ..copies.forward_copies import using_copies
-from ..regions import leading_sizes, mark_dynamic
+from ..regions import leading_sizes, mark_dynamic, unmark
 from ..segments import BlockSegments, Segmented, require_once
 from ..session import Session, first_tensor
 from ..units import Units, gathered
@@ -114,9 +114,7 @@ def block_forward(
         def find_compiled() -> Any:
             return compiled(self, level(), code)
 
-        mark = functools.partial(
-            _mark, args, kwargs, sizes if kind != "projector" else (0, 0), packs
-        )
+        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None, packs)
         context = functools.partial(_around, session, self, watch, packs)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
@@ -174,6 +172,8 @@ def _mark(
     # none of a projector's: it may fold positions into features, and mostly has as many each time
     if sizes is not None:
         mark_dynamic((*args, *kwargs.values(), packs and packs.segments), sizes)
+    else:
+        unmark((*args, *kwargs.values()))
 
 
 def _bypassed(
