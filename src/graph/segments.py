@@ -11,6 +11,7 @@ Whatever else is done with boundaries or pieces ends the capture.
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -81,15 +82,19 @@ def piece(row: Tensor, boundaries: Tensor, dim: int) -> Tensor:
     return row.view_as(row)
 
 
-@functools.cache
 def splits_by_lengths(function: Any) -> bool:
     """Whether the code of ``function``, or of what it wraps, may split by lengths from a tensor."""
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is not None and {"split", "tolist"} <= names_in(code):
+        if code is not None and _splits(code):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
+
+
+@functools.cache
+def _splits(code: types.CodeType) -> bool:  # a function may hold the model that it was made for
+    return {"split", "tolist"} <= names_in(code)
 
 
 def with_boundaries(
