@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...errors import FusewrightError
+from ...errors import FusewrightError, first_line
 from ..model.base_files import BaseFiles, base_files, processor_files, save_with_base
 from ..model.multimodal import is_multimodal, use_cache
 from ..model.relora import relora_of
@@ -90,9 +91,16 @@ def _base_files(recipe: Recipe) -> BaseFiles | None:
     """The files of the base, if there are any; what was trained is saved in any case."""
     if head_of(recipe).classifies or recipe.base_model_config or recipe.overrides_of_model_config:
         return None  # what the model lacks of its base, it lacks on purpose
-    with contextlib.suppress(FusewrightError, OSError):
+    try:
         return base_files(recipe.base_model, recipe.revision_of_model)
-    return None
+    except (FusewrightError, OSError) as error:
+        warnings.warn(
+            f"the files of {recipe.base_model} cannot be read any more ({first_line(error)}): what "
+            "is saved has all that was loaded, and nothing of what was not (towers with "
+            "language_model_only, mtp.*)",
+            stacklevel=2,
+        )
+        return None
 
 
 @contextlib.contextmanager
