@@ -176,13 +176,29 @@ def leaks(model: Any, vocab_size: int, device: torch.device, sizes: tuple[int, i
 
 def _gradient_leaks(model: Any, batch: dict[str, Tensor], length: int) -> bool:
     """Whether the logits of a sample have a gradient in the embeddings of the other one."""
-    import torch
-
     from ...compiler.regions import input_embeddings
 
-    table, embedded = input_embeddings(model), []
+    table = input_embeddings(model)
     if table is None:
         return False
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        first, second = slice(0, length), slice(length, None)
+        grads = [_gradient(model, batch, table, own) for own in (second, first)]
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+    others = zip(grads, (first, second), strict=True)
+    return any(g is not None and bool((g[:, other] != 0).any()) for g, other in others)
+
+
+def _gradient(model: Any, batch: dict[str, Tensor], table: Any, own: slice) -> Tensor | None:
+    """The gradient of one sample's logits with respect to what ``table`` returns."""
+    import torch
+
+    embedded = []
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
@@ -195,15 +211,11 @@ def _gradient_leaks(model: Any, batch: dict[str, Tensor], length: int) -> bool:
     finally:
         handle.remove()
     if len(embedded) != 1 or not logits.requires_grad:
-        return False
+        return None
     upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).to(logits.dtype)
-    first, second = slice(0, length), slice(length, None)
-    for own, other in ((second, first), (first, second)):
-        total = (logits[:, own] * upstream).sum()
-        (grad,) = torch.autograd.grad(total, embedded, retain_graph=True)
-        if bool((grad[:, other] != 0).any()):
-            return True
-    return False
+    # by ``backward``: reentrant checkpoints do not go with ``autograd.grad``
+    (logits[:, own] * upstream).sum().backward()
+    return embedded[0].grad
 
 
 def _leaking_module(model: Any, batch: dict[str, Tensor], first: int) -> str:
