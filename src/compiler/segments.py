@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from ..kernels.direct import is_traced_here
-from ..memory.apply_plan import inside_checkpoint
+from ..memory.apply_plan import in_backward, inside_checkpoint
 from .copies.forward_copies import FunctionCopies
 
 _TAG = "_fusewright_step"
@@ -189,7 +189,7 @@ class StepSegments:
         step = self._step
         if step is None and x is not None:
             step = x.__dict__.get(_TAG)
-        if step is None and torch._C._current_graph_task_id() != -1 and self._any:
+        if step is None and in_backward() and self._any:
             raise OptimizeError(_UNKNOWN)
         if step is None:
             if not self._last.is_of(kwargs):

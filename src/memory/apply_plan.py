@@ -62,7 +62,12 @@ def _is_whole(planner: Planner, block: nn.Module) -> bool:
 
 def inside_checkpoint() -> bool:
     """Whether the block runs in somebody else's checkpoint, or is run again by one in backward."""
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return True
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way, in which a checkpoint runs again what it surrounds."""
+    return torch._C._current_graph_task_id() != -1

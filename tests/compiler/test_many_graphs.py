@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize
 
@@ -254,3 +255,31 @@ def test_classes_of_other_names_are_captured() -> None:
         _assert_equal(model, eager)
     assert _graphs() - before == 6
     assert "new class" not in str(explain(model))
+
+
+class Checkpointed(Stack):
+    """A checkpoint surrounds each block, and in it a part of the block gets a new class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(layer: Any, x: Tensor) -> Tensor:
+            parametrize.register_parametrization(layer.gate, "weight", Sum(torch.ones(8, 8)))
+            try:
+                return layer(x)
+            finally:
+                parametrize.remove_parametrizations(layer.gate, "weight", leave_parametrized=False)
+
+        for layer in self.layers:
+            x = checkpoint(run, layer, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_block_runs_again_in_a_checkpoint_as_it_has_run(calls: int) -> None:
+    """It is left at a forward, however many calls there were, and not where it runs again."""
+    torch.manual_seed(0)
+    eager = Checkpointed(Block(1, index) for _ in range(2))
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    for _ in range(calls):
+        ours(torch.randn(2, 5, 8))
+    _assert_equal(ours, eager, steps=4)
+    assert "gets a new class again and again" in str(explain(ours))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...graph.opaque.quantized import restore_states
 from ...graph.segments import with_boundaries
 from ...kernels.direct import is_traced_here
-from ...memory.apply_plan import inside_checkpoint
+from ...memory.apply_plan import in_backward, inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache
 from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic, unmark
@@ -87,7 +87,8 @@ def block_forward(
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
         reason = _why_not(kind, args, kwargs, hooks, session.choices.fake)
-        if reason is None and watch.is_unsettled:
+        # in a checkpoint a block runs again as it has run: one that is left is so at a forward
+        if reason is None and watch.is_unsettled and not in_backward():
             reason = UNSETTLED
         if reason is not None:
             if reason is UNSETTLED or (hooks.divided and kind == "block"):
