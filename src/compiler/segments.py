@@ -17,7 +17,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..memory.apply_plan import in_backward, inside_checkpoint
 from .copies.forward_copies import FunctionCopies
 
 _TAG = "_fusewright_step"
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, in modules that call it
 _OTHERWISE = ("attention_mask", "past_key_values", "cache", "cache_params")
 """With one of these transformers takes a row for one sample."""
 
@@ -212,20 +213,51 @@ class StepSegments:
             self._step, self.slot.value = outer
 
 
-def require_once(block: nn.Module) -> None:
-    """Refuse a block that runs its original code, with copies for one call, and a checkpoint.
+@contextmanager
+def binding_checkpoints(
+    block: nn.Module, around: Callable[[], AbstractContextManager[Any]], all_of_them: bool
+) -> Iterator[None]:
+    """For one call of a block's original code, surround what its checkpoints run, now and again.
+
+    With ``all_of_them`` those that cannot be surrounded are refused.
 
     Raises:
-        OptimizeError: a checkpoint inside of it would run what is no copy, once more.
+        OptimizeError: a module calls a checkpoint of its own, which would run again without.
     """
-    if torch.is_grad_enabled() and any(
-        m.training and getattr(m, "gradient_checkpointing", False) for m in block.modules()
-    ):
-        raise OptimizeError(
-            f"samples share rows (position_ids), and {type(block).__name__} runs as it was "
-            "(explain says why), with a checkpoint inside: do not pack, or disable gradient "
-            "checkpointing"
-        )
+    bound = []
+    for m in block.modules() if torch.is_grad_enabled() else ():
+        if m.training and getattr(m, "gradient_checkpointing", False):
+            checkpoint = m.__dict__.get(_CHECKPOINT)
+            if checkpoint is not None:
+                bound.append((m.__dict__, checkpoint))
+            elif all_of_them:
+                raise OptimizeError(
+                    f"samples share rows (position_ids), and {type(block).__name__} runs as it was "
+                    f"(explain says why), with a checkpoint in {type(m).__name__}: do not pack, or "
+                    "disable gradient checkpointing"
+                )
+    try:
+        for attributes, checkpoint in bound:
+            attributes[_CHECKPOINT] = _surrounding(checkpoint, around)
+        yield
+    finally:
+        for attributes, checkpoint in bound:
+            attributes[_CHECKPOINT] = checkpoint
+
+
+def _surrounding(
+    checkpoint: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]
+) -> Callable[..., Any]:
+    """``checkpoint``, whose function runs in ``around()`` each time."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with around():
+                return function(*args, **kwargs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    return call
 
 
 _UNKNOWN = (

@@ -90,6 +90,23 @@ def _step(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"loss": total, **grads}
 
 
+def _steps_in_one(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """As ``_step``, with all forwards before the backwards."""
+    model.zero_grad()
+    counts = [int((b["labels"] != -100).sum()) for b in batches]
+    losses = [model(**b).loss * n / sum(counts) for b, n in zip(batches, counts, strict=True)]
+    for loss in reversed(losses):
+        loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": torch.stack([x.detach() for x in losses]).sum(), **grads}
+
+
+def _two_batches() -> list[dict[str, Tensor]]:
+    """One whose samples share a row, and one of a single sample."""
+    samples = _samples((9, 71, 30))
+    return [_batch(samples[:2]), _batch(samples[2:], positions=False)]
+
+
 def _single(model: Any, sizes: tuple[int, ...] = SIZES) -> dict[str, Tensor]:
     return _step(model, [_batch([ids], positions=False) for ids in _samples(sizes)])
 
@@ -188,14 +205,7 @@ def test_gradient_checkpointing_and_accumulation(name: str, codegen: str) -> Non
     optimize(model, codegen=codegen)
     samples = iter(_samples((9, 71, 30, 5, 66)))
     batches = [_batch([next(samples) for _ in group]) for group in sizes]
-    model.zero_grad()
-    counts = [int((b["labels"] != -100).sum()) for b in batches]
-    losses = [model(**b).loss * n / sum(counts) for b, n in zip(batches, counts, strict=True)]
-    for loss in losses:
-        loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    found = {"loss": torch.stack([x.detach() for x in losses]).sum(), **grads}
-    assert _differing(found, expected) == []
+    assert _differing(_steps_in_one(model, batches), expected) == []
 
 
 def _checkpointed(model: Any, **options: Any) -> None:
@@ -214,16 +224,7 @@ def test_a_checkpoint_around_a_block_knows_its_step() -> None:
     expected = _single(model, (9, 71, 30))
     optimize(model, codegen="eager")
     _checkpointed(model, use_reentrant=False)
-    samples = _samples((9, 71, 30))
-    batches = [_batch(samples[:2]), _batch(samples[2:], positions=False)]
-    model.zero_grad()
-    counts = [int((b["labels"] != -100).sum()) for b in batches]
-    losses = [model(**b).loss * n / sum(counts) for b, n in zip(batches, counts, strict=True)]
-    for loss in reversed(losses):
-        loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    found = {"loss": torch.stack([x.detach() for x in losses]).sum(), **grads}
-    assert _differing(found, expected) == []
+    assert _differing(_steps_in_one(model, _two_batches()), expected) == []
 
 
 def test_a_checkpoint_that_forgets_its_input_is_refused() -> None:
@@ -236,22 +237,39 @@ def test_a_checkpoint_that_forgets_its_input_is_refused() -> None:
         loss.backward()
 
 
+def _as_it_was(model: Any) -> list[Any]:
+    """Let each block run its original code: a hook in it bypasses what is captured."""
+    return [b.mixer.in_proj.register_forward_hook(lambda *_: None) for b in model.backbone.layers]
+
+
 @pytest.mark.long
-def test_a_block_that_runs_as_it_was_takes_segments() -> None:
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_a_block_that_runs_as_it_was_takes_segments(options: Any) -> None:
+    """Also where its own checkpoint runs it again, when rows of another step have been given."""
     model = _made("mamba2")
-    expected = _single(model, (9, 71))
+    expected = _single(model, (9, 71, 30))
+    if options is not None:
+        model.gradient_checkpointing_enable(options)
+        model.enable_input_require_grads()
     optimize(model, codegen="eager")
-    handles = [
-        b.mixer.in_proj.register_forward_hook(lambda *_: None) for b in model.backbone.layers
-    ]
-    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+    handles = _as_it_was(model)
+    batches = _two_batches()
+    assert _differing(_steps_in_one(model, batches), expected) == []
     assert any("a hook" in b.reason for b in explain(model).bypasses)
-    model.gradient_checkpointing_enable()
-    with pytest.raises(OptimizeError, match="disable gradient checkpointing"):
-        model(**_batch(_samples((9, 71))))
     for handle in handles:
         handle.remove()
-    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+    assert _differing(_steps_in_one(model, batches), expected) == []
+
+
+def test_a_checkpoint_inside_that_cannot_be_given_segments_is_refused() -> None:
+    model = _made("mamba2")
+    optimize(model, codegen="eager")
+    _as_it_was(model)
+    for block in model.backbone.layers:
+        block.mixer.gradient_checkpointing = True
+    with pytest.raises(OptimizeError, match="a checkpoint in Mamba2Mixer: .* disable gradient"):
+        model(**_batch(_samples((9, 71))))
+    _step(model, [_batch(_samples((9,)))])  # rows of one sample
 
 
 @pytest.mark.long

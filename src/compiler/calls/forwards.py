@@ -7,7 +7,7 @@ import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ from ...memory.apply_plan import in_backward, inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache
 from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic, unmark
-from ..segments import BlockSegments, Segmented, require_once
+from ..segments import BlockSegments, Segmented, binding_checkpoints
 from ..session import Session, first_tensor
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
@@ -103,10 +103,11 @@ def block_forward(
             x = input_without_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
-        run_original = functools.partial(original, self, *args, **kwargs)
+        run_original = functools.partial(
+            _run_original, session, original, self, args, kwargs, packs
+        )
         code, plain = watch.code, None
         if packs is not None and packs.segments is not None:
-            run_original = functools.partial(_with_segments, session, original, self, args, kwargs)
             code = Segmented(code)
         if watch.splits and type(self) not in session.state.without_boundaries:
             plain = args, kwargs
@@ -140,14 +141,27 @@ def _given(
     return None if any(map(is_cache, (*args, *kwargs.values()))) else given
 
 
-def _with_segments(
-    session: Session, original: Original, module: nn.Module, args: Any, kwargs: Any
+def _run_original(
+    session: Session,
+    original: Original,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    packs: BlockSegments | None,
 ) -> Any:
     """The original code, but for what takes segments."""
-    require_once(module)
-    copies = session.state.watches.segmented
-    with using_copies(copies.below(module)):
-        copy = copies.of(original.function(module)) if original.is_method else None
+    if packs is None:
+        return original(module, *args, **kwargs)
+    copies = session.state.watches.segmented if packs.segments is not None else None
+    copy = copies.of(original.function(module)) if copies and original.is_method else None
+    below = copies.below(module) if copies else []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        with session.state.segments.given(packs), using_copies(below):
+            yield
+
+    with around(), binding_checkpoints(module, around, packs.segments is not None):
         return original(module, *args, **kwargs) if copy is None else copy(module, *args, **kwargs)
 
 
@@ -187,13 +201,8 @@ def _bypassed(
     packs: BlockSegments | None,
 ) -> Any:
     session.log.note(module, reason)
-    if packs is not None:
-        with session.state.segments.given(packs):
-            if packs.segments is not None:
-                return _with_segments(session, original, module, args, kwargs)
-            return original(module, *args, **kwargs)
     with session.choices.decoding(module) if reason is A_CACHE else _NO_CONTEXT:
-        return original(module, *args, **kwargs)
+        return _run_original(session, original, module, args, kwargs, packs)
 
 
 def _why_not(
