@@ -25,6 +25,7 @@ class Options:
         verify: ``"first"`` checks each distinct rewrite once, ``"always"`` at every capture.
         strict: raise when a site is refused or missed.
         compile_no_grad: whether ``codegen`` also runs blocks that are called without gradients.
+        packs: whether rows are several samples wherever their positions say so.
     """
 
     passes: tuple[Any, ...]
@@ -34,6 +35,7 @@ class Options:
     verify: Verify = "first"
     strict: bool = False
     compile_no_grad: bool = False
+    packs: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("codegen", Codegen), ("logits", Logits), ("verify", Verify)):

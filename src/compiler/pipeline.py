@@ -53,6 +53,7 @@ def optimize(
     verify: Verify = "first",
     strict: bool = False,
     compile_no_grad: bool = False,
+    packs: bool = False,
 ) -> Any:
     """Make a model's training step faster and leaner, in place, without changing its results.
 
@@ -76,6 +77,9 @@ def optimize(
         compile_no_grad: let ``codegen`` also run blocks that are called without gradients, which
             otherwise run in eager code. Then both round alike: a loss that compares a model with
             a reference in bfloat16 sees their difference alone. It costs a second compilation.
+        packs: a row holds several samples wherever its ``position_ids`` start again, also in models
+            whose attention does not look for that (GPT-OSS, Qwen2.5-VL, OPT): their masks keep the
+            samples apart. Without it only models with recurrent layers do so.
 
     Returns:
         The same object.
@@ -89,7 +93,9 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
     _require_rules(passes)
-    options = Options(tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad)
+    options = Options(
+        tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad, packs
+    )
     environment = Environment.read()
     restore(model)
     captured = regions.find(model)

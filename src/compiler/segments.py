@@ -8,7 +8,7 @@ convolution are captured with copies of it that give them the segments (``segmen
 other blocks, and all calls of rows with one sample, are not concerned.
 
 A block that runs once more in backward, in somebody's checkpoint, is called without the head. It
-knows its step by its input, which is tagged.
+knows its step by its input, which a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import OptimizeError
 from ..kernels.direct import is_traced_here
 from ..memory.apply_plan import in_backward, inside_checkpoint
 from .copies.forward_copies import FunctionCopies
 
-_TAG = "_fusewright_step"
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, in modules that call it
 _OTHERWISE = ("attention_mask", "past_key_values", "cache", "cache_params")
 """With one of these transformers takes a row for one sample."""
@@ -125,6 +125,8 @@ class StepSegments:
         self._step: ModelStep | None = None
         self._any = False  # whether a step has had segments
         self._last = ModelStep({})  # of a block that was called by itself
+        # by the input of a block, for when a checkpoint runs it again
+        self._steps: MutableMapping[Tensor, ModelStep] = WeakTensorKeyDictionary()
         self._masks = FunctionCopies(self._mask_of, live=True)
 
     def entering(self, forward: Callable[..., Any], original: Callable[..., Any]) -> Any:
@@ -188,18 +190,19 @@ class StepSegments:
             OptimizeError: a block runs once more in backward, and nothing tells of which step.
         """
         step = self._step
-        if step is None and x is not None:
-            step = x.__dict__.get(_TAG)
-        if step is None and in_backward() and self._any:
-            raise OptimizeError(_UNKNOWN)
+        if step is not None:
+            if x is not None:
+                self._steps[x] = step
+        elif in_backward():
+            step = None if x is None else self._steps.get(x)
+            if step is None and self._any:
+                raise OptimizeError(_UNKNOWN)
         if step is None:
             if not self._last.is_of(kwargs):
                 self._last = ModelStep(kwargs)
             step = self._last
         segments = step.of(x)
         self._any = self._any or segments is not None
-        if x is not None:
-            x.__dict__[_TAG] = step
         return BlockSegments(step, segments)
 
     @contextmanager

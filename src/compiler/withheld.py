@@ -27,6 +27,7 @@ class WithheldCache:
     def __init__(self) -> None:
         self.cache: Any = None
         self.is_used = False  # by the model itself
+        self.is_missed = False  # a block may have returned less than with its cache
         self._blocks: set[nn.Module] = set()
 
     def withhold(
@@ -53,6 +54,10 @@ class WithheldCache:
         return tuple(None if v is self.cache else v for v in args), {
             k: None if v is self.cache else v for k, v in kwargs.items()
         }
+
+    def note(self, results: Any) -> None:
+        """Look at what a block without the cache has returned."""
+        self.is_missed = self.is_missed or isinstance(results, (tuple, list))
 
     def defer(self, refill: Callable[[], Any]) -> None:
         """Let the cache become what ``refill`` returns at its first use."""

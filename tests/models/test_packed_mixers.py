@@ -274,7 +274,7 @@ def test_a_checkpoint_inside_that_cannot_be_given_segments_is_refused() -> None:
     _as_it_was(model)
     for block in model.backbone.layers:
         block.mixer.gradient_checkpointing = True
-    with pytest.raises(OptimizeError, match="a checkpoint in Mamba2Mixer: .* disable gradient"):
+    with pytest.raises(OptimizeError, match=r"a checkpoint in Mamba2Mixer: .* disable gradient"):
         model(**_batch(_samples((9, 71))))
     _step(model, [_batch(_samples((9,)))])  # rows of one sample
 

@@ -36,7 +36,7 @@ _INDEX = "layer_idx"
 
 
 _NO_CACHE = (CacheRefused, AttributeError, TypeError, LookupError, ValueError, AssertionError)
-"""What code may raise that gets None, or an empty cache, where it expects one that is filled."""
+"""What code may raise that gets None where it expects what a block has written to its cache."""
 
 
 class DefaultCache:
@@ -49,13 +49,14 @@ class DefaultCache:
         self._signature: tuple[Any, inspect.Signature | None] = (None, None)
         # why the cache is filled at once, by module: a copy of one has the same forward
         self._reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._deferring: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # have done so once
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the original; its blocks do not get a cache that nobody has asked for."""
         if not self._is_default(module, args, kwargs):
             return self._run(module, *args, **kwargs)
         state = self._session.state
-        before = _Before(module, (args, kwargs))
+        before = _Before(module, (args, kwargs), module not in self._deferring)
         withheld = state.withheld = WithheldCache()
         try:
             outputs = self._run(module, *args, **kwargs)
@@ -63,16 +64,18 @@ class DefaultCache:
                 return outputs
             if withheld.is_used or not any(v is withheld.cache for v in _values(outputs)):
                 raise CacheRefused("the model uses the cache itself, or does not return it")
-        except _NO_CACHE as error:  # what the code makes of an empty cache may fail
-            if withheld.cache is None and not isinstance(error, CacheRefused):
+        except _NO_CACHE as error:
+            # an error of anything but the cache is nobody's reason to call twice
+            if not (isinstance(error, CacheRefused) or withheld.is_used or withheld.is_missed):
                 raise
             state.withheld = None
-            before.random.restore()
+            before.restore()
             outputs = self._run(module, *args, **kwargs)
             self._stop(module, str(error))
             return outputs
         finally:
             state.withheld = None
+        self._deferring.add(module)
         before.watch(outputs)
         refill = functools.partial(self._refill, module, args, kwargs, before)
         if state.replay is None:
@@ -165,13 +168,23 @@ def _values(outputs: Any) -> Iterable[Any]:
 class _Before:
     """What a call of a module depends on besides its arguments."""
 
-    def __init__(self, module: nn.Module, arguments: Any) -> None:
+    def __init__(self, module: nn.Module, arguments: Any, with_buffers: bool) -> None:
         self._state = _state(module, arguments)
+        buffers = module.buffers() if with_buffers else ()
+        self._buffers = [(b, _version(b), b.clone()) for b in buffers]
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.random = RandomState.now(device)
         kind = device.type
         self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._has_begun: list[bool] = []
+
+    def restore(self) -> None:
+        """Undo what a call has drawn, and written to buffers, before it is made once more."""
+        self.random.restore()
+        with torch.no_grad():
+            for buffer, version, value in self._buffers:
+                if _version(buffer) != version:
+                    buffer.copy_(value)
 
     def watch(self, outputs: Any) -> None:
         """Note when a backward pass of the call begins."""

@@ -75,6 +75,13 @@ def block_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
+        withheld = session.state.withheld
+        results = run(self, *args, **kwargs)
+        if withheld is not None:
+            withheld.note(results)
+        return results
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         packs = None
         if kind == "block" and segments.concern(kwargs):
             packs = _given(session, original, self, args, kwargs)
@@ -137,8 +144,14 @@ def _given(
     """The segments that a call of a block is given; None where it mixes no positions."""
     if not session.state.watches.has_mixers(module, original.function(module)):
         return None
-    given = session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
-    return None if any(map(is_cache, (*args, *kwargs.values()))) else given
+    withheld = session.state.withheld
+    if any(
+        # one that fills itself at its first use is not asked
+        v is not None and ((withheld is not None and v is withheld.cache) or is_cache(v))
+        for v in (*args, *kwargs.values())
+    ):
+        return None
+    return session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
 
 
 def _run_original(

@@ -287,6 +287,9 @@ def backbone_forward(
 
     def run_in_step(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         function = original.function(self) if original.is_method else None
+        packs = session.choices.options.packs or session.state.watches.has_mixers(self, function)
+        if not packs:
+            return original(self, *args, **kwargs)
         return session.state.segments.run_backbone(original, function, self, args, kwargs)
 
     run = DefaultCache(session, original, run_in_step)

@@ -31,13 +31,17 @@ def ready_model(
     say(f"loading {recipe.base_model}")
     model = load_model(recipe, torch.device("cpu") if on_cpu else None, say)
     # only rows of language models are packed: a recipe of any other is refused
-    if recipe.packs() or (recipe.validates() and recipe.packs_validation()):
+    if _packs(recipe):
         require_packing(model, recipe)
     set_seed(recipe.seed)
     added = fit_embeddings(model, tokenizer, recipe)
     if added:
         say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
     return add_adapter(model, recipe, say)
+
+
+def _packs(recipe: Recipe) -> bool:
+    return recipe.packs() or (recipe.validates() and recipe.packs_validation())
 
 
 def require_packing(model: Any, recipe: Recipe) -> None:
@@ -53,7 +57,7 @@ def require_packing(model: Any, recipe: Recipe) -> None:
     if not leak:
         return
     # what is recurrent keeps samples apart when it is optimized, as it is once it has its adapter
-    optimize(model, codegen="eager")
+    optimize(model, codegen="eager", packs=True)
     try:
         rest = leaks(model, vocabulary, model.device, LONG)
     finally:
@@ -80,5 +84,5 @@ def optimize_model(model: Any, recipe: Recipe) -> None:
     compared = settings is not None and settings.reference and not settings.generates
     optimize(
         model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict,
-        compile_no_grad=compared,
+        compile_no_grad=compared, packs=_packs(recipe),
     )  # fmt: skip
