@@ -32,8 +32,8 @@ from .bypass import (
     is_block,
     is_container,
 )
-from .copies.forward_copies import ForwardCopies, FunctionCopies
-from .copies.opaque_calls import opaque_copies, segmented_copies, takes_segments
+from .copies.forward_copies import ForwardCopies
+from .copies.opaque_calls import callers_of_mixers, opaque_copies, segmented_copies
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -76,7 +76,7 @@ class Watches:
         """Make none yet; ``slot`` holds the segments of the block that is called."""
         self.opaque = opaque_copies()
         self.segmented = segmented_copies(slot)
-        self._mixers = FunctionCopies(lambda value, names: takes_segments(value) or None)
+        self._mixers = callers_of_mixers()
         self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}

@@ -70,7 +70,7 @@ def _remember(model: Any) -> None:
     """Let chunked scans have states that outlive samples, and that count beside what skips them."""
     # as they are initialized, the sum over earlier positions is below the tolerance of gradients
     for mixer in model.modules():
-        if getattr(mixer, "A_log", torch.empty(0, 0)).dim() == 1:
+        if hasattr(mixer, "in_proj") and getattr(mixer, "A_log", torch.zeros(1, 1)).dim() == 1:
             mixer.A_log.fill_(math.log(0.01))
             mixer.dt_bias.fill_(1.0)
             mixer.in_proj.weight.mul_(5)
@@ -274,7 +274,7 @@ def test_a_checkpoint_inside_that_cannot_be_given_segments_is_refused() -> None:
     _as_it_was(model)
     for block in model.backbone.layers:
         block.mixer.gradient_checkpointing = True
-    with pytest.raises(OptimizeError, match=r"a checkpoint in Mamba2Mixer: .* disable gradient"):
+    with pytest.raises(OptimizeError, match="a checkpoint in Mamba2Mixer: do not pack"):
         model(**_batch(_samples((9, 71))))
     _step(model, [_batch(_samples((9,)))])  # rows of one sample
 

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from ...graph.opaque.functions import (
     asks_for_place,
     convention,
@@ -68,6 +70,16 @@ def _does_all(function: Callable[..., Any]) -> bool | None:
 def takes_segments(value: Any) -> bool:
     """Whether a global is a function that takes segments."""
     return _has(segmented_convention, value)
+
+
+def callers_of_mixers() -> FunctionCopies:
+    """Has copies of those forwards that call what takes segments, and of no others."""
+    return FunctionCopies(lambda value, names: takes_segments(value) or None)
+
+
+def mixes_samples(model: nn.Module) -> bool:
+    """Whether samples that share a row see each other while the model is not optimized."""
+    return any(map(callers_of_mixers().of_forward, model.modules()))
 
 
 def _replacement(value: Any, names: set[str]) -> Any:

@@ -106,7 +106,13 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
     with Interrupts(), quiet(), _scratch(options.keep, tell) as folder:
         chosen = _select(recipe, options.steps, tell)
         write_samples(folder / SAMPLES, chosen.samples)
-        ways = ways_of(recipe, chosen, options.processes, _gpus())
+        mixes = recipe.packs() and _mixes_samples(recipe)
+        if mixes:
+            tell(
+                "the plain model lets the samples of a pack see each other, in recurrent layers or "
+                "convolutions: exact and eager train them one by one"
+            )
+        ways = ways_of(recipe, chosen, options.processes, _gpus(), mixes)
         for line in _announcement(recipe, ways, chosen):
             tell(line)
         runs = _run(ways, chosen, Runner(recipe, options.steps, folder, tell))
@@ -139,6 +145,13 @@ def _scratch(keep: bool, tell: Callable[[str], None]) -> Iterator[Path]:
 
 def _gpus() -> int | None:
     return torch.cuda.device_count() if torch.cuda.is_available() else None
+
+
+def _mixes_samples(recipe: Recipe) -> bool:
+    """Whether the samples of a pack see each other in a model that is not optimized."""
+    from ...compiler.copies.opaque_calls import mixes_samples
+
+    return mixes_samples(meta_model(recipe, load_config(recipe)))
 
 
 def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selection:

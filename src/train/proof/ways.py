@@ -129,14 +129,18 @@ def sequences_per_step(recipe: Recipe) -> int:
     return max(2, recipe.micro_batch_size)
 
 
-def ways_of(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None) -> list[Way]:
+def ways_of(
+    recipe: Recipe, chosen: Selection, processes: int, gpus: int | None, mixes: bool = False
+) -> list[Way]:
     """All ways in which a recipe is compared, including skipped ones.
 
-    The last way has ``processes``. ``gpus`` is None where training is on the CPU.
+    The last way has ``processes``. ``gpus`` is None where training is on the CPU. ``mixes`` says
+    that the plain model cannot pack: it trains the samples of packs one by one.
     """
     packs, rows = recipe.packs(), recipe.micro_batch_size
     layout = BatchLayout.of(chosen.steps, packs, rows)
-    exact = Way("exact", optimize=False, layout=layout, exact=True)
+    plain = BatchLayout.of(_one_by_one(chosen), False, rows) if packs and mixes else layout
+    exact = Way("exact", optimize=False, layout=plain, exact=True)
     return [
         exact,
         replace(exact, name="eager", exact=False),
@@ -152,7 +156,8 @@ def second_eager(way: Way, chosen: Selection) -> Way:
     assert way.layout is not None
     size = len(chosen.steps[0])
     rows = 1 if way.layout.rows > 1 else size
-    layout = BatchLayout.of(chosen.steps, way.layout.packing, rows)
+    packing = way.layout.packing
+    layout = BatchLayout.of(chosen.steps if packing else _one_by_one(chosen), packing, rows)
     return replace(way, name="eager again", layout=layout, exact=False)
 
 
@@ -161,7 +166,7 @@ def _repacked(recipe: Recipe, chosen: Selection) -> Way:
     rows = recipe.micro_batch_size
     if recipe.packs():
         name = "unpacked"
-        steps: list[Any] = [[(i,) for sequence in step for i in sequence] for step in chosen.steps]
+        steps: list[Any] = _one_by_one(chosen)
         skip = all(len(sequence) == 1 for step in chosen.steps for sequence in step)
         reason = "each of these packs holds a single sample; a larger --steps has others"
     else:
@@ -174,6 +179,10 @@ def _repacked(recipe: Recipe, chosen: Selection) -> Way:
     return Way(
         name, optimize=True, layout=BatchLayout.of(steps, name == "packed", rows), optional=True
     )
+
+
+def _one_by_one(chosen: Selection) -> list[list[tuple[int]]]:
+    return [[(i,) for sequence in step for i in sequence] for step in chosen.steps]
 
 
 def _packed(step: Step, samples: Sequence[Sample], recipe: Recipe) -> list[tuple[int, ...]]:

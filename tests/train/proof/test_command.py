@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from fusewright.train.proof import command, worker
@@ -140,6 +141,30 @@ def test_sharded_processes_train_the_same(scratch: Path, file: Path) -> None:
     assert (shared["name"], shared["verdict"]) == ("2 processes", "passed")
     assert len(shared["deviations"]["gradients"]) == 15
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scratch")
+def test_plain_recurrent_layers_train_packs_one_by_one(
+    file: Path, base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
+
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "recurrent")
+    config = Lfm2Config(
+        vocab_size=len(AutoTokenizer.from_pretrained(base)), hidden_size=32, intermediate_size=64,
+        num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"],
+        num_hidden_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "recurrent")
+    arguments = ("--base_model", str(tmp_path / "recurrent"), "--sample_packing")
+    done, found = _verified(file, *arguments, "--steps", "2", "--processes", "1")
+    assert done.exit_code == 0, done.output
+    assert "exact and eager train them one by one" in done.stderr
+    ways = {way["name"]: way for way in found["ways"]}
+    assert [ways[name]["packing"] for name in ("exact", "eager", "optimized")] == [0, 0, 1]
+    assert ways["optimized"]["verdict"] == ways["unpacked"]["verdict"] == "passed"
 
 
 def _job(recipe: dict[str, Any], folder: Path, **keys: Any) -> Path:

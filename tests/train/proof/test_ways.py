@@ -104,6 +104,27 @@ def test_eager_again_has_other_batches(tmp_path: Path) -> None:
         assert not again.optimize
 
 
+def test_a_plain_model_that_cannot_pack_trains_one_by_one(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, micro_batch_size=2)
+    ways = ways_of(recipe, PACKS, 2, None, mixes=True)
+    again = second_eager(ways[1], PACKS)
+    found = {w.name: w.layout.text() for w in [*ways, again] if w.layout}
+    assert found == {
+        "exact": "2 x 2 rows",
+        "eager": "2 x 2 rows",
+        "optimized": "2 x 1 packs",
+        "unpacked": "2 x 2 rows",
+        "1 x 2": "1 x 2 packs",
+        "2 processes": "1 x 2 packs",
+        "eager again": "1 x 4 rows",
+    }
+    assert not recipe_of(recipe, again, 2, str(tmp_path)).packs()
+    expected = [Counter(i for s in step for i in s) for step in PACKS.steps]
+    for way in [*ways, again]:
+        assert way.layout is not None
+        assert _contents(PACKS, way.layout) == expected, way.name
+
+
 def _skipped(recipe: Recipe, chosen: Selection, processes: int = 2, gpus: Any = None) -> Any:
     return {w.name: w.skipped for w in ways_of(recipe, chosen, processes, gpus) if w.skipped}
 
