@@ -17,6 +17,8 @@ from fusewright import explain, optimize
 from fusewright.compiler.install import active
 from fusewright.passes import PIPELINE
 
+from ..models import architectures
+
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 WIDTH, HEADS = 16, 2
@@ -217,3 +219,246 @@ def test_evaluation_and_frozen_towers() -> None:
     torch.testing.assert_close(ours(x, [6, 4]), eager(x, [6, 4]))
     with torch.no_grad():
         torch.testing.assert_close(ours(x, [3, 7]), eager(x, [3, 7]))
+
+
+class Heads(Attention):
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).reshape(len(x), 3, HEADS, -1).permute(1, 2, 0, 3)[None].unbind(1)
+
+    def out(self, x: Tensor, out: Tensor) -> Tensor:
+        rows = out.transpose(1, 2).reshape(out.shape[2], -1)
+        return self.proj(F.pad(rows, (0, 0, 0, len(x) - len(rows))))
+
+
+def _attend(rows: Any) -> list[Tensor]:
+    return [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
+
+
+class InALoop(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs, others = [], []
+        for q, k, v in zip(*rows, strict=True):
+            out, other = F.scaled_dot_product_attention(q, k, v), None
+            outs.append(out)
+            others.append(other)
+        return self.out(x, torch.cat(outs, 2)), others
+
+
+class ByName(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        q, k, v = self.heads(x)
+        qs = torch.split(q, lengths, 2)
+        ks = torch.split(k, lengths, 2)
+        vs = torch.split(v, lengths, 2)
+        outs = [F.scaled_dot_product_attention(*each) for each in zip(qs, ks, vs, strict=True)]
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class Reversed(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
+        return self.out(x, torch.cat(outs[::-1], 2)), None
+
+
+class Crossed(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        q, k, v = (torch.split(t, lengths, dim=2) for t in self.heads(x))
+        each = zip(q, k[::-1], v[::-1], strict=True)
+        return self.out(x, torch.cat([F.scaled_dot_product_attention(*e) for e in each], 2)), None
+
+
+class FirstForAll(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        qs, ks, vs = (torch.split(t, lengths, dim=2) for t in self.heads(x))
+        outs = [F.scaled_dot_product_attention(q, ks[0], vs[0]) for q in qs]
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class LastOnly(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        q, k, v = (torch.split(t, lengths, dim=2)[-1] for t in self.heads(x))
+        return self.out(x, torch.cat([F.scaled_dot_product_attention(q, k, v)], 2)), None
+
+
+class FirstOnly(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
+        return self.out(x, torch.cat(outs[:1], 2)), None
+
+
+class FirstThree(Heads):
+    """As many as are traced."""
+
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
+        return self.out(x, torch.cat(outs[:3], 2)), None
+
+
+class OfTheCount(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
+        if len(outs) > 3:
+            outs = [out * 2 for out in outs]
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class Elsewhere(Heads):
+    """Another function may do anything with a list."""
+
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        outs = _attend([torch.split(t, lengths, dim=2) for t in self.heads(x)])
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class Numbered(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [
+            F.scaled_dot_product_attention(*each, scale=0.5 if i > 2 else 0.1)
+            for i, each in enumerate(zip(*rows, strict=True))
+        ]
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class NumberedInALoop(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = []
+        i = 0
+        for q, k, v in zip(*rows, strict=True):
+            i = i + 1
+            outs.append(F.scaled_dot_product_attention(q, k, v, scale=0.5 if i > 3 else 0.1))
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class OfTheOneBefore(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs, before = [], 0
+        for q, k, v in zip(*rows, strict=True):
+            out = F.scaled_dot_product_attention(q, k, v) + before
+            outs.append(out)
+            before = out.mean()
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class WithState(Heads):
+    """What only the graph shows."""
+
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        seen: list[Tensor] = []
+        outs = [self.keys_of_first(seen, *each) for each in zip(*rows, strict=True)]
+        return self.out(x, torch.cat(outs, 2)), None
+
+    def keys_of_first(self, seen: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen += [k, v]
+        return F.scaled_dot_product_attention(q, seen[0], seen[1])
+
+
+class OfTheLength(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [
+            F.scaled_dot_product_attention(q, k, v, scale=q.shape[2] ** -0.5)
+            for q, k, v in zip(*rows, strict=True)
+        ]
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class OfAShortOne(Heads):
+    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
+        outs = [
+            F.scaled_dot_product_attention(q, k, v, scale=0.1 if q.shape[2] > 4 else 0.7)
+            for q, k, v in zip(*rows, strict=True)
+        ]
+        return self.out(x, torch.cat(outs, 2)), None
+
+
+class First(nn.Module):
+    """A block of the first result of its attention."""
+
+    def __init__(self, attention: type[Heads]) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), attention(sdpa)
+
+    def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        out, _ = self.attention(self.norm(x), bounds=bounds)
+        return x + out
+
+
+class Both(First):
+    def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        out, others = self.attention(self.norm(x), bounds=bounds)
+        return x + out * len(others)
+
+
+def _towers(attention: Any, block: Any, pictures: Any) -> Tower:
+    eager = Tower(attention, block)
+    eager.blocks = eager.blocks[:1]
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager, pictures)
+    return ours
+
+
+@pytest.mark.parametrize("attention", [InALoop, ByName])
+def test_pieces_that_are_joined_in_their_order(attention: type[Heads]) -> None:
+    ours = _towers(attention, First, ([6, 4, 5, 3], [9], [4, 0, 4, 4, 4, 3]))
+    assert explain(ours).by_rule() == {"layer_norm": 1, "attention": 1}
+    assert _graphs(ours) == 1
+
+
+@pytest.mark.parametrize(
+    ("attention", "block"),
+    [
+        *[(InALoop, Both), (Reversed, First), (Crossed, First), (FirstForAll, First)],
+        *[(LastOnly, First), (FirstOnly, First), (FirstThree, First), (OfTheCount, First)],
+        *[(Elsewhere, First), (Numbered, First), (NumberedInALoop, First)],
+        *[(OfTheOneBefore, First), (WithState, First), (OfTheLength, First), (OfAShortOne, First)],
+    ],
+)
+def test_other_uses_of_pieces_are_as_they_were(attention: type[Heads], block: type[First]) -> None:
+    pictures = [[4, 4, 4, 4], [9]] if attention is Crossed else [[6, 4, 5, 3], [9]]
+    ours = _towers(attention, block, pictures)
+    assert "attention" not in explain(ours).by_rule()
+
+
+@pytest.mark.parametrize("pictures", [[[9], [4, 5]], [[3, 4], [5, 4]]])
+def test_one_that_is_longer_than_all_that_are_traced(pictures: list[list[int]]) -> None:
+    _ = _towers(OfAShortOne, First, pictures)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v", "paddleocr_vl"])
+def test_towers_of_families(name: str) -> None:
+    eager = architectures.build(name, "multimodal")
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    inputs, results = architectures.step_inputs(eager, "multimodal"), []
+    for model in (ours, eager):
+        architectures.loss_of(model, inputs).backward()
+        results.append([p.grad for p in model.parameters()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert explain(ours).by_rule()["attention"] == 2
