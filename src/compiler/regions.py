@@ -102,8 +102,10 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, nn.ModuleList) and _is_stack(elements := _elements(module)):
             stacks.append(path)
+            paths = {block: name for name, block in reversed(elements.items())}  # each once
             for name, block in elements.items():
-                yield f"{path}.{name}" if path else name, block
+                if paths[block] == name:
+                    yield f"{path}.{name}" if path else name, block
         elif _is_hinted(module) and not any(_is_hinted(m) for m in list(module.modules())[1:]):
             stacks.append(path)
             yield path, module
@@ -123,9 +125,11 @@ def _unwrapped(path: str, block: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _elements(modules: nn.ModuleList) -> dict[str, nn.Module]:
-    """What a list of modules holds, by path; a list in it is a part of it."""
+    """What a list of modules holds, by path, one module twice too; a list in it is a part of it."""
     elements: dict[str, nn.Module] = {}
-    for name, module in modules.named_children():
+    for name, module in modules._modules.items():
+        if module is None:
+            continue
         if isinstance(module, nn.ModuleList):
             elements |= {f"{name}.{n}": m for n, m in _elements(module).items()}
         else:
@@ -208,7 +212,9 @@ def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
         if not holders or module in blocks:
             continue
         if head is not None and head not in {m for c in holders for m in c.modules()}:
-            return _region_of_head(path, module, blocks)
+            region = _region_of_head(path, module, blocks)
+            # one that calls the blocks of several stacks itself is more than a head
+            return region if region.backbone or len(region.outside) == 1 else None
         if takes_labels(module) and len(_blocks_in(module, blocks)) == len(blocks):
             inner = _region_of_head(path, module, blocks)
     return inner

@@ -118,7 +118,7 @@ _WITHOUT = (
     "quant_linear-int8",
 )
 LAUNCHING = (
-    {n: case for n, case in CASES.items() if not n.startswith("dora")}
+    {n: case for n, case in CASES.items() if not n.startswith(("dora", "short_conv"))}
     | {f"attention-{form}": Case(attention.OP, _masked(form)) for form in MASKS}
     | {
         f"{name}-fp32-adapter": replace(CASES[name], adapters=torch.float32)

@@ -145,8 +145,7 @@ its example recipes for text run unchanged: [axolotl.md](axolotl.md) says which.
   rule, short convolutions): that is what `optimize` does ([optimize.md](optimize.md)). Before
   training, the model at hand is tried on packs that differ in one sample, forward and in gradients;
   where samples see each other, the run ends with the name of the layer. The plain model cannot pack
-  such layers, and `fusewright verify` compares with it: give it `--no-sample_packing`, and it still
-  trains the same samples packed, as one of its ways.
+  such layers: the plain ways of `fusewright verify` train the samples of the packs one by one.
 - `expert_parallel_size` shards experts with FSDP2. Plugins are not yet available; preference
   methods (`rl`) are: see [preferences.md](preferences.md).
 - A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as

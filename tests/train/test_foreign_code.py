@@ -153,7 +153,6 @@ def test_a_tokenizer_of_its_own_is_not_run(tmp_path: Path, mark: Path) -> None:
         {"overrides_of_model_kwargs": {"weights_only": False}},
         {"overrides_of_model_kwargs": {"attn_implementation": "some-one/kernel"}},
         {"overrides_of_model_config": {"_attn_implementation": {"": "some-one/kernel"}}},
-        {"attn_implementation": "some-one/kernel"},
     ],
     ids=lambda keys: json.dumps(keys),
 )

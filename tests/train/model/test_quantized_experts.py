@@ -107,8 +107,10 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         quantized(make_model(), "load_in_4bit")
     with pytest.raises(RecipeError, match="quantize_moe_experts: needs load_in_4bit"):
         load_recipe({**BASE, "adapter": "lora"})
-    with pytest.raises(RecipeError, match="quantize_moe_experts: packed experts cannot be sharded"):
-        load_recipe({**BASE, "load_in_4bit": True, "fsdp_config": {"version": 2}})
+    with pytest.raises(RecipeError, match="quantize_moe_experts: DeepSpeed cannot send packed"):
+        load_recipe(
+            {**BASE, "load_in_4bit": True, "deepspeed": {"zero_optimization": {"stage": 2}}}
+        )
 
 
 def test_a_run_with_packed_experts(rows: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class _Trainer(SimpleNamespace):
             ),
             store_flos=noted("all: operations"),
             _save_scaler=noted("scaler"), _save_rng_state=noted("random state"),
-            model=None, context=SimpleNamespace(tokenizer=None),
+            model=None, context=SimpleNamespace(tokenizer=None, recipe=None),
             callback_handler=SimpleNamespace(callbacks=[]),
         )  # fmt: skip
 

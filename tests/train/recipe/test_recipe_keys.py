@@ -198,6 +198,6 @@ def test_older_names(old: str, new: str) -> None:
     value = {"eval_strategy": "no"}.get(new, value)
     whole = ("dataset_processes", "eval_max_new_tokens", "gc_collect_steps")
     value = True if new == "use_dft" else value
-    value = 3 if new in whole or "buffer" in new else value
+    value = 3 if new in whole or "buffer" in new or "jagged" in new else value
     recipe = load_recipe({"base_model": "a/b", "datasets": [{"path": "a/b"}], old: value})
     assert getattr(recipe, new) == value
