@@ -113,12 +113,14 @@ _WITHOUT = (
     "decode_attention",
     "segment_attention",
     "segment_attention-grouped",
+    "short_conv",
+    "short_conv-plain",
     # PyTorch's products of matrices
     "qkv_block-plain",
     "quant_linear-int8",
 )
 LAUNCHING = (
-    {n: case for n, case in CASES.items() if not n.startswith(("dora", "short_conv"))}
+    {n: case for n, case in CASES.items() if not n.startswith("dora")}
     | {f"attention-{form}": Case(attention.OP, _masked(form)) for form in MASKS}
     | {
         f"{name}-fp32-adapter": replace(CASES[name], adapters=torch.float32)
