@@ -128,7 +128,10 @@ def _deferred(kind: type) -> type:
 
     # Python looks the methods of operators up in the class
     names = [n for n in dir(kind) if n.startswith("__") and inspect.isfunction(getattr(kind, n))]
-    methods: dict[str, Any] = {n: operator(n) for n in ("__repr__", *names) if n != "__init__"}
+    methods: dict[str, Any] = {n: operator(n) for n in names if n != "__init__"}
     methods |= {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
+    # what is no question about its values is answered without them, also when it is too late
+    methods["__repr__"] = lambda self: f"{kind.__name__}(not computed)"
+    methods["__bool__"] = lambda self: True
     methods |= {"__slots__": (), "__module__": kind.__module__}
     return _kinds.setdefault(kind, type(kind.__name__, (kind,), methods))

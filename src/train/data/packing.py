@@ -186,16 +186,16 @@ def _gradient_leaks(model: Any, batch: dict[str, Tensor], length: int) -> bool:
         for p in trained:
             p.requires_grad_(False)
         first, second = slice(0, length), slice(length, None)
-        grads = [_gradient(model, batch, table, own) for own in (second, first)]
+        grads = [_gradients(model, batch, table, own) for own in (second, first)]
     finally:
         for p in trained:
             p.requires_grad_(True)
     others = zip(grads, (first, second), strict=True)
-    return any(g is not None and bool((g[:, other] != 0).any()) for g, other in others)
+    return any(bool((g[:, other] != 0).any()) for each, other in others for g in each)
 
 
-def _gradient(model: Any, batch: dict[str, Tensor], table: Any, own: slice) -> Tensor | None:
-    """The gradient of one sample's logits with respect to what ``table`` returns."""
+def _gradients(model: Any, batch: dict[str, Tensor], table: Any, own: slice) -> list[Tensor]:
+    """The gradients of one sample's logits with respect to what ``table`` returns at each call."""
     import torch
 
     embedded = []
@@ -210,12 +210,14 @@ def _gradient(model: Any, batch: dict[str, Tensor], table: Any, own: slice) -> T
             logits = model(**batch).logits
     finally:
         handle.remove()
-    if len(embedded) != 1 or not logits.requires_grad:
-        return None
+    if not logits.requires_grad:
+        return []
     upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).to(logits.dtype)
     # by ``backward``: reentrant checkpoints do not go with ``autograd.grad``
     (logits[:, own] * upstream).sum().backward()
-    return embedded[0].grad
+    # of whole rows: a model may look up single tokens, too
+    rows = batch["input_ids"].shape
+    return [t.grad for t in embedded if t.grad is not None and t.shape[:2] == rows]
 
 
 def _leaking_module(model: Any, batch: dict[str, Tensor], first: int) -> str:

@@ -290,13 +290,24 @@ def untrained(model: Any, keys: Iterable[str]) -> list[str]:
     places = towers(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = {name.rpartition(".")[2] for name, _ in model.named_buffers()} | {"inv_freq"}
-    names = names_in_model(model, keys)
+    modules, names = dict(model.named_modules()), names_in_model(model, keys)
     ignored = (
         key for key, name in names.items()
         if not _is_of(name, known) and name.rpartition(".")[2] not in own
+        and not _is_inside(name, modules)
     )  # fmt: skip
     wanted = {*ignored, *(key for key, name in names.items() if is_in(name, places))}
     return [key for key in keys if key in wanted]
+
+
+def _is_inside(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a tensor is of a module that is loaded, in whatever form its weights are stored."""
+    parent = name.rpartition(".")[0]
+    if parent in modules:
+        return True
+    while parent not in modules:  # the experts of a layer may be one module, and apart in the files
+        parent = parent.rpartition(".")[0]
+    return bool(modules[parent]._parameters)
 
 
 _OF_8_BITS = (".SCB", ".weight_format")

@@ -25,6 +25,12 @@ _ATTRIBUTE = "_fusewright_relora"
 _FULL = 0.999
 """The fraction that a reset clears: all but a few, as the paper's code does."""
 
+_NOT_ADDED = (
+    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters", "lora_bias",
+    "layer_replication",
+)  # fmt: skip
+"""What an adapter's configuration has where the sum of several is none of its kind."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,6 +52,11 @@ class Relora(TrainerCallback):
 
     def __init__(self, model: Any, recipe: Recipe, say: Callable[[str], None]) -> None:
         self.model, self.recipe, self.say = model, recipe, say
+        config = model.peft_config[model.active_adapter]
+        if other := [name for name in _NOT_ADDED if getattr(config, name, None)]:
+            raise RecipeError(
+                f"relora: adapters with {other[0]}, as that of lora_model_dir, do not add up to one"
+            )
         self.every = recipe.jagged_restart_steps or 1
         self.name = model.active_adapter
         self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
