@@ -3,8 +3,8 @@
 Towers of pictures lay the patches of all pictures in one row, split it by lengths that they read
 from a tensor of boundaries, call attention for each piece, and join the results. A tracer can
 follow that for one number of pictures at most. So a captured block is given the boundaries as an
-object. All that it can do is to lead to a split by lengths: that gives a few *pieces*, of sizes that
-differ, which stand for all. Where the same attention of each of them is joined in their order,
+object. All that it can do is to lead to a split by lengths: that gives a few *pieces*, of sizes
+that differ, which stand for all. Where the same attention of each of them is joined in their order,
 ``join_segments`` takes it for that of the row, within segments. Whatever else is done with
 boundaries, pieces or lists of pieces ends the capture.
 """
@@ -23,6 +23,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import FloorDiv
 
 from ..kernels.attention.segment_attention import segment_attention_reference
 from . import facts
@@ -73,7 +74,7 @@ class _Pieces:
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> tuple[Tensor]:
+    ) -> tuple[Tensor, ...]:
         if function is not torch.split:
             raise NotImplementedError("lengths are used in another way than for a split")
         return _split(*args, **(kwargs or {}))
@@ -98,7 +99,8 @@ def _split(
 def piece(row: Tensor, boundaries: Tensor, dim: int, index: int) -> Tensor:
     """One of the segments of ``row``; of sizes that differ, and add up to the row's."""
     size = row.shape[dim]
-    ends = 0, size // 4, size // 4 + size // 2, size
+    first, second = (size + 3) // 5, (3 * size + 1) // 7  # which nobody else's sizes are
+    ends = 0, first, first + second, size
     return row.narrow(dim, ends[index], ends[index + 1] - ends[index])
 
 
@@ -161,16 +163,16 @@ class _Uses:
                 is_plain = isinstance(n, ast.For) and self._take_loop(n)
             if not is_plain:
                 return False
-        for n in self.nodes:
-            if _calls(n, "torch", "cat", "concat", "concatenate") and n.args:
-                self.kind(n.args[0])
-            elif isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple):
-                kinds = [self.kind(e) for e in n.value.elts]
+        for node in self.nodes:
+            if _calls(node, "torch", "cat", "concat", "concatenate") and node.args:
+                self.kind(node.args[0])
+            elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+                kinds = [self.kind(e) for e in node.value.elts]
                 self.returns_pieces |= kinds[-1] == "pieces"
                 if any(kinds[:-1]) or kinds[-1] not in (None, "pieces"):
                     return False
-            elif isinstance(n, ast.Compare) and self._is_none(n):
-                self.known.add(n.left.value)  # type: ignore[attr-defined]
+            elif isinstance(node, ast.Compare) and self._is_none(node):
+                self.known.add(node.left.value)  # type: ignore[attr-defined]
         names = [n for n in self.nodes if isinstance(n, ast.Name) and n.id in self.kinds]
         others = [n for n in names if not _is_read(n) and n not in self.stores]
         return (
@@ -325,8 +327,9 @@ def _calls(n: ast.AST, module: str | None, *names: str) -> TypeGuard[ast.Call]:
     f = n.func
     if module is None:
         return isinstance(f, ast.Name) and f.id in names
-    of_module = isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)
-    return of_module and f.attr in names and f.value.id == module
+    if not isinstance(f, ast.Attribute) or f.attr not in names:
+        return False
+    return isinstance(f.value, ast.Name) and f.value.id == module
 
 
 def _names(target: ast.AST) -> list[str]:
@@ -410,6 +413,26 @@ def join_segments(module: fx.GraphModule) -> None:
             inner.recompile()
 
 
+def _require_any_length(node: fx.Node) -> None:
+    """Raise where a branch was taken by the length of a piece, other than whether it has any."""
+    row, whole = facts.tensor(node.args[0]), facts.tensor(node)
+    at = node.args[2]
+    size = None if row is None or whole is None else row.shape[at]  # type: ignore[index]
+    if not isinstance(size, torch.SymInt) or whole is None:
+        raise NotImplementedError("a row of one length only")
+    length = whole.shape[at]  # type: ignore[index]
+    own = length.node.expr.atoms(FloorDiv) - size.node.expr.atoms(FloorDiv)  # type: ignore[union-attr]
+    for guard in size.node.shape_env.guards:
+        if own & guard.expr.atoms(FloorDiv) and not all(
+            guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, n)) == True  # noqa: E712
+            for n in _LENGTHS
+        ):
+            raise NotImplementedError("what is done with a piece depends on its length")
+
+
+_LENGTHS = 10, 11, 13, 24, 64, 1000, 123457
+
+
 @dataclass(frozen=True)
 class _Part:
     """What is made of a piece."""
@@ -421,6 +444,9 @@ class _Part:
 
 
 def _join(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target is piece:
+            _require_any_length(node)
     parts: dict[fx.Node, _Part] = {}
     joined: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
@@ -498,7 +524,8 @@ def _make_whole(joined: dict[fx.Node, fx.Node], parts: dict[fx.Node, _Part]) -> 
             node.replace_all_uses_with(args[0])
             continue
         if node.target is piece:
-            node.replace_all_uses_with(node.args[0])
+            row: Any = node.args[0]
+            node.replace_all_uses_with(row)
             continue
         values = fx.map_arg((node.args, dict(node.kwargs)), facts.value)
         call = node.target if callable(node.target) else getattr(values[0][0], str(node.target))

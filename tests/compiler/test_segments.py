@@ -417,7 +417,6 @@ class Both(First):
 
 def _towers(attention: Any, block: Any, pictures: Any) -> Tower:
     eager = Tower(attention, block)
-    eager.blocks = eager.blocks[:1]
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager, pictures)
     return ours
@@ -426,10 +425,14 @@ def _towers(attention: Any, block: Any, pictures: Any) -> Tower:
 @pytest.mark.parametrize("attention", [InALoop, ByName])
 def test_pieces_that_are_joined_in_their_order(attention: type[Heads]) -> None:
     ours = _towers(attention, First, ([6, 4, 5, 3], [9], [4, 0, 4, 4, 4, 3]))
-    assert explain(ours).by_rule() == {"layer_norm": 1, "attention": 1}
+    assert explain(ours).by_rule() == {"layer_norm": 2, "attention": 2}
     assert _graphs(ours) == 1
 
 
+@pytest.mark.long(
+    *["Crossed-First", "FirstForAll-First", "LastOnly-First", "FirstOnly-First"],
+    *["NumberedInALoop-First", "Elsewhere-First", "InALoop-Both", "OfTheLength-First"],
+)
 @pytest.mark.parametrize(
     ("attention", "block"),
     [
