@@ -160,7 +160,9 @@ def _introduction_by_name(
         f"{SUBJECTS[kind]}, as a tiny model with random weights: one training step of eager and "
         f"one of the optimized model, in fp32 on a CPU, {calls} Written by "
         f"`python -m tests.models.coverage --kind {kind}`; a test fails when a number falls. What "
-        "there is to rewrite is counted as on the [page of causal language models](support.md).",
+        "there is to rewrite is counted as on the [page of causal language models](support.md). "
+        "`?` is not measured yet. Models are measured again one by one: some rows are older, and "
+        "rather too low.",
         f"torch {torch.__version__}, transformers {transformers.__version__}: {len(built)} of "
         f"{number} names built, {len(rows)} steps compared, {sum(not r.problem for r in rows)} "
         "ran. The largest relative difference from eager is "
