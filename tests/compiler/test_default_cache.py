@@ -373,7 +373,6 @@ USES: dict[str, Any] = {
     "length": lambda c: c.get_seq_length(),
     "len": len,
     "keys": lambda c: c.layers[1].keys.sum().item(),
-    "repr": repr,
     "copy": lambda c: copy.deepcopy(c).layers[0].values.tolist(),
     "pickle": lambda c: pickle.loads(pickle.dumps(c)).layers[0].values.tolist(),
     "write": lambda c: setattr(c, "name", 3) or (c.name, c.get_seq_length()),
@@ -402,6 +401,58 @@ def test_each_use_of_a_deferred_cache_fills_it(use: str) -> None:
     assert fills == [1]
     assert type(cache) is tf.DynamicCache
     assert vars(cache).keys() - {"name"} == vars(_filled()).keys()
+
+
+def test_a_deferred_cache_is_printed_and_asked_for_its_truth_as_it_is() -> None:
+    def too_late() -> Any:
+        raise RuntimeError("too late")
+
+    withheld = WithheldCache()
+    withheld.cache = cache = tf.DynamicCache()
+    withheld.defer(too_late)
+    assert repr(cache) == "DynamicCache(not computed)"
+    assert cache
+    with pytest.raises(RuntimeError, match="too late"):
+        cache.get_seq_length()
+
+
+def test_an_error_of_a_hook_ends_the_call_at_once() -> None:
+    ours, eager = _both(_llama, passes=(), verify="off")
+    for model in (ours, eager):
+        calls: list[nn.Module] = []
+
+        def stop(module: nn.Module, args: Any, calls: list[nn.Module] = calls) -> None:
+            calls.append(module)
+            raise ValueError("enough")
+
+        model.model.layers[1].register_forward_pre_hook(stop)
+        with pytest.raises(ValueError, match="enough"):
+            model(IDS)
+        assert calls == [model.model.layers[1]]
+
+
+class Counting(tf.LlamaModel):
+    """A model with a running statistic, whose code uses the cache."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
+        cache = tf.DynamicCache(config=self.config)
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary_emb(x, position_ids=torch.arange(input_ids.shape[1])[None])
+        self.calls.add_(1)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=rotary, cache=cache, use_cache=True)
+        return CausalLMOutputWithPast(logits=x * cache.get_seq_length(), cache=cache)
+
+
+def test_a_call_that_is_made_again_writes_to_buffers_once() -> None:
+    ours = optimize(Counting(_llama().config).train(), codegen="eager", passes=(), verify="off")
+    for calls in (1, 2):
+        assert ours(IDS).cache.get_seq_length() == 13
+        assert ours.calls == calls
 
 
 def test_a_cache_that_blocks_do_not_get_refuses_to_be_used_meanwhile() -> None:

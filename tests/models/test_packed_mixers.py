@@ -342,3 +342,43 @@ def test_a_copy_and_a_second_model_take_their_own_segments() -> None:
         packed = model(**_batch(_samples((9, 71)))).logits[0]
         single = [model(input_ids=ids[None]).logits[0] for ids in _samples((9, 71))]
     torch.testing.assert_close(packed, torch.cat(single), rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_only_attend_are_as_in_eager_mode_but_where_packs_are_asked_for() -> None:
+    eager = build("opt")
+    batch = _batch(_samples((9, 7)))
+    apart = [_batch([s]) for s in _samples((9, 7))]
+    with torch.no_grad():
+        plain = eager(**batch, use_cache=False).logits
+        ours = optimize(copy.deepcopy(eager), codegen="eager")
+        torch.testing.assert_close(ours(**batch, use_cache=False).logits, plain)
+        packs = optimize(ours, codegen="eager", packs=True)(**batch, use_cache=False).logits
+        alone = torch.cat([eager(**one, use_cache=False).logits for one in apart], 1)
+    torch.testing.assert_close(packs, alone)
+    assert not torch.allclose(plain, alone, atol=1e-2)
+
+
+def test_positions_of_one_sample_cost_no_rewrite_where_a_cache_is_made_by_default() -> None:
+    model = build("qwen3_next")
+    counts = []
+    for more in ({}, {"position_ids": torch.arange(9)[None]}):
+        ours = optimize(copy.deepcopy(model), codegen="eager")
+        ids = _samples((9,))[0][None]
+        ours(input_ids=ids, labels=ids, **more).loss.backward()
+        counts.append(explain(ours).by_rule())
+    assert counts[0] == counts[1]
+
+
+def test_a_block_that_is_called_by_itself_goes_by_its_own_positions(tmp_path: Any) -> None:
+    model = optimize(build("qwen3_next"), codegen="eager", passes=(), verify="off")
+    batch = _batch(_samples((9, 7)))
+    with torch.no_grad():
+        states = model(**batch, use_cache=False, output_hidden_states=True).hidden_states
+        x, block, one = states[0], model.model.layers[0], torch.arange(16)[None]
+        turned = model.model.rotary_emb(x, one)
+        packed = block(x, position_embeddings=turned, position_ids=batch["position_ids"])
+        whole = block(x, position_embeddings=turned, position_ids=one)
+    assert not torch.equal(packed, whole)
+    torch.testing.assert_close(whole, restore(model).model.layers[0](x, position_embeddings=turned))
+    torch.save(list(states), tmp_path / "states.pt")
+    assert len(torch.load(tmp_path / "states.pt")) == len(states)

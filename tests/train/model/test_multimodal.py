@@ -473,3 +473,24 @@ def test_two_processes_with_a_tower_that_no_step_calls(
         **SEVERAL[strategy],
     )  # fmt: skip
     assert_same_curves(resumed, one)
+
+
+def test_of_a_base_only_what_no_loaded_module_owns_is_carried() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    from fusewright.train.model.multimodal import untrained
+
+    config = GptOssConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+    attention, experts = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
+    stored = [
+        *(f"{attention}.q_proj.{end}" for end in ("weight_scale_inv", "qweight", "g_idx")),
+        *(f"{experts}.gate_up_proj_{end}" for end in ("blocks", "scales")),
+        f"{experts}.0.gate_proj.weight_scale", f"{attention}.bias", "model.norm.weight",
+    ]  # fmt: skip
+    others = ["mtp.fc.weight", "model.layers.1.self_attn.q_proj.weight"]
+    assert untrained(model, [*stored, *others]) == others

@@ -11,6 +11,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
@@ -143,3 +144,14 @@ def test_it_is_optimized_like_any_adapter(recipe: dict[str, Any], tmp_path: Path
     losses = [[e["loss"] for e in run.history if "loss" in e] for run in (plain, optimized)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert optimized.val_loss_after == pytest.approx(plain.val_loss_after, abs=1e-4)
+
+
+@pytest.mark.parametrize("key", ["use_rslora", "rank_pattern"])
+def test_an_adapter_from_a_folder_that_does_not_add_up_is_refused(
+    recipe: dict[str, Any], key: str
+) -> None:
+    checked = load_recipe({**recipe, **KEYS})
+    model = add_adapter(load_model(checked), checked)
+    setattr(model.peft_config["default"], key, {"q_proj": 2} if key == "rank_pattern" else True)
+    with pytest.raises(RecipeError, match=f"relora: adapters with {key}"):
+        Relora(model, checked, print)
