@@ -22,6 +22,10 @@ A_CACHE = "a cache was passed (generation; in training call model.train(), or pa
 """The reason that ``copies/decoding.py`` acts on."""
 
 
+CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params")
+"""What transformers' forwards call the cache that they are given."""
+
+
 def bypass_reason(
     args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool = False
 ) -> str | None:

@@ -29,10 +29,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import OptimizeError
 from ..kernels.direct import is_traced_here
 from ..memory.apply_plan import in_backward, inside_checkpoint
+from .bypass import CACHE_ARGUMENTS
 from .copies.forward_copies import FunctionCopies
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, in modules that call it
-_OTHERWISE = ("attention_mask", "past_key_values", "cache", "cache_params")
+_OTHERWISE = ("attention_mask", *CACHE_ARGUMENTS)
 """With one of these transformers takes a row for one sample."""
 
 

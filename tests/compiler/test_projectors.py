@@ -218,8 +218,7 @@ class EarlyFeatures(Model):
         return self.head(x).logsumexp(-1).mean() + self.pool["by"](x[:, :4]).mean()
 
 
-def test_sizes_that_it_works_out_are_constants() -> None:
-    """The block has marked its input as one of any length."""
+def test_one_whose_input_a_block_has_marked_as_of_any_length_is_rewritten() -> None:
     eager = EarlyFeatures(Shuffle)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     for patches in (16, 4):

@@ -23,17 +23,15 @@ from torch import Tensor, nn
 from ...kernels.direct import is_traced_here
 from ...memory.random_state import RandomState
 from ...sharding import has_shards
-from ..bypass import is_cache, transform_reason
+from ..bypass import CACHE_ARGUMENTS, is_cache, transform_reason
 from ..session import Session
 from ..watch import global_hook_reason
 from ..withheld import CacheRefused, WithheldCache
 from .forwards import Original
 
 _SWITCH = "use_cache"
-_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 _INDEX = "layer_idx"
 """Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
-
 
 _NO_CACHE = (CacheRefused, AttributeError, TypeError, LookupError, ValueError, AssertionError)
 """What code may raise that gets None where it expects what a block has written to its cache."""
@@ -101,7 +99,7 @@ class DefaultCache:
             return False
         arguments = self._by_name(module, args, kwargs)
         if arguments is None or any(
-            arguments.get(n) is not None for n in (_SWITCH, *_CACHE_ARGUMENTS)
+            arguments.get(n) is not None for n in (_SWITCH, *CACHE_ARGUMENTS)
         ):
             return False
         if any(is_cache(v) for v in arguments.values() if not isinstance(v, (Tensor, nn.Module))):

@@ -18,7 +18,7 @@ from ...kernels import label_counts
 from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
 from ...sharding import in_zero3
-from ..bypass import Hooks, hidden_hooks, transform_reason
+from ..bypass import CACHE_ARGUMENTS, Hooks, hidden_hooks, transform_reason
 from ..logits.deferred import another_awaits
 from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
@@ -329,8 +329,6 @@ def backbone_forward(
 
 # --- calls without labels that are a part of training ---------------------------------------------
 
-_CACHES = ("past_key_values", "cache", "cache_params")
-
 
 def is_step(
     session: Session, head: nn.Module, outside: Sequence[tuple[str, ...]], kwargs: dict[str, Any]
@@ -338,7 +336,7 @@ def is_step(
     """Whether a call without labels is a part of training: its caller makes the loss."""
     # One without gradients (a reference) says that it wants no cache: else it may be generation.
     # In evaluation mode it is one (of a teacher) where the loss of another model is to come.
-    if any(kwargs.get(name) is not None for name in _CACHES):
+    if any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
         return False
     if not head.training:
         return not kwargs.get("use_cache") and _is_teacher(session, head, outside)
@@ -364,8 +362,6 @@ def _is_teacher(session: Session, head: nn.Module, outside: Sequence[tuple[str, 
 # Transformers' models fill it unless ``use_cache=False`` is passed. Without it the outputs lack it
 # too, so that happens only where the model itself says what the argument means, and where the
 # values stay what they are.
-
-_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 
 def parameters_of(forward: Any, backbones: Sequence[nn.Module]) -> dict[str, inspect.Parameter]:
@@ -417,6 +413,6 @@ def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
     # transformers finds packed samples in ``position_ids`` only without a cache
     return (
         kwargs.get("use_cache") is None
-        and all(kwargs.get(n) is None for n in _CACHE_ARGUMENTS)
+        and all(kwargs.get(n) is None for n in CACHE_ARGUMENTS)
         and (kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None)
     )

@@ -146,7 +146,8 @@ def leaks(model: Any, vocab_size: int, device: torch.device, sizes: tuple[int, i
     Two packs differ only in their first sample; the logits of the second must be the same, bit for
     bit, because masked scores contribute exact zeros, and the gradient of each sample's logits with
     respect to the embeddings of the other one must be zero. What is named is the innermost module
-    whose inputs agree and whose outputs do not.
+    whose inputs agree and whose outputs do not. Where the model looks no token up in its table, the
+    gradients cannot be tried.
     """
     import torch
 
