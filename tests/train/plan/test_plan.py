@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_told_what_would(
 
 @pytest.mark.long
 def test_advice_that_is_no_recipe_is_not_given(recipe: MakeRecipe) -> None:
-    made = recipe(memory="speed", sequence_len=16, optimizer="adamw_bnb_8bit")
+    made = recipe(memory="speed", sequence_len=16, optimizer="came_pytorch")
     job = make_job(made)
     layout = ProcessLayout("DDP", 8, replicate=8)
     whole = estimate(job, layout, None)
