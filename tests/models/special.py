@@ -31,7 +31,7 @@ _SIZE_NAMES: dict[int, str] = {
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
         "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads "
         "swa_num_attention_heads attention_heads num_attention_heads_per_layer time_step_rank "
-        "mamba_dt_rank linear_num_value_heads"
+        "mamba_dt_rank linear_num_value_heads linear_num_heads"
     ),
     2: (
         "num_key_value_heads num_kv_heads swa_num_key_value_heads o_groups num_experts_per_tok "
@@ -41,7 +41,7 @@ _SIZE_NAMES: dict[int, str] = {
     16: (
         "head_dim attention_head_dim kv_channels swa_head_dim d_head dim_head d_kv kv_lora_rank "
         "q_lora_rank o_lora_rank loop_gate_rank hc_lowrank qk_nope_head_dim local_attention "
-        "mamba_d_head mamba_head_dim index_head_dim"
+        "mamba_d_head mamba_head_dim index_head_dim linear_head_dim"
     ),
     8: (
         "qk_rope_head_dim rotary_dim n_routed_experts num_experts num_local_experts "
@@ -237,7 +237,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "inkling2_text": {"n_layers_per_attn_res_block": 1},
     "inkling_text": {"mlp_layer_types": _MOE},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
     "laguna": {
         "num_hidden_layers": 3,
         "layer_types": [*_FULL, "full_attention"],
