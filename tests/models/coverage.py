@@ -151,7 +151,8 @@ def measure(case: Case) -> Row:
         causal = case.kind == "causal"  # as PEFT does under checkpointing
         try:
             model = _adapted(model, case.kind, input_gradients=causal)
-        except NotImplementedError as error:  # by a model that does not name its embeddings
+        # a model that does not name its embeddings, or has no linears
+        except (NotImplementedError, ValueError) as error:
             row.not_built = f"PEFT: {error}"
             return row
         if causal and not _may_need_input_gradients(model, inputs):
