@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ...compiler.packs import LONG, leaks
 from ...errors import RecipeError
-from ..data.packing import LONG, leaks
 from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
 from ..recipe.preferences import preference_settings
