@@ -234,13 +234,15 @@ class ByRowsOnTrial(ByRows):
         blocks = [r.path for r in regions if r.kind == "block"]
         with _evaluating(model):
             try:
-                self._find(model, blocks, batch)
-                if self.places and not _are_right(model, batch):
+                leaks = self._find(model, blocks, batch)
+                # where some still see each other, no sample is as by itself, and ``leaks`` says why
+                if self.places and not leaks and not _are_right(model, batch):
                     self.places.clear()
             except Exception:  # it wants other inputs: what is trained decides (``leaks``)
                 self.places.clear()
 
-    def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> None:
+    def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> bool:
+        """Find what helps; returns whether samples see each other all the same."""
         modules = dict(model.named_modules())
         paths = {m: path for path, m in modules.items()}
         while True:
@@ -253,10 +255,7 @@ class ByRowsOnTrial(ByRows):
             candidates = {next((p for p in c if p not in self._failed), None) for c in chains}
             new = candidates - self.places - {None}
             if not new:
-                # what is inside of one that leaks all the same has been of no use
-                leaks = [place for chain in chains for place, _ in chain[:1]]
-                self.places -= {p for p in self.places if any(is_below(p[0], o) for o in leaks)}
-                return
+                return bool(leaking)
             self.places |= {p for p in new if p is not None}
 
 
