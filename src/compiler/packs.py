@@ -232,6 +232,7 @@ class ByRowsOnTrial(ByRows):
             return
         batch = _two_packs(len(weight), weight.device, _TRIED)
         blocks = [r.path for r in regions if r.kind == "block"]
+        before = _versions(model)
         with _evaluating(model):
             try:
                 leaks = self._find(model, blocks, batch)
@@ -240,6 +241,10 @@ class ByRowsOnTrial(ByRows):
                     self.places.clear()
             except Exception:  # it wants other inputs: what is trained decides (``leaks``)
                 self.places.clear()
+        if model.training and _versions(model) != before:
+            # it scales its weights in evaluation (RWKV), and back when it is called in training
+            with torch.random.fork_rng(), torch.no_grad(), _hooked(model, lambda *_: None):
+                _call(model, batch)
 
     def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> bool:
         """Find what helps; returns whether samples see each other all the same."""
@@ -257,6 +262,10 @@ class ByRowsOnTrial(ByRows):
             if not new:
                 return bool(leaking)
             self.places |= {p for p in new if p is not None}
+
+
+def _versions(model: nn.Module) -> list[int]:
+    return [p._version for p in model.parameters() if not p.is_inference()]
 
 
 def _places(

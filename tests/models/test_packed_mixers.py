@@ -457,7 +457,10 @@ def test_a_checkpoint_around_a_block_with_rows_knows_its_step() -> None:
     model = build("rwkv")
     model.config.use_cache = False
     expected = _single(model, (9, 71, 30))
+    model.config.rescale_every = 1  # in evaluation, in place
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimize(model, codegen="eager", packs=True)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     model = copy.deepcopy(model)
     _checkpointed(model.rwkv.blocks, use_reentrant=False)
     assert _differing(_steps_in_one(model, _two_batches()), expected) == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fusewright.errors import RecipeError
+from fusewright.errors import PackingError, RecipeError
 from fusewright.train.trainer.ready import require_packing
 from tests.models.architectures import build
 
@@ -47,7 +47,7 @@ def test_what_is_unknown_packs_if_it_is_optimized(name: str) -> None:
     model = _model(name)
     _require(model, optimize=True)
     assert all("forward" not in m.__dict__ for m in model.modules())
-    with pytest.raises(RecipeError, match="set optimize: true"):
+    with pytest.raises(PackingError, match="set optimize: true"):
         _require(model, optimize=False)
 
 
