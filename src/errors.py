@@ -17,6 +17,10 @@ class RecipeError(FusewrightError):
     """A recipe that cannot be run: a key, a type, a path. The message has file, key and line."""
 
 
+class PackingError(RecipeError):
+    """Samples of a pack see each other in the plain model, and would not in the optimized one."""
+
+
 class DataError(FusewrightError):
     """A dataset that cannot be used. The message has file, line and field."""
 

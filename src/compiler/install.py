@@ -12,7 +12,7 @@ import copy
 import functools
 import itertools
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,8 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
     """Make regions of the parts of a block that could not be captured; returns what undoes it."""
     record = installed(module, wrapped=True)
     is_whole = record is not None and record.kind in ("block", "projector")
-    parts = undivided_parts(module) if is_whole else []
+    apart = {m for _, m in session.choices.by_rows.in_block(module)}
+    parts = list(_parts_without(apart, module)) if is_whole else []
     install(parts, session)
 
     def undo() -> None:
@@ -133,6 +134,15 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
                 uninstall(inner)
 
     return undo
+
+
+def _parts_without(modules: set[nn.Module], block: nn.Module) -> Iterator[Region]:
+    """The parts of a block, and of such parts as hold one of ``modules``, that do not."""
+    for part in undivided_parts(block) if block not in modules else ():
+        if modules.isdisjoint(part.module.modules()):
+            yield part
+        else:
+            yield from _parts_without(modules, part.module)
 
 
 def uninstall(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import starmap
 from typing import Any
 
@@ -39,6 +39,7 @@ from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
+from .packs import ByRowsOnTrial
 from .ranks.verdicts import SharedVerdicts
 from .session import Choices, Session
 
@@ -79,7 +80,10 @@ def optimize(
             a reference in bfloat16 sees their difference alone. It costs a second compilation.
         packs: a row holds several samples wherever its ``position_ids`` start again, also in models
             whose attention does not look for that (GPT-OSS, Qwen2.5-VL, OPT): their masks keep the
-            samples apart. Without it only models with recurrent layers do so.
+            samples apart; and in those with layers of another kind that let samples see each other
+            (RWKV, MiniMax, RecurrentGemma): what these are is found by a few calls with some
+            tokens, and they run over the samples as rows of a batch. Without it only models with
+            recurrent layers that are known by how these are called do so.
 
     Returns:
         The same object.
@@ -100,11 +104,31 @@ def optimize(
     restore(model)
     captured = regions.find(model)
     start_for(model.parameters())
-    session = Session(_choices(model, captured, options, environment))
+    choices = _choices(model, captured, options, environment)
+    if packs:
+        _find_by_rows(model, captured, choices)
+    session = Session(choices)
     install(captured, session)
+    for region in captured:
+        if choices.by_rows.reason(region.module) is not None:
+            split(region.module, session)
     if strict:
         _require_no_gaps(explain(model), session)
     return model
+
+
+def _find_by_rows(model: nn.Module, captured: Sequence[regions.Region], choices: Choices) -> None:
+    """Find which modules are to be run over the samples of a row, by calls with a few tokens."""
+    # other processes would have to call it, too; and meta and fake tensors have no values
+    if choices.fake or collectives_of(model) or any(p.is_meta for p in model.parameters()):
+        return
+    trial = ByRowsOnTrial()
+    install(captured, Session(replace(choices, by_rows=trial)))
+    try:
+        trial.find(model, captured)
+    finally:
+        restore(model)
+    choices.by_rows.places.update(trial.places)
 
 
 def _choices(
@@ -201,7 +225,10 @@ def explain(model: nn.Module) -> Report:
         if (other := replaced_by(module)) is not None:
             reason = f"{other} was put in the place of its forward, and may or may not call it"
             bypasses.append(Bypass(path, reason))
-        bypasses += [Bypass(path, reason) for reason in log.notes.get(module, {})]
+        reasons = log.notes.get(module, {})
+        if (apart := session.choices.by_rows.reason(module)) is not None:
+            reasons = {apart: None, **reasons}
+        bypasses += [Bypass(path, reason) for reason in reasons]
         if record.kind == "head":
             bypasses += [Bypass(path, reason) for reason in log.reads.reasons()]
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}

@@ -17,7 +17,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import OptimizeError
+from ..graph.opaque.segments import run_rows
 from ..kernels.direct import is_traced_here
+from ..kernels.op import sample_starts
 from ..memory.apply_plan import in_backward, inside_checkpoint
 from .bypass import CACHE_ARGUMENTS
 from .copies.forward_copies import FunctionCopies
@@ -67,8 +69,7 @@ class ModelStep:
             return None
         key = batch, x.device
         if key not in self._segments:
-            segments = _segments(self.positions, batch)
-            self._segments[key] = segments if segments is None else segments.to(x.device)
+            self._segments[key] = _segments(self.positions, batch, x.device)
         return self._segments[key]
 
 
@@ -84,17 +85,90 @@ def _of_text(positions: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _segments(positions: Tensor, batch: int) -> Tensor | None:
+def _segments(positions: Tensor, batch: int, device: torch.device) -> Tensor | None:
     """Where segments begin, by position; one host synchronisation."""
     if positions.shape[0] not in (1, batch):
         return None
-    goes_on = positions[:, 1:] == positions[:, :-1] + 1
-    if bool(goes_on.all()):
-        return None
-    places = torch.arange(1, positions.shape[1], dtype=torch.int32, device=positions.device)
-    first = torch.zeros(positions.shape, dtype=torch.int32, device=positions.device)
-    first[:, 1:] = torch.where(goes_on, 0, places)
-    return first.cummax(1).values.expand(batch, -1).contiguous()
+    # their values are read, which those of what a transform of torch.func has made are not
+    while torch._C._functorch.is_gradtrackingtensor(positions):
+        positions = torch._C._functorch.get_unwrapped(positions)
+    is_batched = torch._C._functorch.is_batchedtensor(positions)
+    with nullcontext() if is_batched else torch._C._DisableFuncTorch():
+        first = sample_starts(positions)
+        several = bool(first.any())
+        return first.expand(batch, -1).contiguous().to(device) if several else None
+
+
+_APART = "runs over each of them apart"
+
+
+class ByRows:
+    """The modules of blocks that are run over samples as rows of their own (``packs.py``).
+
+    Attributes:
+        places: where they are in their block, and their class: it is so in each block that has one
+            of that class there, also in one of a copy of the model.
+    """
+
+    def __init__(self) -> None:
+        self.places: set[tuple[str, type[nn.Module]]] = set()
+
+    def in_block(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Those of ``block``, outermost ones alone, with their places; it may be one itself."""
+        modules: dict[str, nn.Module] = {}
+        for place, kind in sorted(self.places, key=lambda p: p[0]):
+            m = _at(block, place)
+            if isinstance(m, kind) and not any(is_below(place, outer) for outer in modules):
+                modules[place] = m
+        return list(modules.items())
+
+    def reason(self, block: nn.Module) -> str | None:
+        """Why ``block`` is captured in parts, in all calls, or None."""
+        # a checkpoint may run it again when rows of another kind have been given
+        places = [place or "itself" for place, _ in self.in_block(block)]
+        return (
+            f"samples may share its rows, and {' and '.join(places)} {_APART}" if places else None
+        )
+
+    def forward_of(self, place: str, module: nn.Module, slot: Slot) -> Callable[..., Any]:
+        """What runs the forward that ``module`` has now over the segments in ``slot``."""
+        inner = module.forward
+
+        def forward(_: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            return self.run(place, module, slot, inner, *args, **kwargs)
+
+        return forward
+
+    def run(
+        self,
+        place: str,
+        module: nn.Module,
+        slot: Slot,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``function`` of each segment, if there are any; it has one sample in each row itself."""
+        segments, slot.value = slot.value, None
+        try:
+            if segments is None:
+                return function(*args, **kwargs)
+            return run_rows(function, segments, args, kwargs)
+        finally:
+            slot.value = segments
+
+
+def is_below(path: str, outer: str) -> bool:
+    """Whether the module at ``path`` is inside of that at ``outer``."""
+    return outer == "" or path.startswith(f"{outer}.")
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    m: nn.Module | None = module
+    for name in path.split(".") if path else ():
+        m = None if m is None else m._modules.get(name)
+    return m
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
-from .segments import StepSegments
+from .segments import ByRows, StepSegments
 from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
@@ -84,6 +84,7 @@ class Choices:
     split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
     fake: bool = False
     decoding: Decoding = field(default_factory=Decoding)
+    by_rows: ByRows = field(default_factory=ByRows)
 
     @property
     def rules(self) -> list[Any]:

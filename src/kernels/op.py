@@ -138,6 +138,17 @@ class Maker:
         return torch.stack((t, t), -1)[..., 0] if self.strided else t
 
 
+def sample_starts(positions: Tensor) -> Tensor:
+    """Of each token (B, L) the index where its sample begins, int32, from positions in the samples.
+
+    A sample begins wherever they do not count on by one, as for transformers' masks: at each 0, and
+    where one that is cut off begins with another number.
+    """
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return starts_of(begins)
+
+
 def starts_of(begins: Tensor) -> Tensor:
     """Of each position (B, L) the one where its segment begins, int32, from where some begin."""
     places = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device)

@@ -21,10 +21,11 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from fusewright import OptimizeError, explain, optimize, restore
+from fusewright.compiler import segments
 from fusewright.compiler.copies import opaque_calls
+from fusewright.compiler.packs import LONG as LONGEST
+from fusewright.compiler.packs import leaks
 from fusewright.graph.opaque import functions
-from fusewright.train.data.packing import LONG as LONGEST
-from fusewright.train.data.packing import leaks
 
 from .architectures import LAST_ID, build, shrink
 
@@ -215,9 +216,9 @@ def test_gradient_checkpointing_and_accumulation(name: str, codegen: str) -> Non
     assert _differing(_steps_in_one(model, batches), expected) == []
 
 
-def _checkpointed(model: Any, **options: Any) -> None:
+def _checkpointed(blocks: Any, **options: Any) -> None:
     """Put a checkpoint around each block, as a training engine does."""
-    for block in model.backbone.layers:
+    for block in blocks:
         inner = block.forward
 
         def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
@@ -230,14 +231,14 @@ def test_a_checkpoint_around_a_block_knows_its_step() -> None:
     model = _made("mamba2")
     expected = _single(model, (9, 71, 30))
     optimize(model, codegen="eager")
-    _checkpointed(model, use_reentrant=False)
+    _checkpointed(model.backbone.layers, use_reentrant=False)
     assert _differing(_steps_in_one(model, _two_batches()), expected) == []
 
 
 def test_a_checkpoint_that_forgets_its_input_is_refused() -> None:
     model = _made("mamba2")
     optimize(model, codegen="eager")
-    _checkpointed(model, use_reentrant=True)
+    _checkpointed(model.backbone.layers, use_reentrant=True)
     model.enable_input_require_grads()
     loss = model(**_batch(_samples((9, 20)))).loss
     with pytest.raises(OptimizeError, match="use_reentrant=False"):
@@ -382,3 +383,119 @@ def test_a_block_that_is_called_by_itself_goes_by_its_own_positions(tmp_path: An
     torch.testing.assert_close(whole, restore(model).model.layers[0](x, position_embeddings=turned))
     torch.save(list(states), tmp_path / "states.pt")
     assert len(torch.load(tmp_path / "states.pt")) == len(states)
+
+
+BY_ROWS = {
+    "rwkv": ["attention", "feed_forward.time_shift"],
+    "minimax": ["self_attn"],
+    "recurrent_gemma": ["temporal_block"],
+}
+"""What is known by no convention, and runs over samples as rows."""
+
+
+@pytest.mark.long(*BY_ROWS)
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_what_is_unknown_runs_over_samples_as_rows(name: str) -> None:
+    model = build(name)
+    model.config.use_cache = False
+    expected, packed = _single(model), [_batch(_samples())]
+    assert _differing(_step(model, packed), expected), "eager mode leaks"
+    if name == "minimax":  # the others unroll their loops over time
+        optimize(model, codegen="eager")
+        assert _differing(_step(model, packed), expected), "it was not asked for packs"
+    optimize(model, codegen="eager", packs=True)
+    reasons = " ".join(b.reason for b in explain(model).bypasses)
+    for place in BY_ROWS[name]:
+        assert place in reasons
+    assert _differing(_step(model, packed), expected) == []
+    assert _differing(_single(model), expected) == []
+    assert explain(model).by_rule(), "rows with one sample run graphs"
+    assert leaks(model, LAST_ID, model.device, LONGEST) == ""
+    restore(model)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert leaks(model, LAST_ID, model.device).count("layers" if name != "rwkv" else "blocks") == 1
+
+
+@pytest.mark.long(*BY_ROWS)
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_that_are_not_taken_apart_are_found(name: str, monkeypatch: Any) -> None:
+    model = build(name)
+    model.config.use_cache = False
+    expected = _single(model, (9, 71))
+    optimize(model, codegen="eager", packs=True)
+    monkeypatch.setattr(segments, "run_rows", lambda f, _, args, kwargs: f(*args, **kwargs))
+    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected)
+    named = leaks(model, LAST_ID, model.device)
+    assert any(place in named for place in BY_ROWS[name])
+    # and what does not help is taken back
+    optimize(model, codegen="eager", packs=True)
+    assert not any("apart" in b.reason for b in explain(model).bypasses)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_under_checkpoints_with_adapters(name: str, reentrant: bool) -> None:
+    """A block runs once more in backward, when rows of another step have been given."""
+    peft = pytest.importorskip("peft")
+    base = build(name)
+    base.config.use_cache = False
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    expected = _single(model, (9, 71, 30))
+    assert len(expected) > 4
+    assert all("lora" in n for n in expected if n != "loss")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    optimize(model, codegen="eager", packs=True)
+    batches = _two_batches()
+    assert _differing(_steps_in_one(model, batches), expected) == []
+
+
+def test_a_checkpoint_around_a_block_with_rows_knows_its_step() -> None:
+    model = build("rwkv")
+    model.config.use_cache = False
+    expected = _single(model, (9, 71, 30))
+    model.config.rescale_every = 1  # in evaluation, in place
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimize(model, codegen="eager", packs=True)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    model = copy.deepcopy(model)
+    _checkpointed(model.rwkv.blocks, use_reentrant=False)
+    assert _differing(_steps_in_one(model, _two_batches()), expected) == []
+
+
+def _with_forwards_of_its_own(model: Any) -> Any:
+    """No copy is made of a forward that an instance has, which says nothing of its code."""
+    for block in model.backbone.layers:
+        block.mixer.forward = functools.partial(type(block.mixer).forward, block.mixer)
+    return model
+
+
+@pytest.mark.long
+def test_a_mixer_whose_instance_has_a_forward_is_named_and_runs_over_rows() -> None:
+    model = _with_forwards_of_its_own(_made("mamba2"))
+    expected = _single(model, (9, 71))
+    optimize(model, codegen="eager")
+    assert "layers.0.mixer (Mamba2Mixer)" in leaks(model, LAST_ID, model.device)
+    optimize(model, codegen="eager", packs=True)
+    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+
+
+def test_forward_mode_differentiation_is_as_of_samples_by_themselves() -> None:
+    model = _made("mamba2")
+    batch = _batch(_samples((9, 20)))
+    x = model.get_input_embeddings()(batch["input_ids"]).detach()
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def of(x: Tensor, tangent: Tensor, **more: Any) -> Any:
+        return torch.func.jvp(lambda x: model(inputs_embeds=x, **more).logits, (x,), (tangent,))
+
+    alone = [of(x[:, rows], tangent[:, rows]) for rows in (slice(0, 9), slice(9, None))]
+    leaking = of(x, tangent, position_ids=batch["position_ids"])
+    optimize(model, codegen="eager")
+    packed = of(x, tangent, position_ids=batch["position_ids"])
+    for ours, eager, parts in zip(packed, leaking, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(ours, eager, rtol=1e-4, atol=1e-5)

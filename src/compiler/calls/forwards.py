@@ -87,7 +87,7 @@ def block_forward(
             packs = _given(session, original, self, args, kwargs)
         if session.state.withheld is not None:
             args, kwargs = session.state.withheld.withhold(self, args, kwargs)
-        failed = session.failure(self)
+        failed = session.failure(self) or session.choices.by_rows.reason(self)
         if failed is not None:
             return _bypassed(session, failed, original, self, args, kwargs, packs)
         watch = session.state.watches.get(self)
@@ -142,7 +142,8 @@ def _given(
     session: Session, original: Original, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> BlockSegments | None:
     """The segments that a call of a block is given; None where it mixes no positions."""
-    if not session.state.watches.has_mixers(module, original.function(module)):
+    mixes = session.state.watches.has_mixers(module, original.function(module))
+    if not mixes and not session.choices.by_rows.in_block(module):
         return None
     withheld = session.state.withheld
     if any(
@@ -168,6 +169,15 @@ def _run_original(
     copies = session.state.watches.segmented if packs.segments is not None else None
     copy = copies.of(original.function(module)) if copies and original.is_method else None
     below = copies.below(module) if copies else []
+    run = functools.partial(original if copy is None else copy, module)
+    by_rows, slot = session.choices.by_rows, session.state.segments.slot
+    for place, m in by_rows.in_block(module) if copies else ():
+        inside = set(m.modules())  # where each row is of one sample
+        below = [(other, c) for other, c in below if other not in inside]
+        if m is module:
+            run = functools.partial(by_rows.run, place, m, slot, functools.partial(original, m))
+        else:
+            below.append((m, by_rows.forward_of(place, m, slot)))
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
@@ -175,7 +185,7 @@ def _run_original(
             yield
 
     with around(), binding_checkpoints(module, around, packs.segments is not None):
-        return original(module, *args, **kwargs) if copy is None else copy(module, *args, **kwargs)
+        return run(*args, **kwargs)
 
 
 def _around(

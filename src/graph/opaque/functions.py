@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .segments import run_apart
+from .segments import Unread, run_apart
 
 MARK = "__fusewright_whole__"
 """The attribute of a leaf that says so: the function that it calls."""
@@ -393,7 +393,7 @@ def overlooks(function: Callable[..., Any], given: Mapping[str, Any], name: str)
     """Whether ``function`` takes the keyword ``name`` besides ``given``, and never looks at it."""
     # It is called twice, without the keyword and with a value that tells when somebody looks at it.
     # What can be seen without looking (it is there; it is not None) changes the result, or nothing.
-    value = _Watched()
+    value = Unread()
     try:
         with _disable_current_modes(), torch.no_grad():
             plain, other = function(**given), function(**given, **{name: value})
@@ -408,29 +408,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype is b.dtype and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)
-
-
-class _Watched:
-    """A value that remembers, and raises, when it is looked at: its class, truth, attributes."""
-
-    def __init__(self) -> None:
-        object.__setattr__(self, "seen", False)
-
-    def __getattribute__(self, name: str) -> NoReturn:
-        object.__setattr__(self, "seen", True)
-        raise RuntimeError(name)
-
-    def __bool__(self) -> NoReturn:
-        raise self.truth  # looked at: reading any attribute raises
-
-    def __eq__(self, other: object) -> NoReturn:
-        raise self.equality  # looked at: reading any attribute raises
-
-    def __hash__(self) -> NoReturn:
-        raise self.hash  # looked at: reading any attribute raises
-
-    def __repr__(self) -> NoReturn:
-        raise self.text  # looked at: reading any attribute raises
 
 
 # --- functions that give a module's own weight, in a way that TorchDynamo cannot follow -----------

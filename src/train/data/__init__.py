@@ -9,11 +9,11 @@ rows out, and streams rows; ``preview`` prints samples.
 from __future__ import annotations
 
 from .cache import Samples
-from .packing import Pack, Packs, collate, count, leaks, pack
+from .packing import Pack, Packs, collate, count, pack
 from .prepare import PreparedData, prepare
 from .sample import IGNORED, Sample
 
 __all__ = [
-    "IGNORED", "Pack", "Packs", "PreparedData", "Sample", "Samples", "collate", "count", "leaks",
-    "pack", "prepare",
+    "IGNORED", "Pack", "Packs", "PreparedData", "Sample", "Samples", "collate", "count", "pack",
+    "prepare",
 ]  # fmt: skip

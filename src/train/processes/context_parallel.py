@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import RecipeError
+from ...kernels.op import sample_starts
 from ..recipe.strategy import Strategy
 from .world import World
 
@@ -153,9 +154,7 @@ class _Attention:
 
     def __init__(self, group: Any, positions: Tensor, places: Tensor, chunks: list[Tensor]) -> None:
         self.group, self.places = group, places
-        indices = torch.arange(positions.shape[1], device=positions.device)
-        starts = torch.where(positions == 0, indices, 0)
-        self.first = starts.cummax(1).values  # (B, T): where the sample of a token begins
+        self.first = sample_starts(positions)  # (B, T)
         self.tiles = list(self._tiles([(int(c[0]), len(c)) for c in chunks]))
         self._masks: dict[int, Tensor] = {}
 

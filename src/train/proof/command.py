@@ -49,7 +49,7 @@ from ..report.throughput import flops_per_token, peak_flops
 from ..terminal import Terminal, say
 from ..trainer.batches import training_sequences
 from .compare import LEFT_OUT, Allowed, Deviations, deviations, exceeded
-from .ways import Selection, Way, second_eager, select, sequences_per_step, ways_of
+from .ways import Selection, Way, second_eager, select, sequences_per_step, unpacked, ways_of
 from .worker import RESULT, SAMPLES, Job, write_samples
 
 _START_SECONDS = 20.0
@@ -108,10 +108,7 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
         write_samples(folder / SAMPLES, chosen.samples)
         mixes = recipe.packs() and _mixes_samples(recipe)
         if mixes:
-            tell(
-                "the plain model lets the samples of a pack see each other, in recurrent layers or "
-                "convolutions: exact and eager train them one by one"
-            )
+            tell(_ONE_BY_ONE)
         ways = ways_of(recipe, chosen, options.processes, _gpus(), mixes)
         for line in _announcement(recipe, ways, chosen):
             tell(line)
@@ -234,11 +231,22 @@ class Runner:
         return run
 
 
+_ONE_BY_ONE = (
+    "the plain model lets the samples of a pack see each other, in recurrent layers or "
+    "convolutions: exact and eager train them one by one"
+)
+
+
 def _run(ways: Sequence[Way], chosen: Selection, runner: Runner) -> list[Run]:
     """Run all ways, the reference first; RecipeError if eager mode refuses the recipe."""
     exact, eager, *others = ways
     number = sum(way.layout is not None for way in ways)
-    runs = [runner.run(exact, f"1/{number}"), runner.run(eager, f"2/{number}")]
+    runs = [runner.run(exact, f"1/{number}")]
+    if runs[0].figures.get("cannot_pack"):  # which the model itself has shown
+        runner.tell(_ONE_BY_ONE)
+        exact, eager = (unpacked(way, chosen) for way in (exact, eager))
+        runs = [runner.run(exact, f"1/{number}")]
+    runs.append(runner.run(eager, f"2/{number}"))
     if runs[1].status != "trained":
         raise RecipeError(f"eager mode does not train this recipe, so that nothing can be "
                           f"compared: {runs[1].reason}")  # fmt: skip
@@ -323,6 +331,7 @@ def run_way(
     if way.layout is None:
         return Run(way, "skipped", way.skipped)
     way_folder = folder / way.name.replace(" ", "-")
+    shutil.rmtree(way_folder, ignore_errors=True)  # of one that could not pack
     way_folder.mkdir()
     changed = recipe_of(recipe, way, steps, str(way_folder / "out"))
     keys = changed.model_dump(mode="json", exclude_defaults=True)

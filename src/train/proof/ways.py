@@ -139,8 +139,9 @@ def ways_of(
     """
     packs, rows = recipe.packs(), recipe.micro_batch_size
     layout = BatchLayout.of(chosen.steps, packs, rows)
-    plain = BatchLayout.of(_one_by_one(chosen), False, rows) if packs and mixes else layout
-    exact = Way("exact", optimize=False, layout=plain, exact=True)
+    exact = Way("exact", optimize=False, layout=layout, exact=True)
+    if packs and mixes:
+        exact = unpacked(exact, chosen)
     return [
         exact,
         replace(exact, name="eager", exact=False),
@@ -149,6 +150,12 @@ def ways_of(
         _accumulated(chosen, packs, rows),
         _shared(recipe, chosen, processes, gpus),
     ]
+
+
+def unpacked(way: Way, chosen: Selection) -> Way:
+    """A way that trains the samples of packs one by one."""
+    assert way.layout is not None
+    return replace(way, layout=BatchLayout.of(_one_by_one(chosen), False, way.layout.rows))
 
 
 def second_eager(way: Way, chosen: Selection) -> Way:

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import nn
 
-from ...errors import DataError, FusewrightError, RecipeError
+from ...errors import DataError, FusewrightError, PackingError, RecipeError
 from ...rewrite.verify_exact import Wide
 from ..consent import Consent
 from ..data import Packs, Sample
@@ -95,7 +95,9 @@ def main(folder: Path) -> int:
         with joined(recipe.ddp_timeout) as world, Interrupts(world) as interrupts, quiet():
             result = _train(folder, job, recipe, world, interrupts)
     except (RecipeError, DataError) as error:
-        return _end(folder, 2, {"status": "refused", "reason": str(error)})
+        cannot_pack = isinstance(error, PackingError)
+        result = {"status": "refused", "reason": str(error), "cannot_pack": cannot_pack}
+        return _end(folder, 2, result)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, FusewrightError) or not _no_memory(error):
             raise

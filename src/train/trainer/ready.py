@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ...errors import RecipeError
-from ..data.packing import LONG, leaks
+from ...compiler.packs import LONG, leaks
+from ...errors import PackingError, RecipeError
 from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
 from ..recipe.preferences import preference_settings
@@ -48,7 +48,8 @@ def require_packing(model: Any, recipe: Recipe) -> None:
     """Check that samples in one sequence do not see each other.
 
     Raises:
-        RecipeError: they do.
+        PackingError: they do, and would not if the recipe optimized the model.
+        RecipeError: they do in any case.
     """
     from ...compiler.pipeline import optimize, restore
 
@@ -64,7 +65,7 @@ def require_packing(model: Any, recipe: Recipe) -> None:
         restore(model)
     if rest or not recipe.optimize:
         remedy = "set it to false" if rest else "set optimize: true, or sample_packing: false"
-        raise RecipeError(
+        raise (RecipeError if rest else PackingError)(
             f"sample_packing: {type(model).__name__} lets the samples of a pack see each other, in "
             f"{rest or leak}, which takes no segments; {remedy}"
         )

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusewright.train.data import IGNORED, Packs, Sample, collate, count, leaks, pack
+from fusewright.compiler.packs import leaks
+from fusewright.train.data import IGNORED, Packs, Sample, collate, count, pack
 
 from ..conftest import make_model
 

@@ -167,6 +167,28 @@ def test_plain_recurrent_layers_train_packs_one_by_one(
     assert ways["optimized"]["verdict"] == ways["unpacked"]["verdict"] == "passed"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("scratch")
+def test_layers_of_unknown_code_train_packs_one_by_one(
+    file: Path, base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, RwkvConfig, RwkvForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(tmp_path / "rwkv")
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=len(tokenizer), context_length=512, **sizes)
+    RwkvForCausalLM(config).save_pretrained(tmp_path / "rwkv")
+    arguments = ("--base_model", str(tmp_path / "rwkv"), "--sample_packing")
+    done, found = _verified(file, *arguments, "--steps", "2", "--processes", "1")
+    assert done.exit_code == 0, done.output
+    assert "exact and eager train them one by one" in done.stderr
+    ways = {way["name"]: way for way in found["ways"]}
+    assert [ways[name]["packing"] for name in ("exact", "eager", "optimized")] == [0, 0, 1]
+    assert ways["optimized"]["verdict"] == ways["unpacked"]["verdict"] == "passed"
+
+
 def _job(recipe: dict[str, Any], folder: Path, **keys: Any) -> Path:
     """A worker's folder."""
     from fusewright.train.data import Sample

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fusewright import optimize
+from fusewright.compiler.packs import leaks
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
-from fusewright.train.data import IGNORED, Pack, Packs, Sample, collate, leaks, pack
+from fusewright.train.data import IGNORED, Pack, Packs, Sample, collate, pack
 from tests.models.zoo import FAMILIES, build
 
 ARCHITECTURES = ("llama", pytest.param("qwen3", marks=pytest.mark.slow), "gemma2")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fusewright import optimize
-from fusewright.train.data import IGNORED, Packs, Sample, collate, leaks, pack
+from fusewright.compiler.packs import leaks
+from fusewright.train.data import IGNORED, Packs, Sample, collate, pack
 from tests.models.architectures import LAST_ID, build
 
 QUICK = ("deepseek_v3", "gemma2", "llama")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import types
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fusewright.errors import RecipeError
+from fusewright.errors import PackingError, RecipeError
 from fusewright.train.trainer.ready import require_packing
 from tests.models.architectures import build
 
@@ -41,14 +42,25 @@ def test_a_recurrent_model_packs_if_it_is_optimized() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "mixer"),
-    [
-        ("minimax", r"model\.layers\.1\.self_attn \(MiniMaxLightningAttention\)"),
-        ("recurrent_gemma", r"model\.layers\.0\.temporal_block"),
-        ("rwkv", r"rwkv\.blocks\.0\.attention\.time_shift"),
-    ],
-)
-def test_what_takes_no_segments_is_named(name: str, mixer: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{mixer}.*takes no segments; set it to false"):
-        _require(_model(name), optimize=True)
+@pytest.mark.parametrize("name", ["minimax", "recurrent_gemma", "rwkv"])
+def test_what_is_unknown_packs_if_it_is_optimized(name: str) -> None:
+    model = _model(name)
+    _require(model, optimize=True)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    with pytest.raises(PackingError, match="set optimize: true"):
+        _require(model, optimize=False)
+
+
+def test_what_mixes_rows_is_named() -> None:
+    """Also where it is a function that the instance has."""
+    model = _model("rwkv")
+
+    def mixed(self: Any, hidden: Any, state: Any = None) -> Any:
+        result, state = type(self).forward(self, hidden, state=state)
+        return result + hidden.flatten(0, 1).cumsum(0).view_as(hidden), state
+
+    mixer = model.rwkv.blocks[1].feed_forward
+    mixer.forward = types.MethodType(mixed, mixer)
+    name = r"rwkv\.blocks\.1\.feed_forward \(RwkvFeedForward\)"
+    with pytest.raises(RecipeError, match=rf"{name}, which takes no segments; set it to false"):
+        _require(model, optimize=True)

@@ -1,0 +1,311 @@
+"""What lets samples that share a row see each other, on the model at hand.
+
+``leaks`` names it. ``ByRowsOnTrial`` finds modules that let samples see each other, and that do so
+no more when they run over each of them apart, as rows of a batch: a shift of tokens, a recurrence
+that is written out in a forward. Both look at what modules do with two packs that differ in their
+first sample alone, and at no name and no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.opaque.segments import Unread
+from .bypass import is_container
+from .regions import Region, input_embeddings
+from .segments import ByRows, Slot, is_below
+
+SHORT, LONG = (9, 7), (67, 9)
+"""Tokens of the two samples of a pack that is tried: more than a convolution is wide, and more than
+a chunk of a scan has."""
+
+
+def leaks(model: Any, vocab_size: int, device: torch.device, sizes: tuple[int, int] = SHORT) -> str:
+    """What lets a sample in a pack see another, by its name; empty where nothing does.
+
+    Two packs differ only in their first sample; the logits of the second must be the same, bit for
+    bit, because masked scores contribute exact zeros, and the gradient of each sample's logits with
+    respect to the embeddings of the other one must be zero. What is named is the innermost module
+    whose inputs agree and whose outputs do not. Where the model looks no token up in its table, the
+    gradients cannot be tried.
+    """
+    batch, first = _two_packs(vocab_size, device, sizes), sizes[0]
+    with _evaluating(model):
+        with torch.no_grad():
+            logits = model(**batch).logits
+            if not torch.equal(logits[0, first:], logits[1, first:]):
+                modules = _leaking_modules(lambda: model(**batch), model, sum(sizes), first)
+                return _name(model, modules[0]) if modules else type(model).__name__
+        model.train()  # which may run other code
+        one = {name: t[:1] for name, t in batch.items()}
+        return "its backward pass" if _gradient_leaks(model, one, first) else ""
+
+
+def _two_packs(vocab_size: int, device: torch.device, sizes: tuple[int, int]) -> dict[str, Tensor]:
+    """Two packs of two samples each, of which the second is the same."""
+    generator, first = torch.Generator().manual_seed(0), sizes[0]
+    ids = torch.randint(vocab_size, (2, sum(sizes)), generator=generator)
+    ids[1, first:] = ids[0, first:]
+    ids[1, :first] = (ids[0, :first] + 1) % vocab_size
+    positions = torch.cat([torch.arange(n) for n in sizes]).expand(2, -1)
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which would draw other numbers for each row; all is as it was after."""
+    training = [m for m in model.modules() if m.training]
+    with torch.random.fork_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            model.eval()
+            for m in training:
+                m.training = True
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    path = next(path for path, m in model.named_modules() if m is module)
+    return f"{path} ({type(module).__name__})"
+
+
+def _gradient_leaks(model: Any, batch: dict[str, Tensor], length: int) -> bool:
+    """Whether the logits of a sample have a gradient in the embeddings of the other one."""
+    table = input_embeddings(model)
+    if table is None:
+        return False
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        first, second = slice(0, length), slice(length, None)
+        grads = [_gradients(model, batch, table, own) for own in (second, first)]
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+    others = zip(grads, (first, second), strict=True)
+    return any(bool((g[:, other] != 0).any()) for each, other in others for g in each)
+
+
+def _gradients(model: Any, batch: dict[str, Tensor], table: Any, own: slice) -> list[Tensor]:
+    """The gradients of one sample's logits with respect to what ``table`` returns at each call."""
+    embedded = []
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = table.register_forward_hook(hook)
+    try:
+        with torch.enable_grad():
+            logits = model(**batch).logits
+    finally:
+        handle.remove()
+    if not logits.requires_grad:
+        return []
+    upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).to(logits.dtype)
+    # by ``backward``: reentrant checkpoints do not go with ``autograd.grad``
+    (logits[:, own] * upstream).sum().backward()
+    # of whole rows: a model may look up single tokens, too
+    rows = batch["input_ids"].shape
+    return [t.grad for t in embedded if t.grad is not None and t.shape[:2] == rows]
+
+
+# --- which modules ------------------------------------------------------------------------------
+
+
+def _leaking_modules(
+    call: Callable[[], Any], model: nn.Module, length: int, first: int, roundings: bool = True
+) -> list[nn.Module]:
+    """The modules whose inputs agree in the second sample, and whose outputs differ, by their end.
+
+    ``call`` calls the model with two packs. Without ``roundings`` outputs must differ by more.
+    """
+    modules: list[nn.Module] = []
+
+    def second_samples(values: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        if type(values) is Unread:
+            return
+        if isinstance(values, dict):
+            values = tuple(values.values())
+        if isinstance(values, (tuple, list)):
+            for value in values:
+                yield from second_samples(value)
+        elif isinstance(values, Tensor) and values.is_floating_point() and values.dim() > 1:
+            time = next((d for d in range(1, values.dim()) if values.shape[d] == length), None)
+            if time is not None and values.shape[0] == 2:
+                rows = values.narrow(time, first, length - first)
+                yield rows[0], rows[1]
+
+    def differ(values: Any) -> bool:
+        return not all(torch.equal(a, b) for a, b in second_samples(values))
+
+    def agreeing(values: Any) -> Any:
+        """A copy, as far as it is known how to make one, in which the second samples agree."""
+        if type(values) in (tuple, list):
+            return type(values)(map(agreeing, values))
+        if not isinstance(values, Tensor):
+            return values
+        copy = values.clone()
+        for a, b in second_samples(copy):
+            b.copy_(a)
+        return copy
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if differ((args, kwargs)) or not differ(output):
+            return None
+        if roundings or any(_differ_much(a, b) for a, b in second_samples(output)):
+            modules.append(module)
+        return agreeing(output)  # so that what comes after is looked at in the same call
+
+    with _hooked(model, hook), torch.no_grad():
+        call()
+    return modules
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """With a hook on all modules inside; blocks of an optimized model then run as they were."""
+    handles: list[Any] = []
+    try:
+        handles += (
+            m.register_forward_hook(hook, with_kwargs=True)
+            for m in model.modules()
+            if m is not model
+        )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _differ_much(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by more than the roundings of one module, in another order."""
+    limit = max(64 * torch.finfo(torch.float32).eps, 4 * torch.finfo(a.dtype).eps)
+    return bool((a - b).abs().max() > limit * a.abs().max())
+
+
+# --- modules that run over samples as rows ------------------------------------------------------
+
+_TRIED = 11, 8
+"""Tokens of two samples, of which the shorter one gets some rest of a row; 19 is hardly a size."""
+
+
+class ByRowsOnTrial(ByRows):
+    """Finds modules that are to be run by rows, in a model that is installed with it.
+
+    One that cannot be, or still lets samples see each other, gives way to the module around it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed: set[tuple[str, type[nn.Module]]] = set()
+
+    def run(
+        self,
+        place: str,
+        module: nn.Module,
+        slot: Slot,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As it is run later; a module that is called otherwise, or raises, has failed."""
+        try:
+            return super().run(place, module, slot, function, *args, **kwargs)
+        except Exception:  # whatever it does not like
+            self._failed.add((place, type(module)))
+            return function(*args, **kwargs)
+
+    def find(self, model: nn.Module, regions: Iterable[Region]) -> None:
+        """Set ``places``: none where the model cannot be called with tokens alone."""
+        table = input_embeddings(model)
+        weight = None if table is None else next(table.parameters(), None)
+        if weight is None:
+            return
+        batch = _two_packs(len(weight), weight.device, _TRIED)
+        blocks = [r.path for r in regions if r.kind == "block"]
+        before = _versions(model)
+        with _evaluating(model):
+            try:
+                leaks = self._find(model, blocks, batch)
+                # where some still see each other, no sample is as by itself, and ``leaks`` says why
+                if self.places and not leaks and not _are_right(model, batch):
+                    self.places.clear()
+            except Exception:  # it wants other inputs: what is trained decides (``leaks``)
+                self.places.clear()
+        if model.training and _versions(model) != before:
+            # it scales its weights in evaluation (RWKV), and back when it is called in training
+            with torch.random.fork_rng(), torch.no_grad(), _hooked(model, lambda *_: None):
+                _call(model, batch)
+
+    def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> bool:
+        """Find what helps; returns whether samples see each other all the same."""
+        modules = dict(model.named_modules())
+        paths = {m: path for path, m in modules.items()}
+        while True:
+            leaking = _leaking_modules(
+                lambda: _call(model, batch), model, sum(_TRIED), _TRIED[0], roundings=False
+            )
+            chains = [list(_places(modules, blocks, paths[m])) for m in leaking]
+            self._failed |= {chain[0] for chain in chains if chain} & self.places
+            self.places -= self._failed
+            candidates = {next((p for p in c if p not in self._failed), None) for c in chains}
+            new = candidates - self.places - {None}
+            if not new:
+                return bool(leaking)
+            self.places |= {p for p in new if p is not None}
+
+
+def _versions(model: nn.Module) -> list[int]:
+    return [p._version for p in model.parameters() if not p.is_inference()]
+
+
+def _places(
+    modules: dict[str, nn.Module], blocks: list[str], path: str
+) -> Iterator[tuple[str, type[nn.Module]]]:
+    """Place and class of the module at ``path`` in its block, and of those around it there."""
+    outer = max((b for b in blocks if b == path or is_below(path, b)), key=len, default=None)
+    while outer is not None:
+        if not is_container(modules[path]):
+            yield path[len(outer) + 1 :], type(modules[path])
+        if path == outer:
+            return
+        path = path.rpartition(".")[0]
+
+
+@torch.no_grad()
+def _are_right(model: nn.Module, batch: dict[str, Tensor]) -> bool:
+    """Whether two samples in a row are as each by itself, but for roundings."""
+    packed, begin = _first_output(model, {n: t[:1] for n, t in batch.items()}), 0
+    for size in _TRIED:
+        own = slice(begin, begin + size)
+        alone = _first_output(model, {n: t[:1, own] for n, t in batch.items()})
+        error = (packed[:, own] - alone).norm(dim=-1) / alone.norm(dim=-1)
+        # the median: a rounding may send a single token to another expert
+        if not bool(error.median() <= torch.finfo(alone.dtype).eps ** 0.5):
+            return False
+        begin += size
+    return True
+
+
+def _first_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits, or the hidden states of a model without."""
+    with _hooked(model, lambda *_: None):
+        outputs = _call(model, batch)
+    first: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return first
+
+
+def _call(model: Any, batch: dict[str, Tensor]) -> Any:
+    try:
+        return model(**batch, use_cache=False)
+    except TypeError:  # a model without a cache has no such argument
+        return model(**batch)
