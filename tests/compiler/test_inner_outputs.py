@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor, nn
+from torch import nn
 
-from fusewright import explain, optimize
+from fusewright import explain
 
-IDS = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(0))
+from ..models.tiny import assert_equal_gradients, assert_equal_losses, pair
+from .test_default_cache import IDS, T, _llama, _llava
+
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-T = dict(
-    vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
-
-
-def _llama() -> nn.Module:
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**T))
 
 
 def _mixtral() -> nn.Module:
     return tf.MixtralForCausalLM(tf.MixtralConfig(**T, num_local_experts=4, num_experts_per_tok=2))
-
-
-def _llava() -> nn.Module:
-    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    vision = tf.CLIPVisionConfig(**tower, image_size=16, patch_size=8)
-    text = tf.LlamaConfig(**T)
-    config = tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=210)
-    return tf.LlavaForConditionalGeneration(config)
-
-
-def _pair(make: Any) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    eager = make().train()
-    return optimize(copy.deepcopy(eager), codegen="eager"), eager
 
 
 def _compare(ours: nn.Module, eager: nn.Module, **inputs: Any) -> None:
@@ -61,16 +40,13 @@ def _compare(ours: nn.Module, eager: nn.Module, **inputs: Any) -> None:
     assert len(collected[0]) == len(collected[1]) > 1
     for a, b in zip(*collected, strict=True):
         torch.testing.assert_close(a + 0, b, rtol=2e-5, atol=2e-6)
-    for (name, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if q.grad is not None:
-            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 1e-6, name
+    assert_equal_gradients(ours, eager)
 
 
 @pytest.mark.long("True")
 @pytest.mark.parametrize("labels", [False, True])
 def test_blocks_are_rewritten_when_hidden_states_are_asked_for(labels: bool) -> None:
-    ours, eager = _pair(_llama)
+    ours, eager = pair(_llama)
     inputs = {"input_ids": IDS, "labels": IDS if labels else None}
     _compare(ours, eager, **inputs, output_hidden_states=True)
     report = explain(ours)
@@ -79,7 +55,7 @@ def test_blocks_are_rewritten_when_hidden_states_are_asked_for(labels: bool) -> 
     if not labels:
         return
     # then for none of them, for some, and for more
-    _step(ours, eager, **inputs)
+    assert_equal_losses(ours, eager, lambda m: m(**inputs).loss)
     _compare(ours, eager, **inputs, output_hidden_states=[1])
     for model in (ours, eager):
         model.set_attn_implementation("eager")
@@ -88,35 +64,22 @@ def test_blocks_are_rewritten_when_hidden_states_are_asked_for(labels: bool) -> 
 
 @pytest.mark.long
 def test_a_tower_whose_hidden_states_are_asked_for_is_rewritten() -> None:
-    ours, eager = _pair(_llava)
+    ours, eager = pair(_llava)
     ids = IDS.clone()
     ids[:, 2:6] = 210
     inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == 210, -100)}
     for _ in range(2):
-        _step(ours, eager, pixel_values=PIXELS, **inputs)
+        assert_equal_losses(ours, eager, lambda m: m(pixel_values=PIXELS, **inputs).loss)
     report = explain(ours)
     towers = [s for s in report.sites if "vision" in s.module and s.status == "rewritten"]
     assert sum(s.rule == "layer_norm" for s in towers) >= 5
     assert not [b for b in report.bypasses if "vision" in b.module and "attention:" not in b.reason]
 
 
-def _step(ours: nn.Module, eager: nn.Module, **inputs: Any) -> None:
-    losses: list[Tensor] = []
-    for model in (ours, eager):
-        model.zero_grad()
-        losses.append(model(**inputs).loss)
-        losses[-1].backward()
-    torch.testing.assert_close(losses[0] + 0, losses[1], rtol=1e-5, atol=1e-6)
-    for (name, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if q.grad is not None:
-            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 1e-6, name
-
-
 @pytest.mark.long("router_logits")
 @pytest.mark.parametrize("kind", ["router_logits"])
 def test_outputs_of_modules_inside_blocks_are_collected(kind: str) -> None:
-    ours, eager = _pair(_mixtral)
+    ours, eager = pair(_mixtral)
     for asks in (True, False, True):
         _compare(
             ours, eager, input_ids=IDS, labels=IDS, output_hidden_states=True,

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright import optimize
-from fusewright.compiler.install import active
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.reads import Reads
 from fusewright.compiler.logits.recorded import programs
 from fusewright.kernels.loss import head_tiles
 from fusewright.rewrite.tolerance import errors
 
+from .test_lazy_logits import MASK, _reads
 from .test_logits import _LM, IDS, LABELS, H, V, _plain
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-MASK = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
 
 
 class _Wide(_LM):
@@ -52,12 +51,6 @@ def _models(frozen: bool = False, dtype: torch.dtype = torch.float32, bias: bool
             head.weight.mul_(4)
     eager = student, teacher
     return eager, tuple(optimize(copy.deepcopy(m), codegen="eager") for m in eager)
-
-
-def _reads(model: nn.Module) -> Reads:
-    record = active(model)
-    assert record is not None
-    return record.session.log.reads
 
 
 def _jsd(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
 from collections.abc import Callable
 
@@ -12,24 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusewright import optimize
-
-from .test_logits import _LM, IDS, LABELS, V, _plain
-
-TARGETS = torch.arange(14).view(2, 7) * 3 % V
-
-
-@functools.cache
-def _pair() -> tuple[_LM, _LM]:
-    torch.manual_seed(0)
-    eager = _LM(_plain, False, True)
-    return eager, optimize(copy.deepcopy(eager), codegen="eager")
+from .test_lazy_logits import TARGETS, _pair
+from .test_logits import IDS, LABELS, V
 
 
 def _runs(use: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
     """What is computed by eager mode and by lazy logits, and the gradients."""
     found = []
-    for m in _pair():
+    for m in _pair(bias=True):
         m.zero_grad()
         made = use(m(IDS))
         made.sum().backward()
@@ -94,7 +82,7 @@ def test_mixtures_of_no_shares(shift: float) -> None:
 def test_an_index_that_is_no_class(index: int, columns: int) -> None:
     wrong = torch.full((2, 7, columns), index)
     for use in (lambda z: z.gather(-1, wrong), lambda z: z.log_softmax(-1).gather(-1, wrong)):
-        for m in _pair():
+        for m in _pair(bias=True):
             with pytest.raises(RuntimeError, match="out of bounds"):
                 use(m(IDS))
 
@@ -128,7 +116,7 @@ def _sums(z: Tensor) -> Tensor:
 @pytest.mark.parametrize("use", [_items, _chunks, _unbound, _sums])
 def test_writes_that_eager_mode_refuses_are_seen(use: Callable[[Tensor], Tensor]) -> None:
     """Eager mode cannot say what is the gradient of one of several views; here it is known."""
-    eager, ours = _pair()
+    eager, ours = _pair(bias=True)
     eager.zero_grad(), ours.zero_grad()
     made = _in_eager_mode(use, eager(IDS))
     made.backward()
@@ -225,7 +213,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides(view: str) -> None:
-    eager, ours = (VIEWS[view](m(IDS)) for m in _pair())
+    eager, ours = (VIEWS[view](m(IDS)) for m in _pair(bias=True))
     assert ours.stride() == eager.stride()
     assert ours.is_contiguous() == eager.is_contiguous()
     assert (ours + 0).stride() == (eager + 0).stride()

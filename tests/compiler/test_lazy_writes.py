@@ -18,20 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fusewright import optimize
+from .test_lazy_logits import MASK, TARGETS
+from .test_lazy_logits import _pair as _pair_of
+from .test_logits import _LM, IDS, V
 
-from .test_logits import _LM, IDS, V, _plain
-
-TARGETS = torch.arange(14).view(2, 7) * 3 % V
-MASK = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
-
-
-@functools.cache
-def _pair(frozen: bool = False, cap: bool = False) -> tuple[_LM, _LM]:
-    torch.manual_seed(0)
-    eager = _LM(_plain, cap, True)
-    eager.lm_head.requires_grad_(not frozen)
-    return eager, optimize(copy.deepcopy(eager), codegen="eager")
+_pair = functools.partial(_pair_of, bias=True)
 
 
 def _gradients(m: _LM) -> list[Tensor]:
@@ -69,7 +60,7 @@ OF_TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("cap", [False, True])
 def test_targets(use: str, frozen: bool, cap: bool) -> None:
-    for m in _pair(frozen, cap):
+    for m in _pair(frozen=frozen, cap=cap):
         t = TARGETS.clone()
         loss = OF_TARGETS[use](m(IDS), t).mean()
         t.zero_()
@@ -121,7 +112,7 @@ OF_TEACHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("use", OF_TEACHERS)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_teacher(use: str, frozen: bool) -> None:
-    eager, ours = _pair(frozen)
+    eager, ours = _pair(frozen=frozen)
     teacher = torch.randn(2, 7, V, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     eager.zero_grad()
     OF_TEACHERS[use](eager(IDS).log_softmax(-1), teacher).backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from fusewright import explain, optimize
+from fusewright import explain
 from fusewright.compiler.regions import find
 
 from ..models.architectures import shrink
-from ..models.tiny import Stack
+from ..models.tiny import Stack, assert_equal_losses, pair
 from .test_flat_models import Block
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -126,24 +125,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_equal_and_the_loss_needs_no_logits(name: str) -> None:
     make, inputs = CASES[name]
-    torch.manual_seed(0)
-    eager = make().float().train()
-    for p in eager.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.02)
-    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    ours, eager = pair(make)
+
+    def loss_of(model: nn.Module) -> Tensor:
+        outputs = model(**inputs, labels=IDS)
+        return outputs[0] if isinstance(outputs, tuple) else outputs.loss
+
     for _ in range(2):
-        losses = []
-        for model in (ours, eager):
-            model.zero_grad()
-            outputs = model(**inputs, labels=IDS)
-            losses.append(outputs[0] if isinstance(outputs, tuple) else outputs.loss)
-            losses[-1].backward()
-        torch.testing.assert_close(losses[0] + 0, losses[1], rtol=1e-5, atol=1e-6)
-        for (path, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None), path
-            if q.grad is not None:
-                assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 1e-6, path
+        assert_equal_losses(ours, eager, loss_of)
     report = explain(ours)
     in_tiles = report.by_rule().get("linear_cross_entropy", 0) or "cross entropy" in str(report)
     assert in_tiles

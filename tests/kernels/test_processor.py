@@ -101,7 +101,7 @@ def test_of_another_architecture_onednn_knows(has: bool, monkeypatch: pytest.Mon
 def test_ops_on_this_processor_when_it_is_narrowed(kind: str, variables: dict[str, str]) -> None:
     """PyTorch and oneDNN, too, compute as on a lesser one."""
     if this_machine().vectors != "AVX512":
-        pytest.skip(f"there is nothing to narrow: the vectors here are {this_machine().vectors}")
+        pytest.skip(f"this CPU has no AVX512 to be narrowed, only {this_machine().vectors}")
     names = (
         "test_attention.py::test_windows", "test_attention.py::test_more_keys_than_positions",
         "test_decode_attention.py::test_parity_on_each_processor",

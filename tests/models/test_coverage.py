@@ -66,7 +66,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.long("axk2-False", "qwen4_exp_text-False")
+@pytest.mark.long("axk2-False", "laguna-False", "qwen4_exp_text-False")
 @pytest.mark.parametrize(("name", "lora"), _cases())
 def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
     row = measure(Case(name, call="Trainer and LoRA" if lora else "Trainer"))

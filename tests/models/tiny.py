@@ -5,12 +5,15 @@ Those of real architectures are in ``zoo.py``; ``tests/train/conftest.py`` has o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fusewright import optimize
 
 
 class Stack(nn.Module):
@@ -115,3 +118,34 @@ def assert_equal_training_steps(ours: Any, eager: Any, ids: Tensor, **more: Any)
     assert grads.keys() == eager_grads.keys()
     for name, theirs in eager_grads.items():
         assert (grads[name] - theirs).norm() <= 1e-4 * (theirs.norm() + 1e-6), name
+
+
+def pair(make: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A model, optimized and eager, in training and without weights of nothing but zeros."""
+    torch.manual_seed(0)
+    eager = make().float().train()
+    for p in eager.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return optimize(copy.deepcopy(eager), codegen="eager", **options), eager
+
+
+def assert_equal_losses(
+    ours: nn.Module, eager: nn.Module, loss_of: Callable[[nn.Module], Tensor]
+) -> None:
+    """Hold a loss to that of ``eager``, and which parameters have a gradient, and its norm."""
+    losses = []
+    for model in (ours, eager):
+        model.zero_grad()
+        torch.manual_seed(1)  # of dropout
+        losses.append(loss_of(model))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0] + 0, losses[1], rtol=1e-5, atol=1e-6)
+    assert_equal_gradients(ours, eager)
+
+
+def assert_equal_gradients(ours: nn.Module, eager: nn.Module) -> None:
+    for (name, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 1e-6, name

@@ -67,8 +67,9 @@ class Twins:
     def compare(self) -> None:
         for a, b in zip(*self.sets, strict=True):
             # CPU kernels may contract products in a vector and not in its remainder, or the
-            # other way round; which elements those are depends on the tensor's size
-            torch.testing.assert_close(a, b, rtol=4 * torch.finfo(a.dtype).eps, atol=1e-7)
+            # other way round; which elements those are depends on the tensor's size: two roundings
+            # in what a step adds to a weight, each of a unit in the last place at most
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-7)
         ours, theirs = self.flat.state_dict(), self.plain.state_dict()
         assert ours["param_groups"] == theirs["param_groups"]
         assert ours["state"].keys() == theirs["state"].keys()

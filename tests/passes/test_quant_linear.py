@@ -133,7 +133,7 @@ def test_int8_that_quantizes_its_input_is_reported():
 def test_a_weight_that_was_packed_for_inference_is_reported():
     module = Layer()
     if not module.proj.support_avx512bf16_for_cpu:
-        pytest.skip("bitsandbytes packs weights for CPUs with avx512_bf16 only")
+        pytest.skip("this CPU has no avx512_bf16, for which alone bitsandbytes packs weights")
     module.eval()
     findings = _findings(module, _x(grad=False))
     assert [(f.rule, f.status) for f in findings] == [("quant_linear", "missed")]

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fusewright.train import train
 from fusewright.train.processes.signals import Stopped
+from fusewright.train.recipe.recipe import Recipe
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -59,6 +60,21 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
 
 
+def checked(base: Any, **keys: Any) -> Recipe:
+    """A recipe for a model, without rows."""
+    given = {"base_model": str(base), "datasets": [{"path": "x"}], "bf16": False}
+    return Recipe.model_validate({**given, **keys})
+
+
+def learnt(model: Any) -> Any:
+    """Adapters, and whatever else is trained, that are not what they began as."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def make_adapter(folder: Path, model: Any = None, dtype: Any = None, **settings: Any) -> Path:
     """Save a base and an adapter with random weights for it, as plain PEFT does; its folder."""
     base = folder / "base"
@@ -70,11 +86,7 @@ def make_adapter(folder: Path, model: Any = None, dtype: Any = None, **settings:
     model.config._name_or_path = model.name_or_path = str(base)
     chosen = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
     adapted = get_peft_model(model, LoraConfig(**chosen))
-    torch.manual_seed(1)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    adapted.save_pretrained(folder / "adapter")
+    learnt(adapted).save_pretrained(folder / "adapter")
     return folder / "adapter"
 
 

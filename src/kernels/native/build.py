@@ -81,21 +81,32 @@ def _identity(compiler: str) -> str:
 
 
 def folder() -> Path:
-    """Where libraries are kept; a new temporary folder where others may write to that."""
+    """Where libraries are kept; a new temporary folder where there is no such place."""
+    try:
+        return kept_folder()
+    except (OSError, RuntimeError):  # ``doctor`` says which: each process compiles for itself
+        return Path(tempfile.mkdtemp(prefix="fusewright-"))
+
+
+def kept_folder() -> Path:
+    """The folder of libraries, made if need be.
+
+    Raises OSError where it cannot be made or others may write to it, RuntimeError without a home.
+    """
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if Path(cache).name.startswith("torchinductor_"):
         cache = ""  # PyTorch's default, which it sets by itself, and which others can guess
     cache = cache or os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        place = Path(cache or Path.home() / ".cache", "fusewright", "kernels").absolute()
-        for part in (*reversed(place.parents), place):
-            if not part.exists():
-                part.mkdir(mode=0o700, exist_ok=True)
-        if os.access(place, os.W_OK) and all(map(_is_private, (place, *place.parents))):
-            return place
-    except (OSError, RuntimeError):
-        pass  # no home, or nothing can be written there: this process uses a temporary folder
-    return Path(tempfile.mkdtemp(prefix="fusewright-"))
+    place = Path(cache or Path.home() / ".cache", "fusewright", "kernels").absolute()
+    for part in (*reversed(place.parents), place):
+        if not part.exists():
+            part.mkdir(mode=0o700, exist_ok=True)
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place} cannot be written to")
+    for part in (place, *place.parents):
+        if not _is_private(part):
+            raise PermissionError(f"others may write to {part}")
+    return place
 
 
 def is_temporary(path: Path) -> bool:

@@ -47,11 +47,24 @@ def compiler() -> list[CheckResult]:
         note = f"not finished after {error.timeout:.0f} seconds"
         return [CheckResult("C++ compiler", f"{path}: not known", "unknown", note, RERUN)]
     if failed is None:
-        where = shutil.which(path) or path
-        return [CheckResult("C++ compiler", where, note="compiles and runs a program with OpenMP")]
+        note = f"compiles and runs a program with OpenMP{_not_kept()}"
+        return [CheckResult("C++ compiler", shutil.which(path) or path, note=note)]
     mend = next(line for word, line in _MENDS.items() if word in failed)
     note = f"{failed}; set codegen: eager until it works"
     return [CheckResult("C++ compiler", f"{path} fails", "broken", note, mend)]
+
+
+def _not_kept() -> str:
+    """Why what it compiles for this package does not outlive a process, if it does not."""
+    try:
+        from ...kernels.native.build import kept_folder
+    except Exception:  # it imports a broken library, which another check reports
+        return ""
+    try:
+        kept_folder()
+    except (OSError, RuntimeError) as error:
+        return f"; each process compiles the kernels for CPUs anew: {reason(error)}"
+    return ""
 
 
 def _path() -> str | None:

@@ -23,7 +23,7 @@ def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
     """The kernels, compiled with these flags in place of ``-march=native``."""
     compiler = build.find_compiler()
     if compiler is None:
-        pytest.skip("there is no C++ compiler")
+        pytest.skip(build.missing_compiler())
     path = folder / "kernels.so"
     build.compile_kernels(compiler, build.source(), path, flags)
     return ctypes.CDLL(str(path))

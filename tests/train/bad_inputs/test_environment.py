@@ -103,7 +103,9 @@ CASES = {
         keys(overwrite_output_dir=None), "already holds a run", "another folder, or pass --ov"
     ),
 }  # fmt: skip
-EARLY = {name: bad for name, bad in CASES.items() if not bad.late}
+# the steps that a schedule is made for are known with the rows, which a dry run does not read
+WITH_ROWS = {"a schedule without its arguments"}
+EARLY = {name: bad for name, bad in CASES.items() if not bad.late and name not in WITH_ROWS}
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +131,6 @@ def test_a_run_does_not_start(name: str, box: Box, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", EARLY)
 def test_a_dry_run_says_it_too(name: str, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = EARLY[name]
-    if name == "a schedule without its arguments":
-        pytest.skip("the steps that it is made for are known with the rows")
     check(bad._replace(make=lambda box: [*bad.make(box), "--dry-run"]), box, monkeypatch)
 
 

@@ -87,6 +87,15 @@ def test_a_compiler_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (found.state, found.mend) == ("unknown", RERUN)
 
 
+def test_a_folder_that_keeps_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert compiler._not_kept() == ""
+    (tmp_path / "fusewright" / "kernels").chmod(0o777)
+    assert re.search("kernels .* anew: PermissionError: others may write to", compiler._not_kept())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null")
+    assert "anew: NotADirectoryError" in compiler._not_kept()
+
+
 def test_the_unknown_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     empty: dict[str, list[CheckResult]] = {name: [] for name in CHECKS}
     late = CheckResult("import torch", "not known", "unknown", "not finished", RERUN)

@@ -94,9 +94,8 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert "no C++ compiler" in found["codegen"][0]["note"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which Triton compiles")
 def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("Triton compiles there")
     code, found, _ = diagnose(tmp_path, CXX="/bin/false")
     assert code == 0
     assert "the variable CXX names '/bin/false'" in found["compiler"][0]["note"]
@@ -155,8 +154,7 @@ def test_a_broken_bitsandbytes_keeps_adapters_from_training(tmp_path: Path) -> N
     front = broken(tmp_path, "bitsandbytes", "raise RuntimeError('libbitsandbytes: no symbol')")
     code, text, _ = diagnose(tmp_path, front, json_=False)
     assert code == 1
-    gaps = text[text.index("reference: the model's own") :]
-    assert "training needs this" in gaps
+    gaps = text[text.index(": fails (training needs this)") :]  # below the tables
     assert "RuntimeError: libbitsandbytes: no symbol" in gaps
     assert "mend: pip install --force-reinstall bitsandbytes" in gaps
     assert gaps.count("--force-reinstall") == 1, "one line for one fault"

@@ -15,10 +15,9 @@ from fusewright.train.inference.load_run import load_model_of
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
-from fusewright.train.recipe.recipe import Recipe
 
 from ..commands import fusewright, refused
-from ..conftest import make_model, make_tokenizer
+from ..conftest import checked, learnt, make_model, make_tokenizer
 
 BATCH = {
     "input_ids": torch.tensor([[1, 7, 45, 99, 130], [2, 200, 31, 0, 0]]),
@@ -38,15 +37,11 @@ def scores(model: Any) -> torch.Tensor:
 
 def run_of(base: Path, folder: Path, **keys: Any) -> Any:
     """The model of a run that has learnt something, and whose results are in ``folder``."""
-    given = {"base_model": str(base), "datasets": [{"path": "x"}], "bf16": False}
-    recipe = Recipe.model_validate({**given, **keys})
+    recipe = checked(base, **keys)
     model = load_model(recipe)
     if recipe.adapter is not None:
         model = add_adapter(model, recipe)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    save_whole(model, make_tokenizer(), folder)
+    save_whole(learnt(model), make_tokenizer(), folder)
     (folder / "run.json").write_text(json.dumps({"recipe": recipe.recorded()}))
     return model
 

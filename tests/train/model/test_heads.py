@@ -30,7 +30,7 @@ from fusewright.train.trainer.context import Context
 from fusewright.train.trainer.engine import EngineMixin
 from fusewright.train.trainer.ready import ready_model
 
-from ..conftest import make_model, make_tokenizer
+from ..conftest import checked, learnt, make_model, make_tokenizer
 
 QUANTIZED = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
@@ -63,11 +63,6 @@ def save_base(architecture: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def checked(base: Any, **keys: Any) -> Recipe:
-    given = {"base_model": str(base), "datasets": [{"path": "x"}], "bf16": False}
-    return Recipe.model_validate({**given, **keys})
-
-
 def score_of(model: Any) -> nn.Linear:
     head = model.score if hasattr(model, "score") else model.classifier
     assert isinstance(head, nn.Linear)
@@ -87,15 +82,6 @@ def padded() -> dict[str, Tensor]:
 def scores(model: Any) -> Tensor:
     made: Tensor = model.eval()(**padded()).logits
     return made
-
-
-def learnt(model: Any) -> Any:
-    """Adapters and a head that are not what they began as."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 @METHODS

@@ -36,7 +36,7 @@ from fusewright.train.model.quantize import quantize, stay_trainable, take_any_r
 from fusewright.train.recipe.recipe import Recipe
 
 from ...models.architectures import build
-from ..conftest import make_model
+from ..conftest import checked, make_model
 
 QUIET = Console(quiet=True)
 QUANTIZED = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -223,8 +223,7 @@ def test_new_tokens_get_embeddings(recipe: dict[str, Any], tmp_path: Path) -> No
 
 
 def loaded(base: Path, **keys: Any) -> Any:
-    given = {"base_model": str(base), "datasets": [{"path": "x"}], "bf16": False}
-    return load_model(Recipe.model_validate({**given, **keys}))
+    return load_model(checked(base, **keys))
 
 
 def test_how_a_model_is_loaded(base: Path) -> None:

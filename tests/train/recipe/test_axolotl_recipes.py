@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
 
 from fusewright.errors import RecipeError
+from fusewright.train import requirements, train
 from fusewright.train.preflight import obstacles
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.status import entries
+
+from ..conftest import small_recipe
 
 HEAD = """
 base_model: some/model
@@ -190,10 +196,6 @@ def test_a_template_that_the_tokenizer_brings_says_so() -> None:
 def test_an_attention_that_is_not_here_is_replaced_with_a_message(
     keys: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from fusewright.train import requirements
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(requirements, "_is_there", lambda module: module != "flash_attn")
     recipe = load_recipe({**values(keys), "val_set_size": 0})
@@ -207,12 +209,6 @@ def test_an_attention_that_is_not_here_is_replaced_with_a_message(
 def test_the_same_values_with_an_attention_that_is_not_here(
     base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    from rich.console import Console
-
-    from fusewright.train import train
-
-    from ..conftest import small_recipe
-
     losses = []
     for name in ("xformers", "sdpa"):
         recipe = {**small_recipe(base, rows, tmp_path / name), "attn_implementation": name,
@@ -225,12 +221,6 @@ def test_the_same_values_with_an_attention_that_is_not_here(
 
 
 def test_perplexity_is_that_of_the_trained_tokens(recipe: dict[str, Any]) -> None:
-    import math
-
-    from rich.console import Console
-
-    from fusewright.train import train
-
     keys = {
         "eval_steps": 2,
         "do_causal_lm_eval": True,
@@ -239,7 +229,7 @@ def test_perplexity_is_that_of_the_trained_tokens(recipe: dict[str, Any]) -> Non
         "load_best_model_at_end": True,
         "save_steps": 2,
     }
-    result = train({**recipe, **keys}, console=Console(quiet=True))  # fmt: skip
+    result = train({**recipe, **keys}, console=Console(quiet=True))
     found = [h for h in result.history if "eval_loss" in h and h["step"]]
     assert len(found) >= 2
     for entry in found:

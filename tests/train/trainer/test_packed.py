@@ -117,7 +117,7 @@ def judge(model: Any, prepared: Callable[[Any], Any], ours: Measure, theirs: Mea
         assert mine <= limit, f"{name}: {mine:.2e}, eager {eager:.2e}"
 
 
-@pytest.mark.long("gemma2-optimized")
+@pytest.mark.long("gemma2-optimized", "llama-optimized")
 def test_losses_and_gradients_of_packed_samples(model: Any, prepared: Callable[[Any], Any]) -> None:
     assert max(map(len, PACKED)) > 2
     judge(
@@ -125,6 +125,7 @@ def test_losses_and_gradients_of_packed_samples(model: Any, prepared: Callable[[
     )
 
 
+@pytest.mark.long("gemma2-optimized")
 def test_a_batch_of_packs_is_the_mean_of_its_samples(
     model: Any, prepared: Callable[[Any], Any]
 ) -> None:
@@ -145,7 +146,10 @@ class KeptGradients(TrainerCallback):
         self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.long("gemma2-optimized-packed", "gemma2-optimized-padded", "llama-optimized-padded")
+@pytest.mark.long(
+    "gemma2-eager-packed", "gemma2-eager-padded", "gemma2-optimized-packed",
+    "gemma2-optimized-padded", "llama-optimized-padded",
+)  # fmt: skip
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 def test_eight_batches_of_one_are_one_of_eight(
     model: Any, prepared: Callable[[Any], Any], packing: bool, tmp_path: Path

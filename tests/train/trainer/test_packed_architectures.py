@@ -95,6 +95,7 @@ def _cases() -> list[Any]:
     ]
 
 
+@pytest.mark.long("deepseek_v3")
 @pytest.mark.parametrize("name", _cases())
 def test_gradients_of_packed_samples(name: str) -> None:
     single = _made(name)
