@@ -160,9 +160,7 @@ def _introduction_by_name(
         f"{SUBJECTS[kind]}, as a tiny model with random weights: one training step of eager and "
         f"one of the optimized model, in fp32 on a CPU, {calls} Written by "
         f"`python -m tests.models.coverage --kind {kind}`; a test fails when a number falls. What "
-        "there is to rewrite is counted as on the [page of causal language models](support.md). "
-        "`?` is not measured yet. Models are measured again one by one: some rows are older, and "
-        "rather too low.",
+        "there is to rewrite is counted as on the [page of causal language models](support.md).",
         f"torch {torch.__version__}, transformers {transformers.__version__}: {len(built)} of "
         f"{number} names built, {len(rows)} steps compared, {sum(not r.problem for r in rows)} "
         "ran. The largest relative difference from eager is "
@@ -180,11 +178,8 @@ def _introduction_by_name(
 def _line_by_name(name: str, by_call: dict[str, Row], columns: dict[str, Column]) -> str:
     cells = []
     for column in columns.values():
-        if column.call in by_call:
-            done, there = column.count(by_call[column.call])
-            cells.append(f"{done}/{there}" if there else "")
-        else:
-            cells.append("?")  # not measured
+        done, there = column.count(by_call[column.call])
+        cells.append(f"{done}/{there}" if there else "")
     rows = by_call.values()
     worst = max((r.grad_error for r in rows if r.grad_error is not None), default=0.0)
     first = max(r.first_call for r in rows)
