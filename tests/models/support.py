@@ -112,7 +112,11 @@ def page_by_name(kind: str, rows: Iterable[Row]) -> str:
     names: dict[str, dict[str, Row]] = {}
     for row in sorted(rows, key=lambda r: r.name):
         names.setdefault(row.name, {})[row.case.call] = row
-    built = {n: r for n, r in names.items() if not any(row.not_built for row in r.values())}
+    built = {
+        name: {call: row for call, row in by_call.items() if not row.not_built}
+        for name, by_call in names.items()
+        if not by_call["default"].not_built
+    }
     every = [row for by_call in built.values() for row in by_call.values()]
     columns = COLUMNS[kind]
     lines = _introduction_by_name(kind, len(names), built, every)
@@ -125,12 +129,14 @@ def page_by_name(kind: str, rows: Iterable[Row]) -> str:
     lines.append(f"| model | {' | '.join(columns)} | difference | first call | left |")
     lines.append(f"|---|{'---|' * (len(columns) + 3)}")
     lines += [_line_by_name(name, by_call, columns) for name, by_call in built.items()]
-    missing = [(n, r) for n, r in names.items() if n not in built]
-    if missing:
-        lines += ["", "## Not built", ""]
-    for name, by_call in missing:
-        why = next(row.not_built for row in by_call.values() if row.not_built)
-        lines.append(f"- `{name}`: {_short(why)}")
+    for title, in_part in (("Not built", False), ("Not built with LoRA", True)):
+        whys = {
+            name: next((row.not_built for row in by_call.values() if row.not_built), "")
+            for name, by_call in names.items()
+            if (name in built) == in_part
+        }
+        missing = [f"- `{name}`: {_short(why)}" for name, why in whys.items() if why]
+        lines += ["", f"## {title}", "", *missing] if missing else []
     return "\n".join(lines) + "\n"
 
 
@@ -178,7 +184,8 @@ def _introduction_by_name(
 def _line_by_name(name: str, by_call: dict[str, Row], columns: dict[str, Column]) -> str:
     cells = []
     for column in columns.values():
-        done, there = column.count(by_call[column.call])
+        row = by_call.get(column.call)
+        done, there = (0, 0) if row is None else column.count(row)
         cells.append(f"{done}/{there}" if there else "")
     rows = by_call.values()
     worst = max((r.grad_error for r in rows if r.grad_error is not None), default=0.0)
@@ -208,8 +215,7 @@ def read_by_name(text: str) -> dict[str, Counts]:
         found[match[1]] = {}
         for title, cell in zip(titles, match[2].split(" | "), strict=False):
             done, _, there = cell.strip().partition("/")
-            if done != "?":
-                found[match[1]][title] = (int(done or 0), int(there or 0))
+            found[match[1]][title] = (int(done or 0), int(there or 0))
     return found
 
 
