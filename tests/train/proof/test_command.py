@@ -159,7 +159,7 @@ def test_plain_recurrent_layers_train_packs_one_by_one(
     torch.manual_seed(0)
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "recurrent")
     arguments = ("--base_model", str(tmp_path / "recurrent"), "--sample_packing")
-    done, found = _verified(file, *arguments, "--steps", "2", "--processes", "1")
+    done, found = _verified(file, *arguments, "--steps", "3", "--processes", "1")
     assert done.exit_code == 0, done.output
     assert "exact and eager train them one by one" in done.stderr
     ways = {way["name"]: way for way in found["ways"]}
@@ -181,7 +181,7 @@ def test_layers_of_unknown_code_train_packs_one_by_one(
     config = RwkvConfig(vocab_size=len(tokenizer), context_length=512, **sizes)
     RwkvForCausalLM(config).save_pretrained(tmp_path / "rwkv")
     arguments = ("--base_model", str(tmp_path / "rwkv"), "--sample_packing")
-    done, found = _verified(file, *arguments, "--steps", "2", "--processes", "1")
+    done, found = _verified(file, *arguments, "--steps", "3", "--processes", "1")
     assert done.exit_code == 0, done.output
     assert "exact and eager train them one by one" in done.stderr
     ways = {way["name"]: way for way in found["ways"]}
