@@ -8,10 +8,12 @@ first sample alone, and at no name and no code.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,13 +37,12 @@ def leaks(model: Any, vocab_size: int, device: torch.device, sizes: tuple[int, i
     gradients cannot be tried.
     """
     batch, first = _two_packs(vocab_size, device, sizes), sizes[0]
-    with _evaluating(model):
+    with _trying(model):
         with torch.no_grad():
             logits = model(**batch).logits
             if not torch.equal(logits[0, first:], logits[1, first:]):
                 modules = _leaking_modules(lambda: model(**batch), model, sum(sizes), first)
                 return _name(model, modules[0]) if modules else type(model).__name__
-        model.train()  # which may run other code
         one = {name: t[:1] for name, t in batch.items()}
         return "its backward pass" if _gradient_leaks(model, one, first) else ""
 
@@ -57,17 +58,42 @@ def _two_packs(vocab_size: int, device: torch.device, sizes: tuple[int, int]) ->
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would draw other numbers for each row; all is as it was after."""
-    training = [m for m in model.modules() if m.training]
+def _trying(model: nn.Module) -> Iterator[None]:
+    """As in training, but for dropout, which draws other numbers for each row; then as it was.
+
+    Evaluation is another thing: layers merge adapters for it, scale their weights, or pack them in
+    a way that has no gradients (4-bit ones on some CPUs).
+    """
+    flags = [(m, m.training) for m in model.modules()]
+    buffers = [
+        (m._buffers, name, b, b.clone(), b._version)
+        for m, _ in flags
+        for name, b in m._buffers.items()
+        if b is not None and not b.is_inference()
+    ]
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
-            model.eval()
+            for m, _ in flags:  # not by ``train``, which may do more
+                m.training = not _drops(m)
             yield
         finally:
-            model.eval()
-            for m in training:
-                m.training = True
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            for m, flag in flags:
+                m.training = flag
+            with torch.no_grad():
+                for names, name, b, value, version in buffers:
+                    names[name] = b
+                    if b._version != version:
+                        b.copy_(value)
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return True
+    rates = (v for n, v in vars(module).items() if "drop" in n and isinstance(v, float))
+    return any(rate > 0 for rate in rates)
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:
@@ -201,6 +227,7 @@ class ByRowsOnTrial(ByRows):
     """Finds modules that are to be run by rows, in a model that is installed with it.
 
     One that cannot be, or still lets samples see each other, gives way to the module around it.
+    ``problem`` says why samples may see each other all the same.
     """
 
     def __init__(self) -> None:
@@ -232,22 +259,28 @@ class ByRowsOnTrial(ByRows):
             return
         batch = _two_packs(len(weight), weight.device, _TRIED)
         blocks = [r.path for r in regions if r.kind == "block"]
-        before = _versions(model)
-        with _evaluating(model):
+        with _trying(model):
             try:
-                leaks = self._find(model, blocks, batch)
-                # where some still see each other, no sample is as by itself, and ``leaks`` says why
-                if self.places and not leaks and not _are_right(model, batch):
+                leaking = self._find(model, blocks, batch)
+                # where some still see each other, no sample is as by itself, and it is said why
+                if leaking:
+                    self.problem = f"samples that share a row see each other in {leaking}"
+                elif self.places and not _are_right(model, batch):
+                    places = ", ".join(sorted(place for place, _ in self.places))
                     self.places.clear()
-            except Exception:  # it wants other inputs: what is trained decides (``leaks``)
+                    self.problem = (
+                        f"run over samples apart, {places} would give other values than for each "
+                        "sample by itself: samples that share a row see each other there"
+                    )
+            except Exception as error:  # it wants other inputs: what is trained decides (``leaks``)
                 self.places.clear()
-        if model.training and _versions(model) != before:
-            # it scales its weights in evaluation (RWKV), and back when it is called in training
-            with torch.random.fork_rng(), torch.no_grad(), _hooked(model, lambda *_: None):
-                _call(model, batch)
+                self.problem = (
+                    "whether samples that share a row see each other could not be tried: "
+                    f"{type(error).__name__}: {error}"
+                )
 
-    def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> bool:
-        """Find what helps; returns whether samples see each other all the same."""
+    def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> str:
+        """Find what helps; returns what lets samples see each other all the same, or ''."""
         modules = dict(model.named_modules())
         paths = {m: path for path, m in modules.items()}
         while True:
@@ -255,17 +288,14 @@ class ByRowsOnTrial(ByRows):
                 lambda: _call(model, batch), model, sum(_TRIED), _TRIED[0], roundings=False
             )
             chains = [list(_places(modules, blocks, paths[m])) for m in leaking]
-            self._failed |= {chain[0] for chain in chains if chain} & self.places
+            # a module around one that still lets samples see each other has not helped, either
+            self._failed |= {place for chain in chains for place in chain} & self.places
             self.places -= self._failed
             candidates = {next((p for p in c if p not in self._failed), None) for c in chains}
             new = candidates - self.places - {None}
             if not new:
-                return bool(leaking)
+                return _name(model, leaking[0]) if leaking else ""
             self.places |= {p for p in new if p is not None}
-
-
-def _versions(model: nn.Module) -> list[int]:
-    return [p._version for p in model.parameters() if not p.is_inference()]
 
 
 def _places(
@@ -305,6 +335,7 @@ def _first_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _call(model: Any, batch: dict[str, Tensor]) -> Any:
+    torch.manual_seed(0)  # in a fork: what is drawn in training is the same in each call
     try:
         return model(**batch, use_cache=False)
     except TypeError:  # a model without a cache has no such argument

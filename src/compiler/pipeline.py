@@ -9,6 +9,7 @@ and ``codegen`` runs the result.
 from __future__ import annotations
 
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -111,7 +112,10 @@ def optimize(
     install(captured, session)
     for region in captured:
         if choices.by_rows.reason(region.module) is not None:
+            choices.by_rows.hold(region.module)
             split(region.module, session)
+    if strict and choices.by_rows.problem:
+        raise OptimizeError(choices.by_rows.problem)
     if strict:
         _require_no_gaps(explain(model), session)
     return model
@@ -121,6 +125,10 @@ def _find_by_rows(model: nn.Module, captured: Sequence[regions.Region], choices:
     """Find which modules are to be run over the samples of a row, by calls with a few tokens."""
     # other processes would have to call it, too; and meta and fake tensors have no values
     if choices.fake or collectives_of(model) or any(p.is_meta for p in model.parameters()):
+        choices.by_rows.problem = (
+            "whether samples that share a row see each other was not tried: the model is sharded, "
+            "or its weights have no values"
+        )
         return
     trial = ByRowsOnTrial()
     install(captured, Session(replace(choices, by_rows=trial)))
@@ -129,6 +137,9 @@ def _find_by_rows(model: nn.Module, captured: Sequence[regions.Region], choices:
     finally:
         restore(model)
     choices.by_rows.places.update(trial.places)
+    choices.by_rows.problem = trial.problem
+    if trial.problem:
+        warnings.warn(f"optimize(packs=True): {trial.problem}", stacklevel=3)
 
 
 def _choices(
@@ -209,6 +220,8 @@ def explain(model: nn.Module) -> Report:
         bypasses += _captured(model, lambda: _heads_wait(places, log))
     if log.outer_compile:
         bypasses.append(Bypass("", OUTER_COMPILE))
+    if session.choices.by_rows.problem:
+        bypasses.append(Bypass("", session.choices.by_rows.problem))
     for path, module, record in places:
         graph = representative(log.graphs.get(module, []))
         if graph is not None:

@@ -4,7 +4,8 @@ Transformers takes a row for several samples where ``position_ids`` do not count
 no cache say otherwise (``masking_utils.find_packed_sequence_indices``). Its attention keeps such
 samples apart; what is recurrent goes on from one to the next. Here a call of a head or a backbone
 with such positions is a *step* that has segments, and the blocks whose code calls a scan or a short
-convolution are captured with copies of it that give them the segments (``segmented_copies``). All
+convolution are captured with copies of it that give them the segments (``segmented_copies``). Blocks
+that hold another layer that lets samples see each other (``ByRows``) are captured in parts. All
 other blocks, and all calls of rows with one sample, are not concerned.
 
 A block that runs once more in backward, in somebody's checkpoint, is called without the head. It
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +75,10 @@ class ModelStep:
         return self._segments[key]
 
 
+def _itself(positions: Tensor) -> tuple[int, torch.device]:
+    return positions.shape[0], positions.device
+
+
 def _version(t: Tensor | None) -> int | None:
     return None if t is None or t.is_inference() else t._version
 
@@ -108,10 +114,15 @@ class ByRows:
     Attributes:
         places: where they are in their block, and their class: it is so in each block that has one
             of that class there, also in one of a copy of the model.
+        problem: why samples may see each other all the same, or empty.
     """
 
     def __init__(self) -> None:
         self.places: set[tuple[str, type[nn.Module]]] = set()
+        self.problem = ""
+        self._found: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def in_block(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
         """Those of ``block``, outermost ones alone, with their places; it may be one itself."""
@@ -121,6 +132,24 @@ class ByRows:
             if isinstance(m, kind) and not any(is_below(place, outer) for outer in modules):
                 modules[place] = m
         return list(modules.items())
+
+    def hold(self, block: nn.Module) -> None:
+        """Remember which modules of ``block`` run by rows, to see when others take their place."""
+        self._found[block] = self.in_block(block)
+
+    def concern(self, block: nn.Module) -> bool:
+        """Whether modules of ``block`` are run by rows, or were found to need it."""
+        return bool(self.in_block(block) or self._found.get(block))
+
+    def require_the_same(self, block: nn.Module) -> None:
+        """Raise where a module to be run by rows has been wrapped or replaced since."""
+        for place, m in self._found.get(block, []):
+            if _at(block, place) is not m:
+                raise OptimizeError(
+                    f"samples share rows (position_ids), and {place} ({type(m).__name__}), which "
+                    f"{_APART}, has been wrapped or replaced since: call optimize(model, "
+                    "packs=True) again"
+                )
 
     def reason(self, block: nn.Module) -> str | None:
         """Why ``block`` is captured in parts, in all calls, or None."""
@@ -151,6 +180,13 @@ class ByRows:
     ) -> Any:
         """``function`` of each segment, if there are any; it has one sample in each row itself."""
         segments, slot.value = slot.value, None
+        if segments is not None and slot.mode != _mode():
+            slot.value = segments
+            raise OptimizeError(
+                f"samples share rows (position_ids), and a checkpoint inside its block surrounds "
+                f"{place} ({type(module).__name__}), which {_APART}: let it surround the whole "
+                "block; or do not pack"
+            )
         try:
             if segments is None:
                 return function(*args, **kwargs)
@@ -187,9 +223,18 @@ class Segmented:
 
 
 class Slot:
-    """The segments of the block at hand, where its captured code reads them."""
+    """The segments of the block at hand, where its captured code reads them.
+
+    ``mode`` tells whether what runs is inside of a checkpoint that the block is not.
+    """
 
     value: Tensor | None = None
+    mode: tuple[bool, bool] = True, False
+
+
+def _mode() -> tuple[bool, bool]:
+    # a reentrant checkpoint runs without gradients; the other kind has hooks on what is saved
+    return torch.is_grad_enabled(), inside_checkpoint()
 
 
 class StepSegments:
@@ -221,6 +266,11 @@ class StepSegments:
                 self._step = outer
 
         return entered
+
+    def has_several(self) -> bool:
+        """Whether the rows of the step at hand hold several samples."""
+        positions = None if self._step is None else self._step.positions
+        return positions is not None and _segments(positions, *_itself(positions)) is not None
 
     def run_backbone(
         self, original: Callable[..., Any], function: Any, module: nn.Module, args: Any, kwargs: Any
@@ -283,12 +333,13 @@ class StepSegments:
     @contextmanager
     def given(self, call: BlockSegments) -> Iterator[None]:
         """While a block runs."""
-        outer = self._step, self.slot.value
-        self._step, self.slot.value = call.step, call.segments
+        slot = self.slot
+        outer = self._step, slot.value, slot.mode
+        self._step, slot.value, slot.mode = call.step, call.segments, _mode()
         try:
             yield
         finally:
-            self._step, self.slot.value = outer
+            self._step, slot.value, slot.mode = outer
 
 
 @contextmanager

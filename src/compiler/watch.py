@@ -110,8 +110,10 @@ class Watches:
         """Whether ``forward`` of a region, or code below it, calls what takes segments."""
         mixes = self._mixes.get(module)
         if mixes is None:
-            found = self._mixers.of(forward) or any(map(self._mixers.of_forward, module.modules()))
-            mixes = self._mixes[module] = bool(found)
+            # a part of it that is captured apart has our forward as an instance
+            functions = [forward, *map(_function_of, module.modules())]
+            functions += [type(m).forward for m in module.modules()]
+            mixes = self._mixes[module] = any(map(self._mixers.of, functions))
         return mixes
 
     def watch_inlined(self, module: nn.Module) -> None:

@@ -51,9 +51,11 @@ class DefaultCache:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the original; its blocks do not get a cache that nobody has asked for."""
+        state = self._session.state
+        if self._keeps_samples_apart(module, args, kwargs):
+            return self._run(module, *args, **{**kwargs, _SWITCH: False})
         if not self._is_default(module, args, kwargs):
             return self._run(module, *args, **kwargs)
-        state = self._session.state
         before = _Before(module, (args, kwargs), module not in self._deferring)
         withheld = state.withheld = WithheldCache()
         try:
@@ -93,7 +95,20 @@ class DefaultCache:
         session = self._session
         if not (module.training and torch.is_grad_enabled()) or session.state.withheld is not None:
             return False
-        if module in session.log.restored or module in self._reasons or is_traced_here():
+        return module not in self._reasons and self._is_silent(module, args, kwargs)
+
+    def _keeps_samples_apart(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a call that says nothing about a cache has packs: with one, masks ignore them."""
+        if not self._session.choices.options.packs or len(args) > 1:
+            return False
+        return self._is_silent(module, args, kwargs) and self._session.state.segments.has_several()
+
+    def _is_silent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call says nothing about a cache, and its module would make one."""
+        session = self._session
+        if module in session.log.restored or is_traced_here():
             return False
         if getattr(getattr(module, "config", None), _SWITCH, True) is False:
             return False

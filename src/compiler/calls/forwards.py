@@ -143,7 +143,8 @@ def _given(
 ) -> BlockSegments | None:
     """The segments that a call of a block is given; None where it mixes no positions."""
     mixes = session.state.watches.has_mixers(module, original.function(module))
-    if not mixes and not session.choices.by_rows.in_block(module):
+    by_rows = session.choices.by_rows
+    if not mixes and not by_rows.concern(module):
         return None
     withheld = session.state.withheld
     if any(
@@ -152,7 +153,10 @@ def _given(
         for v in (*args, *kwargs.values())
     ):
         return None
-    return session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
+    packs = session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
+    if packs.segments is not None:
+        by_rows.require_the_same(module)
+    return packs
 
 
 def _run_original(

@@ -39,8 +39,7 @@ What is different from the recipe, and nothing else:
 
 The words in bold stand in the table where they apply. A type with a question mark is a likely one:
 the checkpoint's configuration has not been seen. Weights that are stored in MXFP4, NVFP4 or GPTQ
-are plain in a twin. Recipes are run again one by one: some
-outcomes are of earlier commits, and many of those of the plain model (`optimize: false`).
+are plain in a twin.
 """
 
 
