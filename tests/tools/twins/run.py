@@ -251,17 +251,18 @@ def run(
             outcome.stage = stage
             say(outcome)
     except FusewrightError as error:
-        outcome.why = _plainly(str(error), file, folder)
+        outcome.why = _plainly(str(error), examples.parent, file, folder)
     except Exception as error:
         outcome.why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return outcome
 
 
-def _plainly(message: str, *paths: Path) -> str:
-    """A message on one line without the paths of this machine."""
+def _plainly(message: str, root: Path, *paths: Path) -> str:
+    """A message on one line without the paths of this machine; those in ``root`` begin there."""
     message = message.replace(f"{paths[-1] / 'base'}", "the twin")
     for path in paths:
         message = message.replace(f"{path}, ", "").replace(f"{path}", path.name)
+    message = message.replace(f"{root}/", "").replace(f"{root}", "the folder of examples/")
     first, _, rest = message.partition("problems:")
     return " ".join((rest if rest and len(first) < 40 else message).split())
 
