@@ -90,7 +90,9 @@ def _trying(model: nn.Module) -> Iterator[None]:
 
 
 def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    """Whether a module has a rate of dropout, or a child that may tell it one."""
+    modules = (module, *module.children())
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
         return True
     rates = (v for n, v in vars(module).items() if "drop" in n and isinstance(v, float))
     return any(rate > 0 for rate in rates)

@@ -4,9 +4,9 @@ Transformers takes a row for several samples where ``position_ids`` do not count
 no cache say otherwise (``masking_utils.find_packed_sequence_indices``). Its attention keeps such
 samples apart; what is recurrent goes on from one to the next. Here a call of a head or a backbone
 with such positions is a *step* that has segments, and the blocks whose code calls a scan or a short
-convolution are captured with copies of it that give them the segments (``segmented_copies``). Blocks
-that hold another layer that lets samples see each other (``ByRows``) are captured in parts. All
-other blocks, and all calls of rows with one sample, are not concerned.
+convolution are captured with copies of it that give them the segments (``segmented_copies``).
+Blocks that hold another layer that lets samples see each other (``ByRows``) are captured in parts.
+All other blocks, and all calls of rows with one sample, are not concerned.
 
 A block that runs once more in backward, in somebody's checkpoint, is called without the head. It
 knows its step by its input, which a checkpoint keeps.

@@ -218,7 +218,8 @@ def test_a_page_by_name_holds_what_was_counted() -> None:
     text = page_by_name("multimodal", rows)
     assert read_by_name(text) == {
         "llava": {
-            "language": (6, 6), "under Trainer": (6, 6), "towers": (2, 4), "losses": (1, 1),
+            "language": (6, 6), "under Trainer": (6, 6), "language with LoRA": (0, 0),
+            "towers": (2, 4), "towers with LoRA": (0, 0), "losses": (1, 1),
         }
     }  # fmt: skip
     assert "norms in `model.vision_tower.layers.*` (2x)" in text

@@ -542,6 +542,17 @@ def test_packs_without_a_word_about_the_cache() -> None:
     assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
 
 
+def test_dropout_is_no_leak(recwarn: pytest.WarningsRecorder) -> None:
+    model = build("gpt2")
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.1
+    model.config.use_cache = False
+    assert leaks(model, LAST_ID, model.device) == ""
+    optimize(model, codegen="eager", packs=True)
+    assert not [w for w in recwarn if "see each other" in str(w.message)]
+
+
 def test_what_cannot_be_tried_is_said() -> None:
     class Picky(type(build("llama"))):  # type: ignore[misc]
         def forward(self, *args: Any, domain: str, **kwargs: Any) -> Any:
