@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.opaque.segments import Unread
+from ..memory.random_state import BufferState
 from .bypass import is_container
 from .regions import Region, input_embeddings
 from .segments import ByRows, Slot, is_below
@@ -64,15 +65,10 @@ def _trying(model: nn.Module) -> Iterator[None]:
     Evaluation is another thing: layers merge adapters for it, scale their weights, or pack them in
     a way that has no gradients (4-bit ones on some CPUs).
     """
-    flags = [(m, m.training) for m in model.modules()]
-    buffers = [
-        (m._buffers, name, b, b.clone(), b._version)
-        for m, _ in flags
-        for name, b in m._buffers.items()
-        if b is not None and not b.is_inference()
-    ]
+    flags, buffers = [(m, m.training) for m in model.modules()], BufferState(model)
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(gpus):
         try:
             for m, _ in flags:  # not by ``train``, which may do more
                 m.training = not _drops(m)
@@ -82,11 +78,7 @@ def _trying(model: nn.Module) -> Iterator[None]:
             np.random.set_state(states[1])
             for m, flag in flags:
                 m.training = flag
-            with torch.no_grad():
-                for names, name, b, value, version in buffers:
-                    names[name] = b
-                    if b._version != version:
-                        b.copy_(value)
+            buffers.restore()
 
 
 def _drops(module: nn.Module) -> bool:
@@ -237,18 +229,11 @@ class ByRowsOnTrial(ByRows):
         self._failed: set[tuple[str, type[nn.Module]]] = set()
 
     def run(
-        self,
-        place: str,
-        module: nn.Module,
-        slot: Slot,
-        function: Callable[..., Any],
-        /,
-        *args: Any,
-        **kwargs: Any,
+        self, place: str, module: nn.Module, slot: Slot, function: Any, args: Any, kwargs: Any
     ) -> Any:
         """As it is run later; a module that is called otherwise, or raises, has failed."""
         try:
-            return super().run(place, module, slot, function, *args, **kwargs)
+            return super().run(place, module, slot, function, args, kwargs)
         except Exception:  # whatever it does not like
             self._failed.add((place, type(module)))
             return function(*args, **kwargs)

@@ -69,14 +69,20 @@ class ModelStep:
         batch, length = x.shape[:2]
         if self.positions.shape[-1] != length:  # of a tower, say
             return None
-        key = batch, x.device
+        return self._of_rows(self.positions, batch, x.device)
+
+    def has_several(self) -> bool:
+        """Whether a row has several samples."""
+        positions = self.positions
+        if positions is None:
+            return False
+        return self._of_rows(positions, positions.shape[0], positions.device) is not None
+
+    def _of_rows(self, positions: Tensor, batch: int, device: torch.device) -> Tensor | None:
+        key = batch, device
         if key not in self._segments:
-            self._segments[key] = _segments(self.positions, batch, x.device)
+            self._segments[key] = _segments(positions, batch, device)
         return self._segments[key]
-
-
-def _itself(positions: Tensor) -> tuple[int, torch.device]:
-    return positions.shape[0], positions.device
 
 
 def _version(t: Tensor | None) -> int | None:
@@ -126,6 +132,8 @@ class ByRows:
 
     def in_block(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
         """Those of ``block``, outermost ones alone, with their places; it may be one itself."""
+        if not self.places:
+            return []
         modules: dict[str, nn.Module] = {}
         for place, kind in sorted(self.places, key=lambda p: p[0]):
             m = _at(block, place)
@@ -159,24 +167,18 @@ class ByRows:
             f"samples may share its rows, and {' and '.join(places)} {_APART}" if places else None
         )
 
-    def forward_of(self, place: str, module: nn.Module, slot: Slot) -> Callable[..., Any]:
-        """What runs the forward that ``module`` has now over the segments in ``slot``."""
-        inner = module.forward
+    def forward_of(
+        self, place: str, module: nn.Module, slot: Slot, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """What runs ``function``, the forward of ``module``, over the segments in ``slot``."""
 
         def forward(_: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            return self.run(place, module, slot, inner, *args, **kwargs)
+            return self.run(place, module, slot, function, args, kwargs)
 
         return forward
 
     def run(
-        self,
-        place: str,
-        module: nn.Module,
-        slot: Slot,
-        function: Callable[..., Any],
-        /,
-        *args: Any,
-        **kwargs: Any,
+        self, place: str, module: nn.Module, slot: Slot, function: Any, args: Any, kwargs: Any
     ) -> Any:
         """``function`` of each segment, if there are any; it has one sample in each row itself."""
         segments, slot.value = slot.value, None
@@ -269,8 +271,7 @@ class StepSegments:
 
     def has_several(self) -> bool:
         """Whether the rows of the step at hand hold several samples."""
-        positions = None if self._step is None else self._step.positions
-        return positions is not None and _segments(positions, *_itself(positions)) is not None
+        return self._step is not None and self._step.has_several()
 
     def run_backbone(
         self, original: Callable[..., Any], function: Any, module: nn.Module, args: Any, kwargs: Any

@@ -539,7 +539,11 @@ def test_packs_without_a_word_about_the_cache() -> None:
     expected = _single(model, (9, 71))
     assert model.config.use_cache
     optimize(model, codegen="eager", packs=True)
-    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+    batch = _batch(_samples((9, 71)))
+    assert _differing(_step(model, [batch]), expected) == []
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    loss = model(ids, None, positions, labels=batch["labels"]).loss
+    torch.testing.assert_close(loss.detach(), expected["loss"])
 
 
 def test_dropout_is_no_leak(recwarn: pytest.WarningsRecorder) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.direct import is_traced_here
-from ...memory.random_state import RandomState
+from ...memory.random_state import BufferState, RandomState
 from ...sharding import has_shards
 from ..bypass import CACHE_ARGUMENTS, is_cache, transform_reason
 from ..session import Session
@@ -101,9 +101,12 @@ class DefaultCache:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Whether a call that says nothing about a cache has packs: with one, masks ignore them."""
-        if not self._session.choices.options.packs or len(args) > 1:
+        if not self._session.choices.options.packs or not self._is_silent(module, args, kwargs):
             return False
-        return self._is_silent(module, args, kwargs) and self._session.state.segments.has_several()
+        signature = self._signature[1]
+        before = list(signature.parameters).index(_SWITCH) if signature is not None else 0
+        is_by_position = len(args) + self._original.is_method > before
+        return not is_by_position and self._session.state.segments.has_several()
 
     def _is_silent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call says nothing about a cache, and its module would make one."""
@@ -183,8 +186,7 @@ class _Before:
 
     def __init__(self, module: nn.Module, arguments: Any, with_buffers: bool) -> None:
         self._state = _state(module, arguments)
-        buffers = module.buffers() if with_buffers else ()
-        self._buffers = [(b, _version(b), b.clone()) for b in buffers]
+        self._buffers = BufferState(module) if with_buffers else None
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.random = RandomState.now(device)
         kind = device.type
@@ -194,10 +196,8 @@ class _Before:
     def restore(self) -> None:
         """Undo what a call has drawn, and written to buffers, before it is made once more."""
         self.random.restore()
-        with torch.no_grad():
-            for buffer, version, value in self._buffers:
-                if _version(buffer) != version:
-                    buffer.copy_(value)
+        if self._buffers is not None:
+            self._buffers.restore()
 
     def watch(self, outputs: Any) -> None:
         """Note when a backward pass of the call begins."""

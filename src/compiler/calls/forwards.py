@@ -178,10 +178,12 @@ def _run_original(
     for place, m in by_rows.in_block(module) if copies else ():
         inside = set(m.modules())  # where each row is of one sample
         below = [(other, c) for other, c in below if other not in inside]
+        function = functools.partial(original, m) if m is module else m.forward
+        forward = by_rows.forward_of(place, m, slot, function)
         if m is module:
-            run = functools.partial(by_rows.run, place, m, slot, functools.partial(original, m))
+            run = functools.partial(forward, m)
         else:
-            below.append((m, by_rows.forward_of(place, m, slot)))
+            below.append((m, forward))
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:

@@ -158,13 +158,7 @@ def test_plain_recurrent_layers_train_packs_one_by_one(
     )  # fmt: skip
     torch.manual_seed(0)
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "recurrent")
-    arguments = ("--base_model", str(tmp_path / "recurrent"), "--sample_packing")
-    done, found = _verified(file, *arguments, "--steps", "3", "--processes", "1")
-    assert done.exit_code == 0, done.output
-    assert "exact and eager train them one by one" in done.stderr
-    ways = {way["name"]: way for way in found["ways"]}
-    assert [ways[name]["packing"] for name in ("exact", "eager", "optimized")] == [0, 0, 1]
-    assert ways["optimized"]["verdict"] == ways["unpacked"]["verdict"] == "passed"
+    _assert_plain_ways_train_one_by_one(file, tmp_path / "recurrent")
 
 
 @pytest.mark.slow
@@ -180,7 +174,11 @@ def test_layers_of_unknown_code_train_packs_one_by_one(
     torch.manual_seed(0)
     config = RwkvConfig(vocab_size=len(tokenizer), context_length=512, **sizes)
     RwkvForCausalLM(config).save_pretrained(tmp_path / "rwkv")
-    arguments = ("--base_model", str(tmp_path / "rwkv"), "--sample_packing")
+    _assert_plain_ways_train_one_by_one(file, tmp_path / "rwkv")
+
+
+def _assert_plain_ways_train_one_by_one(file: Path, model: Path) -> None:
+    arguments = ("--base_model", str(model), "--sample_packing")
     done, found = _verified(file, *arguments, "--steps", "3", "--processes", "1")
     assert done.exit_code == 0, done.output
     assert "exact and eager train them one by one" in done.stderr
