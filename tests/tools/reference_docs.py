@@ -127,9 +127,9 @@ are stored in the dtype of computation, unless `bnb_config_kwargs` has `bnb_4bit
 
 ## Coming from Axolotl
 
-The keys, their types and their defaults are Axolotl's, and older names of keys work, too. Most of
-its example recipes for text run unchanged: [axolotl.md](axolotl.md) says which. Start with
-`--dry-run`. The differences:
+The keys, their types and their defaults are Axolotl's, and older names of keys work, too. Of
+its 182 current example recipes for text 154 are accepted as they are, and 144 have run on small
+stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`. The differences:
 
 - Unknown keys are errors. Axolotl ignores them.
 - Kernels and patches (`liger_*`, `lora_*_kernel`, `unsloth_*`, `cut_cross_entropy`,
@@ -142,7 +142,8 @@ its example recipes for text run unchanged: [axolotl.md](axolotl.md) says which.
   `sample_packing` and on CPUs, keys and values that are gathered for each layer
   ([scale.md](scale.md)).
 - With `sample_packing`, a sample starts anew in recurrent layers, too (Mamba, Mamba-2, gated delta
-  rule, short convolutions): that is what `optimize` does ([optimize.md](optimize.md)). Before
+  rule, short convolutions; MiniMax, RWKV and others run over the samples as rows of a batch): that
+  is what `optimize` does ([optimize.md](optimize.md)). Before
   training, the model at hand is tried on packs that differ in one sample, forward and in gradients;
   where samples see each other, the run ends with the name of the layer. The plain model cannot pack
   such layers: the plain ways of `fusewright verify` train the samples of the packs one by one.
