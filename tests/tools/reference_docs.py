@@ -147,8 +147,9 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   training, the model at hand is tried on packs that differ in one sample, forward and in gradients;
   where samples see each other, the run ends with the name of the layer. The plain model cannot pack
   such layers: the plain ways of `fusewright verify` train the samples of the packs one by one.
-- `expert_parallel_size` shards experts with FSDP2. Plugins are not yet available; preference
-  methods (`rl`) are: see [preferences.md](preferences.md).
+- `expert_parallel_size` shards experts with FSDP2. Plugins are not loaded: those whose
+  work keys or the compiler do are subsumed, others refused. Preference methods (`rl`):
+  [preferences.md](preferences.md).
 - A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as
   the class that its configuration names. Its language model is trained on text, with LoRA on its
   layers only; regular expressions in `lora_target_modules` mean them in whatever class's names.

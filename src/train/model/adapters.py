@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import ModelError, RecipeError, first_line
 from ..recipe.preferences import head_of
@@ -217,7 +218,7 @@ def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | 
     refused = _refused(model, recipe)
     if refused and say is not None:
         listed = ", ".join(refused)
-        say(f"lora_target_linear: leaves out {listed}, which PEFT refuses in this model")
+        say(f"lora_target_linear: leaves out {listed}, which PEFT cannot adapt in this model")
     names = [*(named if isinstance(named, list) else ()), *refused]
     patterns = [p for p in (outside, named if isinstance(named, str) else None) if p]
     if not patterns:
@@ -228,10 +229,11 @@ def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | 
 
 
 def _refused(model: Any, recipe: Recipe) -> list[str]:
-    """The names of layers that ``lora_target_linear`` would adapt, and PEFT refuses in a model.
+    """The names of layers that ``lora_target_linear`` would adapt, and PEFT cannot adapt.
 
-    Such as Mamba's ``out_proj``: its kernel reads the weight, and would pass by the adapter. A
-    layer that the recipe names is none of them: it is refused with PEFT's words.
+    Such as Mamba's ``out_proj``, which PEFT refuses: its kernel reads the weight, and would pass by
+    the adapter; and linear layers whose products are others, as of groups of features. A layer that
+    the recipe names is none of them: it is refused with PEFT's words.
     """
     targets = recipe.lora_target_modules
     all_linear = recipe.lora_target_linear or targets in ("all-linear", ["all-linear"])
@@ -241,17 +243,30 @@ def _refused(model: Any, recipe: Recipe) -> list[str]:
     from peft.tuners import tuners_utils
 
     check: Any = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
-    names = {
-        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
-    }
-    named = targets if isinstance(targets, list) else ()
-    refused = []
-    for name in sorted(names - set(named)) if check is not None else ():
+    named = set(targets) if isinstance(targets, list) else set()
+    linears = [(n.rpartition(".")[2], m) for n, m in model.named_modules()
+               if isinstance(m, nn.Linear)]  # fmt: skip
+    names = {name for name, _ in linears} - named
+    refused = sorted({n for n, m in linears if n in names and not _is_row_by_row(m)})
+    for name in sorted(names.difference(refused)) if check is not None else ():
         try:
             check(LoraConfig(task_type=head_of(recipe).task), model, name)
         except ValueError:
             refused.append(name)
     return refused
+
+
+def _is_row_by_row(linear: nn.Linear) -> bool:
+    """Whether a layer makes a row of its output features of each row, as PEFT's adapters do."""
+    if type(linear).forward is nn.Linear.forward or not linear.weight.is_floating_point():
+        return True
+    parameters = {n: torch.empty_like(p, device="meta") for n, p in linear.named_parameters()}
+    rows = torch.empty(5, 7, linear.in_features, dtype=linear.weight.dtype, device="meta")
+    try:
+        output = torch.func.functional_call(linear, parameters, (rows,))
+    except Exception:  # a model's own code raises anything
+        return False
+    return isinstance(output, Tensor) and output.shape == (5, 7, linear.out_features)
 
 
 def _by_expression(model: Any, expression: str) -> list[str] | str:

@@ -67,7 +67,7 @@ def require_packing(model: Any, recipe: Recipe) -> None:
         remedy = "set it to false" if rest else "set optimize: true, or sample_packing: false"
         raise (RecipeError if rest else PackingError)(
             f"sample_packing: {type(model).__name__} lets the samples of a pack see each other, in "
-            f"{rest or leak}, which takes no segments; {remedy}"
+            f"{rest or leak}, which cannot be told where samples begin; {remedy}"
         )
 
 

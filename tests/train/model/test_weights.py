@@ -261,12 +261,25 @@ def test_layers_that_peft_does_not_adapt_are_left_out(excluded: list[str] | str 
     recipe = Recipe.model_validate(keys)
     said: list[str] = []
     adapted = add_adapter(MambaForCausalLM(config), recipe, said.append)
-    assert said == ["lora_target_linear: leaves out out_proj, which PEFT refuses in this model"]
+    assert said == [
+        "lora_target_linear: leaves out out_proj, which PEFT cannot adapt in this model"
+    ]
     found = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
     assert found == {"in_proj", "dt_proj"} | (set() if excluded else {"x_proj"})
     named = Recipe.model_validate({**keys, "lora_target_modules": ["out_proj"]})
     with pytest.raises(RecipeError, match="'out_proj'"):
         add_adapter(MambaForCausalLM(config), named)
+
+
+def test_linear_layers_of_groups_are_left_out() -> None:
+    """DeepSeek-V4's output projection has a matrix for each group of heads."""
+    model = build("deepseek_v4")
+    said: list[str] = []
+    adapted = add_adapter(model, adapter_recipe(lora_target_linear=True), said.append)
+    assert "lora_target_linear: leaves out o_a_proj, which PEFT cannot adapt in this model" in said
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("o_b_proj" in n for n in names)
+    assert not any("o_a_proj" in n for n in names)
 
 
 def adapter_recipe(**keys: Any) -> Recipe:

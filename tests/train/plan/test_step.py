@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3NextConfig
 
 from fusewright import explain, optimize
 from fusewright.kernels.cost import Living
@@ -69,6 +70,21 @@ def test_one_block_of_each_kind_stands_for_all(recipe: MakeRecipe) -> None:
     made = draw(recipe(**LORA), torch.bfloat16)
     assert sum(made.times.values()) == made.depth == 4
     assert len(made.blocks) == 2
+
+
+def test_layers_of_several_kinds_keep_their_masks(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Of linear attention and attention, whose masks have other dtypes and dimensions."""
+    linear = {f"linear_{name}": 4 for name in ("num_key_heads", "num_value_heads")}
+    linear |= {f"linear_{name}_head_dim": 8 for name in ("key", "value")}
+    config = Qwen3NextConfig(**SIZES | {"architectures": ["Qwen3NextForCausalLM"]}, **linear,
+                             head_dim=16, num_experts=4, num_experts_per_tok=2,
+                             moe_intermediate_size=32)  # fmt: skip
+    assert config.layer_types[0] == config.layer_types[1] == "linear_attention"
+    config.save_pretrained(tmp_path / "hybrid")
+    job = make_job(recipe(base_model=str(tmp_path / "hybrid"), **LORA))
+    assert sorted(job.blueprint.times.values()) == [1, 3]
+    assert job.blueprint.config.layer_types == config.layer_types
+    assert job.step.rewrites["moe_experts"] == 2
 
 
 def test_every_block_is_kept_where_adapters_name_some(recipe: MakeRecipe) -> None:

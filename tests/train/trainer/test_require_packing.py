@@ -62,5 +62,7 @@ def test_what_mixes_rows_is_named() -> None:
     mixer = model.rwkv.blocks[1].feed_forward
     mixer.forward = types.MethodType(mixed, mixer)
     name = r"rwkv\.blocks\.1\.feed_forward \(RwkvFeedForward\)"
-    with pytest.raises(RecipeError, match=rf"{name}, which takes no segments; set it to false"):
+    with pytest.raises(
+        RecipeError, match=rf"{name}, which cannot be told where samples begin; set it to false"
+    ):
         _require(model, optimize=True)

@@ -6,6 +6,7 @@ kind; only where a recipe adapts blocks by their number is every block kept.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
         config = load_config(recipe)
         _require_plain(config)
         use_cache(config, False)
-        model = meta_model(recipe, config).to(dtype)
+        model = meta_model(recipe, copy.deepcopy(config)).to(dtype)
         times = _keep_one_of_each(model, _numbers_blocks(recipe))
         model = _adapted(model, recipe)
     blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
@@ -133,6 +134,15 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
             share, more = divmod(whole[kinds[i]], remaining[kinds[i]])
             times[id(stack[i])] = share + (more if kinds.index(kinds[i]) == i else 0)
         modules = [stack[i] for i in keep]
+        for names in _names_of_layers(model, len(kinds)):
+            names[:] = [names[i] for i in keep]
         del stack[:]
         stack.extend(modules)
     return times
+
+
+def _names_of_layers(model: nn.Module, depth: int) -> list[list[str]]:
+    """What configurations call each layer: by its number in them, a layer gets its mask."""
+    configs = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    lists = {id(v): v for c in configs for v in vars(c).values() if isinstance(v, list)}
+    return [v for v in lists.values() if len(v) == depth and all(isinstance(n, str) for n in v)]
