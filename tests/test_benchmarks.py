@@ -153,6 +153,7 @@ def test_trl_trains_the_same_loss(tmp_path: Path) -> None:
     assert packed["losses"] == pytest.approx(plain["losses"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_optimizer_compares_four_ways() -> None:
     done = run("optimizer.py", "--model", "tiny-llama", "--steps", "3")
     assert done.returncode == 0, done.stderr
@@ -189,6 +190,7 @@ def test_loss_curve_fails_beyond_the_tolerance(
     assert curve["eager"] == [3.0, 2.0]
 
 
+@pytest.mark.long
 def test_ops_writes_a_row_per_direction_and_provider(tmp_path: Path) -> None:
     file = tmp_path / "ops.csv"
     few = ("--quick", "--ops", "glu", "--providers", "reference,fusewright")

@@ -50,6 +50,7 @@ def test_a_configuration_without_weights(weightless: str) -> None:
     assert "# graph" not in said
 
 
+@pytest.mark.long
 def test_as_json(weightless: str) -> None:
     data = json.loads(explained(weightless, "--fp32", "--layers", "3", "--lora", "--json"))
     assert data["by_rule"]["lora_linear"] == 21
@@ -80,6 +81,7 @@ def test_one_graph_for_each_kind_of_region(weightless: str) -> None:
     assert said.count("before the rules") == said.count("class GraphModule") / 2 == 3
 
 
+@pytest.mark.long
 def test_the_graph_of_one_module_is_python(weightless: str) -> None:
     graphs = json.loads(
         explained(weightless, "--fp32", "--json", "--module", "layers.1.mlp.down_proj")
@@ -99,6 +101,7 @@ def test_the_graph_of_one_module_is_python(weightless: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_layers_of_different_kinds_have_graphs_of_their_own(tmp_path: Path) -> None:
     from transformers import Gemma2Config
 
@@ -108,6 +111,7 @@ def test_layers_of_different_kinds_have_graphs_of_their_own(tmp_path: Path) -> N
     assert "4 of 9 layers" in explained(str(tmp_path), "--fp32")
 
 
+@pytest.mark.long
 def test_a_model_type() -> None:
     said = explained("gpt2", "--layers", "1", "--fp32")
     assert "the default configuration of gpt2, RANDOM weights, 1 of 12 layers" in said

@@ -93,6 +93,14 @@ def _step(call: nn.Module) -> tuple[list[Tensor], Any]:
     return [outputs.loss.detach(), *grads], outputs
 
 
+@pytest.mark.long(
+    "reentrant checkpoints-after",
+    "compiled blocks-after",
+    "reentrant checkpoints-before",
+    "compiled blocks-before",
+    "saved values offloaded-before",
+    "saved values offloaded-after",
+)
 @pytest.mark.long("compiled-after", "compiled-before")
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -66,6 +66,7 @@ def test_the_switch_in_the_configuration_may_be_thrown_at_any_time() -> None:
     assert _kinds(ours(input_ids=IDS, labels=IDS, use_cache=True))[-1] == "DynamicCache"
 
 
+@pytest.mark.long("one attention twice-True", "one index twice-True", "one module twice-True")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["one module twice", "one attention twice", "one index twice"])
 def test_layers_that_share_a_place_in_the_cache_keep_it(how: str, late: bool) -> None:

@@ -118,6 +118,7 @@ def test_an_unknown_formula_trains_and_is_reported() -> None:
     assert report.by_rule()["rms_norm"] == 5
 
 
+@pytest.mark.long
 def test_strict_raises_with_every_gap() -> None:
     with pytest.raises(OptimizeError, match="sin"):
         optimize(_with_mlp(Unknown), strict=True)

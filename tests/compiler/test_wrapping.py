@@ -161,6 +161,7 @@ def test_a_block_that_writes_into_its_frozen_input_runs_as_it_was() -> None:
     torch.testing.assert_close(run(ours), run(stack()))
 
 
+@pytest.mark.long("shift_labels")
 @pytest.mark.long("attention_mask", "position_ids")
 @pytest.mark.parametrize("extra", ["attention_mask", "position_ids", "shift_labels"])
 def test_the_arguments_of_a_head_may_change_from_call_to_call(extra) -> None:

@@ -91,6 +91,7 @@ def test_of_another_architecture_onednn_knows(has: bool, monkeypatch: pytest.Mon
     assert (torch.bfloat16 in ours.slow_products) is not has
 
 
+@pytest.mark.long("avx2-variables0")
 @pytest.mark.long("avx512-variables1")
 @pytest.mark.parametrize(
     ("kind", "variables"),

@@ -159,6 +159,7 @@ def test_loss_and_gradients_are_those_of_eager(name: str, labels: int, lora: boo
     assert torch.equal(own_loss(plain, last), own_loss(eager, last))
 
 
+@pytest.mark.long("memory-2", "logits-2", "dropout-2", "checkpoints-2")
 @pytest.mark.long("checkpoints-1", "dropout-1", "logits-1", "memory-1")
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize(
@@ -179,6 +180,7 @@ def test_ways_to_train(how: dict[str, Any], labels: int) -> None:
     require_equal(models, batches(labels, own_loss))
 
 
+@pytest.mark.long("any of three", "one of three")
 @pytest.mark.parametrize("several", [False, True], ids=["one of three", "any of three"])
 def test_the_kind_of_labels_is_noted_as_eager_does(several: bool) -> None:
     model = make("qwen3", 3, lora=False, tokens=False)
@@ -201,6 +203,7 @@ def test_explain_runs_a_step_of_its_own(labels: int, lora: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.long("1")
 @pytest.mark.long("2")
 @pytest.mark.parametrize("labels", [1, 2])
 def test_evaluation_gives_the_scores_of_eager(labels: int) -> None:

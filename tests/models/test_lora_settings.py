@@ -203,6 +203,10 @@ def _unfused(report: Report) -> list[str]:
 
 
 @pytest.mark.long(
+    "two active on some, with dropout", "fused query_key_value",
+    "packed gate and up, interleaved rotary",
+)  # fmt: skip
+@pytest.mark.long(
     "adapter bias",
     "bf16 base",
     "DoRA",

@@ -58,6 +58,7 @@ def _levels(model: Any) -> set[str | None]:
     return {planner.level(b) for b in planner.blocks}
 
 
+@pytest.mark.long("gemma2-True-eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("family", CHOSEN)
@@ -72,6 +73,7 @@ def test_their_input_alone(family: Family, lora: bool, codegen: Any) -> None:
     assert not [b for b in report.bypasses if "captured" in b.reason]
 
 
+@pytest.mark.long("gemma2-eager-tiles")
 @pytest.mark.long("gemma2-eager-all", "llama-eager-tiles")
 @pytest.mark.parametrize(("codegen", "level"), [
     ("eager", "all"), ("eager", "tiles"), pytest.param("inductor", "tiles", marks=pytest.mark.slow),
@@ -119,6 +121,7 @@ def test_with_gradient_checkpointing(memory: str, reentrant: bool, codegen: Any)
         assert _levels(ours) == {"input" if codegen == "eager" else "products"}
 
 
+@pytest.mark.long("min")
 @pytest.mark.parametrize("memory", ["speed", "min"])
 def test_dropout_is_computed_again_as_it_was(memory: str) -> None:
     model = build(FAMILIES[0], lora=False)
@@ -127,6 +130,7 @@ def test_dropout_is_computed_again_as_it_was(memory: str) -> None:
     _assert_equal(optimize(copy.deepcopy(eager), codegen="eager", memory=memory), eager)
 
 
+@pytest.mark.long("min-eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("memory", ["speed", "min"])
 def test_a_second_backward(memory: str, codegen: Any) -> None:

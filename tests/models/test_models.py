@@ -146,6 +146,15 @@ def _batches(
     ]
 
 
+@pytest.mark.long(
+    "gemma2-lora",
+    "olmo2-lora",
+    "gemma-lora",
+    "qwen3-lora",
+    "falcon-lora",
+    "qwen2-lora",
+    "mistral-lora",
+)
 def test_every_formula_is_rewritten(pair: Pair) -> None:
     report = explain(pair.ours)
     assert report.by_rule() == (pair.family.lora if pair.lora else pair.family.plain)

@@ -54,6 +54,7 @@ def _pair(
     return Pair(family, where != "plain", optimize(model, codegen=codegen), eager, exact)
 
 
+@pytest.mark.long("gpt_oss-attention")
 @pytest.mark.long("gpt_oss-experts", "mixtral-experts")
 @pytest.mark.parametrize("where", ADAPTERS)
 @pytest.mark.parametrize(

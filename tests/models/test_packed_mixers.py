@@ -144,6 +144,7 @@ def _differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[st
     ]
 
 
+@pytest.mark.long("mamba2")
 @pytest.mark.long(*LONG)
 @pytest.mark.parametrize("name", map(_param, [*TEXT, *MULTIMODAL]))
 def test_gradients_of_packed_samples(name: str) -> None:

@@ -67,6 +67,7 @@ def _assert_alike(model: Any, rule_counts: int, tolerance: float, **options: Any
     return explain(model)
 
 
+@pytest.mark.long("nf4-dtype0-2e-05-Llama")
 @pytest.mark.long("int8-dtype1-0.005-Llama")
 @pytest.mark.parametrize("name", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def _assert_equal_steps(ours: nn.Module, eager: nn.Module, ids: Tensor) -> None:
         assert float(difference) <= TOLERANCE, name
 
 
+@pytest.mark.long("oddity-lora", "oddity-plain", "weaver-plain")
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", ["weaver", "oddity"])
 def test_remote_code_is_rewritten_and_trains_as_in_eager(name: str, lora: bool) -> None:
@@ -107,6 +108,7 @@ def test_remote_code_is_rewritten_and_trains_as_in_eager(name: str, lora: bool) 
     assert explain(ours).graphs == graphs, "another shape was captured anew"
 
 
+@pytest.mark.long("oddity-lora", "weaver-plain")
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", ["weaver", "oddity"])
 def test_restore_is_exact(name: str, lora: bool) -> None:
@@ -124,6 +126,7 @@ def test_restore_is_exact(name: str, lora: bool) -> None:
     assert all(torch.equal(grads[n], g) for n, g in eager_grads.items())
 
 
+@pytest.mark.long("oddity")
 @pytest.mark.parametrize("name", ["weaver", "oddity"])
 def test_saved_and_loaded_again(name: str, tmp_path: pathlib.Path) -> None:
     """The folder that comes out brings the code along, and optimized weights are the weights."""

@@ -25,6 +25,10 @@ LIMIT = 60.0
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
+@pytest.mark.long(
+    "bamba-lora", "bamba-plain", "jamba-plain", "falcon_mamba-lora", "mamba-lora",
+    "mamba2-plain", "falcon_mamba-plain",
+)  # fmt: skip
 @pytest.mark.long("jamba-lora", "zamba-lora", "zamba-plain")
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", NAMES)
@@ -46,6 +50,7 @@ def test_steps_equal_eager(name: str, lora: bool) -> None:
     assert [n for n, _ in model.named_parameters()] == names
 
 
+@pytest.mark.long("zamba2", "granitemoehybrid", "bamba", "falcon_h1")
 @pytest.mark.parametrize("name", ["bamba", "granitemoehybrid", "falcon_h1", "zamba2"])
 def test_a_trainers_keywords_cost_no_scan(name: str) -> None:
     """They reach the scans: the number of items, of which no scan knows anything."""

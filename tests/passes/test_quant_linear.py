@@ -158,6 +158,7 @@ def _with_lora(model: Any, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
 
 
+@pytest.mark.long("nf4-0.0")
 @pytest.mark.long("int8-0.1")
 @pytest.mark.parametrize(
     ("kind", "dropout"),

@@ -99,6 +99,7 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
             assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
 
 
+@pytest.mark.long
 def test_the_table_of_rewrites_is_printed_when_asked_for(recipe: dict[str, Any]) -> None:
     out = io.StringIO()
     result = train(
@@ -133,6 +134,7 @@ def test_a_checkpoint_carries_figures_and_nothing_else() -> None:
     assert later.output_dir == Path()
 
 
+@pytest.mark.long
 def test_optimizing_changes_no_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
     curves = []
     for on in (False, True):
@@ -233,6 +235,7 @@ def test_targets_by_name(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 4  # still there
 
 
+@pytest.mark.long("changes0-OptimizeError-too small for any plan")
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [

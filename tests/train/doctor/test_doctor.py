@@ -94,6 +94,7 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert "no C++ compiler" in found["codegen"][0]["note"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which Triton compiles")
 def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
     code, found, _ = diagnose(tmp_path, CXX="/bin/false")

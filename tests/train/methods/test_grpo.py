@@ -134,6 +134,7 @@ def test_the_end_of_a_turn_ends_a_completion(base: Path, tmp_path: Path) -> None
     assert entry["completions/min_length"] < 200
 
 
+@pytest.mark.long("True", "False")
 @pytest.mark.parametrize("optimize", [False, True])
 def test_a_format_is_learnt(optimize: bool, base: Path, tmp_path: Path) -> None:
     """In some steps nearly all that is drawn begins with a letter."""
@@ -324,6 +325,7 @@ def test_a_signal_within_a_step(
 # --- as TRL ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long("keys2-trl2-True", "keys1-trl1-True", "keys0-trl0-True")
 @pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize(
     ("keys", "trl"),

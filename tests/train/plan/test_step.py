@@ -72,6 +72,7 @@ def test_one_block_of_each_kind_stands_for_all(recipe: MakeRecipe) -> None:
     assert len(made.blocks) == 2
 
 
+@pytest.mark.long
 def test_layers_of_several_kinds_keep_their_masks(recipe: MakeRecipe, tmp_path: Path) -> None:
     """Of linear attention and attention, whose masks have other dtypes and dimensions."""
     linear = {f"linear_{name}": 4 for name in ("num_key_heads", "num_value_heads")}
@@ -94,6 +95,7 @@ def test_every_block_is_kept_where_adapters_name_some(recipe: MakeRecipe) -> Non
     assert trained == [False, True, False, False]
 
 
+@pytest.mark.long
 def test_the_same_formulas_are_rewritten_as_in_a_real_model(recipe: MakeRecipe) -> None:
     made = recipe()
     step = take(draw(made, torch.bfloat16), made, "eager")
@@ -103,6 +105,7 @@ def test_the_same_formulas_are_rewritten_as_in_a_real_model(recipe: MakeRecipe) 
     assert dict(step.rewrites) == explain(model).by_rule()
 
 
+@pytest.mark.long("all-avx2", "all-avx512", "input-avx512", "all-amx")
 @pytest.mark.parametrize(
     ("level", "kind"), [*(("all", kind) for kind in KINDS), ("input", "avx512")]
 )
@@ -139,6 +142,7 @@ def test_what_blocks_keep_is_what_a_real_step_keeps(
     assert memory.activations == pytest.approx(sum(kept.values()), abs=6 * hidden)
 
 
+@pytest.mark.long
 def test_a_plan_for_a_card_does_not_depend_on_the_cpu_that_makes_it(
     recipe: MakeRecipe, choose_for: Callable[[str], None]
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_plan_for_a_card_does_not_depend_on_the_cpu_that_makes_it(
     assert steps[0].rewrites == steps[1].rewrites
 
 
+@pytest.mark.long
 def test_a_larger_batch_is_the_same_multiple_wherever_it_is_counted_from(
     recipe: MakeRecipe,
 ) -> None:

@@ -143,6 +143,7 @@ def _save_on_a_full_disk(world: World, folder: str, full: int) -> list[Any]:
     return []
 
 
+@pytest.mark.long("0")
 @pytest.mark.parametrize("full", [0, 1])
 def test_a_disk_that_is_full_for_one_of_them(full: int, tmp_path: Path) -> None:
     found = values(_save_on_a_full_disk, str(tmp_path), full)

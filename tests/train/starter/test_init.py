@@ -87,6 +87,7 @@ def test_every_choice_has_its_reason(model: Path, tmp_path: Path) -> None:
     assert "all 60 rows" in result.stdout
 
 
+@pytest.mark.long
 def test_pairs_are_trained_with_both_answers(model: Path, tmp_path: Path) -> None:
     long = {"prompt": "What?", "chosen": "This.", "rejected": "no " * 100}
     write_rows(tmp_path / "rows.jsonl", [long] * 30)
@@ -96,6 +97,7 @@ def test_pairs_are_trained_with_both_answers(model: Path, tmp_path: Path) -> Non
     assert recipe["datasets"] == [{"path": "rows.jsonl"}]
 
 
+@pytest.mark.long("row0-entry0", "row8-entry8")
 @pytest.mark.long(*(f"row{i}-entry{i}" for i in range(1, 8)))
 @pytest.mark.parametrize(
     ("row", "entry"),
@@ -132,6 +134,7 @@ def test_the_fields_are_mapped(tmp_path: Path, row: dict[str, Any], entry: dict[
         assert (value.items() <= found[key].items()) if key == "roles" else found[key] == value
 
 
+@pytest.mark.long
 def test_tokens_that_are_there_already(model: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 30)
     assert init("rows.jsonl", "--model", model)["skip_prepare_dataset"] is True

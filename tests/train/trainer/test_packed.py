@@ -125,6 +125,7 @@ def test_losses_and_gradients_of_packed_samples(model: Any, prepared: Callable[[
     )
 
 
+@pytest.mark.long("llama-optimized")
 @pytest.mark.long("gemma2-optimized")
 def test_a_batch_of_packs_is_the_mean_of_its_samples(
     model: Any, prepared: Callable[[Any], Any]
@@ -146,6 +147,7 @@ class KeptGradients(TrainerCallback):
         self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long("llama-optimized-packed", "llama-eager-padded", "llama-eager-packed")
 @pytest.mark.long(
     "gemma2-eager-packed", "gemma2-eager-padded", "gemma2-optimized-packed",
     "gemma2-optimized-padded", "llama-optimized-padded",

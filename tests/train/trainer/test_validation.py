@@ -16,6 +16,7 @@ from fusewright.train.trainer.evaluation import require_figure
 QUIET = Console(quiet=True)
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_and_stopping_early(recipe: dict[str, Any], tmp_path: Path) -> None:
     """A learning rate at which the loss soon only trembles."""
     result = train(

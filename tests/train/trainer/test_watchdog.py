@@ -225,6 +225,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk(recipe: dict[str, Any], small_disk: Path) -> None:
     out = io.StringIO()
     folder = small_disk / "out"
