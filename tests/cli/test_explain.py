@@ -134,6 +134,9 @@ def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "is not a model: it has neither a config.json nor a GGUF file" in refused(
         "explain", str(tmp_path)
     )
+    (tmp_path / "recipe.yaml").touch()
+    said = refused("explain", str(tmp_path / "recipe.yaml"))
+    assert said.endswith("; to check a recipe: fusewright train RECIPE --dry-run")
     assert "is not installed" in refused("explain", "package:no_such_package_of_models")
 
     def offline(*_: Any, **__: Any) -> None:

@@ -118,7 +118,7 @@ def test_a_shallow_copy_keeps_the_forward_that_the_instance_had() -> None:
     assert ours.forward == own
 
 
-@pytest.mark.long("True", "False")
+@pytest.mark.long
 @pytest.mark.parametrize("both", [False, True])
 def test_two_models_share_a_backbone(both: bool) -> None:
     """Whichever was optimized last owns the backbone: the other one's head runs around it."""

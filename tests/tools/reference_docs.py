@@ -127,8 +127,8 @@ are stored in the dtype of computation, unless `bnb_config_kwargs` has `bnb_4bit
 
 ## Coming from Axolotl
 
-The keys, their types and their defaults are Axolotl's, and older names of keys work, too. Of
-its 182 current example recipes for text 154 are accepted as they are, and 144 have run on small
+The keys, their types and their defaults are Axolotl's, and older names of keys work, too. Most of
+its current example recipes for text are accepted as they are, and most of these have run on small
 stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`. The differences:
 
 - Unknown keys are errors. Axolotl ignores them.
@@ -147,9 +147,9 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   training, the model at hand is tried on packs that differ in one sample, forward and in gradients;
   where samples see each other, the run ends with the name of the layer. The plain model cannot pack
   such layers: the plain ways of `fusewright verify` train the samples of the packs one by one.
-- `expert_parallel_size` shards experts with FSDP2. Plugins are not loaded: those whose
-  work keys or the compiler do are subsumed, others refused. Preference methods (`rl`):
-  [preferences.md](preferences.md).
+- `expert_parallel_size` shards experts with FSDP2. Plugins are not loaded. Those that a
+  key or the compiler replaces are subsumed, and the others are refused. For preference methods
+  (`rl`), see [preferences.md](preferences.md).
 - A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as
   the class that its configuration names. Its language model is trained on text, with LoRA on its
   layers only; regular expressions in `lora_target_modules` mean them in whatever class's names.

@@ -258,12 +258,18 @@ def _refused(model: Any, recipe: Recipe) -> list[str]:
 
 def _is_row_by_row(linear: nn.Linear) -> bool:
     """Whether a layer makes a row of its output features of each row, as PEFT's adapters do."""
-    if type(linear).forward is nn.Linear.forward or not linear.weight.is_floating_point():
+    weight, size = linear.weight, (linear.out_features, linear.in_features)
+    # a library's layer with a packed weight, which may be stored in any dtype, is row by row
+    is_packed = weight.shape != size or weight.dtype.itemsize < 2
+    if type(linear).forward is nn.Linear.forward or is_packed:
         return True
-    parameters = {n: torch.empty_like(p, device="meta") for n, p in linear.named_parameters()}
-    rows = torch.empty(5, 7, linear.in_features, dtype=linear.weight.dtype, device="meta")
+    rows, buffers = (
+        weight.new_zeros(5, 7, size[1]),
+        {n: b.clone() for n, b in linear.named_buffers()},
+    )
     try:
-        output = torch.func.functional_call(linear, parameters, (rows,))
+        with torch.no_grad():
+            output = torch.func.functional_call(linear, buffers, (rows,))
     except Exception:  # a model's own code raises anything
         return False
     return isinstance(output, Tensor) and output.shape == (5, 7, linear.out_features)

@@ -114,8 +114,8 @@ def _verdict(plan: RunPlan) -> str:
 def _limits(plan: RunPlan) -> list[str]:
     fit = plan.limits
     name, count = plan.devices.card.name, plan.devices.count
-    card = f"{fit.smallest_card} GiB" if fit.smallest_card else "none"
-    smallest = f"of the usual sizes of memory the smallest that is enough: {card}"
+    card = f"{fit.smallest_card} GiB" if fit.smallest_card else "no known card is large enough"
+    smallest = f"smallest common device memory that fits: {card}"
     if not plan.on_cpu:
         number = fit.fewest_devices
         fewest = f"fewest devices: {number}" if number else "more devices do not help"

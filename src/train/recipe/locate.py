@@ -109,5 +109,9 @@ def _in_folder(path: Path, shown: str) -> ModelSource:
         return ModelSource(str(path), files[0])
     if files:
         raise RecipeError(f"{shown} has several GGUF files; name one: {', '.join(files)}")
-    hint = "; check a recipe with train --dry-run" if path.suffix in (".yaml", ".yml") else ""
+    hint = (
+        "; to check a recipe: fusewright train RECIPE --dry-run"
+        if path.suffix in (".yaml", ".yml")
+        else ""
+    )
     raise RecipeError(f"{shown} is not a model: it has neither a config.json nor a GGUF file{hint}")

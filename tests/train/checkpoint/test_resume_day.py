@@ -46,7 +46,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> At:
     return set_clock
 
 
-@pytest.mark.long("streamed", "prepared")
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [{}, {"streaming": True, "val_set_size": 0, "streaming_multipack_buffer_size": 20}],

@@ -134,7 +134,7 @@ def test_the_end_of_a_turn_ends_a_completion(base: Path, tmp_path: Path) -> None
     assert entry["completions/min_length"] < 200
 
 
-@pytest.mark.long("True", "False")
+@pytest.mark.long
 @pytest.mark.parametrize("optimize", [False, True])
 def test_a_format_is_learnt(optimize: bool, base: Path, tmp_path: Path) -> None:
     """In some steps nearly all that is drawn begins with a letter."""

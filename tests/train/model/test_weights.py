@@ -282,6 +282,23 @@ def test_linear_layers_of_groups_are_left_out() -> None:
     assert not any("o_a_proj" in n for n in names)
 
 
+def test_packed_linear_layers_are_adapted_whatever_they_are_stored_in() -> None:
+    """FSDP wants 4-bit weights in a floating-point dtype."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = make_model()
+    for layer in model.model.layers:
+        out, into = layer.mlp.up_proj.weight.shape
+        layer.mlp.up_proj = Linear4bit(into, out, bias=False, quant_storage=torch.bfloat16)
+        weight = layer.mlp.up_proj.weight
+        layer.mlp.up_proj.weight = weight._quantize("cpu")
+        assert layer.mlp.up_proj.weight.dtype is torch.bfloat16
+    said: list[str] = []
+    adapted = add_adapter(model, adapter_recipe(lora_target_linear=True), said.append)
+    assert not said
+    assert any("up_proj.lora_A" in name for name, _ in adapted.named_parameters())
+
+
 def adapter_recipe(**keys: Any) -> Recipe:
     head = {"base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2}
     return Recipe.model_validate({**head, **keys})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5Config, Qwen3NextConfig
 
 from fusewright import explain, optimize
 from fusewright.kernels.cost import Living
@@ -86,6 +86,22 @@ def test_layers_of_several_kinds_keep_their_masks(recipe: MakeRecipe, tmp_path: 
     assert sorted(job.blueprint.times.values()) == [1, 3]
     assert job.blueprint.config.layer_types == config.layer_types
     assert job.step.rewrites["moe_experts"] == 2
+
+
+def test_a_tower_of_equal_depth_leaves_the_names_of_layers(
+    recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    text = {**SIZES, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+              "out_hidden_size": 64, "patch_size": 8}  # fmt: skip
+    architectures = ["Qwen3_5ForConditionalGeneration"]
+    config = Qwen3_5Config(text_config=text, vision_config=vision, architectures=architectures)
+    config.save_pretrained(tmp_path / "seeing")
+    model = draw(recipe(base_model=str(tmp_path / "seeing")), torch.bfloat16).model
+    decoder = model.model.language_model
+    assert decoder.config.layer_types == ["linear_attention", "full_attention"]
+    assert len(decoder.layers) == len(model.model.visual.blocks) == 2
 
 
 def test_every_block_is_kept_where_adapters_name_some(recipe: MakeRecipe) -> None:

@@ -121,7 +121,10 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
     if every or len(set(blocks.values())) == len(blocks):
         return {}
     times: dict[int, int] = {}
-    for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+    children = [(m, c) for m in model.modules() for c in m.children()]
+    for owner, stack in children:
+        if not isinstance(stack, nn.ModuleList):
+            continue
         kinds = [blocks.get(id(m)) for m in stack]
         if not kinds or None in kinds:
             continue
@@ -134,15 +137,14 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
             share, more = divmod(whole[kinds[i]], remaining[kinds[i]])
             times[id(stack[i])] = share + (more if kinds.index(kinds[i]) == i else 0)
         modules = [stack[i] for i in keep]
-        for names in _names_of_layers(model, len(kinds)):
+        for names in _names_of_layers(owner, len(kinds)):
             names[:] = [names[i] for i in keep]
         del stack[:]
         stack.extend(modules)
     return times
 
 
-def _names_of_layers(model: nn.Module, depth: int) -> list[list[str]]:
-    """What configurations call each layer: by its number in them, a layer gets its mask."""
-    configs = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
-    lists = {id(v): v for c in configs for v in vars(c).values() if isinstance(v, list)}
-    return [v for v in lists.values() if len(v) == depth and all(isinstance(n, str) for n in v)]
+def _names_of_layers(owner: nn.Module, depth: int) -> list[list[str]]:
+    """What a configuration calls each layer: by its number in them, a layer gets its mask."""
+    lists = [v for v in vars(getattr(owner, "config", object)).values() if isinstance(v, list)]
+    return [v for v in lists if len(v) == depth and all(isinstance(n, str) for n in v)]
