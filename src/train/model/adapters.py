@@ -263,10 +263,8 @@ def _is_row_by_row(linear: nn.Linear) -> bool:
     is_packed = weight.shape != size or weight.dtype.itemsize < 2
     if type(linear).forward is nn.Linear.forward or is_packed:
         return True
-    rows, buffers = (
-        weight.new_zeros(5, 7, size[1]),
-        {n: b.clone() for n, b in linear.named_buffers()},
-    )
+    rows = weight.new_zeros(5, 7, linear.in_features)
+    buffers = {n: b.clone() for n, b in linear.named_buffers()}
     try:
         with torch.no_grad():
             output = torch.func.functional_call(linear, buffers, (rows,))

@@ -121,10 +121,9 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
     if every or len(set(blocks.values())) == len(blocks):
         return {}
     times: dict[int, int] = {}
-    children = [(m, c) for m in model.modules() for c in m.children()]
-    for owner, stack in children:
-        if not isinstance(stack, nn.ModuleList):
-            continue
+    # each once, though two modules may have it
+    owners = {c: m for m in model.modules() for c in m.children() if isinstance(c, nn.ModuleList)}
+    for stack, owner in owners.items():
         kinds = [blocks.get(id(m)) for m in stack]
         if not kinds or None in kinds:
             continue
