@@ -85,6 +85,7 @@ class HeadsOfTwoSizes(Stack):
         return x
 
 
+@pytest.mark.long("sizes0")
 @pytest.mark.long("sizes1")
 @pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
 def test_sizes_of_heads_are_constants_though_numbers_vary(sizes: tuple[int, int]) -> None:

@@ -66,6 +66,7 @@ def test_nested_modules_that_fail_at_one_line_of_code_share_a_line() -> None:
     assert len(Report((), tuple(root)).remarks()) == 2
 
 
+@pytest.mark.long
 def test_explain_measures_the_bandwidth() -> None:
     report = explain(optimize(build(FAMILIES[0], lora=True)))
     assert report.bandwidth is not None

@@ -211,6 +211,7 @@ def test_an_unpickled_model_is_optimized_and_copied_like_any_other() -> None:
     assert explain(ours).graphs == 3
 
 
+@pytest.mark.long
 def test_what_accelerate_wrapped_is_explained_and_restored() -> None:
     for state in (accelerate.state.AcceleratorState, accelerate.state.PartialState):
         state._reset_state()  # another test of this process may have set one up
@@ -241,6 +242,7 @@ def test_lazy_logits_are_those_of_the_forward_pass_under_autocast() -> None:
     assert exceeded(values, expected, exact) is None
 
 
+@pytest.mark.long
 def test_packed_positions_without_a_mask_mean_what_they_mean_to_eager() -> None:
     positions = torch.tensor([[*range(5), *range(8)]])
     inputs = {"input_ids": IDS[:1], "labels": IDS[:1], "position_ids": positions}
@@ -259,6 +261,7 @@ def test_replicas_for_data_parallel_run_their_own_weights() -> None:
     assert installed(layer) is not None
 
 
+@pytest.mark.long
 def test_a_forward_that_a_trainer_puts_in_the_place_of_ours() -> None:
     """As TRL does for its own head: ``__wrapped__`` is the class's forward, not ours."""
     model = optimize(build(LLAMA, lora=False))
@@ -303,6 +306,7 @@ def test_the_head_of_trl(outputs: tuple[str, ...]) -> None:
     assert type(models[0](input_ids=IDS, labels=IDS).logits) is Tensor
 
 
+@pytest.mark.long
 def test_inside_a_compilation_of_others_nothing_is_reported_as_rewritten(tmp_path) -> None:
     model = optimize(build(LLAMA, lora=False))
     arguments = tf.TrainingArguments(

@@ -461,6 +461,7 @@ def check_compiled(case: Case, backend: str) -> None:
         assert_parity(compiled, call.reference, *call.tensors)
 
 
+@pytest.mark.long("rope")
 @each_op
 def test_aot_autograd_traces_it(name: str) -> None:
     check_compiled(replace(CASES[name], dtype=F32), "aot_eager")

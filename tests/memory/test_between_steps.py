@@ -43,6 +43,7 @@ def _left(optimized: bool, **options: Any) -> Counter[tuple[int, ...]]:
     return Counter(tuple(t.shape) for i, t in _tensors().items() if i not in before)
 
 
+@pytest.mark.long("True")
 @pytest.mark.parametrize("lora", [False, True])
 def test_no_more_is_left_than_in_eager_mode(lora: bool) -> None:
     fingerprint([torch.ones(1)])  # its factors stay, once for a device

@@ -107,6 +107,7 @@ def _cases() -> list[Any]:
     return [pytest.param(c, v, marks=pytest.mark.slow if c == "inductor" else ()) for c, v in cases]
 
 
+@pytest.mark.long("llama-eager-tiles")
 @pytest.mark.long("llama-eager-all")
 @pytest.mark.parametrize(("codegen", "level"), _cases())
 @pytest.mark.parametrize("family", FAMILIES)

@@ -194,6 +194,7 @@ def test_the_kind_of_labels_is_noted_as_eager_does(several: bool) -> None:
     assert model.config.problem_type == eager.config.problem_type is not None
 
 
+@pytest.mark.long("2-True")
 @pytest.mark.parametrize(("labels", "lora"), [(1, False), (1, True), (2, True)])
 def test_explain_runs_a_step_of_its_own(labels: int, lora: bool) -> None:
     model = optimize(make("llama", labels, lora), codegen="eager")

@@ -145,6 +145,7 @@ def test_a_second_backward(memory: str, codegen: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
+@pytest.mark.long
 def test_random_numbers_of_any_kind_are_drawn_again_as_they_were() -> None:
     eager = _with_mlp(_Noisy)
     for memory in ("min", "100GB"):
@@ -171,6 +172,7 @@ def test_a_block_that_writes_into_its_buffers_runs_once() -> None:
     assert "writes into an input of the block, or into its buffers" in explain(ours).memory
 
 
+@pytest.mark.long
 def test_explaining_first_does_not_plan_for_the_tiny_step() -> None:
     ours = optimize(build(FAMILIES[0], lora=True), codegen="eager", memory="100GB")
     explain(ours)
@@ -183,6 +185,7 @@ def test_explaining_first_does_not_plan_for_the_tiny_step() -> None:
     assert _planner(ours).measured is None
 
 
+@pytest.mark.long
 def test_a_copy_is_planned_too() -> None:
     ours = optimize(build(FAMILIES[0], lora=False), codegen="eager", memory="0.001GB")
     twin = copy.deepcopy(ours)

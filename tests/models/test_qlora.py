@@ -82,6 +82,7 @@ def test_losses_are_those_of_eager(name, kind, dtype, tolerance):
     _assert_alike(_adapted(_model(name, dtype, kind=kind)), 14, tolerance)
 
 
+@pytest.mark.long("True-True")
 @pytest.mark.long("False-False")
 @pytest.mark.parametrize(
     ("autocast", "checkpointing"),

@@ -65,6 +65,7 @@ def test_a_trainers_keywords_cost_no_scan(name: str) -> None:
     assert all(s.status == "rewritten" for s in sites), str(explain(model))
 
 
+@pytest.mark.long("zamba")
 @pytest.mark.long("bamba")
 @pytest.mark.parametrize("name", NAMES)
 def test_capture_is_independent_of_the_length(name: str) -> None:

@@ -81,6 +81,7 @@ def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> 
     return over
 
 
+@pytest.mark.long("Llama-accelerate", "Llama-checkpointing")
 @pytest.mark.long(
     "Llama-dora-checkpointing",
     "Llama-dora",

@@ -110,6 +110,7 @@ def test_each_trainer(kind: str, lora: bool, order: str, tmp_path: Path) -> None
     _same(kind, lora, order, tmp_path)
 
 
+@pytest.mark.long("KTO", "CPO")
 @pytest.mark.parametrize("kind", ["KTO", "CPO"])
 def test_no_logits_and_no_gradients_of_logits_are_made(
     kind: str, tmp_path: Path, computed: list[tuple[int, ...]]

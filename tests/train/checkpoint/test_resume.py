@@ -41,6 +41,7 @@ def long(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long("4-on_evaluate", "8-on_step_begin")
 @pytest.mark.parametrize(
     ("step", "event"),
     [
@@ -73,6 +74,7 @@ def test_a_signal_and_going_on(
         assert getattr(resumed, name) == getattr(whole, name)
 
 
+@pytest.mark.long("lr_scheduler-warmup_steps0")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -151,6 +153,7 @@ def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert train(asked, console=QUIET, overwrite=True).resumed_from is None
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_early_is_not_trained_further(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:

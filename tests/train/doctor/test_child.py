@@ -44,6 +44,7 @@ def test_a_crash_recommends_no_package_that_is_named_like_the_check(
     assert found["mend"].startswith("sudo apt-get install --reinstall g++")
 
 
+@pytest.mark.long
 def test_what_takes_too_long_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     make_up(monkeypatch, "time.sleep(60 * (name in ('import torch', 'attention')))")
     monkeypatch.setattr(child, "_EACH", 1)

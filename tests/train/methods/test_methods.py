@@ -30,6 +30,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.long("kto", "ipo")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> None:
     keys = {"eval_steps": 6, "max_steps": 12}
@@ -78,6 +79,7 @@ def test_a_model_of_rewards(
     assert re.match(r"tensor\(\[\[\S+\]\]\)" if method == "reward" else r"tensor\(\[\[\[", found)
 
 
+@pytest.mark.long("kto", "ipo", "cpo", "orpo", "simpo", "process_reward")
 @pytest.mark.parametrize("method", [*METHODS, *MODELS])
 def test_a_run_that_resumes_ends_with_the_same_weights(
     method: str, base: Path, tmp_path: Path

@@ -202,6 +202,7 @@ def test_a_copy_of_the_head_that_is_trained_counts_once(recipe: MakeRecipe) -> N
     assert head_flops(saved, 256) == 3 / 2 * head_flops(plain, 256) == 6 * 256 * 512 * 64
 
 
+@pytest.mark.long("pissa", "olora")
 @pytest.mark.parametrize("initial", ["pissa", "olora"])
 def test_adapters_that_begin_from_the_weights(initial: str, recipe: MakeRecipe) -> None:
     job = make_job(recipe(**LORA, peft_init_lora_weights=initial))
@@ -263,6 +264,7 @@ def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
     assert "runs as it is: " in said.stdout
 
 
+@pytest.mark.long("qlora")
 @pytest.mark.parametrize("method", ["full", "qlora"])
 def test_what_fits_stays_below_what_a_run_may_take(method: str, recipe: MakeRecipe) -> None:
     """The verdict asks whether the leanest plan fits; the plan that is shown is another one."""

@@ -300,6 +300,7 @@ def test_each_gets_a_signal_once_and_the_third_ends_it_by_force(
     assert [signal.getsignal(number) for number in signals] == before
 
 
+@pytest.mark.long
 def test_they_decide_what_a_signal_means(
     start: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,7 @@ def _slow_first(world: World) -> float:
     return waited
 
 
+@pytest.mark.long
 def test_what_rank_0_makes_may_take_longer_than_a_collective() -> None:
     first, second = run_ranks(_slow_first)
     assert (first.error, second.error) == ("", "")

@@ -112,6 +112,7 @@ def test_no_file_of_a_run_tells_them_and_it_can_be_used(
     assert files_with(out, b"sesame") == []
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_same_secrets_or_new_ones(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
