@@ -57,14 +57,19 @@ class FunctionCopies:
     object does: a function that was made for one module holds it in its closure.
     """
 
-    def __init__(self, replacement: Replacement, live: bool = False) -> None:
-        """Make none yet.
+    def __init__(
+        self,
+        replacement: Replacement,
+        live: bool = False,
+        whole: Callable[[Any], Any] = lambda function: None,
+    ) -> None:
+        """Make none yet. ``whole`` gives what runs in place of a function as it is, or None.
 
         With ``live``, copies read the other globals where the function does, at each call. Else
         they have them from the time when they were made, which a tracer can follow: when one that
         the code reads is another now, a new copy is made.
         """
-        self._replacement, self._live = replacement, live
+        self._replacement, self._live, self._whole = replacement, live, whole
         self._copied = functools.lru_cache(maxsize=4096)(self._make)
 
     def below(self, module: nn.Module) -> ForwardCopies:
@@ -92,7 +97,7 @@ class FunctionCopies:
 
     def _make(self, function: Any) -> _Copy | None:
         read: list[tuple[dict[str, Any], str, Any]] = []
-        copy = self._copy(function, frozenset(), read)
+        copy = self._whole(function) or self._copy(function, frozenset(), read)
         return None if copy is None else _Copy(copy, tuple(read))
 
     def _copy(self, function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
