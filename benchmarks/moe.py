@@ -10,9 +10,9 @@ Two layers with 64 experts of hidden size 256 and inner size 512; two experts pe
 ``full``, ``lora`` (rank 16 on the attention's projections) and ``experts`` (on the experts, too, as
 PEFT's ``all-linear`` has it). A step is forward,
 backward and AdamW; both sides step in turn on the same batches, and the medians are compared.
-``growth_mb`` is the highest resident memory of a step above that
-before it. Time is what the clock shows, or with ``--cpu-time`` what the process used: that is fair on a busy
-machine, with one thread.
+``growth_mb`` is the highest resident memory of a step above that before it. Time is what the clock
+shows, or with ``--cpu-time`` what the process used: that is fair on a busy machine, with one
+thread.
 """
 
 from __future__ import annotations

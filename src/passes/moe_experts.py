@@ -214,11 +214,11 @@ def _joined(m: Match, name: str, ops: Emit) -> tuple[Any, Update | None]:
             b = ops.computed(operator.mul, b, float(s))
         into.append(ops.as_dtype(laid_out(a), dtype))
         out.append(ops.as_dtype(laid_out(b), dtype))
-    a, b = (
+    factors: Any = (
         parts[0] if len(parts) == 1 else ops.computed(torch.cat, parts, dim)
         for parts, dim in ((into, 2), (out, 1))
     )
-    return laid_out(weight), Update(a, b, scale)
+    return laid_out(weight), Update(*factors, scale)
 
 
 _SHARED = ("ids", "active", "bins", "top", "limit")

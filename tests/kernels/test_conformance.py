@@ -222,7 +222,8 @@ NOT_KEPT = {"dora-update": "only the sum of two products is kept"}
 NOT_KEPT_FROZEN = {
     **NOT_KEPT,
     **dict.fromkeys(
-        ("moe_experts", "moe_experts-bias", "moe_down", "moe_down-bias"), "the experts are frozen"
+        (name for name in CASES if name.startswith(("moe_experts", "moe_down"))),
+        "the experts are frozen",
     ),
     "mlp_block-packed": "gate and up are frozen",
 }

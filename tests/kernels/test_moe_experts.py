@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fusewright.kernels.mlp.glu import glu_packed
 from fusewright.kernels.moe import moe_experts as ops
-from fusewright.kernels.moe.moe_experts import OP, inverse_permutation, moe_experts, moe_route
+from fusewright.kernels.moe.moe_experts import (
+    OP,
+    Update,
+    inverse_permutation,
+    moe_experts,
+    moe_route,
+)
+from fusewright.kernels.processor import KINDS, assume
 from fusewright.rewrite.tolerance import exceeded
 
 from .util import assert_parity, assert_parity_of_draws, saved_tensors
@@ -46,9 +53,15 @@ def _calls(index: Tensor, turned: bool, gated: bool) -> list[Callable[..., Tenso
     def call(op: Any, fast: bool) -> Callable[..., Tensor]:
         act = (lambda u: glu_packed(u, "silu") if fast else _silu(u)) if gated else torch.tanh
 
-        def run(x: Tensor, w: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
+        def run(x: Tensor, w: Tensor, up: Tensor, down: Tensor, *more: Tensor) -> Tensor:
             pair = (up.mT, down.mT) if turned else (up, down)
-            result: Tensor = op(x, index, w, *pair, act, *biases)
+            biases = more[:2] if len(more) in (2, 6) else (None, None)
+            a, b, c, d = more[-4:] if len(more) > 2 else (None,) * 4
+            updates = (None, None)
+            if a is not None and b is not None and c is not None and d is not None:
+                # as PEFT stores them: (E, r, in) and (out, r, E)
+                updates = Update(a.mT, b.permute(2, 1, 0), 0.7), Update(c.mT, d.permute(2, 1, 0), 2)
+            result: Tensor = op(x, index, w, *pair, act, *biases, *updates)
             return result
 
         return run
@@ -65,6 +78,7 @@ def _inputs(
     biased: bool,
     needs: tuple[bool, ...],
     seed: int,
+    rank: int = 0,
 ) -> list[Tensor]:
     tokens, hidden, inner, experts, active = shape
     wide = inner * (1 + gated)
@@ -80,7 +94,14 @@ def _inputs(
     if biased:
         made += [_randn(seed + 4, experts, wide, dtype=dtype)]
         made += [_randn(seed + 5, experts, hidden, dtype=dtype)]
-    return [t.requires_grad_(need) for t, need in zip(made, (*needs, *needs[2:]), strict=False)]
+    needed = [*needs, *needs[2:4]][: len(made)]
+    if rank:
+        sizes = ((experts, rank, hidden), (wide, rank, experts), (experts, rank, inner),
+                 (hidden, rank, experts))  # fmt: skip
+        made += [_randn(seed + 6 + i, *s, dtype=dtype) / s[2 - i % 2] ** 0.5
+                 for i, s in enumerate(sizes)]  # fmt: skip
+        needed += needs[4:] or (True,) * 4
+    return [t.requires_grad_(need) for t, need in zip(made, needed, strict=True)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,7 +115,10 @@ def _inputs(
     gated=st.booleans(),
     biased=st.booleans(),
     needs=st.sampled_from(((True,) * 4, (True, True, False, False), (False, True, True, False),
-                           (False, False, False, True), (True, False, False, False))),
+                           (False, False, False, True), (True, False, False, False),
+                           (False, False, False, False, True, False, True, True),
+                           (True, True, False, False, False, True, True, False))),
+    rank=st.sampled_from((0, 1, 5)),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_parity(
@@ -105,13 +129,16 @@ def test_parity(
     gated: bool,
     biased: bool,
     needs: tuple[bool, ...],
+    rank: int,
     seed: int,
 ) -> None:
+    if not rank and not any(needs[:4]):
+        return
     seeds = itertools.count(seed, 10)
     index = _routing(kind, shape[0], shape[3], shape[4], seed)
     assert_parity_of_draws(
         *_calls(index, turned, gated),
-        lambda: _inputs(shape, *dtypes, turned, gated, biased, needs, next(seeds)),
+        lambda: _inputs(shape, *dtypes, turned, gated, biased, needs, next(seeds), rank),
     )
 
 
@@ -173,6 +200,33 @@ def test_frozen_experts_keep_no_rows_for_their_gradients() -> None:
     assert rows.count((80, 24)) == 1  # tanh keeps its own result
     assert (40, 32) not in rows
     assert (80, 32) in rows  # for the gradient of the routing weights
+
+
+@pytest.mark.parametrize("kind", ["avx512", "avx512_bf16"])
+def test_adapters_on_other_processors(kind: str) -> None:
+    """Through fp32 where 16-bit products are slow, and not: equal to the sum of the stacks."""
+    needs, index = (True, True, False, False), _routing("some idle", 64, 6, 2, 0)
+    seeds = itertools.count(0, 20)
+    with assume(KINDS[kind]):
+        assert_parity_of_draws(
+            *_calls(index, True, True),
+            lambda: _inputs((64, 48, 24, 6, 2), torch.bfloat16, torch.float32, True, True, True,
+                            needs, next(seeds), 4),
+        )  # fmt: skip
+
+
+def test_adapters_keep_thin_rows_alone() -> None:
+    """Neither a sum of weights, nor the rows of the second product, nor gathered ones."""
+    needs, index = (True, True, False, False), _routing("spread", 40, 6, 2, 0)
+    inputs = _inputs((40, 32, 24, 6, 2), torch.float32, torch.float32, True, True, False, needs, 0, 4)
+    run, _ = _calls(index, True, True)
+    with saved_tensors() as kept:
+        run(*inputs)
+    given = {t.untyped_storage().data_ptr() for t in inputs}
+    rows = [t for t in kept if t.untyped_storage().data_ptr() not in given]
+    shapes = [tuple(t.shape) for t in rows if t.is_floating_point() and t.dim() > 1]
+    factors = {(6, 4, 48), (6, 4, 32)}  # copies of the two B's, which are stored apart
+    assert set(shapes) == {(80, 4), (80, 48), (80, 24), *factors}, shapes
 
 
 def test_a_trained_weight_gets_its_gradient_in_its_own_layout() -> None:

@@ -119,7 +119,9 @@ def _seeded(seed: int, step: Any, *args: Any, **more: object) -> Any:
 def _other_weights(pair: Pair, draw: int) -> Iterator[None]:
     """All three models with the same slightly different weights, for a while."""
     generator = torch.Generator().manual_seed(draw)
-    models = [list(m.parameters()) for m in (pair.ours, pair.eager, pair.exact)]
+    # by name: PEFT registers those that it adapts anew at each call, and so changes their order
+    named = [dict(m.named_parameters()) for m in (pair.ours, pair.eager, pair.exact)]
+    models = [[parameters[name] for name in named[0]] for parameters in named]
     before = [[p.detach().clone() for p in ps] for ps in models]
     with torch.no_grad():
         for mine, theirs, exact in zip(*models, strict=True):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewright.graph.canon import canonical
+from fusewright.graph.opaque.stacks import updated_stack
 from fusewright.rewrite.findings import Finding
 
 from ..capturing import capture, rewrite
@@ -105,6 +106,28 @@ CASES: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 
 
+@pytest.mark.parametrize("scales", [[2.0], [2.0, 0.5], [0.3, 0.3]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stacks_with_updates(scales: list[float], dtype: torch.dtype) -> None:
+    def fn(x: Tensor, i: Tensor, w: Tensor, u: Tensor, d: Tensor, *factors: Tensor) -> Any:
+        up, down = (
+            updated_stack(stack, list(parts[: len(scales)]), list(parts[len(scales) :]), scales)
+            for stack, parts in (
+                (u, factors[: 2 * len(scales)]),
+                (d, factors[2 * len(scales) :]),
+            )
+        )
+        return experts(x, i, w, up, down)
+
+    inputs, factors = _inputs()[:5], []
+    for _, rows, columns in (inputs[3].shape, inputs[4].shape):
+        factors += [torch.randn(EXPERTS, rows, 2 + n).mul(0.3) for n in range(len(scales))]
+        factors += [torch.randn(EXPERTS, 2 + n, columns).mul(0.3) for n in range(len(scales))]
+    module, found = _findings(fn, [*inputs, *(t.to(dtype).requires_grad_() for t in factors)])
+    assert [f.status for f in found] == ["rewritten"], found
+    assert not any(n.target is updated_stack for n in module.graph.nodes)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_spellings(name: str) -> None:
     fn, gated = CASES[name]
@@ -134,6 +157,12 @@ def test_transformers_operator_for_fp32() -> None:
 
 
 NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
+    "another user of the sum": (
+        lambda x, i, w, u, d: (
+            lambda up: (experts(x, i, w, up, d), up.sum())
+        )(updated_stack(u, [u[..., :2]], [u[:, :2]], [0.5])),
+        "also used by",
+    ),
     "another user": (
         lambda x, i, w, u, d: experts(x, i, w, u, d, tail=lambda t: t.sum()),
         "also used by",

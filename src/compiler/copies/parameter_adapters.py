@@ -44,7 +44,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return module.forward.__func__(_With(module, weights), x, *args, **kwargs)
 
 
-def _sum(wrapper: Any, weight: Tensor, names: list[str]) -> Tensor:
+def _sum(wrapper: Any, weight: Any, names: list[str]) -> Any:
     if wrapper.num_experts == 1 or weight.dtype.itemsize == 1:
         delta = wrapper.get_delta_weight(names[0])
         for name in names[1:]:

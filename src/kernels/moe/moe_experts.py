@@ -11,8 +11,8 @@ nor permuted outputs are kept for backward:
     dw = dout[t] · y;   g = w dout[t];   dh = g · D[e]ᵀ;   dD[e] = hᵀ g;   y = h · D[e]
     dU[e] = xᵀ du;   dx[t] = sum over k of du · U[e]ᵀ
 
-Each stack of weights may have a low-rank update (Hu et al., "LoRA", 2021), W[e] + s·A[e]·B[e], which
-is never made: its products are thin ones of the same rows.
+Each stack of weights may have a low-rank update (Hu et al., "LoRA", 2021), W[e] + s·A[e]·B[e],
+which is never made: its products are thin ones of the same rows.
 
     y = x·W[e] + l·B[e];   l = s·x·A[e];   dl = s·dy·B[e]ᵀ
     dx = dy·W[e]ᵀ + dl·A[e]ᵀ;   dA[e] = xᵀ dl;   dB[e] = lᵀ dy
@@ -354,9 +354,9 @@ def grouped_lora(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     update: Update,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``grouped_mm`` by the weight with its update, and ``low = scale · a[rows] · update.a`` (S, r).
+    """``grouped_mm`` by the weight with its update, ``a[rows] · weight[e] + low · update.b[e]``.
 
-    The product of the updates, ``low · update.b``, is added to that of the weights.
+    Also returns ``low = scale · a[rows] · update.a[e]`` (S, r).
     """
     run = (_triton if use_triton(a, weight, bias, update.a, update.b) else _plain)["grouped_lora"]
     result: tuple[Tensor, Tensor] = run(a, rows, weight, offsets, bias, *update)
@@ -433,7 +433,9 @@ def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
 def _with_update(rows: Tensor, weight: Tensor, bias: Any, offsets: Tensor, update: Any) -> Tensor:
     y = _grouped(rows, weight, bias, offsets)
     a, b, scale = update
-    return y if a is None else y + _grouped(_grouped(rows, a, None, offsets) * scale, b, None, offsets)
+    if a is None:
+        return y
+    return y + _grouped(_grouped(rows, a, None, offsets) * scale, b, None, offsets)
 
 
 def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -564,19 +566,20 @@ class _Down(torch.autograd.Function):
         # The weight of a pair is a factor of its row: it goes onto the narrowest one of a product.
         by_place = weights.index_select(0, order).unsqueeze(1)
 
-        def scaled(rows: Tensor) -> Tensor:
+        def scaled(rows: Any) -> Any:
             return (rows * by_place).to(grad.dtype)
 
+        rows: Any = None
         if w_h or (w_weights and h is not None):
             update = _transposed(_update(a, b, ctx.scale))
-            dh, dlow = _forward(grad, tokens, weight.mT, None, offsets, update)
+            rows, dlow = _forward(grad, tokens, weight.mT, None, offsets, update)
         elif w_a:
             dlow = grouped_mm(grad, tokens, b.mT, offsets, None) * ctx.scale
         if w_weights:
             if h is None:
                 products = (grad.index_select(0, tokens).to(wide) * y).sum(1)
             else:  # y · dout = h · D · dout
-                products = (dh.to(wide) * h).sum(1)
+                products = (rows.to(wide) * h).sum(1)
                 if bias is not None:
                     column = grouped_mm(grad, tokens, bias.unsqueeze(2), offsets, None)
                     products = products + column.squeeze(1)
@@ -589,7 +592,8 @@ class _Down(torch.autograd.Function):
             da = grouped_outer(h, None, scaled(dlow), offsets, a)
         if w_b:
             db = grouped_outer(grad, tokens, scaled(low), offsets, b.mT).mT
-        dh = scaled(dh) if w_h else None
+        if w_h:
+            dh = scaled(rows)
         return dh, dweights, dweight, dbias, None, None, None, None, da, db, None
 
 
@@ -639,7 +643,8 @@ def moe_experts(
         activation: from the rows (S, F) of the first product to the rows (S, F') of the second.
         up_bias: (E, F) or None.
         down_bias: (E, H) or None.
-        up_update, down_update: what is added to ``up`` and ``down``.
+        up_update: what is added to ``up``, or None.
+        down_update: what is added to ``down``, or None.
 
     Returns:
         (T, H) in x's dtype.
