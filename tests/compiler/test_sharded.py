@@ -200,6 +200,48 @@ def test_before_and_after_a_wrapper(name: str, lora: bool, tmp_path: pathlib.Pat
                 assert found["logits"] < (2e-2 if name in DTYPES else 1e-5), order
 
 
+def _with_experts() -> Any:
+    import transformers as tf
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = tf.Qwen3MoeConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, moe_intermediate_size=24, num_experts=4,
+        num_experts_per_tok=2, intermediate_size=48, use_cache=False,
+    )  # fmt: skip
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    chosen = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=stacks)
+    model = get_peft_model(tf.Qwen3MoeForCausalLM(config), chosen)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def _adapted_stacks(name: str, rank: int) -> list[Any]:
+    """The gradients of one process with all rows, and of two with optimized models."""
+    plain = _with_experts()
+    ids = _rows(0)
+    plain(input_ids=ids, labels=ids).loss.backward()
+    call = WRAPPERS[name](optimize(_with_experts(), codegen="eager"))
+    mine = ids.chunk(RANKS)[rank]
+    call(input_ids=mine, labels=mine).loss.backward()
+    named = {n.removeprefix("module."): p.grad for n, p in call.named_parameters()}
+    pairs = [(p.grad, named[n]) for n, p in plain.named_parameters() if p.grad is not None]
+    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for _, g in pairs]
+    return [_difference(whole, [g for g, _ in pairs]), explain(call).by_rule()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["DDP, unused", "FSDP2"])
+def test_adapters_of_stacked_experts(name: str, tmp_path: pathlib.Path) -> None:
+    for difference, rewrites in _run(tmp_path, _adapted_stacks, name):
+        assert difference < 1e-4
+        assert rewrites["moe_experts"] == 2
+
+
 def _read_late(rank: int) -> list[Any]:
     """Logits of the step before, whose head was trained since: none are better than wrong ones."""
     found = []

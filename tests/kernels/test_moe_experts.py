@@ -218,7 +218,8 @@ def test_adapters_on_other_processors(kind: str) -> None:
 def test_adapters_keep_thin_rows_alone() -> None:
     """Neither a sum of weights, nor the rows of the second product, nor gathered ones."""
     needs, index = (True, True, False, False), _routing("spread", 40, 6, 2, 0)
-    inputs = _inputs((40, 32, 24, 6, 2), torch.float32, torch.float32, True, True, False, needs, 0, 4)
+    shape, dtype = (40, 32, 24, 6, 2), torch.float32
+    inputs = _inputs(shape, dtype, dtype, True, True, False, needs, 0, 4)
     run, _ = _calls(index, True, True)
     with saved_tensors() as kept:
         run(*inputs)

@@ -158,9 +158,9 @@ def test_transformers_operator_for_fp32() -> None:
 
 NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
     "another user of the sum": (
-        lambda x, i, w, u, d: (
-            lambda up: (experts(x, i, w, up, d), up.sum())
-        )(updated_stack(u, [u[..., :2]], [u[:, :2]], [0.5])),
+        lambda x, i, w, u, d: (lambda up: (experts(x, i, w, up, d), up.sum()))(
+            updated_stack(u, [u[..., :2]], [u[:, :2]], [0.5])
+        ),
         "also used by",
     ),
     "another user": (

@@ -153,7 +153,7 @@ def _products(
     # the error budget; batches of padded experts (bmm) gain nothing.
     places = (a if rows is None else rows).shape[0]
     out = _in_huge_pages(a.new_empty(places, weight.shape[2]))
-    low = a.new_empty(places, 0 if update is None else update.a.shape[2])
+    low = a.new_empty(places, 0 if update is None else update.a.shape[2], dtype=_wide(a.dtype))
     work = _Work(a)
     start = 0
     with torch.autocast(a.device.type, enabled=False):
@@ -221,6 +221,10 @@ class _Work:
         return room[:size].view(shape)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _usual_count(count: int, dtype: torch.dtype) -> int:
     # oneDNN, which multiplies 16-bit matrices, compiles code for each number of rows (a cache keeps
     # 1,024): with routed experts almost every product would be the first of its kind, so the rows
@@ -274,7 +278,8 @@ def _grouped_lora_fake(
     lora_a: Tensor, lora_b: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     places = (a if rows is None else rows).shape[0]
-    return a.new_empty(places, weight.shape[2]), a.new_empty(places, lora_a.shape[2])
+    low = a.new_empty(places, lora_a.shape[2], dtype=_wide(a.dtype))
+    return a.new_empty(places, weight.shape[2]), low
 
 
 def _grouped_outer_fake(
@@ -356,7 +361,8 @@ def grouped_lora(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``grouped_mm`` by the weight with its update, ``a[rows] · weight[e] + low · update.b[e]``.
 
-    Also returns ``low = scale · a[rows] · update.a[e]`` (S, r).
+    Also returns ``low = scale · a[rows] · update.a[e]`` (S, r), at least in fp32: of gradients near
+    zero, fp16 would keep few digits.
     """
     run = (_triton if use_triton(a, weight, bias, update.a, update.b) else _plain)["grouped_lora"]
     result: tuple[Tensor, Tensor] = run(a, rows, weight, offsets, bias, *update)
@@ -530,9 +536,9 @@ class _Up(torch.autograd.Function):
         if w_bias:
             dbias = segment_sum(grad, offsets).to(ctx.bias)
         if w_a and dlow is not None:
-            da = grouped_outer(x, tokens, dlow, offsets, a)
+            da = grouped_outer(x, tokens, dlow.to(x.dtype), offsets, a)
         if w_b:
-            db = grouped_outer(low, None, grad, offsets, b)
+            db = grouped_outer(low.to(grad.dtype), None, grad, offsets, b)
         return dx, dweight, dbias, None, None, None, None, da, db, None
 
 
@@ -548,8 +554,10 @@ class _Down(torch.autograd.Function):
         update = _update(lora_a, lora_b, scale)
         y, low = _forward(h, None, weight, bias, offsets, update)
         keeps_h = w_weight or w_a
+        # of gradients near zero, fp16 would lose more digits before a large weight than after it
+        ctx.weighs_first = not keeps_h or h.dtype is torch.float16
         ctx.save_for_backward(
-            h if keeps_h else None, y if w_weights and not keeps_h else None, weights, weight,
+            h if keeps_h else None, y if w_weights and ctx.weighs_first else None, weights, weight,
             bias, order, offsets, where, *((None, None) if update is None else update[:2]),
             low if w_b else None,
         )  # fmt: skip
@@ -562,38 +570,44 @@ class _Down(torch.autograd.Function):
         h, y, weights, weight, bias, order, offsets, where, a, b, low = ctx.saved_tensors
         w_h, w_weights, w_weight, w_bias, *_, w_a, w_b, _ = ctx.needs_input_grad
         dh = dweights = dweight = dbias = da = db = dlow = None
-        tokens, wide = order // ctx.active, torch.promote_types(grad.dtype, torch.float32)
-        # The weight of a pair is a factor of its row: it goes onto the narrowest one of a product.
+        tokens, wide = order // ctx.active, _wide(grad.dtype)
         by_place = weights.index_select(0, order).unsqueeze(1)
 
-        def scaled(rows: Any) -> Any:
+        def weighted(rows: Any) -> Any:
             return (rows * by_place).to(grad.dtype)
 
+        # The weight of a pair is a factor of its row. It goes onto the narrower operand of each
+        # product, and then the wide ones, dout, need not be gathered.
+        source, at, factor = grad, tokens, weighted
+        if ctx.weighs_first:
+            source, at, factor = grad.index_select(0, tokens), None, lambda rows: rows
+        if w_weights and y is not None:
+            dweights = (source.to(wide) * y).sum(1)
+        if ctx.weighs_first:
+            source = weighted(source)
         rows: Any = None
-        if w_h or (w_weights and h is not None):
+        if w_h or (w_weights and y is None):
             update = _transposed(_update(a, b, ctx.scale))
-            rows, dlow = _forward(grad, tokens, weight.mT, None, offsets, update)
+            rows, dlow = _forward(source, at, weight.mT, None, offsets, update)
         elif w_a:
-            dlow = grouped_mm(grad, tokens, b.mT, offsets, None) * ctx.scale
-        if w_weights:
-            if h is None:
-                products = (grad.index_select(0, tokens).to(wide) * y).sum(1)
-            else:  # y · dout = h · D · dout
-                products = (rows.to(wide) * h).sum(1)
-                if bias is not None:
-                    column = grouped_mm(grad, tokens, bias.unsqueeze(2), offsets, None)
-                    products = products + column.squeeze(1)
-            dweights = products.index_select(0, where).to(weights.dtype)
+            dlow = grouped_mm(source, at, b.mT, offsets, None) * ctx.scale
+        if w_weights and y is None:  # y · dout = h · (D · dout)
+            dweights = (rows.to(wide) * h).sum(1)
+            if bias is not None:
+                dweights += grouped_mm(grad, tokens, bias.unsqueeze(2), offsets, None).squeeze(1)
+        if dweights is not None:
+            dweights = dweights.index_select(0, where).to(weights.dtype)
         if w_weight:
-            dweight = grouped_outer(grad, tokens, scaled(h), offsets, weight.mT).mT
-        if w_bias:
-            dbias = segment_sum(scaled(grad.index_select(0, tokens)), offsets).to(ctx.bias)
+            dweight = grouped_outer(source, at, factor(h), offsets, weight.mT).mT
         if w_a and dlow is not None:
-            da = grouped_outer(h, None, scaled(dlow), offsets, a)
+            da = grouped_outer(h, None, factor(dlow).to(grad.dtype), offsets, a)
         if w_b:
-            db = grouped_outer(grad, tokens, scaled(low), offsets, b.mT).mT
+            db = grouped_outer(source, at, factor(low).to(grad.dtype), offsets, b.mT).mT
+        if w_bias:
+            gathered = source if at is None else weighted(source.index_select(0, at))
+            dbias = segment_sum(gathered, offsets).to(ctx.bias)
         if w_h:
-            dh = scaled(rows)
+            dh = factor(rows)
         return dh, dweights, dweight, dbias, None, None, None, None, da, db, None
 
 

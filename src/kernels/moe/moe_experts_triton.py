@@ -23,10 +23,11 @@ def _grouped_mm_kernel(
     low, lora_b, rank, b_stride_e, b_stride_r, b_stride_n,
     GATHER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A (BLOCK_M, BLOCK_N) tile of ``out[s] = a[rows[s]] · weight[e] + bias[e] + low[s] · b[e]``.
 
-    ``low`` (S, rank) is contiguous; without it BLOCK_R is 0.
+    ``low`` (S, rank) is contiguous and in fp32; without it BLOCK_R is 0.
     """
     blocks_n = tl.cdiv(columns, BLOCK_N)
     pid = tl.program_id(0)
@@ -66,7 +67,8 @@ def _grouped_mm_kernel(
                 mask=in_r[:, None] & in_n[None, :],
                 other=0.0,
             )
-            total = tl.dot(left, right, total, input_precision=PRECISION)
+            right = right.to(tl.float32)
+            total = tl.dot(left, right, total, input_precision=LOW_PRECISION)
     if BIAS:
         b = tl.load(bias + expert * bias_stride + n, mask=in_n, other=0.0)
         total += b.to(tl.float32)[None, :]
@@ -162,15 +164,16 @@ def _blocks(offsets: Tensor, places: int, size: int) -> tuple[Tensor, Tensor]:
 
 def grouped_mm(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
-    low: Tensor | None = None, lora_b: Tensor | None = None,
+    low: Tensor | None = None, lora_b: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch ``_grouped_mm_kernel``; the arguments are those of ``moe_experts.grouped_mm``.
 
-    With ``low`` (S, r), contiguous, and ``lora_b`` (E, r, N), ``low · lora_b`` is added.
+    Added is ``low · lora_b``: ``low`` (S, r), contiguous and in fp32, and ``lora_b`` (E, r, N).
     """
     places = a.shape[0] if rows is None else rows.shape[0]
     experts, inner, columns = weight.shape
-    out = a.new_zeros(places, columns)  # places may be no expert's, and no block's
+    # places may be no expert's, and no block's
+    out = a.new_zeros(places, columns, dtype=dtype or a.dtype)
     if out.numel() == 0:
         return out
     a = a if a.stride(1) == 1 else a.contiguous()
@@ -178,14 +181,14 @@ def grouped_mm(
     expert, start = _blocks(offsets, places, config["BLOCK_M"])
     grid = (expert.shape[0] * cdiv(columns, config["BLOCK_N"]),)
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
+    rank = 0 if lora_b is None else lora_b.shape[1]
     low, lora_b = (a, weight) if low is None or lora_b is None else (low, lora_b)
-    rank = 0 if low is a else lora_b.shape[1]
     _grouped_mm_kernel[grid](
         a, expert if rows is None else rows, weight, a if bias is None else bias, out,
         expert, start, offsets, inner, columns, a.stride(0), *weight.stride(),
         0 if bias is None else bias.stride(0), low, lora_b, rank, *lora_b.stride(),
         GATHER=rows is not None, BIAS=bias is not None, PRECISION=dot_precision(a.dtype),
-        EXPERTS=experts, BLOCK_R=_block_r(rank), **config,
+        EXPERTS=experts, BLOCK_R=_block_r(rank), LOW_PRECISION=_low_precision(a.dtype), **config,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
@@ -195,12 +198,17 @@ def _block_r(rank: int) -> int:
     return 0 if rank == 0 else 16 if rank <= 16 else 32
 
 
+def _low_precision(dtype: torch.dtype) -> str:
+    # tf32 has as many digits as the factors
+    return dot_precision(dtype) if dtype is torch.float32 else "tf32"
+
+
 def grouped_lora(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     lora_a: Tensor, lora_b: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The thin product, then one launch that adds it to the other."""
-    low = grouped_mm(a, rows, lora_a, offsets, None).mul_(scale)
+    low = grouped_mm(a, rows, lora_a, offsets, None, dtype=torch.float32).mul_(scale)
     return grouped_mm(a, rows, weight, offsets, bias, low, lora_b), low
 
 
@@ -246,8 +254,9 @@ def _aot_mm(
 ) -> AotCase:
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     config = _config(torch_dtype, places, 1)
-    signature = dict.fromkeys(("a", "weight", "bias", "out", "low", "lora_b"), f"*{dtype}")
-    signature |= {"rows": "*i64", "block_expert": "*i64", "block_start": "*i64", "offsets": "*i32"}
+    signature = dict.fromkeys(("a", "weight", "bias", "out", "lora_b"), f"*{dtype}")
+    signature |= {"low": "*fp32" if rank else f"*{dtype}", "rows": "*i64", "offsets": "*i32"}
+    signature |= {"block_expert": "*i64", "block_start": "*i64"}
     strides = ("a_stride", "w_stride_e", "w_stride_k", "w_stride_n", "bias_stride")
     strides += ("b_stride_e", "b_stride_r")
     signature |= dict.fromkeys(("inner", "columns", "rank", *strides), "i32")
@@ -257,6 +266,7 @@ def _aot_mm(
         "GATHER": gather, "BIAS": bias, "PRECISION": precision, "EXPERTS": 64,
         ("w_stride_k" if k_major else "w_stride_n"): 1, "b_stride_n": 1,
         "BLOCK_R": _block_r(rank),
+        "LOW_PRECISION": precision if dtype == "fp32" else "tf32",
     }  # fmt: skip
     wide = ("a_stride", "w_stride_e", "w_stride_n" if k_major else "w_stride_k", "inner", "columns")
     return AotCase(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from fusewright.kernels.mlp.glu import glu_packed
 from fusewright.kernels.moe import moe_experts as ops
-from fusewright.kernels.moe.moe_experts import OP, moe_experts
+from fusewright.kernels.moe.moe_experts import OP, Update, moe_experts
 from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
@@ -27,13 +29,22 @@ def check_parity() -> None:
     torch.manual_seed(0)
     for tokens, hidden, inner, experts, active in ((37, 20, 36, 5, 2), (70, 136, 17, 2, 1)):
         index = _routing(tokens, experts - 1 or 1, min(active, experts - 1))
-        inputs = _inputs(tokens, hidden, inner, experts, index.shape[1])
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        plain = _inputs(tokens, hidden, inner, experts, index.shape[1])
+        shapes = ((experts, 5, hidden), (2 * inner, 5, experts), (experts, 5, inner),
+                  (hidden, 5, experts))  # fmt: skip
+        factors = [torch.randn(s) * 0.2 for s in shapes]
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)
+        for inputs, dtype in itertools.product((plain, plain + factors), dtypes):
             cast = [t.detach().to(dtype).requires_grad_() for t in inputs]
 
-            def call(op, x, w, up, down, b, c, index=index):
+            def call(op, x, w, up, down, b, c, *factors, index=index):
                 act = lambda u: glu_packed(u, "silu") if op is moe_experts else _act(u)  # noqa: E731
-                return op(x, index, w, up.transpose(1, 2), down.transpose(1, 2), act, b, c)
+                updates = [
+                    Update(f.mT, g.permute(2, 1, 0), 0.7)
+                    for f, g in zip(factors[::2], factors[1::2], strict=True)
+                ]
+                pair = up.transpose(1, 2), down.transpose(1, 2)
+                return op(x, index, w, *pair, act, b, c, *updates)
 
             assert_parity(
                 lambda *t, call=call: call(moe_experts, *t),
