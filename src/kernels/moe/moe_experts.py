@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from ..launch import library_op, use_triton
 from ..matmul import addmm, mm
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
+from .packed_experts import PackedExperts
 
 
 # -- reference -------------------------------------------------------------------------------------
@@ -112,14 +114,21 @@ def _counts(offsets: Tensor, places: int) -> list[int]:
 def _grouped_mm_cpu(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
+    return _one_by_one(a, rows, weight.unbind().__getitem__, weight.shape[2], offsets, bias)
+
+
+def _one_by_one(
+    a: Tensor, rows: Tensor | None, matrix: Callable[[int], Tensor], width: int, offsets: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     # Measured: oneDNN's linear is a fifth faster on few rows in fp32, but its sums are outside
     # the error budget; batches of padded experts (bmm) gain nothing.
     a = a if rows is None else a.index_select(0, rows)
-    out = _in_huge_pages(a.new_empty(a.shape[0], weight.shape[2]))
+    out = _in_huge_pages(a.new_empty(a.shape[0], width))
     counts, wide = _counts(offsets, a.shape[0]), a.dtype.itemsize > 2
     start = 0
     with torch.autocast(a.device.type, enabled=False):
-        for e, (count, matrix) in enumerate(zip(counts[:-1], weight.unbind(), strict=True)):
+        for e, count in enumerate(counts[:-1]):
             if not count:
                 continue
             # some of the next experts' rows, too, if need be: these write their own afterwards
@@ -128,11 +137,11 @@ def _grouped_mm_cpu(
             if bias is not None and wide:
                 # MKL adds the products of a few rows to the bias one by one, which rounds each
                 # to the bias's size (seen on CPUs with AVX2 alone)
-                mm(part, matrix, out=target).add_(bias[e])
+                mm(part, matrix(e), out=target).add_(bias[e])
             elif bias is not None:
-                addmm(bias[e], part, matrix, out=target)
+                addmm(bias[e], part, matrix(e), out=target)
             else:
-                mm(part, matrix, out=target)
+                mm(part, matrix(e), out=target)
             start += count
     out[start:].zero_()
     return out
@@ -223,6 +232,34 @@ def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> 
 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
 
+
+# -- packed weights, on any device -----------------------------------------------------------------
+def _packed_mm(
+    a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
+    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    constants = ((shape[0], shape[1]), blocksize, kind)
+    weight = PackedExperts(constants, tuple(parts), a.dtype, transposed)
+    return _one_by_one(a, rows, weight.expert, weight.shape[2], offsets, bias)
+
+
+def _packed_mm_fake(
+    a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
+    kind: str, transposed: bool, *rest: Any,
+) -> Tensor:  # fmt: skip
+    return a.new_empty((a if rows is None else rows).shape[0], shape[0 if transposed else 1])
+
+
+# Opaque, as products with one quantized weight are: it has plain numbers of one expert at a time.
+_packed_op = library_op(
+    "moe_packed_mm(Tensor a, Tensor? rows, Tensor?[] parts, int[] shape, int blocksize, str kind,"
+    " bool transposed, Tensor offsets, Tensor? bias) -> Tensor",
+    _packed_mm,
+    _packed_mm_fake,
+    lambda a, rows, parts, shape, *_: 2 * (a if rows is None else rows).shape[0] * math.prod(shape),
+    temporary=lambda a, rows, parts, shape, *_: a.element_size() * math.prod(shape),
+)
+
 # -- triton ----------------------------------------------------------------------------------------
 _triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
 
@@ -235,8 +272,16 @@ def grouped_mm(
 
     ``a`` is (R, K), its rows in order when ``rows`` (S,) is None; weight (E, K, N), any strides;
     bias (E, N) or None. ``offsets`` (E,) are the ends of each expert's places; places after the
-    last end are zero. The result is contiguous, in a's dtype.
+    last end are zero. The result is contiguous, in a's dtype. Packed experts are dequantized one at
+    a time, without those that have no place.
     """
+    if isinstance(weight, PackedExperts):
+        constants = weight.constants
+        packed: Tensor = _packed_op(
+            a, rows, list(weight.parts), list(constants[0]), *constants[1:], weight.transposed,
+            offsets, bias,
+        )  # fmt: skip
+        return packed
     run = (_triton if use_triton(a, weight, bias) else _plain)["grouped_mm"]
     result: Tensor = run(a, rows, weight, offsets, bias)
     return result
