@@ -46,7 +46,7 @@ class PackedExperts(Tensor):
         )
         wrapper.constants, wrapper.transposed = constants, transposed
         wrapper.parts = tuple(parts)
-        for i, part in enumerate(parts):  # by name, for ``__tensor_flatten__``
+        for i, part in enumerate(parts):  # by name, as TorchDynamo can read them
             setattr(wrapper, f"part{i}", part)
         return wrapper  # type: ignore[no-any-return]  # 2026-11-30: torch has no type for it
 
@@ -75,18 +75,6 @@ class PackedExperts(Tensor):
 
     def _each(self, change: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if t is None else change(t) for t in self.parts)
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """The names of the parts, and what makes the tensor of them."""
-        names = [f"part{i}" for i, t in enumerate(self.parts) if t is not None]
-        return names, (self.constants, len(self.parts), self.dtype, self.transposed)
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, *_: Any) -> PackedExperts:
-        """The inverse of ``__tensor_flatten__``."""
-        constants, count, dtype, transposed = rest
-        parts = tuple(inner.get(f"part{i}") for i in range(count))
-        return PackedExperts(constants, parts, dtype, transposed)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # 2026-11-30
 
