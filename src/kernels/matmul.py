@@ -33,6 +33,16 @@ def through_fp32(x: Tensor) -> bool:
     return x.dtype in processor().slow_products and x.device.type == "cpu"
 
 
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products of a few rows by a large matrix are fastest in fp32, casts included.
+
+    Measured (Xeon with AVX-512 without products of bf16, one thread, 104 x 2048 x 1536, GFLOP/s,
+    2026-11-30): bf16, as oneDNN imitates it, 23, through fp32 176.
+    """
+    it = processor()
+    return dtype in it.slow_products or (dtype is torch.bfloat16 and not it.bfloat16)
+
+
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``torch.mm``: left (N, K) · right (K, M)."""
     if not through_fp32(left) or left.dtype is not right.dtype:

@@ -5,6 +5,7 @@ Shazeer et al., "Outrageously large neural networks", 2017.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..kernels.moe.moe_experts import moe_route
+from ..kernels.moe.moe_experts import Update, moe_route
 from ..rewrite.matcher import State, Trace, match
 from ..rewrite.pattern import Builder, Pattern, Var
 from ..rewrite.rule import Emit, Match, Rule
@@ -51,7 +52,8 @@ class MoEExperts(Rule):
                 ]
                 captures = {**m.captures, **ends.captures}
                 captures |= {"source": source, "body": tuple(body), "arguments": tuple(outside)}
-                nodes = dict.fromkeys((*m.nodes, *ends.nodes, *body))
+                sums = [n for name in ("up", "down") for n in _take_apart(name, captures)]
+                nodes = dict.fromkeys((*m.nodes, *ends.nodes, *body, *sums))
                 yield Match(node, "", captures, tuple(nodes), (node,))
 
     def check(self, m: Match) -> None:
@@ -71,6 +73,8 @@ class MoEExperts(Rule):
         m.require(experts is not None and experts == facts.size(m.down, 0), "experts differ")
         m.require((m.bins, m.top) == (experts, (experts or 0) - 1), "counts other experts", m.root)
         m.require(m.get("limit", experts) == experts, "hides other experts", m.root)
+        for _, _, scale in (*m.up_updates, *m.down_updates):
+            m.require(isinstance(scale, (int, float)), "the scale is not a constant", scale)
         rows = str(up.shape[0] if (t := facts.tensor(m.source)) is None else t.shape[0])
         inside = {m.source, *m.body}
         for node in m.body:
@@ -93,12 +97,15 @@ class MoEExperts(Rule):
         routing = ops.call(moe_route, m.ids, facts.size(m.up, 0))
         order, where, offsets = (ops.item(routing, i) for i in range(3))
         by_expert = (order, where, offsets, m.active)
-        new = {m.source: ops.moe_up(m.x, m.up, m.get("up_bias"), *by_expert)}
+        up, up_update = _joined(m, "up", ops)
+        down, down_update = _joined(m, "down", ops)
+        new = {m.source: ops.moe_up(m.x, up, m.get("up_bias"), *by_expert, up_update)}
         new[m.source].meta["example_value"] = facts.value(m.source)
         for node, arguments in zip(m.body, m.arguments, strict=True):
             args, kwargs = fx.node.map_arg(arguments, lambda n: new.get(n, n))
             new[node] = ops.copy(node, args, kwargs)
-        return ops.moe_down(new[m.h], m.weights, m.down, m.get("down_bias"), *by_expert)
+        biased = m.weights, down, m.get("down_bias")
+        return ops.moe_down(new[m.h], *biased, *by_expert, down_update)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
@@ -167,6 +174,51 @@ def _first_projections(m: Match, trace: Trace) -> Iterator[tuple[fx.Node, State]
         fresh = [n for n in node.all_input_nodes if n not in visited and n.op.startswith("call_")]
         visited.update(fresh)
         edge += fresh
+
+
+# -- stacks with low-rank updates ------------------------------------------------------------------
+def _take_apart(name: str, captures: dict[str, Any]) -> tuple[fx.Node, ...]:
+    """Capture what the weight ``name`` is the sum of, if it is; return the nodes of the sum."""
+    weight = captures[name]
+    canon = canonical(weight)
+    is_turned = canon is not None and canon.name == "transpose" and canon.args[1:] == (-2, -1)
+    node = canon.args[0] if canon is not None and is_turned else weight
+    total = canonical(node)
+    if total is None or total.name != "updated_stack":
+        captures[f"{name}_updates"] = ()
+        return ()
+    base, *updates = total.args
+    captures |= {
+        name: base,
+        f"{name}_updates": tuple(zip(*updates, strict=True)),
+        f"{name}_is_turned": is_turned,
+    }
+    return (weight, node)[not is_turned :]
+
+
+def _joined(m: Match, name: str, ops: Emit) -> tuple[Any, Update | None]:
+    """The weight (E, in, out), and its updates as one, whose rank is the sum of theirs."""
+    weight, updates = m.captures[name], m.captures[f"{name}_updates"]
+    if not updates:
+        return weight, None
+
+    def laid_out(t: Any) -> Any:
+        return ops.method("transpose", t, -2, -1) if m.captures[f"{name}_is_turned"] else t
+
+    dtype, scales = facts.dtype(weight), {float(s) for _, _, s in updates}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    into, out = [], []
+    for left, right, s in updates:
+        a, b = (right, left) if m.captures[f"{name}_is_turned"] else (left, right)
+        if float(s) != scale:
+            b = ops.computed(operator.mul, b, float(s))
+        into.append(ops.as_dtype(laid_out(a), dtype))
+        out.append(ops.as_dtype(laid_out(b), dtype))
+    a, b = (
+        parts[0] if len(parts) == 1 else ops.computed(torch.cat, parts, dim)
+        for parts, dim in ((into, 2), (out, 1))
+    )
+    return laid_out(weight), Update(a, b, scale)
 
 
 _SHARED = ("ids", "active", "bins", "top", "limit")

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import kernels
 from ..graph.canon import register
+from ..graph.opaque.stacks import updated_stack
 from ..graph.operations import Spec
 from ..kernels.attention.segment_attention import segment_attention_reference
 from ..kernels.moe.moe_experts import inverse_permutation
@@ -38,4 +39,5 @@ OF_CALL: dict[Any, Op] = {op.call: op for op in OPS}
 for _op in OPS:
     register(_op.call, _op.name, Spec.of(_op.call))
 register(inverse_permutation, "inverse_permutation", Spec.of(inverse_permutation))
+register(updated_stack, "updated_stack", Spec.of(updated_stack))
 register(segment_attention_reference, "split_attention", Spec.of(segment_attention_reference))

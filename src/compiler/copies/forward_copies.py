@@ -57,14 +57,20 @@ class FunctionCopies:
     object does: a function that was made for one module holds it in its closure.
     """
 
-    def __init__(self, replacement: Replacement, live: bool = False) -> None:
-        """Make none yet.
+    def __init__(
+        self,
+        replacement: Replacement,
+        live: bool = False,
+        finish: Callable[[nn.Module, Any], Any] = lambda module, copy: copy,
+    ) -> None:
+        """Make none yet. ``finish`` takes a module and the copy of its forward, or None, that is
+        made for all of its class, and gives what this module runs instead, or None.
 
         With ``live``, copies read the other globals where the function does, at each call. Else
         they have them from the time when they were made, which a tracer can follow: when one that
         the code reads is another now, a new copy is made.
         """
-        self._replacement, self._live = replacement, live
+        self._replacement, self._live, self._finish = replacement, live, finish
         self._copied = functools.lru_cache(maxsize=4096)(self._make)
 
     def below(self, module: nn.Module) -> ForwardCopies:
@@ -80,7 +86,7 @@ class FunctionCopies:
 
     def of_forward(self, module: nn.Module) -> Any:
         """A copy of the function behind a module's forward, or None."""
-        return self.of(_function(module))
+        return self._finish(module, self.of(function_of(module)))
 
     def of(self, function: Any) -> Any:
         """A copy of ``function``, wrappers included; None if nothing in it is replaced."""
@@ -197,7 +203,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(inner)
 
 
-def _function(module: nn.Module) -> Any:
+def function_of(module: nn.Module) -> Any:
     """The function behind a module's forward; None where it is no method of this module."""
     method = module.__dict__.get("forward")
     if method is not None:

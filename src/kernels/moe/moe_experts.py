@@ -10,6 +10,12 @@ nor permuted outputs are kept for backward:
 
     dw = dout[t] · y;   g = w dout[t];   dh = g · D[e]ᵀ;   dD[e] = hᵀ g;   y = h · D[e]
     dU[e] = xᵀ du;   dx[t] = sum over k of du · U[e]ᵀ
+
+Each stack of weights may have a low-rank update (Hu et al., "LoRA", 2021), W[e] + s·A[e]·B[e], which
+is never made: its products are thin ones of the same rows.
+
+    y = x·W[e] + l·B[e];   l = s·x·A[e];   dl = s·dy·B[e]ᵀ
+    dx = dy·W[e]ᵀ + dl·A[e]ᵀ;   dA[e] = xᵀ dl;   dB[e] = lᵀ dy
 """
 
 from __future__ import annotations
@@ -20,27 +26,37 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import library_op, use_triton
-from ..matmul import addmm, mm
+from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
 from .packed_experts import PackedExperts
+
+
+class Update(NamedTuple):
+    """A low-rank update of a stack (E, K, N): ``scale · a · b``, in the dtype of the stack."""
+
+    a: Tensor  # (E, K, r), any strides
+    b: Tensor  # (E, r, N), any strides
+    scale: float
 
 
 # -- reference -------------------------------------------------------------------------------------
 def reference(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, up_update: Update | None = None,
+    down_update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """One expert at a time, on the rows of its tokens."""
     tokens, active = index.shape
+    up, down = _updated(up, up_update), _updated(down, down_update)
     ids = index.reshape(-1)
     pairs = [(ids == expert).nonzero().view(-1) for expert in range(up.shape[0])]
     parts = []
@@ -55,19 +71,25 @@ def reference(
 
 def up_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor, offsets: Tensor,
-    active: int,
+    active: int, update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """The first projection of each pair, in the order of ``order``."""
-    return _by_expert(x[order // active], weight, bias, offsets)
+    return _by_expert(x[order // active], _updated(weight, update), bias, offsets)
 
 
 def down_reference(
     h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
-    offsets: Tensor, active: int,
+    offsets: Tensor, active: int, update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """The second one, and the weighted sum of each token's rows."""
-    y = _by_expert(h, weight, bias, offsets)[where] * weights.unsqueeze(1)
+    y = _by_expert(h, _updated(weight, update), bias, offsets)[where] * weights.unsqueeze(1)
     return y.view(len(where) // active, active, -1).sum(1).to(h.dtype)
+
+
+def _updated(weight: Tensor, update: Update | None) -> Tensor:
+    if update is None:
+        return weight
+    return torch.baddbmm(weight, update.a, update.b, alpha=update.scale)
 
 
 def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -114,37 +136,90 @@ def _counts(offsets: Tensor, places: int) -> list[int]:
 def _grouped_mm_cpu(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _one_by_one(a, rows, weight.unbind().__getitem__, weight.shape[2], offsets, bias)
+    return _products(a, rows, weight, offsets, bias, None)[0]
 
 
-def _one_by_one(
-    a: Tensor, rows: Tensor | None, matrix: Callable[[int], Tensor], width: int, offsets: Tensor,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _grouped_lora_cpu(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
+    lora_a: Tensor, lora_b: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _products(a, rows, weight, offsets, bias, Update(lora_a, lora_b, scale))
+
+
+def _products(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
+    update: Update | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Measured: oneDNN's linear is a fifth faster on few rows in fp32, but its sums are outside
     # the error budget; batches of padded experts (bmm) gain nothing.
-    a = a if rows is None else a.index_select(0, rows)
-    out = _in_huge_pages(a.new_empty(a.shape[0], width))
-    counts, wide = _counts(offsets, a.shape[0]), a.dtype.itemsize > 2
+    places = (a if rows is None else rows).shape[0]
+    out = _in_huge_pages(a.new_empty(places, weight.shape[2]))
+    low = a.new_empty(places, 0 if update is None else update.a.shape[2])
+    work = _Work(a)
     start = 0
     with torch.autocast(a.device.type, enabled=False):
-        for e, count in enumerate(counts[:-1]):
+        for e, count in enumerate(_counts(offsets, places)[:-1]):
             if not count:
                 continue
             # some of the next experts' rows, too, if need be: these write their own afterwards
-            length = min(_usual_count(count, a.dtype), a.shape[0] - start)
-            part, target = a.narrow(0, start, length), out.narrow(0, start, length)
-            if bias is not None and wide:
-                # MKL adds the products of a few rows to the bias one by one, which rounds each
-                # to the bias's size (seen on CPUs with AVX2 alone)
-                mm(part, matrix(e), out=target).add_(bias[e])
-            elif bias is not None:
-                addmm(bias[e], part, matrix(e), out=target)
-            else:
-                mm(part, matrix(e), out=target)
+            stop = min(start + _usual_count(count, work.dtype), places)
+            part = a[start:stop] if rows is None else a.index_select(0, rows[start:stop])
+            added = None if bias is None else bias[e]
+            thin = None if update is None else (update.a[e], update.b[e], update.scale)
+            work.product(part, weight[e], added, thin, out[start:stop], low[start:stop])
             start += count
     out[start:].zero_()
-    return out
+    low[start:].zero_()
+    return out, low
+
+
+class _Work:
+    """Products of some rows by one expert's matrices, written into parts of the results.
+
+    Where PyTorch has no fast products of 16 bits, not even imitated ones, they go through fp32: of
+    few rows and large matrices, these are several times as fast.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.widens = like.device.type == "cpu" and widens(like.dtype)
+        self.dtype = torch.float32 if self.widens else like.dtype
+        self._memory: dict[str, Tensor] = {}
+
+    def product(
+        self, x: Tensor, matrix: Tensor, bias: Tensor | None, thin: Any, out: Tensor, low: Tensor
+    ) -> None:
+        """``out = x · matrix + bias + low · b``; ``low = scale · x · a``; thin: (a, b, scale)."""
+        x = self.wide(x, "x")
+        total = self.room("out", out.shape) if self.widens else out
+        if bias is not None and self.dtype.itemsize == 2:
+            addmm(bias, x, self.wide(matrix, "matrix"), out=total)
+        else:
+            mm(x, self.wide(matrix, "matrix"), out=total)
+            if bias is not None:
+                # MKL adds the products of a few rows to the bias one by one, which rounds each
+                # to the bias's size (seen on CPUs with AVX2 alone)
+                total.add_(bias)
+        if thin is not None:
+            a, b, scale = thin
+            narrow = mm(x, self.wide(a, "a")).mul_(scale)
+            low.copy_(narrow)
+            addmm_(total, narrow, self.wide(b, "b"))
+        if self.widens:
+            out.copy_(total)
+
+    def wide(self, t: Tensor, name: str) -> Tensor:
+        """``t`` as it is multiplied, in memory that the next one of this name overwrites."""
+        return self.room(name, t.shape, t).copy_(t) if self.widens else t
+
+    def room(self, name: str, shape: Any, like: Tensor | None = None) -> Tensor:
+        """Memory for a matrix, whose columns are rows if those of ``like`` are."""
+        size = math.prod(shape)
+        room = self._memory.get(name)
+        if room is None or room.numel() < size:
+            room = self._memory[name] = torch.empty(size, dtype=self.dtype)
+        if like is not None and like.stride(0) == 1 and like.stride(1) != 1:
+            return room[:size].view(shape[1], shape[0]).t()
+        return room[:size].view(shape)
 
 
 def _usual_count(count: int, dtype: torch.dtype) -> int:
@@ -159,18 +234,24 @@ def _usual_count(count: int, dtype: torch.dtype) -> int:
 def _grouped_outer_cpu(
     a: Tensor, rows: Tensor | None, b: Tensor, offsets: Tensor, like: Tensor
 ) -> Tensor:
-    out, counts = _in_huge_pages(torch.empty_like(like)), _counts(offsets, b.shape[0])
-    a = a if rows is None else a.index_select(0, rows)
+    out, work = _in_huge_pages(torch.empty_like(like)), _Work(a)
     # a gradient in the layout of its parameter becomes its ``.grad`` without a copy
-    left, right, product = (b, a, out.mT) if out.stride(1) < out.stride(2) else (a, b, out)
-    lefts, rights = left.t().split(counts, 1)[:-1], right.split(counts)[:-1]
-    parts = zip(lefts, rights, product.unbind(), strict=True)
+    turned = out.stride(1) < out.stride(2)
+    start = 0
     with torch.autocast(a.device.type, enabled=False):
-        for x, y, target in parts:
-            if len(y):
-                mm(x, y, out=target)
-            else:
-                target.zero_()
+        for e, count in enumerate(_counts(offsets, b.shape[0])[:-1]):
+            place = slice(start, start + count)
+            start += count
+            if not count:
+                out[e].zero_()
+                continue
+            x = a[place] if rows is None else a.index_select(0, rows[place])
+            pair = work.wide(x, "x"), work.wide(b[place], "b")
+            left, right, target = (*pair[::-1], out[e].t()) if turned else (*pair, out[e])
+            total = work.room("out", target.shape) if work.widens else target
+            mm(left.t(), right, out=total)
+            if work.widens:
+                target.copy_(total)
     return out
 
 
@@ -189,6 +270,14 @@ def _grouped_mm_fake(
     return a.new_empty((a if rows is None else rows).shape[0], weight.shape[2])
 
 
+def _grouped_lora_fake(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
+    lora_a: Tensor, lora_b: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    places = (a if rows is None else rows).shape[0]
+    return a.new_empty(places, weight.shape[2]), a.new_empty(places, lora_a.shape[2])
+
+
 def _grouped_outer_fake(
     a: Tensor, rows: Tensor | None, b: Tensor, offsets: Tensor, like: Tensor
 ) -> Tensor:
@@ -201,16 +290,22 @@ def _combine_fake(y: Tensor, where: Tensor, weights: Tensor | None, active: int)
 
 _SCHEMAS = {
     "grouped_mm": "(Tensor a, Tensor? rows, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor",
+    "grouped_lora": (
+        "(Tensor a, Tensor? rows, Tensor weight, Tensor offsets, Tensor? bias, Tensor lora_a, "
+        "Tensor lora_b, float scale) -> (Tensor, Tensor)"
+    ),
     "grouped_outer": "(Tensor a, Tensor? rows, Tensor b, Tensor offsets, Tensor like) -> Tensor",
     "combine": "(Tensor y, Tensor where, Tensor? weights, int active) -> Tensor",
 }
-_FAKES: dict[str, Callable[..., Tensor]] = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "grouped_mm": _grouped_mm_fake,
+    "grouped_lora": _grouped_lora_fake,
     "grouped_outer": _grouped_outer_fake,
     "combine": _combine_fake,
 }
-_CPU: dict[str, Callable[..., Tensor]] = {
+_CPU: dict[str, Callable[..., Any]] = {
     "grouped_mm": _grouped_mm_cpu,
+    "grouped_lora": _grouped_lora_cpu,
     "grouped_outer": _grouped_outer_cpu,
     "combine": _combine_cpu,
 }
@@ -220,11 +315,16 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "grouped_mm": lambda a, rows, weight, *_: (
         2 * (a if rows is None else rows).shape[0] * weight[0].numel()
     ),
+    "grouped_lora": lambda a, rows, weight, offsets, bias, lora_a, lora_b, scale: (
+        2
+        * (a if rows is None else rows).shape[0]
+        * (weight[0].numel() + lora_a[0].numel() + lora_b[0].numel())
+    ),
     "grouped_outer": lambda a, rows, b, *_: 2 * b.numel() * a.shape[1],
 }
 
 
-def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> Callable[..., Any]:
+def _op(name: str, suffix: str, implementation: Callable[..., Any] | str) -> Callable[..., Any]:
     schema = f"moe_{name}{suffix}{_SCHEMAS[name]}"
     plain = _CPU[name] if isinstance(implementation, str) else None
     return library_op(schema, implementation, _FAKES[name], _FLOPS.get(name), plain=plain)
@@ -233,32 +333,49 @@ def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
 
 
-# -- packed weights, on any device -----------------------------------------------------------------
-def _packed_mm(
+# -- packed experts, on any device -----------------------------------------------------------------
+def _packed_products(
     a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
-    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
+    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     constants = ((shape[0], shape[1]), blocksize, kind)
     weight = PackedExperts(constants, tuple(parts), a.dtype, transposed)
-    return _one_by_one(a, rows, weight.expert, weight.shape[2], offsets, bias)
+    return _products(a, rows, weight, offsets, bias, _update(lora_a, lora_b, scale))
 
 
-def _packed_mm_fake(
+def _packed_products_fake(
     a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
-    kind: str, transposed: bool, *rest: Any,
-) -> Tensor:  # fmt: skip
-    return a.new_empty((a if rows is None else rows).shape[0], shape[0 if transposed else 1])
+    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    places = (a if rows is None else rows).shape[0]
+    rank = 0 if lora_a is None else lora_a.shape[2]
+    return a.new_empty(places, shape[0 if transposed else 1]), a.new_empty(places, rank)
 
 
-# Opaque, as products with one quantized weight are: it has plain numbers of one expert at a time.
+# Opaque, as products with one quantized weight are: they dequantize one expert at a time.
 _packed_op = library_op(
-    "moe_packed_mm(Tensor a, Tensor? rows, Tensor?[] parts, int[] shape, int blocksize, str kind,"
-    " bool transposed, Tensor offsets, Tensor? bias) -> Tensor",
-    _packed_mm,
-    _packed_mm_fake,
+    "moe_packed(Tensor a, Tensor? rows, Tensor?[] parts, int[] shape, int blocksize, str kind,"
+    " bool transposed, Tensor offsets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scale)"
+    " -> (Tensor, Tensor)",
+    _packed_products,
+    _packed_products_fake,
     lambda a, rows, parts, shape, *_: 2 * (a if rows is None else rows).shape[0] * math.prod(shape),
     temporary=lambda a, rows, parts, shape, *_: a.element_size() * math.prod(shape),
 )
+
+
+def _packed(
+    a: Tensor, rows: Tensor | None, weight: PackedExperts, offsets: Tensor, bias: Tensor | None,
+    update: Update | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape, blocksize, kind = weight.constants
+    stored = list(weight.parts), list(shape), blocksize, kind, weight.transposed
+    result: tuple[Tensor, Tensor] = _packed_op(
+        a, rows, *stored, offsets, bias, *((None, None, 1.0) if update is None else update)
+    )
+    return result
 
 # -- triton ----------------------------------------------------------------------------------------
 _triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
@@ -273,17 +390,27 @@ def grouped_mm(
     ``a`` is (R, K), its rows in order when ``rows`` (S,) is None; weight (E, K, N), any strides;
     bias (E, N) or None. ``offsets`` (E,) are the ends of each expert's places; places after the
     last end are zero. The result is contiguous, in a's dtype. Packed experts are dequantized one at
-    a time, without those that have no place.
+    a time, and only those that have a place.
     """
     if isinstance(weight, PackedExperts):
-        constants = weight.constants
-        packed: Tensor = _packed_op(
-            a, rows, list(weight.parts), list(constants[0]), *constants[1:], weight.transposed,
-            offsets, bias,
-        )  # fmt: skip
-        return packed
+        return _packed(a, rows, weight, offsets, bias, None)[0]
     run = (_triton if use_triton(a, weight, bias) else _plain)["grouped_mm"]
     result: Tensor = run(a, rows, weight, offsets, bias)
+    return result
+
+
+def grouped_lora(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
+    update: Update,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``grouped_mm`` by the weight with its update, and ``low = scale · a[rows] · update.a`` (S, r).
+
+    The product of the updates, ``low · update.b``, is added to that of the weights.
+    """
+    if isinstance(weight, PackedExperts):
+        return _packed(a, rows, weight, offsets, bias, update)
+    run = (_triton if use_triton(a, weight, bias, update.a, update.b) else _plain)["grouped_lora"]
+    result: tuple[Tensor, Tensor] = run(a, rows, weight, offsets, bias, *update)
     return result
 
 
@@ -354,116 +481,187 @@ def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
     return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[2])])
 
 
+def _with_update(rows: Tensor, weight: Tensor, bias: Any, offsets: Tensor, update: Any) -> Tensor:
+    y = _grouped(rows, weight, bias, offsets)
+    a, b, scale = update
+    return y if a is None else y + _grouped(_grouped(rows, a, None, offsets) * scale, b, None, offsets)
+
+
 def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, _, offsets, order = ctx.saved_tensors
+    x, weight, _, offsets, order, a, b, _ = ctx.saved_tensors
     tokens = order // ctx.active
     if x is None:
         x = absent((order.shape[0] // ctx.active, weight.shape[1]), weight)
     bias = None if ctx.bias is None else absent((weight.shape[0], weight.shape[2]), weight)
 
-    def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _grouped(x.index_select(0, tokens), weight, bias, offsets)
+    def formula(x: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Tensor:
+        rows = x.index_select(0, tokens)
+        return _with_update(rows, weight, bias, offsets, (*rest[-2:], ctx.scale))
 
-    return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
+    inputs = (x, weight, bias, None, None, None, None, a, b)
+    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
 
 
 def _down_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    h, _, weights, weight, bias, order, offsets, _ = ctx.saved_tensors
+    h, _, weights, weight, bias, order, offsets, _, a, b, _ = ctx.saved_tensors
     tokens, is_saved = order // ctx.active, h is not None
     why = "the experts are frozen and their weights in the sum are not"
     require_saved(is_saved or not ctx.needs_input_grad[1], "moe_experts", why)
     h = h if is_saved else absent((order.shape[0], weight.shape[1]), weight)
 
-    def formula(h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = _grouped(h, weight, bias, offsets) * weights.index_select(0, order).unsqueeze(1)
+    def formula(h: Tensor, weights: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Tensor:
+        y = _with_update(h, weight, bias, offsets, (*rest[-2:], ctx.scale))
+        y = y * weights.index_select(0, order).unsqueeze(1)
         total = y.new_zeros(order.shape[0] // ctx.active, y.shape[1])
         return total.index_add(0, tokens, y).to(h.dtype)
 
-    return gradients(formula, (h, weights, weight, bias), ctx.needs_input_grad, (grad,))
+    inputs = (h, weights, weight, bias, None, None, None, None, a, b)
+    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
+
+
+def _forward(
+    x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None, offsets: Tensor,
+    update: Update | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if update is None:
+        return grouped_mm(x, rows, weight, offsets, bias), None
+    return grouped_lora(x, rows, weight, offsets, bias, update)
+
+
+def _factors(update: Update | None) -> tuple[Any, Any, float]:
+    if update is None:
+        return None, None, 1.0
+    # matrices whose rows and columns both lie apart would be copied by each product
+    a, b = (t if 1 in t.stride()[1:] else t.contiguous() for t in update[:2])
+    return a, b, update.scale
+
+
+def _update(a: Tensor | None, b: Tensor | None, scale: float) -> Update | None:
+    return None if a is None or b is None else Update(a, b, scale)
+
+
+def _transposed(update: Update | None) -> Update | None:
+    return None if update is None else Update(update.b.mT, update.a.mT, update.scale)
 
 
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
-        offsets: Tensor, active: int,
+        offsets: Tensor, active: int, lora_a: Tensor | None, lora_b: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
-        tokens = order // active
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, where, offsets, order)
-        ctx.active, ctx.bias = active, None if bias is None else bias.dtype
-        return grouped_mm(x, tokens, weight, offsets, bias)
+        w_weight, w_a, w_b = (ctx.needs_input_grad[i] for i in (1, 7, 8))
+        update = _update(lora_a, lora_b, scale)
+        y, low = _forward(x, order // active, weight, bias, offsets, update)
+        ctx.save_for_backward(
+            x if w_weight or w_a else None, weight, where, offsets, order,
+            *((None, None) if update is None else update[:2]), low if w_b else None,
+        )  # fmt: skip
+        ctx.active, ctx.bias, ctx.scale = active, None if bias is None else bias.dtype, scale
+        return y
 
     @staticmethod
     @differentiable(_up_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, where, offsets, order = ctx.saved_tensors
-        w_x, w_weight, w_bias, *_ = ctx.needs_input_grad
-        dx = dweight = dbias = None
+        x, weight, where, offsets, order, a, b, low = ctx.saved_tensors
+        w_x, w_weight, w_bias, *_, w_a, w_b, _ = ctx.needs_input_grad
+        dx = dweight = dbias = da = db = dlow = None
+        tokens = order // ctx.active
         if w_x:
-            rows = grouped_mm(grad, None, weight.transpose(1, 2), offsets, None)
+            update = _transposed(_update(a, b, ctx.scale))
+            rows, dlow = _forward(grad, None, weight.mT, None, offsets, update)
             dx = combine(rows, where, None, ctx.active)
+        elif w_a:
+            dlow = grouped_mm(grad, None, b.mT, offsets, None) * ctx.scale
         if w_weight:
-            dweight = grouped_outer(x, order // ctx.active, grad, offsets, weight)
+            dweight = grouped_outer(x, tokens, grad, offsets, weight)
         if w_bias:
             dbias = segment_sum(grad, offsets).to(ctx.bias)
-        return dx, dweight, dbias, None, None, None, None
+        if w_a and dlow is not None:
+            da = grouped_outer(x, tokens, dlow, offsets, a)
+        if w_b:
+            db = grouped_outer(low, None, grad, offsets, b)
+        return dx, dweight, dbias, None, None, None, None, da, db, None
 
 
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor,
-        where: Tensor, offsets: Tensor, active: int,
+        where: Tensor, offsets: Tensor, active: int, lora_a: Tensor | None, lora_b: Tensor | None,
+        scale: float,
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
-        w_weights, w_weight = ctx.needs_input_grad[1:3]
-        y = grouped_mm(h, None, weight, offsets, bias)
+        w_weights, w_weight, w_a, w_b = (ctx.needs_input_grad[i] for i in (1, 2, 8, 9))
+        update = _update(lora_a, lora_b, scale)
+        y, low = _forward(h, None, weight, bias, offsets, update)
+        keeps_h = w_weight or w_a
         ctx.save_for_backward(
-            h if w_weight else None, y if w_weights else None, weights, weight, bias, order,
-            offsets, where,
+            h if keeps_h else None, y if w_weights and not keeps_h else None, weights, weight,
+            bias, order, offsets, where, *((None, None) if update is None else update[:2]),
+            low if w_b else None,
         )  # fmt: skip
-        ctx.active, ctx.bias = active, None if bias is None else bias.dtype
+        ctx.active, ctx.bias, ctx.scale = active, None if bias is None else bias.dtype, scale
         return combine(y, where, weights, active)
 
     @staticmethod
     @differentiable(_down_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, y, weights, weight, _, order, offsets, where = ctx.saved_tensors
-        w_h, w_weights, w_weight, w_bias, *_ = ctx.needs_input_grad
-        dh = dweights = dweight = dbias = None
-        rows = grad.index_select(0, order // ctx.active)
+        h, y, weights, weight, bias, order, offsets, where, a, b, low = ctx.saved_tensors
+        w_h, w_weights, w_weight, w_bias, *_, w_a, w_b, _ = ctx.needs_input_grad
+        dh = dweights = dweight = dbias = da = db = dlow = None
+        tokens, wide = order // ctx.active, torch.promote_types(grad.dtype, torch.float32)
+        # The weight of a pair is a factor of its row: it goes onto the narrowest one of a product.
+        by_place = weights.index_select(0, order).unsqueeze(1)
+
+        def scaled(rows: Tensor) -> Tensor:
+            return (rows * by_place).to(grad.dtype)
+
+        if w_h or (w_weights and h is not None):
+            update = _transposed(_update(a, b, ctx.scale))
+            dh, dlow = _forward(grad, tokens, weight.mT, None, offsets, update)
+        elif w_a:
+            dlow = grouped_mm(grad, tokens, b.mT, offsets, None) * ctx.scale
         if w_weights:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            by_place = (rows.to(wide) * y).sum(1)
-            dweights = by_place.index_select(0, where).to(weights.dtype)
-        scaled = (rows * weights.index_select(0, order).unsqueeze(1)).to(grad.dtype)
-        if w_h:
-            dh = grouped_mm(scaled, None, weight.transpose(1, 2), offsets, None)
+            if h is None:
+                products = (grad.index_select(0, tokens).to(wide) * y).sum(1)
+            else:  # y · dout = h · D · dout
+                products = (dh.to(wide) * h).sum(1)
+                if bias is not None:
+                    column = grouped_mm(grad, tokens, bias.unsqueeze(2), offsets, None)
+                    products = products + column.squeeze(1)
+            dweights = products.index_select(0, where).to(weights.dtype)
         if w_weight:
-            dweight = grouped_outer(h, None, scaled, offsets, weight)
+            dweight = grouped_outer(grad, tokens, scaled(h), offsets, weight.mT).mT
         if w_bias:
-            dbias = segment_sum(scaled, offsets).to(ctx.bias)
-        return dh, dweights, dweight, dbias, None, None, None, None
+            dbias = segment_sum(scaled(grad.index_select(0, tokens)), offsets).to(ctx.bias)
+        if w_a and dlow is not None:
+            da = grouped_outer(h, None, scaled(dlow), offsets, a)
+        if w_b:
+            db = grouped_outer(grad, tokens, scaled(low), offsets, b.mT).mT
+        dh = scaled(dh) if w_h else None
+        return dh, dweights, dweight, dbias, None, None, None, None, da, db, None
 
 
 def moe_up(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor, offsets: Tensor,
-    active: int,
+    active: int, update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """``x[t] · weight[e] + bias[e]`` for each pair of a token and an expert, sorted by expert.
 
     ``x`` is (T, H), weight (E, H, F) in x's dtype, any strides (the transpose of (E, F, H) as
     well), bias (E, F) or None; ``order``, ``where`` and ``offsets`` are from ``moe_route``,
-    ``active`` is the number K of experts of a token. The result (S, F), S = T·K, is in the order of
-    ``order``.
+    ``active`` is the number K of experts of a token, ``update`` is added to the weight. The result
+    (S, F), S = T·K, is in the order of ``order``.
     """
-    return _Up.apply(x, weight, bias, order, where, offsets, active)  # type: ignore[no-any-return, no-untyped-call]
+    factors = _factors(update)
+    return _Up.apply(x, weight, bias, order, where, offsets, active, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def moe_down(
     h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
-    offsets: Tensor, active: int,
+    offsets: Tensor, active: int, update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """Project each pair's row, and add up each token's rows by their weights.
 
@@ -471,13 +669,15 @@ def moe_down(
     (E, F, H) in h's dtype, any strides; bias (E, H) or None; the rest as in ``moe_up``. The result
     (T, H) is summed in fp32, and in h's dtype.
     """
-    return _Down.apply(h, weights, weight, bias, order, where, offsets, active)  # type: ignore[no-any-return, no-untyped-call]
+    factors = _factors(update)
+    return _Down.apply(h, weights, weight, bias, order, where, offsets, active, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def moe_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, up_update: Update | None = None,
+    down_update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """Send each token through its experts. Backward may run more than once.
 
@@ -490,48 +690,60 @@ def moe_experts(
         activation: from the rows (S, F) of the first product to the rows (S, F') of the second.
         up_bias: (E, F) or None.
         down_bias: (E, H) or None.
+        up_update, down_update: what is added to ``up`` and ``down``.
 
     Returns:
         (T, H) in x's dtype.
     """
     active = index.shape[1]
     routing = moe_route(index.reshape(-1), up.shape[0])
-    h = activation(moe_up(x, up, up_bias, *routing, active))
-    return moe_down(h, weights.reshape(-1), down, down_bias, *routing, active)
+    h = activation(moe_up(x, up, up_bias, *routing, active, up_update))
+    return moe_down(h, weights.reshape(-1), down, down_bias, *routing, active, down_update)
 
 
 # -- OP --------------------------------------------------------------------------------------------
 def unsupported(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, up_update: Update | None = None,
+    down_update: Update | None = None,
 ) -> list[str]:  # fmt: skip
     """Why the op cannot take these arguments."""
     devices = [] if index.device == weights.device == x.device else ["several devices"]
     inner = x.new_empty(0, down.shape[1])
-    return [*devices, *_unsupported(x, up, up_bias), *_unsupported(inner, down, down_bias)]
+    return [
+        *devices,
+        *_unsupported(x, up, up_bias, update=up_update),
+        *_unsupported(inner, down, down_bias, update=down_update),
+    ]
 
 
-def _unsupported(rows: Tensor, weight: Tensor, bias: Tensor | None, *routing: Any) -> list[str]:
+def _unsupported(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, order: Any = None, where: Any = None,
+    offsets: Any = None, active: Any = None, update: Update | None = None,
+) -> list[str]:  # fmt: skip
     # Of one of the two projections: ``moe_up``, or (with h for x) ``moe_down``.
     reasons = []
     if rows.ndim != 2 or weight.ndim != 3:
         reasons.append("the rows are not (N, in), or the weights are not (E, in, out)")
     elif rows.shape[1] != weight.shape[1]:
         reasons.append(f"shapes do not fit: {tuple(rows.shape)}, {tuple(weight.shape)}")
-    tensors = [t for t in (rows, weight, bias) if t is not None]
+    factors = () if update is None else update[:2]
+    if update is not None and (*update.a.shape[:2], update.b.shape[2]) != tuple(weight.shape):
+        reasons.append("the update is not one for each matrix")
+    tensors = [t for t in (rows, weight, bias, *factors) if t is not None]
     if len({t.dtype for t in tensors}) > 1:
         reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in tensors)}")
-    return reasons + not_16_bits(rows) + on_several_devices(*tensors, *routing)
+    return reasons + not_16_bits(rows) + on_several_devices(*tensors, order, where, offsets)
 
 
 def _down_unsupported(
     h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, *routing: Any
 ) -> list[str]:
-    return _unsupported(h, weight, bias, weights, *routing)
+    return _unsupported(h, weight, bias, *routing) + on_several_devices(h, weights)
 
 
-def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
+def _example(m: Maker, bias: bool = False, lora: bool = False) -> tuple[Any, ...]:
     hidden, inner, experts, active = m.sizes.hidden, m.sizes.inner // 2, m.sizes.experts, 2
     x = m.x(hidden).detach().flatten(0, 1).requires_grad_()
     first, used = m.integers(experts - 1, len(x), 1), experts - 1
@@ -539,19 +751,34 @@ def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
     weights = m.normal(len(x), active).requires_grad_()
     up, down = m.weight(experts, inner, hidden), m.weight(experts, hidden, inner)
     biases = (m.weight(experts, inner), m.weight(experts, hidden)) if bias else (None, None)
-    return x, index, weights, up.mT, down.mT, F.silu, *biases
+    if not lora:
+        return x, index, weights, up.mT, down.mT, F.silu, *biases, None, None
+    sizes = (hidden, inner), (inner, hidden)
+    updates = (
+        Update(m.weight(experts, 4, k).mT, m.weight(n, 4, experts).permute(2, 1, 0), 0.5)
+        for k, n in sizes
+    )
+    return x, index, weights, up.detach().mT, down.detach().mT, F.silu, *biases, *updates
 
 
-def _example_up(m: Maker, bias: bool = False) -> tuple[Any, ...]:
-    x, index, _, up, _, _, up_bias, _ = _example(m, bias)
-    return x, up, up_bias, *moe_route(index.reshape(-1), len(up)), index.shape[1]
+def _example_up(m: Maker, bias: bool = False, lora: bool = False) -> tuple[Any, ...]:
+    x, index, _, up, _, _, up_bias, _, update, _ = _example(m, bias, lora)
+    return x, up, up_bias, *moe_route(index.reshape(-1), len(up)), index.shape[1], update
 
 
-def _example_down(m: Maker, bias: bool = False) -> tuple[Any, ...]:
-    _, index, weights, _, down, _, _, down_bias = _example(m, bias)
+def _example_down(m: Maker, bias: bool = False, lora: bool = False) -> tuple[Any, ...]:
+    _, index, weights, _, down, _, _, down_bias, _, update = _example(m, bias, lora)
     routing, pair_weights = moe_route(index.reshape(-1), len(down)), weights.detach().reshape(-1)
     h = m.normal(index.numel(), down.shape[1]).requires_grad_()
-    return h, pair_weights.requires_grad_(), down, down_bias, *routing, index.shape[1]
+    return h, pair_weights.requires_grad_(), down, down_bias, *routing, index.shape[1], update
+
+
+def _variants(example: Callable[..., tuple[Any, ...]]) -> dict[str, Callable[..., Any]]:
+    return {
+        "bias": lambda m: example(m, True),
+        "lora": lambda m: example(m, False, True),
+        "bias-lora": lambda m: example(m, True, True),
+    }
 
 
 OP = Op(
@@ -561,7 +788,7 @@ OP = Op(
     unsupported,
     rule=None,
     example=_example,
-    variants={"bias": lambda m: _example(m, True)},
+    variants=_variants(_example),
 )
 UP = Op(
     "moe_up",
@@ -570,7 +797,7 @@ UP = Op(
     _unsupported,
     rule="moe_experts",
     example=_example_up,
-    variants={"bias": lambda m: _example_up(m, True)},
+    variants=_variants(_example_up),
 )
 DOWN = Op(
     "moe_down",
@@ -579,5 +806,5 @@ DOWN = Op(
     _down_unsupported,
     rule="moe_experts",
     example=_example_down,
-    variants={"bias": lambda m: _example_down(m, True)},
+    variants=_variants(_example_down),
 )

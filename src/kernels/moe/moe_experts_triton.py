@@ -20,10 +20,14 @@ from ..launch import FP_FUSION, cdiv, dot_precision, next_power_of_2
 def _grouped_mm_kernel(
     a, rows, weight, bias, out, block_expert, block_start, offsets,
     inner, columns, a_stride, w_stride_e, w_stride_k, w_stride_n, bias_stride,
+    low, lora_b, rank, b_stride_e, b_stride_r, b_stride_n,
     GATHER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_M, BLOCK_N) tile of ``out[s] = a[rows[s]] · weight[e] + bias[e]``."""
+    """A (BLOCK_M, BLOCK_N) tile of ``out[s] = a[rows[s]] · weight[e] + bias[e] + low[s] · b[e]``.
+
+    ``low`` (S, rank) is contiguous; without it BLOCK_R is 0.
+    """
     blocks_n = tl.cdiv(columns, BLOCK_N)
     pid = tl.program_id(0)
     block = pid // blocks_n
@@ -48,6 +52,21 @@ def _grouped_mm_kernel(
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION)
+    if BLOCK_R > 0:
+        for start in range(0, rank, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            in_r = r < rank
+            left = tl.load(
+                low + place[:, None] * rank + r[None, :],
+                mask=here[:, None] & in_r[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                lora_b + expert * b_stride_e + r[:, None] * b_stride_r + n[None, :] * b_stride_n,
+                mask=in_r[:, None] & in_n[None, :],
+                other=0.0,
+            )
+            total = tl.dot(left, right, total, input_precision=PRECISION)
     if BIAS:
         b = tl.load(bias + expert * bias_stride + n, mask=in_n, other=0.0)
         total += b.to(tl.float32)[None, :]
@@ -142,9 +161,13 @@ def _blocks(offsets: Tensor, places: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def grouped_mm(
-    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Launch ``_grouped_mm_kernel``; the arguments are those of ``moe_experts_ops.grouped_mm``."""
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
+    low: Tensor | None = None, lora_b: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch ``_grouped_mm_kernel``; the arguments are those of ``moe_experts.grouped_mm``.
+
+    With ``low`` (S, r), contiguous, and ``lora_b`` (E, r, N), ``low · lora_b`` is added.
+    """
     places = a.shape[0] if rows is None else rows.shape[0]
     experts, inner, columns = weight.shape
     out = a.new_zeros(places, columns)  # places may be no expert's, and no block's
@@ -155,15 +178,30 @@ def grouped_mm(
     expert, start = _blocks(offsets, places, config["BLOCK_M"])
     grid = (expert.shape[0] * cdiv(columns, config["BLOCK_N"]),)
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
+    low, lora_b = (a, weight) if low is None or lora_b is None else (low, lora_b)
+    rank = 0 if low is a else lora_b.shape[1]
     _grouped_mm_kernel[grid](
         a, expert if rows is None else rows, weight, a if bias is None else bias, out,
         expert, start, offsets, inner, columns, a.stride(0), *weight.stride(),
-        0 if bias is None else bias.stride(0),
+        0 if bias is None else bias.stride(0), low, lora_b, rank, *lora_b.stride(),
         GATHER=rows is not None, BIAS=bias is not None, PRECISION=dot_precision(a.dtype),
-        EXPERTS=experts, **config,
+        EXPERTS=experts, BLOCK_R=_block_r(rank), **config,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
+
+
+def _block_r(rank: int) -> int:
+    return 0 if rank == 0 else 16 if rank <= 16 else 32
+
+
+def grouped_lora(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
+    lora_a: Tensor, lora_b: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The thin product, then one launch that adds it to the other."""
+    low = grouped_mm(a, rows, lora_a, offsets, None).mul_(scale)
+    return grouped_mm(a, rows, weight, offsets, bias, low, lora_b), low
 
 
 def grouped_outer(
@@ -204,23 +242,25 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
 
 
 def _aot_mm(
-    dtype: str, places: int, gather: bool, bias: bool, precision: str, k_major: bool
+    dtype: str, places: int, gather: bool, bias: bool, precision: str, k_major: bool, rank: int = 0
 ) -> AotCase:
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     config = _config(torch_dtype, places, 1)
-    signature = dict.fromkeys(("a", "weight", "bias", "out"), f"*{dtype}")
+    signature = dict.fromkeys(("a", "weight", "bias", "out", "low", "lora_b"), f"*{dtype}")
     signature |= {"rows": "*i64", "block_expert": "*i64", "block_start": "*i64", "offsets": "*i32"}
     strides = ("a_stride", "w_stride_e", "w_stride_k", "w_stride_n", "bias_stride")
-    signature |= dict.fromkeys(("inner", "columns", *strides), "i32")
+    strides += ("b_stride_e", "b_stride_r")
+    signature |= dict.fromkeys(("inner", "columns", "rank", *strides), "i32")
     # a stride of 1 is a constant to Triton, as it is in use
     signature.pop("w_stride_k" if k_major else "w_stride_n")
     constants = {k: v for k, v in config.items() if k.isupper()} | {
         "GATHER": gather, "BIAS": bias, "PRECISION": precision, "EXPERTS": 64,
-        ("w_stride_k" if k_major else "w_stride_n"): 1,
+        ("w_stride_k" if k_major else "w_stride_n"): 1, "b_stride_n": 1,
+        "BLOCK_R": _block_r(rank),
     }  # fmt: skip
     wide = ("a_stride", "w_stride_e", "w_stride_n" if k_major else "w_stride_k", "inner", "columns")
     return AotCase(
-        f"grouped_mm-{dtype}-{places}-{gather}-{bias}-{precision}-{k_major}",
+        f"grouped_mm-{dtype}-{places}-{gather}-{bias}-{precision}-{k_major}-{rank}",
         _grouped_mm_kernel, signature, constants, config["num_warps"], config["num_stages"], wide,
     )  # fmt: skip
 
@@ -248,6 +288,8 @@ def _aot_combine(dtype: str, weights: str, scaled: bool) -> AotCase:
 AOT = (
     *(_aot_mm("bf16", places, True, False, "ieee", True) for places in (32, 64, 128)),
     _aot_mm("bf16", 128, False, True, "ieee", False),
+    _aot_mm("bf16", 128, True, False, "ieee", True, 16),
+    _aot_mm("fp32", 32, False, True, "tf32", False, 64),
     _aot_mm("fp16", 64, False, False, "ieee", False),
     _aot_mm("fp32", 128, True, False, "tf32", True),
     _aot_mm("fp32", 32, False, False, "ieee", False),

@@ -46,8 +46,6 @@ class PackedExperts(Tensor):
         )
         wrapper.constants, wrapper.transposed = constants, transposed
         wrapper.parts = tuple(parts)
-        for i, part in enumerate(parts):  # by name, as TorchDynamo can read them
-            setattr(wrapper, f"part{i}", part)
         return wrapper  # type: ignore[no-any-return]  # 2026-11-30: torch has no type for it
 
     @staticmethod
