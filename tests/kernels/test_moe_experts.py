@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusewright.kernels.linear.quantized import FORMATS, example_of_quantized
 from fusewright.kernels.mlp.glu import glu_packed
 from fusewright.kernels.moe import moe_experts as ops
 from fusewright.kernels.moe.moe_experts import OP, inverse_permutation, moe_experts, moe_route
+from fusewright.kernels.moe.packed_experts import PackedExperts
+from fusewright.kernels.op import Maker
 from fusewright.rewrite.tolerance import exceeded
 
 from .util import assert_parity, assert_parity_of_draws, saved_tensors
@@ -213,3 +216,25 @@ def test_reasons() -> None:
     assert OP.unsupported(x, index, w, up, down, _silu) == []
     assert OP.unsupported(x.bfloat16(), index, w, up, down, _silu)
     assert OP.unsupported(x[:, :3], index, w, up, down, _silu)
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.parametrize("lora", [False, True])
+def test_packed_experts(kind: str, lora: bool) -> None:
+    """Values and gradients are those of the same numbers in plain tensors, in every bit."""
+    m = Maker(torch.float32, train=False, generator=torch.Generator().manual_seed(0))
+    x, index, w, up, down, act, *rest = OP.variants["lora"](m) if lora else OP.example(m)
+
+    def pack(stack: Tensor) -> PackedExperts:  # (E, in, out), from matrices (out, in)
+        parts = [example_of_quantized(m, *stack[0].mT.shape, kind) for _ in stack]
+        return PackedExperts.stack(parts, torch.float32).mT  # type: ignore[return-value]
+
+    packed = [pack(up.detach()), pack(down.detach())]
+    results = []
+    for weights in (packed, [p.unpacked() for p in packed]):
+        out = moe_experts(x, index, w, *weights, act, *rest)
+        leaves = [t for t in (x, w, *(f for u in rest if u is not None for f in u[:2]))
+                  if isinstance(t, Tensor)]  # fmt: skip
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)

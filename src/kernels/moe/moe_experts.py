@@ -377,6 +377,7 @@ def _packed(
     )
     return result
 
+
 # -- triton ----------------------------------------------------------------------------------------
 _triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
 
@@ -484,7 +485,9 @@ def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
 def _with_update(rows: Tensor, weight: Tensor, bias: Any, offsets: Tensor, update: Any) -> Tensor:
     y = _grouped(rows, weight, bias, offsets)
     a, b, scale = update
-    return y if a is None else y + _grouped(_grouped(rows, a, None, offsets) * scale, b, None, offsets)
+    return (
+        y if a is None else y + _grouped(_grouped(rows, a, None, offsets) * scale, b, None, offsets)
+    )
 
 
 def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
