@@ -63,8 +63,10 @@ class FunctionCopies:
         live: bool = False,
         finish: Callable[[nn.Module, Any], Any] = lambda module, copy: copy,
     ) -> None:
-        """Make none yet. ``finish`` takes a module and the copy of its forward, or None, that is
-        made for all of its class, and gives what this module runs instead, or None.
+        """Make none yet.
+
+        ``finish`` takes a module and the copy that its forward has, or None; it gives the copy that
+        this module runs.
 
         With ``live``, copies read the other globals where the function does, at each call. Else
         they have them from the time when they were made, which a tracer can follow: when one that
