@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig,
 
 from fusewright import explain, optimize
 from fusewright.errors import RecipeError
+from fusewright.kernels.moe.packed_experts import PackedExperts
 from fusewright.train import train
 from fusewright.train.model.load import load_model
-from fusewright.kernels.moe.packed_experts import PackedExperts
 from fusewright.train.model.quantize import quantize_experts
 from fusewright.train.recipe.load import load_recipe
 
