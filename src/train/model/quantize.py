@@ -268,11 +268,12 @@ def _experts_in_4_bits(weights: Tensor, config: Any) -> PackedExperts:
 
     def stored(matrix: Tensor) -> Quantized:
         packed, state = quantize_4bit(matrix, compress_statistics=nested, quant_type=kind)
-        head = packed, tuple(matrix.shape), state.blocksize, kind
+        out, into = matrix.shape
         if not nested:
-            return Quantized(head[0], state.absmax, *head[1:])
+            return Quantized(packed, state.absmax, (out, into), state.blocksize, kind)
         inner = state.absmax, state.state2.code, state.offset
-        return Quantized(head[0], state.state2.absmax, *head[1:], *inner)
+        outer = state.state2.absmax
+        return Quantized(packed, outer, (out, into), state.blocksize, kind, *inner)
 
     return PackedExperts.stack([stored(w) for w in weights.detach()], weights.dtype)
 
@@ -282,6 +283,7 @@ def _experts_in_8_bits(weights: Tensor) -> PackedExperts:
 
     def stored(matrix: Tensor) -> Quantized:
         packed, absmax = int8_vectorwise_quant(matrix.to(torch.float16))[:2]
-        return Quantized(packed, absmax, tuple(matrix.shape), matrix.shape[1], "int8")
+        out, into = matrix.shape
+        return Quantized(packed, absmax, (out, into), into, "int8")
 
     return PackedExperts.stack([stored(w) for w in weights.detach()], weights.dtype)
