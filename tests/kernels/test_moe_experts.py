@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusewright.kernels.linear.quantized import FORMATS, example_of_quantized
 from fusewright.kernels.mlp.glu import glu_packed
 from fusewright.kernels.moe import moe_experts as ops
 from fusewright.kernels.moe.moe_experts import (
@@ -21,6 +22,8 @@ from fusewright.kernels.moe.moe_experts import (
     moe_experts,
     moe_route,
 )
+from fusewright.kernels.moe.packed_experts import PackedExperts
+from fusewright.kernels.op import Maker
 from fusewright.kernels.processor import KINDS, assume
 from fusewright.rewrite.tolerance import exceeded
 
@@ -268,3 +271,24 @@ def test_reasons() -> None:
     assert OP.unsupported(x, index, w, up, down, _silu) == []
     assert OP.unsupported(x.bfloat16(), index, w, up, down, _silu)
     assert OP.unsupported(x[:, :3], index, w, up, down, _silu)
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.parametrize("lora", [False, True])
+def test_packed_experts(kind: str, lora: bool) -> None:
+    """Values and gradients are those of the same numbers in plain tensors, in every bit."""
+    m = Maker(torch.float32, train=False, generator=torch.Generator().manual_seed(0))
+    x, index, w, up, down, act, *rest = OP.variants["lora"](m) if lora else OP.example(m)
+
+    def pack(stack: Tensor) -> PackedExperts:  # (E, in, out), from matrices (out, in)
+        parts = [example_of_quantized(m, *stack[0].mT.shape, kind) for _ in stack]
+        return PackedExperts.stack(parts, torch.float32).mT  # type: ignore[return-value]
+
+    packed = [pack(up.detach()), pack(down.detach())]
+    factors = [f.requires_grad_() for update in rest if update for f in update[:2]]
+    results = []
+    for weights in (packed, [p.unpacked() for p in packed]):
+        out = moe_experts(x, index, w, *weights, act, *rest)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, w, *factors))))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)

@@ -61,15 +61,18 @@ class FunctionCopies:
         self,
         replacement: Replacement,
         live: bool = False,
-        whole: Callable[[Any], Any] = lambda function: None,
+        finish: Callable[[nn.Module, Any], Any] = lambda module, copy: copy,
     ) -> None:
-        """Make none yet. ``whole`` gives what runs in place of a function as it is, or None.
+        """Make none yet.
+
+        ``finish`` takes a module and the copy that its forward has, or None; it gives the copy that
+        this module runs.
 
         With ``live``, copies read the other globals where the function does, at each call. Else
         they have them from the time when they were made, which a tracer can follow: when one that
         the code reads is another now, a new copy is made.
         """
-        self._replacement, self._live, self._whole = replacement, live, whole
+        self._replacement, self._live, self._finish = replacement, live, finish
         self._copied = functools.lru_cache(maxsize=4096)(self._make)
 
     def below(self, module: nn.Module) -> ForwardCopies:
@@ -85,7 +88,7 @@ class FunctionCopies:
 
     def of_forward(self, module: nn.Module) -> Any:
         """A copy of the function behind a module's forward, or None."""
-        return self.of(_function(module))
+        return self._finish(module, self.of(function_of(module)))
 
     def of(self, function: Any) -> Any:
         """A copy of ``function``, wrappers included; None if nothing in it is replaced."""
@@ -97,7 +100,7 @@ class FunctionCopies:
 
     def _make(self, function: Any) -> _Copy | None:
         read: list[tuple[dict[str, Any], str, Any]] = []
-        copy = self._whole(function) or self._copy(function, frozenset(), read)
+        copy = self._copy(function, frozenset(), read)
         return None if copy is None else _Copy(copy, tuple(read))
 
     def _copy(self, function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
@@ -202,7 +205,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(inner)
 
 
-def _function(module: nn.Module) -> Any:
+def function_of(module: nn.Module) -> Any:
     """The function behind a module's forward; None where it is no method of this module."""
     method = module.__dict__.get("forward")
     if method is not None:

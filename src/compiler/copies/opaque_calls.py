@@ -28,7 +28,7 @@ from .parameter_adapters import functional
 
 def opaque_copies() -> FunctionCopies:
     """Makes copies of forwards that call what is captured whole by way of leaves."""
-    return FunctionCopies(_replacement, whole=functional)
+    return FunctionCopies(_replacement, finish=functional)
 
 
 def segmented_copies(slot: Any) -> FunctionCopies:
@@ -49,7 +49,7 @@ def segmented_copies(slot: Any) -> FunctionCopies:
             return segmented(value)
         return _gives_none if _has(_does_all, value) else _replacement(value, names)
 
-    return FunctionCopies(replacement, whole=functional)
+    return FunctionCopies(replacement, finish=functional)
 
 
 def _gives_none(*args: Any, **kwargs: Any) -> None:

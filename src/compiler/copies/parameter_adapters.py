@@ -1,10 +1,10 @@
-"""Adapters of bare parameters as functions of these: ``target_parameters`` of PEFT.
+"""Stacked parameters as functions of tensors: adapters of PEFT's, and experts in few bits.
 
 PEFT's ``ParamWrapper`` registers a parametrization of the module that it wraps, for one call: a new
 class each time, which no graph can be captured of. While a block is captured, such wrappers run
 ``_forward`` below instead. It calls the forward of the module inside with something in the module's
 place that has the sum ``W + s·B·A`` where the module has W. Neither the module nor its class
-changes.
+changes. ``PackedExperts``, whose class TorchDynamo does not know, are read the same way.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...graph.opaque.stacks import updated_stack
+from ...graph.opaque.stacks import packed_stack, updated_stack
+from ...kernels.moe.packed_experts import PackedExperts
+from .forward_copies import function_of
 
 
-def functional(function: Any) -> Any:
-    """What runs in place of ``function``, the forward of a wrapper; None for any other."""
+def functional(module: nn.Module, copy: Any) -> Any:
+    """What a module runs for its forward, of which there may be a copy; None: what it is."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     wrapper = getattr(layer, "ParamWrapper", None)
-    return _forward if wrapper and wrapper.__dict__.get("forward") is function else None
+    if wrapper and function_of(module) is wrapper.__dict__.get("forward"):
+        return _forward
+    names = tuple(n for n, p in module._parameters.items() if isinstance(p, PackedExperts))
+    return _reading_packed(copy or function_of(module), names) if names else copy
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +41,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             module.unmerge()
         names = [a for a in module.active_adapters if a in module.lora_A]
         if names and not module.disable_adapters and not module.merged:
-            weight = weights.get(module.parameter_name, module.get_param())
+            weight = weights.get(module.parameter_name, _read(module.get_param()))
             weights[module.parameter_name] = _sum(module, weight, names)
         module = module.base_layer
     if not weights:
@@ -59,6 +64,24 @@ def _sum(wrapper: Any, weight: Any, names: list[str]) -> Any:
         left.append(b if turned else a.transpose(-2, -1))
         right.append(a if turned else b.transpose(-2, -1))
     return updated_stack(weight, left, right, [wrapper.scaling[name] for name in names])
+
+
+@functools.cache
+def _reading_packed(forward: Any, names: tuple[str, ...]) -> Any:
+    """``forward`` of a module whose parameters of these names are ``PackedExperts``."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module, known = (self._module, self._weights) if isinstance(self, _With) else (self, {})
+        weights = {n: _read(getattr(module, n)) for n in names if n not in known}
+        return forward(_With(module, {**weights, **known}), *args, **kwargs)
+
+    return run
+
+
+def _read(weight: Any) -> Any:
+    if not isinstance(weight, PackedExperts):
+        return weight
+    return packed_stack(list(weight.parts), *weight.constants, weight.dtype)
 
 
 class _With:

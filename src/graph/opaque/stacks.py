@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...kernels.moe.packed_experts import PackedExperts
 
 
 @torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]  # 2026-11-30: no types
@@ -30,3 +33,15 @@ def updated_stack(
     for part in parts[1:]:
         delta = delta + part
     return weight + delta
+
+
+@torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]  # 2026-11-30: no types
+def packed_stack(
+    parts: Sequence[Tensor | None], shape: tuple[int, int], blocksize: int, kind: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The ``PackedExperts`` of these fields, to a tracer a plain stack (E, *shape)."""
+    first = next(t for t in parts if t is not None)
+    if isinstance(first, FakeTensor):
+        return torch.empty(first.shape[0], *shape, dtype=dtype, device=first.device)
+    return PackedExperts((shape, blocksize, kind), tuple(parts), dtype)

@@ -36,6 +36,7 @@ from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
+from .packed_experts import PackedExperts
 
 
 class Update(NamedTuple):
@@ -336,6 +337,52 @@ def _op(name: str, suffix: str, implementation: Callable[..., Any] | str) -> Cal
 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
 
+
+# -- packed experts, on any device -----------------------------------------------------------------
+def _packed_products(
+    a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
+    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    constants = ((shape[0], shape[1]), blocksize, kind)
+    weight = PackedExperts(constants, tuple(parts), a.dtype, transposed)
+    return _products(a, rows, weight, offsets, bias, _update(lora_a, lora_b, scale))
+
+
+def _packed_products_fake(
+    a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
+    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    places = (a if rows is None else rows).shape[0]
+    low = a.new_empty(places, 0 if lora_a is None else lora_a.shape[2], dtype=_wide(a.dtype))
+    return a.new_empty(places, shape[0 if transposed else 1]), low
+
+
+# Opaque, as products with one quantized weight are: they dequantize one expert at a time.
+_packed_op = library_op(
+    "moe_packed(Tensor a, Tensor? rows, Tensor?[] parts, int[] shape, int blocksize, str kind,"
+    " bool transposed, Tensor offsets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scale)"
+    " -> (Tensor, Tensor)",
+    _packed_products,
+    _packed_products_fake,
+    lambda a, rows, parts, shape, *_: 2 * (a if rows is None else rows).shape[0] * math.prod(shape),
+    temporary=lambda a, rows, parts, shape, *_: a.element_size() * math.prod(shape),
+)
+
+
+def _packed(
+    a: Tensor, rows: Tensor | None, weight: PackedExperts, offsets: Tensor, bias: Tensor | None,
+    update: Update | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape, blocksize, kind = weight.constants
+    stored = list(weight.parts), list(shape), blocksize, kind, weight.transposed
+    result: tuple[Tensor, Tensor] = _packed_op(
+        a, rows, *stored, offsets, bias, *((None, None, 1.0) if update is None else update)
+    )
+    return result
+
+
 # -- triton ----------------------------------------------------------------------------------------
 _triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
 
@@ -348,8 +395,11 @@ def grouped_mm(
 
     ``a`` is (R, K), its rows in order when ``rows`` (S,) is None; weight (E, K, N), any strides;
     bias (E, N) or None. ``offsets`` (E,) are the ends of each expert's places; places after the
-    last end are zero. The result is contiguous, in a's dtype.
+    last end are zero. The result is contiguous, in a's dtype. Packed experts are dequantized one at
+    a time, and only those that have a place.
     """
+    if isinstance(weight, PackedExperts):
+        return _packed(a, rows, weight, offsets, bias, None)[0]
     run = (_triton if use_triton(a, weight, bias) else _plain)["grouped_mm"]
     result: Tensor = run(a, rows, weight, offsets, bias)
     return result
@@ -364,6 +414,8 @@ def grouped_lora(
     Also returns ``low = scale · a[rows] · update.a[e]`` (S, r), at least in fp32: of gradients near
     zero, fp16 would keep few digits.
     """
+    if isinstance(weight, PackedExperts):
+        return _packed(a, rows, weight, offsets, bias, update)
     run = (_triton if use_triton(a, weight, bias, update.a, update.b) else _plain)["grouped_lora"]
     result: tuple[Tensor, Tensor] = run(a, rows, weight, offsets, bias, *update)
     return result

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RecipeError
+from ...kernels.linear.quantized import Quantized
+from ...kernels.moe.packed_experts import PackedExperts
 from ..recipe.deepspeed_config import stage
 from ..recipe.recipe import Recipe
 
@@ -263,73 +265,25 @@ def _experts_in_4_bits(weights: Tensor, config: Any) -> PackedExperts:
     from bitsandbytes.functional import quantize_4bit
 
     nested, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
-    parts = [
-        quantize_4bit(w, compress_statistics=nested, quant_type=kind) for w in weights.detach()
-    ]
-    return PackedExperts([p for p, _ in parts], [s for _, s in parts], weights)
+
+    def stored(matrix: Tensor) -> Quantized:
+        packed, state = quantize_4bit(matrix, compress_statistics=nested, quant_type=kind)
+        out, into = matrix.shape
+        if not nested:
+            return Quantized(packed, state.absmax, (out, into), state.blocksize, kind)
+        inner = state.absmax, state.state2.code, state.offset
+        outer = state.state2.absmax
+        return Quantized(packed, outer, (out, into), state.blocksize, kind, *inner)
+
+    return PackedExperts.stack([stored(w) for w in weights.detach()], weights.dtype)
 
 
 def _experts_in_8_bits(weights: Tensor) -> PackedExperts:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    parts = [int8_vectorwise_quant(w.to(torch.float16))[:2] for w in weights.detach()]
-    return PackedExperts([p for p, _ in parts], [s for _, s in parts], weights)
+    def stored(matrix: Tensor) -> Quantized:
+        packed, absmax = int8_vectorwise_quant(matrix.to(torch.float16))[:2]
+        out, into = matrix.shape
+        return Quantized(packed, absmax, (out, into), into, "int8")
 
-
-class PackedExperts(Tensor):
-    """Weights (experts, out, in) of which each expert's are packed.
-
-    For transformers and PEFT, such a parameter looks like one in the dtype of computation. It is
-    unpacked whenever an operation reads it; one that takes a single expert unpacks only that.
-
-    Args:
-        states: what unpacks them: bitsandbytes' ``QuantState``, or the scales of the rows.
-    """
-
-    packed: list[Tensor]
-    states: list[Any]
-
-    @staticmethod
-    def __new__(cls: Any, packed: list[Tensor], states: list[Any], like: Tensor) -> PackedExperts:
-        """Make the wrapper, which has no storage."""
-        wrapper: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # 2026-11-27
-            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False
-        )
-        wrapper.packed, wrapper.states = packed, states
-        return wrapper  # type: ignore[no-any-return]  # 2026-11-27: torch has no type for it
-
-    def expert(self, number: int) -> Tensor:
-        """The weights (out, in) of one expert."""
-        packed, state = self.packed[number], self.states[number]
-        if isinstance(state, Tensor):
-            from bitsandbytes.functional import int8_vectorwise_dequant
-
-            unpacked: Tensor = int8_vectorwise_dequant(packed, state)
-        else:
-            from bitsandbytes.functional import dequantize_4bit
-
-            unpacked = dequantize_4bit(packed, state)
-        return unpacked.to(self.dtype)
-
-    def unpacked(self) -> Tensor:
-        """All weights."""
-        return torch.stack([self.expert(i) for i in range(len(self.packed))])
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # 2026-11-27
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # 2026-11-27: torch has it for instances
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation on unpacked numbers; one that reads metadata keeps the tensor packed."""
-        first = args[0] if args else None
-        aten = torch.ops.aten
-        if isinstance(first, PackedExperts):
-            if func in (aten.detach.default, aten.alias.default):
-                return PackedExperts(first.packed, first.states, first)
-            if func is aten.select.int and args[1] == 0:
-                return first.expert(args[2])
-        plain = torch.utils._pytree.tree_map_only(
-            PackedExperts, PackedExperts.unpacked, (args, kwargs or {})
-        )
-        return func(*plain[0], **plain[1])
+    return PackedExperts.stack([stored(w) for w in weights.detach()], weights.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, Qwen3MoeConfig
 
-from fusewright import optimize
+from fusewright import explain, optimize
 from fusewright.errors import RecipeError
+from fusewright.kernels.moe.packed_experts import PackedExperts
 from fusewright.train import train
 from fusewright.train.model.load import load_model
-from fusewright.train.model.quantize import PackedExperts, quantize_experts
+from fusewright.train.model.quantize import quantize_experts
 from fusewright.train.recipe.load import load_recipe
 
 from ..conftest import make_model, make_tokenizer, small_recipe
@@ -57,7 +60,7 @@ def test_packed_experts_are_nearly_what_they_were(way: str) -> None:
     after = experts(quantized(mixture(), way)).gate_up_proj
     assert isinstance(after, PackedExperts)
     assert (after.shape, after.dtype, after.requires_grad) == (before.shape, before.dtype, False)
-    size = sum(p.numel() * p.element_size() for p in after.packed)
+    size = after.parts[0].numel() * after.parts[0].element_size()
     assert size * (8 if "4" in way else 4) == before.numel() * before.element_size()
     error = (after + 0 - before).abs().mean() / before.abs().mean()
     assert 0 < error < (0.12 if "4" in way else 0.02)
@@ -100,6 +103,52 @@ def test_adapters_train_through_packed_experts(implementation: str, change: str)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     for name, grad in found[1][1].items():
         torch.testing.assert_close(found[0][1][name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_packed_experts_are_multiplied_one_at_a_time(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers over them are rewritten, never whole in plain numbers, without those of no token."""
+    model = quantized(mixture(num_experts=12), way)
+    model.set_experts_implementation("grouped_mm")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted: Any = get_peft_model(model, LoraConfig(target_parameters=names))
+    optimize(adapted.train(), codegen="eager")
+    ids = torch.arange(3).reshape(1, 3) + 3  # 6 pairs: half of the experts have no token
+    adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # captured, verified
+    assert explain(adapted).by_rule()["moe_experts"] == 2
+    with torch.no_grad():  # with a cache, blocks run as they were
+        adapted.eval().generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    adapted.train()
+    dequantized: list[int] = []
+    one = PackedExperts.expert
+    monkeypatch.setattr(PackedExperts, "unpacked", lambda self: pytest.fail("unpacked whole"))
+    monkeypatch.setattr(
+        PackedExperts, "expert", lambda self, e: dequantized.append(e) or one(self, e)
+    )
+    adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert 0 < len(dequantized) <= 2 * 2 * 2 * 6  # two layers, two weights, twice each
+
+
+def test_views_and_copies_stay_packed() -> None:
+    weights = experts(quantized(mixture(), "load_in_4bit")).gate_up_proj.detach()
+    plain = weights.unpacked()
+    views = {
+        "transposed": (weights.mT, plain.mT),
+        "some": (weights[1:3], plain[1:3]),
+        "some, transposed": (weights[:2].transpose(1, 2)[1:], plain[:2].mT[1:]),
+        "a copy": (weights.clone(), plain),
+        "in another dtype": (weights.bfloat16(), plain.bfloat16()),
+        "a deep copy": (copy.deepcopy(nn.Parameter(weights, requires_grad=False)), plain),
+    }
+    for name, (view, expected) in views.items():
+        assert isinstance(view, PackedExperts), name
+        assert (view.shape, view.dtype, view.stride()) == (
+            expected.shape, expected.dtype, expected.stride(),
+        ), name  # fmt: skip
+        torch.testing.assert_close(view.unpacked(), expected, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(view[-1], expected[-1], rtol=0, atol=0, msg=name)
 
 
 def test_what_cannot_be_quantized_is_refused() -> None:
