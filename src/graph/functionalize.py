@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..kernels.linear.formula import assigned, is_new
 from ..kernels.moe.moe_experts import inverse_permutation
 from . import facts
 from .canon import canonical
@@ -63,14 +64,17 @@ def remove_writes(module: fx.GraphModule) -> int:
 
     ``inverse = empty_like(order); inverse[order] = arange(n)`` with the order of a sort;
     ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y without views;
-    and what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already.
+    what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already; and
+    parts of a fresh tensor of constant sizes, as codes are unpacked.
 
     Changes ``module`` and the graphs nested in it in place; returns how many writes went.
     """
     removed = 0
     for inner in facts.nested(module):
         for node in list(inner.graph.nodes):
-            removed += _inverts(node) or _changes(node) or _scales(node) or _stays(node)
+            removed += (
+                _inverts(node) or _assigns(node) or _changes(node) or _scales(node) or _stays(node)
+            )
         inner.recompile()
     return removed
 
@@ -106,6 +110,32 @@ def _inverts(node: fx.Node) -> bool:
     graph.erase_node(node)
     inverse.replace_all_uses_with(permutation)
     prune(graph, [inverse, places])
+    return True
+
+
+def _assigns(node: fx.Node) -> bool:
+    """Replace ``y[slices] = value``, of a fresh y of constant sizes, by a value for later nodes."""
+    if node.target is not operator.setitem or node.users:
+        return False
+    y, index, value = node.args
+    is_known = is_new(y) or getattr(y, "target", None) is assigned
+    t, v = facts.tensor(y), facts.tensor(value)
+    if not isinstance(y, fx.Node) or not is_known or t is None or v is None:
+        return False
+    constant = all(type(s) is int for s in (*t.shape, *v.shape)) and not v.requires_grad
+    places = index if isinstance(index, tuple) else (index,)
+    if not constant or not all(i is Ellipsis or isinstance(i, slice) for i in places):
+        return False
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    if _has_alias(y, node, order):
+        return False
+    earlier = {n for n in y.users if order[n] < order[node]}
+    with node.graph.inserting_before(node):
+        after = node.graph.call_function(assigned, (y, index, value))
+    after.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
+    after.meta["example_value"] = _value_of(after)
+    y.replace_all_uses_with(after, delete_user_cb=lambda u: u not in (after, node, *earlier))
+    node.graph.erase_node(node)
     return True
 
 
