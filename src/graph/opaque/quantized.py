@@ -175,9 +175,10 @@ def _is_constant(t: Tensor) -> bool:
 
 
 def _is_known(node: fx.Node) -> bool:
-    if not isinstance(facts.value(node), Tensor):
-        return False
-    return is_new(node) or name_of(node) in KNOWN
+    # autocast widens powers on a GPU, and no formula is run under it
+    widened = "pow" in name_of(node) and torch.is_autocast_enabled("cuda")
+    is_tensor = isinstance(facts.value(node), Tensor)
+    return is_tensor and not widened and (is_new(node) or name_of(node) in KNOWN)
 
 
 def _behind(weight: fx.Node) -> list[fx.Node]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..op import Maker
 from .quantized import FORMATS, Quantized, WeightFormat
@@ -55,7 +56,7 @@ _EACH = frozenset(
     __and__ __or__ __xor__ __rshift__ __lshift__ __invert__ bitwise_and bitwise_or bitwise_xor
     bitwise_not bitwise_right_shift bitwise_left_shift multiply subtract div divide remainder abs
     where clamp clamp_min clamp_max eq ne lt gt le ge ldexp to float half bfloat16 double int long
-    short char byte bool contiguous clone detach logical_and logical_or""".split()
+    short char byte bool pow __pow__ __rpow__ rpow exp2 contiguous clone detach logical_and logical_or""".split()
 )
 _SHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
 _MOVES = frozenset(("t", "transpose", "permute", "swapaxes", "adjoint", "movedim"))
@@ -170,7 +171,7 @@ class Formula:
     def can_be_cut(self, dim: int) -> bool:
         """Whether a part along ``dim`` takes less than all of what the formula computes."""
         size = _shape(self.result)[dim]
-        spans = self._spans(dim, 0, max(size // 2, 1))
+        spans = self._spans(dim, size // 8, max(size // 4, 1))
         whole = (math.prod(_shape(n)) for n in self.nodes if n in spans and spans[n] is None)
         return max(whole, default=0) * 4 <= math.prod(_shape(self.result))
 
@@ -411,6 +412,24 @@ def _only_adds_axes(node: fx.Node) -> bool:
     return plain and not any(isinstance(i, fx.Node) for i in index) and None in index
 
 
+def _constant(node: fx.Node) -> Tensor | None:
+    """The value, on the CPU, of what is computed from no input."""
+    values: dict[fx.Node, Any] = {}
+    behind, stack = [], [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "placeholder":
+            return None
+        behind.append(n)
+        stack += n.all_input_nodes
+    with _disable_current_modes():
+        for n in reversed(behind):
+            if n not in values:
+                values[n] = _call(n, n.args, n.kwargs, values.__getitem__)
+        result: Tensor = values[node].cpu()
+    return result
+
+
 def _of_index(node: fx.Node, span: Span) -> _Cover | None:
     if name_of(node) == "index_select":
         names = dict(zip(("x", "dim", "index"), node.args, strict=False)) | node.kwargs
@@ -436,6 +455,15 @@ def _of_index(node: fx.Node, span: Span) -> _Cover | None:
         seen += width
     operands: list[tuple[fx.Node, Span | None]]
     if isinstance(i, fx.Node):
+        rows = _constant(i) if len(_shape(i)) == 1 else None
+        if rows is not None:  # an order, of which a part may lie together
+            numbers = rows[span.start : span.stop] % _shape(x)[d]
+            first, end = int(numbers.min()), int(numbers.max()) + 1
+            numbers = numbers - first
+            return _Cover(
+                [(x, Span(d, first, end))],
+                lambda v: v(x).index_select(d, numbers.to(v(x).device)),
+            )
         operands = [(x, None), (i, Span(span.dim - seen, span.start, span.stop))]
         return _Cover(operands, lambda v: v(x)[tuple(v(j) if j is i else j for j in index)])
     first, _, step = i.indices(_shape(x)[d])
