@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def remove_writes(module: fx.GraphModule) -> int:
     """Turn some writes in place into values, exactly, so that patterns can see them.
 
     ``inverse = empty_like(order); inverse[order] = arange(n)`` with the order of a sort;
-    ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y without views;
+    ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y with one name;
     what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already; and
     parts of a fresh tensor of constant sizes, as codes are unpacked.
 
@@ -143,11 +144,14 @@ def _changes(node: fx.Node) -> bool:
     """Replace ``y.add_(b)``, ``y += b``, ``relu(y, True)`` ... by a value that later nodes use."""
     # only for a fresh y that has no other name, and where the value has y's dtype and layout
     y = node.args[0] if node.args else None
-    if not isinstance(y, fx.Node) or writes(node) != (y,) or not _is_fresh(y):
+    if not isinstance(y, fx.Node) or writes(node) != (y,):
+        return False
+    names = _only_names(y)
+    if not _is_fresh(names[-1]):
         return False
     mode = modes(node.graph)  # a write keeps y's history under no_grad; a new value would have none
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    if mode[node] != mode[y] or _has_alias(y, node, order):
+    if mode[node] != mode[y] or _has_alias(names[-1], node, order, names):
         return False
     new_node = _as_value(node)
     before, after = facts.tensor(y), None if new_node is None else facts.tensor(new_node)
@@ -277,14 +281,27 @@ def _is_fresh(y: fx.Node) -> bool:
     return all(memory not in facts.memories(n) for n in inputs)
 
 
-def _has_alias(y: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether a node before ``last`` may hold the memory of ``y``, alone or among other values."""
+def _only_names(y: fx.Node) -> list[fx.Node]:
+    """``y``, and what it is a view of as long as nobody else reads that; the last is no such view."""
+    names = [y]
+    while (of := names[-1]).op == "call_method" and of.target in ("view", "reshape"):
+        source = of.args[0]
+        if not isinstance(source, fx.Node) or set(source.users) != {of}:
+            break
+        names.append(source)
+    return names
+
+
+def _has_alias(
+    y: fx.Node, last: fx.Node, order: dict[fx.Node, int], names: Sequence[fx.Node] = ()
+) -> bool:
+    """Whether a node before ``last`` may hold the memory of ``y``; ``names`` are known to."""
     memory = facts.storage(y)
     holder = y.args[0] if y.target is operator.getitem else None
     for node in y.graph.nodes:
         if order[node] >= order[last]:
             break
-        if node is y or node is holder:
+        if node is y or node is holder or node in names:
             continue
         unknown = facts.value(node) is None and y in node.all_input_nodes
         if unknown or memory in facts.memories(node):
