@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from fusewright.kernels.linear.quantized import Quantized
+from fusewright.rewrite.findings import Finding
+
+from ..capturing import rewrite
 
 E4M3 = torch.float8_e4m3fn
 
@@ -233,19 +238,32 @@ STAND_INS = [
 
 # -- libraries' -------------------------------------------------------------------------------------
 def _gptqmodel(out: int, into: int, dtype: torch.dtype, bits: int = 4) -> nn.Module:
-    from gptqmodel.nn_modules.qlinear.torch import TorchQuantLinear
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    group = 64
-    layer: Any = TorchQuantLinear(
-        bits=bits, group_size=group, sym=False, desc_act=True, in_features=into, out_features=out,
-        bias=True, pack_dtype=torch.int32, register_buffers=True,
+    layer: Any = TorchLinear(
+        bits=bits, group_size=64, sym=False, desc_act=True, in_features=into, out_features=out,
+        bias=True,
     )  # fmt: skip
     layer.qweight.copy_(_words(*layer.qweight.shape))
     layer.qzeros.copy_(_words(*layer.qzeros.shape))
     layer.scales = _scales(*layer.scales.shape, into=into, dtype=dtype)
-    layer.g_idx.copy_(torch.randperm(into) // group)
+    layer.g_idx.copy_(torch.randperm(into) // 64)
     layer.bias = torch.randn(out).to(dtype)
-    layer.optimize = lambda *args, **kwargs: None  # it would compile its dequantization
+    layer.post_init()
+    return layer.train()
+
+
+def _gptqmodel_awq(out: int, into: int, dtype: torch.dtype) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    layer: Any = AwqTorchLinear(
+        bits=4, group_size=64, sym=False, desc_act=False, in_features=into, out_features=out,
+        bias=True, register_buffers=True,
+    )  # fmt: skip
+    layer.qweight.copy_(_words(*layer.qweight.shape))
+    layer.qzeros.copy_(_words(*layer.qzeros.shape))
+    layer.scales = _scales(*layer.scales.shape, into=into, dtype=dtype)
+    layer.bias = torch.randn(out).to(dtype)
     layer.post_init()
     return layer.train()
 
@@ -322,11 +340,19 @@ def _torchao(out: int, into: int, dtype: torch.dtype, make: str, **options: Any)
     return layer.requires_grad_(False)
 
 
+def _awq_weight(layer: Any) -> Tensor:
+    dtype = layer.scales.dtype
+    like = torch.empty(1, layer.in_features, dtype=dtype)
+    weight: Tensor = layer._dequantize_weight_for_inference(like, dtype=dtype)
+    return weight.t()
+
+
 _group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 LIBRARIES = [
     Format("GPTQ, 4 bits, act order", "gptqmodel", _gptqmodel, lambda m: m.dequantize_weight().t()),
     Format("GPTQ, 8 bits, act order", "gptqmodel", functools.partial(_gptqmodel, bits=8),
            lambda m: m.dequantize_weight().t()),
+    Format("AWQ, 4 bits", "gptqmodel", _gptqmodel_awq, _awq_weight),
     *(
         Format(name, "compressed_tensors", functools.partial(_compressed, format=format, **scheme),
                lambda m: m.library_weight())
@@ -364,6 +390,37 @@ LIBRARIES = [
 FORMATS = [*STAND_INS, *LIBRARIES]
 
 
+def run_rewritten(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Finding], list[Quantized]]:
+    """What a layer returns once it is rewritten, what was found, and its weights by formula."""
+    findings: list[Finding] = []
+    weights: list[Quantized] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        findings.extend(rewrite(module))
+        places = module.graph.find_nodes(op="placeholder")
+
+        def run(*args: Any) -> Any:
+            values = dict(zip(places, args, strict=True))
+            for node in module.graph.nodes:
+                for fields in _stored(node.args):
+                    tensors = tuple(values[t] for t in fields[0])
+                    weights.append(Quantized(tensors, *fields[1:]))
+            return module(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    return torch.compile(layer, backend=backend, fullgraph=True)(x), findings, weights
+
+
+def _stored(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, (tuple, list)):
+        if len(argument) == 4 and isinstance(argument[3], str):
+            yield argument
+        for part in argument:
+            yield from _stored(part)
+
+
 def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
     """PEFT's LoRA layer over ``layer``, with an adapter that is not zero."""
     from peft import LoraConfig
@@ -371,5 +428,7 @@ def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank)
     lora: Any = Linear(layer, "default", config, r=rank, lora_alpha=2 * rank)
-    nn.init.normal_(lora.lora_B["default"].weight, std=0.1)
-    return lora.to(dtype) if dtype is torch.float32 else lora
+    for part in (lora.lora_A, lora.lora_B):  # they come in the dtype of what is stored
+        part.to(dtype)
+        nn.init.normal_(part["default"].weight, std=0.05)
+    return lora

@@ -147,7 +147,8 @@ def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Cons
     first, scales = layers[0], []
     for weight, bias, lora_a, lora_b, scale, lora_bias, x_lora, compute, dtype in layers:
         if not isinstance(weight, Tensor):
-            packed.append(Quantized(*weight))
+            w = Quantized(*weight)
+            packed.append(w._replace(tensors=tuple(map(_outside_inference, w.tensors))))
             weight = packed[-1].tensors[0]
         if compute is not first.compute or dtype is not first.dtype:
             raise ValueError("the linears compute, or return, in several dtypes")
@@ -161,6 +162,14 @@ def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Cons
         tensors += w.tensors[1:]
     sizes, kinds = map(tuple, flat_weights(packed))
     return tensors, Constants(tuple(scales), sizes, kinds, first.compute or x.dtype, first.dtype)
+
+
+def _outside_inference(t: Tensor | None) -> Tensor | None:
+    # HQQ makes its tensors in inference mode; autograd would not keep them for backward.
+    if t is None or not t.is_inference():
+        return t
+    there = t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(*there)  # type: ignore[call-overload,no-any-return]
 
 
 def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[ResolvedLinear]:
