@@ -282,7 +282,7 @@ def _is_fresh(y: fx.Node) -> bool:
 
 
 def _only_names(y: fx.Node) -> list[fx.Node]:
-    """``y``, and what it is a view of as long as nobody else reads that; the last is no such view."""
+    """``y``, and what it is a view of, as long as nobody else reads that."""
     names = [y]
     while (of := names[-1]).op == "call_method" and of.target in ("view", "reshape"):
         source = of.args[0]

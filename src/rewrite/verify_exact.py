@@ -65,7 +65,7 @@ class Exact(Plain):
         inner = {n for c in self._canon.values() if c and c.name == _STORED for n in c.via}
         self._skipped = {
             n for n in inner if not is_wrapped(n) and all(
-                u in inner or (c := self._canon[u]) and c.name == _STORED for u in n.users
+                u in inner or ((c := self._canon[u]) and c.name == _STORED) for u in n.users
             )
         }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Weights by formula: bit for bit the library's, whole and in parts, and never whole in a product."""
+"""Weights by formula: bit for bit the library's, in parts too, and never whole in a product."""
 
 from __future__ import annotations
 

@@ -317,9 +317,7 @@ def test_a_weight_that_a_kernel_would_make_is_traced() -> None:
     """Where there is no kernel, nothing but a trace for another device runs this."""
     w = random_weight((6, 10))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = torch.ops.fusewright.dequantize_4bit(
-            *w.tensors, *w.shape, w.blocksize, w.kind, BF16
-        )
+        made = torch.ops.fusewright.dequantize_4bit(*w.tensors, *w.shape, w.blocksize, w.kind, BF16)
     assert isinstance(made, FakeTensor)
     assert (made.shape, made.dtype, made.device.type) == ((6, 10), BF16, "cpu")
     assert made.is_contiguous()

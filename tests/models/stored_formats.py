@@ -73,7 +73,7 @@ class Format:
         return not self.library or importlib.util.find_spec(self.library) is not None
 
 
-# -- stand-ins --------------------------------------------------------------------------------------
+# -- stand-ins -------------------------------------------------------------------------------------
 def _words(*shape: int) -> Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
 
@@ -88,7 +88,9 @@ def _scales(*shape: int, into: int = 256, dtype: torch.dtype = torch.float32) ->
 
 def _gptq(out: int, into: int, dtype: torch.dtype, group: int = 64) -> nn.Module:
     def dequantize(m: Any) -> Tensor:
-        zeros = torch.bitwise_right_shift(m.qzeros.unsqueeze(2).expand(-1, -1, 8), m.wf.unsqueeze(0))
+        zeros = torch.bitwise_right_shift(
+            m.qzeros.unsqueeze(2).expand(-1, -1, 8), m.wf.unsqueeze(0)
+        )
         zeros = torch.bitwise_and(zeros.to(torch.int8), 15).reshape(m.scales.shape)
         codes = torch.bitwise_right_shift(
             m.qweight.unsqueeze(1).expand(-1, 8, -1), m.wf.unsqueeze(-1)
@@ -143,7 +145,9 @@ def _fp8_blocks(out: int, into: int, dtype: torch.dtype, block: int = 128) -> nn
 def _fp8_rows(out: int, into: int, dtype: torch.dtype) -> nn.Module:
     codes, scale = torch.randn(out, into).mul_(32).to(E4M3), _scales(out, 1, into=into) / 32
     return StoredLinear(
-        {"codes": codes, "scale": scale}, lambda m: m.codes.to(dtype) * m.scale.to(dtype), (out, into)
+        {"codes": codes, "scale": scale},
+        lambda m: m.codes.to(dtype) * m.scale.to(dtype),
+        (out, into),
     )
 
 
@@ -236,7 +240,7 @@ STAND_INS = [
 ]  # fmt: skip
 
 
-# -- libraries' -------------------------------------------------------------------------------------
+# -- libraries' ------------------------------------------------------------------------------------
 def _gptqmodel(out: int, into: int, dtype: torch.dtype, bits: int = 4) -> nn.Module:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
@@ -268,9 +272,7 @@ def _gptqmodel_awq(out: int, into: int, dtype: torch.dtype) -> nn.Module:
     return layer.train()
 
 
-def _compressed(
-    out: int, into: int, dtype: torch.dtype, format: str, **scheme: Any
-) -> nn.Module:
+def _compressed(out: int, into: int, dtype: torch.dtype, format: str, **scheme: Any) -> nn.Module:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -293,7 +295,9 @@ def _compressed(
     elif format == "pack-quantized":
         if not args.symmetric:
             state["weight_zero_point"] = torch.randint(-8, 8, size, dtype=torch.int8)
-        state = compressor.compress({"weight": torch.randn(out, into).to(dtype) * 0.02, **state}, kind)
+        state = compressor.compress(
+            {"weight": torch.randn(out, into).to(dtype) * 0.02, **state}, kind
+        )
     elif args.type == "float":
         state["weight"] = torch.randn(out, into).mul_(32).to(E4M3)
         state["weight_scale"] /= 32

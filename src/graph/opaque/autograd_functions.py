@@ -49,9 +49,10 @@ class Forward:
         if not all(node in parts or _is_aside(node) for node in inner.nodes):
             return None
         outer = dict(zip(inner.find_nodes(op="placeholder"), self.call.args[2:], strict=True))
-        used: set[fx.Node] = set()
-        inner_args: Any = fx.node.map_arg(tuple(args), lambda n: used.add(n) or n)
-        if not used <= outer.keys():
+        inner_args: Any = tuple(args)
+        used: list[fx.Node] = []
+        fx.node.map_arg(inner_args, used.append)
+        if any(n not in outer for n in used):
             return None
         bodies = tuple(a for a in self.call.args[:2] if isinstance(a, fx.Node))
         return fx.node.map_arg(inner_args, outer.__getitem__), (self.call, *bodies)

@@ -117,7 +117,7 @@ _LONGEST = 400
 
 
 class Stored(NamedTuple):
-    """A weight (out, in) by formula; ``kind`` is empty where ``unknown`` names what is not known."""
+    """A weight (out, in) by formula; where that is not known, all but ``unknown`` is empty."""
 
     tensors: tuple[fx.Node, ...] = ()  # inputs of the graph
     nodes: tuple[fx.Node, ...] = ()  # of the formula

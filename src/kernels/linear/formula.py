@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,18 +49,81 @@ def assigned(base: Tensor, index: Any, value: Any) -> Tensor:
     return result
 
 
-# -- what is a formula ------------------------------------------------------------------------------
+# -- what is a formula -----------------------------------------------------------------------------
 _EACH = frozenset(
-    """and_ or_ xor inv invert rshift lshift mul sub add truediv floordiv neg mod
-    __and__ __or__ __xor__ __rshift__ __lshift__ __invert__ bitwise_and bitwise_or bitwise_xor
-    bitwise_not bitwise_right_shift bitwise_left_shift multiply subtract div divide remainder abs
-    where clamp clamp_min clamp_max eq ne lt gt le ge ldexp to float half bfloat16 double int long
-    short char byte bool pow __pow__ __rpow__ rpow exp2 contiguous clone detach logical_and logical_or""".split()
+    [
+        "and_",
+        "or_",
+        "xor",
+        "inv",
+        "invert",
+        "rshift",
+        "lshift",
+        "mul",
+        "sub",
+        "add",
+        "truediv",
+        "floordiv",
+        "neg",
+        "mod",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "__rshift__",
+        "__lshift__",
+        "__invert__",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+        "bitwise_not",
+        "bitwise_right_shift",
+        "bitwise_left_shift",
+        "multiply",
+        "subtract",
+        "div",
+        "divide",
+        "remainder",
+        "abs",
+        "where",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "eq",
+        "ne",
+        "lt",
+        "gt",
+        "le",
+        "ge",
+        "ldexp",
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "int",
+        "long",
+        "short",
+        "char",
+        "byte",
+        "bool",
+        "pow",
+        "__pow__",
+        "__rpow__",
+        "rpow",
+        "exp2",
+        "contiguous",
+        "clone",
+        "detach",
+        "logical_and",
+        "logical_or",
+    ]
 )
 _SHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
 _MOVES = frozenset(("t", "transpose", "permute", "swapaxes", "adjoint", "movedim"))
 _NEW = frozenset(("zeros", "empty", "ones"))
-_WHOLE = frozenset("arange tensor full cumsum gather expand_as repeat tile flip roll".split())
+_WHOLE = frozenset(
+    ["arange", "tensor", "full", "cumsum", "gather", "expand_as", "repeat", "tile", "flip", "roll"]
+)
 """Operations that a formula may have, but that take all of their operands."""
 _OTHERS = frozenset(
     ("getitem", "index_select", "cat", "stack", "expand", "broadcast_to", "repeat_interleave",
@@ -218,7 +280,7 @@ def _merged(a: Span | None, b: Span | None) -> Span | None:
     return Span(a.dim, min(a.start, b.start), max(a.stop, b.stop))
 
 
-# -- which part of each operand a part takes --------------------------------------------------------
+# -- which part of each operand a part takes -------------------------------------------------------
 def _operands(node: fx.Node) -> list[fx.Node]:
     return list(node.all_input_nodes)
 
@@ -266,9 +328,7 @@ def _computed(node: fx.Node, spans: Spans, values: dict[fx.Node, Any]) -> Any:
     if span is None:
         return _call(node, node.args, node.kwargs, lambda n: values[n])
     if name_of(node) in _EACH:
-        return _call(
-            node, node.args, node.kwargs, lambda n: value(n, _aligned(n, node, span))
-        )
+        return _call(node, node.args, node.kwargs, lambda n: value(n, _aligned(n, node, span)))
     cover = _cover(node, span)
     if cover is None:
         whole = _call(node, node.args, node.kwargs, lambda n: values[n])
@@ -279,6 +339,10 @@ def _computed(node: fx.Node, spans: Spans, values: dict[fx.Node, Any]) -> Any:
     if result.shape[span.dim] == length:
         return result
     return result.narrow(span.dim, cover.start, length)
+
+
+def _named(node: fx.Node, *names: str) -> dict[str, Any]:
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any, value: Callable[[Any], Any]) -> Any:
@@ -350,9 +414,7 @@ def _of_move(node: fx.Node, span: Span) -> _Cover | None:
 
 def _of_expand(node: fx.Node, span: Span) -> _Cover:
     x: Any = node.args[0]
-    return _Cover(
-        [(x, _aligned(x, node, span))], lambda v: v(x).expand(_resized(node, span))
-    )
+    return _Cover([(x, _aligned(x, node, span))], lambda v: v(x).expand(_resized(node, span)))
 
 
 def _of_cat(node: fx.Node, span: Span) -> _Cover | None:
@@ -369,7 +431,8 @@ def _of_cat(node: fx.Node, span: Span) -> _Cover | None:
         return _Cover([(t, wanted) for t in tensors], lambda v: join([v(t) for t in tensors], dim))
     if stacks:
         return None
-    operands, first = [], 0
+    operands: list[tuple[fx.Node, Span | None]] = []
+    first = 0
     for t in tensors:
         size = _shape(t)[dim]
         start, stop = max(span.start - first, 0), min(span.stop - first, size)
@@ -380,12 +443,11 @@ def _of_cat(node: fx.Node, span: Span) -> _Cover | None:
 
 
 def _of_repeat_interleave(node: fx.Node, span: Span) -> _Cover | None:
-    arguments = dict(zip(("x", "repeats", "dim"), node.args, strict=False)) | node.kwargs
-    x: Any = arguments.get("x")
-    times, dim = arguments.get("repeats"), arguments.get("dim")
+    arguments: dict[str, Any] = _named(node, "x", "repeats", "dim")
+    x, times, dim = (arguments.get(n) for n in ("x", "repeats", "dim"))
     if type(times) is not int or type(dim) is not int or not isinstance(x, fx.Node):
         return None
-    dim %= len(_shape(node))
+    dim = dim % len(_shape(node))
     wanted, first = span, 0
     if dim == span.dim:
         wanted = Span(dim, span.start // times, -(-span.stop // times))
@@ -432,10 +494,11 @@ def _constant(node: fx.Node) -> Tensor | None:
 
 def _of_index(node: fx.Node, span: Span) -> _Cover | None:
     if name_of(node) == "index_select":
-        names = dict(zip(("x", "dim", "index"), node.args, strict=False)) | node.kwargs
-        x, at = names["x"], names["dim"] % len(_shape(names["x"]))
-        index: list[Any] | None = [slice(None)] * len(_shape(x))
-        index[at] = names["index"]  # type: ignore[index]
+        names = _named(node, "x", "dim", "index")
+        x: Any = names["x"]
+        places = [slice(None)] * len(_shape(x))
+        places[names["dim"]] = names["index"]
+        index: list[Any] | None = places
     else:
         x = node.args[0]
         index = _indices(node.args[1], len(_shape(x)))
@@ -447,8 +510,8 @@ def _of_index(node: fx.Node, span: Span) -> _Cover | None:
     if any(t.meta[_META][1] in (torch.bool, torch.uint8) for t in tensors):  # a mask
         return None
     # the dimension of x, or of the tensor of indices, that is that of the span
-    seen = 0
-    for d, i in enumerate(index):
+    d = seen = 0
+    for d, i in enumerate(index):  # noqa: B007  # 2026-11-30: used after the loop
         width = 0 if isinstance(i, int) else len(_shape(i)) if isinstance(i, fx.Node) else 1
         if seen <= span.dim < seen + width:
             break
@@ -478,7 +541,7 @@ def _of_index(node: fx.Node, span: Span) -> _Cover | None:
 
 
 def _of_assigned(node: fx.Node, span: Span) -> _Cover | None:
-    base, index, value = node.args
+    base, index, value = _named(node, "base", "index", "value").values()
     places = _indices(index, len(_shape(base)))
     if places is None or not all(isinstance(i, slice) for i in places):
         return None

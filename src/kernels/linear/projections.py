@@ -146,13 +146,14 @@ def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Cons
     packed: list[Quantized] = []
     first, scales = layers[0], []
     for weight, bias, lora_a, lora_b, scale, lora_bias, x_lora, compute, dtype in layers:
+        first_tensor: Any = weight
         if not isinstance(weight, Tensor):
             w = Quantized(*weight)
             packed.append(w._replace(tensors=tuple(map(_outside_inference, w.tensors))))
-            weight = packed[-1].tensors[0]
+            first_tensor = packed[-1].tensors[0]
         if compute is not first.compute or dtype is not first.dtype:
             raise ValueError("the linears compute, or return, in several dtypes")
-        tensors += (weight, bias, lora_a, lora_b, lora_bias, x_lora)
+        tensors += (first_tensor, bias, lora_a, lora_b, lora_bias, x_lora)
         scales.append(scale)
     if not packed:
         return tensors, Constants(tuple(scales), (), (), None, first.dtype)
@@ -160,8 +161,9 @@ def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Cons
         raise ValueError(MIXED)
     for w in packed:
         tensors += w.tensors[1:]
-    sizes, kinds = map(tuple, flat_weights(packed))
-    return tensors, Constants(tuple(scales), sizes, kinds, first.compute or x.dtype, first.dtype)
+    sizes, kinds = flat_weights(packed)
+    constant = tuple(scales), tuple(sizes), tuple(kinds), first.compute or x.dtype, first.dtype
+    return tensors, Constants(*constant)
 
 
 def _outside_inference(t: Tensor | None) -> Tensor | None:
