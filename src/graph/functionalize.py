@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..kernels.linear.formula import assigned, is_new
 from ..kernels.moe.moe_experts import inverse_permutation
 from . import facts
 from .canon import canonical
@@ -62,15 +64,18 @@ def remove_writes(module: fx.GraphModule) -> int:
     """Turn some writes in place into values, exactly, so that patterns can see them.
 
     ``inverse = empty_like(order); inverse[order] = arange(n)`` with the order of a sort;
-    ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y without views;
-    and what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already.
+    ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y with one name;
+    what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already; and
+    parts of a fresh tensor of constant sizes, as codes are unpacked.
 
     Changes ``module`` and the graphs nested in it in place; returns how many writes went.
     """
     removed = 0
     for inner in facts.nested(module):
         for node in list(inner.graph.nodes):
-            removed += _inverts(node) or _changes(node) or _scales(node) or _stays(node)
+            removed += (
+                _inverts(node) or _assigns(node) or _changes(node) or _scales(node) or _stays(node)
+            )
         inner.recompile()
     return removed
 
@@ -109,15 +114,44 @@ def _inverts(node: fx.Node) -> bool:
     return True
 
 
+def _assigns(node: fx.Node) -> bool:
+    """Replace ``y[slices] = value``, of a fresh y of constant sizes, by a value for later nodes."""
+    if node.target is not operator.setitem or node.users:
+        return False
+    y, index, value = node.args
+    is_known = is_new(y) or getattr(y, "target", None) is assigned
+    t, v = facts.tensor(y), facts.tensor(value)
+    if not isinstance(y, fx.Node) or not is_known or t is None or v is None:
+        return False
+    constant = all(type(s) is int for s in (*t.shape, *v.shape)) and not v.requires_grad
+    places = index if isinstance(index, tuple) else (index,)
+    if not constant or not all(i is Ellipsis or isinstance(i, slice) for i in places):
+        return False
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    if _has_alias(y, node, order):
+        return False
+    earlier = {n for n in y.users if order[n] < order[node]}
+    with node.graph.inserting_before(node):
+        after = node.graph.call_function(assigned, (y, index, value))
+    after.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
+    after.meta["example_value"] = _value_of(after)
+    y.replace_all_uses_with(after, delete_user_cb=lambda u: u not in (after, node, *earlier))
+    node.graph.erase_node(node)
+    return True
+
+
 def _changes(node: fx.Node) -> bool:
     """Replace ``y.add_(b)``, ``y += b``, ``relu(y, True)`` ... by a value that later nodes use."""
     # only for a fresh y that has no other name, and where the value has y's dtype and layout
     y = node.args[0] if node.args else None
-    if not isinstance(y, fx.Node) or writes(node) != (y,) or not _is_fresh(y):
+    if not isinstance(y, fx.Node) or writes(node) != (y,):
+        return False
+    names = _only_names(y)
+    if not _is_fresh(names[-1]):
         return False
     mode = modes(node.graph)  # a write keeps y's history under no_grad; a new value would have none
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    if mode[node] != mode[y] or _has_alias(y, node, order):
+    if mode[node] != mode[y] or _has_alias(names[-1], node, order, names):
         return False
     new_node = _as_value(node)
     before, after = facts.tensor(y), None if new_node is None else facts.tensor(new_node)
@@ -247,14 +281,27 @@ def _is_fresh(y: fx.Node) -> bool:
     return all(memory not in facts.memories(n) for n in inputs)
 
 
-def _has_alias(y: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether a node before ``last`` may hold the memory of ``y``, alone or among other values."""
+def _only_names(y: fx.Node) -> list[fx.Node]:
+    """``y``, and what it is a view of, as long as nobody else reads that."""
+    names = [y]
+    while (of := names[-1]).op == "call_method" and of.target in ("view", "reshape"):
+        source = of.args[0]
+        if not isinstance(source, fx.Node) or set(source.users) != {of}:
+            break
+        names.append(source)
+    return names
+
+
+def _has_alias(
+    y: fx.Node, last: fx.Node, order: dict[fx.Node, int], names: Sequence[fx.Node] = ()
+) -> bool:
+    """Whether a node before ``last`` may hold the memory of ``y``; ``names`` are known to."""
     memory = facts.storage(y)
     holder = y.args[0] if y.target is operator.getitem else None
     for node in y.graph.nodes:
         if order[node] >= order[last]:
             break
-        if node is y or node is holder:
+        if node is y or node is holder or node in names:
             continue
         unknown = facts.value(node) is None and y in node.all_input_nodes
         if unknown or memory in facts.memories(node):

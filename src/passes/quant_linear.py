@@ -1,4 +1,4 @@
-"""Linear layers over a quantized weight (NF4, FP4), with or without a LoRA adapter on top.
+"""Linear layers over a stored weight: bitsandbytes', and whatever a formula unpacks.
 
 Dettmers et al., "QLoRA", 2023. The adapter is fused by ``lora_linear.py``.
 """
@@ -14,26 +14,25 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import is_cast_of
 from ..graph.opaque.autograd_functions import is_wrapped
-from ..graph.opaque.quantized import PARAMS
-from ..kernels.linear.quantized import Quantized
+from ..graph.opaque.quantized import PARAMS, unknown_formula
+from ..kernels.linear.quantized import VALUES, FourBits, Quantized
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 
 class QuantLinear(Rule):
-    """bitsandbytes' product of an input with a packed weight."""
+    """The product of an input with a weight in few bits."""
 
     name = op = "quant_linear"
     inner_may_stay = True  # the cast of x that the products of one input share
 
     def patterns(
-        self, p: Builder, x: Pattern, bias: Pattern, packed: Pattern, absmax: Pattern,
-        shape: Pattern, blocksize: Pattern, kind: Pattern, absmax_8bit: Pattern,
-        absmax_code: Pattern, absmax_offset: Pattern,
+        self, p: Builder, x: Pattern, bias: Pattern, tensors: Pattern, shape: Pattern,
+        blocksize: Pattern, kind: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
         """One node, by itself or inside an autograd function: ``graph/opaque/quantized.py``."""
         # where the layer computes in another dtype than its input's, it casts there and back
-        weight = (packed, absmax, shape, blocksize, kind, absmax_8bit, absmax_code, absmax_offset)
+        weight = (tensors, shape, blocksize, kind)
         yield "cast", p.cast(p.capture("product", p.quantized_linear(p.cast(x), bias, *weight)))
         yield "plain", p.capture("product", p.quantized_linear(x, bias, *weight))
 
@@ -44,15 +43,16 @@ class QuantLinear(Rule):
             m.require(alone, f"{node.name} inside the formula is also used outside it", node)
         constants = (*m.shape, m.blocksize)
         m.require(all(type(n) is int for n in constants), "a size is not a constant", m.root)
-        names = ("x", "bias", *PARAMS[2:])
-        values = {n: facts.value(getattr(m, n)) for n in names}
-        m.require(isinstance(values["x"], Tensor), "x is not a tensor", m.root)
-        w = _weight(values)
+        x = facts.tensor(m.x)
+        if x is None:
+            m.require(False, "x is not a tensor", m.root)
+            return
+        values = map(facts.tensor, m.tensors)
         m.require(
-            not any(isinstance(t, Tensor) and t.requires_grad for t in w),
+            not any(t is not None and t.requires_grad for t in values),
             "the packed weight or its scales are trained", m.root,
         )  # fmt: skip
-        kind, device = facts.dtype(m.product), values["x"].device.type
+        kind, device = facts.dtype(m.product), x.device.type
         m.require(
             not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is kind,
             f"computes in {kind} under autocast to another dtype", m.root,
@@ -60,7 +60,9 @@ class QuantLinear(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; the weight is one argument of several fields."""
-        kinds = (facts.dtype(m.product), facts.dtype(m.root)) if m.spelling == "cast" else ()
+        kinds: tuple[Any, ...] = facts.dtype(m.product), facts.dtype(m.root)
+        if kinds == (facts.dtype(m.x),) * 2:
+            kinds = ()
         return ops.quant_linear(m.x, tuple(_weight(m.captures)), m.bias, *kinds)
 
     def sample(
@@ -70,13 +72,17 @@ class QuantLinear(Rule):
         return sample_weight(_weight(m.captures), node, generator, shape)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
-        """A call of bitsandbytes, or of an autograd function that calls it."""
+        """A call of bitsandbytes, or of an autograd function that calls it; an unknown formula."""
         for node in graph.nodes:
             inner = facts.body(node.args[0]) if is_wrapped(node) else None
             calls = [node] if inner is None else list(inner.graph.nodes)
             names = [n for n in map(_library_op, calls) if n]
             if names:
                 yield node, f"a layer that calls {' and '.join(names)}{_remark(names)}"
+            for call in calls:
+                operation = unknown_formula(call)
+                if operation:
+                    yield node, f"its weight is computed from packed tensors by {operation}"
 
 
 def _remark(names: list[str]) -> str:
@@ -103,16 +109,34 @@ def sample_weight(
     weight: Iterable[Any], node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
 ) -> Tensor | None:
     """A random value of ``node`` if it is in ``weight``, the fields of a ``Quantized``."""
+    w: Any = Quantized(*weight)
+    if node not in w.tensors:
+        return None
+    dtype = facts.dtype(node) or torch.uint8
+    if w.kind not in VALUES and w.kind != "int8":
+        return _sample_of_formula(node, dtype, generator, shape)
     # Storage in a floating-point dtype, as FSDP wants it, gets finite numbers: verification widens
     # its inputs and must be able to narrow them again.
-    w: Any = Quantized(*weight)
-    if node is w.packed:
-        dtype = facts.dtype(node) or torch.uint8
+    place = w.tensors.index(node)
+    if place == 0:
         size = (*shape[:-1], shape[-1] * dtype.itemsize)
         values = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
         return ((values & 0xBF) if dtype.is_floating_point else values).view(dtype)
-    if node is w.absmax_8bit:
+    name = FourBits._fields[place]
+    if name == "absmax_8bit":
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    if node is w.absmax or node is w.absmax_offset:
-        return torch.rand(shape, generator=generator) * 0.2 + 0.1
-    return torch.linspace(-1, 1, shape[0]) if node is w.absmax_code else None
+    if name == "absmax_code":
+        return torch.linspace(-1, 1, shape[0])
+    return torch.rand(shape, generator=generator) * 0.2 + 0.1
+
+
+def _sample_of_formula(
+    node: fx.Node, dtype: torch.dtype, generator: torch.Generator, shape: tuple[int, ...]
+) -> Tensor:
+    # What it holds: indices and shifts are no random numbers. In a nested graph that is not known.
+    there = facts.real(node)
+    if there is not None and there.shape == shape:
+        return there.detach().clone()
+    if dtype.is_floating_point:
+        return (torch.rand(shape, generator=generator) * 0.2 + 0.1).to(dtype)
+    return torch.zeros(shape, dtype=dtype)

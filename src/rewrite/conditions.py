@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import facts
-from ..graph.effects import draws, modes, switches_mode, writes
+from ..graph.effects import draws, modes, needs_gradient, switches_mode, writes
 from .rule import Declined, Match
 
 
@@ -49,13 +49,19 @@ def require_one_mode(
     mode = modes(graph)
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in interior:
-        if mode[node] == mode[place]:
+        if mode[node] == mode[place] or _is_indifferent(node, mode, place):
             continue
         begin, end = sorted((order[node], order[place]))
         switch = next(n for n in switches if begin <= order[n] < end)
         reason = f"{switch.name} switches gradients or autocast between the nodes of the formula"
         raise Declined(reason, node)
     return tuple(n.args for n in mode[place][1:] if "autocast" in str(n.target))
+
+
+def _is_indifferent(node: fx.Node, mode: Any, place: fx.Node) -> bool:
+    # What has no gradient is the same with gradients switched on and off.
+    same = tuple(mode[node][1:]) == tuple(mode[place][1:])
+    return same and not any(map(needs_gradient, node.all_input_nodes))
 
 
 def require_unshared(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:

@@ -17,7 +17,7 @@ from ..graph.opaque.autograd_functions import applied, is_captured, is_wrapped
 from ..graph.opaque.functions import is_leaf
 from ..graph.opaque.quantized import product
 from ..kernels.linear.linear import quant_linear_reference
-from ..kernels.linear.quantized import Quantized
+from ..kernels.linear.quantized import VALUES, Quantized
 
 
 class Wide(TorchFunctionMode):
@@ -61,16 +61,25 @@ class Exact(Plain):
     def __init__(self, graph: fx.Graph, bodies: Mapping[str, Any]) -> None:
         super().__init__(graph, bodies)
         self._canon = {n: canonical(n) for n in graph.nodes}
+        # what the reference of a stored weight computes by itself, in the weight's dtypes
+        inner = {n for c in self._canon.values() if c and c.name == _STORED for n in c.via}
+        self._skipped = {
+            n for n in inner if not is_wrapped(n) and all(
+                u in inner or ((c := self._canon[u]) and c.name == _STORED) for u in n.users
+            )
+        }  # fmt: skip
 
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n``; its casts are to fp64, and quantized products run as their reference does."""
+        if n in self._skipped:
+            return None
         if is_leaf(n.target):
             with Wide():
                 return super().run_node(n)
         if n.op == "call_method" and n.target in ("float", "half", "bfloat16"):
             return self.fetch_args_kwargs_from_env(n)[0][0].double()
         canon = self._canon[n]
-        if canon is not None and canon.name == "quantized_linear":
+        if canon is not None and canon.name == _STORED:
             x, bias, *weight = fx.node.map_arg(canon.args, lambda a: self.env[a])
             return quant_linear_reference(x, Quantized(*weight), bias)
         if is_wrapped(n) and any(product(u) for u in n.users):
@@ -93,25 +102,27 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def packed(interior: Sequence[fx.Node]) -> set[Any]:
     """The inputs that hold packed weights: bytes, whatever dtype they are stored under."""
-    inputs = {weight[0] for n in interior for weight in _quantized(n.args)}
+    weights = [weight for n in interior for weight in _quantized(n.args)]
     for n in interior:
         canon = canonical(n)
-        if canon is not None and canon.name == "quantized_linear":
-            inputs.add(canon.args[2])
-    return inputs
+        if canon is not None and canon.name == _STORED:
+            weights.append(Quantized(*canon.args[2:]))
+    # a formula is run as it is, in the dtypes of its inputs
+    return {t for w in weights for t in (w.tensors[:1] if w.kind in VALUES else w.tensors)}
 
 
-def _quantized(argument: Any) -> Iterator[tuple[Any, ...]]:
+def _quantized(argument: Any) -> Iterator[Quantized]:
     if not isinstance(argument, (tuple, list)):
         return
     kind = argument[_KIND] if len(argument) == len(Quantized._fields) else None
-    if isinstance(kind, str) and isinstance(argument[0], fx.Node):
-        yield tuple(argument)
+    if isinstance(kind, str) and isinstance(argument[0], tuple):
+        yield Quantized(*argument)
     for inner in argument:
         yield from _quantized(inner)
 
 
 _KIND = Quantized._fields.index("kind")
+_STORED = "quantized_linear"
 
 
 def _in_fp64(argument: Any) -> Any:

@@ -19,6 +19,7 @@ from fusewright.kernels.linear.linear import (
 from fusewright.kernels.linear.projections import Linear
 from fusewright.kernels.linear.quantized import (
     FORMATS,
+    FourBits,
     Quantized,
     WeightFormat,
     dequantize,
@@ -30,7 +31,7 @@ from fusewright.kernels.op import Maker
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA
-from .quantized_weights import random_weight
+from .quantized_weights import packed_as, random_weight
 from .util import assert_parity, saved_tensors
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -45,10 +46,9 @@ def _bitsandbytes(w: Tensor, kind: str, blocksize: int, nested: bool) -> tuple[Q
     )
     size = (w.shape[0], w.shape[1])
     if not nested:
-        return Quantized(packed, state.absmax, size, blocksize, kind), state
-    outer = (state.state2.absmax, size, blocksize, kind)
-    rest = (state.absmax, state.state2.code, state.offset)
-    return Quantized(packed, *outer, *rest), state
+        return Quantized(FourBits(packed, state.absmax), size, blocksize, kind), state
+    inner = (state.absmax, state.state2.code, state.offset)
+    return Quantized(FourBits(packed, state.state2.absmax, *inner), size, blocksize, kind), state
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -56,7 +56,7 @@ def _bitsandbytes(w: Tensor, kind: str, blocksize: int, nested: bool) -> tuple[Q
 @pytest.mark.parametrize("shape", [(24, 128), (33, 70), (5, 7), (16, 96)], ids=str)
 def test_the_weight_is_that_of_bitsandbytes_bit_for_bit(shape, kind, blocksize, nested, dtype):
     w, state = _bitsandbytes(torch.randn(shape).to(dtype), kind, blocksize, nested)
-    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(w.packed, state)
+    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(w.tensors[0], state)
     assert torch.equal(dequantize(w, dtype), theirs)
 
 
@@ -66,7 +66,7 @@ def test_the_weight_is_that_of_bitsandbytes_bit_for_bit(shape, kind, blocksize, 
 def test_plain_pytorch_gives_the_same_weight(shape, kind, blocksize, nested, dtype):
     """Rows of whole blocks, or odd ones: for others bitsandbytes' CPU kernel errs (0.50)."""
     w, state = _bitsandbytes(torch.randn(shape).to(dtype), kind, blocksize, nested)
-    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(w.packed, state)
+    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(w.tensors[0], state)
     assert torch.equal(dequantize_reference(w, dtype), theirs)
 
 
@@ -80,7 +80,7 @@ def test_the_reference_undoes_quantization_in_any_shape():
 def test_storage_in_another_dtype_holds_the_same_bytes():
     w = random_weight((8, 64), nested=True)
     for dtype in (BF16, F32):
-        stored = w._replace(packed=w.packed.view(-1).view(dtype).view(-1, 1))
+        stored = packed_as(w, w.tensors[0].view(-1).view(dtype).view(-1, 1))
         assert torch.equal(dequantize_reference(stored, F32), dequantize_reference(w, F32))
     assert scales(w).shape == (8,)
     assert w.nbytes() == 8 * 32 + 8 + 4 * (1 + 256 + 1)
@@ -156,7 +156,7 @@ def test_like_the_layer_of_bitsandbytes(dtype, kind, blocksize, nested):
     w, state = _bitsandbytes(torch.randn(40, 128).to(dtype), kind, blocksize, nested)
     x, bias = _inputs((2, 9), w, dtype)
     upstream = torch.randn(2, 9, 40).to(dtype)
-    theirs = bnb.matmul_4bit(x, w.packed, bias=bias, quant_state=state)
+    theirs = bnb.matmul_4bit(x, w.tensors[0], bias=bias, quant_state=state)
     mine = quant_linear(x, w, bias)
     grads = [torch.autograd.grad(y, (x, bias), upstream) for y in (mine, theirs)]
     wide = [t.detach().double().requires_grad_() for t in (x, bias)]
@@ -254,15 +254,15 @@ def test_inductor_traces_the_ops_and_keeps_no_copy():
 def _rows_of_fp8(m: Maker, out: int, into: int, kind: str) -> Quantized:
     packed = m.normal(out, into, dtype=F32).to(torch.float8_e4m3fn)
     scales_of_rows = into**-0.5 * (1 + m.normal(out, dtype=F32).abs())
-    return Quantized(packed, scales_of_rows, (out, into), into, kind)
+    return Quantized((packed, scales_of_rows), (out, into), into, kind)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_format_is_one_record(dtype, monkeypatch):
     """Products, gradients and reasons of all ops follow from what it says."""
     record = WeightFormat(
-        lambda w, dtype: w.packed.to(dtype) * w.absmax.to(dtype)[:, None],
-        lambda w: [] if w.packed.itemsize == 1 else ["not of 8 bits"],
+        lambda w, dtype: w.tensors[0].to(dtype) * w.tensors[1].to(dtype)[:, None],
+        lambda w: [] if w.tensors[0].itemsize == 1 else ["not of 8 bits"],
         _rows_of_fp8,
     )
     monkeypatch.setitem(FORMATS, "fp8", record)
@@ -282,7 +282,7 @@ def test_a_format_is_one_record(dtype, monkeypatch):
     ours, theirs = over(*(op.call for op in ops)), over(*(op.reference for op in ops))
     assert_parity(ours, theirs, *inputs)
     assert QUANT_LINEAR.unsupported(inputs[0], first) == []
-    wide = first._replace(packed=first.packed.float())
+    wide = packed_as(first, first.tensors[0].float())
     assert QUANT_LINEAR.unsupported(inputs[0], wide) == ["not of 8 bits"]
 
 
@@ -293,10 +293,10 @@ def test_reasons():
     assert reasons(x, w, bias) == []
     assert "features" in reasons(x[:, :32], w)[0]
     assert "the bias is" in reasons(x, w, bias.float())[0]
-    assert "too few" in reasons(x, w._replace(packed=w.packed[:5]))[0]
-    assert "too few" in reasons(x, w._replace(packed=w.packed.flatten()[:-1]))[0]
+    assert "too few" in reasons(x, packed_as(w, w.tensors[0][:5]))[0]
+    assert "too few" in reasons(x, packed_as(w, w.tensors[0].flatten()[:-1]))[0]
     assert "of kind int3" in reasons(x, w._replace(kind="int3"))[0]
-    assert "not complete" in reasons(x, w._replace(absmax_offset=None))[0]
+    assert "not complete" in reasons(x, w._replace(tensors=(*w.tensors[:4], None)))[0]
     assert "several devices" in reasons(x.to("meta"), w)[0]
     assert LORA.unsupported(x, w, bias, a, b, 2.0) == []
     assert "do not chain" in LORA.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
@@ -317,9 +317,7 @@ def test_a_weight_that_a_kernel_would_make_is_traced() -> None:
     """Where there is no kernel, nothing but a trace for another device runs this."""
     w = random_weight((6, 10))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = torch.ops.fusewright.dequantize_4bit(
-            w.packed, w.absmax, None, None, None, *w.shape, w.blocksize, w.kind, BF16
-        )
+        made = torch.ops.fusewright.dequantize_4bit(*w.tensors, *w.shape, w.blocksize, w.kind, BF16)
     assert isinstance(made, FakeTensor)
     assert (made.shape, made.dtype, made.device.type) == ((6, 10), BF16, "cpu")
     assert made.is_contiguous()

@@ -49,14 +49,13 @@ class Forward:
         if not all(node in parts or _is_aside(node) for node in inner.nodes):
             return None
         outer = dict(zip(inner.find_nodes(op="placeholder"), self.call.args[2:], strict=True))
-        inner_args = tuple(args)
-        if any(isinstance(a, fx.Node) and a not in outer for a in inner_args):
+        inner_args: Any = tuple(args)
+        used: list[fx.Node] = []
+        fx.node.map_arg(inner_args, used.append)
+        if any(n not in outer for n in used):
             return None
         bodies = tuple(a for a in self.call.args[:2] if isinstance(a, fx.Node))
-        return (
-            tuple(outer[a] if isinstance(a, fx.Node) else a for a in inner_args),
-            (self.call, *bodies),
-        )
+        return fx.node.map_arg(inner_args, outer.__getitem__), (self.call, *bodies)
 
     def multiplies_backward(self) -> bool:
         """Whether the function's backward does nothing but multiply matrices, and sum."""

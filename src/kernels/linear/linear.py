@@ -256,13 +256,15 @@ def unsupported(x: Tensor, linear: Linear) -> list[str]:
     if any(parts) and not all(parts[:2]):
         return ["a part of the adapter is missing"]
     operands: tuple[Tensor | None, ...] = (x, bias, lora_a, lora_b, lora_bias, x_lora)
-    low, stored, reasons = compute or x.dtype, weight, []
+    low, reasons = compute or x.dtype, []
+    stored: tuple[Tensor | None, ...] = ()
     if isinstance(weight, Tensor):
         low, stored, operands = weight.dtype, (weight,), (*operands, weight)
     else:
         w = Quantized(*weight)
         if w.kind not in FORMATS:
             return [f"the weight is of kind {w.kind}"]
+        stored = w.tensors
         reasons += FORMATS[w.kind].misfits(w)
         if bias is not None and bias.dtype != low:
             reasons.append(f"the bias is {bias.dtype}, the input {low}")

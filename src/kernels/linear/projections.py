@@ -13,6 +13,7 @@ convert.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +37,14 @@ from .products import (
     scaled_mm,
     sum_of_products,
 )
-from .quantized import Quantized, dequantize, quantized_products
+from .quantized import (
+    Quantized,
+    dequantize,
+    flat_weights,
+    joined_weights,
+    parts,
+    quantized_products,
+)
 
 MIXED = "some of the weights are quantized, some are not"
 
@@ -67,7 +75,7 @@ class Linear(NamedTuple):
 
     def shape(self) -> tuple[int, ...]:
         """Of the weight: (out, in)."""
-        return tuple(self.weight[2] if isinstance(self.weight, tuple) else self.weight.shape)
+        return tuple(self.weight[1] if isinstance(self.weight, tuple) else self.weight.shape)
 
     def with_one_bias(self) -> Linear:
         """The same with the adapter's bias in the base's."""
@@ -92,9 +100,11 @@ class ResolvedLinear(NamedTuple):
     dtype: torch.dtype  # of the result, at least as wide
 
     def unpacked(self) -> ResolvedLinear:
-        """The same with a plain weight."""
+        """The same with a plain weight, unless that is never to be there as a whole."""
         w, kind = self.weight, self.compute
-        return self._replace(weight=dequantize(w, kind)) if isinstance(w, Quantized) else self
+        if not isinstance(w, Quantized) or len(parts([w], 0)) > 1:
+            return self
+        return self._replace(weight=dequantize(w, kind))
 
 
 class Grads(NamedTuple):
@@ -116,7 +126,7 @@ class Constants(NamedTuple):
     """The parts of several linears that are not tensors."""
 
     scales: tuple[float, ...]  # of the adapters
-    sizes: tuple[int, ...]  # (out, in, blocksize) of each quantized weight, one after the other
+    sizes: tuple[int, ...]  # of the quantized weights: see ``flat_weights``
     kinds: tuple[str, ...]  # of each quantized weight
     compute: torch.dtype | None = None  # of products with quantized weights; None: of plain ones
     dtype: torch.dtype | None = None  # of the results; None is that of the products
@@ -125,7 +135,7 @@ class Constants(NamedTuple):
 def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Constants]:
     """The tensors of several linears in a row, and the rest.
 
-    ``WIDTH`` of each linear. Then four more of each quantized weight, whose first one is among
+    ``WIDTH`` of each linear. Then the rest of each quantized weight, whose first tensor is among
     those before. ``x`` is the linears' input.
 
     Raises:
@@ -136,22 +146,32 @@ def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Cons
     packed: list[Quantized] = []
     first, scales = layers[0], []
     for weight, bias, lora_a, lora_b, scale, lora_bias, x_lora, compute, dtype in layers:
+        first_tensor: Any = weight
         if not isinstance(weight, Tensor):
-            packed.append(Quantized(*weight))
-            weight = weight[0]
+            w = Quantized(*weight)
+            packed.append(w._replace(tensors=tuple(map(_outside_inference, w.tensors))))
+            first_tensor = packed[-1].tensors[0]
         if compute is not first.compute or dtype is not first.dtype:
             raise ValueError("the linears compute, or return, in several dtypes")
-        tensors += (weight, bias, lora_a, lora_b, lora_bias, x_lora)
+        tensors += (first_tensor, bias, lora_a, lora_b, lora_bias, x_lora)
         scales.append(scale)
     if not packed:
         return tensors, Constants(tuple(scales), (), (), None, first.dtype)
     if len(packed) < len(layers):
         raise ValueError(MIXED)
     for w in packed:
-        tensors += [w.absmax, *w[5:]]
-    sizes = tuple([n for w in packed for n in (*w.shape, w.blocksize)])
-    kinds = tuple([w.kind for w in packed])
-    return tensors, Constants(tuple(scales), sizes, kinds, first.compute or x.dtype, first.dtype)
+        tensors += w.tensors[1:]
+    sizes, kinds = flat_weights(packed)
+    constant = tuple(scales), tuple(sizes), tuple(kinds), first.compute or x.dtype, first.dtype
+    return tensors, Constants(*constant)
+
+
+def _outside_inference(t: Tensor | None) -> Tensor | None:
+    # HQQ makes its tensors in inference mode; autograd would not keep them for backward.
+    if t is None or not t.is_inference():
+        return t
+    there = t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(*there)  # type: ignore[call-overload,no-any-return]
 
 
 def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[ResolvedLinear]:
@@ -159,12 +179,16 @@ def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[Resolved
     scales, sizes, kinds, compute, dtype = constants
     end = WIDTH * len(scales)
     resolved = []
+    stored: list[Tensor | None] = []
+    if kinds:
+        rest = iter(tensors[end:])
+        for i, count in enumerate(sizes[3::4]):
+            stored += [tensors[WIDTH * i], *itertools.islice(rest, count - 1)]
+    weights = joined_weights(stored, sizes, kinds)
     for i, scale in enumerate(scales):
         weight, bias, lora_a, lora_b, lora_bias, x_lora = tensors[WIDTH * i : WIDTH * (i + 1)]
         if kinds:
-            absmax, *nested = tensors[end + 4 * i : end + 4 * i + 4]
-            out, into, blocksize = sizes[3 * i : 3 * i + 3]
-            weight = Quantized(weight, absmax, (out, into), blocksize, kinds[i], *nested)
+            weight = weights[i]
         low = compute or weight.dtype  # quantized weights come with ``compute``
         adapter = (lora_a, lora_b, lora_bias, x_lora, scale)
         resolved.append(ResolvedLinear(weight, bias, *adapter, low, dtype or low))

@@ -10,10 +10,11 @@ What the ops know of a format is its record in ``FORMATS``.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,32 +39,29 @@ FP4 = (
 VALUES = {"nf4": NF4, "fp4": FP4}
 NESTED = 256
 """Scales per scale of scales, where the scales are quantized themselves."""
+_ALIGNED = 256
+"""Parts begin at multiples of this: of the usual groups and blocks of scales."""
 _PIECE = 1 << 17
 """Weights that are dequantized at a time in plain PyTorch: their fp32 copies stay in the cache."""
 
 
 class Quantized(NamedTuple):
-    """A frozen matrix (out, in) in few bits: what the fields hold depends on the format.
+    """A frozen matrix (out, in) in few bits: what ``tensors`` are depends on the format.
 
-    In 4 bits, ``packed`` holds two values to a byte, the first one in the high half, rows one after
-    the other, in any dtype of storage; ``absmax`` holds in fp32 the scale of each block, or, with
-    the three last fields, of each 256 scales. In int8, ``packed`` is (out, in), and ``absmax``
-    (out,) the largest absolute value of each row.
+    In 4 bits: two values to a byte, the first one in the high half, rows one after the other, in
+    any dtype of storage; in fp32 the scale of each block, or of each 256 scales; then, or None,
+    uint8 scales of the blocks, (256,) fp32 values of their codes, and () fp32 what is added to all.
+    In int8: (out, in), and (out,) the largest absolute value of each row. Of a formula: its inputs.
     """
 
-    packed: Tensor
-    absmax: Tensor
+    tensors: tuple[Tensor | None, ...]
     shape: tuple[int, int]  # (out, in)
-    blocksize: int  # how many values share a scale; not used by int8
+    blocksize: int  # how many values share a scale; of 4 bits only
     kind: str  # the format: a key of ``FORMATS``
-    absmax_8bit: Tensor | None = None  # uint8, the quantized scale of each block
-    absmax_code: Tensor | None = None  # (256,) fp32, the values of its codes
-    absmax_offset: Tensor | None = None  # () fp32, what is added to all scales
 
     def nbytes(self) -> int:
         """Bytes in memory."""
-        tensors = (t for t in self if isinstance(t, Tensor))
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,9 @@ class WeightFormat:
     kernel: Callable[[Quantized, torch.dtype], Tensor | None] = lambda w, dtype: None
     # (x, w, bias) -> ``x·Wᵀ + bias`` for few rows of x without a copy of W; None for others
     few: Callable[[Tensor, Quantized, Tensor | None], Tensor | None] = lambda x, w, bias: None
+    # (w, dtype, dim, start, stop) -> rows (dim 0) or columns of the reference's matrix, bit for bit
+    part: Callable[[Quantized, torch.dtype, int, int, int], Tensor] | None = None
+    cuts: tuple[int, ...] = ()  # the dims along which ``part`` need not make more than the part
 
 
 def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
@@ -93,42 +94,102 @@ def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 # -- products --------------------------------------------------------------------------------------
-def split(w: Quantized) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """The constants of a weight, and its tensors."""
-    return w[2:5], (*w[:2], *w[5:])
+PART = 1 << 20
+"""Elements of a weight, at most, that are there in high precision where its format has parts."""
 
 
-def join(fixed: tuple[Any, ...], tensors: Sequence[Any]) -> Quantized:
-    """The weight again."""
-    return Quantized(*tensors[:2], *fixed, *tensors[2:])
+def flat_weights(weights: Sequence[Quantized]) -> tuple[list[int], list[str]]:
+    """Four numbers of each weight (out, in, blocksize, how many tensors), and the formats."""
+    sizes = [n for w in weights for n in (*w.shape, w.blocksize, len(w.tensors))]
+    return sizes, [w.kind for w in weights]
+
+
+def joined_weights(
+    tensors: Sequence[Tensor | None], sizes: Sequence[int], kinds: Sequence[str]
+) -> list[Quantized]:
+    """The weights of ``flat_weights``; ``tensors`` are those of one after the other."""
+    weights, rest = [], iter(tensors)
+    for i, kind in enumerate(kinds):
+        out, into, blocksize, count = sizes[4 * i : 4 * i + 4]
+        weights.append(
+            Quantized(tuple(itertools.islice(rest, count)), (out, into), blocksize, kind)
+        )
+    return weights
+
+
+def parts(weights: Sequence[Quantized], dim: int) -> list[tuple[int, int]]:
+    """Where each part of the matrices begins and ends along ``dim``; None cut where one cannot."""
+    size, across = weights[0].shape[dim], max(w.shape[1 - dim] for w in weights)
+    step = size
+    if all(dim in FORMATS[w.kind].cuts for w in weights):
+        step = max(PART // max(across, 1) // _ALIGNED, 1) * _ALIGNED
+    starts = range(0, size, step) if size else (0,)
+    return [(start, min(start + step, size)) for start in starts]
 
 
 def _products(
-    xs: list[Tensor], weights: list[Tensor | None], sizes: list[int], kinds: list[str],
+    xs: list[Tensor], tensors: list[Tensor | None], sizes: list[int], kinds: list[str],
     transposed: bool, bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    def weight(i: int) -> Quantized:
-        out, into, blocksize = sizes[3 * i : 3 * i + 3]
-        return join(((out, into), blocksize, kinds[i]), weights[5 * i : 5 * i + 5])
+    weights = joined_weights(tensors, sizes, kinds)
+    dim = 0 if transposed else 1
+    updates = list(zip(lefts, rights, strict=True))
+    cuts = parts(weights, dim)
+    if not transposed and len(cuts) == 1 and any(len(parts([w], 0)) > 1 for w in weights):
+        return plus_products(_sum_of_parts(xs, weights, dtype), updates, dtype)
+    if len(cuts) == 1:
+        return _part_of_products(xs, weights, transposed, bias, updates, dtype, None)
+    result = xs[0].new_empty(xs[0].shape[0], weights[0].shape[dim], dtype=dtype)
+    for start, stop in cuts:
+        own_bias = None if bias is None else bias[start:stop]
+        own = [(left, right[:, start:stop]) for left, right in updates]
+        result[:, start:stop] = _part_of_products(
+            xs, weights, transposed, own_bias, own, dtype, (start, stop)
+        )
+    return result
 
+
+def _part_of_products(
+    xs: list[Tensor], weights: list[Quantized], transposed: bool, bias: Tensor | None,
+    updates: list[tuple[Tensor, Tensor]], dtype: torch.dtype, cut: tuple[int, int] | None,
+) -> Tensor:  # fmt: skip
+    # Some columns of the sum, or all of them.
     def matrix(i: int) -> Tensor:
-        unpacked = dequantize(weight(i), xs[i].dtype)
+        w, kind = weights[i], xs[i].dtype
+        part = FORMATS[w.kind].part
+        if cut is None or part is None:
+            unpacked = dequantize(w, kind)
+        else:
+            unpacked = part(w, kind, 0 if transposed else 1, *cut)
         return unpacked.t() if transposed else unpacked
 
     x = xs[0]
-    total = FORMATS[kinds[0]].few(x, weight(0), bias) if transposed else None
+    is_whole = cut is None and transposed
+    total = FORMATS[weights[0].kind].few(x, weights[0], bias) if is_whole else None
     if total is None:
         total = mm(x, matrix(0)) if bias is None else addmm(bias, x, matrix(0))
     # one copy of full precision at a time
     others = ((xs[i], matrix(i)) for i in range(1, len(xs)))
-    updates = zip(lefts, rights, strict=True)
-    if not use_triton(total, *lefts, *rights):
+    if not use_triton(total, *(t for pair in updates for t in pair)):
         return plus_products(total, chain(others, updates), dtype)
     total = plus_products(total, others, dtype)
     for left, right in updates:
-        total = rank_update(total, left, right)
+        total = rank_update(total, left, right.contiguous())
     return total
+
+
+def _sum_of_parts(xs: list[Tensor], weights: list[Quantized], dtype: torch.dtype) -> Tensor:
+    # ``Σ xᵢ·Wᵢ`` from rows of W, where a part of its columns would take all of it. Each product is
+    # rounded, and together their errors are as large as that of one; the sum must not add its own.
+    wide = torch.promote_types(dtype, torch.float32)
+    total = xs[0].new_zeros(xs[0].shape[0], weights[0].shape[1], dtype=wide)
+    for x, w in zip(xs, weights, strict=True):
+        part = FORMATS[w.kind].part
+        for start, stop in parts([w], 0):
+            rows = dequantize(w, x.dtype) if part is None else part(w, x.dtype, 0, start, stop)
+            total += mm(x[:, start:stop], rows)
+    return total.to(dtype)
 
 
 def _products_fake(
@@ -139,9 +200,15 @@ def _products_fake(
     return xs[0].new_empty(xs[0].shape[0], sizes[0 if transposed else 1], dtype=dtype)
 
 
-def elements_of(sizes: list[int]) -> list[int]:
-    """The elements of each weight; ``sizes`` holds (out, in, blocksize) of one after the other."""
-    return [out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True)]
+def elements_of(sizes: Sequence[int]) -> list[int]:
+    """The elements of each weight; ``sizes`` are those of ``flat_weights``."""
+    return [out * into for out, into in zip(sizes[::4], sizes[1::4], strict=True)]
+
+
+def unpacked_elements(sizes: Sequence[int], kinds: Sequence[str]) -> list[int]:
+    """Of each weight the elements that are there in high precision at a time."""
+    pairs = zip(elements_of(sizes), kinds, strict=True)
+    return [min(n, PART) if FORMATS[kind].cuts else n for n, kind in pairs]
 
 
 def _products_flops(xs: list[Tensor], weights: Any, sizes: list[int], *rest: Any) -> int:
@@ -157,7 +224,9 @@ _products_op = direct(
         _products,
         _products_fake,
         _products_flops,
-        temporary=lambda xs, weights, sizes, *_: xs[0].element_size() * max(elements_of(sizes)),
+        temporary=lambda xs, weights, sizes, kinds, *_: (
+            xs[0].element_size() * max(unpacked_elements(sizes, kinds))
+        ),
     )
 )
 
@@ -176,12 +245,11 @@ def quantized_products(
     dtype; ``updates`` (N, r) and (r, in). With ``transposed`` it is x·Wᵀ of one pair. The bias is
     in x's dtype, and ``dtype`` that of the x's, or wider.
     """
-    halves = [split(w) for _, w in pairs]
+    weights = [w for _, w in pairs]
     result: Tensor = _products_op(
         [x for x, _ in pairs],
-        [t for _, tensors in halves for t in tensors],
-        [n for (shape, blocksize, _), _ in halves for n in (*shape, blocksize)],
-        [kind for (_, _, kind), _ in halves],
+        [t for w in weights for t in w.tensors],
+        *flat_weights(weights),
         transposed,
         bias,
         [left for left, _ in updates],
@@ -193,39 +261,52 @@ def quantized_products(
 
 # -- int8 ------------------------------------------------------------------------------------------
 def _too_few_bits(w: Quantized, each: int) -> list[str]:
-    bits, (out, into) = w.packed.numel() * w.packed.element_size() * 8, w.shape
+    packed, (out, into) = w.tensors[0], w.shape
+    bits = 0 if packed is None else packed.numel() * packed.element_size() * 8
     enough = bits >= out * into * each
     return [] if enough else [f"{bits} bits are too few for {out} x {into} values"]
 
 
 def _int8_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
+    packed, absmax = cast("tuple[Tensor, Tensor]", w.tensors)
     wide = torch.promote_types(dtype, torch.float32)
-    return w.packed.to(dtype).mul_(w.absmax.to(wide).unsqueeze(1).mul(1.0 / 127.0))
+    return packed.to(dtype).mul_(absmax.to(wide).unsqueeze(1).mul(1.0 / 127.0))
 
 
 def _int8_example(m: Maker, out: int, into: int, kind: str) -> Quantized:
     packed = m.integers(255, out, into, dtype=torch.int8)
     scales_of_rows = into**-0.5 * (1 + m.normal(out, dtype=torch.float32).abs())
-    return Quantized(packed, scales_of_rows, (out, into), into, kind)
+    return Quantized((packed, scales_of_rows), (out, into), into, kind)
 
 
 # -- 4 bits ----------------------------------------------------------------------------------------
+class FourBits(NamedTuple):
+    """The tensors of a weight in 4 bits: see ``Quantized``."""
+
+    packed: Tensor
+    absmax: Tensor
+    absmax_8bit: Tensor | None = None
+    absmax_code: Tensor | None = None
+    absmax_offset: Tensor | None = None
+
+
 def scales(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The scale of each block of 4-bit values, (blocks,) in ``dtype``."""
-    if w.absmax_8bit is None or w.absmax_code is None or w.absmax_offset is None:
-        return w.absmax.to(dtype)
-    result = w.absmax_code.to(dtype).index_select(0, w.absmax_8bit.int())
-    whole, outer = result.numel() // NESTED, w.absmax.to(dtype)
+    _, absmax, inner, code, offset = FourBits(*w.tensors)  # type: ignore[arg-type]
+    if inner is None or code is None or offset is None:
+        return absmax.to(dtype)
+    result = code.to(dtype).index_select(0, inner.int())
+    whole, outer = result.numel() // NESTED, absmax.to(dtype)
     result[: whole * NESTED].view(whole, NESTED).mul_(outer[:whole, None])
     result[whole * NESTED :].mul_(outer[-1])
-    return result.add_(w.absmax_offset.to(dtype))
+    return result.add_(offset.to(dtype))
 
 
 def _four_bits_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
     # Value and scale are multiplied in fp32 (fp64 in fp64) and rounded once.
     wide = torch.promote_types(dtype, torch.float32)
     out, into = w.shape
-    codes = w.packed.reshape(-1).view(torch.uint8)
+    codes = cast("Tensor", w.tensors[0]).reshape(-1).view(torch.uint8)
     pairs = _pairs(w.kind, wide, codes.device)
     size = out * into
     result = torch.empty(size, dtype=dtype, device=codes.device)
@@ -282,10 +363,8 @@ def _dequantize_plain(
     absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    rest = absmax_8bit, absmax_code, absmax_offset
-    return _four_bits_reference(
-        Quantized(packed, absmax, (out, into), blocksize, kind, *rest), dtype
-    )
+    tensors = packed, absmax, absmax_8bit, absmax_code, absmax_offset
+    return _four_bits_reference(Quantized(tensors, (out, into), blocksize, kind), dtype)
 
 
 _dequantize = library_op(
@@ -300,21 +379,19 @@ _direct_dequantize = direct(_dequantize)
 
 
 def _four_bits_kernel(w: Quantized, dtype: torch.dtype) -> Tensor | None:
-    if dtype is not torch.float64 and use_triton(w.absmax):
-        rest = (w.absmax_8bit, w.absmax_code, w.absmax_offset)
-        result: Tensor = _direct_dequantize(
-            w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype
-        )
+    tensors = FourBits(*w.tensors)  # type: ignore[arg-type]
+    if dtype is not torch.float64 and use_triton(tensors.absmax):
+        result: Tensor = _direct_dequantize(*tensors, *w.shape, w.blocksize, w.kind, dtype)
         return result
     # The compiled CPU kernel of bitsandbytes, where it is, is the fastest. It has none for odd rows
     # and for large blocks, and would start a compiler there.
     kernel = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
     low = dtype in (torch.float32, torch.bfloat16, torch.float16)
     regular = w.shape[1] % 2 == 0 and w.blocksize < 2048
-    if kernel is None or not low or not regular or w.absmax.is_cuda:
+    if kernel is None or not low or not regular or tensors.absmax.is_cuda:
         return None
     unpacked: Tensor = kernel.default(
-        w.packed, scales(w), w.blocksize, w.kind, list(w.shape), dtype
+        tensors.packed, scales(w), w.blocksize, w.kind, list(w.shape), dtype
     )
     return unpacked
 
@@ -325,9 +402,10 @@ _FEW = 16
 
 def _few_product(x: Tensor, w: Quantized, bias: Tensor | None) -> Tensor | None:
     is_for_few = x.shape[0] <= _FEW and w.shape[1] % w.blocksize == 0
-    if not is_for_few or not use_triton(x, w.absmax):
+    tensors = FourBits(*w.tensors)  # type: ignore[arg-type]
+    if not is_for_few or not use_triton(x, tensors.absmax):
         return None
-    result: Tensor = _direct_few(x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, bias)
+    result: Tensor = _direct_few(x, *tensors, *w.shape, w.blocksize, w.kind, bias)
     return result
 
 
@@ -344,8 +422,8 @@ def _few_plain(
     absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
     kind: str, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    rest = absmax_8bit, absmax_code, absmax_offset
-    matrix = dequantize(Quantized(packed, absmax, (out, into), blocksize, kind, *rest), x.dtype)
+    tensors = packed, absmax, absmax_8bit, absmax_code, absmax_offset
+    matrix = dequantize(Quantized(tensors, (out, into), blocksize, kind), x.dtype)
     return mm(x, matrix.t()) if bias is None else addmm(bias, x, matrix.t())
 
 
@@ -364,7 +442,8 @@ _direct_few = direct(
 
 def _four_bits_misfits(w: Quantized) -> list[str]:
     reasons = _too_few_bits(w, 4)
-    if (w.absmax_8bit is None) != (w.absmax_offset is None):
+    tensors = FourBits(*w.tensors)  # type: ignore[arg-type]
+    if (tensors.absmax_8bit is None) != (tensors.absmax_offset is None):
         reasons.append("the scales of scales are not complete")
     return reasons
 
@@ -374,12 +453,12 @@ def _four_bits_example(m: Maker, out: int, into: int, kind: str) -> Quantized:
     codes = m.integers(256, -(-out * into // 2), 1, dtype=torch.uint8)
     if kind == "fp4":  # one of them has plain scales
         absmax = spread * (1 + m.normal(blocks, dtype=torch.float32).abs())
-        return Quantized(codes, absmax, (out, into), 64, kind)
+        return Quantized(FourBits(codes, absmax), (out, into), 64, kind)
     outer = spread * m.normal(-(-blocks // NESTED), dtype=torch.float32).abs()
     values = torch.linspace(-1, 1, 256, device=m.device)
     offset = torch.full((), 2 * spread, device=m.device)
     inner = m.integers(256, blocks, dtype=torch.uint8)
-    return Quantized(codes, outer, (out, into), 64, kind, inner, values, offset)
+    return Quantized(FourBits(codes, outer, inner, values, offset), (out, into), 64, kind)
 
 
 _FOUR_BITS = WeightFormat(

@@ -36,7 +36,7 @@ from ..linear.projections import (
     wanted,
     with_operands,
 )
-from ..linear.quantized import elements_of
+from ..linear.quantized import elements_of, unpacked_elements
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients, require_saved
 from . import glu
@@ -247,7 +247,7 @@ def _matrices(
     tensors: Sequence[Tensor | None], sizes: Sequence[int], count: int
 ) -> list[tuple[int, int, int]]:
     """Elements of the weight, of A and of B of each linear; 0 of what is not there."""
-    packed = elements_of(list(sizes))
+    packed = elements_of(sizes)
     sizes_of_matrices = []
     for i in range(count):
         weight, _, a, b, *_ = tensors[WIDTH * i : WIDTH * (i + 1)]
@@ -288,7 +288,9 @@ _forward_op = library_op(
     _tiled_forward,
     _forward_fake,
     _forward_flops,
-    temporary=lambda x, tensors, scales, sizes, *_: x.element_size() * sum(elements_of(sizes)),
+    temporary=lambda x, tensors, scales, sizes, kinds, *_: (
+        x.element_size() * sum(unpacked_elements(sizes, kinds))
+    ),
 )
 _backward_op = library_op(
     f"mlp_block_backward(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, "
@@ -296,8 +298,8 @@ _backward_op = library_op(
     _tiled_backward,
     _backward_fake,
     _backward_flops,
-    temporary=lambda grad, x, tensors, scales, sizes, *_: (
-        x.element_size() * sum(elements_of(sizes))
+    temporary=lambda grad, x, tensors, scales, sizes, kinds, *_: (
+        x.element_size() * sum(unpacked_elements(sizes, kinds))
     ),
 )
 

@@ -1,0 +1,150 @@
+"""Weights by formula: bit for bit the library's, in parts too, and never whole in a product."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusewright.kernels.linear import quantized
+from fusewright.kernels.linear.linear import QUANT_LINEAR
+from fusewright.kernels.linear.quantized import FORMATS as KINDS
+from fusewright.rewrite.tolerance import exceeded
+
+from ..capturing import capture, rewrite, rewritten
+from ..models.stored_formats import FORMATS, STAND_INS, Format, adapted, run_rewritten
+from .util import saved_tensors
+
+BF16, F32 = torch.bfloat16, torch.float32
+OUT, INTO = 384, 256
+
+
+def _layer(form: Format, dtype: torch.dtype) -> Any:
+    if not form.is_installed():
+        pytest.skip(f"{form.library} is not installed")
+    torch.manual_seed(0)
+    return form.make(OUT, INTO, dtype)
+
+
+def _each(formats: list[Format]) -> Any:
+    return pytest.mark.parametrize("form", formats, ids=lambda form: form.name)
+
+
+@_each(FORMATS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_weight_is_the_librarys_bit_for_bit(form, dtype):
+    layer = _layer(form, dtype)
+    x = torch.randn(2, 3, INTO).to(dtype).requires_grad_()
+    _, findings, (w,) = run_rewritten(layer, x)
+    assert rewritten(findings) == ["quant_linear"], findings
+    theirs = form.dequantized(layer).to(dtype)
+    assert w.nbytes() < theirs.numel() * 2
+    record = KINDS[w.kind]
+    assert record.misfits(w) == []
+    assert torch.equal(record.reference(w, dtype), theirs)
+    assert record.cuts
+    for dim, size in enumerate(w.shape):
+        for start, stop in ((0, size), (0, 128), (128, size), (3, 77), (size - 1, size)):
+            part = record.part(w, dtype, dim, start, stop)
+            assert torch.equal(part, theirs.narrow(dim, start, stop - start)), (dim, start, stop)
+
+
+@_each(STAND_INS)
+@pytest.mark.parametrize("size", [1, 1 << 13], ids=["smallest parts", "some parts"])
+def test_products_in_parts(form, size, monkeypatch):
+    """Values and gradients of x are as exact as eager's, and no part is larger than said."""
+    layer = _layer(form, BF16)
+    x = torch.randn(2, 9, INTO).to(BF16).requires_grad_()
+    _, _, (w,) = run_rewritten(layer, x)
+    weight = form.dequantized(layer).to(BF16)
+    monkeypatch.setattr(quantized, "PART", size)
+    seen: list[int] = []
+    record = KINDS[w.kind]
+
+    def part(*args: Any) -> Tensor:
+        made = record.part(*args)
+        seen.append(made.numel())
+        return made
+
+    monkeypatch.setitem(KINDS, w.kind, dataclasses.replace(record, part=part))
+    upstream = torch.randn(2, 9, OUT).to(BF16)
+    mine = QUANT_LINEAR.call(x, w)
+    theirs = torch.nn.functional.linear(x, weight)
+    wide = x.detach().double().requires_grad_()
+    exact = torch.nn.functional.linear(wide, weight.double())
+    assert exceeded(mine, theirs, exact) is None
+    grads = [
+        torch.autograd.grad(y, z, upstream.to(y.dtype))[0]
+        for y, z in ((mine, x), (theirs, x), (exact, wide))
+    ]
+    assert exceeded(*grads) is None
+    assert seen
+    assert max(seen) <= max(size, 256 * OUT)
+
+
+@_each(FORMATS)
+def test_a_step_with_an_adapter(form):
+    """One op; its values and gradients are as exact as PEFT's, and it keeps no weight."""
+    layer = adapted(_layer(form, BF16), BF16)
+    x = torch.randn(2, 17, INTO).to(BF16).requires_grad_()
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    assert len(trained) == 3
+    theirs, upstream = layer(x), torch.randn(2, 17, OUT).to(BF16)
+    with saved_tensors() as kept:
+        mine, findings, _ = run_rewritten(layer, x)
+    assert rewritten(findings) == ["lora_linear", "quant_linear"], findings
+    floats = [t for t in kept if t.is_floating_point() and t.itemsize > 1]
+    assert max(t.numel() for t in floats) < OUT * INTO
+    bias = layer.base_layer.bias if hasattr(layer.base_layer, "bias") else None
+    exact, *wide = _exact(form.dequantized(layer.base_layer), bias, *trained)
+    assert exceeded(mine, theirs, exact) is None
+    ours, eager = (torch.autograd.grad(y, trained, upstream) for y in (mine, theirs))
+    truth = torch.autograd.grad(exact, wide, upstream.double())
+    for triple in zip(ours, eager, truth, strict=True):
+        assert exceeded(*triple) is None
+
+
+def _exact(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """PEFT's formula in fp64, and its inputs there."""
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    x, a, b = wide
+    base = torch.nn.functional.linear(
+        x, weight.to(BF16).double(), None if bias is None else bias.detach().to(BF16).double()
+    )
+    return base + 2.0 * (x @ a.t() @ b.t()), *wide
+
+
+def test_what_is_not_known_is_said():
+    class Sorted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.randint(0, 16, (64, 32), dtype=torch.uint8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.codes.to(F32).erfinv())
+
+    findings = rewrite(capture(Sorted(), torch.randn(3, 32).requires_grad_()))
+    assert [(f.rule, f.status) for f in findings] == [("quant_linear", "missed")]
+    assert findings[0].reason == "its weight is computed from packed tensors by erfinv"
+
+
+@pytest.mark.parametrize("change", ["trained scale", "activation", "wide"])
+def test_what_is_no_stored_weight(change):
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.randint(0, 16, (64, 32), dtype=torch.uint8))
+            if change == "wide":
+                self.codes = torch.randn(64, 32)
+            trained = change == "trained scale"
+            self.scale = torch.nn.Parameter(torch.rand(64, 1), requires_grad=trained)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = x.mean() if change == "activation" else self.scale
+            return torch.nn.functional.linear(x, self.codes.to(F32) * scale)
+
+    findings = rewrite(capture(Layer(), torch.randn(3, 32).requires_grad_()))
+    assert not rewritten(findings)

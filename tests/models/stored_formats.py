@@ -1,0 +1,438 @@
+"""Linears whose weights libraries store in few bits, and stand-ins written like them.
+
+A library's layer, or a layer that unpacks its weight with the library's function at each call, says
+that its formula is recognised; a stand-in says the same where the library is not installed.
+``python -m tests.models.stored_formats`` writes the table of ``docs/quantization.md``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fusewright.kernels.linear.quantized import Quantized
+from fusewright.rewrite.findings import Finding
+
+from ..capturing import rewrite
+
+E4M3 = torch.float8_e4m3fn
+
+
+class StoredLinear(nn.Module):
+    """``F.linear`` with a weight that ``dequantize`` computes from the layer's buffers."""
+
+    def __init__(
+        self, tensors: dict[str, Tensor], dequantize: Callable[[Any], Tensor], size: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = size
+        self.dequantize_by = dequantize
+        for name, t in tensors.items():
+            self.register_buffer(name, t)
+
+    def dequantized(self) -> Tensor:
+        return self.dequantize_by(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantized().to(x.dtype))
+
+
+class Transposed(StoredLinear):
+    """A weight (in, out), as GPTQ and AWQ have it, over rows, and a bias that is added in place."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.bias = nn.Parameter(torch.randn(self.out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.matmul(rows, self.dequantized().to(x.dtype)).reshape(shape)
+        out.add_(self.bias.to(x.dtype))
+        return out
+
+
+@dataclass(frozen=True)
+class Format:
+    """A stored format: ``make(out, in, dtype)`` returns a layer."""
+
+    name: str
+    library: str  # the package to import, or nothing for a stand-in
+    make: Callable[[int, int, torch.dtype], nn.Module]
+    # the library's own weight (out, in) of a layer
+    dequantized: Callable[[Any], Tensor]
+
+    def is_installed(self) -> bool:
+        return not self.library or importlib.util.find_spec(self.library) is not None
+
+
+# -- stand-ins -------------------------------------------------------------------------------------
+def _words(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def _scales(*shape: int, into: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (into**-0.5 * 0.2 * (0.5 + torch.rand(shape))).to(dtype)
+
+
+def _gptq(out: int, into: int, dtype: torch.dtype, group: int = 64) -> nn.Module:
+    def dequantize(m: Any) -> Tensor:
+        zeros = torch.bitwise_right_shift(
+            m.qzeros.unsqueeze(2).expand(-1, -1, 8), m.wf.unsqueeze(0)
+        )
+        zeros = torch.bitwise_and(zeros.to(torch.int8), 15).reshape(m.scales.shape)
+        codes = torch.bitwise_right_shift(
+            m.qweight.unsqueeze(1).expand(-1, 8, -1), m.wf.unsqueeze(-1)
+        )
+        codes = torch.bitwise_and(codes.to(torch.int8), 15)
+        codes = codes.reshape(codes.shape[0] * codes.shape[1], codes.shape[2])
+        order = m.g_idx.long()
+        return m.scales[order] * (codes - zeros[order])
+
+    tensors = {
+        "qweight": _words(into // 8, out),
+        "qzeros": _words(into // group, out // 8),
+        "scales": _scales(into // group, out, into=into, dtype=dtype),
+        "g_idx": (torch.randperm(into) // group).to(torch.int32),
+        "wf": torch.arange(0, 32, 4, dtype=torch.int32).unsqueeze(0),
+    }
+    return Transposed(tensors, dequantize, (out, into))
+
+
+def _awq(out: int, into: int, dtype: torch.dtype, group: int = 64) -> nn.Module:
+    def unpack(words: Tensor) -> Tensor:
+        shifts = torch.arange(0, 32, 4, device=words.device)
+        codes = torch.bitwise_right_shift(words[:, :, None], shifts[None, None, :]).to(torch.int8)
+        codes = codes.view(codes.shape[0], -1)
+        order = torch.arange(codes.shape[-1], dtype=torch.int32, device=words.device)
+        order = order.view(-1, 8)[:, [0, 4, 1, 5, 2, 6, 3, 7]].view(-1)
+        return torch.bitwise_and(codes[:, order], 15)
+
+    def dequantize(m: Any) -> Tensor:
+        scales = m.scales.repeat_interleave(group, dim=0)
+        zeros = unpack(m.qzeros).repeat_interleave(group, dim=0)
+        return (unpack(m.qweight) - zeros) * scales
+
+    tensors = {
+        "qweight": _words(into, out // 8),
+        "qzeros": _words(into // group, out // 8),
+        "scales": _scales(into // group, out, into=into, dtype=dtype),
+    }
+    return Transposed(tensors, dequantize, (out, into))
+
+
+def _fp8_blocks(out: int, into: int, dtype: torch.dtype, block: int = 128) -> nn.Module:
+    def dequantize(m: Any) -> Tensor:
+        scale = m.scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        return (m.codes.to(torch.float32) * scale[:out, :into]).to(dtype)
+
+    codes = torch.randn(out, into).mul_(32).to(E4M3)
+    scale = _scales(-(-out // block), -(-into // block), into=into) / 32
+    return StoredLinear({"codes": codes, "scale": scale}, dequantize, (out, into))
+
+
+def _fp8_rows(out: int, into: int, dtype: torch.dtype) -> nn.Module:
+    codes, scale = torch.randn(out, into).mul_(32).to(E4M3), _scales(out, 1, into=into) / 32
+    return StoredLinear(
+        {"codes": codes, "scale": scale},
+        lambda m: m.codes.to(dtype) * m.scale.to(dtype),
+        (out, into),
+    )
+
+
+def _mxfp4(out: int, into: int, dtype: torch.dtype) -> nn.Module:
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+    def dequantize(m: Any) -> Tensor:
+        pairs = torch.stack((m.blocks & 15, m.blocks >> 4), dim=-1).reshape(out, into // 32, 32)
+        exponent = m.exponents.to(torch.int32) - 127
+        return torch.ldexp(m.values[pairs.long()], exponent.unsqueeze(-1)).reshape(out, into)
+
+    tensors = {
+        "blocks": _bytes(out, into // 2),
+        "exponents": torch.randint(120, 124, (out, into // 32), dtype=torch.uint8),
+        "values": torch.tensor(values + [-v for v in values], dtype=dtype),
+    }
+    return StoredLinear(tensors, dequantize, (out, into))
+
+
+def _nvfp4(out: int, into: int, dtype: torch.dtype) -> nn.Module:
+    def dequantize(m: Any) -> Tensor:
+        flat = m.packed.flatten()
+        codes = torch.stack((flat & 0x0F, (flat & 0xF0) >> 4), dim=1).flatten()
+        signs, sizes = (codes & 8).to(torch.bool), (codes & 7).to(torch.long)
+        values = m.values[sizes] * torch.where(signs, -1.0, 1.0)
+        groups = values.reshape(out, into // 16, 16).to(dtype)
+        return (groups * (m.scale.to(dtype) / m.whole).unsqueeze(-1)).reshape(out, into)
+
+    tensors = {
+        "packed": _bytes(out, into // 2),
+        "scale": (torch.rand(out, into // 16) + 0.5).to(E4M3),
+        "values": torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]),
+        "whole": torch.full((1,), 2 * into**0.5, dtype=dtype),
+    }
+    return StoredLinear(tensors, dequantize, (out, into))
+
+
+def _int4_groups(out: int, into: int, dtype: torch.dtype, group: int = 32) -> nn.Module:
+    def dequantize(m: Any) -> Tensor:
+        codes = torch.zeros((out, into), dtype=torch.int32, device=m.packed.device)
+        for i in range(8):
+            codes[:, i::8] = (m.packed >> (4 * i)) & 15
+        groups = (codes - 8).to(torch.int8).unflatten(-1, (into // group, group))
+        return (groups.to(dtype) * m.scale.unsqueeze(-1)).flatten(-2, -1)
+
+    tensors = {
+        "packed": _words(out, into // 8),
+        "scale": _scales(out, into // group, into=into, dtype=dtype),
+    }
+    return StoredLinear(tensors, dequantize, (out, into))
+
+
+def _halves(out: int, into: int, dtype: torch.dtype, group: int = 64) -> nn.Module:
+    """As HQQ packs four bits: the first half of all groups in the high halves of the bytes."""
+
+    def dequantize(m: Any) -> Tensor:
+        step = m.packed.shape[0]
+        codes = torch.empty([2 * step, group], dtype=dtype, device=m.packed.device)
+        codes[:step] = (m.packed & 0b11110000) >> 4
+        codes[step:] = m.packed & 0b00001111
+        return ((codes - m.zero) * m.scale).reshape(out, into)
+
+    groups = out * into // group
+    tensors = {
+        "packed": _bytes(groups // 2, group),
+        "zero": (8 + torch.rand(groups, 1)).to(dtype),
+        "scale": _scales(groups, 1, into=into, dtype=dtype),
+    }
+    return StoredLinear(tensors, dequantize, (out, into))
+
+
+def _int8_rows(out: int, into: int, dtype: torch.dtype) -> nn.Module:
+    codes = torch.randint(-127, 128, (out, into), dtype=torch.int8)
+    tensors = {"codes": codes, "scale": _scales(out, into=into, dtype=dtype) / 16}
+    return StoredLinear(tensors, lambda m: m.codes.to(dtype) * m.scale.view(-1, 1), (out, into))
+
+
+def _own(layer: Any) -> Tensor:
+    weight: Tensor = layer.dequantized()
+    return weight.t() if isinstance(layer, Transposed) else weight
+
+
+STAND_INS = [
+    Format(name, "", make, _own)
+    for name, make in {
+        "gptq": _gptq, "awq": _awq, "fp8-blocks": _fp8_blocks, "fp8-rows": _fp8_rows,
+        "mxfp4": _mxfp4, "nvfp4": _nvfp4, "int4-groups": _int4_groups, "hqq": _halves,
+        "int8-rows": _int8_rows,
+    }.items()
+]  # fmt: skip
+
+
+# -- libraries' ------------------------------------------------------------------------------------
+def _gptqmodel(out: int, into: int, dtype: torch.dtype, bits: int = 4) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    layer: Any = TorchLinear(
+        bits=bits, group_size=64, sym=False, desc_act=True, in_features=into, out_features=out,
+        bias=True,
+    )  # fmt: skip
+    layer.qweight.copy_(_words(*layer.qweight.shape))
+    layer.qzeros.copy_(_words(*layer.qzeros.shape))
+    layer.scales = _scales(*layer.scales.shape, into=into, dtype=dtype)
+    layer.g_idx.copy_(torch.randperm(into) // 64)
+    layer.bias = torch.randn(out).to(dtype)
+    layer.post_init()
+    return layer.train()
+
+
+def _gptqmodel_awq(out: int, into: int, dtype: torch.dtype) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    layer: Any = AwqTorchLinear(
+        bits=4, group_size=64, sym=False, desc_act=False, in_features=into, out_features=out,
+        bias=True, register_buffers=True,
+    )  # fmt: skip
+    layer.qweight.copy_(_words(*layer.qweight.shape))
+    layer.qzeros.copy_(_words(*layer.qzeros.shape))
+    layer.scales = _scales(*layer.scales.shape, into=into, dtype=dtype)
+    layer.bias = torch.randn(out).to(dtype)
+    layer.post_init()
+    return layer.train()
+
+
+def _compressed(out: int, into: int, dtype: torch.dtype, format: str, **scheme: Any) -> nn.Module:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    args = QuantizationArgs(**scheme)
+    kind = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(format)
+    size = (out, into // args.group_size if args.group_size else 1)
+    if scheme["strategy"] == "block":
+        size = (-(-out // args.block_structure[0]), -(-into // args.block_structure[1]))
+    state: dict[str, Any] = {"weight_scale": _scales(*size, into=into, dtype=dtype)}
+    if format == "nvfp4-pack-quantized":
+        state["weight_scale"] = (torch.rand(size) + 0.5).to(E4M3)
+        state["weight_global_scale"] = torch.full((1,), 2 * into**0.5)
+        state["weight_packed"] = _bytes(out, into // 2)
+    elif format == "mxfp4-pack-quantized":
+        state["weight_scale"] = torch.randint(120, 124, size, dtype=torch.uint8)
+        state["weight_packed"] = _bytes(out, into // 2)
+    elif format == "pack-quantized":
+        if not args.symmetric:
+            state["weight_zero_point"] = torch.randint(-8, 8, size, dtype=torch.int8)
+        state = compressor.compress(
+            {"weight": torch.randn(out, into).to(dtype) * 0.02, **state}, kind
+        )
+    elif args.type == "float":
+        state["weight"] = torch.randn(out, into).mul_(32).to(E4M3)
+        state["weight_scale"] /= 32
+    else:
+        state["weight"] = torch.randint(-127, 128, (out, into), dtype=torch.int8)
+        state["weight_scale"] /= 16
+    state.pop("weight_shape", None)
+    names = list(state)
+
+    def decompress(m: Any) -> Tensor:
+        own: dict[str, Any] = {n: getattr(m, n) for n in names}
+        own["weight_shape"] = (out, into)
+        weight: Tensor = compressor.decompress(own, kind)["weight"]
+        return weight
+
+    def of_fp4(m: Any) -> Tensor:  # what ``decompress`` does, but for the parameter that it makes
+        unpacked = unpack_fp4_from_uint8(m.weight_packed, out, into)
+        scale = compressor._decompress_scale(m.weight_scale, unpacked.dtype)
+        whole = getattr(m, "weight_global_scale", None)
+        weight: Tensor = dequantize(
+            x_q=unpacked, scale=scale, args=args, global_scale=whole, dtype=unpacked.dtype
+        )
+        return weight
+
+    layer = StoredLinear(state, of_fp4 if "fp4" in format else decompress, (out, into))
+    layer.library_weight = lambda: decompress(layer)  # type: ignore[assignment]
+    return layer
+
+
+def _hqq(out: int, into: int, dtype: torch.dtype, axis: int = 1, bits: int = 4) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+    HQQLinear.set_backend(HQQBackend.PYTORCH)
+    config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+    layer = nn.Linear(into, out, bias=True)
+    return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", del_orig=True)
+
+
+def _torchao(out: int, into: int, dtype: torch.dtype, make: str, **options: Any) -> nn.Module:
+    from torchao import quantization
+
+    layer = nn.Linear(into, out, dtype=dtype)
+    quantization.quantize_(layer, getattr(quantization, make)(**options))
+    return layer.requires_grad_(False)
+
+
+def _awq_weight(layer: Any) -> Tensor:
+    dtype = layer.scales.dtype
+    like = torch.empty(1, layer.in_features, dtype=dtype)
+    weight: Tensor = layer._dequantize_weight_for_inference(like, dtype=dtype)
+    return weight.t()
+
+
+_group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+LIBRARIES = [
+    Format("GPTQ, 4 bits, act order", "gptqmodel", _gptqmodel, lambda m: m.dequantize_weight().t()),
+    Format("GPTQ, 8 bits, act order", "gptqmodel", functools.partial(_gptqmodel, bits=8),
+           lambda m: m.dequantize_weight().t()),
+    Format("AWQ, 4 bits", "gptqmodel", _gptqmodel_awq, _awq_weight),
+    *(
+        Format(name, "compressed_tensors", functools.partial(_compressed, format=format, **scheme),
+               lambda m: m.library_weight())
+        for name, format, scheme in (
+            ("INT4 pack-quantized, groups", "pack-quantized", {**_group, "symmetric": True}),
+            ("INT4 pack-quantized, groups, zero points", "pack-quantized",
+             {**_group, "symmetric": False}),
+            ("INT4 pack-quantized, rows", "pack-quantized",
+             {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}),
+            ("INT8, rows", "int-quantized",
+             {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}),
+            ("FP8, rows", "float-quantized",
+             {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}),
+            ("FP8, blocks of 128", "float-quantized",
+             {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128],
+              "symmetric": True}),
+            ("NVFP4", "nvfp4-pack-quantized",
+             {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+              "symmetric": True}),
+            ("MXFP4", "mxfp4-pack-quantized",
+             {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32,
+              "symmetric": True}),
+        )
+    ),
+    Format("HQQ, 4 bits, axis 1", "hqq", _hqq, lambda m: m.dequantize()),
+    Format("HQQ, 4 bits, axis 0", "hqq", functools.partial(_hqq, axis=0), lambda m: m.dequantize()),
+    Format("HQQ, 8 bits", "hqq", functools.partial(_hqq, bits=8), lambda m: m.dequantize()),
+    Format("HQQ, 2 bits", "hqq", functools.partial(_hqq, bits=2), lambda m: m.dequantize()),
+    Format("torchao, int8", "torchao", functools.partial(_torchao, make="Int8WeightOnlyConfig"),
+           lambda m: m.weight.dequantize()),
+    Format("torchao, float8", "torchao",
+           functools.partial(_torchao, make="Float8WeightOnlyConfig"),
+           lambda m: m.weight.dequantize()),
+]  # fmt: skip
+FORMATS = [*STAND_INS, *LIBRARIES]
+
+
+def run_rewritten(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Finding], list[Quantized]]:
+    """What a layer returns once it is rewritten, what was found, and its weights by formula."""
+    findings: list[Finding] = []
+    weights: list[Quantized] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        findings.extend(rewrite(module))
+        places = module.graph.find_nodes(op="placeholder")
+
+        def run(*args: Any) -> Any:
+            values = dict(zip(places, args, strict=True))
+            for node in module.graph.nodes:
+                for fields in _stored(node.args):
+                    tensors = tuple(values[t] for t in fields[0])
+                    weights.append(Quantized(tensors, *fields[1:]))
+            return module(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    return torch.compile(layer, backend=backend, fullgraph=True)(x), findings, weights
+
+
+def _stored(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, (tuple, list)):
+        if len(argument) == 4 and isinstance(argument[3], str):
+            yield argument
+        for part in argument:
+            yield from _stored(part)
+
+
+def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
+    """PEFT's LoRA layer over ``layer``, with an adapter that is not zero."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank)
+    lora: Any = Linear(layer, "default", config, r=rank, lora_alpha=2 * rank)
+    for part in (lora.lora_A, lora.lora_B):  # they come in the dtype of what is stored
+        part.to(dtype)
+        nn.init.normal_(part["default"].weight, std=0.05)
+    return lora
