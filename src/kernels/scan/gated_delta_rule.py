@@ -50,28 +50,37 @@ def delta_rule_reference(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor,
     initial_state: Tensor | None = None, l2norm: bool = False, segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loop over time, rounding as model code does; see ``gated_delta_rule``."""
+    """One chunk of the whole length, rounding as model code does; see ``gated_delta_rule``."""
     wide, each = _wide(query), value.shape[2] // key.shape[2]
-    q, k, v, decay, beta = (t.to(wide) for t in (query, key, value, g, beta))
+    q, k, v, g, beta = (t.to(wide).transpose(1, 2) for t in (query, key, value, g, beta))
     if l2norm:
         q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + EPSILON) for t in (q, k))
-    q, k = ((t.repeat_interleave(each, 2) if each > 1 else t) for t in (q, k))
-    q = q * q.shape[-1] ** -0.5
-    decay = (decay if g.ndim == 4 else decay[..., None]).exp()
-    if initial_state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    q, k = (t.repeat_interleave(each, 1) for t in (q * q.shape[-1] ** -0.5, k))
+    g, beta = (g if g.ndim == 4 else g.unsqueeze(-1)), beta.unsqueeze(-1)
+    below = torch.ones(v.shape[2], v.shape[2], dtype=torch.bool, device=v.device).tril()
+    seen = below if segments is None else below & _same(segments)[:, None]
+    # decay[i, j] is what is left at step i of what was written at step j: (B, H, L, L, 1 or K)
+    total = g.cumsum(2)
+    decay = total.unsqueeze(3) - total.unsqueeze(2)
+    decay = decay.masked_fill(~seen.unsqueeze(-1), -torch.inf).exp()
+    if g.shape[-1] == 1:
+        p, m = (t @ k.mT * decay.squeeze(-1) for t in (q, k))
     else:
+        p, m = ((t.unsqueeze(3) * k.unsqueeze(2) * decay).sum(-1) for t in (q, k))
+    read = total.exp()
+    state = v.new_zeros(v.shape[0], v.shape[1], k.shape[3], v.shape[3])
+    if initial_state is not None:
         state = initial_state.to(wide)
-    outputs = [v.new_empty(v.shape[0], 0, *v.shape[2:])]
-    for t in range(v.shape[1]):
-        if segments is not None:
-            state = state.masked_fill((segments[:, t] == t)[:, None, None, None], 0)
-        state = state * decay[:, t, ..., None]
-        known = (state * k[:, t, ..., None]).sum(-2)
-        change = (v[:, t] - known) * beta[:, t, :, None]
-        state = state + k[:, t, ..., None] * change[..., None, :]
-        outputs.append((state * q[:, t, ..., None]).sum(-2)[:, None])
-    return torch.cat(outputs, 1).to(query.dtype), state
+    rows = beta * (v - read * k @ state)
+    z = torch.linalg.solve_triangular(beta * m, rows, upper=False, unitriangular=True)
+    out = (read * q @ state + p @ z).transpose(1, 2).to(query.dtype)
+    return out, read[:, :, -1, :, None] * state + (k * decay[:, :, -1]).mT @ z
+
+
+def _same(segments: Tensor) -> Tensor:
+    """Whether position j is not before the segment of position i: (B, L, L)."""
+    places = torch.arange(segments.shape[1], device=segments.device)
+    return places >= segments.unsqueeze(-1)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -245,7 +254,8 @@ class _Chunk:
         dg[:, -1].add_(last)
         if self.split is None:
             dg = dg.sum(-1, keepdim=True)
-        return dx, dv, dg.flip(1).cumsum(1).flip(1), dbeta.unsqueeze(-1), before
+        # a step's decay counts in all sums of its segment from there on
+        return dx, dv, self.seen.mT.to(dg.dtype) @ dg, dbeta.unsqueeze(-1), before
 
 
 class _Blocks:
