@@ -450,7 +450,8 @@ class _DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.options = l2norm, segments
-        out, final, kept = _forward_op(q, k, v, g, beta, initial, *ctx.options)
+        with torch.autocast(q.device.type, enabled=False):  # which would make 16-bit products
+            out, final, kept = _forward_op(q, k, v, g, beta, initial, *ctx.options)
         ctx.save_for_backward(q, k, v, g, beta, initial, kept)
         return out, final
 
