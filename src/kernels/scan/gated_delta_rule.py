@@ -461,6 +461,7 @@ class _DeltaRule(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
+        needs[0] &= grad is not None  # the state knows nothing of queries
         remaining = iter(_backward_op(grad, grad_final, *ctx.saved_tensors, *ctx.options, needs))
         return *(next(remaining) if needed else None for needed in needs), None, None
 
