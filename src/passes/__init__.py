@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..rewrite.rule import Rule
 from .attention import Attention, SegmentAttention
+from .delta_rule import KDA, GatedDeltaRule
 from .dora import DoRALinear
 from .glu import GLU
 from .layer_norm import LayerNorm
@@ -30,6 +31,8 @@ PIPELINE: tuple[Rule, ...] = (
     SegmentAttention(),
     SelectiveScan(),
     ChunkedScan(),
+    GatedDeltaRule(),
+    KDA(),
     ShortConvolution(),
     MoEExperts(),
     # fuse: ops and their neighbours become larger ops

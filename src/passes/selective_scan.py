@@ -36,7 +36,7 @@ class SelectiveScan(Rule):
 
     def check(self, m: Match) -> None:
         """No arguments or results that the op does not support."""
-        _require_known(m, m.others)
+        require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(isinstance(m.softplus, bool), "delta_softplus is not a constant", m.root)
         values = [facts.tensor(t) for t in (m.u, m.delta, m.a, m.b, m.c)]
@@ -83,7 +83,7 @@ class ChunkedScan(Rule):
 
     def check(self, m: Match) -> None:
         """No arguments or results that the op does not support."""
-        _require_known(m, m.others)
+        require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(m.first is None, "the scan starts from a given state", m.root)
         m.require(m.z is None, "the gate is inside the call", m.root)
@@ -131,7 +131,7 @@ class ShortConvolution(Rule):
 
     def check(self, m: Match) -> None:
         """No arguments that the op does not support."""
-        _require_known(m, m.others)
+        require_known(m, m.others)
         m.require(m.activation in _ACTIVATIONS, f"the activation {m.activation}", m.root)
         values = [facts.tensor(t) for t in (m.x, m.weight, m.segments)]
         m.require(all(v is not None for v in values), "an input is not a tensor", m.root)
@@ -157,7 +157,7 @@ def sample_segments(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     return starts_of(torch.rand(shape, generator=generator) < 0.4)
 
 
-def _require_known(m: Match, others: tuple[tuple[str, Any], ...]) -> None:
+def require_known(m: Match, others: tuple[tuple[str, Any], ...]) -> None:
     # Arguments beyond the convention (packed sequences, say) are declined if they ask for
     # something.
     names = ", ".join(name for name, _ in others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusewright.kernels.op import Op, starts_of
-from fusewright.kernels.scan import selective_scan, short_conv, ssd
+from fusewright.kernels.scan import gated_delta_rule, selective_scan, short_conv, ssd
 
 FP64 = torch.float64
 
@@ -38,11 +39,22 @@ def _conv(batch: int, length: int) -> tuple[list[Tensor], tuple[Any, ...], int]:
     return [x, weight, torch.randn(6, dtype=FP64)], (True,), 2
 
 
+def _delta(
+    batch: int, length: int, per_feature: bool = False
+) -> tuple[list[Tensor], tuple[Any, ...], int]:
+    q, k = torch.randn(2, batch, length, 2, 6, dtype=FP64).unbind()
+    v, g = torch.randn(2, batch, length, 4, 6, dtype=FP64).unbind()
+    beta = torch.rand(batch, length, 4, dtype=FP64)
+    return [q, k, v[..., :3], -g.abs()[... if per_feature else (..., 0)], beta], (None, True), 1
+
+
 Make = Callable[[int, int], tuple[list[Tensor], tuple[Any, ...], int]]
 CASES: dict[str, tuple[Op, Make]] = {
     "selective_scan": (selective_scan.OP, _scan),
     "ssd": (ssd.OP, _dual),
     "short_conv": (short_conv.OP, _conv),
+    "gated_delta_rule": (gated_delta_rule.OP, _delta),
+    "kda": (gated_delta_rule.KDA, functools.partial(_delta, per_feature=True)),
 }
 
 
@@ -50,8 +62,8 @@ def _run(op: Op, tensors: Sequence[Tensor], options: tuple[Any, ...], segments: 
     given = (*tensors, segments, *options) if op.name == "short_conv" else (
         *tensors, *options, segments
     )  # fmt: skip
-    result: Tensor = op.call(*given)
-    return result
+    result: Any = op.call(*given)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _differences(op: Op, make: Make, begins: Tensor) -> list[float]:

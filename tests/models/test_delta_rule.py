@@ -41,7 +41,33 @@ def test_steps_of_any_length_equal_eager(name: str, codegen: str) -> None:
     for length in (24, 70, 131):  # one, two and three chunks
         assert_equal_training_steps(model, eager, token_ids(2, length, length), use_cache=False)
         captured.add(explain(model).graphs)
+    assert RULES[name] in explain(model).by_rule(), str(explain(model))
     assert len(captured) <= 2  # lengths are dynamic from the second one on at the latest
+
+
+RULES = dict.fromkeys(NAMES, "gated_delta_rule") | {"kimi_linear": "kda", "bailing_hybrid": "kda"}
+
+
+@pytest.mark.long("qwen3_5_text")
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text"])
+def test_twenty_steps_of_training_are_eagers(name: str) -> None:
+    model = build(name)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    losses: list[list[float]] = []
+    for each in (model, eager):
+        optimizer, batch = torch.optim.AdamW(each.parameters(), lr=1e-3), token_ids(2, 70, 0)
+        losses.append([])
+        for _ in range(20):
+            loss = each(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss.detach()))
+    assert losses[1][-1] < 0.9 * losses[1][0]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+    report = explain(model)
+    assert report.by_rule()["gated_delta_rule"] >= 1, str(report)
 
 
 @pytest.mark.parametrize("time", [5, 65, 128])  # parts of chunks, and whole ones

@@ -40,11 +40,11 @@ TEXT = {
     "nemotron_h": {"short_conv", "selective_scan"},
     "zamba2": {"short_conv", "selective_scan"},
     "lfm2": {"short_conv"},
-    "qwen3_next": {"short_conv"},
-    "qwen3_5_text": {"short_conv"},
-    "kimi_linear": {"short_conv"},
+    "qwen3_next": {"short_conv", "gated_delta_rule"},
+    "qwen3_5_text": {"short_conv", "gated_delta_rule"},
+    "kimi_linear": {"short_conv", "kda"},
 }
-"""Which rules rewrite what mixes positions; the delta rule is run over samples as rows."""
+"""Which rules rewrite what mixes positions."""
 
 MULTIMODAL = ("qwen3_5", "lfm2_vl", "gemma3", "qwen3_vl", "llava")
 LONG = tuple(n for n in (*TEXT, *MULTIMODAL) if n != "mamba2")

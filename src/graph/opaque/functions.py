@@ -124,12 +124,13 @@ DELTA = Convention(
         "beta",
         "initial_state",
         "output_final_state",
+        "use_qk_l2norm_in_kernel",
         "segments",
         "others",
     ),
     frozenset(("initial_state", "output_final_state")),
     1,
-    {"initial_state": None, "output_final_state": False},
+    {"initial_state": None, "output_final_state": False, "use_qk_l2norm_in_kernel": False},
     ((1, 3, 1, 2), (1, 3, 1, 2), (1, 3, 1, 2), (1, 3, 1), (1, 3, 1)),
     {},
     ("query", "key", "value", "g", "beta"),
@@ -356,6 +357,8 @@ def _is_overlooked(function: Callable[..., Any], name: str) -> bool:
     kind, names = segmented_convention(function), list(_signature(function).parameters)
     if kind is None or name in names:
         return False
+    if examples := kind.examples():  # of which it need not take all
+        return any(overlooks(function, example, name) for example in examples)
     tensors = {
         # steps that are positive and decays that are negative: all numbers stay finite
         n: torch.linspace(0.1, -0.9 if n == "A" else 0.9, prod(size), device="cpu").view(size)

@@ -208,6 +208,8 @@ def test_each_op_that_a_rule_may_call_is_asked() -> None:
 OF_TRITON = {op.name for op in OPS if op.rule is not None} - {
     "dora",
     "dora_row_norms",
+    "gated_delta_rule",
+    "kda",
     "segment_attention",
     "short_conv",
 }
