@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusewright.kernels.attention import attention as attention_tiles
 from fusewright.kernels.attention.attention import OP, attention
 
-from .util import Watch, assert_parity, saved_tensors
+from .util import Watch, assert_parity, assert_parity_of_draws, saved_tensors
 
 B16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -166,6 +167,52 @@ def test_windows(window: int) -> None:
         lambda q, k, v: OP.reference(q, k, v, None, True, None, window),
         q, k, v,
     )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from(((3, 3), (6, 2), (4, 1))),
+    time=st.sampled_from((1, 7, 64, 129)),
+    dims=st.sampled_from(((16, 16), (24, 8), (5, 3))),
+    dtypes=st.sampled_from(((B16, B16), (B16, F32), (F32, F32), (torch.float16, F32), (F64, F64))),
+    kind=st.sampled_from(("causal", "window", "packed", "least", "bias", "none")),
+    sinks=st.booleans(),
+    softcap=st.sampled_from((None, 0.5, 30.0)),
+    size=st.sampled_from((1.0, 3.0)),
+)
+def test_sinks_and_softcaps(
+    heads: tuple[int, int], time: int, dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype], kind: str, sinks: bool, softcap: float | None,
+    size: float,
+) -> None:  # fmt: skip
+    dtype, of_sinks = dtypes
+    generator = torch.Generator().manual_seed(time)
+    column = [torch.randn(heads[0], generator=generator).to(of_sinks)] if sinks else []
+    mask = None
+    assume(sinks or softcap or kind not in ("least", "bias"))
+    if kind in ("packed", "least"):
+        mask = _packed_mask(2, time)
+        mask[:, :, time // 2] = False  # which sees nothing
+    if kind == "least":  # and that is what transformers' masks are made of
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    if kind == "bias":
+        mask = torch.randn(1, heads[0], 1, time, generator=generator).to(dtype)
+    options = None, kind in ("causal", "window"), mask, 5 if kind == "window" else None
+
+    def run(attend: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        q, k, v, *rest = given
+        return attend(q, k, v, *options, *(rest or [None]), softcap)
+
+    def draw() -> list[Tensor]:
+        qkv = [torch.randn(2, time, n, d, generator=generator).to(dtype).transpose(1, 2)
+               for n, d in zip((heads[0], heads[1], heads[1]), (*dims[:1] * 2, dims[1]))]  # fmt: skip
+        return [t.requires_grad_() for t in (size * qkv[0], *qkv[1:], *(c.clone() for c in column))]
+
+    ours, reference = (functools.partial(run, f) for f in (attention, OP.reference))
+    if dtype is F64:
+        _check(ours, reference, *draw())
+    else:
+        assert_parity_of_draws(ours, reference, draw)
 
 
 def test_more_keys_than_positions() -> None:
