@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..rewrite.rule import Rule
-from .attention import Attention, SegmentAttention
+from .attention import Attention, SegmentAttention, WrittenOutAttention
 from .dora import DoRALinear
 from .glu import GLU
 from .layer_norm import LayerNorm
@@ -27,6 +27,7 @@ PIPELINE: tuple[Rule, ...] = (
     LoRALinear(),
     LinearCrossEntropy(),
     Attention(),
+    WrittenOutAttention(),
     SegmentAttention(),
     SelectiveScan(),
     ChunkedScan(),
