@@ -92,9 +92,10 @@ class WrittenOutAttention(Rule):
         mask = facts.tensor(m.get("mask"))
         is_additive = mask is not None and mask.dim() == 4 and mask.is_floating_point()
         m.require(is_additive or m.get("mask") is None, "what is added is no mask", m.get("mask"))
-        if m.get("sinks") is not None and q is not None:
-            shape = facts.tensor(m.logits).shape
-            m.require(tuple(shape) == (1, q.shape[1], 1, 1)[: len(shape)], "sinks are not of heads")
+        logits = facts.tensor(m.get("logits"))
+        if logits is not None and q is not None:
+            of_heads = tuple(logits.shape) == (1, q.shape[1], 1, 1)[: logits.dim()]
+            m.require(of_heads, "sinks are not one of each head", m.logits)
         if m.spelling == "column":
             m.require(m.stop in (-1, facts.size(m.k, -2)), "drops other columns", m.root)
 

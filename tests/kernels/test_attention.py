@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -178,12 +179,13 @@ def test_windows(window: int) -> None:
     kind=st.sampled_from(("causal", "window", "packed", "least", "bias", "none")),
     sinks=st.booleans(),
     softcap=st.sampled_from((None, 0.5, 30.0)),
+    small=st.booleans(),
     size=st.sampled_from((1.0, 3.0)),
 )
 def test_sinks_and_softcaps(
     heads: tuple[int, int], time: int, dims: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype], kind: str, sinks: bool, softcap: float | None,
-    size: float,
+    small: bool, size: float,
 ) -> None:  # fmt: skip
     dtype, of_sinks = dtypes
     generator = torch.Generator().manual_seed(time)
@@ -204,15 +206,18 @@ def test_sinks_and_softcaps(
         return attend(q, k, v, *options, *(rest or [None]), softcap)
 
     def draw() -> list[Tensor]:
-        qkv = [torch.randn(2, time, n, d, generator=generator).to(dtype).transpose(1, 2)
-               for n, d in zip((heads[0], heads[1], heads[1]), (*dims[:1] * 2, dims[1]))]  # fmt: skip
-        return [t.requires_grad_() for t in (size * qkv[0], *qkv[1:], *(c.clone() for c in column))]
+        q, k, v = (
+            torch.randn(2, time, n, d, generator=generator).to(dtype).transpose(1, 2)
+            for n, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]))
+        )
+        return [t.detach().requires_grad_() for t in (size * q, k, v, *column)]
 
     ours, reference = (functools.partial(run, f) for f in (attention, OP.reference))
-    if dtype is F64:
-        _check(ours, reference, *draw())
-    else:
-        assert_parity_of_draws(ours, reference, draw)
+    with mock.patch.object(attention_tiles, "_SMALL", 256 * small):
+        if dtype is F64:
+            _check(ours, reference, *draw())
+        else:
+            assert_parity_of_draws(ours, reference, draw)
 
 
 def test_more_keys_than_positions() -> None:
@@ -292,6 +297,9 @@ def test_refusals(choose_for: Callable[[str], None]) -> None:
         ((q, k, v, None, False, None, 3), "window"),
         ((q, k, v, None, False, mask.long()), "neither boolean"),
         ((q, k, v, None, False, learnt), "requires a gradient"),
+        ((q, k, v, None, True, None, None, torch.zeros(2)), "not one of each head"),
+        ((q, k, v, None, True, None, None, torch.zeros(4).long()), "not floating-point"),
+        ((q, k, v, None, True, None, None, None, -1.0), "not positive"),
         ((q[0], k[0], v[0], None, False), "4 dimensions"),
         ((*tuple(t.to("meta") for t in (q, k, v)), None, True), "on the CPU"),
     ):

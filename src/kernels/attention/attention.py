@@ -33,9 +33,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..direct import is_traced_here
 from ..launch import library_op, use_triton, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
+from ..native.library import are_real
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from . import attention_plain
@@ -70,34 +72,53 @@ def attention_reference(
         distance = order[:, None] - order[None, :]
         mask, causal = (distance >= 0) & (distance < window), False
     if sinks is not None or softcap is not None:
-        return _written_out(q, k, v, scale, causal, mask, sinks, softcap)
+        dead = _dead(mask, sinks)
+        if mask is not None and dead is not None:
+            mask = mask | dead if mask.dtype is torch.bool else mask.masked_fill(dead, 0)
+        out = _written_out(q, k, v, scale, causal, mask, sinks, softcap)
+        return out if dead is None else out.masked_fill(dead, 0)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
+
+
+def _dead(mask: Tensor | None, sinks: Tensor | None) -> Tensor | None:
+    """The rows (..., T or 1, 1) that see nothing, not even a sink; None where there can be none."""
+    if mask is None or sinks is not None:
+        return None
+    hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
+    return hidden.all(-1, keepdim=True)
 
 
 def _written_out(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, mask: Tensor | None,
     sinks: Tensor | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    wide, share = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(share, 1) for t in (k, v))
-    scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    (batch, heads, time, _), groups = q.shape, k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def folded(t: Tensor) -> Tensor:
+        return t if heads == groups else t.reshape(batch, groups, -1, t.shape[-1])
+
+    def unfolded(t: Tensor) -> Tensor:
+        return t if heads == groups else t.reshape(batch, heads, time, t.shape[-1])
+
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scaled = q.to(wide) * (factor / (softcap or 1.0))
+    scores = unfolded(folded(scaled) @ k.to(wide).mT)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores = torch.tanh(scores) * softcap
     if causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype is torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
+        mask = torch.zeros_like(mask, dtype=wide).masked_fill(~mask, -torch.inf)
+    if mask is not None:
         scores = scores + mask
     if sinks is not None:
         column = sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
-        probabilities = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    else:  # as in PyTorch's, what sees nothing is zero
-        dead = (scores == -torch.inf).all(-1, keepdim=True)
-        probabilities = scores.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
-    return probabilities.to(v.dtype) @ v
+        scores = torch.cat([scores, column], -1)
+    p = scores.softmax(-1)
+    return unfolded(folded((p if sinks is None else p[..., :-1]).to(v.dtype)) @ v)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -224,10 +245,10 @@ def _backward(
     if scores.rounds:
         dk.mul_(scale)  # else the queries were scaled
     every = ((need_q, dq, q), (need_k, dk, k), (need_v, dv, v))
-    grads = [unfold(d, like, groups) for needed, d, like in every if needed]
+    input_grads = [unfold(d, like, groups) for needed, d, like in every if needed]
     if sinks is not None and need_sinks:
-        grads.append(dsinks.view(q.shape[:2]).sum(0).to(sinks.dtype))
-    return grads
+        input_grads.append(dsinks.view(q.shape[:2]).sum(0).to(sinks.dtype))
+    return input_grads
 
 
 # The loops over tiles would fix the length in a traced graph, so the two directions are opaque.
@@ -328,6 +349,23 @@ def _every_row(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask if mask is None else mask.expand(-1, -1, q.shape[2], -1)
 
 
+_SMALL = 256
+"""Positions, and keys, up to which the formula in PyTorch's operators is faster than tiles."""
+
+
+def _is_small(q: Tensor, k: Tensor, v: Tensor, dead: Tensor | None) -> bool:
+    # fp64 is for checks of what larger calls run
+    return (
+        not is_traced_here()  # the length would be fixed
+        and q.device.type == "cpu"
+        and q.dtype is not torch.float64
+        and max(q.shape[2], k.shape[2]) <= _SMALL
+        and are_real(q, k, v)
+        and not native.takes(q, k, v, None)
+        and not (dead is not None and dead.any())
+    )
+
+
 def _boolean(mask: Tensor | None, q: Tensor, sinks: Tensor | None) -> Tensor | None:
     """An additive mask that only hides as a boolean one, which the kernel in C++ takes."""
     if mask is None or mask.dtype is torch.bool or q.dtype is not torch.bfloat16:
@@ -350,7 +388,8 @@ def attention(
     """``softmax(scale * q kᵀ + mask) v`` without dropout; keys and values are not repeated.
 
     Keeps ``q``, ``k`` and ``v`` for backward, on a GPU the output and two numbers a row as well;
-    memory grows with T, never with T² (but for a table with a byte for 1,024 entries of a mask).
+    memory grows with T, never with T² (but for a table with a byte for 1,024 entries of a mask, and
+    with sinks or a softcap up to 256 positions, where tiles are slower than eager mode).
 
     Args:
         q: (B, H, T, D), any strides, on the CPU, or with Triton on a GPU.
@@ -377,6 +416,10 @@ def attention(
         mask = mask.expand(-1, -1, -1, k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
+        has_kernel = (sinks is None and softcap is None) or window is not None
+        if not has_kernel and _is_small(q, k, v, _dead(mask, sinks)):
+            out = _written_out(q, k, v, factor, causal, mask, sinks, softcap)
+            return out.transpose(1, 2).contiguous().transpose(1, 2)
         return _Attention.apply(q, k, v, sinks, factor, causal, mask, window, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 

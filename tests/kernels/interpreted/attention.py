@@ -93,7 +93,7 @@ def check_sinks_and_softcaps() -> None:
             ours, reference = (functools.partial(run, f) for f in (attention, OP.reference))
             assert_parity_of_draws(ours, reference, make)
             if softcap is not None:
-                assert_parity_of_draws(ours, reference, lambda: make()[:3])  # noqa: B023
+                assert_parity_of_draws(ours, reference, lambda: make()[:3])
 
 
 def check_masks() -> None:
@@ -166,7 +166,7 @@ def spans(
     out = torch.zeros(count, 4, dtype=torch.int32)
     spans_kernel[(count,)](
         table, out, time, keys, table.shape[3] - 1, table.shape[2],
-        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, COUNT=own,
+        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, OWN=own,
         TILE=tile, GRAIN=GRAIN, CHUNK=CHUNK,
     )  # fmt: skip
     return out.tolist()

@@ -184,7 +184,8 @@ def _both(*args: Any) -> list[Tensor]:
     q, _, v = args[:3]
     grad = _heads(*q.shape[:3], v.shape[-1], 7)
     args = *args, *(None,) * (9 - len(args))
-    return [native.forward(*args), *native.backward(grad, *args, [True] * 3 + [args[7] is not None])]
+    needs = [True] * 3 + [args[7] is not None]
+    return [native.forward(*args), *native.backward(grad, *args, needs)]
 
 
 @pytest.mark.usefixtures("threads")
