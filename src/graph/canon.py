@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from . import facts
@@ -114,9 +115,9 @@ def _tidy(node: fx.Node, canon: Canon) -> Canon:
         return Canon("transpose", (x, lo, hi))
     if canon.name == "matmul":
         return _as_linear(canon)
-    if canon.name == "cumsum":
-        x, dim, dtype = canon.args
-        return Canon("cumsum", (x, _from_end(x, dim), dtype))
+    if canon.name in ("cumsum", "softmax", "max", "logsumexp"):
+        x, dim, rest = canon.args
+        return Canon(canon.name, (x, _from_end(x, dim), rest))
     if canon.name == "unsqueeze":
         return Canon("unsqueeze", (canon.args[0], _from_end(node, canon.args[1])))
     return canon
@@ -190,6 +191,13 @@ def _cast(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon
     if kwargs.get("memory_format") not in (None, torch.preserve_format):
         return None
     return Canon("cast", (args[0], after.dtype))
+
+
+def _softmax(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
+    """``F.softmax``, which has one parameter more than ``torch.softmax``."""
+    kwargs.pop("_stacklevel", None)
+    canon = _made("softmax", SPECS["softmax"].bind((*args[:2], *args[3:]), kwargs))
+    return canon and _tidy(node, canon)
 
 
 def _square(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
@@ -316,6 +324,7 @@ _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon |
         _reshape,
     ),
     **dict.fromkeys(("expand", "expand_as"), _expand),
+    F.softmax: _softmax,
     **dict.fromkeys(("t", torch.t), _t),
     operator.getitem: _getitem,
     getattr: _attribute,

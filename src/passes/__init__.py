@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..rewrite.rule import Rule
-from .attention import Attention, SegmentAttention
+from .attention import Attention, SegmentAttention, WrittenOutAttention
 from .delta_rule import KDA, GatedDeltaRule
 from .dora import DoRALinear
 from .glu import GLU
@@ -28,6 +28,7 @@ PIPELINE: tuple[Rule, ...] = (
     LoRALinear(),
     LinearCrossEntropy(),
     Attention(),
+    WrittenOutAttention(),
     SegmentAttention(),
     SelectiveScan(),
     ChunkedScan(),

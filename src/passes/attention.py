@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..graph import facts
 from ..rewrite.pattern import Builder, Pattern
@@ -43,6 +43,79 @@ class Attention(Rule):
         scale, kind = None if m.scale is None else float(m.scale), facts.dtype(m.root)
         q, k, v, mask = (ops.as_dtype(n, kind) for n in (m.q, m.k, m.v, m.mask))
         return ops.attention(q, k, v, scale, m.causal, mask)
+
+
+class WrittenOutAttention(Rule):
+    """The formula of attention, with sinks and a softcap or without them, without dropout.
+
+    A sink may stand in a column that joins the softmax and is dropped, or in a gate of the output:
+    ``sigmoid(logsumexp(scores) - sink)`` is the share of the softmax that the sink leaves.
+    """
+
+    name = op = "attention"
+    optional = True
+
+    def patterns(
+        self, p: Builder, q: Pattern, k: Pattern, v: Pattern, mask: Pattern, scale: Pattern,
+        softcap: Pattern, sinks: Pattern, stop: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """As transformers' eager functions and their like have it."""
+
+        def repeated(x: Any) -> Any:
+            return p.either(p.reshape(p.expand(p.unsqueeze(x, -3), p.anything), p.anything), x)
+
+        def softmax(x: Any) -> Any:
+            shifted = p.either(x - p.item(p.max(x, -1, True), 0), x)
+            return p.softmax(shifted, -1, p.anything)
+
+        product = p.matmul(p.maybe_cast(q), p.transpose(p.maybe_cast(repeated(k)), -2, -1))
+        scaled = p.either(product * scale, product)
+        bounded = p.either(p.tanh(scaled / softcap) * softcap, scaled)
+        scores = p.either(bounded + mask, bounded)
+        logits = p.capture("logits", p.reshape(sinks, p.anything))
+        joined = p.maybe_cast(p.cat((scores, p.expand(logits, p.anything)), -1))
+
+        share = p.sigmoid(p.maybe_cast(p.logsumexp(scores, -1) - logits))
+        attended = p.matmul(p.maybe_cast(softmax(scores)), repeated(v))
+        yield "gate", attended * p.maybe_cast(p.unsqueeze(share, -1))
+        kept = p.slice(softmax(joined), -1, 0, stop)
+        yield "column", p.matmul(p.maybe_cast(kept), repeated(v))
+        yield "no sink", attended
+
+    def check(self, m: Match) -> None:
+        """Four dimensions, constant factors, a mask of floats, a sink for each head."""
+        q, k, v = (facts.tensor(t) for t in (m.q, m.k, m.v))
+        m.require(all(t is not None and t.dim() == 4 for t in (q, k, v)), "not 4-dimensional", m.q)
+        for name in ("scale", "softcap"):
+            factor = m.get(name, 1.0)
+            m.require(isinstance(factor, (int, float)), f"the {name} is not a constant", m.root)
+        mask = facts.tensor(m.get("mask"))
+        is_additive = mask is not None and mask.dim() == 4 and mask.is_floating_point()
+        m.require(is_additive or m.get("mask") is None, "what is added is no mask", m.get("mask"))
+        logits = facts.tensor(m.get("logits"))
+        if logits is not None and q is not None:
+            of_heads = tuple(logits.shape) == (1, q.shape[1], 1, 1)[: logits.dim()]
+            m.require(of_heads, "sinks are not one of each head", m.logits)
+        if m.spelling == "column":
+            m.require(m.stop in (-1, facts.size(m.k, -2)), "drops other columns", m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op over the heads as they were projected, cast as autocast casts them."""
+        kind, softcap = facts.dtype(m.root), m.get("softcap")
+        q, k, v = (ops.as_dtype(n, kind) for n in (m.q, m.k, m.v))
+        softcap = None if softcap is None else float(softcap)
+        options = m.get("mask"), None, m.get("sinks"), softcap
+        return ops.attention(q, k, v, float(m.get("scale", 1.0)), False, *options)
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """A mask that hides keys, as masks do."""
+        if node is not m.get("mask"):
+            return None
+        hidden = torch.rand(shape, generator=generator) < 0.3
+        dtype = facts.dtype(node) or torch.float32
+        return torch.zeros(shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 class SegmentAttention(Rule):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
@@ -15,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusewright.kernels.attention import attention as attention_tiles
 from fusewright.kernels.attention.attention import OP, attention
 
-from .util import Watch, assert_parity, saved_tensors
+from .util import Watch, assert_parity, assert_parity_of_draws, saved_tensors
 
 B16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -168,6 +170,56 @@ def test_windows(window: int) -> None:
     )  # fmt: skip
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from(((3, 3), (6, 2), (4, 1))),
+    time=st.sampled_from((1, 7, 64, 129)),
+    dims=st.sampled_from(((16, 16), (24, 8), (5, 3))),
+    dtypes=st.sampled_from(((B16, B16), (B16, F32), (F32, F32), (torch.float16, F32), (F64, F64))),
+    kind=st.sampled_from(("causal", "window", "packed", "least", "bias", "none")),
+    sinks=st.booleans(),
+    softcap=st.sampled_from((None, 0.5, 30.0)),
+    small=st.booleans(),
+    size=st.sampled_from((1.0, 3.0)),
+)
+def test_sinks_and_softcaps(
+    heads: tuple[int, int], time: int, dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype], kind: str, sinks: bool, softcap: float | None,
+    small: bool, size: float,
+) -> None:  # fmt: skip
+    dtype, of_sinks = dtypes
+    generator = torch.Generator().manual_seed(time)
+    column = [torch.randn(heads[0], generator=generator).to(of_sinks)] if sinks else []
+    mask = None
+    assume(sinks or softcap or kind not in ("least", "bias"))
+    if kind in ("packed", "least"):
+        mask = _packed_mask(2, time)
+        mask[:, :, time // 2] = False  # which sees nothing
+    if kind == "least":  # and that is what transformers' masks are made of
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    if kind == "bias":
+        mask = torch.randn(1, heads[0], 1, time, generator=generator).to(dtype)
+    options = None, kind in ("causal", "window"), mask, 5 if kind == "window" else None
+
+    def run(attend: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        q, k, v, *rest = given
+        return attend(q, k, v, *options, *(rest or [None]), softcap)
+
+    def draw() -> list[Tensor]:
+        q, k, v = (
+            torch.randn(2, time, n, d, generator=generator).to(dtype).transpose(1, 2)
+            for n, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]))
+        )
+        return [t.detach().requires_grad_() for t in (size * q, k, v, *column)]
+
+    ours, reference = (functools.partial(run, f) for f in (attention, OP.reference))
+    with mock.patch.object(attention_tiles, "_SMALL", 256 * small):
+        if dtype is F64:
+            _check(ours, reference, *draw())
+        else:
+            assert_parity_of_draws(ours, reference, draw)
+
+
 def test_more_keys_than_positions() -> None:
     q, k, v = _qkv(2, 4, 2, 5, 140, 16, 8, B16)
     _check(
@@ -245,6 +297,9 @@ def test_refusals(choose_for: Callable[[str], None]) -> None:
         ((q, k, v, None, False, None, 3), "window"),
         ((q, k, v, None, False, mask.long()), "neither boolean"),
         ((q, k, v, None, False, learnt), "requires a gradient"),
+        ((q, k, v, None, True, None, None, torch.zeros(2)), "not one of each head"),
+        ((q, k, v, None, True, None, None, torch.zeros(4).long()), "not floating-point"),
+        ((q, k, v, None, True, None, None, None, -1.0), "not positive"),
         ((q[0], k[0], v[0], None, False), "4 dimensions"),
         ((*tuple(t.to("meta") for t in (q, k, v)), None, True), "on the CPU"),
     ):

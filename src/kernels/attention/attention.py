@@ -3,6 +3,10 @@
     S = scale * Q K^T + mask;  P = softmax(S);  O = P V
     dV = P^T dO;  dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q
 
+A softcap c (Gemma 2, arXiv:2408.00118) bounds the scores before the mask, c tanh(S / c): dS has a
+factor 1 - tanh^2. A sink (gpt-oss, arXiv:2508.10925; Xiao et al., arXiv:2309.17453) is one logit of
+a head that joins the sum of each row's softmax, and has no value: d sink = -P_sink rowsum(P * dP).
+
 On the CPU the work is cut into tiles: some positions times all query heads of a group, folded into
 the rows of one matrix, against the keys that any of these positions may see. Keys and values are
 never repeated, and what is hidden from a whole tile is never multiplied. Backward computes the
@@ -29,9 +33,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..direct import is_traced_here
 from ..launch import library_op, use_triton, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
+from ..native.library import are_real
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from . import attention_plain
@@ -54,56 +60,122 @@ _aten = torch.ops.aten
 # -- reference -------------------------------------------------------------------------------------
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
-    mask: Tensor | None = None, window: int | None = None,
+    mask: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's attention; a window is a mask that leaves the last ``window`` positions."""
+    """PyTorch's attention; a window is a mask that leaves the last ``window`` positions.
+
+    PyTorch's has neither sinks nor a softcap: with one, the formula is written out.
+    """
     if window is not None:
         order = torch.arange(q.shape[2], device=q.device)
         distance = order[:, None] - order[None, :]
         mask, causal = (distance >= 0) & (distance < window), False
+    if sinks is not None or softcap is not None:
+        dead = _dead(mask, sinks)
+        if mask is not None and dead is not None:
+            mask = mask | dead if mask.dtype is torch.bool else mask.masked_fill(dead, 0)
+        out = _written_out(q, k, v, scale, causal, mask, sinks, softcap)
+        return out if dead is None else out.masked_fill(dead, 0)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
 
 
+def _dead(mask: Tensor | None, sinks: Tensor | None) -> Tensor | None:
+    """The rows (..., T or 1, 1) that see nothing, not even a sink; None where there can be none."""
+    if mask is None or sinks is not None:
+        return None
+    hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
+    return hidden.all(-1, keepdim=True)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, mask: Tensor | None,
+    sinks: Tensor | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    (batch, heads, time, _), groups = q.shape, k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def folded(t: Tensor) -> Tensor:
+        return t if heads == groups else t.reshape(batch, groups, -1, t.shape[-1])
+
+    def unfolded(t: Tensor) -> Tensor:
+        return t if heads == groups else t.reshape(batch, heads, time, t.shape[-1])
+
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scaled = q.to(wide) * (factor / (softcap or 1.0))
+    scores = unfolded(folded(scaled) @ k.to(wide).mT)
+    if softcap is not None:
+        scores = torch.tanh(scores) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=wide).masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    p = scores.softmax(-1)
+    return unfolded(folded((p if sinks is None else p[..., :-1]).to(v.dtype)) @ v)
+
+
 # -- cpu -------------------------------------------------------------------------------------------
 class _Scores:
-    # ``exact`` holds the probabilities of the last tile before they were rounded.
+    # Of the last tile, ``exact`` holds the probabilities before they were rounded, in a last column
+    # those of sinks, and ``tanh`` what a softcap made of the scores.
     exact: Tensor
+    tanh: Tensor
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
+    ) -> None:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.rounds = self.wide is not q.dtype
         self.q = fold(q, k.shape[1]).to(self.wide) * scale
         self.k = k.flatten(0, 1).to(self.wide)
-        self.heads = q.shape[1] // k.shape[1]
+        self.heads, self.softcap = q.shape[1] // k.shape[1], softcap
+        self.sinks = None
+        if sinks is not None:  # (pairs, 1, heads of a group)
+            every = sinks.to(self.wide).expand(q.shape[0], -1)
+            self.sinks = every.reshape(self.k.shape[0], 1, self.heads)
         self.scores, self.rounded = Scratch(self.wide), Scratch(q.dtype)
+        self.bounded = Scratch(self.wide)
 
     def probabilities(self, tile: Tile) -> Tensor:
         """(pairs, rows, keys); valid until the next call."""
         q, k = self.q[tile.pairs, tile.rows], self.k[tile.pairs, tile.keys]
-        scores = self.scores(q.shape[0], q.shape[1], k.shape[1])
+        keys = k.shape[1]
+        exact = self.scores(q.shape[0], q.shape[1], keys + (self.sinks is not None))
+        scores, rows = exact[..., :keys], exact.unflatten(1, (-1, self.heads))
         torch.bmm(q, k.transpose(1, 2), out=scores)
-        rows = scores.view(scores.shape[0], -1, self.heads, scores.shape[2])
+        if self.softcap is not None:
+            self.tanh = torch.div(scores, self.softcap, out=self.bounded(*scores.shape)).tanh_()
+            torch.mul(self.tanh, self.softcap, out=scores)
         if tile.bias is not None:
-            rows[..., -tile.bias.shape[-1] :].add_(tile.bias)
-        _aten._softmax.out(scores, -1, False, out=scores)
-        if tile.dead is not None:
+            rows[..., keys - tile.bias.shape[-1] : keys].add_(tile.bias)
+        if self.sinks is not None:
+            rows[..., keys] = self.sinks[tile.pairs]
+        _aten._softmax.out(exact, -1, False, out=exact)
+        if tile.dead is not None and self.sinks is None:
             rows.masked_fill_(tile.dead, 0)
-        self.exact = scores
+        self.exact = exact
         return self.rounded(*scores.shape).copy_(scores) if self.rounds else scores
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-    window: int | None,
+    window: int | None, sinks: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
+    mask = _boolean(mask, q, sinks)
     if native.takes(q, k, v, mask):
-        return native.forward(q, k, v, scale, causal, mask, window)
+        return native.forward(q, k, v, scale, causal, mask, window, sinks, softcap)
     if through_fp32(q):
-        wide = _forward(q.float(), k.float(), v.float(), scale, causal, mask, window)
+        qkv = q.float(), k.float(), v.float()
+        wide = _forward(*qkv, scale, causal, mask, window, sinks, softcap)
         return without_base(wide.to(q.dtype))
-    values, scores = v.flatten(0, 1), _Scores(q, k, scale)
+    values, scores = v.flatten(0, 1), _Scores(q, k, scale, sinks, softcap)
     out = values.new_empty(*scores.q.shape[:2], v.shape[-1])
     for tile in tiles(q, k, causal, mask, window):
         p = scores.probabilities(tile)
@@ -113,18 +185,21 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-    window: int | None, needs: list[bool],
+    window: int | None, sinks: Tensor | None, softcap: float | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     # Sums over tiles (dk, dv) are in fp32 or wider; so is everything in fp16, whose smallest
     # numbers have few digits.
+    mask = _boolean(mask, q, sinks)
+    options = scale, causal, mask, window, sinks, softcap, needs
     if grad.dtype is q.dtype and native.takes(q, k, v, mask):
-        return native.backward(grad, q, k, v, scale, causal, mask, window, needs)
+        return native.backward(grad, q, k, v, *options)
     if through_fp32(q):
-        qkv = q.float(), k.float(), v.float()
-        wide_grads = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
-        return [without_base(d.to(q.dtype)) for d in wide_grads]
-    need_q, need_k, need_v = needs
-    groups, scores = k.shape[1], _Scores(q, k, scale)
+        wide_grads = _backward(grad.float(), q.float(), k.float(), v.float(), *options)
+        of_heads = sum(needs[:3])
+        narrow = [without_base(d.to(q.dtype)) for d in wide_grads[:of_heads]]
+        return narrow + wide_grads[of_heads:]
+    need_q, need_k, need_v, need_sinks = needs
+    groups, scores = k.shape[1], _Scores(q, k, scale, sinks, softcap)
     part = scores.wide if q.dtype is torch.float16 else q.dtype
     grads, keys, values = (
         t.to(part) for t in (fold(grad, groups), k.flatten(0, 1), v.flatten(0, 1))
@@ -132,25 +207,37 @@ def _backward(
     queries = fold(q, groups).to(part) if scores.rounds else scores.q
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(t.shape, dtype=scores.wide) for t in (keys, values))
+    dsinks = torch.zeros(keys.shape[0], scores.heads, dtype=scores.wide)
     scratch, wide = Scratch(part), Scratch(scores.wide)
     for tile in tiles(q, k, causal, mask, window):
         above, below = (tile.pairs, tile.rows), (tile.pairs, tile.keys)
         p, do = scores.probabilities(tile), grads[above]
         if need_v:
-            p = scores.exact if part is scores.wide else p
+            p = scores.exact[..., : p.shape[2]] if part is scores.wide else p
             dv[below].add_(torch.bmm(p.transpose(1, 2), do))
-        if not (need_q or need_k):
+        if not (need_q or need_k or need_sinks):
             continue
-        ds = torch.bmm(do, values[below].transpose(1, 2), out=scratch(*p.shape))
         # rounded probabilities do not add up to one: the row's sum would be off, and where
         # one probability is nearly one, dS is a small difference from it
         exact = scores.exact
-        grad_scores = ds if part is scores.wide else wide(*p.shape).copy_(ds)
+        grad_scores = wide(*exact.shape)
+        wide_ds = grad_scores[..., : p.shape[2]]
+        ds = wide_ds if part is scores.wide else scratch(*p.shape)
+        torch.bmm(do, values[below].transpose(1, 2), out=ds)
+        if ds is not wide_ds:
+            wide_ds.copy_(ds)
+        if sinks is not None:
+            grad_scores[..., -1] = 0
         _aten._softmax_backward_data.out(
             grad_scores, exact, -1, exact.dtype, grad_input=grad_scores
         )
-        if grad_scores is not ds:
-            ds.copy_(grad_scores)
+        if need_sinks:
+            column = grad_scores[..., -1].unflatten(1, (-1, scores.heads))
+            dsinks[tile.pairs].add_(column.sum(1))
+        if softcap is not None:
+            wide_ds.addcmul_(wide_ds, scores.tanh.square_(), value=-1)
+        if ds is not wide_ds:
+            ds.copy_(wide_ds)
         if need_q:
             torch.baddbmm(dq[above], ds, keys[below], beta=0, alpha=scale, out=dq[above])
         if need_k:
@@ -158,16 +245,22 @@ def _backward(
     if scores.rounds:
         dk.mul_(scale)  # else the queries were scaled
     every = ((need_q, dq, q), (need_k, dk, k), (need_v, dv, v))
-    return [unfold(d, like, groups) for needed, d, like in every if needed]
+    input_grads = [unfold(d, like, groups) for needed, d, like in every if needed]
+    if sinks is not None and need_sinks:
+        input_grads.append(dsinks.view(q.shape[:2]).sum(0).to(sinks.dtype))
+    return input_grads
 
 
 # The loops over tiles would fix the length in a traced graph, so the two directions are opaque.
-_SHARED = "Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask, int? window"
+_SHARED = (
+    "Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask, int? window, "
+    "Tensor? sinks, float? softcap"
+)
 _forward_op = library_op(
     f"attention_forward({_SHARED}) -> Tensor", _forward, fake_forward, forward_flops
 )
 _backward_op = library_op(
-    f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]",
+    f"attention_backward(Tensor grad, {_SHARED}, bool[4] needs) -> Tensor[]",
     _backward,
     fake_backward,
     backward_flops,
@@ -180,7 +273,10 @@ _table_op = library_op(
     fake_table,
     plain=attention_plain.mask_table,
 )
-_SHARED = "float scale, bool causal, Tensor? mask, Tensor? table, int? window"
+_SHARED = (
+    "float scale, bool causal, Tensor? mask, Tensor? table, int? window, Tensor? sinks, "
+    "float? softcap"
+)
 _triton_forward_op = library_op(
     f"attention_triton_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
     "attention.attention:forward",
@@ -190,7 +286,7 @@ _triton_forward_op = library_op(
 )
 _triton_backward_op = library_op(
     "attention_triton_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor stats, {_SHARED}, bool[3] needs) -> Tensor[]",
+    f"Tensor stats, {_SHARED}, bool[4] needs) -> Tensor[]",
     "attention.attention:backward",
     fake_backward,
     triton_backward_flops,
@@ -201,64 +297,99 @@ _triton_backward_op = library_op(
 
 # -- autograd --------------------------------------------------------------------------------------
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *qkv, mask = ctx.saved_tensors[:4]
-    scale, causal, window = ctx.options
+    *inputs, mask = ctx.saved_tensors[:5]
+    scale, causal, window, softcap = ctx.options
 
-    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def formula(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # the only one that has second derivatives
-            return attention_reference(q, k, v, scale, causal, mask, window)
+            return attention_reference(q, k, v, scale, causal, mask, window, sinks, softcap)
 
-    return gradients(formula, qkv, ctx.needs_input_grad, (grad,))
+    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-        window: int | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float,
+        causal: bool, mask: Tensor | None, window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.options = scale, causal, window
+        ctx.options = scale, causal, window, softcap
         out: Tensor
         if use_triton(q, k, v):
             table = None if mask is None else _table_op(mask)
-            out, stats = _triton_forward_op(q, k, v, scale, causal, mask, table, window)
-            ctx.save_for_backward(q, k, v, mask, out, stats, table)
+            out, stats = _triton_forward_op(
+                q, k, v, scale, causal, mask, table, window, sinks, softcap
+            )
+            ctx.save_for_backward(q, k, v, sinks, mask, out, stats, table)
             return out
-        ctx.save_for_backward(q, k, v, mask)
-        out = _forward_op(q, k, v, scale, causal, _every_row(mask, q), window)
+        ctx.save_for_backward(q, k, v, sinks, mask)
+        out = _forward_op(q, k, v, scale, causal, _every_row(mask, q), window, sinks, softcap)
         return out
 
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, *saved = ctx.saved_tensors
-        scale, causal, window = ctx.options
-        needs = list(ctx.needs_input_grad[:3])
+        q, k, v, sinks, mask, *saved = ctx.saved_tensors
+        scale, causal, window, softcap = ctx.options
+        needs = list(ctx.needs_input_grad[:4])
+        rest = window, sinks, softcap, needs
         if saved:
             out, stats, table = saved
             input_grads = _triton_backward_op(
-                grad, q, k, v, out, stats, scale, causal, mask, table, window, needs
+                grad, q, k, v, out, stats, scale, causal, mask, table, *rest
             )
         else:
-            mask = _every_row(mask, q)
-            input_grads = _backward_op(grad, q, k, v, scale, causal, mask, window, needs)
+            input_grads = _backward_op(grad, q, k, v, scale, causal, _every_row(mask, q), *rest)
         remaining = iter(input_grads)
-        return *(next(remaining) if needed else None for needed in needs), None, None, None, None
+        return *(next(remaining) if needed else None for needed in needs), *(None,) * 5
 
 
 def _every_row(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask if mask is None else mask.expand(-1, -1, q.shape[2], -1)
 
 
+_SMALL = 256
+"""Positions, and keys, up to which the formula in PyTorch's operators is faster than tiles."""
+
+
+def _is_small(q: Tensor, k: Tensor, v: Tensor, dead: Tensor | None) -> bool:
+    # fp64 is for checks of what larger calls run
+    return (
+        not is_traced_here()  # the length would be fixed
+        and q.device.type == "cpu"
+        and q.dtype is not torch.float64
+        and max(q.shape[2], k.shape[2]) <= _SMALL
+        and are_real(q, k, v)
+        and not native.takes(q, k, v, None)
+        and not (dead is not None and dead.any())
+    )
+
+
+def _boolean(mask: Tensor | None, q: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """An additive mask that only hides as a boolean one, which the kernel in C++ takes."""
+    if mask is None or mask.dtype is torch.bool or q.dtype is not torch.bfloat16:
+        return mask
+    rows = mask[:, :, :1] if mask.stride(2) == 0 else mask
+    hidden = rows < torch.finfo(mask.dtype).min / 2
+    if not ((rows == 0) | hidden).all():
+        return mask
+    # where all keys are hidden by the same number, all are seen, unless there is a sink
+    if sinks is None and hidden.all(-1).any():
+        return mask
+    return (~hidden).expand(mask.shape)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
-    mask: Tensor | None = None, window: int | None = None,
+    mask: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """``softmax(scale * q kᵀ + mask) v`` without dropout; keys and values are not repeated.
 
     Keeps ``q``, ``k`` and ``v`` for backward, on a GPU the output and two numbers a row as well;
-    memory grows with T, never with T² (but for a table with a byte for 1,024 entries of a mask).
+    memory grows with T, never with T² (but for a table with a byte for 1,024 entries of a mask, and
+    with sinks or a softcap up to 256 positions, where tiles are slower than eager mode).
 
     Args:
         q: (B, H, T, D), any strides, on the CPU, or with Triton on a GPU.
@@ -269,6 +400,8 @@ def attention(
         mask: (B or 1, H or 1, T or 1, S), boolean (True is seen) or additive, without gradient. A
             position that sees nothing gets zeros, as in PyTorch.
         window: with ``causal``, position t sees only the last ``window`` keys, its own included.
+        sinks: (H,), a logit of each query head that joins the softmax, without a value.
+        softcap: bounds the scaled scores before the mask: ``softcap * tanh(scores / softcap)``.
 
     Returns:
         (B, H, T, E), in memory (B, T, H, E).
@@ -276,14 +409,18 @@ def attention(
     Raises:
         ValueError: for what ``OP.unsupported`` lists as impossible.
     """
-    reasons = impossible(q, k, v, causal, mask, window)
+    reasons = impossible(q, k, v, causal, mask, window, sinks, softcap)
     if reasons:
         raise ValueError("; ".join(reasons))
     if mask is not None:
         mask = mask.expand(-1, -1, -1, k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
+        has_kernel = (sinks is None and softcap is None) or window is not None
+        if not has_kernel and _is_small(q, k, v, _dead(mask, sinks)):
+            out = _written_out(q, k, v, factor, causal, mask, sinks, softcap)
+            return out.transpose(1, 2).contiguous().transpose(1, 2)
+        return _Attention.apply(q, k, v, sinks, factor, causal, mask, window, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # -- OP --------------------------------------------------------------------------------------------
@@ -299,6 +436,10 @@ def _packed_example(m: Maker) -> tuple[Any, ...]:
     return *_example(m)[:4], False, mask[None, None]
 
 
+def _capped_example(m: Maker) -> tuple[Any, ...]:
+    return *_packed_example(m), None, m.weight(m.sizes.heads), 2.0
+
+
 OP = Op(
     "attention",
     attention_reference,
@@ -306,7 +447,12 @@ OP = Op(
     attention_unsupported,
     saved_outputs=(0,),
     example=_example,
-    variants={"packed": _packed_example, "window": lambda m: _example(m, 5)},
+    variants={
+        "packed": _packed_example,
+        "window": lambda m: _example(m, 5),
+        "sinks": lambda m: (*_example(m, 5), m.weight(m.sizes.heads)),
+        "softcap": _capped_example,
+    },
 )
 
 

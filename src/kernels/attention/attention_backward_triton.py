@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles_triton import hide, positions_of, rows_of, span, store_rows
+from .attention_tiles_triton import capped, hide, positions_of, rows_of, span, store_rows
 
 
 @triton.jit
@@ -27,13 +27,23 @@ def _rounded_dot(left, right, total, PRECISION: tl.constexpr, HALF: tl.constexpr
 
 
 @triton.jit
+def _bent(ds, bounded, cap, CAPPED: tl.constexpr):
+    """``ds`` times the derivative of ``capped``, where that has made ``bounded``."""
+    if CAPPED:
+        tanh = bounded / cap
+        return ds * (1 - tanh * tanh)
+    return ds
+
+
+@triton.jit
 def queries_kernel(
     q, k, v, mask, table, grad, out, stats, delta, dq,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     grad_batch, grad_head, grad_row, out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
     mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
-    heads, share, time, keys, window, scale, factor,
-    NEEDS_DQ: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    heads, share, time, keys, window, scale, cap, factor,
+    CAPPED: tl.constexpr, NEEDS_DQ: tl.constexpr,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
@@ -66,6 +76,8 @@ def queries_kernel(
             key = (first + i) * N
             k_tile = rows_of(k, key, columns, dims, k_row, keys, DIM, D)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            bounded = capped(scores, cap, CAPPED)
+            scores = bounded
             if (first + i < free) | (first + i >= free_end):
                 scores = hide(
                     scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
@@ -74,7 +86,8 @@ def queries_kernel(
             p = tl.exp2(scores - most[:, None]) * inverse[:, None]
             v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
-            total = _rounded_dot(p * (dp - sums[:, None]), k_tile, total, PRECISION, HALF)
+            ds = _bent(p * (dp - sums[:, None]), bounded, cap, CAPPED)
+            total = _rounded_dot(ds, k_tile, total, PRECISION, HALF)
         dq += sample * dq_batch + head * dq_head
         store_rows(dq, total * factor, row, rows, dims, dq_row, time, DIM)
 
@@ -86,8 +99,9 @@ def keys_kernel(
     grad_batch, grad_head, grad_row,
     dk_split, dk_batch, dk_head, dk_row, dv_split, dv_batch, dv_head, dv_row,
     mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
-    heads, share, time, keys, window, scale, factor,
-    GRADS: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, MODE: tl.constexpr,
+    heads, share, time, keys, window, scale, cap, factor,
+    CAPPED: tl.constexpr, GRADS: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr,
+    MODE: tl.constexpr,
     PRECISION: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
@@ -124,6 +138,8 @@ def keys_kernel(
             row = (first + i) * M
             q_tile = rows_of(q_of_head, row, rows, dims, q_row, time, DIM, D)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+            bounded = capped(scores, cap, CAPPED)
+            scores = bounded
             if (first + i < free) | (first + i >= free_end):
                 scores = hide(
                     scores, mask_of_head, row, key, rows[None, :], columns[:, None], time, keys,
@@ -140,7 +156,7 @@ def keys_kernel(
             if GRADS != "v":
                 dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
                 sums = tl.load(delta + place + row + rows, mask=inside, other=0.0)
-                ds = p * (dp - sums[None, :])
+                ds = _bent(p * (dp - sums[None, :]), bounded, cap, CAPPED)
                 total_k = _rounded_dot(ds, q_tile, total_k, PRECISION, HALF)
     if GRADS != "v":
         dk += split.to(tl.int64) * dk_split + sample * dk_batch + group * dk_head

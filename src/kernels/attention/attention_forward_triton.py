@@ -7,7 +7,7 @@ Scores and softmax are in fp32, the latter in base 2, and probabilities are roun
 
 For backward each row's maximum and the inverse of its sum are kept. As one number, the logarithm
 of the sum, they would be less exact the larger the scores are; and where a mask hides all keys by
-the smallest number that there is, the sum would be lost.
+the smallest number that there is, the sum would be lost. A sink is where both begin.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles_triton import hide, positions_of, rows_of, span, store_rows
+from .attention_tiles_triton import LOG2E, capped, hide, positions_of, rows_of, span, store_rows
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, mask, table, out, stats,
+    q, k, v, mask, table, out, stats, sinks,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_key,
     table_batch, table_head, row_blocks, key_blocks,
-    heads, share, time, keys, window, scale,
+    heads, share, time, keys, window, scale, cap,
+    SINKS: tl.constexpr, CAPPED: tl.constexpr,
     MODE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
@@ -47,10 +48,14 @@ def forward_kernel(
     q_tile = rows_of(q, row, rows, dims, q_row, time, DIM, D)
     total = tl.zeros((M, E), tl.float32)
     most, sums = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        most, sums = tl.zeros((M,), tl.float32) + sink, tl.full((M,), 1.0, tl.float32)
     for i in range(0, end - first):
         key = (first + i) * N
         k_tile = rows_of(k, key, columns, dims, k_row, keys, DIM, D)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        scores = capped(scores, cap, CAPPED)
         if (first + i < free) | (first + i >= free_end):
             scores = hide(
                 scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,

@@ -43,15 +43,18 @@ def mask_table(mask: Tensor) -> Tensor:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-    table: Tensor | None, window: int | None,
+    table: Tensor | None, window: int | None, sinks: Tensor | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and row statistics, as ``attention_triton.forward`` returns them."""
     outs, stats = [], []
     values = _grouped(v, 1)
-    for _, scores in _scores(q, k, scale, causal, mask, window):
+    column = None if sinks is None else (sinks.float() * _LOG2E).view(values.shape[1], -1, 1, 1)
+    for _, scores, _ in _scores(q, k, scale, causal, mask, window, softcap):
         most = scores.amax(-1, keepdim=True)
+        most = most if column is None else torch.maximum(most, column)
         p = (scores - most.masked_fill(most == -math.inf, 0)).exp2_()
         total = p.sum(-1, keepdim=True)
+        total = total if column is None else total + (column - most).exp2_()
         dead = total == 0
         inverse = total.reciprocal().masked_fill_(dead, 0)
         outs.append(((p.to(q.dtype) @ values) * inverse).flatten(1, 2))
@@ -62,24 +65,36 @@ def forward(
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, scale: float,
-    causal: bool, mask: Tensor | None, table: Tensor | None, window: int | None, needs: list[bool],
+    causal: bool, mask: Tensor | None, table: Tensor | None, window: int | None,
+    sinks: Tensor | None, softcap: float | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed gradients, as ``attention_triton.backward`` returns them."""
     share = q.shape[1] // k.shape[1]
     keys, values = (_grouped(t, 1).float() for t in (k, v))
     queries, upstream, saved = (_grouped(t, share) for t in (q, grad, stats))
     dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
-    for rows, scores in _scores(q, k, scale, causal, mask, window):
+    for rows, scores, bend in _scores(q, k, scale, causal, mask, window, softcap):
         most, inverse = saved[..., rows, :].split(1, -1)
         p = (scores - most).exp2_() * inverse
         do = upstream[..., rows, :].float()
         dv += (p.mT @ do).sum(2, keepdim=True)
         ds = do @ values.mT
         ds = p * (ds - (p * ds).sum(-1, keepdim=True)) * scale
+        ds = ds if bend is None else ds * bend
         dq.append((ds @ keys).flatten(1, 2))
         dk += (ds.mT @ queries[..., rows, :].float()).sum(2, keepdim=True)
-    gradients = torch.cat(dq, 2), dk.squeeze(2), dv.squeeze(2)
-    return [d.to(q.dtype) for d, needed in zip(gradients, needs, strict=True) if needed]
+    every = torch.cat(dq, 2), dk.squeeze(2), dv.squeeze(2)
+    grads = [d.to(q.dtype) for d, needed in zip(every, needs[:3], strict=True) if needed]
+    if sinks is not None and needs[3]:
+        grads.append(of_sinks(sinks, stats, (grad.float() * out.float()).sum(-1)))
+    return grads
+
+
+def of_sinks(sinks: Tensor, stats: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of sinks, from the statistics and the sums of ``grad * out`` of rows."""
+    most, inverse = stats.unbind(-1)
+    p = (sinks.float()[:, None] * _LOG2E - most).exp2_() * inverse
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _grouped(t: Tensor, share: int) -> Tensor:
@@ -88,15 +103,19 @@ def _grouped(t: Tensor, share: int) -> Tensor:
 
 
 def _scores(
-    q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None, window: int | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Positions, and their scores in base 2 (B, groups, heads, positions, S), in fp32."""
+    q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None, window: int | None,
+    softcap: float | None,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:  # fmt: skip
+    """Positions, their scores in base 2 (B, groups, heads, positions, S), the softcap's slope."""
     share, time = q.shape[1] // k.shape[1], q.shape[2]
     keys, queries = _grouped(k, 1).float().mT, _grouped(q, share)
     step = max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     for start in range(0, time, step):
         rows = slice(start, min(start + step, time))
-        scores = queries[..., rows, :].float() @ keys * (scale * _LOG2E)
+        scores, bend = queries[..., rows, :].float() @ keys * (scale * _LOG2E), None
+        if softcap is not None:
+            tanh = scores.div_(softcap * _LOG2E).tanh_()
+            scores, bend = tanh * (softcap * _LOG2E), 1 - tanh * tanh
         if causal:
             order = torch.arange(time, device=q.device)
             distance = order[rows, None] - order
@@ -111,4 +130,4 @@ def _scores(
                 bias = part.float() * _LOG2E
                 bias = torch.where((bias == -math.inf) & (part > -math.inf), low, bias)
                 scores += bias
-        yield rows, scores
+        yield rows, scores, bend

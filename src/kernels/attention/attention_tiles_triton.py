@@ -137,6 +137,14 @@ def span(
 
 
 @triton.jit
+def capped(scores, cap, CAPPED: tl.constexpr):
+    """``cap * tanh(scores / cap)``, scores and cap in base 2, if CAPPED."""
+    if CAPPED:
+        return cap * (2 * tl.sigmoid(2 * (scores / cap)) - 1)
+    return scores
+
+
+@triton.jit
 def hide(
     scores, mask, row, key, rows, columns, time, keys, mask_row, mask_key, window,
     MODE: tl.constexpr, BY_KEY: tl.constexpr,

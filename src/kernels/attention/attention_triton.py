@@ -16,6 +16,7 @@ from ..aot import AotCase
 from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of, next_power_of_2
 from .attention_backward_triton import keys_kernel, queries_kernel
 from .attention_forward_triton import forward_kernel
+from .attention_plain import of_sinks
 from .attention_tiles_triton import STEP, table_kernel
 from .sizes import GRAIN, HEADS
 
@@ -89,13 +90,14 @@ class _Call:
         pointers: q, k, v, mask and table, where there are these two.
         strides: of q, k and v.
         of_mask: the strides of mask and table, and the sizes of the table.
-        sizes: heads, heads of a group, positions, keys, the window, and the scale in base 2.
-        flags: MODE, PRECISION, and the features of keys and of values.
+        sizes: heads, heads of a group, positions, keys, the window, and in base 2 the scale and
+            the softcap.
+        flags: MODE, CAPPED, PRECISION, and the features of keys and of values.
     """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-        table: Tensor | None, window: int | None,
+        table: Tensor | None, window: int | None, softcap: float | None,
     ) -> None:  # fmt: skip
         q, k, v = (plain(t) for t in (q, k, v))
         self.q, self.k, self.v = q, k, v
@@ -115,10 +117,11 @@ class _Call:
         self.strides = [s for t in (q, k, v) for s in t.stride()[:3]]
         wide = time + keys if window is None else window
         self.heads, self.share = q.shape[1], q.shape[1] // k.shape[1]
-        self.sizes = (self.heads, self.share, time, keys, wide, scale * math.log2(math.e))
+        factors = scale * math.log2(math.e), (softcap or 0.0) * math.log2(math.e)
+        self.sizes = (self.heads, self.share, time, keys, wide, *factors)
         self.flags: dict[str, Any] = {
             "MODE": mode, "PRECISION": dot_precision(q.dtype),
-            "DIM": q.shape[3], "VALUE_DIM": v.shape[3],
+            "DIM": q.shape[3], "VALUE_DIM": v.shape[3], "CAPPED": softcap is not None,
         }  # fmt: skip
 
     def config(self, kernel: str) -> dict[str, Any]:
@@ -137,36 +140,38 @@ def _like(t: Tensor, dim: int, splits: int = 1) -> Tensor:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-    table: Tensor | None, window: int | None,
+    table: Tensor | None, window: int | None, sinks: Tensor | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The outputs (B, H, T, E) and the statistics (B, H, T, 2) of their rows."""
     out = _like(q, v.shape[3])[0]
     stats = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
     if not out.numel():
         return out, stats
-    call = _Call(q, k, v, scale, causal, mask, table, window)
+    call = _Call(q, k, v, scale, causal, mask, table, window, softcap)
     config = call.config("forward")
     blocks = -(-q.shape[2] // config["M"])
     forward_kernel[(blocks * q.shape[0] * q.shape[1],)](
-        *call.pointers, out, stats, *call.strides, *out.stride()[:3], *call.of_mask, *call.sizes,
-        **config,
+        *call.pointers, out, stats, q if sinks is None else sinks.contiguous(), *call.strides,
+        *out.stride()[:3], *call.of_mask, *call.sizes, SINKS=sinks is not None, **config,
     )  # fmt: skip
     return out, stats
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, scale: float,
-    causal: bool, mask: Tensor | None, table: Tensor | None, window: int | None, needs: list[bool],
+    causal: bool, mask: Tensor | None, table: Tensor | None, window: int | None,
+    sinks: Tensor | None, softcap: float | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of dq, dk and dv."""
-    need_q, need_k, need_v = needs
+    """The needed ones of dq, dk, dv and the gradient of sinks."""
+    need_q, need_k, need_v, need_sinks = needs
     if not (q.numel() and k.numel() and v.numel()):
-        pairs = zip((q, k, v), needs, strict=True)
-        return [_like(t, t.shape[3])[0].zero_() for t, needed in pairs if needed]
-    call = _Call(q, k, v, scale, causal, mask, table, window)
+        pairs = zip((q, k, v), needs[:3], strict=True)
+        grads = [_like(t, t.shape[3])[0].zero_() for t, needed in pairs if needed]
+        return grads if sinks is None or not need_sinks else [*grads, torch.zeros_like(sinks)]
+    call = _Call(q, k, v, scale, causal, mask, table, window, softcap)
     grad, half = plain(grad), q.dtype is torch.float16
     delta, dq = stats.new_empty(q.shape[:3]), _like(q, q.shape[3])[0] if need_q else grad
-    if need_q or need_k:
+    if need_q or need_k or need_sinks:
         config = call.config("queries")
         blocks = -(-q.shape[2] // config["M"])
         queries_kernel[(blocks * q.shape[0] * q.shape[1],)](
@@ -177,6 +182,8 @@ def backward(
     grads = [dq] if need_q else []
     if need_k or need_v:
         grads += _of_keys(call, grad, stats, delta, scale, need_k, need_v)
+    if sinks is not None and need_sinks:
+        grads.append(of_sinks(sinks, stats, delta))
     return grads
 
 
@@ -209,13 +216,14 @@ def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: in
     constants = {k: v for k, v in config.items() if k.isupper()} | {
         "MODE": modes.get(mask, "additive"), "PRECISION": "ieee", "HALF": dtype == "fp16",
         "DIM": dim, "VALUE_DIM": value_dim, "HEADS": HEADS, "PER_HEAD": mask == dtype,
-        "GRADS": "both", "NEEDS_DQ": True, "mask_key": 1,
+        "GRADS": "both", "NEEDS_DQ": True, "mask_key": 1, "SINKS": mask != "u8",
+        "CAPPED": mask == dtype,
     }  # fmt: skip
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     pointers = dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), f"*{dtype}")
-    pointers |= dict.fromkeys(("stats", "delta"), "*fp32") | {"table": "*i8"}
+    pointers |= dict.fromkeys(("stats", "delta", "sinks"), "*fp32") | {"table": "*i8"}
     pointers |= {"mask": f"*{dtype if mask == 'causal' else mask}"}
-    types = pointers | dict.fromkeys(("scale", "factor"), "fp32")
+    types = pointers | dict.fromkeys(("scale", "cap", "factor"), "fp32")
     rows = [a for a in kernel.arg_names if a.endswith("_row") and a != "mask_row"]
     return AotCase(
         name=f"attention_{name}-{dtype}-{mask}-{dim}-{value_dim}",

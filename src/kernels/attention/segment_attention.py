@@ -126,7 +126,7 @@ _backward_op = library_op(
     _backward,
     fake_backward,
     lambda grad, q, k, v, out, sums, boundaries, scale: backward_flops(
-        grad, q, k, v, scale, False, None, None, [True] * 3
+        grad, q, k, v, scale, False, None, None, None, None, [True] * 3 + [False]
     ),
 )
 

@@ -29,9 +29,11 @@ def fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 
 def fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    """The needed gradients."""
-    every = zip((q, k, v), rest[-1], strict=True)
-    return [fake_like(t, t.shape[-1]) for t, needed in every if needed]
+    """The needed gradients; ``rest`` ends in the sinks, the softcap, and which are needed."""
+    sinks, _, needs = rest[-3:]
+    every = zip((q, k, v), needs[:3], strict=True)
+    grads = [fake_like(t, t.shape[-1]) for t, needed in every if needed]
+    return [*grads, sinks.new_empty(sinks.shape)] if needs[3] else grads
 
 
 def fake_table(mask: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def fake_triton_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tenso
 def triton_temporary(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     """The row sums, and in large groups the parts of dK and dV."""
     splits = -(-q.shape[1] // k.shape[1] // HEADS)
-    parts = sum(t.numel() for t, n in zip((k, v), rest[-1][1:], strict=True) if n)
+    parts = sum(t.numel() for t, n in zip((k, v), rest[-1][1:3], strict=True) if n)
     return 4 * (q.shape[0] * q.shape[1] * q.shape[2] + (splits * parts if splits > 1 else 0))
 
 
@@ -61,26 +63,27 @@ def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
 
 
 def forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, window: int | None
-) -> int:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, window: int | None,
+    *_: Any,
+) -> int:  # fmt: skip
     """FLOPs of the scores and the outputs."""
     return 2 * _visible(q, k, causal, window) * (q.shape[3] + v.shape[3])
 
 
 def backward_flops(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any,
-    window: int | None, needs: list[bool],
+    window: int | None, sinks: Any, softcap: Any, needs: list[bool],
 ) -> int:  # fmt: skip
-    """The scores again, ``dV``, and for ``dQ`` and ``dK`` the gradient of the scores."""
-    need_q, need_k, need_v = needs
+    """The scores again, ``dV``, and for ``dQ``, ``dK`` and sinks the gradient of the scores."""
+    need_q, need_k, need_v, need_sinks = needs
     dim, value_dim = q.shape[3], v.shape[3]
-    width = (1 + need_q + need_k) * dim + (need_v + (need_q or need_k)) * value_dim
+    width = (1 + need_q + need_k) * dim + (need_v + (need_q or need_k or need_sinks)) * value_dim
     return 2 * _visible(q, k, causal, window) * width
 
 
 def triton_forward_flops(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, table: Any,
-    window: int | None,
+    window: int | None, *_: Any,
 ) -> int:  # fmt: skip
     """``forward_flops``, with the kernel's arguments."""
     return forward_flops(q, k, v, scale, causal, mask, window)
@@ -88,10 +91,11 @@ def triton_forward_flops(
 
 def triton_backward_flops(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, stats: Any, scale: float,
-    causal: bool, mask: Any, table: Any, window: int | None, needs: list[bool],
+    causal: bool, mask: Any, table: Any, window: int | None, sinks: Any, softcap: Any,
+    needs: list[bool],
 ) -> int:  # fmt: skip
     """Two kernels compute the scores and their gradients: one for ``dQ``, one for the others."""
-    need_q, need_k, need_v = needs
+    need_q, need_k, need_v, _ = needs
     dim, value_dim = q.shape[3], v.shape[3]
     width = need_q * (2 * dim + value_dim) + (need_k or need_v) * dim
     width += need_k * (dim + value_dim) + need_v * value_dim

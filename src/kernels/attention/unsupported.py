@@ -14,8 +14,9 @@ WIDEST = 256
 
 
 def impossible(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None
-) -> list[str]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None,
+    sinks: Tensor | None = None, softcap: float | None = None,
+) -> list[str]:  # fmt: skip
     """Why the op has no meaning, or no implementation, for these inputs."""
     reasons = []
     if not q.device.type == k.device.type == v.device.type == "cpu":
@@ -42,6 +43,12 @@ def impossible(
             reasons.append(f"a mask of {tuple(mask.shape)} does not fit {tuple(q.shape)}")
     if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
         reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
+    if sinks is not None and (tuple(sinks.shape) != q.shape[1:2] or sinks.device != q.device):
+        reasons.append(f"sinks of {tuple(sinks.shape)} on {sinks.device} are not one of each head")
+    if sinks is not None and not sinks.is_floating_point():
+        reasons.append(f"sinks are {sinks.dtype}, not floating-point")
+    if softcap is not None and softcap <= 0:
+        reasons.append("a softcap that is not positive")
     return reasons
 
 
@@ -55,10 +62,13 @@ def _impossible_on_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 def attention_unsupported(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
-    mask: Tensor | None = None, window: int | None = None,
+    mask: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> list[str]:  # fmt: skip
     """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
-    reasons = impossible(q, k, v, causal, mask, window)
+    reasons = impossible(q, k, v, causal, mask, window, sinks, softcap)
+    if sinks is not None or softcap is not None:
+        return reasons  # PyTorch has no kernel for these
     if q.device.type != "cpu" or use_triton(q, k, v):
         if mask is None and window is None:
             reasons.append("without a mask, PyTorch's own flash attention is as fast")

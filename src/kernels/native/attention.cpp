@@ -46,8 +46,8 @@ std::vector<Block> blocks_of(const Plan& plan, bool backward, int threads) {
 }
 
 void forward(const Attention& a, const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask,
-             bf16* out, float scale, int threads) {
-  Plan plan(a, mask);
+             bf16* out, const float* sinks, float scale, float softcap, int threads) {
+  Plan plan(a, mask, sinks, softcap);
   Packed keys(plan, a.dim, true), values(plan, a.value_dim, true);
   std::vector<Block> blocks = blocks_of(plan, false, threads);
   int64_t count = plan.pairs * plan.blocks;
@@ -124,6 +124,7 @@ std::vector<int64_t> shares_of(const Plan& plan, int threads) {
 
 struct Gradients {
   bf16 *q, *k, *v;  // nullptr where nobody wants it
+  float* sinks;     // what each row adds
 };
 
 // What all threads of a backward pass read, and add to.
@@ -138,7 +139,7 @@ struct Backward {
   Backward(const Plan& plan, const bf16* grad, const bf16* q, Gradients to, float scale,
            int threads)
       : plan(plan), grad(grad), q(q), to(to), scale(scale), keys(plan, plan.a.dim, true),
-        values(plan, plan.a.value_dim, to.q || to.k), rows(plan, plan.a.dim, to.q),
+        values(plan, plan.a.value_dim, to.q || to.k || to.sinks), rows(plan, plan.a.dim, to.q),
         dk(plan, plan.a.dim, threads, to.k), dv(plan, plan.a.value_dim, threads, to.v) {}
 
   void pack(const bf16* k, const bf16* v, int64_t pair) {
@@ -146,7 +147,7 @@ struct Backward {
     const bf16 *own_k = of_pair(k, a.k, plan, pair), *own_v = of_pair(v, a.v, plan, pair);
     pack_features(own_k, a.k[2], plan, a.dim, keys(pair));
     if (to.q) pack_keys(own_k, a.k[2], plan, a.dim, rows(pair));
-    if (to.q || to.k) pack_features(own_v, a.v[2], plan, a.value_dim, values(pair));
+    if (to.q || to.k || to.sinks) pack_features(own_v, a.v[2], plan, a.value_dim, values(pair));
   }
 
   // Block i; dk and dv are where its pair's sums are.
@@ -161,9 +162,10 @@ struct Backward {
       block.transpose(block.upstream.data, a.value_dim, block.upstream_t.data);
       block.add_to_keys(block.upstream_t.data, a.value_dim, dv);
     }
-    if (!to.q && !to.k) return;
+    if (!to.q && !to.k && !to.sinks) return;
     block.multiply(block.upstream.data, a.value_dim, values(pair), block.slopes.data);
     block.softmax_backward();
+    if (to.sinks) block.scatter_sinks(to.sinks);
     if (to.q) {
       block.multiply_keys(rows(pair), a.dim);
       block.scatter(scale, to.q, a.dq, a.dim);
@@ -187,8 +189,9 @@ struct Backward {
 };
 
 void backward(const Attention& a, const bf16* grad, const bf16* q, const bf16* k, const bf16* v,
-              const uint8_t* mask, Gradients to, float scale, int threads) {
-  Plan plan(a, mask);
+              const uint8_t* mask, Gradients to, const float* sinks, float scale, float softcap,
+              int threads) {
+  Plan plan(a, mask, sinks, softcap);
   Backward pass(plan, grad, q, to, scale, threads);
   std::vector<Block> blocks = blocks_of(plan, true, threads);
   std::vector<int64_t> starts = shares_of(plan, threads);
@@ -214,12 +217,15 @@ void backward(const Attention& a, const bf16* grad, const bf16* q, const bf16* k
 // Both return 0, or 1 where there is not enough memory. Strides of features are 1.
 
 extern "C" int attention_forward(const Attention* a, const bf16* q, const bf16* k, const bf16* v,
-                                 const uint8_t* mask, bf16* out, float scale, int threads) {
-  return guarded([&] { forward(*a, q, k, v, mask, out, scale, threads); });
+                                 const uint8_t* mask, bf16* out, const float* sinks, float scale,
+                                 float softcap, int threads) {
+  return guarded([&] { forward(*a, q, k, v, mask, out, sinks, scale, softcap, threads); });
 }
 
 extern "C" int attention_backward(const Attention* a, const bf16* grad, const bf16* q,
                                   const bf16* k, const bf16* v, const uint8_t* mask, bf16* dq,
-                                  bf16* dk, bf16* dv, float scale, int threads) {
-  return guarded([&] { backward(*a, grad, q, k, v, mask, {dq, dk, dv}, scale, threads); });
+                                  bf16* dk, bf16* dv, const float* sinks, float* dsinks,
+                                  float scale, float softcap, int threads) {
+  Gradients to{dq, dk, dv, dsinks};
+  return guarded([&] { backward(*a, grad, q, k, v, mask, to, sinks, scale, softcap, threads); });
 }

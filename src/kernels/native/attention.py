@@ -40,31 +40,40 @@ def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-    window: int | None,
+    window: int | None, sinks: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The outputs (B, H, T, E), in memory (B, T, H, E), of a call that ``takes`` is true of."""
     out = _like(q, v.shape[-1])
     tensors = _dense({"q": q, "k": k, "v": v, "mask": mask}) | {"out": out}
-    _run("attention_forward", tensors, scale, causal, window)
+    _run("attention_forward", tensors, (_fp32(sinks),), scale, softcap, causal, window)
     return out
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
-    window: int | None, needs: list[bool],
+    window: int | None, sinks: Tensor | None, softcap: float | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of (dq, dk, dv), in the memory order of projections."""
-    pairs = zip(("dq", "dk", "dv"), (q, k, v), needs, strict=True)
+    """The needed ones of (dq, dk, dv, dsinks), the first three in the order of projections."""
+    pairs = zip(("dq", "dk", "dv"), (q, k, v), needs[:3], strict=True)
     gradients = {name: _like(t, t.shape[-1]) if need else None for name, t, need in pairs}
     tensors = _dense({"grad": grad, "q": q, "k": k, "v": v, "mask": mask}) | gradients
-    _run("attention_backward", tensors, scale, causal, window)
-    return [t for t in gradients.values() if t is not None]
+    rows = None  # what each row adds to the gradient of its head's sink
+    if needs[3]:
+        rows = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _run("attention_backward", tensors, (_fp32(sinks), rows), scale, softcap, causal, window)
+    grads = [t for t in gradients.values() if t is not None]
+    if sinks is not None and rows is not None:
+        grads.append(rows.sum((0, 2)).to(sinks.dtype))
+    return grads
 
 
 _Tensors = dict[str, Tensor | None]
 
 
-def _run(name: str, operands: _Tensors, scale: float, causal: bool, window: int | None) -> None:
+def _run(
+    name: str, operands: _Tensors, of_sinks: tuple[Tensor | None, ...], scale: float,
+    softcap: float | None, causal: bool, window: int | None,
+) -> None:  # fmt: skip
     """Call a function of the library: the tensors are in the order of its arguments."""
     q, v = (cast("Tensor", operands[key]) for key in ("q", "v"))
     (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
@@ -73,7 +82,8 @@ def _run(name: str, operands: _Tensors, scale: float, causal: bool, window: int 
         if t is not None:  # a dimension of size 1 is the same element for all
             strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
             setattr(call, key, _Strides(*strides))
-    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in operands.values()]
+    every = *operands.values(), *of_sinks
+    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in every]
     # in backward each thread may have separate sums: no more memory than that of the queries
     threads = min(
         torch.get_num_threads(), 1 + batch * heads * time * keys // _SCORES, batch * heads
@@ -81,7 +91,12 @@ def _run(name: str, operands: _Tensors, scale: float, causal: bool, window: int 
     kernels = library()
     if kernels is None:
         raise RuntimeError("there are no kernels: takes() has not been asked")
-    check(kernels[name](ctypes.byref(call), *addresses, ctypes.c_float(scale), threads))
+    factors = ctypes.c_float(scale), ctypes.c_float(softcap or 0.0)
+    check(kernels[name](ctypes.byref(call), *addresses, *factors, threads))
+
+
+def _fp32(sinks: Tensor | None) -> Tensor | None:
+    return None if sinks is None else sinks.to(torch.float32).contiguous()
 
 
 def _dense(operands: _Tensors) -> _Tensors:

@@ -20,10 +20,13 @@ struct Range {
 struct Plan {
   const Attention& a;
   const uint8_t* mask;
+  const float* sinks;  // of query heads, or nullptr
+  float softcap;       // 0 where there is none
   int64_t pairs, share, padded, positions, blocks, rows, widest;
   Memory<Range> ranges;  // the keys that a block sees, from a multiple of 16 on
 
-  Plan(const Attention& a, const uint8_t* mask) : a(a), mask(mask) {
+  Plan(const Attention& a, const uint8_t* mask, const float* sinks, float softcap)
+      : a(a), mask(mask), sinks(sinks), softcap(softcap) {
     pairs = a.batch * a.groups;
     share = a.heads / a.groups;
     padded = rounded_up(a.keys, 16);
@@ -96,6 +99,8 @@ struct Block {
   Memory<uint32_t> crossed;                 // the same as pairs of rows
   Memory<uint32_t> queries_t, upstream_t;   // (features, pairs of rows)
   Memory<float> scores, inverses, slopes, sums;
+  Memory<float> bends;        // derivatives of the softcap
+  Memory<float> sink_slopes;  // of each row the probability of its sink, then the gradient
 
   Block(const Plan& plan, bool backward) : plan(plan), a(plan.a) {
     int64_t rows = plan.rows, all = rows * plan.widest;
@@ -106,6 +111,8 @@ struct Block {
     sums.allocate(rows * (a.dim > a.value_dim ? a.dim : a.value_dim));
     if (!backward) return;
     slopes.allocate(all);
+    sink_slopes.allocate(rows);
+    bends.allocate(plan.softcap ? all : 0);
     crossed.allocate(all / 2);
     upstream.allocate(rows * a.value_dim);
     queries_t.allocate(rows * a.dim / 2);
@@ -132,12 +139,13 @@ struct Block {
       Range seen = plan.seen_by(t);
       for (int64_t h = 0; h < plan.share; h++, r++) {
         const uint8_t* row = plan.mask ? plan.mask_row(sample, head + h, t) + low : nullptr;
-        inverses[r] =
-            softmax(scores.data + r * width, {seen.first - low, seen.last - low}, row, scale);
+        inverses[r] = softmax(r, {seen.first - low, seen.last - low}, row, scale,
+                              plan.sinks ? plan.sinks[head + h] : -__builtin_inff());
       }
     }
     std::memset(scores.data + r * width, 0, (plan.rows - r) * width * sizeof(float));
     std::memset(inverses.data + r, 0, (plan.rows - r) * sizeof(float));
+    if (bends.data) std::memset(bends.data + r * width, 0, (plan.rows - r) * width * sizeof(float));
   }
 
   void gather(const bf16* from, const int64_t* strides, int64_t dim, bf16* to) const {
@@ -158,6 +166,14 @@ struct Block {
         for (int64_t d = 0; d < dim; d += kLanes)
           store(row + d, narrowed(load<Floats>(sums.data + r * dim + d) * scale));
       }
+  }
+
+  // To (B, H, T).
+  void scatter_sinks(float* to) const {
+    int64_t r = 0;
+    for (int64_t t = start; t < stop; t++)
+      for (int64_t h = 0; h < plan.share; h++, r++)
+        to[(sample * a.heads + head + h) * a.time + t] = sink_slopes[r];
   }
 
   // (rows, dim) to (dim, pairs of rows).
@@ -187,12 +203,19 @@ struct Block {
             plan.rows / 2, true);
   }
 
-  // Scores to exponentials; returns what makes probabilities of them, 0 where nothing is seen.
-  float softmax(float* row, Range seen, const uint8_t* mask, float scale) const {
+  // Scores of row r to exponentials; returns what makes probabilities of them, 0 where nothing is
+  // seen.
+  float softmax(int64_t r, Range seen, const uint8_t* mask, float scale, float sink) const {
     const float infinity = __builtin_inff();
+    float *row = scores.data + r * width, *bend = bends.data ? bends.data + r * width : nullptr;
     Floats most = splat(-infinity);
     for (int64_t j = 0; j < width; j += kLanes) {
       Floats s = load<Floats>(row + j) * scale;
+      if (plan.softcap) {
+        Floats t = tangent(s / plan.softcap);
+        if (bend) store(bend + j, 1.0f - t * t);
+        s = t * plan.softcap;
+      }
       if (mask)
         s = masked(mask + j, a.keys - low - j) ? s : splat(-infinity);
       else if (j < seen.first || j + kLanes > seen.last)
@@ -200,7 +223,7 @@ struct Block {
       most = larger(most, s);
       store(row + j, s);
     }
-    float peak = largest(most);
+    float peak = larger(largest(most), sink);
     if (peak == -infinity) {
       std::memset(row, 0, width * sizeof(float));
       return 0;
@@ -211,7 +234,10 @@ struct Block {
       total += e;
       store(row + j, e);
     }
-    return 1.0f / sum(total);
+    float of_sink = exponential(splat(sink - peak))[0];
+    float inverse = 1.0f / (sum(total) + of_sink);
+    if (sink_slopes.data) sink_slopes[r] = of_sink * inverse;
+    return inverse;
   }
 
   // natural = the probabilities.
@@ -244,9 +270,15 @@ struct Block {
         totals[1] += load<Floats>(p + width + j) * load<Floats>(d + width + j);
       }
       float even = sum(totals[0]), odd = sum(totals[1]);
+      sink_slopes[r] *= -even;
+      sink_slopes[r + 1] *= -odd;
       for (int64_t j = 0; j < width; j += kLanes) {
         Floats s = load<Floats>(p + j) * (load<Floats>(d + j) - even);
         Floats t = load<Floats>(p + width + j) * (load<Floats>(d + width + j) - odd);
+        if (bends.data) {
+          s *= load<Floats>(bends.data + r * width + j);
+          t *= load<Floats>(bends.data + (r + 1) * width + j);
+        }
         store(natural.data + r * width + j, narrowed(s));
         store(natural.data + (r + 1) * width + j, narrowed(t));
         store(crossed.data + r / 2 * width + j, pairs_of(s, t));

@@ -143,6 +143,14 @@ inline Floats exponential(Floats x) {
   return small ? Floats{} : p;
 }
 
+// tanh(x) = (1 - e^-2|x|) / (1 + e^-2|x|), with the sign of x.
+inline Floats tangent(Floats x) {
+  Ints negative = x < Floats{};
+  Floats e = exponential((negative ? x : -x) * 2.0f);
+  Floats t = (1.0f - e) / (1.0f + e);
+  return negative ? -t : t;
+}
+
 // A pair in each lane: the first of it in the lower half.
 inline Bits pairs_of(Floats first, Floats second) {
   return (rounded(first) >> 16) | rounded(second);

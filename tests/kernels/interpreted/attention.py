@@ -70,6 +70,32 @@ def check_parity() -> None:
             check(None, make, window=20)
 
 
+def check_sinks_and_softcaps() -> None:
+    """Each alone and both, where some tiles are hidden; the scores reach the cap."""
+    torch.manual_seed(0)
+    mask = packed(1, 70)
+    mask[:, :, 40:45] = False
+    for dtype, options, capped in (
+        (FP32, (True, None, 20), (None, 0.5)),
+        (FP16, (False, mask, None), (None, 0.5)),
+        (BF16, (False, additive(mask, torch.finfo(BF16).min, BF16), None), (None, 3.0)),
+    ):
+        for softcap in capped:
+
+            def run(attend: Callable[..., Tensor], *given: Tensor) -> Tensor:
+                q, k, v, *rest = given
+                return attend(q, k, v, None, *options, *(rest or [None]), softcap)  # noqa: B023
+
+            def make() -> tuple[Tensor, ...]:
+                qkv = draw(1, 4, 2, 70, 70, 24, 8, dtype)  # noqa: B023
+                return *qkv, torch.randn(4).requires_grad_()
+
+            ours, reference = (functools.partial(run, f) for f in (attention, OP.reference))
+            assert_parity_of_draws(ours, reference, make)
+            if softcap is not None:
+                assert_parity_of_draws(ours, reference, lambda: make()[:3])
+
+
 def check_masks() -> None:
     """Every form of a mask, where some tiles are hidden and others are seen as a whole.
 
@@ -140,7 +166,7 @@ def spans(
     out = torch.zeros(count, 4, dtype=torch.int32)
     spans_kernel[(count,)](
         table, out, time, keys, table.shape[3] - 1, table.shape[2],
-        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, COUNT=own,
+        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, OWN=own,
         TILE=tile, GRAIN=GRAIN, CHUNK=CHUNK,
     )  # fmt: skip
     return out.tolist()
@@ -246,11 +272,13 @@ def check_library_ops_keep_their_contracts() -> None:
             if mask is not None:
                 torch.library.opcheck(ops.attention_mask_table.default, (mask,), test_utils=tests)
                 table = mask_table(mask)
-            given = 0.3, mask is None, mask, table, None
+            sinks = torch.randn(heads[0]) if mask is None else None
+            given = 0.3, mask is None, mask, table, None, sinks, None if mask is None else 2.0
             forward = ops.attention_triton_forward.default
             torch.library.opcheck(forward, (q, k, v, *given), test_utils=tests)
             out, stats = forward(q, k, v, *given)
             for needs in ([True] * 3, [False, True, False]):
+                needs = [*needs, sinks is not None]
                 args = torch.randn(out.shape).to(FP16), q, k, v, out, stats, *given, needs
                 backward = ops.attention_triton_backward.default
                 torch.library.opcheck(backward, args, test_utils=tests)
@@ -270,6 +298,7 @@ def check_empty_inputs() -> None:
 if __name__ == "__main__":
     run(
         check_parity,
+        check_sinks_and_softcaps,
         check_masks,
         check_rows_that_see_nothing,
         check_hidden_tiles_are_not_read,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.attention.attention import OP, _every_row, attention
+from fusewright.kernels.attention.attention import OP, _boolean, _every_row, attention
 from fusewright.kernels.native import attention as native
 from fusewright.kernels.processor import this_machine
 from fusewright.rewrite.tolerance import exceeded
 
-from ..util import assert_parity
+from ..util import assert_parity, assert_parity_of_draws
 from . import libraries
 
 B16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -123,6 +125,45 @@ def test_parity_of_causal(
     )  # fmt: skip
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    time=st.sampled_from([1, 2, 17, 64, 130]),
+    heads=st.sampled_from([(3, 3), (8, 2), (5, 1)]),
+    window=st.sampled_from([None, 5, 33]),
+    sinks=st.sampled_from([None, B16, F32]),
+    softcap=st.sampled_from([None, 0.5, 50.0]),
+    mask=st.sampled_from(["causal", "none", "packed", "of samples"]),
+    additive=st.booleans(),
+    size=st.sampled_from([0.1, 1.0, 4.0]),
+    seed=st.integers(0, 99),
+)
+def test_parity_of_sinks_and_softcaps(
+    time: int, heads: tuple[int, int], window: int | None, sinks: torch.dtype | None,
+    softcap: float | None, mask: str, additive: bool, size: float, seed: int,
+) -> None:  # fmt: skip
+    causal = mask == "causal"
+    seen = None if causal else _mask(mask, 2, heads[0], time, time, seed)
+    if additive and seen is not None and (sinks or (softcap and bool(seen.any(-1).all()))):
+        seen = torch.zeros(seen.shape, dtype=B16).masked_fill(~seen, torch.finfo(B16).min)
+    options = None, causal, seen, window if causal else None
+    draws = itertools.count(seed, 4)
+
+    def run(attend: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        return attend(q, k, v, *options, *(rest or [None]), softcap)
+
+    def draw() -> list[Tensor]:
+        at = next(draws)
+        made = [_heads(2, n, time, 32, at + i, size) for i, n in enumerate((*heads, heads[1]))]
+        if sinks is not None:
+            made.append(_heads(1, 1, 1, heads[0], at + 3).flatten().to(sinks))
+        return [t.requires_grad_() for t in made]
+
+    q, k, v, *rest = draw()
+    assert native.takes(q, k, v, _boolean(seen, q, rest[0] if rest else None))
+    ours, reference = (functools.partial(run, f) for f in (attention, OP.reference))
+    assert_parity_of_draws(ours, reference, draw)
+
+
 def test_long_rows_are_cut_into_fewer_positions() -> None:
     q, k, v = (_heads(1, n, t, 16, i) for i, (n, t) in enumerate(((2, 40), (2, 9001), (2, 9001))))
     made = native.forward(q, k, v, 0.25, False, None, None)
@@ -142,7 +183,9 @@ def threads() -> Iterator[None]:
 def _both(*args: Any) -> list[Tensor]:
     q, _, v = args[:3]
     grad = _heads(*q.shape[:3], v.shape[-1], 7)
-    return [native.forward(*args), *native.backward(grad, *args, [True] * 3)]
+    args = *args, *(None,) * (9 - len(args))
+    needs = [True] * 3 + [args[7] is not None]
+    return [native.forward(*args), *native.backward(grad, *args, needs)]
 
 
 @pytest.mark.usefixtures("threads")
@@ -168,8 +211,8 @@ def test_results_do_not_depend_on_who_is_faster(kind: str) -> None:
 def test_only_what_is_needed(needs: tuple[int, ...]) -> None:
     q, k, v = (_heads(1, 2, 33, 16, i) for i in range(3))
     grad = _heads(1, 2, 33, 16, 3)
-    every = native.backward(grad, q, k, v, 0.25, True, None, None, [True] * 3)
-    some = native.backward(grad, q, k, v, 0.25, True, None, None, [bool(n) for n in needs])
+    every = native.backward(grad, q, k, v, 0.25, True, *(None,) * 4, [True] * 3 + [False])
+    some = native.backward(grad, q, k, v, 0.25, True, *(None,) * 4, [*map(bool, needs), False])
     assert len(some) == sum(needs)
     assert all(map(torch.equal, some, (t for t, n in zip(every, needs, strict=True) if n)))
 
@@ -217,7 +260,7 @@ def test_defaults_do_not_matter(kind: torch.dtype) -> None:
         with torch.device("meta"):
             again = [
                 native.forward(q, k, v, 0.25, True, None, None),
-                *native.backward(grad, q, k, v, 0.25, True, None, None, [True] * 3),
+                *native.backward(grad, q, k, v, 0.25, True, *(None,) * 4, [True] * 3 + [False]),
             ]
     finally:
         torch.set_default_dtype(F32)
@@ -244,7 +287,7 @@ def test_many_threads_take_no_more_memory_than_the_queries(monkeypatch: pytest.M
     )
     torch.set_num_threads(64)
     q, k, v = (_heads(1, 3, 400, 16, i) for i in range(3))
-    native.backward(q, q, k, v, 0.25, True, None, None, [True] * 3)
+    native.backward(q, q, k, v, 0.25, True, *(None,) * 4, [True] * 3 + [False])
     assert asked == [3]
 
 
