@@ -174,7 +174,11 @@ def build(family: str, setup: Setup) -> Any:
 def exact(family: str, setup: Setup) -> Any:
     """The model in fp64: quantized weights become what they stand for; nothing is lowered."""
     kbit = None if setup.kbit is None else False
-    model = build(family, replace(unwrapped(setup), kbit=kbit))
+    return in_double(build(family, replace(unwrapped(setup), kbit=kbit)))
+
+
+def in_double(model: Any) -> Any:
+    """The model in fp64, its quantized weights dequantized."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if hasattr(layer._parameters.get("weight"), "quant_state"):
