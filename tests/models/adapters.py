@@ -87,14 +87,10 @@ def _frozen(part: str) -> Callable[[Any], Any]:
 
 
 def _prompt(**options: Any) -> dict[str, Any]:
-    return {"options": {"num_virtual_tokens": 4, **options}, "linears": 0, "targets": None}
+    return {"options": {"num_virtual_tokens": 4} | options, "linears": 0, "targets": None}
 
 
-_VIRTUAL = {
-    "cpt_token_ids": [1, 2, 3, 4],
-    "cpt_mask": [1] * 4,
-    "cpt_tokens_type_mask": [1, 2, 3, 4],
-}
+_VIRTUAL = {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}
 _LM = {"linears": 15, "targets": [*LINEARS, "lm_head"]}
 
 TABLE: dict[str, Adapter] = {
@@ -204,7 +200,7 @@ TABLE: dict[str, Adapter] = {
     ),
     "P-tuning": Adapter("P_TUNING", **_prompt(encoder_hidden_size=32)),
     "prefix tuning": Adapter("PREFIX_TUNING", **_prompt()),
-    "CPT": Adapter("CPT", **_prompt(**_VIRTUAL)),
+    "CPT": Adapter("CPT", **_prompt(**_VIRTUAL, num_virtual_tokens=2)),
     "Cartridge": Adapter("CARTRIDGE", **_prompt()),
     "SHADOW": Adapter("SHADOW", linears=0, targets=None),
 }  # fmt: skip

@@ -3,9 +3,10 @@
     yᵢ = x·Wᵢᵀ + bᵢ + scaleᵢ·(zᵢ·Aᵢᵀ·Bᵢᵀ + b'ᵢ)
 
 Each weight is plain or quantized, each adapter is there or not, and reads x or an input zᵢ that it
-does not share (x after dropout); one without an Aᵢ has zᵢ·Aᵢᵀ (N, r) for its zᵢ. Products work on rows (N, features), without autograd, and return
-fresh tensors. A's of one input run as one matmul, and all gradients of one input are summed in one
-buffer, in the input's dtype, which may be wider than the products'.
+does not share (x after dropout); without an Aᵢ, zᵢ (N, r) goes straight into Bᵢ. Products work on
+rows (N, features), without autograd, and return fresh tensors. A's of one input run as one matmul,
+and all gradients of one input are summed in one buffer, in the input's dtype, which may be wider
+than the products'.
 
 An autograd function takes tensors one by one, and constants separately: ``flat`` and ``linears``
 convert.
@@ -297,12 +298,10 @@ def through_a(x: Rows | None, layers: Sequence[ResolvedLinear]) -> list[Tensor |
         i, *others = group
         a, z = layers[i].lora_a, layers[i].x_lora
         if z is not None:
-            h = rows_of(z)
-            results[i] = (
-                h * layers[i].scale
-                if a is None
-                else scaled_mm(beside(h, a), a.t(), layers[i].scale)
-            )
+            if a is not None:
+                results[i] = scaled_mm(beside(rows_of(z), a), a.t(), layers[i].scale)
+            else:
+                results[i] = rows_of(z).to(layers[i].lora_b.dtype) * layers[i].scale  # type: ignore[union-attr]
             continue
         if x is None:
             continue
