@@ -144,7 +144,8 @@ class LoRALinear(Rule):
         readers = [n for n in graph.nodes if _reads_trained(n)]
         for wrapper, (projection, *others) in wrapped.items():
             inside = [n for n in readers if f"{facts.home(n)}.".startswith(f"{wrapper}.")]
-            if wrapper and inside and not others:
+            is_base = (c := canonical(projection)) is not None and c.name != "lora_linear"
+            if wrapper and inside and not others and is_base:
                 names = " and ".join(dict.fromkeys(map(_text, inside)))
                 yield projection, f"parameters are trained around a frozen projection: {names}"
 
