@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import is_cast_of
 from ..kernels.linear.projections import Linear
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
+from .quant_linear import sample_weight
 
 
 class DoRALinear(Rule):
@@ -36,18 +37,22 @@ class DoRALinear(Rule):
         rows = p.capture("product", p.addmm(bias, p.reshape(x, p.anything), columns))
         eye = p.eye(*[p.anything] * 6)
         whole = p.detach(p.maybe_cast(p.transpose(p.linear(p.linear(eye, a), b), -2, -1)))
-        for row_wise in (True, False):
-            wide = p.maybe_cast(w if row_wise else columns)
+        # a quantized weight is dequantized for the norm
+        packed = p.capture("product", p.quant_linear(x, w, bias, p.var("compute"), p.anything))
+        stored = p.either(p.clone(p.maybe_cast(packed), p.anything), p.maybe_cast(packed))
+        dense = p.var("dense", lambda v: isinstance(v, fx.Node))
+        for matrix in (w, columns, dense):
+            row_wise = matrix is not columns
+            wide = p.maybe_cast(matrix)
             weight, again = (wide if row_wise else p.transpose(wide, -2, -1) for _ in range(2))
             norm = p.capture("norm", p.linalg_norm(weight + whole * scale, p.anything, 1))
             factor = p.reshape(magnitude / p.detach(p.maybe_cast(norm)), p.anything)
             base = p.capture("product", p.linear(x, w, bias))
-            base = base if row_wise else p.reshape(rows, p.anything)
-            bare = p.capture("product", p.linear(x, w, None))
+            base = base if matrix is w else stored if row_wise else p.reshape(rows, p.anything)
             narrow = p.linear(p.linear(p.maybe_cast(x), a), b)
             excess = factor - 1
             kinds = [("bias", base, base - bias, narrow)]
-            kinds += [("plain", bare, bare, narrow)] if row_wise else []
+            kinds += [("plain", base, base, narrow)] if row_wise else []
             other = p.linear(p.linear(dropped, a), b)
             kinds += [("dropout", base, p.linear(dropped, again), other)]
             for spelling, y, inner, update in kinds:
@@ -60,7 +65,8 @@ class DoRALinear(Rule):
             m.require(alone, f"{node.name} inside the formula is also used outside it", node)
         m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
         x, result, magnitude = (facts.tensor(n) for n in (m.x, m.root, m.magnitude))
-        weight = facts.tensor(m.get("columns", m.get("w")))
+        m.pass_over(m.spelling == "plain" and m.bias is not None)
+        weight = facts.tensor(m.get("dense", m.get("columns", m.get("w"))))
         if x is None or result is None or magnitude is None or weight is None:
             m.require(False, "an operand is not a tensor")
             return
@@ -74,24 +80,35 @@ class DoRALinear(Rule):
         m.require(x.dim() > 1 and magnitude.dim() == 1, "the magnitude is no vector", m.root)
         m.require(tuple(facts.value(m.norm).shape) == tuple(magnitude.shape), "another norm")
 
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Bytes and scales of a packed weight."""
+        weight = m.get("w")
+        return sample_weight(weight, node, generator, shape) if isinstance(weight, tuple) else None
+
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """A LoRA linear without bias and a rescaling; after dropout, a rescaling of its parts."""
         weight: Any = m.get("w") if m.get("columns") is None else ops.method("t", m.columns)
         scale, wide, kind = float(m.scale), facts.dtype(m.norm), facts.dtype(m.product)
-        norm = ops.dora_row_norms(weight, m.a, m.b, scale, wide)
+        compute = m.get("compute") if isinstance(weight, tuple) else None
+        norm = ops.dora_row_norms(m.get("dense", weight), m.a, m.b, scale, wide)
         factor = ops.call(torch.div, m.magnitude, norm)
         if m.spelling != "dropout":
             # the sum of both products is not rounded: it is to be multiplied
             sum_in = None if wide is kind else wide
-            linear = Linear(weight, None, m.a, m.b, scale, dtype=sum_in)
+            linear = Linear(weight, None, m.a, m.b, scale, compute=compute, dtype=sum_in)
             total = ops.lora_linear(m.x, linear)
             total.meta["example_value"] = facts.value(m.root).to(wide)
             return ops.dora(total, factor, m.get("bias"), None, 1.0, kind)
-        base = ops.call(F.linear, m.x, weight, m.bias)
+        if isinstance(weight, tuple):
+            base = ops.quant_linear(m.x, weight, m.bias, compute, kind)
+        else:
+            base = ops.call(F.linear, m.x, weight, m.bias)
         # as wide as in eager: in the base's dtype the second product would cost precision
-        cast_weight, dtype = weight, facts.dtype(m.dropped)
-        if facts.dtype(weight) is not dtype:
-            cast_weight = ops.cast(weight, dtype)
+        cast_weight, dtype = m.get("dense", weight), facts.dtype(m.dropped)
+        if facts.dtype(cast_weight) is not dtype:
+            cast_weight = ops.cast(cast_weight, dtype)
         product = ops.call(F.linear, m.dropped, cast_weight)
         update = ops.call(F.linear, ops.call(F.linear, m.dropped, m.a), m.b)
         return ops.dora(product, factor, base, update, scale, kind)

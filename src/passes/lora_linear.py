@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..graph import facts
@@ -21,9 +22,14 @@ from .quant_linear import sample_weight
 
 
 class LoRALinear(Rule):
-    """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A.
+    """``W x + b`` and what adapters add to it: ``scale * B(A(x))``, or an update like it.
 
-    Several active adapters are joined into one.
+    - Several active adapters that read x are joined into one.
+    - A vector between A and B (VeRA, AdaLoRA), or behind B, goes onto B.
+    - Where something else makes the narrow h of ``B h`` (dropout of each adapter's own, a function
+      between A and B, pooled inputs), that stays, and ``B h`` is added in the base's product.
+    - ``W x + D x`` with a matrix D that other formulas make (HiRA, FourierFT) is ``(W + D) x``;
+      ``W x + D x - W x`` is ``D x`` (GLoRA).
     """
 
     name = op = "lora_linear"
@@ -31,7 +37,7 @@ class LoRALinear(Rule):
 
     def patterns(
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
-        scale: Pattern, lora_bias: Pattern, x_lora: Pattern,
+        lora_bias: Pattern, x_lora: Pattern, delta: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
         """A dropped-out input stays a separate node: random numbers are used as before."""
         columns = p.var("columns", lambda v: isinstance(v, fx.Node))
@@ -39,22 +45,30 @@ class LoRALinear(Rule):
         rows = p.capture("product", p.addmm(bias, p.reshape(cast_x, p.anything), columns))
         # bitsandbytes' layers cast by themselves, and PEFT clones what they return
         packed = p.capture("product", p.quant_linear(x, w, bias, p.var("compute"), p.anything))
+        plain = p.capture("product", p.linear(cast_x, w, bias))
         base = p.either(
-            p.maybe_cast(p.capture("product", p.linear(cast_x, w, bias))),
+            p.maybe_cast(plain),
             p.reshape(rows, p.anything),
             p.clone(p.maybe_cast(packed), p.anything),
             p.maybe_cast(packed),
         )
-        plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
+        both = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
         dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
-        for spelling, update in (("plain", plain), ("dropout", dropped)):
-            total = base + p.maybe_cast(update * scale)
+        between = p.linear(_scaled(p, p.linear(p.maybe_cast(x), a), "between"), b, lora_bias)
+        for spelling, update in (("plain", both), ("dropout", dropped), ("plain", between)):
+            total = base + p.maybe_cast(_scaled(p, update, "scale"))
             yield spelling, p.maybe_cast(total)
-            for more in range(1, MOST):
-                yield spelling, p.maybe_cast(with_more(p, total, x, more))
+            if spelling == "plain":
+                for more in range(1, MOST):
+                    yield spelling, p.maybe_cast(_with_more(p, total, x, more))
+        other = p.linear(p.maybe_cast(x), delta, lora_bias)
+        yield "replaced", p.maybe_cast((plain + other) - plain * 1)
+        yield "matrix", p.maybe_cast(plain + p.linear(p.maybe_cast(x), delta))
+        for count in range(1, MOST + 1):
+            yield "narrow", p.maybe_cast(_with_narrow(p, base, count))
 
     def check(self, m: Match) -> None:
-        """Constant scales, a result in the product's dtype or a wider one."""
+        """A result in the product's dtype or a wider one, and updates of low rank."""
         for node in m.nodes:
             external_users = [u for u in node.users if u not in m.nodes]
             may_share = node is m.root or not external_users or is_cast_of(node, m.x)
@@ -67,12 +81,20 @@ class LoRALinear(Rule):
         weight = m.get("columns", m.get("w"))
         packed = isinstance(weight, tuple)
         m.require(packed or facts.ndim(weight) == 2, "the weight is not a matrix", m.root)
-        check_adapters(m, adapters(m))
         x, result = facts.tensor(m.x), facts.tensor(m.root)
         if x is None or result is None:
             m.require(False, "x is not a tensor")
             return
         product = facts.dtype(m.product) or x.dtype
+        if m.spelling in ("matrix", "replaced"):
+            base = (m.w, m.bias) if m.spelling == "replaced" else ()
+            trained = any(isinstance(n, fx.Node) and _needs_gradient(n) for n in base)
+            m.require(not trained, "a weight that cancels out is trained", m.root)
+            kinds = {facts.dtype(n) for n in (weight, m.delta, m.product, m.root)}
+            m.pass_over(facts.ndim(m.delta) != 2 or not _is_made(m.delta))
+            m.require(len(kinds) == 1, "the weight and what is added to it differ in dtype", m.root)
+            return
+        check_adapters(m, adapters(m))
         wide = torch.promote_types(result.dtype, product) is result.dtype
         m.require(wide, f"returns {result.dtype} from a product in {product}", m.root)
         x_lora = facts.tensor(m.get("x_lora"))
@@ -85,6 +107,10 @@ class LoRALinear(Rule):
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
         weight: Any = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
+        if m.spelling == "replaced":
+            return ops.call(F.linear, m.x, m.delta, m.lora_bias)
+        if m.spelling == "matrix":
+            return ops.call(F.linear, m.x, ops.computed(operator.add, weight, m.delta), m.bias)
         one = joined(adapters(m), ops)
         low = m.get("compute") or facts.dtype(m.x if isinstance(weight, tuple) else m.product)
         dtype = None if facts.dtype(m.root) is low else facts.dtype(m.root)
@@ -103,15 +129,79 @@ class LoRALinear(Rule):
         return sample_weight(weight, node, generator, shape) if isinstance(weight, tuple) else None
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
-        """A linear of another linear of low rank, scaled or not, that is added to something."""
+        """Low-rank updates, and what else trained parameters do around a frozen projection."""
+        wrapped: dict[str, list[fx.Node]] = {}
         for node in graph.nodes:
             total = _sum_of(node) if _is_update(node) else None
             if total is not None:
                 more = _is_adapted(total)
                 yield node, _SEVERAL if more else "a low-rank update of a projection"
+            elif _is_remade(node):
+                yield node, "a projection by a weight that trained parameters change at each call"
+            elif _is_frozen(node):
+                wrapper, _, name = facts.home(node).rpartition(".")
+                wrapped.setdefault(wrapper if name else "", []).append(node)
+        readers = [n for n in graph.nodes if _reads_trained(n)]
+        for wrapper, (projection, *others) in wrapped.items():
+            inside = [n for n in readers if f"{facts.home(n)}.".startswith(f"{wrapper}.")]
+            is_base = (c := canonical(projection)) is not None and c.name != "lora_linear"
+            if wrapper and inside and not others and is_base:
+                names = " and ".join(dict.fromkeys(map(_text, inside)))
+                yield projection, f"parameters are trained around a frozen projection: {names}"
 
 
 _SEVERAL = "several adapters are active on one linear"
+
+
+def _is_frozen(node: Any) -> bool:
+    # Whether it is a projection by a stored weight that is not trained.
+    canon = canonical(node)
+    if canon is None or canon.name not in ("linear", "quant_linear", "lora_linear"):
+        return False
+    weight = canon.args[1]
+    return not isinstance(weight, fx.Node) or (weight.op == "placeholder" and not _trains(weight))
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    t = facts.tensor(node)
+    return t is not None and t.requires_grad
+
+
+def _trains(node: fx.Node) -> bool:
+    is_parameter = node.op == "placeholder" and not facts.is_argument(node)
+    return is_parameter and _needs_gradient(node)
+
+
+def _reads_trained(node: fx.Node) -> bool:
+    return "fusewright_rule" not in node.meta and any(map(_trains, node.all_input_nodes))
+
+
+def _is_remade(node: fx.Node) -> bool:
+    # Whether it is a projection by a weight that is made of a stored one and trained parameters.
+    canon = canonical(node)
+    if canon is None or canon.name != "linear" or "fusewright_rule" in node.meta:
+        return False
+    weight, above = canon.args[1], {canon.args[1]}
+    queue = [weight] if isinstance(weight, fx.Node) and weight.op != "placeholder" else []
+    while queue:
+        new = [n for n in queue.pop().all_input_nodes if n not in above]
+        above.update(new)
+        queue += new
+    stored = [n for n in above if n.op == "placeholder" and not facts.is_argument(n)]
+    sizes = {facts.size(weight, 0), facts.size(weight, 1)}
+    alike = [n for n in stored if {facts.size(n, 0), facts.size(n, 1)} == sizes]
+    return any(map(_trains, stored)) and not all(map(_trains, alike))
+
+
+def _text(node: fx.Node) -> str:
+    canon = canonical(node)
+    while canon is not None and canon.name in _VIEWS and len(node.users) == 1:
+        (node,) = node.users
+        canon = canonical(node)
+    return canon.name if canon else getattr(node.target, "__name__", str(node.target))
+
+
+_VIEWS = ("cast", "reshape", "transpose", "unsqueeze", "expand", "slice")
 
 
 def _is_update(node: Any) -> bool:
@@ -171,67 +261,131 @@ MOST = 8
 
 
 class Adapter(NamedTuple):
-    """The parts of one adapter: nodes, and a constant scale."""
+    """The parts of one adapter: nodes, and scales, which are constants, numbers or vectors."""
 
-    a: Any  # (r, in)
+    a: Any  # (r, in), or None where ``x`` is narrow
     b: Any  # (out, r)
-    scale: Any
-    bias: Any  # (out,), of B, or None
-    x: Any  # the adapter's input (after dropout), or None
+    scale: Any = None
+    bias: Any = None  # (out,), of B, or None
+    x: Any = None  # the adapter's input (after dropout), or None; without an A, what B reads
+    between: Any = None  # a scale of what A returns
+    divisor: Any = None  # of the scale
+    columns: Any = None  # (r, out), instead of ``b``
 
 
-def with_more(p: Builder, total: Pattern, x: Pattern, count: int) -> Pattern:
-    """``total`` and ``count`` further adapters, added one after the other."""
+def _scaled(p: Builder, update: Pattern, name: str) -> Pattern:
+    scaled = update * p.var(name)
+    return p.either(scaled / p.var(name.replace("scale", "divisor")), scaled, update)
+
+
+def _with_more(p: Builder, total: Pattern, x: Pattern, count: int) -> Pattern:
+    # ``total`` and ``count`` further adapters on x, added one after the other.
     for i in range(2, count + 2):
-        a, b, scale, bias, x_lora = (p.var(f"{part}_{i}") for part in Adapter._fields)
-        narrow = p.either(p.linear(p.maybe_cast(x), a), p.linear(x_lora, a))
-        total = p.maybe_cast(p.linear(narrow, b, bias) * scale) + total
+        narrow = _scaled(p, p.linear(p.maybe_cast(x), p.var(f"a_{i}")), f"between_{i}")
+        update = p.linear(narrow, p.var(f"b_{i}"), p.var(f"bias_{i}"))
+        total = p.maybe_cast(_scaled(p, update, f"scale_{i}")) + total
+    return total
+
+
+def _with_narrow(p: Builder, total: Pattern, count: int) -> Pattern:
+    # ``total`` and ``count`` products of narrow values.
+    for i in range(1, count + 1):
+        h, b, bias, columns = (p.var(f"{part}_{i}") for part in ("x", "b", "bias", "columns"))
+        update = p.either(p.linear(h, b, bias), p.matmul(h, columns))
+        update = p.either(update, p.zeros_like(p.anything) + update)
+        total = p.maybe_cast(_scaled(p, update, f"scale_{i}")) + total
     return total
 
 
 def adapters(m: Match) -> list[Adapter]:
     """The adapters of a match, in the order in which the model adds them."""
-    first = Adapter(m.a, m.b, m.scale, m.lora_bias, m.get("x_lora"))
+    first = Adapter(
+        m.get("a"), m.get("b"), m.get("scale"), m.get("lora_bias"), m.get("x_lora"),
+        m.get("between"), m.get("divisor"),
+    )  # fmt: skip
     further = [
         Adapter(*(m.get(f"{part}_{i}") for part in Adapter._fields))
-        for i in range(2, MOST + 1)
-        if m.get(f"a_{i}") is not None
+        for i in range(1, MOST + 1)
+        if m.get(f"b_{i}", m.get(f"columns_{i}")) is not None
     ]
-    return [first, *further]
+    return further if m.spelling == "narrow" else [first, *further]
 
 
 def check_adapters(m: Match, given: Sequence[Adapter]) -> None:
     """Decline adapters that the ops cannot take, or that cannot be joined."""
-    ranks = 0
+    ranks, wide = 0, facts.size(m.x, -1)
     for one in given:
-        m.require(isinstance(one.scale, (int, float)), "the scale is not a constant", one.scale)
-        for name, matrix in (("a", one.a), ("b", one.b)):
-            m.require(facts.ndim(matrix) == 2, f"{name} is not a matrix", m.root)
-        ranks += facts.size(one.a, 0) or 0
+        matrix, sides = (one.b, (0, 1)) if one.columns is None else (one.columns, (1, 0))
+        out, rank = (facts.size(matrix, side) for side in sides)
+        m.require(facts.ndim(matrix) == 2, "b is not a matrix", m.root)
+        if one.a is None:  # a product of anything narrow: else it would be any other projection
+            narrow = rank is not None and wide is not None and out is not None
+            m.pass_over(not narrow or rank * 2 > min(wide, out))  # type: ignore[operator]
+        else:
+            m.require(facts.ndim(one.a) == 2, "a is not a matrix", m.root)
+        for scale, size in ((one.scale, out), (one.between, rank), (one.divisor, 1)):
+            m.require(_is_scale(scale, size), "the scale is no number and no vector", scale)
+        ranks += rank or 0
     # only what goes in counts: a gate of one feature may have a wider adapter
-    wide = facts.size(m.x, -1)
     m.require(wide is not None and 0 < ranks <= wide, "the update is not of low rank", m.root)
-    if len(given) > 1:
-        kinds = {facts.dtype(t) for one in given for t in (one.a, one.b)}
-        m.require(len(kinds) == 1, "the adapters have several dtypes", m.root)
-        have_dropout = any(one.x is not None for one in given)
-        m.require(not have_dropout, "several adapters have dropout of their own", m.root)
+    matrices = [t for one in given for t in (one.a, one.b, one.columns) if t is not None]
+    kinds = {facts.dtype(t) for t in matrices}
+    m.require(len(kinds) == 1 or len(given) == 1, "the adapters have several dtypes", m.root)
+
+
+def _is_scale(scale: Any, size: int | None) -> bool:
+    # A constant, or a tensor of one number, or of one for each feature.
+    if scale is None or isinstance(scale, (int, float)):
+        return True
+    t = facts.tensor(scale)
+    if t is None or not t.is_floating_point():
+        return False
+    return t.dim() == 0 or (t.dim() == 1 and facts.size(scale, 0) in (1, size))
 
 
 def joined(given: Sequence[Adapter], ops: Emit) -> Adapter:
-    """One adapter for all of them; a scale that they do not share goes onto the B's."""
-    if len(given) == 1:
-        return given[0]._replace(scale=float(given[0].scale))
-    scales = {float(one.scale) for one in given}
-    scale = scales.pop() if len(scales) == 1 else 1.0
+    """One adapter for all of them; scales that they do not share go onto the B's."""
+    scales = {
+        None if isinstance(one.scale, fx.Node) or one.divisor is not None else _scale(one)
+        for one in given
+    }
+    shared = scales.pop() if len(scales) == 1 else None
+    scale = 1.0 if shared is None else shared
 
-    def scaled(t: Any, by: Any) -> Any:
-        return t if float(by) == scale else ops.computed(operator.mul, t, float(by))
+    def times(t: Any, by: Any) -> Any:
+        return t if by == scale else ops.computed(operator.mul, t, by)
 
-    biases = [scaled(one.bias, one.scale) for one in given if one.bias is not None]
+    bs, biases = [], []
+    for one in given:
+        b, by = one.b, _scale(one)
+        if one.columns is not None:
+            b = ops.computed(torch.t, one.columns)
+        if one.between is not None:
+            b = ops.computed(operator.mul, b, one.between)
+        if one.divisor is not None:
+            by = ops.computed(operator.truediv, by, one.divisor)
+        if one.bias is not None:
+            biases.append(times(one.bias, by))
+        over_rows = isinstance(by, fx.Node) and facts.ndim(by) == 1
+        bs.append(times(b, ops.computed(torch.unsqueeze, by, -1) if over_rows else by))
     bias = biases[0] if biases else None
     for other in biases[1:]:
         bias = ops.computed(operator.add, bias, other)
-    a = ops.computed(torch.cat, [one.a for one in given], 0)
-    b = ops.computed(torch.cat, [scaled(one.b, one.scale) for one in given], 1)
-    return Adapter(a, b, scale, bias, None)
+    if len(given) == 1:
+        return given[0]._replace(b=bs[0], scale=scale, bias=bias)
+    b = ops.computed(torch.cat, bs, 1)
+    if given[0].a is None:
+        return Adapter(None, b, scale, bias, ops.call(torch.cat, [one.x for one in given], -1))
+    return Adapter(ops.computed(torch.cat, [one.a for one in given], 0), b, scale, bias)
+
+
+def _scale(one: Adapter) -> Any:
+    # A number, or the node of one or of a vector.
+    if isinstance(one.scale, fx.Node):
+        return one.scale
+    return 1.0 if one.scale is None else float(one.scale)
+
+
+def _is_made(matrix: Any) -> bool:
+    # Whether other nodes compute a matrix: a second stored weight is another layer.
+    return isinstance(matrix, fx.Node) and matrix.op in ("call_function", "call_method")

@@ -77,7 +77,8 @@ class QuantLinear(Rule):
             inner = facts.body(node.args[0]) if is_wrapped(node) else None
             calls = [node] if inner is None else list(inner.graph.nodes)
             names = [n for n in map(_library_op, calls) if n]
-            if names:
+            is_read = all("fusewright_op" in u.meta for u in node.users)  # by DoRA's norm
+            if names and not is_read:
                 yield node, f"a layer that calls {' and '.join(names)}{_remark(names)}"
             for call in calls:
                 operation = unknown_formula(call)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graph import facts, traffic
 from ..graph.cleanup import prune
+from ..graph.effects import draws, switches_mode, writes
 from ..graph.fakes import fake, hint
 from ..kernels.op import Op
 from ..report import Figures
@@ -191,13 +192,39 @@ def _candidate(
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
     require_pure(graph, m, interior, inputs, order)
     require_unshared(m, inputs, m.outputs)
+    uses = [u for n in outputs for u in n.users if u not in inside]
+    first_use = min(uses, key=order.__getitem__, default=None)
+    if first_use is not None and any(order[i] >= order[first_use] for i in inputs):
+        advanced = _advance(inputs, first_use, inside, order)
+        m.require(advanced, "an output is used before the last input exists")
+        order = {n: i for i, n in enumerate(graph.nodes)}
     autocast = require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
-    last_input = max((order[i] for i in inputs), default=-1)
-    first_use = min(
-        (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
-    )
-    m.require(last_input < first_use, "an output is used before the last input exists")
     return Candidate(rule, m, inputs, interior, m.outputs, table, autocast)
+
+
+def _advance(
+    inputs: tuple[fx.Node, ...], place: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]
+) -> bool:
+    # Move those of ``inputs`` that come after ``place`` before it, with all that makes them: an
+    # adapter's matrices are made in its own module, which may be called after others' results are
+    # used. Not where that could change anything.
+    late = {i for i in inputs if order[i] >= order[place]}
+    queue = list(late)
+    while queue:
+        new = [i for i in queue.pop().all_input_nodes if order[i] >= order[place] and i not in late]
+        late.update(new)
+        queue += new
+    if place in late or late & inside or any(draws(n) for n in late):
+        return False
+    node, last = place, max(late, key=order.__getitem__)
+    while node is not last.next:
+        if writes(node) or switches_mode(node):
+            return False
+        node = node.next
+    with facts.changing():
+        for node in sorted(late, key=order.__getitem__):
+            place.prepend(node)
+    return True
 
 
 def _require_support(c: Candidate) -> None:

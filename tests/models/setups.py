@@ -98,10 +98,6 @@ _DORA: dict[str, Any] = {"lora": {"use_dora": True}}
 _NO_ADAPTERS = "no adapters on q, k and v to fuse: a norm and they are one `rms_norm_linear`"
 _PARTS = "PEFT clears a cache in each layer: no block in a checkpoint is captured as a whole"
 _NO_MLP = "a linear with a magnitude is in no `mlp_block`: gate and up are a `qkv_block`"
-_NO_GRAPH = (
-    "PEFT's norm of a quantized weight cannot be captured, so the blocks run part by part: "
-    "their norms are fused, and the loss"
-)
 SETUPS = {
     "fp32": Setup("LoRA, fp32"),
     "full": Setup("full fine-tuning, fp32", lora=None, lost=_NO_ADAPTERS),
@@ -122,7 +118,8 @@ SETUPS = {
     "two-adapters": Setup("two active adapters, fp32", prepare=_two_adapters()),
     "dropout": Setup("LoRA with dropout, fp32", lora=_DROPOUT, lost=_OWN_INPUTS),
     "two-adapters-dropout": Setup(
-        "two active adapters with dropout, fp32", lora=_DROPOUT, prepare=_two_adapters(0.1)
+        "two active adapters with dropout, fp32", lora=_DROPOUT, prepare=_two_adapters(0.1),
+        lost=_OWN_INPUTS,
     ),
     "dora": Setup("DoRA, fp32", **_DORA, lost=_NO_MLP),
     "dora-checkpointing": Setup(
@@ -138,7 +135,7 @@ SETUPS = {
                            autocast=BF16),
     "kbit-checkpointing": Setup("QLoRA, kbit-prepared with checkpointing, autocast to bf16", BF16,
                                 True, True, autocast=BF16),
-    "qdora": Setup("DoRA over 4 bits, bf16", BF16, True, **_DORA, lost=_NO_GRAPH),
+    "qdora": Setup("DoRA over 4 bits, bf16", BF16, True, **_DORA, lost=_NO_MLP),
 }  # fmt: skip
 
 
@@ -174,7 +171,11 @@ def build(family: str, setup: Setup) -> Any:
 def exact(family: str, setup: Setup) -> Any:
     """The model in fp64: quantized weights become what they stand for; nothing is lowered."""
     kbit = None if setup.kbit is None else False
-    model = build(family, replace(unwrapped(setup), kbit=kbit))
+    return in_double(build(family, replace(unwrapped(setup), kbit=kbit)))
+
+
+def in_double(model: Any) -> Any:
+    """The model in fp64, its quantized weights dequantized."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if hasattr(layer._parameters.get("weight"), "quant_state"):

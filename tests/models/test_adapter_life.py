@@ -97,11 +97,7 @@ def test_changes_between_steps_are_seen(name: str, dropout: float) -> None:
         except AssertionError as error:
             raise AssertionError(f"after {change}") from error
     sites = [s for s in explain(model).sites if s.rule == "lora_linear"]
-    if name == "two adapters" and dropout:
-        reasons = {s.reason for s in sites if s.status == "refused"}
-        assert reasons == {"several adapters have dropout of their own"}
-    else:
-        assert "rewritten" in {s.status for s in sites}
+    assert "rewritten" in {s.status for s in sites}
     restore(model)
     assert_equal_training_steps(model, eager, IDS)
 

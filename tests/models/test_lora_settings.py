@@ -151,7 +151,7 @@ SETTINGS: dict[str, Setting] = {
         prepare=lambda m: (_second(m, ["default", "second"], lora_alpha=3), m.bfloat16()),
     ),
     "two active on some, with dropout": Setting(
-        options={"lora_dropout": 0.3}, linears=10, reason="dropout of their own",
+        options={"lora_dropout": 0.3},
         prepare=lambda m: _second(
             m, ["default", "second"], target_modules=["q_proj", "v_proj"], lora_dropout=0.3
         ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
@@ -54,31 +56,44 @@ def _other_weights(models: list[Any], draw: int) -> None:
                 other.copy_(first)
 
 
-def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> list[str]:
-    """Which results are beyond the budget: over a few draws, and if one is, over all of them."""
+def over(
+    run: Callable[[Any, int, bool], dict[str, Tensor]], ours: Any, eager: Any, truth: Any,
+    most: int = MOST, draws: int = DRAWS,
+) -> list[str]:  # fmt: skip
+    """Which results are beyond the budget: over a few draws, and if one is, over all of them.
+
+    ``run`` (model, draw, whether it is lowered) returns the loss and every gradient.
+    """
     mine, theirs, units = defaultdict(list), defaultdict(list), {}
     for draw in range(most):
         _other_weights([ours, eager, truth], draw)
-        found, expected = step(ours, setup, draw), step(eager, setup, draw)
+        found, expected = run(ours, draw, True), run(eager, draw, True)
         with _InDouble():
-            right = step(truth, setup, draw, lowered=False)
+            right = run(truth, draw, False)
         assert found.keys() == expected.keys() == right.keys()
         for key, value in found.items():
             assert value.dtype is expected[key].dtype
             units[key] = unit(value.dtype)
             mine[key].append(errors(value, right[key]).rms)
             theirs[key].append(errors(expected[key], right[key]).rms)
-        if draw + 1 not in (DRAWS, most):
+        if draw + 1 not in (draws, most):
             continue
         limits = {key: FACTOR * _rms(theirs[key]) + units[key] for key in mine}
-        over = [
+        beyond = [
             f"{key}: {_rms(mine[key]):.2e}, eager {_rms(theirs[key]):.2e}"
             for key, limit in limits.items()
             if not _rms(mine[key]) <= limit
         ]
-        if not over:
+        if not beyond:
             return []
-    return over
+    return beyond
+
+
+def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> list[str]:
+    def run(model: Any, draw: int, lowered: bool) -> dict[str, Tensor]:
+        return step(model, setup, draw, lowered)
+
+    return over(run, ours, eager, truth, most)
 
 
 @pytest.mark.long("Llama-accelerate", "Llama-checkpointing")

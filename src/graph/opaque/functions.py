@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -443,6 +444,9 @@ def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
     def gives_it_back(kind: type[nn.Module]) -> bool:
         return _gives_it_back(function, kind)  # type: ignore[arg-type]  # 2026-11-26: a class
 
+    dequantizes = any("dequantize" in name for name in function.__code__.co_names)
+    dequantized = _library_function("bitsandbytes.functional", "dequantize_4bit")
+
     def own_weight(module: Any) -> Any:
         weight = getattr(module, "weight", None)
         if type(weight) is nn.Parameter and gives_it_back(type(module)):
@@ -450,9 +454,15 @@ def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
                 if hasattr(module, name):
                     return function(module)
             return weight
+        if dequantizes and getattr(weight, "quant_state", None) is not None:
+            return dequantized(weight.data, weight.quant_state)
         return function(module)
 
     return own_weight
+
+
+def _library_function(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)
 
 
 @functools.cache

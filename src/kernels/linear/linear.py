@@ -65,10 +65,11 @@ def reference(x: Tensor, linear: Linear) -> Tensor:
         low = x.to(compute or x.dtype)
         result = F.linear(low, dequantize_reference(Quantized(*weight), low.dtype), bias)
     result = result if dtype is None else result.to(dtype)
-    if lora_a is None or lora_b is None:
+    if lora_b is None:
         return result
-    z = (x if x_lora is None else x_lora).to(lora_a.dtype)
-    adapter = F.linear(F.linear(z, lora_a), lora_b, lora_bias) * scale
+    z = (x if x_lora is None else x_lora).to(lora_b.dtype)
+    h = z if lora_a is None else F.linear(z, lora_a)
+    adapter = F.linear(h, lora_b, lora_bias) * scale
     return (result + adapter).to(result.dtype)
 
 
@@ -145,7 +146,7 @@ class _Linears(torch.autograd.Function):
         recompute = keep == "input" and any([need.lora_b for need in needs])
         keeps_x, saved_hs, saved, unsaved = False, [], list(tensors), []
         for i, (layer, need, h) in enumerate(zip(layers, needs, hs, strict=True)):
-            keeps_z = need.lora_a or (need.lora_b and recompute)
+            keeps_z = need.lora_a or (need.lora_b and (recompute or layer.lora_a is None))
             keeps_x = keeps_x or need.weight or (keeps_z and layer.x_lora is None)
             saved_hs.append(h if need.lora_b and not recompute else None)
             dispensable = [(_BIAS, layer.bias), (_LORA_BIAS, layer.lora_bias)]
@@ -198,6 +199,8 @@ def _apply(x: Tensor, layers: Sequence[Linear], keep: str, name: str) -> tuple[T
 
 def lora_linear(x: Tensor, linear: Linear) -> Tensor:
     """Compute ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``linear.x_lora`` or x.
+
+    Without A it is ``scale·(z·Bᵀ + lora_bias)``: z (..., r) is what some other formula made of x.
 
     Adapters may have another dtype than the base (fp32 over bf16 is PEFT's default): their
     gradients are then computed in that dtype, while the base's product runs in the weight's, and
@@ -252,8 +255,9 @@ def qkv_block(x: Tensor, layers: Sequence[Linear], keep: str = "all") -> tuple[T
 def unsupported(x: Tensor, linear: Linear) -> list[str]:
     """Why the ops cannot take this linear on ``x``."""
     weight, bias, lora_a, lora_b, _, lora_bias, x_lora, compute, dtype = linear
-    parts = [t is not None for t in (lora_a, lora_b, lora_bias, x_lora)]
-    if any(parts) and not all(parts[:2]):
+    no_input = lora_a is None and x_lora is None
+    parts = (lora_a, lora_bias, x_lora) if lora_b is None else (None,)
+    if any(t is not None for t in parts) or (lora_b is not None and no_input):
         return ["a part of the adapter is missing"]
     operands: tuple[Tensor | None, ...] = (x, bias, lora_a, lora_b, lora_bias, x_lora)
     low, reasons = compute or x.dtype, []
@@ -284,8 +288,11 @@ def _unfit_shapes(x: Tensor, linear: Linear) -> list[str]:
     (out, into), a, b, z = linear.shape(), linear.lora_a, linear.lora_b, linear.x_lora
     if x.shape[-1] != into:
         return [f"x has {x.shape[-1]} features, the weight {into}"]
-    if z is not None and z.shape != x.shape:
+    read = into if a is not None or b is None else b.shape[1]
+    if z is not None and z.shape != (*x.shape[:-1], read):
         return [f"the adapter's input is {tuple(z.shape)}, x {tuple(x.shape)}"]
+    if a is None and b is not None and b.shape[0] != out:
+        return [f"B is {tuple(b.shape)}, the weight {(out, into)}"]
     if a is None or b is None or (a.shape, b.shape[0]) == ((b.shape[1], into), out):
         return []
     shapes = f"W {(out, into)}, A {tuple(a.shape)}, B {tuple(b.shape)}"
@@ -335,6 +342,12 @@ def _example_with_dropout(m: Maker, quantized: bool = False) -> tuple[Any, ...]:
     return x, linear._replace(lora_bias=lora_bias, x_lora=m.x(m.sizes.hidden))
 
 
+def _example_without_a(m: Maker, quantized: bool = False) -> tuple[Any, ...]:
+    x, linear = _example_with_dropout(m, quantized)
+    h = m.x(m.sizes.rank).detach().to(m.adapters).requires_grad_()
+    return x, linear._replace(lora_a=None, x_lora=h)
+
+
 def _example_of_format(m: Maker, kind: str, bias: bool = True) -> tuple[Any, ...]:
     weight = example_of_quantized(m, m.sizes.inner, m.sizes.hidden, kind)
     return m.x(m.sizes.hidden), weight, m.weight(m.sizes.inner, mean=0.0) if bias else None
@@ -356,6 +369,8 @@ LORA_LINEAR = Op(
         "dropout": _example_with_dropout,
         "quantized": lambda m: _example(m, quantized=True),
         "quantized-dropout": lambda m: _example_with_dropout(m, quantized=True),
+        "narrow": _example_without_a,
+        "quantized-narrow": lambda m: _example_without_a(m, quantized=True),
     },
 )
 QUANT_LINEAR = Op(

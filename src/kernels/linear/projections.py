@@ -3,9 +3,10 @@
     yᵢ = x·Wᵢᵀ + bᵢ + scaleᵢ·(zᵢ·Aᵢᵀ·Bᵢᵀ + b'ᵢ)
 
 Each weight is plain or quantized, each adapter is there or not, and reads x or an input zᵢ that it
-does not share (x after dropout). Products work on rows (N, features), without autograd, and return
-fresh tensors. A's of one input run as one matmul, and all gradients of one input are summed in one
-buffer, in the input's dtype, which may be wider than the products'.
+does not share (x after dropout); without an Aᵢ, zᵢ (N, r) goes straight into Bᵢ. Products work on
+rows (N, features), without autograd, and return fresh tensors. A's of one input run as one matmul,
+and all gradients of one input are summed in one buffer, in the input's dtype, which may be wider
+than the products'.
 
 An autograd function takes tensors one by one, and constants separately: ``flat`` and ``linears``
 convert.
@@ -61,11 +62,12 @@ class Linear(NamedTuple):
     # (out, in), frozen or trainable; or a frozen ``Quantized``, or a tuple of its fields
     weight: Tensor | tuple[Any, ...]
     bias: Tensor | None = None  # (out,)
-    lora_a: Tensor | None = None  # (r, in), or None for a layer without an adapter
+    lora_a: Tensor | None = None  # (r, in), or None without an adapter, or without an A
     lora_b: Tensor | None = None  # (out, r), in the dtype of ``lora_a``
     scale: float = 1.0
     lora_bias: Tensor | None = None  # (out,), the bias of B
-    x_lora: Tensor | None = None  # (..., in), z: the adapter's input where it is not x
+    # z, the adapter's input where it is not x: (..., in), or without an A (..., r), what B reads
+    x_lora: Tensor | None = None
     compute: torch.dtype | None = None
     dtype: torch.dtype | None = None
 
@@ -319,8 +321,11 @@ def through_a(x: Rows | None, layers: Sequence[ResolvedLinear]) -> list[Tensor |
     for group in _together(layers):
         i, *others = group
         a, z = layers[i].lora_a, layers[i].x_lora
-        if a is not None and z is not None:
-            results[i] = scaled_mm(beside(rows_of(z), a), a.t(), layers[i].scale)
+        if z is not None:
+            if a is not None:
+                results[i] = scaled_mm(beside(rows_of(z), a), a.t(), layers[i].scale)
+            else:
+                results[i] = rows_of(z).to(layers[i].lora_b.dtype) * layers[i].scale  # type: ignore[union-attr]
             continue
         if x is None:
             continue
@@ -351,7 +356,7 @@ _SHORT = 256
 def _together(layers: Sequence[ResolvedLinear]) -> list[list[int]]:
     # The adapters whose A's run as one matmul.
     if len(layers) == 1:
-        return [[0]] if layers[0].lora_a is not None else []
+        return [[0]] if layers[0].lora_b is not None else []
     alone = [[i] for i, v in enumerate(layers) if v.x_lora is not None]
     shared = [v.lora_a if v.x_lora is None else None for v in layers]
     groups = _by_dtype(shared)
@@ -517,8 +522,8 @@ def gradients_of_parameters(
             if need.bias and layer.bias is not None:
                 dbias = dy.sum(0, dtype=layer.bias.dtype)
             if need.x_lora and layer.x_lora is not None and t is not None:
-                kind = layer.x_lora.dtype
-                dz = mm(t.to(kind), layer.lora_a.to(kind))  # type: ignore[union-attr]
+                kind, a = layer.x_lora.dtype, layer.lora_a
+                dz = t.to(kind) if a is None else mm(t.to(kind), a.to(kind))
                 dz = dz.view(layer.x_lora.shape)
         db, dlora_bias = of_b
         gradients.append(Grads(dweight, dbias, da, db, dlora_bias, dz))

@@ -1,0 +1,54 @@
+"""Which adapters are fused, and that each trains as it does in eager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from .adapters import PAGE, TABLE, Adapter, build, line, optimized, step
+from .setups import in_double
+from .test_setups import over
+
+QUICK = {"two LoRAs, a dropout each", "VeRA", "HiRA", "IA3"}
+"""What the default run tries: an input of its own, vectors, a matrix, and what is not fused."""
+
+LINES = PAGE.read_text().splitlines()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def _assert_as_in_eager(ours: Any, adapter: Adapter) -> None:
+    def run(model: Any, draw: int, lowered: bool) -> dict[str, Tensor]:
+        return step(model, adapter, draw)
+
+    eager = build(adapter)
+    if not adapter.random:
+        assert not over(run, ours, eager, in_double(build(adapter)), draws=6)
+        return
+    mine, theirs = run(ours, 0, True), run(eager, 0, True)
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert (mine[key] - value).norm() <= 1e-5 * value.norm() + 1e-7, key
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in TABLE]
+)
+def test_what_is_fused_and_how_exact_it_is(name: str) -> None:
+    adapter = TABLE[name]
+    if adapter.needs:
+        pytest.importorskip(adapter.needs)
+    if adapter.quantized:
+        pytest.importorskip("bitsandbytes")
+    ours, report = optimized(adapter)
+    assert line(name, report) in LINES
+    _assert_as_in_eager(ours, adapter)
+
+
+def test_the_page_has_every_type_of_peft_and_no_other_lines() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    rows = [row for row in LINES if row.startswith("| ") and not row.startswith("| adapter")]
+    assert len(rows) == len(TABLE)
+    assert {a.kind for a in TABLE.values()} == {t.name for t in PEFT_TYPE_TO_CONFIG_MAPPING}
