@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear.quantized import Quantized, dequantize, join, split
+from ..linear.quantized import Quantized, dequantize
 
 _Constants = tuple[Any, ...]
 
@@ -20,8 +20,8 @@ class PackedExperts(Tensor):
     after the other. Views of all experts or of some, transposed ones too, stay packed.
 
     Args:
-        constants: of a matrix, and
-        parts: its tensors, each with a first dimension of experts: what ``split`` returns.
+        constants: of each matrix ``(shape, blocksize, kind)``, and
+        parts: its tensors, each with a first dimension of experts.
         dtype: that of the numbers.
         transposed: whether the experts' matrices are read as (in, out).
     """
@@ -51,15 +51,14 @@ class PackedExperts(Tensor):
     @staticmethod
     def stack(experts: list[Quantized], dtype: torch.dtype) -> PackedExperts:
         """Matrices of one format and shape as one tensor."""
-        halves = [split(w) for w in experts]
-        columns = zip(*(tensors for _, tensors in halves), strict=True)
+        columns = zip(*(w.tensors for w in experts), strict=True)
         parts = tuple(None if c[0] is None else torch.stack(c) for c in columns)  # type: ignore[arg-type]  # 2026-11-30: all or none
-        return PackedExperts(halves[0][0], parts, dtype)
+        return PackedExperts(experts[0][1:], parts, dtype)
 
     def expert(self, number: int) -> Tensor:
         """One expert's matrix, in plain numbers."""
-        parts = [None if t is None else t[number] for t in self.parts]
-        matrix = dequantize(join(self.constants, parts), self.dtype)
+        parts = tuple(None if t is None else t[number] for t in self.parts)
+        matrix = dequantize(Quantized(parts, *self.constants), self.dtype)
         return matrix.t() if self.transposed else matrix
 
     def unpacked(self) -> Tensor:

@@ -269,11 +269,12 @@ def _experts_in_4_bits(weights: Tensor, config: Any) -> PackedExperts:
     def stored(matrix: Tensor) -> Quantized:
         packed, state = quantize_4bit(matrix, compress_statistics=nested, quant_type=kind)
         out, into = matrix.shape
+        tensors: tuple[Tensor | None, ...]
         if not nested:
-            return Quantized(packed, state.absmax, (out, into), state.blocksize, kind)
-        inner = state.absmax, state.state2.code, state.offset
-        outer = state.state2.absmax
-        return Quantized(packed, outer, (out, into), state.blocksize, kind, *inner)
+            tensors = packed, state.absmax, None, None, None
+        else:
+            tensors = packed, state.state2.absmax, state.absmax, state.state2.code, state.offset
+        return Quantized(tensors, (out, into), state.blocksize, kind)
 
     return PackedExperts.stack([stored(w) for w in weights.detach()], weights.dtype)
 
@@ -284,6 +285,6 @@ def _experts_in_8_bits(weights: Tensor) -> PackedExperts:
     def stored(matrix: Tensor) -> Quantized:
         packed, absmax = int8_vectorwise_quant(matrix.to(torch.float16))[:2]
         out, into = matrix.shape
-        return Quantized(packed, absmax, (out, into), into, "int8")
+        return Quantized((packed, absmax), (out, into), into, "int8")
 
     return PackedExperts.stack([stored(w) for w in weights.detach()], weights.dtype)
