@@ -62,8 +62,8 @@ def global_hook_reason() -> str | None:
 
 
 UNSETTLED = (
-    "it, or a module inside it, gets a new class again and again (PEFT registers a parametrization "
-    "at every call for target_parameters): each class would need a graph of its own"
+    "it, or a module inside it, gets a new class again and again (as by a parametrization that is "
+    "registered at every call): each class would need a graph of its own"
 )
 _MAX_ALIKE = 2
 """Sets of classes of one region that may have the same names."""

@@ -218,7 +218,8 @@ def _joined(m: Match, name: str, ops: Emit) -> tuple[Any, Update | None]:
         parts[0] if len(parts) == 1 else ops.computed(torch.cat, parts, dim)
         for parts, dim in ((into, 2), (out, 1))
     )
-    return laid_out(weight), Update(*factors, scale)
+    low, high = factors
+    return laid_out(weight), Update(low, high, scale)
 
 
 _SHARED = ("ids", "active", "bins", "top", "limit")

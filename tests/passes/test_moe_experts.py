@@ -106,8 +106,11 @@ CASES: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("scales", [[2.0], [2.0, 0.5], [0.3, 0.3]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("scales", "dtype"),
+    [([2.0], torch.bfloat16), ([2.0, 0.5], torch.float32), ([0.3, 0.3], torch.float32)],
+    ids=str,
+)
 def test_stacks_with_updates(scales: list[float], dtype: torch.dtype) -> None:
     def fn(x: Tensor, i: Tensor, w: Tensor, u: Tensor, d: Tensor, *factors: Tensor) -> Any:
         up, down = (
