@@ -95,20 +95,24 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return sum(total);
 }
 
+// 64 steps of a row of a triangle: the first count of them.
+inline Ints first_of(int64_t count, int64_t j) { return between(-j, count - j); }
+
 inline void scaled(float* to, const float* from, float by, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = from[i] * by;
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, load<Floats>(from + i) * by);
 }
 
 // One chunk of a head, and buffers for it. K and V are rounded up to whole vectors, with zeros.
 struct Chunk {
   int64_t K, V;
-  Memory<float> x, keys_t, v, error, found, decay, p, z, norms, g, beta, read, write;
+  Memory<float> x, keys_t, products, v, error, found, decay, p, negative, z, norms, g, beta, read,
+      write;
   float through;
 
   Chunk(int64_t features, int64_t values)
       : K(rounded_up(features, kLanes)), V(rounded_up(values, kLanes)),
-        x(2 * kChunk * K), keys_t(K * kChunk), v(kChunk * V), error(kChunk * V),
-        found(2 * kChunk * V), decay(kChunk * kChunk), p(2 * kChunk * kChunk),
+        x(2 * kChunk * K), keys_t(K * kChunk), products(2 * kChunk * kChunk), v(kChunk * V), error(kChunk * V),
+        found(2 * kChunk * V), decay(kChunk * kChunk), p(2 * kChunk * kChunk), negative(kChunk * kChunk),
         z(kChunk * V), norms(2 * kChunk), g(kChunk), beta(kChunk), read(kChunk), write(kChunk) {}
 
   float* keys() const { return x.data + kChunk * K; }
@@ -140,6 +144,8 @@ struct Chunk {
       scaled(row, row, norms[i] * (i < kChunk ? in.scale : 1.0f), K);
     }
     transpose(keys(), kChunk, K, keys_t.data);
+    multiply(x.data, K, 1, keys_t.data, kChunk, products.data, kChunk, 2 * kChunk, kChunk, K,
+             false);
   }
 
   // Reads a head, and computes what it writes (z) from the state (K, V) before the chunk.
@@ -157,63 +163,72 @@ struct Chunk {
       int64_t step = t < steps ? t : steps - 1;
       begins[t] = in.segments ? in.segments[b * in.length + first + step] - first : -1;
     }
-    multiply(x.data, K, 1, keys_t.data, kChunk, p.data, kChunk, 2 * kChunk, kChunk, K, false);
     for (int64_t i = 0; i < kChunk; i++) {
+      const float *one = products.data + i * kChunk, *two = one + kChunk * kChunk;
+      float *to = decay.data + i * kChunk, *to_one = p.data + i * kChunk;
+      float now = g[i];
       for (int64_t j = 0; j < kChunk; j += kLanes) {
-        Floats e = exponential(g[i] - load<Floats>(g.data + j));
-        store(decay.data + i * kChunk + j, between(begins[i] - j, i + 1 - j) ? e : Floats{});
+        Floats e = exponential(now - load<Floats>(g.data + j));
+        e = between(begins[i] - j, i + 1 - j) ? e : Floats{};
+        store(to + j, e);
+        store(to_one + j, load<Floats>(one + j) * e);
+        store(to_one + kChunk * kChunk + j, load<Floats>(two + j) * e);
       }
       read[i] = begins[i] < 0 ? decay_of(g[i]) : 0.0f;
       write[i] = i >= begins[kChunk - 1] ? decay_of(g[kChunk - 1] - g[i]) : 0.0f;
-      for (int64_t j = 0; j < kChunk; j++) {
-        p[i * kChunk + j] *= decay[i * kChunk + j];
-        p[(kChunk + i) * kChunk + j] *= decay[i * kChunk + j];
-      }
     }
     through = read[kChunk - 1];
     multiply(x.data, K, 1, state, V, found.data, V, 2 * kChunk, V, K, false);
-    for (int64_t t = 0; t < kChunk; t++)
-      for (int64_t i = 0; i < V; i++) {
-        error[t * V + i] = v[t * V + i] - read[t] * found[(kChunk + t) * V + i];
-        z[t * V + i] = beta[t] * error[t * V + i];
+    for (int64_t t = 0; t < kChunk; t++) {
+      const float *value = v.data + t * V, *known = found.data + (kChunk + t) * V;
+      float *to = error.data + t * V, *rate_of = z.data + t * V, left = read[t], rate = beta[t];
+      for (int64_t i = 0; i < V; i += kLanes) {
+        Floats e = load<Floats>(value + i) - load<Floats>(known + i) * left;
+        store(to + i, e);
+        store(rate_of + i, e * rate);
       }
+    }
+    negate_system(negative.data);
     solve(z.data);
   }
 
   static float decay_of(float x) { return exponential(splat(x))[0]; }
 
-  float system(int64_t i, int64_t j) const { return beta[i] * p[(kChunk + i) * kChunk + j]; }
+  // The strictly lower triangle of -beta M.
+  void negate_system(float* to) const {
+    for (int64_t i = 0; i < kChunk; i++) {
+      const float* m = p.data + (kChunk + i) * kChunk;
+      float rate = -beta[i];
+      for (int64_t j = 0; j < kChunk; j += kLanes) {
+        Floats value = load<Floats>(m + j) * rate;
+        store(to + i * kChunk + j, first_of(i, j) ? value : Floats{});
+      }
+    }
+  }
 
-  // rows = (1 + beta M)^-1 rows, in place
+  // rows = (1 + beta M)^-1 rows, in place; ``negative`` is -beta M.
   void solve(float* rows) const {
-    float negative[kBlock * kChunk];
     for (int64_t first = 0; first < kChunk; first += kBlock) {
-      for (int64_t i = 0; i < kBlock; i++)
-        for (int64_t j = 0; j < first + i; j++)
-          negative[i * kChunk + j] = -system(first + i, j);
       float* own = rows + first * V;
-      if (first) multiply(negative, kChunk, 1, rows, V, own, V, kBlock, V, first, true);
+      const float* left = negative.data + first * kChunk;
+      if (first) multiply(left, kChunk, 1, rows, V, own, V, kBlock, V, first, true);
       for (int64_t i = 1; i < kBlock; i++)
-        for (int64_t j = 0; j < i; j++)
-          add(own + i * V, own + j * V, negative[i * kChunk + first + j]);
+        for (int64_t j = 0; j < i; j++) add(own + i * V, own + j * V, left[i * kChunk + first + j]);
     }
   }
 
   // The same with the transpose of the system.
   void solve_transposed(float* rows) const {
-    float negative[kBlock * kChunk];
     for (int64_t first = kChunk - kBlock; first >= 0; first -= kBlock) {
-      for (int64_t i = 0; i < kBlock; i++)
-        for (int64_t j = first + i + 1; j < kChunk; j++)
-          negative[i * kChunk + j] = -system(j, first + i);
       float* own = rows + first * V;
+      const float* left = negative.data + first;
       int64_t after = first + kBlock;
       if (after < kChunk)
-        multiply(negative + after, kChunk, 1, rows + after * V, V, own, V, kBlock, V,
+        multiply(left + after * kChunk, 1, kChunk, rows + after * V, V, own, V, kBlock, V,
                  kChunk - after, true);
       for (int64_t i = kBlock - 2; i >= 0; i--)
         for (int64_t j = i + 1; j < kBlock; j++)
-          add(own + i * V, own + j * V, negative[i * kChunk + first + j]);
+          add(own + i * V, own + j * V, left[(first + j) * kChunk + i]);
     }
   }
 
@@ -268,12 +283,11 @@ void forward_of(const Inputs& in, int64_t b, int64_t group, Chunk& c, float* all
 
 // What the backward pass needs besides.
 struct Buffers {
-  Memory<float> state, after, turned, outer, scores, dx, columns, z_t, changes, sums;
+  Memory<float> state, after, turned, outer, scores, score_sums, z_t, changes, sums;
 
   Buffers(const Chunk& c, int64_t each)
       : state(c.K * c.V), after(each * c.K * c.V), turned(c.K * c.V), outer(2 * kChunk * c.V),
-        scores(2 * kChunk * kChunk), dx(2 * kChunk * c.K), columns(kChunk * c.K),
-        z_t(c.V * kChunk), changes(kChunk * c.V), sums(2 * kChunk * c.K) {}
+        scores(2 * kChunk * kChunk), score_sums(2 * kChunk * kChunk), z_t(c.V * kChunk), changes(kChunk * c.V), sums(2 * kChunk * c.K) {}
 };
 
 template <class T>
@@ -296,7 +310,7 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
     c.load_rows<T>(to.out, to.out_strides, b, first, steps, head, in.values, V, grad);
   else
     std::memset(grad, 0, kChunk * V * sizeof(float));
-  float dg[kChunk], dbeta[kChunk], last = 0.0f;
+  alignas(64) float dg[kChunk], dbeta[kChunk], last = 0.0f;
   // of z, by the state after and by the outputs
   multiply(c.keys(), K, 1, after, V, w.changes.data, V, kChunk, V, K, false);
   for (int64_t t = 0; t < kChunk; t++) {
@@ -311,20 +325,26 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
   multiply(grad, V, 1, w.z_t.data, kChunk, w.scores.data, kChunk, 2 * kChunk, kChunk, V, false);
   for (int64_t i = 0; i < kChunk; i++) {
     dbeta[i] = dot(dy + i * V, &c.error[i * V], V);
-    float *one = &w.scores[i * kChunk], *two = &w.scores[(kChunk + i) * kChunk], of_beta = 0.0f;
-    const float *p = &c.p[i * kChunk], *m = &c.p[(kChunk + i) * kChunk], *d = &c.decay[i * kChunk];
-    float row = 0.0f;
-    for (int64_t j = 0; j < kChunk; j++) {
-      float lower = j < i ? -two[j] : 0.0f;
-      float moved = (j <= i ? one[j] * p[j] : 0.0f) + lower * c.beta[i] * m[j];
-      of_beta += lower * m[j];
+    const float *p = &c.p[i * kChunk], *m = p + kChunk * kChunk, *d = &c.decay[i * kChunk];
+    const float *one = &w.scores[i * kChunk], *two = one + kChunk * kChunk;
+    float *sums = &w.score_sums[i * kChunk], rate = c.beta[i];
+    Floats of_beta{}, row{};
+    for (int64_t j = 0; j < kChunk; j += kLanes) {
+      Floats a = load<Floats>(one + j), b = -load<Floats>(two + j);
+      a = first_of(i + 1, j) ? a : Floats{};
+      b = first_of(i, j) ? b : Floats{};
+      of_beta += b * load<Floats>(m + j);
+      b *= rate;
+      Floats moved = a * load<Floats>(p + j) + b * load<Floats>(m + j);
       row += moved;
-      dg[j] -= moved;
-      one[j] = j <= i ? one[j] * d[j] : 0.0f;
-      two[j] = lower * c.beta[i] * d[j];
+      store(dg + j, load<Floats>(dg + j) - moved);
+      a *= load<Floats>(d + j);
+      b *= load<Floats>(d + j);
+      store(sums + j, load<Floats>(sums + j) + a);
+      store(sums + kChunk * kChunk + j, load<Floats>(sums + kChunk * kChunk + j) + b);
     }
-    dbeta[i] += of_beta;
-    dg[i] += row;
+    dbeta[i] += sum(of_beta);
+    dg[i] += sum(row);
   }
   // dy becomes the gradient of the values; then both are what the state before is read with
   for (int64_t t = 0; t < kChunk; t++) {
@@ -337,17 +357,13 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
     dg[t] += dot(grad + t * V, &c.found[t * V], V) + dot(dy + t * V, &c.found[(kChunk + t) * V], V);
   }
   transpose(w.state.data, K, V, w.turned.data);
-  multiply(grad, V, 1, w.turned.data, K, w.dx.data, K, 2 * kChunk, K, V, false);
-  multiply(w.scores.data, kChunk, 1, c.keys(), K, w.dx.data, K, 2 * kChunk, K, kChunk, true);
+  multiply(grad, V, 1, w.turned.data, K, w.sums.data, K, 2 * kChunk, K, V, true);
   transpose(after, K, V, w.turned.data);
   for (int64_t t = 0; t < kChunk; t++) scaled(&c.z[t * V], &c.z[t * V], c.write[t], V);
-  multiply(c.z.data, V, 1, w.turned.data, K, w.columns.data, K, kChunk, K, V, false);
-  multiply(w.scores.data, 1, kChunk, c.x.data, K, w.columns.data, K, kChunk, K, 2 * kChunk, true);
+  multiply(c.z.data, V, 1, w.turned.data, K, w.sums.data + kChunk * K, K, kChunk, K, V, true);
   last += c.through * dot(after, w.state.data, K * V);
   scaled(after, after, c.through, K * V);
   multiply(c.x.data, 1, K, grad, V, after, V, K, V, 2 * kChunk, true);
-  for (int64_t i = 0; i < 2 * kChunk * K; i++) w.sums[i] += w.dx[i];
-  for (int64_t i = 0; i < kChunk * K; i++) w.sums[kChunk * K + i] += w.columns[i];
   // a step's decay counts in all sums of its segment from there on
   dg[kChunk - 1] += last;
   float total = 0.0f;
@@ -372,17 +388,23 @@ void backward_of(const Inputs& in, const Gradients<T>& to, int64_t b, int64_t gr
     int64_t first = n * kChunk, steps = steps_of(in, n);
     c.load_keys<T>(in, b, group, first, steps);
     w.sums.zero(2 * kChunk * K);
+    w.score_sums.zero(2 * kChunk * kChunk);
     for (int64_t e = 0; e < each; e++) {
       int64_t head = group * each + e, lane = b * in.heads + head;
       load_state(states + (n * in.batch * in.heads + lane) * size, in, c, w.state.data);
       backward_of_head(in, to, b, head, first, steps, c, w, w.after.data + e * K * c.V);
     }
+    float *sums = w.sums.data, *of_keys = sums + kChunk * K;
+    const float* scores = w.score_sums.data;
+    multiply(scores, kChunk, 1, c.keys(), K, sums, K, 2 * kChunk, K, kChunk, true);
+    multiply(scores, 1, kChunk, c.x.data, K, of_keys, K, kChunk, K, 2 * kChunk, true);
     for (int64_t i = 0; i < 2 * kChunk; i++) {
       int64_t t = i % kChunk;
       if (t >= steps) continue;
       float *row = &w.sums[i * K], *x = &c.x[i * K], scale = i < kChunk ? in.scale : 1.0f;
       float along = in.l2norm ? dot(row, x, K) / (scale * scale) : 0.0f;
-      for (int64_t j = 0; j < K; j++) row[j] = (row[j] - x[j] * along) * (c.norms[i] * scale);
+      for (int64_t j = 0; j < K; j += kLanes)
+        store(row + j, (load<Floats>(row + j) - load<Floats>(x + j) * along) * (c.norms[i] * scale));
       T* base = i < kChunk ? to.q : to.k;
       write_row(base + ((b * in.length + first + t) * in.groups + group) * in.features, row,
                 in.features);
