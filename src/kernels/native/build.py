@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..processor import instruction_set
 
-SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "low_rank.cpp")
+SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "low_rank.cpp", "delta_rule.cpp")
 # 2026-11-28: sums of products are fused by default in GNU C++, as in Clang
 FLAGS = ("-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared")
 NATIVE = ("-march=native",)

@@ -1,6 +1,7 @@
 // Vectors of fp32, and products of 16-bit numbers with sums in fp32, in the vector types of GCC and
 // Clang: what a processor has no instruction for, the compiler composes.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <cstdlib>

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cdiv, library_op
+from ..native import delta_rule as native
 from ..op import Maker, Op, misshapen, not_floating, on_several_devices
 from ..second_order import differentiable, double_backward
 
@@ -324,6 +325,10 @@ def _forward(
     if not v.shape[1]:
         return out, final.zero_() if initial is None else final.copy_(initial), kept
     states = _states(k, v, kept)
+    if native.takes(q, k, v, g):
+        states[:1] = 0 if initial is None else initial
+        native.forward((q, k, v, g, beta, l2norm, segments), EPSILON, states, out, final)
+        return out, final, kept
     for at in _spans(q, v):
         tile, (rows, _, heads) = _tile(q, k, v, g, beta, l2norm, segments, at), at
         state = states[0, rows, heads]
@@ -349,6 +354,18 @@ def _backward(
     every = _fake_gradients(q, k, v, g, beta, initial)
     dq, dk, dv, dg, dbeta, dinitial = every
     states, wide, scale = _states(k, v, kept), _wide(q), q.shape[3] ** -0.5
+    if native.takes(q, k, v, g):
+        after = states.new_zeros(states.shape[1:])
+        if grad_final is not None:
+            after.copy_(grad_final)
+        grad = None if grad is None else grad.to(q.dtype)
+        sums = [torch.empty(t.shape, dtype=wide, device=t.device) for t in (g, beta)]
+        given = q, k, v, g, beta, l2norm, segments
+        native.backward(given, EPSILON, states, grad, after, (dq, dk, dv, *sums))
+        for t, made in zip((dg, dbeta, dinitial), (*sums, after), strict=True):
+            if t is not dinitial or initial is not None:
+                t.copy_(made)
+        return [t for t, needed in zip(every, needs, strict=True) if needed]
     for at in _spans(q, v):
         tile, (rows, keys, heads) = _tile(q, k, v, g, beta, l2norm, segments, at), at
         outer = (
