@@ -114,10 +114,13 @@ def _wrong(module: nn.Module) -> Iterator[tuple[str, str]]:
         return
     groups = tensors[name].shape[0 if codes == "qweight" else 1]
     size = _group_size(module)
-    if size and groups != -(-into // size):
-        yield name, f"{groups} groups, where {into} inputs in groups of {size} have {-(-into // size)}"
-    elif order is not None and order.numel() and not 0 <= int(order.min()) <= int(order.max()) < groups:
-        yield "g_idx", f"groups up to {int(order.max())}, where there are {groups}"
+    there = -(-into // size) if size else groups
+    if groups != there:
+        yield name, f"{groups} groups, where {into} inputs in groups of {size} have {there}"
+    elif order is not None and order.numel():
+        low, high = (int(n) for n in torch.aminmax(order))
+        if not 0 <= low <= high < groups:
+            yield "g_idx", f"groups from {low} to {high}, where there are {groups}"
 
 
 _CODES = ("qweight", "weight_packed", "weight", "W_q")
