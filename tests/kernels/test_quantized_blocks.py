@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusewright.kernels.linear import projections
 from fusewright.kernels.linear.linear import KEEPS, quant_linear
-from fusewright.kernels.linear.quantized import Quantized, split
+from fusewright.kernels.linear.quantized import Quantized, flat_weights
 from fusewright.kernels.mlp import mlp_block
 from fusewright.kernels.mlp.glu import glu, glu_packed
 from fusewright.rewrite.tolerance import exceeded
@@ -237,12 +237,11 @@ def test_the_ops_keep_the_rules_of_the_library(kind, compute):
         (torch.randn(7, 8), x, tensors, *options, needed, *kinds),
         test_utils=utils,
     )
-    fields = [split(w) for w in lists[0][:2]]
+    weights = lists[0][:2]
     arguments = (
         [torch.randn(7, 6, dtype=compute), torch.randn(7, 6, dtype=compute)],
-        [t for _, part in fields for t in part],
-        [n for (shape, blocksize, _), _ in fields for n in (*shape, blocksize)],
-        [kind[0]] * 2,
+        [t for w in weights for t in w.tensors],
+        *flat_weights(weights),
         False,
         None,
         [torch.randn(7, 3)],

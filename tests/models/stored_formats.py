@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -396,6 +398,12 @@ FORMATS = [*STAND_INS, *LIBRARIES]
 
 def run_rewritten(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Finding], list[Quantized]]:
     """What a layer returns once it is rewritten, what was found, and its weights by formula."""
+    call, findings, weights = rewritten_layer(layer)
+    return call(x), findings, weights
+
+
+def rewritten_layer(layer: nn.Module) -> tuple[Any, list[Finding], list[Quantized]]:
+    """A layer that is rewritten when it is first called; what is found, and its weights, then."""
     findings: list[Finding] = []
     weights: list[Quantized] = []
 
@@ -414,7 +422,7 @@ def run_rewritten(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Finding], l
         return run
 
     torch._dynamo.reset()
-    return torch.compile(layer, backend=backend, fullgraph=True)(x), findings, weights
+    return torch.compile(layer, backend=backend, fullgraph=True), findings, weights
 
 
 def _stored(argument: Any) -> Iterator[Any]:
@@ -436,3 +444,82 @@ def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
         part.to(dtype)
         nn.init.normal_(part["default"].weight, std=0.05)
     return lora
+
+
+# -- the table -------------------------------------------------------------------------------------
+OUT, INTO, ROWS = 2048, 1024, 32
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """Bytes that ``run`` holds at its highest, above what was there before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    total = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            highest = max(highest, total)
+    return highest
+
+
+def memory(form: Format, lora: bool) -> tuple[str, float | None, int, int]:
+    """How a layer was rewritten, its error, and the bytes of a step, eager's and ours."""
+    torch.manual_seed(0)
+    layer = form.make(OUT, INTO, torch.bfloat16)
+    layer = adapted(layer, torch.bfloat16) if lora else layer
+    x = torch.randn(1, ROWS, INTO, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(1, ROWS, OUT, dtype=torch.bfloat16)
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    compiled, findings, _ = rewritten_layer(layer)
+    torch.autograd.grad(compiled(x), trained, upstream)
+
+    def step(call: Any) -> int:
+        return peak(lambda: torch.autograd.grad(call(x), trained, upstream))
+
+    rule = "lora_linear" if lora else "quant_linear"
+    found = next((f for f in findings if f.rule == rule), None)
+    if found is None or found.status != "rewritten":
+        return ("no: " + (found.reason if found else "not recognised")), None, step(layer), 0
+    figures = found.figures
+    error = None if figures is None else max(figures.error or 0.0, figures.grad_error or 0.0)
+    return "yes", error, step(layer), step(compiled)
+
+
+def table() -> list[str]:
+    """The lines of the table, from one step of each format."""
+    whole = OUT * INTO * 2
+    lines = [
+        f"A layer of {OUT} x {INTO} (in bfloat16 {whole >> 20} MiB), and {ROWS} rows.",
+        "",
+        "| format | stored by | plain | error | memory, eager and rewritten | LoRA | error "
+        "| memory, eager and rewritten |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for form in FORMATS:
+        cells = [form.name, form.library.replace("_", "-") or "(stand-in)"]
+        for lora in (False, True):
+            if not form.is_installed():
+                cells += ["not run: not installed", "", ""]
+                continue
+            status, error, eager, ours = memory(form, lora)
+            cells += [status, "" if error is None else f"{error:.1e}"]
+            cells.append(f"{eager / 2**20:.1f} MiB, {ours / 2**20:.1f} MiB" if ours else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+MARKS = ("<!-- formats -->", "<!-- end of formats -->")
+
+
+def main(path: str) -> None:
+    """Write the table between its marks in a page."""
+    page = Path(path)
+    before, rest = page.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    page.write_text("\n".join([before + MARKS[0], "", *table(), "", MARKS[1] + after]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "docs/quantization.md")

@@ -15,10 +15,10 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def trace(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> fx.GraphModule:
-    """The graph of ``fn`` over tensors of ``shapes``."""
+def trace(fn: Callable[..., Any], *shapes: tuple[int, ...], grad: bool = False) -> fx.GraphModule:
+    """The graph of ``fn`` over tensors of ``shapes``, whose gradients are wanted with ``grad``."""
     module = fx.symbolic_trace(fn)
-    _Recorder(module).run(*(torch.empty(s, device="meta") for s in shapes))
+    _Recorder(module).run(*(torch.empty(s, device="meta", requires_grad=grad) for s in shapes))
     return module
 
 

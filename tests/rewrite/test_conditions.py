@@ -159,9 +159,11 @@ def test_a_draw_between_the_nodes_does_no_harm() -> None:
 # -------------------------------------------------------------------------------------------- modes
 
 
-def _switched(*places: tuple[str, Callable[..., Any], tuple[Any, ...]]) -> fx.GraphModule:
+def _switched(
+    *places: tuple[str, Callable[..., Any], tuple[Any, ...]], grad: bool = True
+) -> fx.GraphModule:
     """The formula with calls that switch modes, each before the node of a name."""
-    module = trace(lambda a, b: torch.exp(torch.tanh(torch.sigmoid(a))) * b, S, S)
+    module = trace(lambda a, b: torch.exp(torch.tanh(torch.sigmoid(a))) * b, S, S, grad=grad)
     made: list[fx.Node] = []
     for before, function, args in places:
         with module.graph.inserting_before(named(module, before)):
@@ -184,6 +186,14 @@ def test_gradients_that_are_switched_between_the_nodes(before: str, on: bool) ->
     )
 
 
+def test_gradients_that_are_switched_where_there_are_none() -> None:
+    """As libraries unpack their weights; a cast that is switched still counts."""
+    places = ("sigmoid", _grad, (False,)), ("exp", _grad, (True,))
+    assert _found(_switched(*places, grad=False)).status == "rewritten"
+    places = ("sigmoid", _enter, BF16), ("exp", _exit, ("the first",))
+    assert "switches gradients or autocast" in _found(_switched(*places, grad=False)).reason
+
+
 def test_gradients_that_are_switched_where_the_new_nodes_would_stand() -> None:
     def fn(a: Tensor, b: Tensor) -> Any:
         s = torch.sigmoid(a)
@@ -193,7 +203,7 @@ def test_gradients_that_are_switched_where_the_new_nodes_would_stand() -> None:
         source = p.sigmoid(p.var("x"))
         return p.fan_out(source, source * y)
 
-    module = trace(fn, S, S)
+    module = trace(fn, S, S, grad=True)
     with module.graph.inserting_before(named(module, "mul_1")):
         switch = module.graph.call_function(_grad, (False,))
     reason = _found(module, pattern).reason

@@ -170,7 +170,7 @@ def flat(layers: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Cons
 
 def _outside_inference(t: Tensor | None) -> Tensor | None:
     # HQQ makes its tensors in inference mode; autograd would not keep them for backward.
-    if t is None or not t.is_inference():
+    if t is None or torch.compiler.is_dynamo_compiling() or not t.is_inference():
         return t
     there = t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(*there)  # type: ignore[call-overload,no-any-return]

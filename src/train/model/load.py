@@ -30,6 +30,7 @@ from .quantize import (
     take_any_rank,
     unpacking,
 )
+from .stored import keep_compressed, require_trainable, require_whole
 from .tokenizer import set_padding
 
 OTHER_EXPERTS = ("scattermoe", "sonicmoe")
@@ -125,8 +126,12 @@ def load_model(
         options["config"] = load_config(recipe)
     if config is not None and head.classifies:
         leave_head_out(config, meta_model(recipe, options["config"]))
+    if not dense:
+        require_trainable(recipe, options.get("config") or load_config(recipe))
     model = _read(recipe, {**options, **(recipe.overrides_of_model_kwargs or {})}, say)
     clear_gguf_marks(model)
+    require_whole(model)
+    keep_compressed(model)
     if unpacked is not None:
         clear_marks(model)
     keep_norms_in_float32(model, recipe)

@@ -1,0 +1,218 @@
+"""Base models whose files hold their weights in few bits, as other libraries store them.
+
+What is asked before the weights are loaded, what is checked once they are, and how they stay packed
+where the library would unpack them at the first call. The compiler needs none of this: it sees the
+formulas of any library (``kernels/linear/formula.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import RecipeError
+from ..recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Method:
+    """A ``quant_method`` of transformers, as far as training over such weights needs to know it."""
+
+    module: str = ""  # what must be importable, or nothing
+    extra: str = ""  # the extra of this package that brings it
+    untrainable: str = ""  # why nothing can be trained over it; empty: an adapter can
+
+
+_UNPACK = (
+    "set model_quantization_config: {} and model_quantization_config_kwargs: "
+    "{{dequantize: true}} to unpack them"
+)
+_NO_GRADIENT = "its kernels have no gradient"
+STORED = {
+    "gptq": Method("gptqmodel", "gptq"),
+    "awq": Method("gptqmodel", "gptq"),
+    "compressed-tensors": Method("compressed_tensors", "compressed-tensors"),
+    "hqq": Method("hqq", "hqq"),
+    "torchao": Method("torchao", "torchao"),
+    "bitsandbytes": Method("bitsandbytes", "quant"),
+    "fp8": Method(),
+    "mxfp4": Method(untrainable=f"{_NO_GRADIENT}: {_UNPACK.format('Mxfp4Config')}"),
+    **{
+        name: Method(untrainable=_NO_GRADIENT)
+        for name in ("fbgemm_fp8", "nvfp4", "auto-round", "higgs", "metal", "quark", "spqr",
+                     "vptq", "gemma")
+    },
+}  # fmt: skip
+"""Every method that is known; of others transformers says what it needs."""
+
+
+def require_trainable(recipe: Recipe, config: Any) -> None:
+    """Raise a RecipeError, before weights are loaded, where they are packed and cannot be used."""
+    saved: Any = getattr(config, "quantization_config", None)
+    if saved is None or recipe.model_quantization_config is not None:
+        return
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    name = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
+    method = STORED.get(name, Method())
+    stored = f"base_model: the weights of {recipe.base_model} are stored by {name}"
+    if method.untrainable:
+        raise RecipeError(f"{stored}, and cannot be trained over: {method.untrainable}")
+    if method.module and importlib.util.find_spec(method.module) is None:
+        package = method.module.replace("_", "-")
+        raise RecipeError(
+            f"{stored}, which needs {package}: pip install 'fusewright[{method.extra}]'"
+        )
+    if not recipe.adapter:
+        raise RecipeError(f"{stored}, and cannot be trained themselves: set adapter")
+
+
+# -- what was loaded -------------------------------------------------------------------------------
+def require_whole(model: nn.Module) -> None:
+    """Raise a RecipeError that names the tensors of packed weights that cannot be right.
+
+    Scales that are no finite numbers, groups that do not divide the weight, packs that hold too few
+    bits for it, and indices of groups that are not there.
+    """
+    wrong = [
+        f"{f'{path}.{name}'.lstrip('.')}: {reason}"
+        for path, module in model.named_modules()
+        for name, reason in _wrong(module)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RecipeError(f"base_model: {'; '.join(wrong[:3])}{more}")
+
+
+def _wrong(module: nn.Module) -> Iterator[tuple[str, str]]:
+    tensors: dict[str, Tensor] = {
+        n: t
+        for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if type(t) in (Tensor, nn.Parameter) and not t.is_meta
+    }
+    codes = next((n for n in _CODES if n in tensors and _is_packed(tensors[n])), None)
+    out, into = (getattr(module, f"{side}_features", None) for side in ("out", "in"))
+    if codes is None or not isinstance(out, int) or not isinstance(into, int):
+        return
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.dtype.itemsize > 1 and not bool(torch.isfinite(t).all()):
+            count = int((~torch.isfinite(t)).sum())
+            yield name, f"{count} of its {t.numel()} numbers are not finite"
+    packed, bits = tensors[codes], _bits(module)
+    held = 8 * packed.numel() * packed.dtype.itemsize
+    if bits is not None and held < bits * out * into:
+        yield codes, f"{held} bits for {out} x {into} weights of {bits}: the pack is torn"
+    name = next((n for n in _SCALES if n in tensors and tensors[n].dim() == 2), "")
+    order = tensors.get("g_idx", tensors.get("weight_g_idx"))
+    if not name:
+        return
+    groups = tensors[name].shape[0 if codes == "qweight" else 1]
+    size = _group_size(module)
+    there = -(-into // size) if size else groups
+    if groups != there:
+        yield name, f"{groups} groups, where {into} inputs in groups of {size} have {there}"
+    elif order is not None and order.numel():
+        low, high = (int(n) for n in torch.aminmax(order))
+        if not 0 <= low <= high < groups:
+            yield "g_idx", f"groups from {low} to {high}, where there are {groups}"
+
+
+_CODES = ("qweight", "weight_packed", "weight", "W_q")
+_SCALES = ("scales", "weight_scale")
+
+
+def _is_packed(t: Tensor) -> bool:
+    return not t.is_floating_point() or t.dtype.itemsize == 1
+
+
+def _arguments(module: nn.Module) -> Any:
+    return getattr(getattr(module, "quantization_scheme", None), "weights", None)
+
+
+def _bits(module: nn.Module) -> int | None:
+    bits = getattr(module, "bits", getattr(_arguments(module), "num_bits", None))
+    return bits if type(bits) is int else None
+
+
+def _group_size(module: nn.Module) -> int | None:
+    size = getattr(module, "group_size", getattr(_arguments(module), "group_size", None))
+    return size if type(size) is int and size > 0 else None
+
+
+# -- compressed-tensors ----------------------------------------------------------------------------
+def keep_compressed(model: Any) -> None:
+    """Let linears of compressed-tensors unpack their weights at each call, in place.
+
+    The library unpacks all of them at the first call, and keeps them so.
+    """
+    hook = model.__dict__.pop("ct_decompress_hook", None)
+    if hook is None:
+        return
+    hook.remove()
+    for module in model.modules():
+        weights = _arguments(module)
+        packed = "weight_packed" in module._parameters or (
+            isinstance(getattr(module, "weight", None), Tensor) and _is_packed(module.weight)
+        )
+        if weights is None or not packed or not isinstance(module, nn.Linear):
+            continue
+        module.__dict__.pop("forward", None)  # it rounds a weight that is not there
+        module.out_features, module.in_features = shape = _shape(module)
+        module.__dict__["unpacked"] = _unpacker(module.quantization_scheme, shape)
+        module.__class__ = _unpacking(type(module))
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    saved = getattr(module, "weight_shape", None)
+    if saved is None:
+        return module.out_features, module.in_features
+    out, into = saved.tolist()
+    return out, into
+
+
+@functools.cache
+def _unpacking(kind: Any) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.unpacked(self).to(x.dtype), self.bias)
+
+    def weight(self: Any) -> Tensor:  # PEFT asks it for the device
+        own = self._parameters
+        return cast("Tensor", own["weight"] if "weight" in own else own["weight_packed"])
+
+    names = {"forward": forward, "weight": property(weight), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), names)
+
+
+def _unpacker(scheme: Any, shape: tuple[int, int]) -> Callable[[Any], Tensor]:
+    """What gives a module's weight, as compressed-tensors unpacks it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    arguments, names = scheme.weights, ("weight_packed", "weight_scale", "weight_zero_point")
+
+    def unpacked(module: Any) -> Tensor:
+        state: dict[str, Any] = {n: t for n in names if (t := getattr(module, n, None)) is not None}
+        if "weight_packed" not in state:
+            state["weight"] = module.weight
+        state["weight_shape"] = shape
+        weight: Tensor = compressor.decompress(state, scheme)["weight"]
+        return weight
+
+    def of_fp4(module: Any) -> Tensor:  # ``decompress``, but for the parameter that it makes
+        codes = unpack_fp4_from_uint8(module.weight_packed, *shape)
+        scale = compressor._decompress_scale(module.weight_scale, codes.dtype)
+        whole = getattr(module, "weight_global_scale", None)
+        weight: Tensor = dequantize(
+            x_q=codes, scale=scale, args=arguments, global_scale=whole, dtype=codes.dtype
+        )
+        return weight
+
+    return of_fp4 if "fp4" in str(scheme.format) else unpacked
