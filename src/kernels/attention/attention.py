@@ -350,20 +350,23 @@ def _every_row(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 _SMALL = 256
-"""Positions, and keys, up to which the formula in PyTorch's operators is faster than tiles."""
+"""Positions, and keys, up to which the formula in PyTorch's operators is faster than tiles.
+
+Measured in fp32 on one thread, forward and backward, with 4 to 16 heads of 64 and 128 features.
+"""
 
 
-def _is_small(q: Tensor, k: Tensor, v: Tensor, dead: Tensor | None) -> bool:
-    # fp64 is for checks of what larger calls run
-    return (
-        not is_traced_here()  # the length would be fixed
-        and q.device.type == "cpu"
-        and q.dtype is not torch.float64
-        and max(q.shape[2], k.shape[2]) <= _SMALL
-        and are_real(q, k, v)
-        and not native.takes(q, k, v, None)
-        and not (dead is not None and dead.any())
-    )
+def _is_small(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> bool:
+    if q.dtype is torch.float64 or q.device.type != "cpu":
+        return False  # fp64 is for checks of what larger calls run
+    if is_traced_here() or type(q.shape[2]) is not int or type(k.shape[2]) is not int:
+        return False  # the lengths would be fixed
+    if max(q.shape[2], k.shape[2]) > _SMALL or native.takes(q, k, v, None):
+        return False
+    if not are_real(q, k, v):
+        return not native.fits(q, k, v, None)
+    dead = _dead(mask, sinks)
+    return dead is None or not dead.any()
 
 
 def _boolean(mask: Tensor | None, q: Tensor, sinks: Tensor | None) -> Tensor | None:
@@ -417,7 +420,7 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         has_kernel = (sinks is None and softcap is None) or window is not None
-        if not has_kernel and _is_small(q, k, v, _dead(mask, sinks)):
+        if not has_kernel and _is_small(q, k, v, mask, sinks):
             out = _written_out(q, k, v, factor, causal, mask, sinks, softcap)
             return out.transpose(1, 2).contiguous().transpose(1, 2)
         return _Attention.apply(q, k, v, sinks, factor, causal, mask, window, softcap)  # type: ignore[no-any-return, no-untyped-call]

@@ -27,14 +27,17 @@ class _Call(ctypes.Structure):
 
 def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel computes this call; waits for the compiler where it does."""
+    return fits(q, k, v, mask) and are_real(q, k, v) and library() is not None
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel is made for such a call."""
     # a mask is (B or 1, H or 1, T, S)
     every = q, k, v
     return (
         all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in every)
         and all(t.shape[-1] % 16 == 0 and t.numel() > 0 for t in every)
         and (mask is None or mask.dtype is torch.bool)
-        and are_real(*every)
-        and library() is not None
     )
 
 
