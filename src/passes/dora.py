@@ -47,8 +47,9 @@ class DoRALinear(Rule):
             weight, again = (wide if row_wise else p.transpose(wide, -2, -1) for _ in range(2))
             norm = p.capture("norm", p.linalg_norm(weight + whole * scale, p.anything, 1))
             factor = p.reshape(magnitude / p.detach(p.maybe_cast(norm)), p.anything)
-            base = p.capture("product", p.linear(x, w, bias))
-            base = base if matrix is w else stored if row_wise else p.reshape(rows, p.anything)
+            plain = p.capture("product", p.linear(x, w, bias))
+            conv = p.reshape(rows, p.anything)
+            base: Pattern = plain if matrix is w else stored if row_wise else conv
             narrow = p.linear(p.linear(p.maybe_cast(x), a), b)
             excess = factor - 1
             kinds = [("bias", base, base - bias, narrow)]

@@ -319,8 +319,7 @@ def check_adapters(m: Match, given: Sequence[Adapter]) -> None:
         out, rank = (facts.size(matrix, side) for side in sides)
         m.require(facts.ndim(matrix) == 2, "b is not a matrix", m.root)
         if one.a is None:  # a product of anything narrow: else it would be any other projection
-            narrow = rank is not None and wide is not None and out is not None
-            m.pass_over(not narrow or rank * 2 > min(wide, out))  # type: ignore[operator]
+            m.pass_over(rank is None or rank * 2 > min(wide or 0, out or 0))
         else:
             m.require(facts.ndim(one.a) == 2, "a is not a matrix", m.root)
         for scale, size in ((one.scale, out), (one.between, rank), (one.divisor, 1)):

@@ -419,7 +419,8 @@ def _equal(a: Any, b: Any) -> bool:
 # A library that knows many kinds of quantized weights asks which one it has at hand by the place
 # where its class is defined: ``type(module.weight).__module__``. TorchDynamo does not know that
 # of a parameter's class. In a captured forward another function is called in place of such a one.
-# It gives back an ordinary parameter by itself, and leaves everything else to the original.
+# It gives back an ordinary parameter by itself, and dequantizes a 4-bit one as bitsandbytes does;
+# everything else it leaves to the original.
 
 
 def asks_for_place(function: Any) -> bool:
@@ -445,24 +446,22 @@ def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
         return _gives_it_back(function, kind)  # type: ignore[arg-type]  # 2026-11-26: a class
 
     dequantizes = any("dequantize" in name for name in function.__code__.co_names)
-    dequantized = _library_function("bitsandbytes.functional", "dequantize_4bit")
+    # of 4-bit weights it asks the class's name, which TorchDynamo does not know of such a class
+    library = sys.modules.get("bitsandbytes.functional")
+    dequantized: Any = getattr(library, "dequantize_4bit", None)
 
     def own_weight(module: Any) -> Any:
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if type(weight) is nn.Parameter and gives_it_back(type(module)):
             for name in attributes:
                 if hasattr(module, name):
                     return function(module)
             return weight
-        if dequantizes and getattr(weight, "quant_state", None) is not None:
+        if dequantizes and dequantized and getattr(weight, "quant_state", None) is not None:
             return dequantized(weight.data, weight.quant_state)
         return function(module)
 
     return own_weight
-
-
-def _library_function(module: str, name: str) -> Any:
-    return getattr(sys.modules.get(module), name, None)
 
 
 @functools.cache
