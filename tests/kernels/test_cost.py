@@ -77,6 +77,11 @@ def _counted_otherwise(name: str, flops: int) -> int | None:
             features, states = s.head_dim, 4 * s.states
             of_step = 2 * ssd.CHUNK * (states + features) + 4 * states * features
             return s.batch * s.seq * s.heads * of_step
+        case "moe_experts" | "moe_up" | "moe_down" as op if name.endswith("lora"):
+            # thin products of rows, where the reference makes the sum of the stacks
+            hidden, inner, rank, rows = s.hidden, s.inner // 2, 4, 2 * s.batch * s.seq
+            thin = 2 * rank * (rows * (hidden + inner) - s.experts * hidden * inner)
+            return flops + thin * (2 if op == "moe_experts" else 1)
         case "attention" | "decode_attention" | "segment_attention" | "dora_row_norms":
             return None  # PyTorch's counter does not know its kernels for the CPU; tiles
     return flops
