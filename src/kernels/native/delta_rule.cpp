@@ -357,14 +357,13 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
     c.load_rows<T>(to.out, to.out_strides, b, first, steps, head, in.values, V, grad);
   else
     std::memset(grad, 0, kChunk * V * sizeof(float));
-  alignas(64) float dg[kChunk], dbeta[kChunk], last = 0.0f;
+  alignas(64) float dg[kChunk], dbeta[kChunk], written[kChunk];
   // of z, by the state after and by the outputs
   multiply(c.keys(), K, 1, after, V, w.changes.data, V, kChunk, V, K, false);
   for (int64_t t = 0; t < kChunk; t++) {
     scaled(dy + t * V, &w.changes[t * V], c.write[t], V);
-    float written = dot(dy + t * V, &c.z[t * V], V);
-    dg[t] = -written;
-    last += written;
+    written[t] = dot(dy + t * V, &c.z[t * V], V);
+    dg[t] = 0.0f;
   }
   multiply(c.p.data, 1, kChunk, grad, V, dy, V, kChunk, V, kChunk, true);
   c.solve_transposed(dy);
@@ -382,7 +381,8 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
       b = first_of(i, j) ? b : Floats{};
       of_beta += b * load<Floats>(m + j);
       b *= rate;
-      Floats moved = a * load<Floats>(p + j) + b * load<Floats>(m + j);
+      Floats below = first_of(i, j) ? a : Floats{};  // the diagonal does not decay
+      Floats moved = below * load<Floats>(p + j) + b * load<Floats>(m + j);
       row += moved;
       store(dg + j, load<Floats>(dg + j) - moved);
       a *= load<Floats>(d + j);
@@ -413,19 +413,21 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
   transpose(after, K, V, w.turned.data);
   for (int64_t t = 0; t < kChunk; t++) scaled(&c.z[t * V], &c.z[t * V], c.write[t], V);
   multiply(c.z.data, V, 1, w.turned.data, K, w.sums.data + kChunk * K, K, kChunk, K, V, true);
-  last += c.through * dot(after, w.state.data, K * V);
+  float before = c.through * dot(after, w.state.data, K * V);  // of what is written earlier
   scaled(after, after, c.through, K * V);
   multiply(c.x.data, 1, K, grad, V, after, V, K, V, 2 * kChunk, true);
-  // a step's decay counts in all sums of its segment from there on
-  dg[kChunk - 1] += last;
-  float total = 0.0f;
-  for (int64_t t = kChunk - 1; t >= 0; t--) {
-    total += dg[t];
-    if (t >= steps) continue;
+  // a step's decay counts in all sums of its segment from there on, and for all that was written
+  // before it and lasts to the end
+  float later = 0.0f;
+  for (int64_t t = steps - 1; t >= 0; t--) {
+    dg[t] = later += dg[t];
+    if (in.segments && in.segments[b * in.length + first + t] == first + t) later = 0.0f;
+  }
+  for (int64_t t = 0; t < steps; t++) {
     int64_t at = (b * in.length + first + t) * in.heads + head;
-    to.g[at] = total;
+    to.g[at] = dg[t] + before;
     to.beta[at] = dbeta[t];
-    if (in.segments && in.segments[b * in.length + first + t] == first + t) total = 0.0f;
+    before += written[t];
   }
 }
 
