@@ -306,6 +306,9 @@ def choose_codegen(work: Compilation) -> None:
         # they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what has
         # no users at the end of its forward
         choices.planner.note("a block with unused draws of random numbers is not compiled")
+    elif effects.convolutions:
+        # Inductor (torch 2.13) makes a graph for each length of one that it computes gradients of
+        choices.planner.note("a block with convolutions over any length is not compiled")
     else:
         work.codegen = "inductor"
 

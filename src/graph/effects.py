@@ -342,6 +342,16 @@ class Effects:
         return [n for n in self._nodes() if is_leaf(n.target)]
 
     @_Answer
+    def convolutions(self) -> list[fx.Node]:
+        """The convolutions over lengths that differ from call to call."""
+        named = [n for n in self._nodes() if getattr(n.target, "__name__", "") in _CONVOLUTIONS]
+        inputs = [facts.tensor(n.args[0]) if n.args else None for n in named]
+        return [
+            n for n, t in zip(named, inputs, strict=True)
+            if t is not None and any(type(s) is not int for s in t.shape[2:])
+        ]  # fmt: skip
+
+    @_Answer
     def checkpoints(self) -> list[fx.Node]:
         """The checkpoints, those in others too."""
         return [n for n in self._nodes() if n.target is CHECKPOINT]
@@ -439,6 +449,7 @@ def _is_alone(graph: fx.Graph, inputs: set[fx.Node]) -> bool:
     return any(needs_gradient(node) and node not in needs for node in outputs)
 
 
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _DETACH = ("detach", torch.detach, Tensor.detach)
 
 

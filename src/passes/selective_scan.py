@@ -158,7 +158,6 @@ def sample_segments(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
 
 def require_known(m: Match, others: tuple[tuple[str, Any], ...]) -> None:
-    # Arguments beyond the convention (packed sequences, say) are declined if they ask for
-    # something.
+    """Decline arguments beyond the convention (packed sequences, say) that ask for something."""
     names = ", ".join(name for name, _ in others)
     m.require(not others, f"the call also passes {names}", m.root)

@@ -111,7 +111,11 @@ _WITHOUT = (
     "attention",
     "attention-window",
     "decode_attention",
-    *(f"{name}{form}" for name in ("gated_delta_rule", "kda") for form in ("", "-state", "-segments")),
+    *(
+        f"{name}{form}"
+        for name in ("gated_delta_rule", "kda")
+        for form in ("", "-state", "-segments")
+    ),
     "segment_attention",
     "segment_attention-grouped",
     "short_conv",

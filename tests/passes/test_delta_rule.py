@@ -25,7 +25,7 @@ def rule(
 
 
 def _wrong(query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
-           output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False) -> Any:  # fmt: skip
+           output_final_state: bool = False, **more: Any) -> Any:  # fmt: skip
     """The convention, with another scale."""
     options = {"initial_state": initial_state, "output_final_state": output_final_state}
     out, state = rule(query, key, value, g, beta, **options)
@@ -53,9 +53,7 @@ def _inputs(per_feature: bool = False) -> list[Tensor]:
     {}, {"use_qk_l2norm_in_kernel": True, "chunk_size": 16}, {"output_final_state": True},
     {"note": 3},
 ], ids=str)  # fmt: skip
-def test_a_call_is_one_node_and_becomes_the_op(
-    options: dict[str, Any], per_feature: bool
-) -> None:
+def test_a_call_is_one_node_and_becomes_the_op(options: dict[str, Any], per_feature: bool) -> None:
     call, inputs = leaf(rule), _inputs(per_feature)
 
     def fn(*t: Tensor) -> Any:

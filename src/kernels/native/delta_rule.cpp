@@ -73,20 +73,64 @@ inline void strip(const float* left, int64_t down, int64_t along, const float* r
                      out_stride, depth, add);
 }
 
+constexpr int64_t kDepthAtOnce = 128;
+
+// Two vectors of each row of ``right`` are copied side by side: as they are, a power of two apart,
+// they would drive each other out of the innermost cache.
 __attribute__((noinline)) void multiply(
     const float* left, int64_t down, int64_t along, const float* right, int64_t right_stride,
     float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, bool add) {
-  int64_t n = 0;
-  for (; n + 2 * kLanes <= columns; n += 2 * kLanes)
-    strip<2>(left, down, along, right + n, right_stride, out + n, out_stride, rows, depth, add);
-  if (n < columns)
-    strip<1>(left, down, along, right + n, right_stride, out + n, out_stride, rows, depth, add);
+  alignas(64) float panel[kDepthAtOnce * 2 * kLanes];
+  for (int64_t n = 0; n < columns; n += 2 * kLanes)
+    for (int64_t d = 0; d < depth; d += kDepthAtOnce) {
+      int64_t count = depth - d < kDepthAtOnce ? depth - d : kDepthAtOnce;
+      const float *from = right + d * right_stride + n, *part = left + d * along;
+      bool adds = add || d, two = n + kLanes < columns;
+      for (int64_t i = 0; i < count; i++) {
+        store(panel + 2 * i * kLanes, load<Floats>(from + i * right_stride));
+        if (two) store(panel + (2 * i + 1) * kLanes, load<Floats>(from + i * right_stride + kLanes));
+      }
+      auto run = two ? strip<2> : strip<1>;
+      run(part, down, along, panel, 2 * kLanes, out + n, out_stride, rows, count, adds);
+    }
 }
 
+inline Floats joined(Floats a, Floats b, Ints lanes) {
+#if defined(__clang__)
+  Floats result;
+  for (int i = 0; i < kLanes; i++) result[i] = lanes[i] < kLanes ? a[lanes[i]] : b[lanes[i] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Both numbers are multiples of kLanes. Of a block the halves off the diagonal are exchanged, and
+// so are the halves of these.
 void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
-  for (int64_t r = 0; r < rows; r += 8)
-    for (int64_t c = 0; c < columns; c++)
-      for (int64_t i = 0; i < 8; i++) to[c * rows + r + i] = from[(r + i) * columns + c];
+  Ints lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Floats block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) block[i] = load<Floats>(from + (r + i) * columns + c);
+#pragma GCC unroll 4
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        Ints upper = (lane & half) != 0;
+        Ints first = upper ? lane + int(kLanes) - half : lane;
+        Ints second = upper ? lane + int(kLanes) : lane + half;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++)
+          if (!(i & half)) {
+            Floats a = block[i], b = block[i + half];
+            block[i] = joined(a, b, first);
+            block[i + half] = joined(a, b, second);
+          }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) store(to + (c + i) * rows + r, block[i]);
+    }
 }
 
 inline float dot(const float* a, const float* b, int64_t count) {
@@ -148,10 +192,11 @@ struct Chunk {
              false);
   }
 
-  // Reads a head, and computes what it writes (z) from the state (K, V) before the chunk.
+  // Reads a head, and computes what it writes (z) from the state (K, V) before the chunk; what
+  // queries find in that (found) only where it is wanted.
   template <class T>
   void run(const Inputs& in, int64_t b, int64_t head, int64_t first, int64_t steps,
-           const float* state) {
+           const float* state, bool with_queries) {
     load_rows<T>(in.v, in.v_strides, b, first, steps, head, in.values, V, v.data);
     float total = 0.0f;
     int64_t begins[kChunk];
@@ -178,7 +223,9 @@ struct Chunk {
       write[i] = i >= begins[kChunk - 1] ? decay_of(g[kChunk - 1] - g[i]) : 0.0f;
     }
     through = read[kChunk - 1];
-    multiply(x.data, K, 1, state, V, found.data, V, 2 * kChunk, V, K, false);
+    int64_t skipped = with_queries ? 0 : kChunk;
+    multiply(x.data + skipped * K, K, 1, state, V, found.data + skipped * V, V, 2 * kChunk - skipped,
+             V, K, false);
     for (int64_t t = 0; t < kChunk; t++) {
       const float *value = v.data + t * V, *known = found.data + (kChunk + t) * V;
       float *to = error.data + t * V, *rate_of = z.data + t * V, left = read[t], rate = beta[t];
@@ -265,7 +312,7 @@ void forward_of(const Inputs& in, int64_t b, int64_t group, Chunk& c, float* all
       int64_t head = group * each + e, lane = b * in.heads + head;
       float* state = all_states + e * S;
       if (!n) load_state(states + lane * size, in, c, state);
-      c.run<T>(in, b, head, first, steps, state);
+      c.run<T>(in, b, head, first, steps, state, true);
       for (int64_t t = 0; t < kChunk; t++) scaled(&c.found[t * c.V], &c.found[t * c.V], c.read[t], c.V);
       multiply(c.p.data, kChunk, 1, c.z.data, c.V, c.found.data, c.V, kChunk, c.V, kChunk, true);
       for (int64_t t = 0; t < steps; t++)
@@ -283,11 +330,11 @@ void forward_of(const Inputs& in, int64_t b, int64_t group, Chunk& c, float* all
 
 // What the backward pass needs besides.
 struct Buffers {
-  Memory<float> state, after, turned, outer, scores, score_sums, z_t, changes, sums;
+  Memory<float> state, after, turned, outer, scores, score_sums, dx, z_t, changes, sums;
 
   Buffers(const Chunk& c, int64_t each)
       : state(c.K * c.V), after(each * c.K * c.V), turned(c.K * c.V), outer(2 * kChunk * c.V),
-        scores(2 * kChunk * kChunk), score_sums(2 * kChunk * kChunk), z_t(c.V * kChunk), changes(kChunk * c.V), sums(2 * kChunk * c.K) {}
+        scores(2 * kChunk * kChunk), score_sums(2 * kChunk * kChunk), dx(2 * kChunk * c.K), z_t(c.V * kChunk), changes(kChunk * c.V), sums(2 * kChunk * c.K) {}
 };
 
 template <class T>
@@ -304,20 +351,19 @@ template <class T>
 void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64_t head,
                       int64_t first, int64_t steps, Chunk& c, Buffers& w, float* after) {
   const int64_t K = c.K, V = c.V;
-  c.run<T>(in, b, head, first, steps, w.state.data);
+  c.run<T>(in, b, head, first, steps, w.state.data, false);
   float *grad = w.outer.data, *dy = grad + kChunk * V;
   if (to.out)
     c.load_rows<T>(to.out, to.out_strides, b, first, steps, head, in.values, V, grad);
   else
     std::memset(grad, 0, kChunk * V * sizeof(float));
-  alignas(64) float dg[kChunk], dbeta[kChunk], last = 0.0f;
+  alignas(64) float dg[kChunk], dbeta[kChunk], written[kChunk];
   // of z, by the state after and by the outputs
   multiply(c.keys(), K, 1, after, V, w.changes.data, V, kChunk, V, K, false);
   for (int64_t t = 0; t < kChunk; t++) {
     scaled(dy + t * V, &w.changes[t * V], c.write[t], V);
-    float written = dot(dy + t * V, &c.z[t * V], V);
-    dg[t] = -written;
-    last += written;
+    written[t] = dot(dy + t * V, &c.z[t * V], V);
+    dg[t] = 0.0f;
   }
   multiply(c.p.data, 1, kChunk, grad, V, dy, V, kChunk, V, kChunk, true);
   c.solve_transposed(dy);
@@ -335,7 +381,8 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
       b = first_of(i, j) ? b : Floats{};
       of_beta += b * load<Floats>(m + j);
       b *= rate;
-      Floats moved = a * load<Floats>(p + j) + b * load<Floats>(m + j);
+      Floats below = first_of(i, j) ? a : Floats{};  // the diagonal does not decay
+      Floats moved = below * load<Floats>(p + j) + b * load<Floats>(m + j);
       row += moved;
       store(dg + j, load<Floats>(dg + j) - moved);
       a *= load<Floats>(d + j);
@@ -354,26 +401,33 @@ void backward_of_head(const Inputs& in, const Gradients<T>& to, int64_t b, int64
                 in.values);
     scaled(dy + t * V, dy + t * V, -c.read[t], V);
     scaled(grad + t * V, grad + t * V, c.read[t], V);
-    dg[t] += dot(grad + t * V, &c.found[t * V], V) + dot(dy + t * V, &c.found[(kChunk + t) * V], V);
   }
   transpose(w.state.data, K, V, w.turned.data);
-  multiply(grad, V, 1, w.turned.data, K, w.sums.data, K, 2 * kChunk, K, V, true);
+  multiply(grad, V, 1, w.turned.data, K, w.dx.data, K, 2 * kChunk, K, V, false);
+  for (int64_t i = 0; i < 2 * kChunk; i++) {
+    const float *x = c.x.data + i * K, *dx = w.dx.data + i * K;
+    float* sums = w.sums.data + i * K;
+    dg[i % kChunk] += dot(x, dx, K);
+    for (int64_t j = 0; j < K; j += kLanes) store(sums + j, load<Floats>(sums + j) + load<Floats>(dx + j));
+  }
   transpose(after, K, V, w.turned.data);
   for (int64_t t = 0; t < kChunk; t++) scaled(&c.z[t * V], &c.z[t * V], c.write[t], V);
   multiply(c.z.data, V, 1, w.turned.data, K, w.sums.data + kChunk * K, K, kChunk, K, V, true);
-  last += c.through * dot(after, w.state.data, K * V);
+  float before = c.through * dot(after, w.state.data, K * V);  // of what is written earlier
   scaled(after, after, c.through, K * V);
   multiply(c.x.data, 1, K, grad, V, after, V, K, V, 2 * kChunk, true);
-  // a step's decay counts in all sums of its segment from there on
-  dg[kChunk - 1] += last;
-  float total = 0.0f;
-  for (int64_t t = kChunk - 1; t >= 0; t--) {
-    total += dg[t];
-    if (t >= steps) continue;
+  // a step's decay counts in all sums of its segment from there on, and for all that was written
+  // before it and lasts to the end
+  float later = 0.0f;
+  for (int64_t t = steps - 1; t >= 0; t--) {
+    dg[t] = later += dg[t];
+    if (in.segments && in.segments[b * in.length + first + t] == first + t) later = 0.0f;
+  }
+  for (int64_t t = 0; t < steps; t++) {
     int64_t at = (b * in.length + first + t) * in.heads + head;
-    to.g[at] = total;
+    to.g[at] = dg[t] + before;
     to.beta[at] = dbeta[t];
-    if (in.segments && in.segments[b * in.length + first + t] == first + t) total = 0.0f;
+    before += written[t];
   }
 }
 

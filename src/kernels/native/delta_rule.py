@@ -49,7 +49,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
     )
 
 
-def forward(inputs: tuple[Any, ...], epsilon: float, states: Tensor, out: Tensor, final: Tensor) -> None:
+def forward(
+    inputs: tuple[Any, ...], epsilon: float, states: Tensor, out: Tensor, final: Tensor
+) -> None:
     """Write the outputs (B, L, H, V), the last state, and those before chunks but the first.
 
     ``inputs`` are q, k, v, g, beta, whether q and k are normed, and the segments; all results are

@@ -4,8 +4,8 @@ Each head has a state S (K, V) that decays, forgets what it holds for the key, a
 
     S[t] = exp(g[t]) S[t-1];   S[t] += beta[t] k[t] (v[t] - k[t] S[t])^T;   o[t] = q[t] S[t]
 
-In ``gated_delta_rule`` the decay is one number per head (Yang et al., "Gated Delta Networks", 2024),
-in ``kda`` one for each feature of the key (Kimi Team, "Kimi Linear", 2025).
+In ``gated_delta_rule`` the decay is one number per head (Yang et al., "Gated Delta Networks",
+2024), in ``kda`` one for each feature of the key (Kimi Team, "Kimi Linear", 2025).
 
 Within a chunk, with G the sum of g from its beginning, and S the state before it,
 
@@ -89,10 +89,11 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 # -- cpu -------------------------------------------------------------------------------------------
-# Some heads of some samples, the *lanes* of a tile, go through all chunks together: small enough for
-# the cache, enough of them for products of matrices to be fast. Tensors of a tile have the chunks
-# first, (N, lanes, C, ...), zero beyond the end. Query and key are neighbours, (.., C, 2, K), so that
-# what is done to both is one product.
+# In fp32 and bf16, with one decay per head, a kernel in C++ does all this
+# (``native/delta_rule.py``) where there is a compiler; elsewhere PyTorch's calls do. Some heads of
+# some samples, the *lanes* of a tile, go through all chunks together: small enough for the cache, enough of them for
+# products of matrices to be fast. Tensors of a tile have the chunks first, (N, lanes, C, ...), zero
+# beyond the end. Query and key are neighbours, (.., C, 2, K): what is done to both is one product.
 
 
 @dataclass
@@ -152,7 +153,8 @@ def _tile(
     segments: Tensor | None, at: tuple[slice, slice, slice],
 ) -> _Tile:  # fmt: skip
     rows, keys, values = at
-    q, k, v, g, beta = q[rows, :, keys], k[rows, :, keys], *(t[rows, :, values] for t in (v, g, beta))
+    q, k = q[rows, :, keys], k[rows, :, keys]
+    v, g, beta = (t[rows, :, values] for t in (v, g, beta))
     wide, (batch, length, heads, width), each = _wide(q), q.shape, v.shape[2] // q.shape[2]
     units = q.new_zeros((cdiv(length, CHUNK), batch * heads, CHUNK, 2, width), dtype=wide)
     for t, place in zip((q, k), units.unbind(3), strict=True):
@@ -172,7 +174,12 @@ def _tile(
         begins = begins - CHUNK * torch.arange(begins.shape[0], device=q.device)[:, None, None]
         begins = begins.repeat_interleave(v.shape[2], 1)
     return _Tile(
-        x, _chunked(v, wide), decays, _chunked(beta.unsqueeze(-1), wide), begins, norms,
+        x,
+        _chunked(v, wide),
+        decays,
+        _chunked(beta.unsqueeze(-1), wide),
+        begins,
+        norms,
         each,
     )
 
@@ -293,7 +300,7 @@ class _Blocks:
 
     @staticmethod
     def _block(scores: Tensor, size: int) -> Tensor:
-        """From the lower to the upper half of each block, (lanes, blocks, size, 2, size), a view."""
+        """From lower to upper halves of blocks, (lanes, blocks, size, 2, size), a view."""
         apart = scores.unflatten(3, (-1, 2, size)).unflatten(1, (-1, 2, size))  # type: ignore[no-untyped-call]
         lower: Tensor = apart[:, :, 1, :, :, :, 0].diagonal(dim1=1, dim2=4)
         return lower.movedim(-1, 1)
@@ -368,9 +375,7 @@ def _backward(
         return [t for t, needed in zip(every, needs, strict=True) if needed]
     for at in _spans(q, v):
         tile, (rows, keys, heads) = _tile(q, k, v, g, beta, l2norm, segments, at), at
-        outer = (
-            torch.zeros_like(tile.v) if grad is None else _chunked(grad[rows, :, heads], wide)
-        )
+        outer = torch.zeros_like(tile.v) if grad is None else _chunked(grad[rows, :, heads], wide)
         if grad_final is None:
             after = outer.new_zeros(outer.shape[1], k.shape[3], v.shape[3])
         else:
@@ -404,9 +409,7 @@ def _inputs_gradient(tile: _Tile, gx: Tensor, scale: float) -> Tensor:
     return gx
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (B, L, H, V), the state after all, and those before chunks."""
     (batch, length, heads, values), wide = v.shape, _wide(q)
     chunks, features = cdiv(length, CHUNK), k.shape[3]
