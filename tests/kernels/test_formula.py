@@ -15,7 +15,15 @@ from fusewright.kernels.linear.quantized import FORMATS as KINDS
 from fusewright.rewrite.tolerance import exceeded
 
 from ..capturing import capture, rewrite, rewritten
-from ..models.stored_formats import FORMATS, STAND_INS, Format, adapted, run_rewritten
+from ..models.stored_formats import (
+    FORMATS,
+    STAND_INS,
+    Format,
+    adapted,
+    peak,
+    rewritten_layer,
+    run_rewritten,
+)
 from .util import saved_tensors
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -105,6 +113,23 @@ def test_a_step_with_an_adapter(form):
     truth = torch.autograd.grad(exact, wide, upstream.double())
     for triple in zip(ours, eager, truth, strict=True):
         assert exceeded(*triple) is None
+
+
+@pytest.mark.parametrize("name", ["gptq", "fp8-blocks", "hqq"])
+def test_the_weight_is_never_whole_in_high_precision(name, monkeypatch):
+    """A step of forward and backward holds less than the weight in bf16; eager's holds more."""
+    monkeypatch.setattr(quantized, "PART", 1 << 14)
+    torch.manual_seed(0)
+    (form,) = (f for f in STAND_INS if f.name == name)
+    layer = form.make(2048, 256, BF16)
+    x = torch.randn(1, 3, 256, dtype=BF16, requires_grad=True)
+    ours, findings, _ = rewritten_layer(layer)
+    upstream = torch.randn_like(ours(x))
+    assert rewritten(findings) == ["quant_linear"]
+    highest = [
+        peak(lambda call=call: torch.autograd.grad(call(x), x, upstream)) for call in (ours, layer)
+    ]
+    assert highest[0] < 2 * 2048 * 256 < highest[1]
 
 
 def _exact(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Base models stored in few bits: what is asked before they are loaded, and what is checked then."""
+"""Base models stored in few bits: what is asked before they load, and what is checked then."""
 
 from __future__ import annotations
 
