@@ -42,7 +42,7 @@ _LLAMA = {
     "rms_norm": 5, "rope": 2, "glu": 2, "mlp_block": 2, "add_rms_norm": 2,
     "linear_cross_entropy": 1,
 }  # fmt: skip
-# attention is left to PyTorch in fp32; test_precision.py counts it in bf16
+# attention without a softcap is left to PyTorch in fp32; test_precision.py counts it in bf16
 _FUSED = {"rms_norm_linear": 2}  # the input norms; those after the residual add are add_rms_norm
 _FOUR_NORMS = {**_LLAMA, "rms_norm": 9}  # qk norms, or norms before and after each part
 
@@ -81,7 +81,7 @@ FAMILIES: tuple[Family, ...] = (
         "gemma2",
         tf.Gemma2Config,
         tf.Gemma2ForCausalLM,
-        _FOUR_NORMS,
+        {**_FOUR_NORMS, "attention": 2},  # PyTorch has no softcap
         _FUSED,
         14,
         head_dim=16,
