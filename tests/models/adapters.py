@@ -281,7 +281,7 @@ def verdict(adapter: Adapter, report: Report) -> tuple[str, str]:
     return word, "; ".join(sorted(dict.fromkeys(said)))
 
 
-_RULES = ("mlp_block", "qkv_block")
+_RULES = ("lora_linear", "mlp_block", "qkv_block")
 
 
 def _short(reason: str) -> str:
