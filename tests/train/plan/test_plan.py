@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig
 from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from fusewright.errors import RecipeError
 from fusewright.train.plan.cards import CARDS
@@ -251,9 +253,11 @@ def test_experts_of_4_bits(recipe: MakeRecipe, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
-    recipe: MakeRecipe, tmp_path: Path, write: Write
+    recipe: MakeRecipe, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters on a router make its block one that is not captured as a whole."""
+    """A router that may not be traced makes its block one that is not captured as a whole."""
+    router = modeling_qwen3_moe.Qwen3MoeTopKRouter
+    monkeypatch.setattr(router, "forward", torch._dynamo.disable(router.forward))
     Qwen3MoeConfig(**MOE).save_pretrained(tmp_path / "moe")
     keys = {"base_model": str(tmp_path / "moe"), **LORA}
     job = make_job(recipe(**keys))
@@ -262,6 +266,15 @@ def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
     said = fusewright("plan", str(write(**keys)), "--gpus", "24GB")
     assert said.exit_code == 0, said.output
     assert "runs as it is: " in said.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_adapters_of_experts(dtype: torch.dtype, recipe: MakeRecipe, tmp_path: Path) -> None:
+    Qwen3MoeConfig(**MOE).save_pretrained(tmp_path / "moe")
+    job = make_job(recipe(base_model=str(tmp_path / "moe"), **LORA), dtype)
+    assert job.step.uncaptured == {}
+    assert job.step.rewrites["moe_experts"] == 2
 
 
 @pytest.mark.long("qlora")
