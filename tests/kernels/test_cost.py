@@ -77,6 +77,10 @@ def _counted_otherwise(name: str, flops: int) -> int | None:
             features, states = s.head_dim, 4 * s.states
             of_step = 2 * ssd.CHUNK * (states + features) + 4 * states * features
             return s.batch * s.seq * s.heads * of_step
+        case "gated_delta_rule" | "kda":
+            features, values = s.head_dim, s.rank
+            of_step = ssd.CHUNK * (4 * features + 3 * values) + 6 * features * values
+            return s.batch * s.seq * s.heads * of_step
         case "attention" | "decode_attention" | "segment_attention" | "dora_row_norms":
             return None  # PyTorch's counter does not know its kernels for the CPU; tiles
     return flops
