@@ -60,9 +60,9 @@ class GatedDeltaRule(Rule):
             return sample_segments(shape, generator)
         if node is m.g or node is m.beta:
             drawn = torch.rand(shape, generator=generator)
-            return (drawn if node is m.beta else -8 * drawn**4).to(facts.dtype(node))
+            return (drawn if node is m.beta else drawn.pow(4).mul(-8)).to(facts.dtype(node))
         if node is m.k and not m.l2norm:
-            drawn = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+            drawn = torch.randn(shape, generator=generator).div(shape[-1] ** 0.5)
             return drawn.to(facts.dtype(node))
         return None
 

@@ -82,6 +82,10 @@ def _counted_otherwise(name: str, flops: int) -> int | None:
             hidden, inner, rank, rows = s.hidden, s.inner // 2, 4, 2 * s.batch * s.seq
             thin = 2 * rank * (rows * (hidden + inner) - s.experts * hidden * inner)
             return flops + thin * (2 if op == "moe_experts" else 1)
+        case "gated_delta_rule" | "kda":
+            features, values = s.head_dim, s.rank
+            of_step = ssd.CHUNK * (4 * features + 3 * values) + 6 * features * values
+            return s.batch * s.seq * s.heads * of_step
         case "attention" | "decode_attention" | "segment_attention" | "dora_row_norms":
             return None  # PyTorch's counter does not know its kernels for the CPU; tiles
     return flops

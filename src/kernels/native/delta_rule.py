@@ -57,7 +57,7 @@ def forward(
     ``inputs`` are q, k, v, g, beta, whether q and k are normed, and the segments; all results are
     contiguous, as is ``states`` (N, B, H, K, V), whose first is given.
     """
-    given, *held = _inputs(*inputs, epsilon)
+    given, *held = _inputs(epsilon, *inputs)
     arguments = ctypes.byref(given), _at(states), _at(out), _at(final)
     _run("delta_rule_forward", arguments, inputs[0], held)
 
@@ -70,7 +70,7 @@ def backward(
 
     ``after`` is the gradient of the last state, and becomes that of the first.
     """
-    given, *held = _inputs(*inputs, epsilon)
+    given, *held = _inputs(epsilon, *inputs)
     strides = None if grad is None else _Strides(*grad.stride())
     to = _Gradients(*(t.data_ptr() for t in (*results, after)), _address(grad), strides)
     arguments = ctypes.byref(given), _at(states), ctypes.byref(to)
@@ -86,8 +86,8 @@ def _run(name: str, arguments: tuple[Any, ...], q: Tensor, held: Any) -> None:
 
 
 def _inputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, l2norm: bool,
-    segments: Tensor | None, epsilon: float,
+    epsilon: float, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, l2norm: bool,
+    segments: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The structure, and what must live as long as it."""
     g, beta = (t.to(torch.float32).contiguous() for t in (g, beta))

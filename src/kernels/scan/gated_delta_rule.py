@@ -91,9 +91,10 @@ def _wide(t: Tensor) -> torch.dtype:
 # -- cpu -------------------------------------------------------------------------------------------
 # In fp32 and bf16, with one decay per head, a kernel in C++ does all this
 # (``native/delta_rule.py``) where there is a compiler; elsewhere PyTorch's calls do. Some heads of
-# some samples, the *lanes* of a tile, go through all chunks together: small enough for the cache, enough of them for
-# products of matrices to be fast. Tensors of a tile have the chunks first, (N, lanes, C, ...), zero
-# beyond the end. Query and key are neighbours, (.., C, 2, K): what is done to both is one product.
+# some samples, the *lanes* of a tile, go through all chunks together: small enough for the cache,
+# enough of them for products of matrices to be fast. Tensors of a tile have the chunks first,
+# (N, lanes, C, ...), zero beyond the end. Query and key are neighbours, (.., C, 2, K): what is done
+# to both is one product.
 
 
 @dataclass
@@ -226,7 +227,10 @@ class _Chunk:
         return found
 
     def solve(self, rows: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self.system, rows, upper=False, unitriangular=True)
+        result: Tensor = torch.linalg.solve_triangular(
+            self.system, rows, upper=False, unitriangular=True
+        )
+        return result
 
     def backward(self, state: Tensor, grad: Tensor, after: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x, v, g, beta and ``state``, from those of the outputs and the state after.
