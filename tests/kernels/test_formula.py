@@ -43,7 +43,7 @@ def _each(formats: list[Format]) -> Any:
 
 
 @_each([*STAND_INS, *LIBRARIES])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.long), BF16], ids=str)
 def test_the_weight_is_the_librarys_bit_for_bit(form, dtype):
     layer = _layer(form, dtype)
     x = torch.randn(2, 3, INTO).to(dtype).requires_grad_()
@@ -62,7 +62,7 @@ def test_the_weight_is_the_librarys_bit_for_bit(form, dtype):
 
 
 @_each(STAND_INS)
-@pytest.mark.parametrize("size", [1, 1 << 13], ids=["smallest parts", "some parts"])
+@pytest.mark.parametrize("size", [1, pytest.param(1 << 13, marks=pytest.mark.long)], ids=str)
 def test_products_in_parts(form, size, monkeypatch):
     """Values and gradients of x are as exact as eager's, and no part is larger than said."""
     layer = _layer(form, BF16)

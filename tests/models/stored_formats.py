@@ -396,7 +396,6 @@ SUBCLASSES = [
            functools.partial(_torchao, make="Float8WeightOnlyConfig"),
            lambda m: m.weight.dequantize()),
 ]  # fmt: skip
-FORMATS = [*STAND_INS, *LIBRARIES, *SUBCLASSES]
 
 
 def run_rewritten(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Finding], list[Quantized]]:
@@ -501,7 +500,7 @@ def table() -> list[str]:
         "| memory, eager and rewritten |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for form in FORMATS:
+    for form in (*STAND_INS, *LIBRARIES):
         cells = [form.name, form.library.replace("_", "-") or "(stand-in)"]
         for lora in (False, True):
             if not form.is_installed():

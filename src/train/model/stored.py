@@ -165,7 +165,8 @@ def keep_compressed(model: Any) -> None:
         module.__dict__.pop("forward", None)  # it rounds a weight that is not there
         module.out_features, module.in_features = shape = _shape(module)
         module.__dict__["unpacked"] = _unpacker(module.quantization_scheme, shape)
-        module.__class__ = _unpacking(type(module))
+        kind: Any = type(module)
+        module.__class__ = _unpacking(kind)
 
 
 def _shape(module: Any) -> tuple[int, int]:
