@@ -16,8 +16,9 @@ from fusewright.rewrite.tolerance import exceeded
 
 from ..capturing import capture, rewrite, rewritten
 from ..models.stored_formats import (
-    FORMATS,
+    LIBRARIES,
     STAND_INS,
+    SUBCLASSES,
     Format,
     adapted,
     peak,
@@ -41,8 +42,8 @@ def _each(formats: list[Format]) -> Any:
     return pytest.mark.parametrize("form", formats, ids=lambda form: form.name)
 
 
-@_each(FORMATS)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@_each([*STAND_INS, *LIBRARIES])
+@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.long), BF16], ids=str)
 def test_the_weight_is_the_librarys_bit_for_bit(form, dtype):
     layer = _layer(form, dtype)
     x = torch.randn(2, 3, INTO).to(dtype).requires_grad_()
@@ -61,7 +62,7 @@ def test_the_weight_is_the_librarys_bit_for_bit(form, dtype):
 
 
 @_each(STAND_INS)
-@pytest.mark.parametrize("size", [1, 1 << 13], ids=["smallest parts", "some parts"])
+@pytest.mark.parametrize("size", [1, pytest.param(1 << 13, marks=pytest.mark.long)], ids=str)
 def test_products_in_parts(form, size, monkeypatch):
     """Values and gradients of x are as exact as eager's, and no part is larger than said."""
     layer = _layer(form, BF16)
@@ -93,7 +94,7 @@ def test_products_in_parts(form, size, monkeypatch):
     assert max(seen) <= max(size, 256 * OUT)
 
 
-@_each(FORMATS)
+@_each([*STAND_INS, *LIBRARIES])
 def test_a_step_with_an_adapter(form):
     """One op; its values and gradients are as exact as PEFT's, and it keeps no weight."""
     layer = adapted(_layer(form, BF16), BF16)
@@ -140,6 +141,15 @@ def _exact(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor
         x, weight.to(BF16).double(), None if bias is None else bias.detach().to(BF16).double()
     )
     return base + 2.0 * (x @ a.t() @ b.t()), *wide
+
+
+@_each(SUBCLASSES)
+def test_tensors_that_multiply_by_themselves_run_as_they_were(form):
+    layer = _layer(form, BF16)
+    x = torch.randn(2, 3, INTO).to(BF16).requires_grad_()
+    mine, findings, _ = run_rewritten(layer, x)
+    assert findings == []
+    assert torch.equal(mine, layer(x))
 
 
 def test_what_is_not_known_is_said():

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.rewrite.findings import Finding
 
@@ -387,13 +388,14 @@ LIBRARIES = [
     Format("HQQ, 4 bits, axis 0", "hqq", functools.partial(_hqq, axis=0), lambda m: m.dequantize()),
     Format("HQQ, 8 bits", "hqq", functools.partial(_hqq, bits=8), lambda m: m.dequantize()),
     Format("HQQ, 2 bits", "hqq", functools.partial(_hqq, bits=2), lambda m: m.dequantize()),
+]  # fmt: skip
+SUBCLASSES = [
     Format("torchao, int8", "torchao", functools.partial(_torchao, make="Int8WeightOnlyConfig"),
            lambda m: m.weight.dequantize()),
     Format("torchao, float8", "torchao",
            functools.partial(_torchao, make="Float8WeightOnlyConfig"),
            lambda m: m.weight.dequantize()),
 ]  # fmt: skip
-FORMATS = [*STAND_INS, *LIBRARIES]
 
 
 def run_rewritten(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[Finding], list[Quantized]]:
@@ -447,7 +449,7 @@ def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
 
 
 # -- the table -------------------------------------------------------------------------------------
-OUT, INTO, ROWS = 2048, 1024, 32
+OUT, INTO, ROWS, PART = 1024, 512, 32, 1 << 16
 
 
 def peak(run: Callable[[], Any]) -> int:
@@ -489,15 +491,16 @@ def memory(form: Format, lora: bool) -> tuple[str, float | None, int, int]:
 
 def table() -> list[str]:
     """The lines of the table, from one step of each format."""
-    whole = OUT * INTO * 2
+    quantized.PART = PART
     lines = [
-        f"A layer of {OUT} x {INTO} (in bfloat16 {whole >> 20} MiB), and {ROWS} rows.",
+        f"A layer of {OUT} x {INTO} (in bfloat16 {OUT * INTO >> 9} KiB), in parts of 256 rows or",
+        f"columns, and {ROWS} rows of input.",
         "",
         "| format | stored by | plain | error | memory, eager and rewritten | LoRA | error "
         "| memory, eager and rewritten |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for form in FORMATS:
+    for form in (*STAND_INS, *LIBRARIES):
         cells = [form.name, form.library.replace("_", "-") or "(stand-in)"]
         for lora in (False, True):
             if not form.is_installed():
@@ -505,7 +508,8 @@ def table() -> list[str]:
                 continue
             status, error, eager, ours = memory(form, lora)
             cells += [status, "" if error is None else f"{error:.1e}"]
-            cells.append(f"{eager / 2**20:.1f} MiB, {ours / 2**20:.1f} MiB" if ours else "")
+            cells.append(f"{eager >> 10} KiB, {ours >> 10} KiB" if ours else "")
+        print(cells, flush=True)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -22,7 +22,7 @@ from ..recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Method:
+class StoredMethod:
     """A ``quant_method`` of transformers, as far as training over such weights needs to know it."""
 
     module: str = ""  # what must be importable, or nothing
@@ -36,16 +36,16 @@ _UNPACK = (
 )
 _NO_GRADIENT = "its kernels have no gradient"
 STORED = {
-    "gptq": Method("gptqmodel", "gptq"),
-    "awq": Method("gptqmodel", "gptq"),
-    "compressed-tensors": Method("compressed_tensors", "compressed-tensors"),
-    "hqq": Method("hqq", "hqq"),
-    "torchao": Method("torchao", "torchao"),
-    "bitsandbytes": Method("bitsandbytes", "quant"),
-    "fp8": Method(),
-    "mxfp4": Method(untrainable=f"{_NO_GRADIENT}: {_UNPACK.format('Mxfp4Config')}"),
+    "gptq": StoredMethod("gptqmodel", "gptq"),
+    "awq": StoredMethod("gptqmodel", "gptq"),
+    "compressed-tensors": StoredMethod("compressed_tensors", "compressed-tensors"),
+    "hqq": StoredMethod("hqq", "hqq"),
+    "torchao": StoredMethod("torchao", "torchao"),
+    "bitsandbytes": StoredMethod("bitsandbytes", "quant"),
+    "fp8": StoredMethod(),
+    "mxfp4": StoredMethod(untrainable=f"{_NO_GRADIENT}: {_UNPACK.format('Mxfp4Config')}"),
     **{
-        name: Method(untrainable=_NO_GRADIENT)
+        name: StoredMethod(untrainable=_NO_GRADIENT)
         for name in ("fbgemm_fp8", "nvfp4", "auto-round", "higgs", "metal", "quark", "spqr",
                      "vptq", "gemma")
     },
@@ -60,7 +60,7 @@ def require_trainable(recipe: Recipe, config: Any) -> None:
         return
     saved = saved if isinstance(saved, dict) else saved.to_dict()
     name = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
-    method = STORED.get(name, Method())
+    method = STORED.get(name, StoredMethod())
     stored = f"base_model: the weights of {recipe.base_model} are stored by {name}"
     if method.untrainable:
         raise RecipeError(f"{stored}, and cannot be trained over: {method.untrainable}")
@@ -165,7 +165,8 @@ def keep_compressed(model: Any) -> None:
         module.__dict__.pop("forward", None)  # it rounds a weight that is not there
         module.out_features, module.in_features = shape = _shape(module)
         module.__dict__["unpacked"] = _unpacker(module.quantization_scheme, shape)
-        module.__class__ = _unpacking(type(module))
+        kind: Any = type(module)
+        module.__class__ = _unpacking(kind)
 
 
 def _shape(module: Any) -> tuple[int, int]:
