@@ -7,9 +7,9 @@
 Two layers with 64 experts of hidden size 256 and inner size 512; two experts per token
 (``mixtral``) or eight (``qwen3-moe``); or one layer at the width of ``qwen3-30b-a3b`` or
 ``gpt-oss-20b``. Eager is transformers' own default, which multiplies by ``grouped_mm``. Methods are
-``full``, ``lora`` (rank 16 on the attention's projections) and ``experts`` (on all linear layers and
-the experts). A step is forward,
-backward and AdamW; both sides step in turn on the same batches, and the medians are compared.
+``full``, ``lora`` (rank 16 on the attention's projections) and ``experts`` (on all linear layers
+and the experts). A step is forward, backward and AdamW; both sides step in turn on the same
+batches, and the medians are compared.
 ``growth_mb`` is the highest resident memory of a step above that before it. Time is what the clock
 shows, or with ``--cpu-time`` what the process used: that is fair on a busy machine, with one
 thread.
