@@ -292,7 +292,6 @@ def _with_narrow(p: Builder, total: Pattern, count: int) -> Pattern:
     for i in range(1, count + 1):
         h, b, bias, columns = (p.var(f"{part}_{i}") for part in ("x", "b", "bias", "columns"))
         update = p.either(p.linear(h, b, bias), p.matmul(h, columns))
-        update = p.either(update, p.zeros_like(p.anything) + update)
         total = p.maybe_cast(_scaled(p, update, f"scale_{i}")) + total
     return total
 

@@ -12,7 +12,7 @@ from .setups import in_double
 from .test_setups import over
 
 QUICK = {"two LoRAs, a dropout each", "VeRA", "HiRA", "IA3"}
-"""What the default run and ``pytest -m long`` try: an input of its own, vectors, a matrix, and what is not fused."""
+"""What the default run and long ones try: other inputs, vectors, a matrix, and nothing fused."""
 
 LINES = PAGE.read_text().splitlines()
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
