@@ -102,7 +102,6 @@ SPECS: dict[str, Spec] = {
         aliases=(*_X, ("normalized_shape", "shape")),
     ),
     "detach": _UNARY,
-    "zeros_like": _UNARY,
     "eye": Spec(("n", "m", "dtype", "device", "layout", "requires_grad"), (None,) * 5),
     "linalg_norm": Spec(
         ("x", "ord", "dim", "keepdim", "dtype"), (None, None, False, None), aliases=(("A", "x"),)
@@ -174,7 +173,7 @@ FUNCTIONS: dict[Any, str] = {
     operator.ge: "ge", torch.ge: "ge", torch.clamp: "clamp", torch.masked_fill: "masked_fill",
     torch.histc: "histc", torch.cumsum: "cumsum", torch._grouped_mm: "grouped_mm",
     torch.clone: "clone", torch.detach: "detach", torch.eye: "eye",
-    torch.linalg.norm: "linalg_norm", torch.zeros_like: "zeros_like",
+    torch.linalg.norm: "linalg_norm",
 }  # fmt: skip
 
 METHODS: dict[str, str] = {

@@ -12,7 +12,7 @@ from .setups import in_double
 from .test_setups import over
 
 QUICK = {"two LoRAs, a dropout each", "VeRA", "HiRA", "IA3"}
-"""What the default run tries: an input of its own, vectors, a matrix, and what is not fused."""
+"""What the default run and long ones try: other inputs, vectors, a matrix, and nothing fused."""
 
 LINES = PAGE.read_text().splitlines()
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -32,6 +32,7 @@ def _assert_as_in_eager(ours: Any, adapter: Adapter) -> None:
         assert (mine[key] - value).norm() <= 1e-5 * value.norm() + 1e-7, key
 
 
+@pytest.mark.long("two LoRAs, a dropout each", "VeRA", "HiRA")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in TABLE]
 )

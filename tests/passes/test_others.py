@@ -124,6 +124,25 @@ def test_fp32_adapters_over_a_bf16_base() -> None:
     assert rewritten(rewrite(capture(fn, x, w, a, b))) == ["lora_linear"]
 
 
+UPDATES: dict[str, Callable[..., Tensor]] = {
+    "vectors": lambda x, w, a, b, v: F.linear(x, w) + v * F.linear(a[:, 0] * F.linear(x, a), b),
+    "divided": lambda x, w, a, b, v: F.linear(x, w) + F.linear(F.linear(x, a), b) * 3.0 / v[0],
+    "function": lambda x, w, a, b, v: F.linear(x, w) + F.linear(F.relu(F.linear(x, a)), b) * v,
+    "columns": lambda x, w, a, b, v: F.linear(x, w) + x[..., :4] @ a[:, :16],
+    "dropouts": lambda x, w, a, b, v: F.linear(x, w, v) + F.linear(F.linear(F.dropout(x), a), b) * 2
+    + F.linear(F.linear(F.dropout(x), a), b) * 0.5,
+    "matrix": lambda x, w, a, b, v: F.linear(x, w, v) + F.linear(x, w * torch.mm(b, a)),
+    "replaced": lambda x, w, a, b, v: (y := F.linear(x, w)) + F.linear(x, w + b @ a) - y * 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_other_updates_of_a_frozen_projection(name: str) -> None:
+    x, w, a, b = _lora_inputs()
+    v = torch.randn(16, requires_grad=True)
+    assert rewritten(rewrite(capture(UPDATES[name], x, w, a, b, v))) == ["lora_linear"]
+
+
 def _several(x: Tensor, w: Tensor, *pairs: Tensor) -> Tensor:
     """Adapters of several scales, one after the other."""
     total = F.linear(x, w)
