@@ -306,9 +306,10 @@ def choose_codegen(work: Compilation) -> None:
         # they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what has
         # no users at the end of its forward
         choices.planner.note("a block with unused draws of random numbers is not compiled")
-    elif effects.convolutions:
-        # Inductor (torch 2.13) makes a graph for each length of one that it computes gradients of
-        choices.planner.note("a block with convolutions over any length is not compiled")
+    elif effects.delta_rules_convolutions:
+        # Inductor (torch 2.13) makes a graph for each length of one that it computes gradients of;
+        # beside a delta rule there is little for it to gain
+        choices.planner.note("a block with a delta rule and convolutions is not compiled")
     else:
         work.codegen = "inductor"
 

@@ -342,9 +342,11 @@ class Effects:
         return [n for n in self._nodes() if is_leaf(n.target)]
 
     @_Answer
-    def convolutions(self) -> list[fx.Node]:
-        """The convolutions over lengths that differ from call to call."""
-        named = [n for n in self._nodes() if getattr(n.target, "__name__", "") in _CONVOLUTIONS]
+    def delta_rules_convolutions(self) -> list[fx.Node]:
+        """The convolutions over lengths that differ from call to call, beside a delta rule."""
+        names = {n: getattr(n.target, "__name__", "") for n in self._nodes()}
+        named = [n for n, name in names.items() if name in _CONVOLUTIONS]
+        named = named if _DELTA_RULES & set(names.values()) else []
         inputs = [facts.tensor(n.args[0]) if n.args else None for n in named]
         return [
             n for n, t in zip(named, inputs, strict=True)
@@ -450,6 +452,7 @@ def _is_alone(graph: fx.Graph, inputs: set[fx.Node]) -> bool:
 
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_DELTA_RULES = {"gated_delta_rule", "kda"}
 _DETACH = ("detach", torch.detach, Tensor.detach)
 
 
