@@ -47,7 +47,7 @@ STORED = {
     **{
         name: StoredMethod(untrainable=_NO_GRADIENT)
         for name in ("fbgemm_fp8", "nvfp4", "auto-round", "higgs", "metal", "quark", "spqr",
-                     "vptq", "gemma")
+                     "vptq")
     },
 }  # fmt: skip
 """Every method that is known; of others transformers says what it needs."""
