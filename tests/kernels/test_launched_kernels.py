@@ -85,6 +85,7 @@ def test_dequantization_reads_bytes_together_and_scales_once(kernels: Any) -> No
     assert sum(widths.values()) <= 1 + 4 + 16 + 2
 
 
+@pytest.mark.long
 def test_a_spill_is_what_goes_to_memory(kernels: Any) -> None:
     """On AMD's cards scalar registers may go to lanes of vector registers, which are none."""
     machine_code, launches = (importlib.import_module(n) for n in ("machine_code", "launches"))

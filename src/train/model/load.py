@@ -30,7 +30,7 @@ from .quantize import (
     take_any_rank,
     unpacking,
 )
-from .stored import keep_compressed, require_trainable, require_whole
+from .stored import keep_compressed, require_usable, require_whole
 from .tokenizer import set_padding
 
 OTHER_EXPERTS = ("scattermoe", "sonicmoe")
@@ -98,13 +98,15 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def load_model(
-    recipe: Recipe, device: torch.device | None = None, say: Callable[[str], None] | None = None
-) -> Any:
+    recipe: Recipe, device: torch.device | None = None,
+    say: Callable[[str], None] | None = None, trains: bool = False,
+) -> Any:  # fmt: skip
     """Load ``base_model`` with the head that is trained, without adapters and without a KV cache.
 
     Weights of 4 or 8 bits are always made on the training device, the default of ``device``.
     ``say`` is called with a line if the head is new, because the files have none. Raises a
-    RecipeError if there is no such model, or it cannot be read as the recipe says.
+    RecipeError if there is no such model, it cannot be read as the recipe says, or, with
+    ``trains``, nothing can be trained over weights that are packed.
     """
     require_consent(recipe)
     device, quantizing = device or device_for_training(), device_for_training()
@@ -127,7 +129,7 @@ def load_model(
     if config is not None and head.classifies:
         leave_head_out(config, meta_model(recipe, options["config"]))
     if not dense:
-        require_trainable(recipe, options.get("config") or load_config(recipe))
+        require_usable(recipe, options.get("config") or load_config(recipe), trains)
     model = _read(recipe, {**options, **(recipe.overrides_of_model_kwargs or {})}, say)
     clear_gguf_marks(model)
     require_whole(model)

@@ -53,8 +53,11 @@ STORED = {
 """Every method that is known; of others transformers says what it needs."""
 
 
-def require_trainable(recipe: Recipe, config: Any) -> None:
-    """Raise a RecipeError, before weights are loaded, where they are packed and cannot be used."""
+def require_usable(recipe: Recipe, config: Any, trains: bool = True) -> None:
+    """Raise a RecipeError, before weights are loaded, where they are packed and cannot be used.
+
+    With ``trains`` an adapter must be there, and what can pass gradients to it.
+    """
     saved: Any = getattr(config, "quantization_config", None)
     if saved is None or recipe.model_quantization_config is not None:
         return
@@ -62,14 +65,14 @@ def require_trainable(recipe: Recipe, config: Any) -> None:
     name = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
     method = STORED.get(name, StoredMethod())
     stored = f"base_model: the weights of {recipe.base_model} are stored by {name}"
-    if method.untrainable:
+    if trains and method.untrainable:
         raise RecipeError(f"{stored}, and cannot be trained over: {method.untrainable}")
     if method.module and importlib.util.find_spec(method.module) is None:
         package = method.module.replace("_", "-")
         raise RecipeError(
             f"{stored}, which needs {package}: pip install 'fusewright[{method.extra}]'"
         )
-    if not recipe.adapter:
+    if trains and not recipe.adapter:
         raise RecipeError(f"{stored}, and cannot be trained themselves: set adapter")
 
 

@@ -29,7 +29,7 @@ def ready_model(
     from transformers import set_seed
 
     say(f"loading {recipe.base_model}")
-    model = load_model(recipe, torch.device("cpu") if on_cpu else None, say)
+    model = load_model(recipe, torch.device("cpu") if on_cpu else None, say, True)
     # only rows of language models are packed: a recipe of any other is refused
     if _packs(recipe):
         require_packing(model, recipe)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fusewright.errors import RecipeError
 from fusewright.train.model import stored
-from fusewright.train.model.stored import STORED, require_trainable, require_whole
+from fusewright.train.model.stored import STORED, require_usable, require_whole
 from fusewright.train.recipe.recipe import Recipe
 
 from ...models.stored_formats import STAND_INS
@@ -20,7 +20,7 @@ from ...models.stored_formats import STAND_INS
 
 def _asked(method: str, adapter: str | None = "lora", **keys: Any) -> None:
     recipe = Recipe(base_model="base", datasets=[{"path": "x"}], adapter=adapter, **keys)
-    require_trainable(recipe, SimpleNamespace(quantization_config={"quant_method": method}))
+    require_usable(recipe, SimpleNamespace(quantization_config={"quant_method": method}))
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
