@@ -75,7 +75,9 @@ PATCHES = {
 }
 
 
-@pytest.mark.long("inductor-the block's class")
+@pytest.mark.long(
+    "inductor-the block's class", "inductor-a submodule's class", "inductor-a class of PyTorch"
+)
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_class_patched_after_the_first_step(

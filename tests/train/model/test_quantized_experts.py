@@ -67,7 +67,7 @@ def test_packed_experts_are_nearly_what_they_were(way: str) -> None:
     torch.testing.assert_close(after[2], (after + 0)[2])
 
 
-@pytest.mark.long("optimized-batched_mm", "optimized-grouped_mm")
+@pytest.mark.long("optimized-eager", "optimized-batched_mm", "optimized-grouped_mm")
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("change", ["plain", "optimized", "checkpointed"])
 def test_adapters_train_through_packed_experts(implementation: str, change: str) -> None:

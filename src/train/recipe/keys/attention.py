@@ -53,8 +53,8 @@ class AttentionKeys(Keys):
 
     quantize_moe_experts: bool = False
     """Quantize the bare weights of experts, too, as ``load_in_4bit`` or ``load_in_8bit`` does with
-    linear layers. Where a layer is rewritten (``experts_implementation: grouped_mm``, the default of
-    most models), one expert at a time is unpacked, and only if it has tokens; elsewhere all are,
+    linear layers. Where a layer is rewritten (``experts_implementation: grouped_mm``, the default
+    of most models), one expert at a time is unpacked, and only if it has tokens; elsewhere all are,
     whenever they are read, and ``gradient_checkpointing`` saves memory."""
 
     # --- memory and place ------------------------------------------------------------------------
