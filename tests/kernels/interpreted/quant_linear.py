@@ -37,7 +37,8 @@ def check_dequantize() -> int:
             assert torch.equal(made, right), (shape, kind, dtype)
             checks += 1
     stored = random_weight((8, 64), "nf4", 64, True)
-    as_half = stored._replace(packed=stored.packed.view(-1).view(F16).view(-1, 1))
+    packed, *rest = stored.tensors
+    as_half = stored._replace(tensors=(packed.view(-1).view(F16).view(-1, 1), *rest))
     assert torch.equal(dequantize(as_half, F32), dequantize_reference(stored, F32))
     return checks + 1
 
@@ -51,7 +52,7 @@ def check_few() -> int:
         w, bias = random_weight((out, into), "nf4", 64, nested), torch.randn(out).to(dtype)
         for x in (torch.randn(rows, into).to(dtype), torch.randn(into, rows).to(dtype).t()):
             for b in (None, bias):
-                made = few(x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, b)
+                made = few(x, *w.tensors, *w.shape, w.blocksize, w.kind, b)
                 eager = quant_linear_reference(x, w, b)
                 exact = quant_linear_reference(x.double(), w, None if b is None else b.double())
                 problem = exceeded(made, eager, exact)
