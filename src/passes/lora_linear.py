@@ -324,8 +324,8 @@ def check_adapters(m: Match, given: Sequence[Adapter]) -> None:
         for scale, size in ((one.scale, out), (one.between, rank), (one.divisor, 1)):
             m.require(_is_scale(scale, size), "the scale is no number and no vector", scale)
         if one.a is not None and wide and out and rank and rank * 8 > wide:
-            # RandLoRA's: slower in one op, by a tenth
-            m.leave(rank >= min(wide, out), "the update is of full rank")
+            # RandLoRA's: slower in one op, by a tenth; not an adapter of a gate of few features
+            m.leave(rank >= max(min(wide, out), 16), "the update is of full rank")
         ranks += rank or 0
     # only what goes in counts: a gate of one feature may have a wider adapter
     m.require(wide is not None and 0 < ranks <= wide, "the update is not of low rank", m.root)
