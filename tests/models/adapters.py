@@ -323,8 +323,8 @@ PEFT {version} on a tiny model of two layers with seven projections each.
 
 The last column is what `explain(model)` says. Written by `python -m tests.models.adapters`;
 `tests/models/test_adapters.py` holds each line, and the loss and every gradient to the error budget
-of eager PEFT (1.5 times its distance from fp64). DeLoRA's line does not hold it: gradients of single
-numbers, of which nothing is fused, had up to 1.7 times eager's error.
+of eager PEFT (1.5 times its distance from fp64). DeLoRA's line does not hold it:
+gradients of single numbers, of which nothing is fused, had up to 1.7 times eager's error.
 
 | adapter | PEFT's type | | projections | what is not fused |
 |---|---|---|---|---|
