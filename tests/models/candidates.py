@@ -23,13 +23,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from fusewright.graph.opaque.functions import convention
 
 KINDS: dict[str, tuple[str, ...]] = {
     "norm": ("rms_norm", "layer_norm"),
@@ -71,6 +73,17 @@ class _Call:
     def add(self, kind: str, place: Any = None, number: int = 1) -> None:
         key = (kind, place)
         self.found[key] = max(number, self.found.get(key, 0))
+
+
+def _is_in_a_leaf() -> bool:
+    """Whether what runs is inside of a function that is captured whole: its norms are its own."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "forward":
+        function = frame.f_globals.get(frame.f_code.co_name)
+        if isinstance(function, FunctionType) and convention(function) is not None:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Detector(TorchFunctionMode):
@@ -145,7 +158,7 @@ class Detector(TorchFunctionMode):
         if func is F.cross_entropy:
             now.add("loss", _place(sys._getframe(1)))
         inverse_root = func in _POWERS and isinstance(args[1], float) and args[1] == -0.5
-        if not self._in_norm and (func in _NORMS or inverse_root):
+        if not self._in_norm and (func in _NORMS or inverse_root) and not _is_in_a_leaf():
             now.add("norm", _place(sys._getframe(1)))
         if func in _ELEMENTWISE and isinstance(out, Tensor):
             tensors = [a for a in args if isinstance(a, Tensor)]

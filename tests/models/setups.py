@@ -23,14 +23,24 @@ from fusewright.report import Report
 from .quantized import quantize
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-FAMILIES = ("Llama", "Qwen3")
+DENSE = ("Llama", "Qwen3")
+EXPERTS, DELTA = ("Qwen3Moe",), ("Qwen3Next",)
 SIZES = {
     "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
 }  # fmt: skip
+_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MORE_SIZES = {
+    "Qwen3Moe": _ROUTED,
+    "Qwen3Next": {
+        **_ROUTED, "shared_expert_intermediate_size": 48, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}  # fmt: skip
 RULES = (
     "rms_norm", "add_rms_norm", "rms_norm_linear", "rope", "glu", "lora_linear", "quant_linear",
-    "mlp_block", "qkv_block", "linear_cross_entropy",
+    "mlp_block", "qkv_block", "moe_experts", "gated_delta_rule", "linear_cross_entropy",
 )  # fmt: skip
 """The columns. ``attention`` is left to the processor: it decides whether ours is the faster."""
 
@@ -50,6 +60,7 @@ class Setup:
         wrap: how it is run; the same numbers but for rounding.
         late: whether it is wrapped after ``optimize`` and a step, not before.
         lost: why it has fewer or other rewrites than LoRA in fp32; empty where it does not.
+        families: the models it is tried on.
     """
 
     title: str
@@ -62,6 +73,7 @@ class Setup:
     wrap: Callable[[Any], Any] = lambda model: model
     late: bool = False
     lost: str = ""
+    families: tuple[str, ...] = DENSE
 
 
 def _two_adapters(dropout: float = 0.0) -> Callable[[Any], None]:
@@ -96,6 +108,10 @@ _DROPOUT: dict[str, Any] = {"lora_dropout": 0.1}
 _OWN_INPUTS = "with dropout, each adapter has an input of its own: no blocks"
 _DORA: dict[str, Any] = {"lora": {"use_dora": True}}
 _NO_ADAPTERS = "no adapters on q, k and v to fuse: a norm and they are one `rms_norm_linear`"
+_STACKS: dict[str, Any] = {
+    "lora": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "families": EXPERTS
+}  # fmt: skip
+_DELTA: dict[str, Any] = {**_STACKS, "families": DELTA}
 _PARTS = "PEFT clears a cache in each layer: no block in a checkpoint is captured as a whole"
 _NO_MLP = "a linear with a magnitude is in no `mlp_block`: gate and up are a `qkv_block`"
 SETUPS = {
@@ -136,6 +152,22 @@ SETUPS = {
     "kbit-checkpointing": Setup("QLoRA, kbit-prepared with checkpointing, autocast to bf16", BF16,
                                 True, True, autocast=BF16),
     "qdora": Setup("DoRA over 4 bits, bf16", BF16, True, **_DORA, lost=_NO_MLP),
+    "experts": Setup("LoRA, experts too, fp32", **_STACKS),
+    "experts-bf16": Setup("LoRA, experts too, bf16 weights, fp32 adapters", BF16, **_STACKS),
+    "experts-autocast": Setup(
+        "LoRA, experts too, autocast to bf16 over fp32 weights", **_STACKS, autocast=BF16
+    ),
+    "experts-checkpointing": Setup(
+        "LoRA, experts too, fp32, gradient checkpointing", **_STACKS, wrap=_checkpointed(False)
+    ),
+    "delta": Setup("LoRA, experts too, fp32", **_DELTA),
+    "delta-autocast": Setup(
+        "LoRA, experts too, autocast to bf16 over fp32 weights", **_DELTA, autocast=BF16
+    ),
+    "delta-checkpointing": Setup(
+        "LoRA, experts too, fp32, gradient checkpointing", **_DELTA, wrap=_checkpointed(False)
+    ),
+    "delta-full": Setup("full fine-tuning, fp32", lora=None, families=DELTA),
 }  # fmt: skip
 
 
@@ -149,7 +181,9 @@ def build(family: str, setup: Setup) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, tie_word_embeddings=False)
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES, **MORE_SIZES.get(family, {}), tie_word_embeddings=False
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(setup.dtype)
     if setup.quantized:
         model = quantize(model, compute=BF16)
@@ -171,7 +205,9 @@ def build(family: str, setup: Setup) -> Any:
 def exact(family: str, setup: Setup) -> Any:
     """The model in fp64: quantized weights become what they stand for; nothing is lowered."""
     kbit = None if setup.kbit is None else False
-    return in_double(build(family, replace(unwrapped(setup), kbit=kbit)))
+    model = build(family, replace(unwrapped(setup), kbit=kbit))
+    model.set_experts_implementation("eager")  # torch's grouped product takes no fp64
+    return in_double(model)
 
 
 def in_double(model: Any) -> Any:
@@ -248,7 +284,7 @@ def main() -> None:
         "|---" * (len(RULES) + 3) + "|",
     ]
     for setup in SETUPS.values():
-        for family in FAMILIES:
+        for family in setup.families:
             torch._dynamo.reset()
             _, report = optimized(family, setup)
             lines.append(line(family, setup, report))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
-from .setups import FAMILIES, SETUPS, Setup, build, exact, line, optimized, step
+from .setups import SETUPS, Setup, build, exact, line, optimized, step
 from .test_models import _InDouble, _rms
 
 DRAWS, MOST = 12, 72
@@ -24,7 +24,7 @@ factor of two over twelve draws, and so does ours; where that decides, there are
 
 DIFFERENT = {
     "full", "accelerate", "checkpointing", "two-adapters", "dropout", "dora", "dora-checkpointing",
-    "kbit-checkpointing",
+    "kbit-checkpointing", "experts-autocast", "delta",
 }  # fmt: skip
 """What the default run and ``pytest -m long`` try; each of the others differs from one in a dtype
 or a detail. ``accelerate`` puts autocast around forward."""
@@ -37,10 +37,10 @@ CASES = [
     pytest.param(
         family, setup, id=f"{family}-{name}",
         marks=[*([NEEDS_BNB] if setup.quantized else []),
-               *([] if family == FAMILIES[0] and name in DIFFERENT else [pytest.mark.slow])],
+               *([] if family == setup.families[0] and name in DIFFERENT else [pytest.mark.slow])],
     )
-    for family in FAMILIES
     for name, setup in SETUPS.items()
+    for family in setup.families
 ]  # fmt: skip
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -96,8 +96,11 @@ def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> 
     return over(run, ours, eager, truth, most)
 
 
-@pytest.mark.long("Llama-accelerate", "Llama-checkpointing")
 @pytest.mark.long(
+    "Llama-accelerate",
+    "Llama-checkpointing",
+    "Qwen3Moe-experts-autocast",
+    "Qwen3Next-delta",
     "Llama-dora-checkpointing",
     "Llama-dora",
     "Llama-dropout",
@@ -114,7 +117,7 @@ def test_what_is_rewritten_and_how_exact_it_is(family: str, setup: Setup) -> Non
 
 def test_the_page_has_no_other_lines() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(FAMILIES) * len(SETUPS)
+    assert len(rows) == 1 + sum(len(setup.families) for setup in SETUPS.values())
 
 
 @pytest.mark.parametrize(
