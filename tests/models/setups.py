@@ -29,7 +29,8 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
 }  # fmt: skip
-_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
+"""All experts are chosen: which ones a token goes to must not hang on a rounding."""
 MORE_SIZES = {
     "Qwen3Moe": _ROUTED,
     "Qwen3Next": {
