@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import socket
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fusewright import explain, optimize
 from fusewright.compiler.logits.lazy_logits import LazyLogits
+
+from ..train.processes.ranks import free_port, run_bare
 
 RANKS, ROWS, LENGTHS, VOCABULARY = 2, 4, (12, 9, 15), 128
 Step = Callable[[Tensor], Any]
@@ -176,10 +176,7 @@ def _rank(rank: int, port: int, names: list[str], folder: str) -> None:
 
 
 def _run(folder: pathlib.Path, *names: str) -> list[dict[str, dict[str, Any]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, list(names), str(folder)), nprocs=RANKS)
+    run_bare(_rank, free_port(), list(names), str(folder), size=RANKS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

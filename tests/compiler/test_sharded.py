@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -31,7 +30,7 @@ from fusewright import explain, optimize, restore
 from fusewright.compiler.logits import sharded
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 
-from ..train.processes.ranks import free_port
+from ..train.processes.ranks import free_port, run_bare
 from .test_processes import RANKS, _model, _rows
 
 Wrap = Callable[[Any], nn.Module]
@@ -164,7 +163,7 @@ def _rank(rank: int, port: int, folder: str, work: Callable[..., Any], given: An
 
 
 def _run(folder: pathlib.Path, work: Callable[..., Any], *given: Any) -> list[Any]:
-    mp.spawn(_rank, args=(free_port(), str(folder), work, given), nprocs=RANKS)
+    run_bare(_rank, free_port(), str(folder), work, given, size=RANKS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

@@ -16,8 +16,11 @@ The interpreter is right in fp32 and fp16; ``_bf16`` corrects what it does in bf
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
+from inspect import ismodule
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +28,39 @@ from torch import Tensor
 from fusewright.kernels.launch import interpreting
 
 if interpreting():
+    from triton.runtime import interpreter
+
     from tests.kernels.interpreted import _bf16
 
     _bf16.correct()
+
+
+def _once_per_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let the functions that a kernel calls find the language as the kernel has patched it.
+
+    Each call of one goes through all names of ``triton.language`` again, to find that they are
+    patched: a third of the time, or more, of kernels that are made of small functions.
+    """
+    patched: set[str] = set()
+
+    @functools.wraps(patch)
+    def patch_what_is_left(fn: Any) -> Any:
+        modules = {getattr(v, "__name__", "") for v in fn.__globals__.values() if ismodule(v)}
+        modules &= {"triton.language", "triton.language.core"}
+        if modules and modules <= patched:
+            return None  # nobody looks at it: only what a kernel itself has patched is restored
+        is_kernel, scope = not patched, patch(fn)
+        patched.update(modules)
+        if is_kernel:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    return patch_what_is_left
+
+
+if interpreting():
+    interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
 
 
 def run(*checks: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,26 @@ def kernels() -> None:
     libraries.require()
 
 
-def _wide(rows: int, features: int, how: str, generator: torch.Generator) -> Tensor:
+def _wide(
+    count: int, rows: int, features: int, how: str, generator: torch.Generator
+) -> Sequence[Tensor]:
     if how == "a part":
-        return torch.randn(rows, features + 5, generator=generator).to(B16)[:, 3:-2]
-    if how == "transposed":
-        return torch.randn(features, rows, generator=generator).to(B16).t()
-    if how == "one row":
-        return torch.randn(1, features, generator=generator).to(B16).expand(rows, -1)
-    return torch.randn(rows, features, generator=generator).to(B16)
+        made = torch.randn(count, rows, features + 5, generator=generator).to(B16)[..., 3:-2]
+    elif how == "transposed":
+        made = torch.randn(count, features, rows, generator=generator).to(B16).mT
+    elif how == "one row":
+        made = torch.randn(count, 1, features, generator=generator).to(B16).expand(-1, rows, -1)
+    else:
+        made = torch.randn(count, rows, features, generator=generator).to(B16)
+    return made.unbind()
 
 
-def _narrow(length: int, rank: int, turned: bool, generator: torch.Generator) -> Tensor:
+def _narrow(
+    count: int, length: int, rank: int, turned: bool, generator: torch.Generator
+) -> Sequence[Tensor]:
     shape = (rank, length) if turned else (length, rank)
-    made = torch.randn(shape, generator=generator)
-    return made.t() if turned else made
+    made = torch.randn(count, *shape, generator=generator)
+    return (made.mT if turned else made).unbind()
 
 
 @pytest.mark.long
@@ -60,21 +67,21 @@ def test_as_exact_as_products_of_fp32(
     rows: int, features: int, rank: int, how: str, turned: bool, transposed: bool, scale: float,
     size: float, seed: int,
 ) -> None:  # fmt: skip
-    def draw(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1000 * number + seed)
-        wide = _wide(rows, features, how, generator)
-        narrow = size * _narrow(features, rank, turned, generator)
+    # the error of a few sums is a matter of luck
+    count = 1 + 5_000 // (rows * rank)
+    generator = torch.Generator().manual_seed(seed)
+    wides = _wide(count, rows, features, how, generator)
+    narrows = [size * t for t in _narrow(count, features, rank, turned, generator)]
+    ours, eager = [], []
+    for wide, narrow in zip(wides, narrows, strict=True):
         assert native.takes(wide, narrow)
         made = native.product(wide, narrow, scale, transposed)
         assert made.shape == ((rank, rows) if transposed else (rows, rank))
         assert made.is_contiguous()
-        eager, exact = (wide.to(kind) @ narrow.to(kind) * scale for kind in (F32, F64))
-        return made.t() if transposed else made, eager, exact
-
-    # the error of a few sums is a matter of luck
-    count = 1 + 20_000 // (rows * rank)
-    several = zip(*(draw(number) for number in range(count)), strict=True)
-    assert exceeded(*(torch.stack(t) for t in several), draws=count) is None
+        ours.append(made.t() if transposed else made)
+        eager.append(wide.float() @ narrow * scale)
+    exact = torch.stack(wides).double() @ torch.stack(narrows).double() * scale
+    assert exceeded(torch.stack(ours), torch.stack(eager), exact, draws=count) is None
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (5, 3, 0)])

@@ -1,6 +1,7 @@
 """A function in several processes of one run, as a launcher would start them.
 
-The processes are forks of one that has imported PyTorch, so that a test of two takes a second.
+The processes are forks of one that has imported what they need, so that a test of two takes a
+second.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.multiprocessing
 from torch.distributed import TCPStore
 
 from fusewright.train.processes import world as world_module
@@ -24,7 +26,9 @@ LIMIT = 60.0
 """Seconds after which a test's processes are killed."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fusewright.train.checkpoint.write", "pytest"])
+_CONTEXT.set_forkserver_preload(
+    ["fusewright.train.checkpoint.write", "transformers.models.llama.modeling_llama", "peft", "pytest"]
+)
 
 Work = Callable[..., Any]
 
@@ -93,6 +97,11 @@ def run_ranks(
         else:
             found.append(Ended(*pipe.recv()))
     return found
+
+
+def run_bare(work: Callable[..., None], *given: Any, size: int = 2) -> None:
+    """Call ``work(rank, *given)`` in processes that are told nothing of each other."""
+    torch.multiprocessing.start_processes(work, given, nprocs=size, start_method="forkserver")
 
 
 def free_port() -> int:
