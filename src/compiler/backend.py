@@ -30,7 +30,7 @@ from ..memory.oom_retry import is_out_of_memory
 from ..rewrite.copies import copy_what_is_written
 from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
-from ..rewrite.op_table import TABLE
+from ..rewrite.op_table import OPS, TABLE
 from ..rewrite.verify import quiet_randomness
 from .calls.input_gradients import (
     accumulates_twice,
@@ -298,6 +298,7 @@ def choose_codegen(work: Compilation) -> None:
         return
     if choices.codegen[0] != "inductor" or effects.leaves:
         return  # a compiler would unroll what was captured whole and not rewritten
+    dominant = [op.name for op in OPS if op.dominates and op.call in effects.targets]
     if effects.lasting_writes:
         # backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it, and
         # writes into that
@@ -306,10 +307,9 @@ def choose_codegen(work: Compilation) -> None:
         # they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what has
         # no users at the end of its forward
         choices.planner.note("a block with unused draws of random numbers is not compiled")
-    elif effects.delta_rules_convolutions:
-        # Inductor (torch 2.13) makes a graph for each length of one that it computes gradients of;
-        # beside a delta rule there is little for it to gain
-        choices.planner.note("a block with a delta rule and convolutions is not compiled")
+    elif dominant and effects.convolved_lengths:
+        # Inductor (torch 2.13) makes a graph for each length of one that it computes gradients of
+        choices.planner.note(f"a block with {dominant[0]} and convolutions is not compiled")
     else:
         work.codegen = "inductor"
 

@@ -342,16 +342,19 @@ class Effects:
         return [n for n in self._nodes() if is_leaf(n.target)]
 
     @_Answer
-    def delta_rules_convolutions(self) -> list[fx.Node]:
-        """The convolutions over lengths that differ from call to call, beside a delta rule."""
-        names = {n: getattr(n.target, "__name__", "") for n in self._nodes()}
-        named = [n for n, name in names.items() if name in _CONVOLUTIONS]
-        named = named if _DELTA_RULES & set(names.values()) else []
+    def convolved_lengths(self) -> list[fx.Node]:
+        """The convolutions over lengths that differ from call to call."""
+        named = [n for n in self._nodes() if getattr(n.target, "__name__", "") in _CONVOLUTIONS]
         inputs = [facts.tensor(n.args[0]) if n.args else None for n in named]
         return [
             n for n, t in zip(named, inputs, strict=True)
             if t is not None and any(type(s) is not int for s in t.shape[2:])
         ]  # fmt: skip
+
+    @_Answer
+    def targets(self) -> set[Any]:
+        """What the nodes call."""
+        return {n.target for n in self._nodes()}
 
     @_Answer
     def checkpoints(self) -> list[fx.Node]:
@@ -452,7 +455,6 @@ def _is_alone(graph: fx.Graph, inputs: set[fx.Node]) -> bool:
 
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-_DELTA_RULES = {"gated_delta_rule", "kda"}
 _DETACH = ("detach", torch.detach, Tensor.detach)
 
 

@@ -174,6 +174,8 @@ class Op:
     # places of outputs saved for backward: nothing may write into them; any input may be saved
     saved_outputs: tuple[int, ...] = ()
     rule: str | None = ""  # whose rewrites call it, where its name is another; None where none does
+    # whether it does most of the work of its block: a compiler has little to gain around it
+    dominates: bool = False
     # the arguments of a typical call; every op in this package has one
     example: Example | None = None
     # arguments of calls that run other code than the example

@@ -559,41 +559,34 @@ def delta_unsupported(
 kda_unsupported = functools.partial(delta_unsupported, per_feature=True)
 
 
-def _example(m: Maker, per_feature: bool = False) -> tuple[Any, ...]:
+def _example(m: Maker, per_feature: bool, kind: str = "") -> tuple[Any, ...]:
     groups, heads, features = m.sizes.kv_heads, m.sizes.heads, m.sizes.head_dim
     q, k = m.x(groups, features), m.x(groups, features)
     v = m.x(heads, m.sizes.rank)
     g = m.x(heads, features) if per_feature else m.x(heads)
     g, beta = -g.detach().abs(), m.x(heads).detach().sigmoid()
-    return q, k, v, g.requires_grad_(), beta.requires_grad_(), None, True
-
-
-def _example_of_a_state(m: Maker, per_feature: bool = False) -> tuple[Any, ...]:
+    inputs = q, k, v, g.requires_grad_(), beta.requires_grad_()
+    if kind != "state":
+        return *inputs, None, True, *([m.segments()] if kind else [])
     # keys whose norm is below 1: else a step may more than undo what the state has
-    q, k, v, g, beta, *_ = _example(m, per_feature)
-    k = (k.detach() / m.sizes.head_dim).requires_grad_()
-    state = m.normal(m.sizes.batch, m.sizes.heads, m.sizes.head_dim, m.sizes.rank, dtype=m.wide)
-    return q, k, v, g, beta, state.requires_grad_(), False
+    k = (k.detach() / features).requires_grad_()
+    state = m.normal(m.sizes.batch, heads, features, m.sizes.rank, dtype=m.wide)
+    return q, k, *inputs[2:], state.requires_grad_(), False
 
 
-def _example_of_segments(m: Maker, per_feature: bool = False) -> tuple[Any, ...]:
-    return *_example(m, per_feature), m.segments()
+def _op(call: Any, unsupported: Any, per_feature: bool) -> Op:
+    make = functools.partial(_example, per_feature=per_feature)
+    kinds = {kind: functools.partial(make, kind=kind) for kind in ("state", "segments")}
+    return Op(
+        call.__name__,
+        delta_rule_reference,
+        call,
+        unsupported,
+        dominates=True,
+        example=make,
+        variants=kinds,
+    )
 
 
-_KINDS = {"state": _example_of_a_state, "segments": _example_of_segments}
-OP = Op(
-    "gated_delta_rule",
-    delta_rule_reference,
-    gated_delta_rule,
-    delta_unsupported,
-    example=_example,
-    variants=_KINDS,
-)
-KDA = Op(
-    "kda",
-    delta_rule_reference,
-    kda,
-    kda_unsupported,
-    example=functools.partial(_example, per_feature=True),
-    variants={n: functools.partial(make, per_feature=True) for n, make in _KINDS.items()},
-)
+OP = _op(gated_delta_rule, delta_unsupported, per_feature=False)
+KDA = _op(kda, kda_unsupported, per_feature=True)
