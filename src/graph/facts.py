@@ -128,6 +128,12 @@ def bodies(graph: fx.Graph, names: Container[str]) -> set[fx.GraphModule]:
     return {b for b in candidates if b is not None}
 
 
+def captured_name(node: fx.Node) -> str:
+    """The name of the captured node whose value ``node`` has: its own, unless it replaced one."""
+    name: str = node.meta.get("fusewright_replaces", node.name)
+    return name
+
+
 def body(node: Any) -> fx.GraphModule | None:
     """The graph that a node refers to (of a checkpointed part, an autograd function), or None."""
     if not isinstance(node, fx.Node) or node.op != "get_attr" or "." in str(node.target):

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
+from ..kernels.linear.projections import Linear
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
@@ -21,7 +22,8 @@ def _capped_head(p: Builder, x: Pattern, w: Pattern, bias: Pattern, cap: Pattern
     """The logits before the last cast: linear, factor or scale, soft cap."""
     # BART and its like have the bias in a buffer of shape (1, classes)
     added = p.capture("added", p.add(p.linear(x, w, None), bias))
-    linear = p.either(p.linear(x, w, bias), added)
+    adapter = [p.var(f"head_{part}") for part in Linear._fields[2:]]
+    linear = p.either(p.linear(x, w, bias), added, p.lora_linear(x, [w, bias, *adapter]))
     factor = p.var("factor", lambda v: isinstance(v, fx.Node))
     raw = p.either(p.mul(p.maybe_cast(linear), factor), p.either(p.contiguous(linear), linear))
     scale = p.var("scale", lambda v: isinstance(v, (int, float)))
@@ -104,6 +106,10 @@ class LinearCrossEntropy(Rule):
         factor = facts.tensor(m.get("factor"))
         m.require(factor is None or factor.numel() == 1, "the logits' factor is no scalar", m.root)
         m.require(factor is None or m.bias is None, "a bias inside a learnt factor", m.root)
+        adapted = m.get("head_lora_b") is not None
+        m.require(not adapted or factor is None, "an adapter inside a learnt factor", m.root)
+        wide = m.get("head_dtype")
+        m.require(wide is None, "the adapted logits are wider than the head's", m.root)
         m.require(
             factor is None or facts.dtype(m.x) is not torch.float16,
             "the logits' factor is learnt: multiplied into float16 rows it may leave their range",
@@ -114,10 +120,13 @@ class LinearCrossEntropy(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """The loss alone; logits that someone reads are computed by the nodes that stay."""
-        x = m.x
-        if m.spelling.startswith("shifted"):  # the rows whose logits would be cut off are no rows
-            x = ops.part(x, (..., slice(m.start, m.stop), slice(None)))
-        x = ops.method("reshape", x, -1, facts.size(x, -1)) if facts.ndim(x) != 2 else x
+
+        def rows(t: Any) -> Any:
+            if m.spelling.startswith("shifted"):  # those whose logits would be cut off are no rows
+                t = ops.part(t, (..., slice(m.start, m.stop), slice(None)))
+            return ops.method("reshape", t, -1, facts.size(t, -1)) if facts.ndim(t) != 2 else t
+
+        x = rows(m.x)
         if m.get("factor") is not None:
             x = ops.cast(ops.call(torch.mul, x, m.factor), facts.dtype(m.x))
         scale = float(m.get("scale", 1.0))
@@ -127,8 +136,20 @@ class LinearCrossEntropy(Rule):
         bias = m.bias
         if m.get("added") is not None:
             bias = ops.method("reshape", bias, -1)
+        adapter: tuple[Any, ...] = ()
+        if m.get("head_lora_b") is not None:
+            by = 1.0 if m.head_scale is None else m.head_scale
+            narrow = x if m.head_x_lora is None else rows(m.head_x_lora)
+            if m.head_lora_a is not None:  # the op keeps the rows as narrow as they are
+                narrow = ops.lora_linear(narrow, Linear(m.head_lora_a))
+            narrow = ops.call(torch.mul, narrow, by) if by != 1.0 else narrow
+            adapter = (narrow, m.head_lora_b)
+            if m.head_lora_bias is not None:
+                added = ops.call(torch.mul, m.head_lora_bias, by)
+                bias = added if bias is None else ops.call(torch.add, bias, added)
+                bias = ops.cast(bias, facts.dtype(m.w))
         loss = ops.linear_cross_entropy(
-            x, m.w, bias, m.labels, m.ignore, m.reduction, float(m.smoothing), cap, scale
+            x, m.w, bias, m.labels, m.ignore, m.reduction, float(m.smoothing), cap, scale, *adapter
         )
         if facts.dtype(m.root) not in (torch.float32, torch.float64):
             loss = ops.cast(loss, facts.dtype(m.root))

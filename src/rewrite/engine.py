@@ -266,6 +266,8 @@ def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]
         new.meta.setdefault("stack_trace", c.match.root.meta.get("stack_trace"))
     for old, new in zip(c.outputs, results, strict=True):
         new.meta.setdefault("example_value", old.meta.get("example_value"))
+        if new in emit.nodes:
+            new.meta["fusewright_replaces"] = facts.captured_name(old)
         old.replace_all_uses_with(new)
     dead = sorted(c.interior, key=order.__getitem__, reverse=True)
     return prune(graph, dead), frozenset(n.name for n in emit.nodes)

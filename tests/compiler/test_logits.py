@@ -56,10 +56,22 @@ class _Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
+class _Adapted(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(H, V, bias=False)
+        self.a, self.b = nn.Linear(H, 4, bias=False), nn.Linear(4, V)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.b(self.a(x)) * 0.5
+
+
 class _LM(CausalLM):
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], cap: bool, bias: bool) -> None:
+    def __init__(
+        self, loss: Callable[[Tensor, Tensor], Tensor], cap: bool, bias: bool | None
+    ) -> None:
         blocks = (_Block() for _ in range(2))
-        super().__init__(Body(blocks, V, H), nn.Linear(H, V, bias=bias), loss)
+        head = _Adapted() if bias is None else nn.Linear(H, V, bias=bias)
+        super().__init__(Body(blocks, V, H), head, loss)
         self.cap = cap
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
@@ -75,6 +87,8 @@ KINDS = {
     "cut": (_cut, False, False),
     "capped": (_plain, True, False),
     "cut, capped": (_cut, True, True),
+    "adapted": (_padded, False, None),
+    "adapted, cut, capped": (_cut, True, None),
 }
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ...graph import facts
-from ...graph.canon import canonical
+from ...graph.canon import Canon, canonical
 from ...graph.cleanup import prune
 from ...graph.effects import writes
 from ...graph.opaque.autograd_functions import is_wrapped
+from ...kernels.linear.projections import Linear
 from ...rewrite.findings import Finding
 from .head_call import Plan, head_parts
 from .joined_loss import logits_alone, loss_and_logits
@@ -75,7 +76,8 @@ def defer_logits(
             if (root := _replaced_loss(n, before, findings, node)) is not None
         ]
         if len(ours) == 1:
-            is_lazy = _join_loss(module, node, chain, *ours[0], before[node.name], lazy, plan)
+            was = before[facts.captured_name(node)]
+            is_lazy = _join_loss(module, node, chain, *ours[0], was, lazy, plan)
         else:
             is_lazy = lazy and not ours and _defer(module, node, chain, plan)
         count += is_lazy
@@ -114,8 +116,8 @@ def _restore_losses(
             continue
         lost = [
             n for n in output.all_input_nodes
-            if n.name in before
-            and root in descendants(before[n.name]) and fused not in descendants(n)
+            if (was := before.get(facts.captured_name(n))) is not None
+            and root in descendants(was) and fused not in descendants(n)
         ]  # fmt: skip
         if not lost or not _restore_loss(module, fused, root):
             continue
@@ -128,7 +130,7 @@ def _restore_loss(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool
     """Compute a loss from the nodes that there still are; False where one of them comes later."""
     graph = module.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
-    present = {n.name: n for n in graph.nodes}
+    present = {facts.captured_name(n): n for n in graph.nodes}
     missing, queue = {root}, [root]
     env: dict[fx.Node, fx.Node] = {}
     while queue:
@@ -154,9 +156,8 @@ def _replaced_loss(
 ) -> fx.Node | None:
     """The loss that ``fused`` has replaced, if it was computed from ``logits``."""
     root = next((before.get(f.node) for f in findings if fused.name in f.claimed), None)
-    if root is None or logits.name not in before:
-        return None
-    return root if root in descendants(before[logits.name]) else None
+    was = before.get(facts.captured_name(logits))
+    return root if root is not None and was is not None and root in descendants(was) else None
 
 
 def _join_loss(
@@ -172,12 +173,13 @@ def _join_loss(
     """Let the fused loss and the logits be one node; False where that cannot be."""
     graph, canon = module.graph, canonical(fused)
     order = {n: i for i, n in enumerate(graph.nodes)}
-    present = {n.name: n for n in graph.nodes}
+    present = {facts.captured_name(n): n for n in graph.nodes}
     tail, names = loss_graph(root, was, present)
     others = [present[name] for name in names]
     logits, inputs = logits_graph(chain)
     linear = canonical(chain[0])
-    if canon is None or linear is None or facts.dtype(node) is None:
+    operands = linear and rows_and_head(linear)
+    if canon is None or linear is None or not operands or facts.dtype(node) is None:
         return False
     if any(order[n] > order[fused] for n in (*inputs, *others)):
         return False
@@ -189,7 +191,7 @@ def _join_loss(
             _add_submodule(module, tail, None),
         )
         pair = graph.call_function(
-            loss_and_logits, (*bodies, *linear.args[:2], *inputs, *others, *canon.args)
+            loss_and_logits, (*bodies, *operands, *inputs, *others, *canon.args)
         )
         loss, returned = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
     _copy_meta(pair, fused)
@@ -209,12 +211,13 @@ def _defer(
     graph = module.graph
     logits, inputs = logits_graph(chain)
     linear = canonical(chain[0])
-    if linear is None or facts.dtype(node) is None:
+    operands = linear and rows_and_head(linear)
+    if linear is None or not operands or facts.dtype(node) is None:
         return False
     with graph.inserting_after(node):
         body = _add_submodule(module, logits, plan(chain, inputs, True, 0))
     with graph.inserting_after(body):
-        returned = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
+        returned = graph.call_function(logits_alone, (body, *operands, *inputs))
     _replace(node, returned)
     prune(graph, [*reversed(chain), *linear.via])
     return True
@@ -255,8 +258,9 @@ def logits_chain(node: fx.Node, heads: set[Any] | None) -> list[fx.Node]:
         if canon is None:
             return []
         chain.append(node)
-        if canon.name == "linear":
-            is_ours = _widens(canon.args[1]) if heads is None else canon.args[1] in heads
+        if (operands := rows_and_head(canon)) is not None:
+            head = operands[1]
+            is_ours = _widens(head) if heads is None else head in heads
             return chain[::-1] if is_ours else []
         inner = [a for a in canon.args if isinstance(a, fx.Node)]
         if canon.name == "add":  # of a bias
@@ -264,6 +268,14 @@ def logits_chain(node: fx.Node, heads: set[Any] | None) -> list[fx.Node]:
         if canon.name not in _CHAIN or len(inner) != 1:
             return []
         node = inner[0]
+
+
+def rows_and_head(canon: Canon) -> tuple[Any, Any] | None:
+    """What a projection reads and its weight, adapted or not; None for anything else."""
+    if canon.name not in ("linear", "lora_linear"):
+        return None
+    x, weight = canon.args[:2]
+    return x, weight if canon.name == "linear" else Linear(*weight).weight
 
 
 def _is_row(node: fx.Node) -> bool:

@@ -74,6 +74,8 @@ def head_parts(logits: fx.Node, inputs: Sequence[fx.Node]) -> HeadParts | None:
     """The parts of the head that makes ``logits``; None where they are another formula."""
     places = {node: i for i, node in enumerate(inputs)}
     for m in HEAD.find(logits, Trace()):
+        if m.get("head_lora_b") is not None:
+            continue
         factor = m.get("factor")
         operands = [m.x, m.w, *(n for n in (m.bias, factor) if n is not None)]
         if not all(isinstance(n, fx.Node) and n in places for n in operands):

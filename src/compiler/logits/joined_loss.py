@@ -13,7 +13,7 @@ added to another gradient, its values are computed, and sent back through the pr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,11 @@ def _logits_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
     if isinstance(grad, LazyLogits):
         grad = grad.materialize()
-    return (None,) * 4 + gradients(formula, inputs, ctx.needs_input_grad[4:], (grad,))
+    return (None,) * _FIRST + gradients(formula, inputs, ctx.needs_input_grad[_FIRST:], (grad,))
+
+
+_FIRST = 1 + op.OPERANDS
+"""Where the inputs of the logits begin among the arguments of ``_Logits``."""
 
 
 class _Logits(torch.autograd.Function):
@@ -54,12 +58,12 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, join: HeadCall, *tensors: Any) -> Tensor:
-        """``tensors`` are the fused loss's operands, three, and the inputs of the logits."""
-        inputs = tensors[3:]
+        """``tensors`` are the fused loss's operands and the inputs of the logits."""
+        inputs = tensors[op.OPERANDS :]
         ctx.join, ctx.unpacked = join, None
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        keep, late_inputs = any(ctx.needs_input_grad[4:]), aliases(inputs)
+        keep, late_inputs = any(ctx.needs_input_grad[_FIRST:]), aliases(inputs)
         return _lazy(join, late_inputs, keep) if join.plan.lazy else join.compute(late_inputs, keep)
 
     @staticmethod
@@ -79,12 +83,12 @@ class _Logits(torch.autograd.Function):
         if ctx.join.made is None:
             return _logits_double_backward(ctx, grad)
         leaves, edge = ctx.join.made
-        indices = [i for i, need in enumerate(needs[4:]) if need]
+        indices = [i for i, need in enumerate(needs[_FIRST:]) if need]
         grads = torch.autograd.grad(
             edge, [leaves[i] for i in indices], grad, retain_graph=True, allow_unused=True
         )
         pairs = dict(zip(indices, grads, strict=True))
-        return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needs) - 4))
+        return (None,) * _FIRST + tuple(pairs.get(i) for i in range(len(needs) - _FIRST))
 
 
 def _unpacked(logits: Any) -> tuple[Any, ...]:
@@ -97,7 +101,8 @@ def _unpacked(logits: Any) -> tuple[Any, ...]:
 
 
 def _loss_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    inputs, others = _unpacked(ctx.next_functions[0][0]), ctx.saved_tensors[4 : 4 + ctx.others]
+    inputs = _unpacked(ctx.next_functions[0][0])
+    others = ctx.saved_tensors[_FIRST : _FIRST + ctx.others]
     grad_logits = ctx.join.gradient(inputs, others, grad, torch.is_grad_enabled())
     return None, grad_logits, *(None for _ in ctx.needs_input_grad[2:])
 
@@ -113,11 +118,11 @@ class _Loss(torch.autograd.Function):
         """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
         # ``inputs``, of the logits, are saved without versions: in eager mode the loss does not
         # need them, and ``join.gradient`` looks at their bytes
-        x, weight, bias, labels = operands
-        loss, fused = op.found(x, weight, bias, labels, settings, needed)
+        *given, labels = operands
+        loss, fused = op.found(given, labels, settings, needed)
         ctx.set_materialize_grads(False)
         ctx.join, ctx.needed, ctx.settings = join, needed, settings
-        ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in given]
         ctx.others = len(others)
         ctx.save_for_backward(*fused, *others, *map(_without_version, inputs))
         return loss
@@ -126,7 +131,7 @@ class _Loss(torch.autograd.Function):
     @differentiable(_loss_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
-        fused, others, inputs = saved[:4], saved[4 : 4 + ctx.others], saved[4 + ctx.others :]
+        fused, (others, inputs) = saved[:_FIRST], _split(saved[_FIRST:], ctx.others)
         join, like, needs, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
 
         def values() -> Tensor:
@@ -141,6 +146,10 @@ class _Loss(torch.autograd.Function):
         logits = torch.empty((), dtype=dtype, device=join.device).expand(shape)
         lazy = LazyGradient.of(logits, values, [part])
         return None, lazy, *(None for _ in ctx.needs_input_grad[2:])
+
+
+def _split(values: Sequence[Any], count: int) -> tuple[Any, Any]:
+    return values[:count], values[count:]
 
 
 def _make_join(
@@ -186,7 +195,8 @@ def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: An
     join = _make_join(logits, None, rows, head, inputs)
     if not _needs_history(inputs):
         return _without_history(join, rows, inputs)
-    result: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
+    nothing = (None,) * op.OPERANDS
+    result: Tensor = _Logits.apply(join, *nothing, *inputs)  # type: ignore[no-untyped-call]
     if isinstance(result, LazyLogits):
         result.wait_for_loss(join.plan.reads)
     return result
@@ -202,17 +212,17 @@ def loss_and_logits(
     ``logits``, the other inputs of ``loss``, and the arguments of ``linear_cross_entropy``.
     """
     plan: Plan = logits.meta["plan"]
-    inputs, rest = values[: plan.inputs], values[plan.inputs :]
-    others, arguments = rest[: plan.others], rest[plan.others :]
+    inputs, rest = _split(values, plan.inputs)
+    others, arguments = _split(rest, plan.others)
     join = _make_join(logits, loss, rows, head, inputs)
     if not _needs_history((*inputs, *arguments)):
         fused = linear_cross_entropy(*arguments)
         return fused, _without_history(join, rows, inputs)
-    operands = op.operands(*arguments[:3])
+    settings = op.settings(*arguments[4:9])
+    operands = op.operands(*arguments[:3], *arguments[9:])
     returned: Tensor = _Logits.apply(join, *operands, *inputs)  # type: ignore[no-untyped-call]
     needs = [t is not None and t.requires_grad for t in operands]
     bare = (*(t if t is None else t.detach() for t in operands), arguments[3])
-    settings = op.settings(*arguments[4:])
     with torch.autocast(rows.device.type, enabled=False):
         result: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
             join, returned, needs, bare, settings, inputs, *others

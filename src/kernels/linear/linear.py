@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..matmul import through_fp32
 from ..op import Maker, Op, loses_precision, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
-from .products import Rows, shaped
+from .products import Rows, on_cpu, shaped
 from .projections import (
     MIXED,
     WIDTH,
@@ -197,6 +198,19 @@ def _apply(x: Tensor, layers: Sequence[Linear], keep: str, name: str) -> tuple[T
     return with_operands(run, layers, x)
 
 
+def _is_plain_sum(x: Tensor, linear: Linear) -> bool:
+    # Whether two products of one dtype are all: PyTorch's own derivative keeps no more than ours
+    # would, and calls less (0.1 to 0.2 ms a layer on an Xeon, 5% of one with 512 rows and features).
+    b, z = linear.lora_b, linear.x_lora
+    if linear.lora_a is not None or linear.lora_bias is not None or b is None or z is None:
+        return False
+    if not on_cpu(x) or through_fp32(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    others = (linear.weight, b, z, *(t for t in (linear.bias,) if t is not None))
+    same = all(isinstance(t, Tensor) and t.dtype is x.dtype for t in others)
+    return same and linear.dtype in (None, x.dtype)
+
+
 def lora_linear(x: Tensor, linear: Linear) -> Tensor:
     """Compute ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``linear.x_lora`` or x.
 
@@ -213,6 +227,10 @@ def lora_linear(x: Tensor, linear: Linear) -> Tensor:
     adapter's input (x after dropout), may have any floating dtype. The result (..., out) is in
     ``linear.dtype``, or else in the product's. Raises RuntimeError if shapes do not fit.
     """
+    if _is_plain_sum(x, linear):
+        weight, bias, _, b, scale, _, z, *_ = linear
+        rows = F.linear(rows_of(x), weight, bias)  # type: ignore[arg-type]
+        return shaped(rows.addmm_(rows_of(z), b.t(), alpha=scale), x)  # type: ignore[arg-type,union-attr]
     return _apply(x, (linear,), "all", "lora_linear")[0]
 
 

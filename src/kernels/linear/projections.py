@@ -325,7 +325,8 @@ def through_a(x: Rows | None, layers: Sequence[ResolvedLinear]) -> list[Tensor |
             if a is not None:
                 results[i] = scaled_mm(beside(rows_of(z), a), a.t(), layers[i].scale)
             else:
-                results[i] = rows_of(z).to(layers[i].lora_b.dtype) * layers[i].scale  # type: ignore[union-attr]
+                h = rows_of(z).to(layers[i].lora_b.dtype)  # type: ignore[union-attr]
+                results[i] = h if layers[i].scale == 1.0 else h * layers[i].scale
             continue
         if x is None:
             continue

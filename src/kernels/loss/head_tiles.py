@@ -8,13 +8,14 @@ softmax fits the cores' caches: all element-wise work happens there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..matmul import addmm, mm
+from ..linear.products import beside, gradient_of_b, scaled_mm
+from ..matmul import addmm, addmm_, mm
 
 TILE_BYTES = 64 << 20
 """What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
@@ -91,6 +92,40 @@ def accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dty
         part = slice(start, start + CHUNK_CLASSES)
         total[part] += mm(dlogits[:, part].t(), x)
     return total
+
+
+# An adapter of the head adds ``narrow (N, r) · Bᵀ`` to the logits. What is as large as them is in
+# their dtype, and what is narrow in the adapter's, as in ``kernels/linear``.
+
+
+def add_update(logits: Tensor, narrow: Tensor, lora_b: Tensor) -> None:
+    """Add ``narrow · Bᵀ`` to ``logits`` (R, vocabulary) in place."""
+    kind = logits.dtype
+    addmm_(logits, narrow.to(kind), lora_b.to(kind).t())
+
+
+def project_update_back(dlogits: Tensor, lora_b: Tensor) -> Tensor:
+    """``dlogits · B`` (R, r), in the dtype of B."""
+    if dlogits.dtype is lora_b.dtype:
+        return project_back(dlogits, lora_b)
+    return scaled_mm(beside(dlogits, lora_b), lora_b, 1.0)
+
+
+def empty_updates(
+    x: Tensor, narrow: Tensor | None, lora_b: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Zeros for the gradients of ``narrow`` and ``lora_b``, the latter fp32 or wider."""
+    of_narrow = x.new_zeros(0) if narrow is None or not wanted[3] else torch.zeros_like(narrow)
+    shape = (0,) if lora_b is None or not wanted[4] else lora_b.shape
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return of_narrow, x.new_zeros(shape, dtype=kind)
+
+
+def accumulate_update(total: Tensor, dlogits: Tensor, narrow: Tensor) -> None:
+    """Add ``dlogitsᵀ · narrow`` to ``total`` (vocabulary, r), which is fp32 or wider."""
+    for start in range(0, total.shape[0], CHUNK_CLASSES):
+        part = slice(start, start + CHUNK_CLASSES)
+        total[part] += gradient_of_b(narrow, beside(dlogits[:, part], narrow))
 
 
 def scale_and_cap(

@@ -10,50 +10,63 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op, use_triton
+from .head_tiles import empty_updates
 from .linear_cross_entropy_tiles import compute
 
 
 def _implementation(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if use_triton(x, weight, bias):
+    narrow: Tensor | None = None, lora_b: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if use_triton(x, weight, bias, narrow, lora_b):
         from .linear_cross_entropy_triton import compute as run
     else:
         run = compute
-    return run(x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted)
+    return run(
+        x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted,
+        narrow, lora_b,
+    )  # fmt: skip
 
 
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    narrow: Tensor | None = None, lora_b: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    narrow = wide if x.dtype is torch.float16 else x.dtype
+    kind = wide if x.dtype is torch.float16 else x.dtype
     rows, vocabulary, hidden = x.shape[0], weight.shape[0], x.shape[1]
     return (
         x.new_empty((), dtype=wide),
         x.new_empty((), dtype=wide),
         x.new_empty((rows if wanted[0] else 0, hidden)),
-        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=narrow),
+        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=kind),
         x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
+        *empty_updates(x, narrow, lora_b, wanted),
     )
 
 
-def _flops(x: Tensor, weight: Tensor, bias: Any, labels: Tensor, *rest: Any) -> int:
+def _flops(
+    x: Any, weight: Tensor, bias: Any, labels: Tensor, *rest: Any, lora_b: Any = None, **_: Any
+) -> int:
     """The logits, and the gradients that are found with them; of all rows, ignored ones too."""
-    products: int = 1 + sum(rest[-1][:2])
-    return 2 * labels.numel() * weight.numel() * products
+    wanted, *update = rest[4:]
+    lora_b = update[1] if update else lora_b
+    products: int = (1 + sum(wanted[:2])) * weight.numel()
+    products += 0 if lora_b is None else (1 + sum(wanted[3:])) * lora_b.numel()
+    return 2 * labels.numel() * products
 
 
 _forward = library_op(
     "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
-    "int ignore_index, float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int ignore_index, float label_smoothing, float softcap, float logit_scale, bool[] wanted, "
+    "Tensor? narrow=None, Tensor? lora_b=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
     _flops,
-    launches=lambda x, weight, bias, *rest: use_triton(x, weight, bias),
+    launches=lambda x, weight, bias, *rest, **more: use_triton(x, weight, bias),
     plain=compute,
 )
 
@@ -100,15 +113,17 @@ def _no_fit(targets: Tensor, x: Tensor, name: str) -> str:
     return f"{name} {tuple(targets.shape)} do not fit x {tuple(x.shape)}"
 
 
-def operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+OPERANDS = 5
+"""How many operands can have gradients: x, weight, bias, narrow and lora_b."""
+
+
+def operands(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The operands as autocast casts a linear layer's; as they are where it is off."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
-        return x, weight, bias
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x.to(dtype), *(t if t is None else t.to(dtype) for t in others)
 
 
 def misfits(
@@ -130,19 +145,24 @@ def misfits(
     return reasons
 
 
-Found = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""The gradients of the *sum* of x, weight and bias, and how many rows count if that matters."""
+Found = tuple[Any, ...]
+"""The gradients of the *sum* of the operands, and how many rows count if that matters."""
 
 
 def found(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chosen: Settings,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Found]:  # fmt: skip
-    """The loss, and what backward needs for the gradients in ``wanted``; not differentiable."""
+    given: Sequence[Any], labels: Tensor, chosen: Settings, wanted: Sequence[bool]
+) -> tuple[Tensor, Found]:
+    """The loss, and what backward needs for the gradients in ``wanted``; not differentiable.
+
+    ``given`` are the ``OPERANDS``.
+    """
     ignore_index, reduction, *rest = chosen
+    x, weight, bias, narrow, lora_b = given
+    narrow = narrow if narrow is None else narrow.reshape(-1, narrow.shape[-1])
     total, count, *gradients = _forward(
-        x.reshape(-1, x.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, *rest, wanted
-    )
+        x.reshape(-1, x.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, *rest, wanted,
+        narrow, lora_b,
+    )  # fmt: skip
     if reduction == "mean":
         return total / count, (*gradients, count)
     return total, (*gradients, None)
@@ -151,7 +171,7 @@ def found(
 def scaled(
     made: Found, grad: Tensor, like: Sequence[Any], needed: Sequence[bool], scale: float
 ) -> list[Tensor | None]:
-    """The gradients of x, weight and bias: those of ``found`` times ``grad`` and the logit scale.
+    """The gradients of the operands: those of ``found`` times ``grad`` and the logit scale.
 
     ``like`` holds (shape, dtype) of each operand. No matmul, no host synchronisation, and nothing
     is overwritten.

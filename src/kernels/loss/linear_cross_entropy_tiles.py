@@ -9,8 +9,12 @@ from torch import Tensor
 
 from .head_tiles import (
     accumulate,
+    accumulate_update,
+    add_update,
+    empty_updates,
     project,
     project_back,
+    project_update_back,
     require_classes,
     row_strips,
     row_tiles,
@@ -30,13 +34,15 @@ class _Loss:
 def compute(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    narrow: Tensor | None = None, lora_b: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The summed loss, how many rows count, and the gradients of the sum over ``logit_scale``.
 
-    ``wanted`` says which gradients are computed, of x, ``weight`` and ``bias``; ``softcap`` is 0
-    for none. Loss and count are 0-d, fp32 or fp64; dx (N, hidden) and dweight (vocabulary, hidden)
-    have x's dtype, but dweight is fp32 for fp16, where a sum may leave the range; dbias
-    (vocabulary,) has the loss's dtype. A gradient that is not wanted has no rows.
+    ``wanted`` says which gradients are computed, of x, ``weight``, ``bias``, ``narrow`` and
+    ``lora_b``; ``softcap`` is 0 for none. Loss and count are 0-d, fp32 or fp64; dx (N, hidden) and
+    dweight (vocabulary, hidden) have x's dtype, but dweight is fp32 for fp16, where a sum may leave
+    the range; dbias (vocabulary,) and dlora_b (vocabulary, r) have the loss's dtype, dnarrow (N, r)
+    that of ``narrow``. A gradient that is not wanted has no rows.
     """
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     loss = _Loss(label_smoothing, softcap, logit_scale)
@@ -49,6 +55,7 @@ def compute(
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
     dweight: Tensor | None = None
+    dnarrow, dlora_b = empty_updates(x, narrow, lora_b, wanted)
     tiles = row_tiles(counted.numel(), vocabulary * x.element_size())
     # one buffer for all: fresh memory of this size would be faulted in page by page, tile by tile
     buffer = x.new_empty(max((stop - start for start, stop in tiles), default=0), vocabulary)
@@ -57,6 +64,9 @@ def compute(
         xt = x.index_select(0, rows) if some else x[start:stop]
         targets = labels.index_select(0, rows)
         logits = project(xt, weight, bias, buffer[: stop - start])
+        if narrow is not None and lora_b is not None:
+            narrow_rows = narrow.index_select(0, rows)
+            add_update(logits, narrow_rows, lora_b)
         losses[start:stop] = _softmax(logits, targets, loss, any(wanted), dbias)
         if wanted[0] and some:
             dx.index_copy_(0, rows, project_back(logits, weight))
@@ -64,11 +74,16 @@ def compute(
             dx[start:stop] = project_back(logits, weight)
         if wanted[1]:
             dweight = accumulate(dweight, logits, xt, wide)
+        if narrow is not None and lora_b is not None:
+            if wanted[3]:
+                dnarrow.index_copy_(0, rows, project_update_back(logits, lora_b))
+            if wanted[4]:
+                accumulate_update(dlora_b, logits, narrow_rows)
     if dweight is None:
         dweight = x.new_zeros((vocabulary if wanted[1] else 0, hidden))
     count = losses.new_full((), counted.numel())
-    narrow = wide if x.dtype is torch.float16 else x.dtype
-    return losses.sum(), count, dx, dweight.to(narrow), dbias
+    kind = wide if x.dtype is torch.float16 else x.dtype
+    return losses.sum(), count, dx, dweight.to(kind), dbias, dnarrow, dlora_b
 
 
 def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias: Tensor) -> Tensor:

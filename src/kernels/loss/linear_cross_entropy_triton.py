@@ -23,7 +23,14 @@ from ..aot import AotCase
 from ..label_counts import expected
 from ..launch import FP_FUSION
 from ..matmul import mm
-from .head_tiles import GPU_TILE_BYTES, project
+from .head_tiles import (
+    GPU_TILE_BYTES,
+    accumulate_update,
+    add_update,
+    empty_updates,
+    project,
+    project_update_back,
+)
 from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
 
 TILE_BYTES = 128 << 20
@@ -148,7 +155,8 @@ def tiles_of(rows: int, known: int, row_bytes: int, head_bytes: int) -> Iterator
 def compute(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    narrow: Tensor | None = None, lora_b: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Same arguments and results as ``linear_cross_entropy_tiles.compute``."""
     n, (vocabulary, hidden) = labels.numel(), weight.shape
     known = known_rows(n, ignore_index)
@@ -160,10 +168,11 @@ def compute(
     losses = torch.zeros(n, **f32)
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dbias = torch.zeros(vocabulary if wanted[2] else 0, **f32)
-    narrow = torch.float32 if x.dtype is torch.float16 else x.dtype
+    kind = torch.float32 if x.dtype is torch.float16 else x.dtype
+    dnarrow, dlora_b = empty_updates(x, narrow, lora_b, wanted)
     row_bytes, head_bytes = vocabulary * x.element_size(), weight.numel() * weight.element_size()
     tiles = list(tiles_of(n, known, row_bytes, head_bytes))
-    alone = wanted[1] and narrow is x.dtype and tiles == [(0, known)]
+    alone = wanted[1] and kind is x.dtype and tiles == [(0, known)]
     dweight = torch.zeros((vocabulary if wanted[1] and not alone else 0, hidden), **f32)
     for first, end in tiles:
         rows = order[first:end]
@@ -174,6 +183,10 @@ def compute(
             project(xt, weight, bias, logits[:, :vocabulary])
         else:
             bounded_product(logits, xt, weight.t(), kept, first, "rows", bias)
+        tile, clears = logits[:, :vocabulary], by_library
+        if narrow is not None and lora_b is not None:  # of all rows: these products take little
+            narrow_rows, clears = narrow.index_select(0, rows), True
+            add_update(tile, narrow_rows, lora_b)
         loss_kernel[(xt.shape[0],)](
             logits,
             labels[first:],
@@ -187,24 +200,29 @@ def compute(
             logit_scale,
             SOFTCAP=softcap > 0,
             GRADIENT=any(wanted),
-            CLEAR=by_library and any(wanted),
+            CLEAR=clears and any(wanted),
             **_loss_config(vocabulary),
             enable_fp_fusion=FP_FUSION,
         )
         if wanted[0] and by_library:
-            dx.index_copy_(0, rows, mm(logits[:, :vocabulary], weight))
+            dx.index_copy_(0, rows, mm(tile, weight))
         elif wanted[0]:
             part = torch.zeros_like(xt)  # rows past the bound stay zero
             bounded_product(part, logits, weight, kept, first, "rows")
             dx.index_copy_(0, rows, part)
         if alone:  # one product is rounded once in any case
-            dweight = mm(logits[:, :vocabulary].t(), xt)
+            dweight = mm(tile.t(), xt)
         elif wanted[1]:
             bounded_product(dweight, logits.t(), xt, kept, first, "inner")
         if wanted[2]:
             ones = x.new_ones((xt.shape[0], 1))
             bounded_product(dbias.view(-1, 1), logits.t(), ones, kept, first, "inner")
-    return losses.sum(), kept.to(torch.float32), dx, dweight.to(narrow), dbias
+        if narrow is not None and lora_b is not None:
+            if wanted[3]:
+                dnarrow.index_copy_(0, rows, project_update_back(tile, lora_b))
+            if wanted[4]:
+                accumulate_update(dlora_b, tile, narrow_rows)
+    return losses.sum(), kept.to(torch.float32), dx, dweight.to(kind), dbias, dnarrow, dlora_b
 
 
 def _aot_loss(dtype: str, vocabulary: int, softcap: bool, gradient: bool) -> AotCase:

@@ -34,7 +34,11 @@ def check(inputs: list[Tensor], ignored: float, options: dict[str, Any]) -> None
     labels[:, 1] = 3  # at least one row counts
 
     def over(fn):
-        return lambda x, w, b=None: torch.stack([fn(x, w, b, y, **options) for y in labels])
+        def losses(x, w, b=None, h=None, lora_b=None):
+            each = [fn(x, w, b, y, **options, narrow=h, lora_b=lora_b) for y in labels]
+            return torch.stack(each)
+
+        return losses
 
     assert_parity(over(linear_cross_entropy), over(OP.reference), *inputs)
 
@@ -64,7 +68,13 @@ def main() -> None:
     assert linear_cross_entropy(x, w, b, none, reduction="sum") == 0
     strange = torch.tensor([1, 2, 70, 3, 4, 5])
     assert linear_cross_entropy(x, w, b, strange).isnan(), "a label that is no class goes unseen"
-    print(f"{checks + 5} checks passed")
+    for dtype in DTYPES:  # an adapter, in fp32
+        x, w, b = operands(37, 150, 24, dtype)
+        h, lora_b, _ = operands(37, 150, 5, torch.float32)
+        kernels.TILE_BYTES = 16 * 150 * x.element_size()
+        check([x, w.detach(), b, h, lora_b], 0.5, {"softcap": 3.0})
+        kernels.TILE_BYTES = whole
+    print(f"{checks + 8} checks passed")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....kernels.loss.linear_cross_entropy_parts import operands
+from ....kernels.loss.linear_cross_entropy_parts import OPERANDS, operands
 from ....kernels.loss.linear_logprob import linear_logprob
 from ....kernels.loss.linear_logprob_parts import backward_op
 from ....kernels.second_order import differentiable, gradients
@@ -96,11 +96,11 @@ def together(parts: Sequence[LatePart]) -> list[Any]:
             columns, None, x, weight, bias, targets, factor, names, NEVER, temperature,
             softcap or 0.0, 1.0 if factor is not None else scale, needs_grad,
         )  # fmt: skip
-    gradients: list[Any] = [None] * (3 + parts[0].count)
+    gradients: list[Any] = [None] * (OPERANDS + parts[0].count)
     for i, grad, need in zip(places, grads, needs_grad, strict=True):
         if i is not None and need:
             grad = _scattered(reads, inputs[i], grad) if i == head.x else grad
-            gradients[3 + i] = grad.to(inputs[i].dtype).view(inputs[i].shape)
+            gradients[OPERANDS + i] = grad.to(inputs[i].dtype).view(inputs[i].shape)
     return gradients
 
 
@@ -256,7 +256,7 @@ class _Ended(torch.autograd.Function):
             inputs = [ctx.leaves[i] for i in indices]
             grads = torch.autograd.grad(result, inputs, grad, retain_graph=True, allow_unused=True)
             pairs = dict(zip(indices, grads, strict=True))
-            return [None] * 3 + [pairs.get(i) for i in range(len(ctx.leaves))]
+            return [None] * OPERANDS + [pairs.get(i) for i in range(len(ctx.leaves))]
 
         if ctx.is_late:
             late = LatePart(ctx.rows, ctx.tiled.measures, grad, len(ctx.leaves))
