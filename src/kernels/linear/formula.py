@@ -101,6 +101,7 @@ def register(graph: fx.Graph) -> str:
             lambda m, out, into, kind: formula.example(m, kind),
             part=formula.part,
             cuts=tuple(dim for dim in (0, 1) if formula.can_be_cut(dim)),
+            is_formula=True,
         )
     return kind
 

@@ -17,6 +17,7 @@ from .plan import RunPlan
 from .recommend import Advice
 
 _LEVEL_TEXT: dict[Level, str] = {
+    "weights": "keep unpacked weights, and all that their operations keep",
     "all": "keep all that their operations keep",
     "products": "keep matrix products",
     "input": "keep their input",
