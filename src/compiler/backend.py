@@ -22,6 +22,7 @@ from ..graph import facts
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
+from ..graph.opaque.stacks import pack_stacks
 from ..graph.run import eager
 from ..graph.segments import join_segments
 from ..kernels.cost import saved_by_hook
@@ -233,6 +234,7 @@ def recognise_and_fuse(work: Compilation) -> None:
     verify = None if choices.options.verify == "off" or choices.fake else choices.verifier
     with quiet_randomness():
         work.findings = apply(work.graph, choices.rules, TABLE, verify, choices.fuel)
+    pack_stacks(work.graph)
 
 
 def defer(work: Compilation) -> None:

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ...kernels.linear.formula import KNOWN, described, fresh, is_new, name_of, register
+from ...kernels.linear.formula import (
+    KNOWN,
+    described,
+    fresh,
+    is_new,
+    name_of,
+    register,
+    register_expert,
+)
 from .. import facts
 from .autograd_functions import forward
 
@@ -126,10 +134,51 @@ class Stored(NamedTuple):
     unknown: str = ""
 
 
+class StoredStack(NamedTuple):
+    """A stack of matrices (E, out, in) by formula."""
+
+    tensors: tuple[fx.Node, ...]  # inputs of the graph
+    nodes: tuple[fx.Node, ...]  # of the formula
+    rows: tuple[int, ...]  # of each tensor, one expert's; 0: all of it is every expert's
+    shape: tuple[int, int]  # (out, in)
+    kind: str  # of one matrix
+
+
 def stored(weight: Any, transposed: bool = False) -> Stored | None:
     """The formula of a matrix (out, in), with ``transposed`` (in, out); None for any other."""
     t = facts.tensor(weight)
-    if t is None or t.dim() != 2 or not t.is_floating_point() or not _is_constant(t):
+    formula = _formula(weight, 2)
+    if t is None or formula is None or isinstance(formula, str):
+        return None if formula is None else Stored(unknown=str(formula))
+    inputs, nodes, graph, result = formula
+    shape = (t.shape[0], t.shape[1])
+    if transposed:
+        shape = t.shape[1], t.shape[0]
+        result = described(graph.call_method("t", (result,)), shape, t.dtype)
+    graph.output(result)
+    return Stored(inputs, nodes, shape, register(graph))
+
+
+def stored_stack(weight: Any) -> StoredStack | None:
+    """The formula of a stack of matrices, each of which is computed by itself; else None."""
+    formula = _formula(weight, 3)
+    if formula is None or isinstance(formula, str):
+        return None
+    inputs, nodes, graph, result = formula
+    graph.output(result)
+    expert = register_expert(graph)
+    _, out, into = result.meta["formula"][0]
+    return None if expert is None else StoredStack(inputs, nodes, expert[1], (out, into), expert[0])
+
+
+_Parts = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], fx.Graph, fx.Node]
+"""The inputs of a formula, its nodes, a graph of copies of them without output, the result."""
+
+
+def _formula(weight: Any, dims: int) -> _Parts | str | None:
+    # a string: the name of the operation that is not known
+    t = facts.tensor(weight)
+    if t is None or t.dim() != dims or not t.is_floating_point() or not _is_constant(t):
         return None
     if weight.op not in ("call_function", "call_method"):
         return None
@@ -139,7 +188,7 @@ def stored(weight: Any, transposed: bool = False) -> Stored | None:
         return None
     unknown = next((n for n in nodes if n not in inputs and not _is_known(n)), None)
     if unknown is not None:
-        return Stored(unknown=name_of(unknown))
+        return name_of(unknown)
     graph, env = fx.Graph(), {}
     for i, node in enumerate(nodes):
         value: Any = facts.tensor(node)
@@ -152,13 +201,7 @@ def stored(weight: Any, transposed: bool = False) -> Stored | None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             env[node] = graph.create_node(node.op, node.target, args, kwargs, f"v{i}")
         described(env[node], value.shape, value.dtype)
-    result, shape = env[weight], (t.shape[0], t.shape[1])
-    if transposed:
-        shape = t.shape[1], t.shape[0]
-        result = described(graph.call_method("t", (result,)), shape, t.dtype)
-    graph.output(result)
-    formula = tuple(n for n in nodes if n not in inputs)
-    return Stored(tuple(inputs), formula, shape, register(graph))
+    return tuple(inputs), tuple(n for n in nodes if n not in inputs), graph, env[weight]
 
 
 def unknown_formula(node: fx.Node) -> str:

@@ -6,6 +6,8 @@ shifted, masked, looked up, gathered, reshaped and scaled. The formula is cut ou
 as a small graph from the stored tensors to the matrix (out, in), and run whenever a product needs
 the matrix: its values are those of the library, bit for bit.
 
+Of a stack (experts, ., .), one matrix is the formula of a part of each stacked tensor.
+
 A part of the matrix, some of its rows or of its columns, takes a part of each operand. Which one is
 worked out backwards, node by node, as an interval of one dimension; an operation that is not known
 here gets all of its operands, and the part is taken from its result.
@@ -91,8 +93,7 @@ def register(graph: fx.Graph) -> str:
     Its nodes have their shape and dtype in ``meta``: see ``described``. Equal formulas have one
     format, in every process.
     """
-    text = "\n".join(f"{n.format_node()} {n.meta.get(_META)}" for n in graph.nodes)
-    kind = f"formula {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    kind = _named_by(graph)
     if kind not in FORMATS:
         formula = Formula(graph)
         FORMATS[kind] = WeightFormat(
@@ -104,6 +105,29 @@ def register(graph: fx.Graph) -> str:
             is_formula=True,
         )
     return kind
+
+
+def register_expert(graph: fx.Graph) -> tuple[str, tuple[int, ...]] | None:
+    """The format of each matrix of the stack (E, out, in) that ``graph`` returns.
+
+    Also how many rows of each tensor, along its first dimension, are one expert's; 0 where all of
+    it is every expert's. None where the matrices are not computed in the same way, each from its
+    own rows.
+    """
+    expert = _Expert(graph)
+    if expert.rows is None:
+        return None
+    kind = f"expert of {_named_by(graph)}"
+    FORMATS.setdefault(
+        kind,
+        WeightFormat(expert.reference, expert.misfits, lambda m, o, i, kind: expert.example(m, kind)),
+    )
+    return kind, expert.rows
+
+
+def _named_by(graph: fx.Graph) -> str:
+    text = "\n".join(f"{n.format_node()} {n.meta.get(_META)}" for n in graph.nodes)
+    return f"formula {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def fresh(graph: fx.Graph, name: str, shape: Sequence[int], **kind: Any) -> fx.Node:
@@ -186,7 +210,8 @@ class Formula:
         values: dict[fx.Node, Any] = {}
         for node, t in zip(self.inputs, w.tensors, strict=True):
             span = spans.get(node)
-            values[node] = t if span is None or t is None else t.narrow(span[0], *_extent(span))
+            is_cut = span is None or t is None or tuple(t.shape) != _shape(node)
+            values[node] = t if is_cut else t.narrow(span[0], *_extent(span))
         last = {n: user for user in self.nodes for n in user.all_input_nodes}
         for node in self.nodes:
             if node not in spans:
@@ -211,6 +236,71 @@ class Formula:
             for operand, span in _needed(node, its):
                 spans[operand] = _merged(spans[operand], span) if operand in spans else span
         return spans
+
+
+class _Expert(Formula):
+    """A graph from stacked tensors to a stack of matrices (E, out, in), as that of one matrix.
+
+    It is given the rows of one expert, and runs as it would for the first.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self._first = self._spans(0, 0, 1)
+        self.rows = self._rows_of_each()
+        sizes = zip(self.inputs, self.rows or (), strict=False)
+        self._shapes = {n: (r, *_shape(n)[1:]) if r else _shape(n) for n, r in sizes}
+
+    def reference(self, w: Quantized, dtype: torch.dtype) -> Tensor:
+        """One expert's matrix."""
+        return self._run(w, self._first)[0].to(dtype)
+
+    def misfits(self, w: Quantized) -> list[str]:
+        """Tensors that are not as the formula of one expert has them."""
+        there = [(None if t is None else tuple(t.shape)) for t in w.tensors]
+        return [] if there == list(self._shapes.values()) else [f"an expert of {there}"]
+
+    def _rows_of_each(self) -> tuple[int, ...] | None:
+        if _shape(self.result)[0] < 2 or not self._is_alike(self._first):
+            return None
+        for number in (1, _shape(self.result)[0] - 1):
+            spans = self._spans(0, number, number + 1)
+            if spans.keys() != self._first.keys():
+                return None
+            for node, span in spans.items():
+                first = self._first[node]
+                if (span is None) is not (first is None):
+                    return None
+                if span is None or first is None:
+                    continue
+                size = first.stop
+                if first != Span(span.dim, 0, size) or span[1:] != (
+                    number * size, number * size + size
+                ):  # fmt: skip
+                    return None
+        spans = self._first
+        if any(s is not None and s.dim for n in self.inputs if (s := spans.get(n))):
+            return None
+        return tuple(s.stop if (s := spans.get(n)) else 0 for n in self.inputs)
+
+    def _is_alike(self, spans: Spans) -> bool:
+        # Whether nothing but the inputs' rows depends on the expert's number: neither a part of a
+        # whole value, nor a constant that differs along the experts.
+        for node, span in spans.items():
+            if span is None or node.op == "placeholder" or is_new(node):
+                continue
+            needed = dict(_needed(node, span))
+            if node.all_input_nodes == [] or set(needed) != set(node.all_input_nodes):
+                return False
+            if name_of(node) not in _EACH and _cover(node, span) is None:
+                return False
+            if any(wanted and spans[n] is None for n, wanted in needed.items()):
+                return False
+            if name_of(node) == "assigned":
+                places = _indices(node.args[1], len(_shape(node)))
+                if places is None or places[span.dim] != slice(None):
+                    return False
+        return True
 
 
 def _extent(span: Span) -> tuple[int, int]:
