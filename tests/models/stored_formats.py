@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusewright.graph.opaque.stacks import pack_stacks, packed_stack
 from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.rewrite.findings import Finding
@@ -228,6 +229,93 @@ def _int8_rows(out: int, into: int, dtype: torch.dtype) -> nn.Module:
     return StoredLinear(tensors, lambda m: m.codes.to(dtype) * m.scale.view(-1, 1), (out, into))
 
 
+class StoredExperts(nn.Module):
+    """Routed experts whose stacks are computed from buffers, as transformers multiplies by them."""
+
+    def __init__(self, name: str, experts: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.unpack = dtype, STACKS[name][1]
+        for role, shape in (("up", (2 * inner, hidden)), ("down", (hidden, inner))):
+            for part, t in STACKS[name][0](experts, *shape).items():
+                self.register_buffer(f"{role}_{part}", t)
+
+    def stack(self, role: str) -> Tensor:
+        """The stack (experts, out, in), unpacked."""
+        length = len(role) + 1
+        parts = {n[length:]: t for n, t in self.named_buffers() if n.startswith(role)}
+        return self.unpack(parts, self.dtype)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
+        from fusewright.graph.opaque.stacks import updated_stack
+
+        from ..passes.test_moe_experts import experts
+
+        up, down = self.stack("up"), self.stack("down")
+        if factors:
+            up = updated_stack(up, [factors[0]], [factors[1]], [2.0])
+            down = updated_stack(down, [factors[2]], [factors[3]], [2.0])
+        result: Tensor = experts(x, index, weights, up, down)
+        return result
+
+
+def _fp4_stack(parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    # as transformers unpacks gpt-oss's
+    values = torch.tensor(_FP4, dtype=dtype, device=parts["blocks"].device)
+    blocks, exponents = parts["blocks"], parts["scales"].to(torch.int32) - 127
+    experts, out, groups, size = blocks.shape
+    blocks = blocks.reshape(experts * out * groups, size)
+    codes = torch.empty(experts * out * groups, 2 * size, dtype=dtype, device=blocks.device)
+    codes[:, 0::2] = values[(blocks & 15).to(torch.int)]
+    codes[:, 1::2] = values[(blocks >> 4).to(torch.int)]
+    codes = torch.ldexp(codes, exponents.reshape(-1, 1))
+    return codes.reshape(experts, out, groups * 2 * size)
+
+
+def _fp8_stack(parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    block = parts["codes"].shape[1] // parts["scale"].shape[1]
+    scale = parts["scale"].repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return (parts["codes"].to(torch.float32) * scale).to(dtype)
+
+
+def _int4_stack(parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    # the table of shifts is every expert's
+    codes = (parts["packed"].unsqueeze(-1) >> parts["shifts"]) & 15
+    groups = (codes.flatten(-2) - 8).to(torch.int8).unflatten(-1, (-1, 32))
+    return (groups.to(dtype) * parts["scale"].to(dtype).unsqueeze(-1)).flatten(-2, -1)
+
+
+_FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+_Stack = tuple[
+    Callable[[int, int, int], dict[str, Tensor]],
+    Callable[[dict[str, Tensor], torch.dtype], Tensor],
+]
+STACKS: dict[str, _Stack] = {
+    "mxfp4": (
+        lambda e, out, into: {
+            "blocks": _bytes(e, out, into // 32, 16),
+            "scales": torch.randint(120, 124, (e, out, into // 32), dtype=torch.uint8),
+        },
+        _fp4_stack,
+    ),
+    "fp8-blocks": (
+        lambda e, out, into: {
+            "codes": torch.randn(e, out, into).mul_(32).to(E4M3),
+            "scale": _scales(e, out // 16, into // 16, into=into) / 32,
+        },
+        _fp8_stack,
+    ),
+    "int4-groups": (
+        lambda e, out, into: {
+            "packed": _words(e, out, into // 8),
+            "scale": _scales(e, out, into // 32, into=into),
+            "shifts": torch.arange(0, 32, 4, dtype=torch.int32),
+        },
+        _int4_stack,
+    ),
+}
+"""Stacks of experts: (experts, out, in) -> the stored tensors, and these -> the weights."""
+
+
 def _own(layer: Any) -> Tensor:
     weight: Tensor = layer.dequantized()
     return weight.t() if isinstance(layer, Transposed) else weight
@@ -411,12 +499,13 @@ def rewritten_layer(layer: nn.Module) -> tuple[Any, list[Finding], list[Quantize
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         findings.extend(rewrite(module))
+        pack_stacks(module)
         places = module.graph.find_nodes(op="placeholder")
 
         def run(*args: Any) -> Any:
             values = dict(zip(places, args, strict=True))
             for node in module.graph.nodes:
-                for fields in _stored(node.args):
+                for fields in _stored(node.args) if node.target is not packed_stack else ():
                     tensors = tuple(values[t] for t in fields[0])
                     weights.append(Quantized(tensors, *fields[1:]))
             return module(*args)
