@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import facts
+from ..graph.opaque.subclasses import class_in_few_bits
 from ..graph.effects import draws, modes, needs_gradient, switches_mode, writes
 from .rule import Declined, Match
 
@@ -62,6 +63,13 @@ def _is_indifferent(node: fx.Node, mode: Any, place: fx.Node) -> bool:
     # What has no gradient is the same with gradients switched on and off.
     same = tuple(mode[node][1:]) == tuple(mode[place][1:])
     return same and not any(map(needs_gradient, node.all_input_nodes))
+
+
+def require_plain(m: Match, inputs: tuple[fx.Node, ...]) -> None:
+    """Decline what reads tensors of a class that has its own operations: ours do not know them."""
+    for node in inputs:
+        name = class_in_few_bits(node)
+        m.require(not name, f"{node.name}, a {name}, has its own operations", node)
 
 
 def require_unshared(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:

@@ -23,7 +23,6 @@ from ..models.stored_formats import (
     LIBRARIES,
     STACKS,
     STAND_INS,
-    SUBCLASSES,
     Format,
     StoredExperts,
     adapted,
@@ -150,13 +149,62 @@ def _exact(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor
     return base + 2.0 * (x @ a.t() @ b.t()), *wide
 
 
-@_each(SUBCLASSES)
-def test_tensors_that_multiply_by_themselves_run_as_they_were(form):
-    layer = _layer(form, BF16)
-    x = torch.randn(2, 3, INTO).to(BF16).requires_grad_()
-    mine, findings, _ = run_rewritten(layer, x)
-    assert findings == []
-    assert torch.equal(mine, layer(x))
+class Packed(Tensor):
+    """Codes and a scale, as libraries make subclasses of tensors; with ``sharp``, x is rounded."""
+
+    @staticmethod
+    def __new__(cls: Any, codes: Tensor, scale: Tensor, sharp: bool) -> Packed:
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+        made.codes, made.scale, made.sharp = codes, scale, sharp
+        return made
+
+    def __tensor_flatten__(self) -> Any:
+        return ["codes", "scale"], self.sharp
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, sharp: bool, *_: Any) -> Packed:
+        return Packed(inner["codes"], inner["scale"], sharp)
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, w = args[:2]
+            x = x.mul(8).round().div(8) if w.sharp else x
+            return (x @ w.codes.to(x.dtype).t()) * w.scale.t()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Packed(args[0].codes, args[0].scale, args[0].sharp)
+        raise NotImplementedError(str(func))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("sharp", [False, True])
+def test_tensors_that_multiply_by_themselves(sharp, lora):
+    """They are opened where their product is that of ``dequantize``; else the layer is left."""
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (48, 32), dtype=torch.int8)
+    layer: Any = torch.nn.Linear(32, 48, bias=False)
+    layer.weight = torch.nn.Parameter(Packed(codes, torch.rand(48, 1), sharp), requires_grad=False)
+    layer = adapted(layer, F32) if lora else layer
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    call, findings, weights = rewritten_layer(layer)
+    mine, theirs = call(x), layer(x)
+    rules = ["quant_linear", "lora_linear"][: 1 + lora]
+    assert rewritten(findings) == ([] if sharp else sorted(rules)), findings
+    assert len(weights) == (not sharp)
+    assert not sharp or any("Packed, multiplies by itself" in f.reason for f in findings)
+    pairs = [(mine, theirs)]
+    pairs += zip(*(torch.autograd.grad(y.sum(), trained) for y in (mine, theirs)), strict=True)
+    for ours, eager in pairs:
+        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("lora", [False, True])

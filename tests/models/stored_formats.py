@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusewright.graph.opaque.quantized import inner_tensor
 from fusewright.graph.opaque.stacks import pack_stacks, packed_stack
+from fusewright.graph.opaque.subclasses import close_weights, open_weights
 from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.rewrite.findings import Finding
@@ -427,10 +429,13 @@ def _hqq(out: int, into: int, dtype: torch.dtype, axis: int = 1, bits: int = 4) 
     return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", del_orig=True)
 
 
-def _torchao(out: int, into: int, dtype: torch.dtype, make: str, **options: Any) -> nn.Module:
+def _torchao(out: int, into: int, dtype: torch.dtype, make: str, group: int = 0) -> nn.Module:
     from torchao import quantization
 
     layer = nn.Linear(into, out, dtype=dtype)
+    options: dict[str, Any] = {}
+    if group:
+        options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(group)}
     quantization.quantize_(layer, getattr(quantization, make)(**options))
     return layer.requires_grad_(False)
 
@@ -476,13 +481,15 @@ LIBRARIES = [
     Format("HQQ, 4 bits, axis 0", "hqq", functools.partial(_hqq, axis=0), lambda m: m.dequantize()),
     Format("HQQ, 8 bits", "hqq", functools.partial(_hqq, bits=8), lambda m: m.dequantize()),
     Format("HQQ, 2 bits", "hqq", functools.partial(_hqq, bits=2), lambda m: m.dequantize()),
-]  # fmt: skip
-SUBCLASSES = [
-    Format("torchao, int8", "torchao", functools.partial(_torchao, make="Int8WeightOnlyConfig"),
-           lambda m: m.weight.dequantize()),
-    Format("torchao, float8", "torchao",
-           functools.partial(_torchao, make="Float8WeightOnlyConfig"),
-           lambda m: m.weight.dequantize()),
+    *(
+        Format(name, "torchao", functools.partial(_torchao, make=make, group=group),
+               lambda m: m.weight.dequantize())
+        for name, make, group in (
+            ("INT8, rows", "Int8WeightOnlyConfig", 0),
+            ("FP8, rows", "Float8WeightOnlyConfig", 0),
+            ("INT4 in bytes, groups", "IntxWeightOnlyConfig", 32),
+        )
+    ),
 ]  # fmt: skip
 
 
@@ -498,13 +505,17 @@ def rewritten_layer(layer: nn.Module) -> tuple[Any, list[Finding], list[Quantize
     weights: list[Quantized] = []
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        opened = open_weights(module)
         findings.extend(rewrite(module))
+        close_weights(opened)
         pack_stacks(module)
         places = module.graph.find_nodes(op="placeholder")
 
         def run(*args: Any) -> Any:
             values = dict(zip(places, args, strict=True))
             for node in module.graph.nodes:
+                if node.target is inner_tensor:
+                    values[node] = getattr(values[node.args[0]], node.args[1])
                 for fields in _stored(node.args) if node.target is not packed_stack else ():
                     tensors = tuple(values[t] for t in fields[0])
                     weights.append(Quantized(tensors, *fields[1:]))

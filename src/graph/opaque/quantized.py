@@ -41,10 +41,10 @@ def product(node: fx.Node) -> Found | None:
     """The arguments of a product with a quantized weight; None for any other node."""
     if _name(node) == "bitsandbytes.gemm_4bit.default":
         return _four_bits(node)
-    return (node.target in _LINEAR and _eight_bits(node)) or _by_formula(node) or _wrapped(node)
+    return (node.target in LINEAR and _eight_bits(node)) or _by_formula(node) or _wrapped(node)
 
 
-_LINEAR = (F.linear, torch._C._nn.linear)
+LINEAR = (F.linear, torch._C._nn.linear)
 
 
 def _name(node: fx.Node) -> str:
@@ -183,7 +183,7 @@ def _formula(weight: Any, dims: int) -> _Parts | str | None:
     if weight.op not in ("call_function", "call_method"):
         return None
     nodes = _behind(weight)
-    inputs = [n for n in nodes if n.op in ("placeholder", "get_attr")]
+    inputs = [n for n in nodes if _is_input(n)]
     if not inputs or not _are_packed(inputs, t.numel()):
         return None
     unknown = next((n for n in nodes if n not in inputs and not _is_known(n)), None)
@@ -208,9 +208,28 @@ def unknown_formula(node: fx.Node) -> str:
     """What is not known in the formula of the weight that ``node`` multiplies with, or nothing."""
     if node.op not in ("call_function", "call_method") or len(node.args) < 2:
         return ""
-    is_product = node.target in _LINEAR or name_of(node) in _PRODUCTS
+    is_product = node.target in LINEAR or name_of(node) in _PRODUCTS
     weight = stored(node.args[1]) if is_product else None
     return "" if weight is None else weight.unknown
+
+
+def inner_tensor(weight: Any, name: str) -> Tensor:
+    """What a tensor subclass holds under a name."""
+    result: Tensor = getattr(weight, name)
+    return result
+
+
+def real_input(node: fx.Node) -> Tensor | None:
+    """The tensor behind an input of a formula in the call that is being captured, else None."""
+    if node.target is not inner_tensor:
+        return facts.real(node)
+    weight: Any = node.args[0]
+    whole = getattr(weight.meta.get("grapharg"), "example", None)
+    return None if whole is None else inner_tensor(whole, str(node.args[1]))
+
+
+def _is_input(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") or node.target is inner_tensor
 
 
 def _is_constant(t: Tensor) -> bool:
@@ -238,6 +257,8 @@ def _behind(weight: fx.Node) -> list[fx.Node]:
         if len(nodes) + len(stack) > 4 * _LONGEST or t is None or not _is_constant(t):
             return []
         stack.append((node, True))
+        if _is_input(node):
+            continue
         stack += [(n, False) for n in reversed(node.all_input_nodes)]
     return list(nodes) if len(nodes) <= _LONGEST else []
 
@@ -256,7 +277,7 @@ def _by_formula(node: fx.Node) -> Found | None:
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     name = name_of(node)
-    if node.target in _LINEAR:
+    if node.target in LINEAR:
         names = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
         x, weight, bias = (names.get(n) for n in ("input", "weight", "bias"))
         found = stored(weight)

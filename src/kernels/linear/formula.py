@@ -58,7 +58,7 @@ _EACH = frozenset(
      "__invert__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
      "bitwise_right_shift", "bitwise_left_shift", "multiply", "subtract", "div", "divide",
      "remainder", "abs", "where", "clamp", "clamp_min", "clamp_max", "eq", "ne", "lt", "gt", "le",
-     "ge", "ldexp", "to", "float", "half", "bfloat16", "double", "int", "long", "short", "char",
+     "ge", "ldexp", "to", "_to_copy", "float", "half", "bfloat16", "double", "int", "long", "short", "char",
      "byte", "bool", "pow", "__pow__", "__rpow__", "rpow", "exp2", "contiguous", "clone", "detach",
      "logical_and", "logical_or")
 )  # fmt: skip
