@@ -248,7 +248,7 @@ def _local(p: Tensor) -> Tensor | None:
 
 
 _MEANING = {
-    "weights": "unpacked weights, and all that their ops keep",
+    "weights": "what is fastest, unpacked weights included",
     "all": "all that their ops keep",
     "products": "matrix products",
     "input": "their input",

@@ -103,7 +103,8 @@ class Predicted:
             return None
         graph = keep(copy.deepcopy(self._graph), level, self._choice)
         usage = predict(_dry(graph, self._choice), self._examples, hint)
-        if self._choice == "eager" and level not in ("weights", "all"):  # the state of the random numbers
+        if self._choice == "eager" and level not in ("weights", "all"):
+            # the state of the random numbers
             usage = replace(usage, saved=usage.saved + torch.get_rng_state().nbytes)
         return usage
 

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from ..graph import facts
-from ..graph.opaque.subclasses import class_in_few_bits
 from ..graph.effects import draws, modes, needs_gradient, switches_mode, writes
+from ..graph.fakes import unpacks_itself
 from .rule import Declined, Match
 
 
@@ -68,8 +68,9 @@ def _is_indifferent(node: fx.Node, mode: Any, place: fx.Node) -> bool:
 def require_plain(m: Match, inputs: tuple[fx.Node, ...]) -> None:
     """Decline what reads tensors of a class that has its own operations: ours do not know them."""
     for node in inputs:
-        name = class_in_few_bits(node)
-        m.require(not name, f"{node.name}, a {name}, has its own operations", node)
+        t = facts.value(node)
+        own = f"{node.name}, a {type(t).__name__}, has its own operations"
+        m.require(not unpacks_itself(t), own, node)
 
 
 def require_unshared(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:

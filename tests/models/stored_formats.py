@@ -234,7 +234,9 @@ def _int8_rows(out: int, into: int, dtype: torch.dtype) -> nn.Module:
 class StoredExperts(nn.Module):
     """Routed experts whose stacks are computed from buffers, as transformers multiplies by them."""
 
-    def __init__(self, name: str, experts: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, experts: int, hidden: int, inner: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.dtype, self.unpack = dtype, STACKS[name][1]
         for role, shape in (("up", (2 * inner, hidden)), ("down", (hidden, inner))):
@@ -315,6 +317,18 @@ STACKS: dict[str, _Stack] = {
         _int4_stack,
     ),
 }
+STACKS |= {
+    name: (
+        lambda e, out, into, fill=fill: {
+            "codes": fill(e, out, into), "scale": _scales(e, out, 1, into=into) / 24,
+        },
+        lambda parts, dtype: parts["codes"].to(dtype) * parts["scale"].to(dtype),
+    )
+    for name, fill in (
+        ("fp8-rows", lambda *shape: torch.randn(shape).mul_(32).to(E4M3)),
+        ("int8-rows", lambda *shape: torch.randint(-127, 128, shape, dtype=torch.int8)),
+    )
+}  # fmt: skip
 """Stacks of experts: (experts, out, in) -> the stored tensors, and these -> the weights."""
 
 
@@ -550,6 +564,7 @@ def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
 
 # -- the table -------------------------------------------------------------------------------------
 OUT, INTO, ROWS, PART = 1024, 512, 32, 1 << 16
+EXPERTS, HIDDEN, INNER, ACTIVE = 8, 256, 256, 2
 
 
 def peak(run: Callable[[], Any]) -> int:
@@ -566,21 +581,38 @@ def peak(run: Callable[[], Any]) -> int:
     return highest
 
 
+def _experts_call(name: str) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """A layer of experts with adapters, what it is called with, and what of that is trained."""
+    layer = StoredExperts(name, EXPERTS, HIDDEN, INNER, torch.bfloat16)
+    x = torch.randn(ROWS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.stack([torch.randperm(EXPERTS)[:ACTIVE] for _ in range(ROWS)])
+    weights = torch.rand(ROWS, ACTIVE, requires_grad=True)
+    shapes = ((2 * INNER, 8), (8, HIDDEN), (HIDDEN, 8), (8, INNER))
+    factors = [(0.1 * torch.randn(EXPERTS, *s)).to(torch.bfloat16).requires_grad_() for s in shapes]
+    return layer, [x, index, weights, *factors], [x, weights, *factors]
+
+
 def memory(form: Format, lora: bool) -> tuple[str, float | None, int, int]:
     """How a layer was rewritten, its error, and the bytes of a step, eager's and ours."""
     torch.manual_seed(0)
     layer = form.make(OUT, INTO, torch.bfloat16)
     layer = adapted(layer, torch.bfloat16) if lora else layer
     x = torch.randn(1, ROWS, INTO, dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.randn(1, ROWS, OUT, dtype=torch.bfloat16)
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    return measured("lora_linear" if lora else "quant_linear", layer, [x], trained)
+
+
+def measured(
+    rule: str, layer: nn.Module, inputs: list[Tensor], trained: list[Tensor]
+) -> tuple[str, float | None, int, int]:
+    """How ``rule`` rewrote a layer, its error, and the bytes of a step, eager's and ours."""
     compiled, findings, _ = rewritten_layer(layer)
-    torch.autograd.grad(compiled(x), trained, upstream)
+    upstream = torch.randn_like(compiled(*inputs))
+    torch.autograd.grad(compiled(*inputs), trained, upstream)
 
     def step(call: Any) -> int:
-        return peak(lambda: torch.autograd.grad(call(x), trained, upstream))
+        return peak(lambda: torch.autograd.grad(call(*inputs), trained, upstream))
 
-    rule = "lora_linear" if lora else "quant_linear"
     found = next((f for f in findings if f.rule == rule), None)
     if found is None or found.status != "rewritten":
         return ("no: " + (found.reason if found else "not recognised")), None, step(layer), 0
@@ -594,21 +626,30 @@ def table() -> list[str]:
     quantized.PART = PART
     lines = [
         f"A layer of {OUT} x {INTO} (in bfloat16 {OUT * INTO >> 9} KiB), in parts of 256 rows or",
-        f"columns, and {ROWS} rows of input.",
+        f"columns, and {ROWS} rows of input. Experts, with LoRA on them: {EXPERTS} of"
+        f" {2 * INNER} x {HIDDEN} and",
+        f"{HIDDEN} x {INNER} (in bfloat16 {3 * EXPERTS * INNER * HIDDEN >> 9} KiB), {ACTIVE} for"
+        " each row.",
         "",
         "| format | stored by | plain | error | memory, eager and rewritten | LoRA | error "
-        "| memory, eager and rewritten |",
-        "|---|---|---|---|---|---|---|---|",
+        "| memory, eager and rewritten | experts | error | memory, eager and rewritten |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for form in (*STAND_INS, *LIBRARIES):
         cells = [form.name, form.library.replace("_", "-") or "(stand-in)"]
-        for lora in (False, True):
+        steps = [functools.partial(memory, form, lora) for lora in (False, True)]
+        if not form.library and form.name in STACKS:
+            torch.manual_seed(0)
+            experts = _experts_call(form.name)
+            steps.append(functools.partial(measured, "moe_experts", *experts))
+        for step in steps:
             if not form.is_installed():
                 cells += ["not run: not installed", "", ""]
                 continue
-            status, error, eager, ours = memory(form, lora)
+            status, error, eager, ours = step()
             cells += [status, "" if error is None else f"{error:.1e}"]
             cells.append(f"{eager >> 10} KiB, {ours >> 10} KiB" if ours else "")
+        cells += ["-", "", ""] * (len(steps) < 3)
         print(cells, flush=True)
         lines.append(f"| {' | '.join(cells)} |")
     return lines

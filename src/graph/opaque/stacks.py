@@ -72,12 +72,10 @@ def _pack(weight: fx.Node, user: fx.Node) -> None:
             sizes = (t, 0, (experts, rows)) if rows else (t, 0)
             part = graph.call_method("unflatten" if rows else "unsqueeze", sizes)
             if not rows:
-                count = [-1] * ((facts.ndim(t) or 0))
+                count = [-1] * (facts.ndim(t) or 0)
                 part = graph.call_method("expand", (part, experts, *count))
             parts.append(part)
-        packed = graph.call_function(
-            packed_stack, (parts, stack.shape, 0, stack.kind, value.dtype)
-        )
+        packed = graph.call_function(packed_stack, (parts, stack.shape, 0, stack.kind, value.dtype))
     packed.meta["example_value"] = value
     user.replace_input_with(weight, packed)
     prune(graph, [weight])

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import facts
 from ..cleanup import prune
+from ..fakes import unpacks_itself
 from .quantized import LINEAR, inner_tensor, stored
 
 Opened = list[tuple[fx.Node, fx.Node]]
@@ -28,19 +29,12 @@ _FACTOR = 4.0
 to 8 bits has more, and no gradient."""
 
 
-def class_in_few_bits(node: Any) -> str:
-    """The class of a tensor that has inner ones and its own ``dequantize``, or nothing."""
-    t = facts.tensor(node)
-    if not is_traceable_wrapper_subclass(t) or type(t).dequantize is Tensor.dequantize:
-        return ""
-    return type(t).__name__
-
-
 def multiplies_by_itself(node: fx.Node) -> str:
     """The class of the frozen weight in few bits that a linear layer calls, or nothing."""
     weight = node.args[1] if node.target in LINEAR and len(node.args) > 1 else None
     t = facts.tensor(weight)
-    return class_in_few_bits(weight) if t is not None and not t.requires_grad else ""
+    is_known = t is None or t.requires_grad or not unpacks_itself(t)
+    return "" if is_known else type(t).__name__
 
 
 def open_weights(module: fx.GraphModule) -> Opened:
@@ -85,9 +79,11 @@ def _opened(weight: fx.Node, user: fx.Node) -> fx.Node | None:
 
     def dequantized(*inner: Tensor) -> Tensor:
         whole = dict(zip(names, inner, strict=True))
-        result: Tensor = type(value).__tensor_unflatten__(
-            whole, context, value.shape, value.stride()
-        ).dequantize()
+        result: Tensor = (
+            type(value)
+            .__tensor_unflatten__(whole, context, value.shape, value.stride())
+            .dequantize()
+        )
         return result
 
     try:

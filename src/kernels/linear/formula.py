@@ -58,9 +58,9 @@ _EACH = frozenset(
      "__invert__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
      "bitwise_right_shift", "bitwise_left_shift", "multiply", "subtract", "div", "divide",
      "remainder", "abs", "where", "clamp", "clamp_min", "clamp_max", "eq", "ne", "lt", "gt", "le",
-     "ge", "ldexp", "to", "_to_copy", "float", "half", "bfloat16", "double", "int", "long", "short", "char",
-     "byte", "bool", "pow", "__pow__", "__rpow__", "rpow", "exp2", "contiguous", "clone", "detach",
-     "logical_and", "logical_or")
+     "ge", "ldexp", "to", "_to_copy", "float", "half", "bfloat16", "double", "int", "long", "short",
+     "char", "byte", "bool", "pow", "__pow__", "__rpow__", "rpow", "exp2", "contiguous", "clone",
+     "detach", "logical_and", "logical_or")
 )  # fmt: skip
 _SHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
 _MOVES = frozenset(("t", "transpose", "permute", "swapaxes", "adjoint", "movedim"))
@@ -118,10 +118,10 @@ def register_expert(graph: fx.Graph) -> tuple[str, tuple[int, ...]] | None:
     if expert.rows is None:
         return None
     kind = f"expert of {_named_by(graph)}"
-    FORMATS.setdefault(
-        kind,
-        WeightFormat(expert.reference, expert.misfits, lambda m, o, i, kind: expert.example(m, kind)),
-    )
+    if kind not in FORMATS:
+        FORMATS[kind] = WeightFormat(
+            expert.reference, lambda w: [], lambda m, out, into, kind: expert.example(m, kind)
+        )
     return kind, expert.rows
 
 
@@ -210,8 +210,9 @@ class Formula:
         values: dict[fx.Node, Any] = {}
         for node, t in zip(self.inputs, w.tensors, strict=True):
             span = spans.get(node)
-            is_cut = span is None or t is None or tuple(t.shape) != _shape(node)
-            values[node] = t if is_cut else t.narrow(span[0], *_extent(span))
+            values[node] = t
+            if span is not None and t is not None and tuple(t.shape) == _shape(node):
+                values[node] = t.narrow(span[0], *_extent(span))
         last = {n: user for user in self.nodes for n in user.all_input_nodes}
         for node in self.nodes:
             if node not in spans:
@@ -248,17 +249,10 @@ class _Expert(Formula):
         super().__init__(graph)
         self._first = self._spans(0, 0, 1)
         self.rows = self._rows_of_each()
-        sizes = zip(self.inputs, self.rows or (), strict=False)
-        self._shapes = {n: (r, *_shape(n)[1:]) if r else _shape(n) for n, r in sizes}
 
     def reference(self, w: Quantized, dtype: torch.dtype) -> Tensor:
         """One expert's matrix."""
         return self._run(w, self._first)[0].to(dtype)
-
-    def misfits(self, w: Quantized) -> list[str]:
-        """Tensors that are not as the formula of one expert has them."""
-        there = [(None if t is None else tuple(t.shape)) for t in w.tensors]
-        return [] if there == list(self._shapes.values()) else [f"an expert of {there}"]
 
     def _rows_of_each(self) -> tuple[int, ...] | None:
         if _shape(self.result)[0] < 2 or not self._is_alike(self._first):
@@ -274,9 +268,8 @@ class _Expert(Formula):
                 if span is None or first is None:
                     continue
                 size = first.stop
-                if first != Span(span.dim, 0, size) or span[1:] != (
-                    number * size, number * size + size
-                ):  # fmt: skip
+                its = Span(first.dim, number * size, (number + 1) * size)
+                if first.start or span != its:
                     return None
         spans = self._first
         if any(s is not None and s.dim for n in self.inputs if (s := spans.get(n))):

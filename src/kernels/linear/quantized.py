@@ -100,6 +100,13 @@ def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
     return stored.reference(w, dtype) if fast is None else fast
 
 
+def _unpacked_fake(
+    tensors: list[Tensor | None], shape: list[int], blocksize: int, kind: str, dtype: torch.dtype
+) -> Tensor:
+    device = next(t.device for t in tensors if t is not None)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _unpacked(
     tensors: list[Tensor | None], shape: list[int], blocksize: int, kind: str, dtype: torch.dtype
 ) -> Tensor:
@@ -109,7 +116,7 @@ def _unpacked(
     if part is None or len(cuts) == 1:
         return dequantize(w, dtype)
     # what a formula makes on its way is no larger than a part
-    result = torch.empty(*w.shape, dtype=dtype, device=next(t for t in tensors if t is not None).device)
+    result = _unpacked_fake(tensors, shape, blocksize, kind, dtype)
     for start, stop in cuts:
         result[start:stop] = part(w, dtype, 0, start, stop)
     return result
@@ -120,9 +127,7 @@ _unpacked_op = direct(
         "quant_unpacked(Tensor?[] tensors, int[] shape, int blocksize, str kind,"
         " ScalarType dtype) -> Tensor",
         _unpacked,
-        lambda tensors, shape, blocksize, kind, dtype: torch.empty(
-            shape, dtype=dtype, device=next(t for t in tensors if t is not None).device
-        ),
+        _unpacked_fake,
     )
 )
 
