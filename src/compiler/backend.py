@@ -22,6 +22,8 @@ from ..graph import facts
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
+from ..graph.opaque.stacks import pack_stacks
+from ..graph.opaque.subclasses import close_weights, open_weights
 from ..graph.run import eager
 from ..graph.segments import join_segments
 from ..kernels.cost import saved_by_hook
@@ -231,8 +233,11 @@ def recognise_and_fuse(work: Compilation) -> None:
     choices = work.session.choices
     work.losses = copy_if_loss(work.graph)
     verify = None if choices.options.verify == "off" or choices.fake else choices.verifier
+    opened = open_weights(work.graph)
     with quiet_randomness():
         work.findings = apply(work.graph, choices.rules, TABLE, verify, choices.fuel)
+    close_weights(opened)
+    pack_stacks(work.graph)
 
 
 def defer(work: Compilation) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..graph.effects import Effects
-from .levels import HOSTED, allowed, keep, why_not
+from .levels import HOSTED, allowed, has_formulas, keep, why_not
 from .planner import Planner
 from .predict import Predicted, setting
 
@@ -32,6 +32,7 @@ def planned(
     if reason is not None:
         planner.note(f"a block runs once, and keeps what it did: {reason}")
         return graph
+    planner.unpacks = planner.unpacks or has_formulas(graph)
     level = planner.level(block)
     if planner.budget.mode in ("auto", "bytes") and _is_whole(planner, block):
         planner.blocks.add(block)  # one of a copy of the model is new
@@ -39,7 +40,7 @@ def planned(
         level = planner.plan(block, predicted, setting(planner, examples, choice, checkpointed))
     level = level or "all"
     can = allowed(choice, host=True)
-    result = keep(graph, level if level in can else can[0])
+    result = keep(graph, level if level in can else can[1], choice)
     result.meta[_LEAVES] = level in HOSTED
     return result
 

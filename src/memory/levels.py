@@ -1,4 +1,4 @@
-"""What a block keeps for backward: all that its ops keep, matrix products, its input, or nothing.
+"""What a block keeps for backward: from unpacked weights down to its input, or nothing.
 
 A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training
 deep nets with sublinear memory cost", 2016), which computes again in backward what it did not keep.
@@ -16,12 +16,17 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from ..graph import facts
 from ..graph.effects import CHECKPOINT, Effects
+from ..kernels.linear.linear import quant_linear
+from ..kernels.linear.projections import Linear
+from ..kernels.linear.quantized import FORMATS, Quantized, is_record, unpacked
 from ..kernels.mlp.mlp_block import mlp_block
 
-Level = Literal["all", "products", "input", "tiles", "offload", "offload_tiles"]
+Level = Literal["weights", "all", "products", "input", "tiles", "offload", "offload_tiles"]
 """From the fastest to the leanest: what is kept of a block between forward and backward.
 
-The last two are ``input`` and ``tiles`` with the input in the memory of the host.
+``weights`` is the next level with the weights by formula unpacked once, and kept, as eager mode
+keeps them; a block without any has no such level. The last two are ``input`` and ``tiles`` with the
+input in the memory of the host.
 """
 
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -39,15 +44,19 @@ def allowed(choice: str, host: bool = False) -> tuple[Level, ...]:
     backward nor see every write in place.
     """
     first: Level = "products" if choice == "inductor" else "all"
-    return (first, "input", "tiles", *(HOSTED if host else ()))
+    return ("weights", first, "input", "tiles", *(HOSTED if host else ()))
 
 
-def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
+def keep(module: fx.GraphModule, level: Level, choice: str = "eager") -> fx.GraphModule:
     """The graph that keeps for backward what ``level`` says; ``module`` itself for ``"all"``.
 
     ``module``, a block's graph, becomes the body of the new one. A checkpoint that the model has
     around the whole block, as ``gradient_checkpointing_enable`` puts it there, is replaced.
+    ``choice`` is what will run the graph: see ``allowed``.
     """
+    if level == "weights":
+        _unpack_once(module)
+        level = allowed(choice)[1]
     if level == "all":
         return module
     level = HOSTED.get(level, level)
@@ -82,6 +91,49 @@ def _in_tiles(module: fx.GraphModule) -> None:
             if node.target is mlp_block:
                 node.kwargs = {**node.kwargs, "keep": "input"}
         inner.recompile()
+
+
+def has_formulas(module: fx.GraphModule) -> bool:
+    """Whether a graph, or one nested in it, has products with weights by formula."""
+    return any(_by_formula(n) for inner in facts.nested(module) for n in inner.graph.nodes)
+
+
+def _by_formula(node: fx.Node) -> list[Quantized]:
+    # The weights of an op, all of which are such that eager mode would keep their unpacked values.
+    weights: list[Quantized] = []
+    pending: list[Any] = [*node.args, *node.kwargs.values()]
+    while pending:
+        value = pending.pop()
+        if is_record(value):
+            weights.append(Quantized(*value))
+        elif isinstance(value, (tuple, list)):
+            pending += value
+    return weights if all(FORMATS[w.kind].is_formula for w in weights) else []
+
+
+def _unpack_once(module: fx.GraphModule) -> None:
+    """Let weights by formula be unpacked before their products, which take them as plain ones."""
+    for inner in facts.nested(module):
+        for node in list(inner.graph.nodes):
+            if not _by_formula(node):
+                continue
+            # in the dtype of the products: the op's, or that of the linear's record
+            of_op = node.args[3] if node.target is quant_linear and len(node.args) > 3 else None
+            with inner.graph.inserting_before(node):
+                node.args = _plain(node.args, node.args[0], of_op)
+        inner.recompile()
+
+
+def _plain(value: Any, x: Any, compute: Any) -> Any:
+    if is_record(value):
+        return x.graph.call_function(unpacked, (*value, x, compute))
+    if isinstance(value, Linear):
+        compute = value.compute
+    if isinstance(value, (tuple, list)):
+        parts = [_plain(part, x, compute) for part in value]
+        is_named = hasattr(value, "_fields")
+        return type(value)(*parts) if is_named else type(value)(parts)
+    return value
 
 
 _PRODUCTS = {

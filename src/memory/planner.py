@@ -45,6 +45,7 @@ class Planner:
     predicted: int | None = None  # the peak that the plan was made for, in bytes
     measured: int | None = None  # the peak of the first step, in bytes; None if it is not known
     host: int = 0  # the bytes of the host's memory that the plan takes
+    unpacks: bool = False  # a block has weights by formula: the level "weights" is one of its own
     # runs the blocks whose input the plan keeps there
     offload: Offload = field(default_factory=Offload)
     first: Level | None = None  # the level of the block that the plan was made at
@@ -65,8 +66,10 @@ class Planner:
     def level(self, module: nn.Module) -> Level | None:
         """What ``module`` keeps; None while nothing is planned."""
         # a part of a block that could not be captured keeps what most blocks do
-        if self.budget.mode in ("speed", "min"):
-            return self.allowed[0] if self.budget.mode == "speed" else "input"
+        if self.budget.mode == "min":
+            return "input"
+        if self.budget.mode == "speed":
+            return next(v for v in self.allowed if v != "weights" or self.unpacks)
         planned = self.levels.get(module)
         if planned is not None or not self.levels:
             return planned
@@ -245,6 +248,7 @@ def _local(p: Tensor) -> Tensor | None:
 
 
 _MEANING = {
+    "weights": "what is fastest, unpacked weights included",
     "all": "all that their ops keep",
     "products": "matrix products",
     "input": "their input",

@@ -16,7 +16,7 @@ from ..graph import run
 from ..graph.fakes import fake, hint
 from ..kernels.loss.head_tiles import most_logits
 from .choice import PlanInputs
-from .levels import HOSTED, Level, keep
+from .levels import HOSTED, Level, has_formulas, keep
 from .offload import LEAST, carried
 from .planner import Planner
 from .usage import Usage, predict
@@ -98,10 +98,13 @@ class Predicted:
             host=sum(1 << (s - 1).bit_length() for s in sizes),  # as PyTorch pins memory
         )
 
-    def _predict(self, level: Level) -> Usage:
-        graph = keep(copy.deepcopy(self._graph), level)
+    def _predict(self, level: Level) -> Usage | None:
+        if level == "weights" and not has_formulas(self._graph):
+            return None
+        graph = keep(copy.deepcopy(self._graph), level, self._choice)
         usage = predict(_dry(graph, self._choice), self._examples, hint)
-        if self._choice == "eager" and level != "all":  # the state of the random numbers
+        if self._choice == "eager" and level not in ("weights", "all"):
+            # the state of the random numbers
             usage = replace(usage, saved=usage.saved + torch.get_rng_state().nbytes)
         return usage
 
@@ -139,8 +142,8 @@ def setting(
         capacity = planner.meter.capacity()
         limit = None if capacity is None else int(_SPARE * capacity)
     levels = planner.allowed
-    if checkpointed and levels[0] == "all":
-        levels = levels[1:]
+    if checkpointed:
+        levels = tuple(v for v in levels if v not in ("weights", "all"))
     host = int(_HOST * planner.meter.host())
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
     slack = _SLACK if on_cpu else 0.0

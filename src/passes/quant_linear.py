@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import is_cast_of
 from ..graph.opaque.autograd_functions import is_wrapped
-from ..graph.opaque.quantized import PARAMS, unknown_formula
+from ..graph.opaque.quantized import PARAMS, real_input, unknown_formula
+from ..graph.opaque.subclasses import multiplies_by_itself
 from ..kernels.linear.quantized import VALUES, FourBits, Quantized
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
@@ -81,6 +82,9 @@ class QuantLinear(Rule):
             if names and not is_read:
                 yield node, f"a layer that calls {' and '.join(names)}{_remark(names)}"
             for call in calls:
+                by_itself = multiplies_by_itself(call)
+                if by_itself:
+                    yield node, f"its weight, a {by_itself}, multiplies by itself"
                 operation = unknown_formula(call)
                 if operation:
                     yield node, f"its weight is computed from packed tensors by {operation}"
@@ -135,7 +139,7 @@ def _sample_of_formula(
     node: fx.Node, dtype: torch.dtype, generator: torch.Generator, shape: tuple[int, ...]
 ) -> Tensor:
     # What it holds: indices and shifts are no random numbers. In a nested graph that is not known.
-    there = facts.real(node)
+    there = real_input(node)
     if there is not None and there.shape == shape:
         return there.detach().clone()
     if dtype.is_floating_point:

@@ -9,6 +9,7 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.effects import draws, modes, needs_gradient, switches_mode, writes
+from ..graph.fakes import unpacks_itself
 from .rule import Declined, Match
 
 
@@ -62,6 +63,14 @@ def _is_indifferent(node: fx.Node, mode: Any, place: fx.Node) -> bool:
     # What has no gradient is the same with gradients switched on and off.
     same = tuple(mode[node][1:]) == tuple(mode[place][1:])
     return same and not any(map(needs_gradient, node.all_input_nodes))
+
+
+def require_plain(m: Match, inputs: tuple[fx.Node, ...]) -> None:
+    """Decline what reads tensors of a class that has its own operations: ours do not know them."""
+    for node in inputs:
+        t = facts.value(node)
+        own = f"{node.name}, a {type(t).__name__}, has its own operations"
+        m.require(not unpacks_itself(t), own, node)
 
 
 def require_unshared(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:

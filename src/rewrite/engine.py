@@ -21,7 +21,7 @@ from ..graph.effects import draws, switches_mode, writes
 from ..graph.fakes import fake, hint
 from ..kernels.op import Op
 from ..report import Figures
-from .conditions import require_one_mode, require_pure, require_unshared
+from .conditions import require_one_mode, require_plain, require_pure, require_unshared
 from .findings import Finding, missed, outside
 from .matcher import Trace
 from .rule import Declined, Emit, Left, Match, NoMatch, Rule
@@ -191,6 +191,7 @@ def _candidate(
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
     require_pure(graph, m, interior, inputs, order)
+    require_plain(m, inputs)
     require_unshared(m, inputs, m.outputs)
     uses = [u for n in outputs for u in n.users if u not in inside]
     first_use = min(uses, key=order.__getitem__, default=None)

@@ -17,7 +17,7 @@ from ..graph.opaque.autograd_functions import applied, is_captured, is_wrapped
 from ..graph.opaque.functions import is_leaf
 from ..graph.opaque.quantized import product
 from ..kernels.linear.linear import quant_linear_reference
-from ..kernels.linear.quantized import VALUES, Quantized
+from ..kernels.linear.quantized import VALUES, Quantized, is_record
 
 
 class Wide(TorchFunctionMode):
@@ -114,14 +114,12 @@ def packed(interior: Sequence[fx.Node]) -> set[Any]:
 def _quantized(argument: Any) -> Iterator[Quantized]:
     if not isinstance(argument, (tuple, list)):
         return
-    kind = argument[_KIND] if len(argument) == len(Quantized._fields) else None
-    if isinstance(kind, str) and isinstance(argument[0], tuple):
+    if is_record(argument):
         yield Quantized(*argument)
     for inner in argument:
         yield from _quantized(inner)
 
 
-_KIND = Quantized._fields.index("kind")
 _STORED = "quantized_linear"
 
 

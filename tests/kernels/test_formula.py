@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fusewright.graph.opaque.quantized import stored_stack
 from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.linear import QUANT_LINEAR
 from fusewright.kernels.linear.quantized import FORMATS as KINDS
+from fusewright.kernels.moe.moe_experts import reference as moe_experts
+from fusewright.kernels.moe.packed_experts import PackedExperts
 from fusewright.rewrite.tolerance import exceeded
 
 from ..capturing import capture, rewrite, rewritten
 from ..models.stored_formats import (
     LIBRARIES,
+    STACKS,
     STAND_INS,
-    SUBCLASSES,
     Format,
+    StoredExperts,
     adapted,
     peak,
     rewritten_layer,
     run_rewritten,
 )
+from ..passes.test_moe_experts import _silu_gate
 from .util import saved_tensors
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -143,13 +149,129 @@ def _exact(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor
     return base + 2.0 * (x @ a.t() @ b.t()), *wide
 
 
-@_each(SUBCLASSES)
-def test_tensors_that_multiply_by_themselves_run_as_they_were(form):
-    layer = _layer(form, BF16)
-    x = torch.randn(2, 3, INTO).to(BF16).requires_grad_()
-    mine, findings, _ = run_rewritten(layer, x)
-    assert findings == []
-    assert torch.equal(mine, layer(x))
+class Packed(Tensor):
+    """Codes and a scale, as libraries make subclasses of tensors; with ``sharp``, x is rounded."""
+
+    @staticmethod
+    def __new__(cls: Any, codes: Tensor, scale: Tensor, sharp: bool) -> Packed:
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+        made.codes, made.scale, made.sharp = codes, scale, sharp
+        return made
+
+    def __tensor_flatten__(self) -> Any:
+        return ["codes", "scale"], self.sharp
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, sharp: bool, *_: Any) -> Packed:
+        return Packed(inner["codes"], inner["scale"], sharp)
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, w = args[:2]
+            x = x.mul(8).round().div(8) if w.sharp else x
+            return (x @ w.codes.to(x.dtype).t()) * w.scale.t()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Packed(args[0].codes, args[0].scale, args[0].sharp)
+        raise NotImplementedError(str(func))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("sharp", [False, True])
+def test_tensors_that_multiply_by_themselves(sharp, lora):
+    """They are opened where their product is that of ``dequantize``; else the layer is left."""
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (48, 32), dtype=torch.int8)
+    layer: Any = torch.nn.Linear(32, 48, bias=False)
+    layer.weight = torch.nn.Parameter(Packed(codes, torch.rand(48, 1), sharp), requires_grad=False)
+    layer = adapted(layer, F32) if lora else layer
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    call, findings, weights = rewritten_layer(layer)
+    mine, theirs = call(x), layer(x)
+    rules = ["quant_linear", "lora_linear"][: 1 + lora]
+    assert rewritten(findings) == ([] if sharp else sorted(rules)), findings
+    assert len(weights) == (not sharp)
+    assert not sharp or any("Packed, multiplies by itself" in f.reason for f in findings)
+    pairs = [(mine, theirs)]
+    pairs += zip(*(torch.autograd.grad(y.sum(), trained) for y in (mine, theirs)), strict=True)
+    for ours, eager in pairs:
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", STACKS)
+def test_experts_are_unpacked_one_at_a_time(name, lora, monkeypatch):
+    """Values and gradients are as exact as eager's; experts without tokens are never unpacked."""
+    torch.manual_seed(0)
+    experts, hidden, inner, tokens = 6, 64, 32, 24
+    layer = StoredExperts(name, experts, hidden, inner, BF16)
+    index = torch.stack([torch.randperm(experts - 2)[:2] for _ in range(tokens)])
+    x = torch.randn(tokens, hidden).to(BF16).requires_grad_()
+    weights = torch.rand(tokens, 2).requires_grad_()
+    shapes = ((2 * inner, 3), (3, hidden), (hidden, 3), (3, inner)) if lora else ()
+    factors = [(torch.randn(experts, *s) * 0.1).to(BF16).requires_grad_() for s in shapes]
+    inputs = [x, weights, *factors]
+    call, findings, _ = rewritten_layer(layer)
+    mine = call(x, index, weights, *factors)
+    assert "moe_experts" in rewritten(findings), findings
+    seen: list[int] = []
+    one = PackedExperts.expert
+    monkeypatch.setattr(PackedExperts, "unpacked", lambda self: pytest.fail("unpacked whole"))
+    monkeypatch.setattr(PackedExperts, "expert", lambda self, e: seen.append(e) or one(self, e))
+    with saved_tensors() as kept:
+        mine = call(x, index, weights, *factors)
+    upstream = torch.randn(tokens, hidden).to(BF16)
+    ours = torch.autograd.grad(mine, inputs, upstream)
+    assert sorted(set(seen)) == list(range(experts - 2))
+    plain = [t.numel() for t in kept if t.itemsize > 1 and type(t) is Tensor]
+    assert max(plain) < experts * hidden * inner
+    theirs = layer(x, index, weights, *factors)
+    eager = torch.autograd.grad(theirs, inputs, upstream)
+    layer.unpack = functools.partial(_in_fp64, layer.unpack)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = moe_experts(wide[0], index, wide[1], *_exact_stacks(layer, wide[2:]), _silu_gate)
+    truth = torch.autograd.grad(exact, wide, upstream.double())
+    assert exceeded(mine, theirs, exact) is None
+    for triple in zip(ours, eager, truth, strict=True):
+        assert exceeded(*triple) is None
+
+
+def _in_fp64(unpack: Any, parts: Any, dtype: torch.dtype) -> Tensor:
+    return unpack(parts, dtype).double()
+
+
+def _exact_stacks(layer: Any, factors: list[Tensor]) -> list[Tensor]:
+    stacks = [layer.stack(role) for role in ("up", "down")]
+    if factors:
+        a, b, c, d = factors
+        stacks = [stacks[0] + 2.0 * a @ b, stacks[1] + 2.0 * c @ d]
+    return [w.mT for w in stacks]
+
+
+def test_a_stack_whose_experts_are_not_computed_alike_is_left():
+    """A scale by the expert's number, and experts that are turned round."""
+    codes = torch.randint(-8, 8, (4, 6, 10), dtype=torch.int8)
+    for formula in (
+        lambda c: c.float() * torch.arange(4.0).view(4, 1, 1),
+        lambda c: c.float()[torch.tensor([3, 2, 1, 0])],
+        lambda c: c.flip(0).float(),
+    ):
+        module = capture(lambda c, x: torch.bmm(x, formula(c)), codes, torch.randn(4, 2, 6))  # noqa: B023
+        (product,) = (n for n in module.graph.nodes if n.target is torch.bmm)
+        assert stored_stack(product.args[1]) is None
+    module = capture(lambda c, x: torch.bmm(x, c.float() * 0.5), codes, torch.randn(4, 2, 6))
+    (product,) = (n for n in module.graph.nodes if n.target is torch.bmm)
+    stack = stored_stack(product.args[1])
+    assert (stack.rows, stack.shape) == ((1,), (6, 10))
 
 
 def test_what_is_not_known_is_said():

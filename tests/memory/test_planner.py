@@ -20,7 +20,7 @@ from fusewright.memory.predict import Predicted
 from fusewright.memory.usage import Usage
 
 MB = 10**6
-LEVELS = tuple(v for v in EVERY_LEVEL if v not in HOSTED)
+LEVELS = tuple(v for v in EVERY_LEVEL if v not in HOSTED and v != "weights")
 """Those of a device that is its own host."""
 
 

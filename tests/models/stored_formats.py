@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusewright.graph.opaque.quantized import inner_tensor
+from fusewright.graph.opaque.stacks import pack_stacks, packed_stack
+from fusewright.graph.opaque.subclasses import close_weights, open_weights
 from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.rewrite.findings import Finding
@@ -228,6 +231,107 @@ def _int8_rows(out: int, into: int, dtype: torch.dtype) -> nn.Module:
     return StoredLinear(tensors, lambda m: m.codes.to(dtype) * m.scale.view(-1, 1), (out, into))
 
 
+class StoredExperts(nn.Module):
+    """Routed experts whose stacks are computed from buffers, as transformers multiplies by them."""
+
+    def __init__(
+        self, name: str, experts: int, hidden: int, inner: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.dtype, self.unpack = dtype, STACKS[name][1]
+        for role, shape in (("up", (2 * inner, hidden)), ("down", (hidden, inner))):
+            for part, t in STACKS[name][0](experts, *shape).items():
+                self.register_buffer(f"{role}_{part}", t)
+
+    def stack(self, role: str) -> Tensor:
+        """The stack (experts, out, in), unpacked."""
+        length = len(role) + 1
+        parts = {n[length:]: t for n, t in self.named_buffers() if n.startswith(role)}
+        return self.unpack(parts, self.dtype)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
+        from fusewright.graph.opaque.stacks import updated_stack
+
+        from ..passes.test_moe_experts import experts
+
+        up, down = self.stack("up"), self.stack("down")
+        if factors:
+            up = updated_stack(up, [factors[0]], [factors[1]], [2.0])
+            down = updated_stack(down, [factors[2]], [factors[3]], [2.0])
+        result: Tensor = experts(x, index, weights, up, down)
+        return result
+
+
+def _fp4_stack(parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    # as transformers unpacks gpt-oss's
+    values = torch.tensor(_FP4, dtype=dtype, device=parts["blocks"].device)
+    blocks, exponents = parts["blocks"], parts["scales"].to(torch.int32) - 127
+    experts, out, groups, size = blocks.shape
+    blocks = blocks.reshape(experts * out * groups, size)
+    codes = torch.empty(experts * out * groups, 2 * size, dtype=dtype, device=blocks.device)
+    codes[:, 0::2] = values[(blocks & 15).to(torch.int)]
+    codes[:, 1::2] = values[(blocks >> 4).to(torch.int)]
+    codes = torch.ldexp(codes, exponents.reshape(-1, 1))
+    return codes.reshape(experts, out, groups * 2 * size)
+
+
+def _fp8_stack(parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    block = parts["codes"].shape[1] // parts["scale"].shape[1]
+    scale = parts["scale"].repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return (parts["codes"].to(torch.float32) * scale).to(dtype)
+
+
+def _int4_stack(parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    # the table of shifts is every expert's
+    codes = (parts["packed"].unsqueeze(-1) >> parts["shifts"]) & 15
+    groups = (codes.flatten(-2) - 8).to(torch.int8).unflatten(-1, (-1, 32))
+    return (groups.to(dtype) * parts["scale"].to(dtype).unsqueeze(-1)).flatten(-2, -1)
+
+
+_FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+_Stack = tuple[
+    Callable[[int, int, int], dict[str, Tensor]],
+    Callable[[dict[str, Tensor], torch.dtype], Tensor],
+]
+STACKS: dict[str, _Stack] = {
+    "mxfp4": (
+        lambda e, out, into: {
+            "blocks": _bytes(e, out, into // 32, 16),
+            "scales": torch.randint(120, 124, (e, out, into // 32), dtype=torch.uint8),
+        },
+        _fp4_stack,
+    ),
+    "fp8-blocks": (
+        lambda e, out, into: {
+            "codes": torch.randn(e, out, into).mul_(32).to(E4M3),
+            "scale": _scales(e, out // 16, into // 16, into=into) / 32,
+        },
+        _fp8_stack,
+    ),
+    "int4-groups": (
+        lambda e, out, into: {
+            "packed": _words(e, out, into // 8),
+            "scale": _scales(e, out, into // 32, into=into),
+            "shifts": torch.arange(0, 32, 4, dtype=torch.int32),
+        },
+        _int4_stack,
+    ),
+}
+STACKS |= {
+    name: (
+        lambda e, out, into, fill=fill: {
+            "codes": fill(e, out, into), "scale": _scales(e, out, 1, into=into) / 24,
+        },
+        lambda parts, dtype: parts["codes"].to(dtype) * parts["scale"].to(dtype),
+    )
+    for name, fill in (
+        ("fp8-rows", lambda *shape: torch.randn(shape).mul_(32).to(E4M3)),
+        ("int8-rows", lambda *shape: torch.randint(-127, 128, shape, dtype=torch.int8)),
+    )
+}  # fmt: skip
+"""Stacks of experts: (experts, out, in) -> the stored tensors, and these -> the weights."""
+
+
 def _own(layer: Any) -> Tensor:
     weight: Tensor = layer.dequantized()
     return weight.t() if isinstance(layer, Transposed) else weight
@@ -339,10 +443,13 @@ def _hqq(out: int, into: int, dtype: torch.dtype, axis: int = 1, bits: int = 4) 
     return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", del_orig=True)
 
 
-def _torchao(out: int, into: int, dtype: torch.dtype, make: str, **options: Any) -> nn.Module:
+def _torchao(out: int, into: int, dtype: torch.dtype, make: str, group: int = 0) -> nn.Module:
     from torchao import quantization
 
     layer = nn.Linear(into, out, dtype=dtype)
+    options: dict[str, Any] = {}
+    if group:
+        options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(group)}
     quantization.quantize_(layer, getattr(quantization, make)(**options))
     return layer.requires_grad_(False)
 
@@ -388,13 +495,15 @@ LIBRARIES = [
     Format("HQQ, 4 bits, axis 0", "hqq", functools.partial(_hqq, axis=0), lambda m: m.dequantize()),
     Format("HQQ, 8 bits", "hqq", functools.partial(_hqq, bits=8), lambda m: m.dequantize()),
     Format("HQQ, 2 bits", "hqq", functools.partial(_hqq, bits=2), lambda m: m.dequantize()),
-]  # fmt: skip
-SUBCLASSES = [
-    Format("torchao, int8", "torchao", functools.partial(_torchao, make="Int8WeightOnlyConfig"),
-           lambda m: m.weight.dequantize()),
-    Format("torchao, float8", "torchao",
-           functools.partial(_torchao, make="Float8WeightOnlyConfig"),
-           lambda m: m.weight.dequantize()),
+    *(
+        Format(name, "torchao", functools.partial(_torchao, make=make, group=group),
+               lambda m: m.weight.dequantize())
+        for name, make, group in (
+            ("INT8, rows", "Int8WeightOnlyConfig", 0),
+            ("FP8, rows", "Float8WeightOnlyConfig", 0),
+            ("INT4 in bytes, groups", "IntxWeightOnlyConfig", 32),
+        )
+    ),
 ]  # fmt: skip
 
 
@@ -410,13 +519,18 @@ def rewritten_layer(layer: nn.Module) -> tuple[Any, list[Finding], list[Quantize
     weights: list[Quantized] = []
 
     def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        opened = open_weights(module)
         findings.extend(rewrite(module))
+        close_weights(opened)
+        pack_stacks(module)
         places = module.graph.find_nodes(op="placeholder")
 
         def run(*args: Any) -> Any:
             values = dict(zip(places, args, strict=True))
             for node in module.graph.nodes:
-                for fields in _stored(node.args):
+                if node.target is inner_tensor:
+                    values[node] = getattr(values[node.args[0]], node.args[1])
+                for fields in _stored(node.args) if node.target is not packed_stack else ():
                     tensors = tuple(values[t] for t in fields[0])
                     weights.append(Quantized(tensors, *fields[1:]))
             return module(*args)
@@ -450,6 +564,7 @@ def adapted(layer: nn.Module, dtype: torch.dtype, rank: int = 8) -> Any:
 
 # -- the table -------------------------------------------------------------------------------------
 OUT, INTO, ROWS, PART = 1024, 512, 32, 1 << 16
+EXPERTS, HIDDEN, INNER, ACTIVE = 8, 256, 256, 2
 
 
 def peak(run: Callable[[], Any]) -> int:
@@ -466,21 +581,38 @@ def peak(run: Callable[[], Any]) -> int:
     return highest
 
 
+def _experts_call(name: str) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """A layer of experts with adapters, what it is called with, and what of that is trained."""
+    layer = StoredExperts(name, EXPERTS, HIDDEN, INNER, torch.bfloat16)
+    x = torch.randn(ROWS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.stack([torch.randperm(EXPERTS)[:ACTIVE] for _ in range(ROWS)])
+    weights = torch.rand(ROWS, ACTIVE, requires_grad=True)
+    shapes = ((2 * INNER, 8), (8, HIDDEN), (HIDDEN, 8), (8, INNER))
+    factors = [(0.1 * torch.randn(EXPERTS, *s)).to(torch.bfloat16).requires_grad_() for s in shapes]
+    return layer, [x, index, weights, *factors], [x, weights, *factors]
+
+
 def memory(form: Format, lora: bool) -> tuple[str, float | None, int, int]:
     """How a layer was rewritten, its error, and the bytes of a step, eager's and ours."""
     torch.manual_seed(0)
     layer = form.make(OUT, INTO, torch.bfloat16)
     layer = adapted(layer, torch.bfloat16) if lora else layer
     x = torch.randn(1, ROWS, INTO, dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.randn(1, ROWS, OUT, dtype=torch.bfloat16)
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    return measured("lora_linear" if lora else "quant_linear", layer, [x], trained)
+
+
+def measured(
+    rule: str, layer: nn.Module, inputs: list[Tensor], trained: list[Tensor]
+) -> tuple[str, float | None, int, int]:
+    """How ``rule`` rewrote a layer, its error, and the bytes of a step, eager's and ours."""
     compiled, findings, _ = rewritten_layer(layer)
-    torch.autograd.grad(compiled(x), trained, upstream)
+    upstream = torch.randn_like(compiled(*inputs))
+    torch.autograd.grad(compiled(*inputs), trained, upstream)
 
     def step(call: Any) -> int:
-        return peak(lambda: torch.autograd.grad(call(x), trained, upstream))
+        return peak(lambda: torch.autograd.grad(call(*inputs), trained, upstream))
 
-    rule = "lora_linear" if lora else "quant_linear"
     found = next((f for f in findings if f.rule == rule), None)
     if found is None or found.status != "rewritten":
         return ("no: " + (found.reason if found else "not recognised")), None, step(layer), 0
@@ -494,21 +626,30 @@ def table() -> list[str]:
     quantized.PART = PART
     lines = [
         f"A layer of {OUT} x {INTO} (in bfloat16 {OUT * INTO >> 9} KiB), in parts of 256 rows or",
-        f"columns, and {ROWS} rows of input.",
+        f"columns, and {ROWS} rows of input. Experts, with LoRA on them: {EXPERTS} of"
+        f" {2 * INNER} x {HIDDEN} and",
+        f"{HIDDEN} x {INNER} (in bfloat16 {3 * EXPERTS * INNER * HIDDEN >> 9} KiB), {ACTIVE} for"
+        " each row.",
         "",
         "| format | stored by | plain | error | memory, eager and rewritten | LoRA | error "
-        "| memory, eager and rewritten |",
-        "|---|---|---|---|---|---|---|---|",
+        "| memory, eager and rewritten | experts | error | memory, eager and rewritten |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for form in (*STAND_INS, *LIBRARIES):
         cells = [form.name, form.library.replace("_", "-") or "(stand-in)"]
-        for lora in (False, True):
+        steps = [functools.partial(memory, form, lora) for lora in (False, True)]
+        if not form.library and form.name in STACKS:
+            torch.manual_seed(0)
+            experts = _experts_call(form.name)
+            steps.append(functools.partial(measured, "moe_experts", *experts))
+        for step in steps:
             if not form.is_installed():
                 cells += ["not run: not installed", "", ""]
                 continue
-            status, error, eager, ours = memory(form, lora)
+            status, error, eager, ours = step()
             cells += [status, "" if error is None else f"{error:.1e}"]
             cells.append(f"{eager >> 10} KiB, {ours >> 10} KiB" if ours else "")
+        cells += ["-", "", ""] * (len(steps) < 3)
         print(cells, flush=True)
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ...kernels.linear.formula import KNOWN, described, fresh, is_new, name_of, register
+from ...kernels.linear.formula import (
+    KNOWN,
+    described,
+    fresh,
+    is_new,
+    name_of,
+    register,
+    register_expert,
+)
 from .. import facts
 from .autograd_functions import forward
 
@@ -33,10 +41,10 @@ def product(node: fx.Node) -> Found | None:
     """The arguments of a product with a quantized weight; None for any other node."""
     if _name(node) == "bitsandbytes.gemm_4bit.default":
         return _four_bits(node)
-    return (node.target in _LINEAR and _eight_bits(node)) or _by_formula(node) or _wrapped(node)
+    return (node.target in LINEAR and _eight_bits(node)) or _by_formula(node) or _wrapped(node)
 
 
-_LINEAR = (F.linear, torch._C._nn.linear)
+LINEAR = (F.linear, torch._C._nn.linear)
 
 
 def _name(node: fx.Node) -> str:
@@ -126,20 +134,61 @@ class Stored(NamedTuple):
     unknown: str = ""
 
 
+class StoredStack(NamedTuple):
+    """A stack of matrices (E, out, in) by formula."""
+
+    tensors: tuple[fx.Node, ...]  # inputs of the graph
+    nodes: tuple[fx.Node, ...]  # of the formula
+    rows: tuple[int, ...]  # of each tensor, one expert's; 0: all of it is every expert's
+    shape: tuple[int, int]  # (out, in)
+    kind: str  # of one matrix
+
+
 def stored(weight: Any, transposed: bool = False) -> Stored | None:
     """The formula of a matrix (out, in), with ``transposed`` (in, out); None for any other."""
     t = facts.tensor(weight)
-    if t is None or t.dim() != 2 or not t.is_floating_point() or not _is_constant(t):
+    formula = _formula(weight, 2)
+    if t is None or formula is None or isinstance(formula, str):
+        return None if formula is None else Stored(unknown=str(formula))
+    inputs, nodes, graph, result = formula
+    shape = (t.shape[0], t.shape[1])
+    if transposed:
+        shape = t.shape[1], t.shape[0]
+        result = described(graph.call_method("t", (result,)), shape, t.dtype)
+    graph.output(result)
+    return Stored(inputs, nodes, shape, register(graph))
+
+
+def stored_stack(weight: Any) -> StoredStack | None:
+    """The formula of a stack of matrices, each of which is computed by itself; else None."""
+    formula = _formula(weight, 3)
+    if formula is None or isinstance(formula, str):
+        return None
+    inputs, nodes, graph, result = formula
+    graph.output(result)
+    expert = register_expert(graph)
+    _, out, into = result.meta["formula"][0]
+    return None if expert is None else StoredStack(inputs, nodes, expert[1], (out, into), expert[0])
+
+
+_Parts = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], fx.Graph, fx.Node]
+"""The inputs of a formula, its nodes, a graph of copies of them without output, the result."""
+
+
+def _formula(weight: Any, dims: int) -> _Parts | str | None:
+    # a string: the name of the operation that is not known
+    t = facts.tensor(weight)
+    if t is None or t.dim() != dims or not t.is_floating_point() or not _is_constant(t):
         return None
     if weight.op not in ("call_function", "call_method"):
         return None
     nodes = _behind(weight)
-    inputs = [n for n in nodes if n.op in ("placeholder", "get_attr")]
+    inputs = [n for n in nodes if _is_input(n)]
     if not inputs or not _are_packed(inputs, t.numel()):
         return None
     unknown = next((n for n in nodes if n not in inputs and not _is_known(n)), None)
     if unknown is not None:
-        return Stored(unknown=name_of(unknown))
+        return name_of(unknown)
     graph, env = fx.Graph(), {}
     for i, node in enumerate(nodes):
         value: Any = facts.tensor(node)
@@ -152,22 +201,35 @@ def stored(weight: Any, transposed: bool = False) -> Stored | None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             env[node] = graph.create_node(node.op, node.target, args, kwargs, f"v{i}")
         described(env[node], value.shape, value.dtype)
-    result, shape = env[weight], (t.shape[0], t.shape[1])
-    if transposed:
-        shape = t.shape[1], t.shape[0]
-        result = described(graph.call_method("t", (result,)), shape, t.dtype)
-    graph.output(result)
-    formula = tuple(n for n in nodes if n not in inputs)
-    return Stored(tuple(inputs), formula, shape, register(graph))
+    return tuple(inputs), tuple(n for n in nodes if n not in inputs), graph, env[weight]
 
 
 def unknown_formula(node: fx.Node) -> str:
     """What is not known in the formula of the weight that ``node`` multiplies with, or nothing."""
     if node.op not in ("call_function", "call_method") or len(node.args) < 2:
         return ""
-    is_product = node.target in _LINEAR or name_of(node) in _PRODUCTS
+    is_product = node.target in LINEAR or name_of(node) in _PRODUCTS
     weight = stored(node.args[1]) if is_product else None
     return "" if weight is None else weight.unknown
+
+
+def inner_tensor(weight: Any, name: str) -> Tensor:
+    """What a tensor subclass holds under a name."""
+    result: Tensor = getattr(weight, name)
+    return result
+
+
+def real_input(node: fx.Node) -> Tensor | None:
+    """The tensor behind an input of a formula in the call that is being captured, else None."""
+    if node.target is not inner_tensor:
+        return facts.real(node)
+    weight: Any = node.args[0]
+    whole = getattr(weight.meta.get("grapharg"), "example", None)
+    return None if whole is None else inner_tensor(whole, str(node.args[1]))
+
+
+def _is_input(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") or node.target is inner_tensor
 
 
 def _is_constant(t: Tensor) -> bool:
@@ -195,6 +257,8 @@ def _behind(weight: fx.Node) -> list[fx.Node]:
         if len(nodes) + len(stack) > 4 * _LONGEST or t is None or not _is_constant(t):
             return []
         stack.append((node, True))
+        if _is_input(node):
+            continue
         stack += [(n, False) for n in reversed(node.all_input_nodes)]
     return list(nodes) if len(nodes) <= _LONGEST else []
 
@@ -213,7 +277,7 @@ def _by_formula(node: fx.Node) -> Found | None:
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     name = name_of(node)
-    if node.target in _LINEAR:
+    if node.target in LINEAR:
         names = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
         x, weight, bias = (names.get(n) for n in ("input", "weight", "bias"))
         found = stored(weight)

@@ -6,6 +6,8 @@ shifted, masked, looked up, gathered, reshaped and scaled. The formula is cut ou
 as a small graph from the stored tensors to the matrix (out, in), and run whenever a product needs
 the matrix: its values are those of the library, bit for bit.
 
+Of a stack (experts, ., .), one matrix is the formula of a part of each stacked tensor.
+
 A part of the matrix, some of its rows or of its columns, takes a part of each operand. Which one is
 worked out backwards, node by node, as an interval of one dimension; an operation that is not known
 here gets all of its operands, and the part is taken from its result.
@@ -56,9 +58,9 @@ _EACH = frozenset(
      "__invert__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
      "bitwise_right_shift", "bitwise_left_shift", "multiply", "subtract", "div", "divide",
      "remainder", "abs", "where", "clamp", "clamp_min", "clamp_max", "eq", "ne", "lt", "gt", "le",
-     "ge", "ldexp", "to", "float", "half", "bfloat16", "double", "int", "long", "short", "char",
-     "byte", "bool", "pow", "__pow__", "__rpow__", "rpow", "exp2", "contiguous", "clone", "detach",
-     "logical_and", "logical_or")
+     "ge", "ldexp", "to", "_to_copy", "float", "half", "bfloat16", "double", "int", "long", "short",
+     "char", "byte", "bool", "pow", "__pow__", "__rpow__", "rpow", "exp2", "contiguous", "clone",
+     "detach", "logical_and", "logical_or")
 )  # fmt: skip
 _SHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"))
 _MOVES = frozenset(("t", "transpose", "permute", "swapaxes", "adjoint", "movedim"))
@@ -91,8 +93,7 @@ def register(graph: fx.Graph) -> str:
     Its nodes have their shape and dtype in ``meta``: see ``described``. Equal formulas have one
     format, in every process.
     """
-    text = "\n".join(f"{n.format_node()} {n.meta.get(_META)}" for n in graph.nodes)
-    kind = f"formula {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    kind = _named_by(graph)
     if kind not in FORMATS:
         formula = Formula(graph)
         FORMATS[kind] = WeightFormat(
@@ -101,8 +102,32 @@ def register(graph: fx.Graph) -> str:
             lambda m, out, into, kind: formula.example(m, kind),
             part=formula.part,
             cuts=tuple(dim for dim in (0, 1) if formula.can_be_cut(dim)),
+            is_formula=True,
         )
     return kind
+
+
+def register_expert(graph: fx.Graph) -> tuple[str, tuple[int, ...]] | None:
+    """The format of each matrix of the stack (E, out, in) that ``graph`` returns.
+
+    Also how many rows of each tensor, along its first dimension, are one expert's; 0 where all of
+    it is every expert's. None where the matrices are not computed in the same way, each from its
+    own rows.
+    """
+    expert = _Expert(graph)
+    if expert.rows is None:
+        return None
+    kind = f"expert of {_named_by(graph)}"
+    if kind not in FORMATS:
+        FORMATS[kind] = WeightFormat(
+            expert.reference, lambda w: [], lambda m, out, into, kind: expert.example(m, kind)
+        )
+    return kind, expert.rows
+
+
+def _named_by(graph: fx.Graph) -> str:
+    text = "\n".join(f"{n.format_node()} {n.meta.get(_META)}" for n in graph.nodes)
+    return f"formula {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def fresh(graph: fx.Graph, name: str, shape: Sequence[int], **kind: Any) -> fx.Node:
@@ -185,7 +210,9 @@ class Formula:
         values: dict[fx.Node, Any] = {}
         for node, t in zip(self.inputs, w.tensors, strict=True):
             span = spans.get(node)
-            values[node] = t if span is None or t is None else t.narrow(span[0], *_extent(span))
+            values[node] = t
+            if span is not None and t is not None and tuple(t.shape) == _shape(node):
+                values[node] = t.narrow(span[0], *_extent(span))
         last = {n: user for user in self.nodes for n in user.all_input_nodes}
         for node in self.nodes:
             if node not in spans:
@@ -210,6 +237,63 @@ class Formula:
             for operand, span in _needed(node, its):
                 spans[operand] = _merged(spans[operand], span) if operand in spans else span
         return spans
+
+
+class _Expert(Formula):
+    """A graph from stacked tensors to a stack of matrices (E, out, in), as that of one matrix.
+
+    It is given the rows of one expert, and runs as it would for the first.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self._first = self._spans(0, 0, 1)
+        self.rows = self._rows_of_each()
+
+    def reference(self, w: Quantized, dtype: torch.dtype) -> Tensor:
+        """One expert's matrix."""
+        return self._run(w, self._first)[0].to(dtype)
+
+    def _rows_of_each(self) -> tuple[int, ...] | None:
+        if _shape(self.result)[0] < 2 or not self._is_alike(self._first):
+            return None
+        for number in (1, _shape(self.result)[0] - 1):
+            spans = self._spans(0, number, number + 1)
+            if spans.keys() != self._first.keys():
+                return None
+            for node, span in spans.items():
+                first = self._first[node]
+                if (span is None) is not (first is None):
+                    return None
+                if span is None or first is None:
+                    continue
+                size = first.stop
+                its = Span(first.dim, number * size, (number + 1) * size)
+                if first.start or span != its:
+                    return None
+        spans = self._first
+        if any(s is not None and s.dim for n in self.inputs if (s := spans.get(n))):
+            return None
+        return tuple(s.stop if (s := spans.get(n)) else 0 for n in self.inputs)
+
+    def _is_alike(self, spans: Spans) -> bool:
+        # Whether nothing but the inputs' rows depends on the expert's number: neither a part of a
+        # whole value, nor a constant that differs along the experts.
+        for node, span in spans.items():
+            if span is None or node.op == "placeholder" or is_new(node):
+                continue
+            needed = dict(_needed(node, span))
+            if node.all_input_nodes == [] or set(needed) != set(node.all_input_nodes):
+                return False
+            if name_of(node) not in _EACH and _cover(node, span) is None:
+                return False
+            if any(wanted and spans[n] is None for n, wanted in needed.items()):
+                return False
+            if name_of(node) == "assigned":
+                places = _indices(node.args[1], len(_shape(node)))
+                if places is None or places[span.dim] != slice(None):
+                    return False
+        return True
 
 
 def _extent(span: Span) -> tuple[int, int]:

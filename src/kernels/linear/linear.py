@@ -151,6 +151,8 @@ class _Linears(torch.autograd.Function):
             keeps_x = keeps_x or need.weight or (keeps_z and layer.x_lora is None)
             saved_hs.append(h if need.lora_b and not recompute else None)
             dispensable = [(_BIAS, layer.bias), (_LORA_BIAS, layer.lora_bias)]
+            if not need_x and isinstance(layer.weight, Tensor):
+                dispensable.append((0, layer.weight))
             if not keeps_z:
                 dispensable.append((_X_LORA, layer.x_lora))
             for slot, t in dispensable:

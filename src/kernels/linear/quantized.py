@@ -64,6 +64,12 @@ class Quantized(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
 
 
+def is_record(argument: Any) -> bool:
+    """Whether an argument of a node has the fields of a ``Quantized``."""
+    is_like = isinstance(argument, tuple) and len(argument) == len(Quantized._fields)
+    return is_like and isinstance(argument[0], tuple) and isinstance(argument[3], str)
+
+
 @dataclass(frozen=True)
 class WeightFormat:
     """How a frozen matrix is stored. Adding one takes a record in ``FORMATS`` and its test."""
@@ -79,6 +85,7 @@ class WeightFormat:
     # (w, dtype, dim, start, stop) -> rows (dim 0) or columns of the reference's matrix, bit for bit
     part: Callable[[Quantized, torch.dtype, int, int, int], Tensor] | None = None
     cuts: tuple[int, ...] = ()  # the dims along which ``part`` need not make more than the part
+    is_formula: bool = False  # of a graph: eager mode keeps the matrix for backward
 
 
 def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
@@ -91,6 +98,47 @@ def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
     stored = FORMATS[w.kind]
     fast = stored.kernel(w, dtype)
     return stored.reference(w, dtype) if fast is None else fast
+
+
+def _unpacked_fake(
+    tensors: list[Tensor | None], shape: list[int], blocksize: int, kind: str, dtype: torch.dtype
+) -> Tensor:
+    device = next(t.device for t in tensors if t is not None)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _unpacked(
+    tensors: list[Tensor | None], shape: list[int], blocksize: int, kind: str, dtype: torch.dtype
+) -> Tensor:
+    w = Quantized(tuple(tensors), (shape[0], shape[1]), blocksize, kind)
+    cuts = parts([w], 0)
+    part = FORMATS[kind].part
+    if part is None or len(cuts) == 1:
+        return dequantize(w, dtype)
+    # what a formula makes on its way is no larger than a part
+    result = _unpacked_fake(tensors, shape, blocksize, kind, dtype)
+    for start, stop in cuts:
+        result[start:stop] = part(w, dtype, 0, start, stop)
+    return result
+
+
+_unpacked_op = direct(
+    library_op(
+        "quant_unpacked(Tensor?[] tensors, int[] shape, int blocksize, str kind,"
+        " ScalarType dtype) -> Tensor",
+        _unpacked,
+        _unpacked_fake,
+    )
+)
+
+
+def unpacked(
+    tensors: Sequence[Tensor | None], shape: tuple[int, int], blocksize: int, kind: str,
+    x: Tensor, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """The matrix of a ``Quantized``'s fields, in ``dtype`` or x's, as one operation."""
+    result: Tensor = _unpacked_op(list(tensors), list(shape), blocksize, kind, dtype or x.dtype)
+    return result
 
 
 # -- products --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .plan import RunPlan
 from .recommend import Advice
 
 _LEVEL_TEXT: dict[Level, str] = {
+    "weights": "keep what is fastest, unpacked weights included",
     "all": "keep all that their operations keep",
     "products": "keep matrix products",
     "input": "keep their input",
