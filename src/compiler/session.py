@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import OptimizeError
+from ..graph.opaque.branches import BranchChanged
 from ..memory.oom_retry import is_out_of_memory
 from ..memory.planner import Planner
 from ..memory.random_state import RandomState
@@ -204,10 +206,20 @@ class Session:
         )  # fmt: skip
         state.region, state.mark, state.no_gradient = module, mark, no_gradient
         state.first_input = first_tensor(args, kwargs)
+        # so that the original code draws again what was drawn before a branch went another way
+        before = None
+        if state.watches.branches:
+            state.watches.branches.count_call()
+            before = _random_state(module)
         try:
             run = compiled()
             with context(no_gradient):
                 return run(module, *args, **kwargs)
+        except BranchChanged as error:
+            assert before is not None
+            before.restore()
+            state.watches.change_branch(error)
+            return original()
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
@@ -218,11 +230,16 @@ class Session:
             text = summary(error.error if isinstance(error, CaptureError) else error)
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
+            is_held = state.watches.holds_branch(module, error)
         finally:
             (
                 state.region, state.function, state.mark, state.no_gradient, state.first_input,
                 state.has_run,
             ) = outer  # fmt: skip
+        if is_held:
+            return self.call(
+                module, compiled, args, kwargs, original, context, mark, no_gradient, plain
+            )
         if no_gradient is not None:
             state.without_leaf.add(type(module))
             return self.call(module, compiled, args, kwargs, original, context, mark, plain=plain)
@@ -275,6 +292,12 @@ class Session:
         if self.choices.codegen[0] == "inductor" and not self.choices.fake:
             self.state.preparation = prepare(module)
         self.state.started = True
+
+
+def _random_state(module: nn.Module) -> RandomState:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    first = next(tensors, None)
+    return RandomState.now(torch.device("cpu") if first is None else first.device)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
+from ..graph.opaque.branches import BranchChanged
 from ..graph.opaque.quantized import is_packed
 from ..graph.segments import splits_by_lengths
 from .bypass import (
@@ -32,6 +33,7 @@ from .bypass import (
     is_block,
     is_container,
 )
+from .copies.branches import Branches
 from .copies.forward_copies import ForwardCopies
 from .copies.opaque_calls import callers_of_mixers, opaque_copies, segmented_copies
 
@@ -74,8 +76,9 @@ class Watches:
 
     def __init__(self, slot: Any = None) -> None:
         """Make none yet; ``slot`` holds the segments of the block that is called."""
-        self.opaque = opaque_copies()
-        self.segmented = segmented_copies(slot)
+        self.branches = Branches()
+        self.opaque = opaque_copies(self.branches)
+        self.segmented = segmented_copies(slot, self.branches)
         self._mixers = callers_of_mixers()
         self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
@@ -105,6 +108,23 @@ class Watches:
             code = self._find_code(module, watch)
             watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
+
+    def holds_branch(self, module: nn.Module, error: Exception) -> bool:
+        """Whether ``error`` ended a capture of a region at a branch that is held from now on."""
+        watch = self._watches.get(module)
+        if watch is None or not self.branches.stopped(error, watch.classes):
+            return False
+        self._renew_copies()
+        return True
+
+    def change_branch(self, error: BranchChanged) -> None:
+        """Note that a branch has gone another way."""
+        if self.branches.changed(error.place):
+            self._renew_copies()
+
+    def _renew_copies(self) -> None:
+        for module, watch in self._watches.items():
+            watch.copies = self.opaque.below(module)
 
     def has_mixers(self, module: nn.Module, forward: Any) -> bool:
         """Whether ``forward`` of a region, or code below it, calls what takes segments."""

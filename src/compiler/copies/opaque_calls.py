@@ -22,16 +22,21 @@ from ...graph.opaque.functions import (
     segmented_leaf,
     stand_in,
 )
+from .branches import Branches
 from .forward_copies import FunctionCopies
 from .parameter_adapters import functional
 
 
-def opaque_copies() -> FunctionCopies:
+def opaque_copies(branches: Branches) -> FunctionCopies:
     """Makes copies of forwards that call what is captured whole by way of leaves."""
-    return FunctionCopies(_replacement, finish=functional)
+    return FunctionCopies(_replacement, finish=_finish(branches))
 
 
-def segmented_copies(slot: Any) -> FunctionCopies:
+def _finish(branches: Branches) -> Callable[[nn.Module, Any], Any]:
+    return lambda module, copy: branches.finish(module, functional(module, copy))
+
+
+def segmented_copies(slot: Any, branches: Branches) -> FunctionCopies:
     """Makes copies of forwards that give the segments in ``slot.value`` to what takes them."""
 
     @functools.cache
@@ -49,7 +54,7 @@ def segmented_copies(slot: Any) -> FunctionCopies:
             return segmented(value)
         return _gives_none if _has(_does_all, value) else _replacement(value, names)
 
-    return FunctionCopies(replacement, finish=functional)
+    return FunctionCopies(replacement, finish=_finish(branches))
 
 
 def _gives_none(*args: Any, **kwargs: Any) -> None:

@@ -29,10 +29,16 @@ _ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", {**_GROUPED, "head_dim": 8}),
     "mistral": ("MistralForCausalLM", _GROUPED),
     "gemma3": ("Gemma3ForCausalLM", {**_GROUPED, "head_dim": 8}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {**_GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4},
+    ),
+    "gptoss": ("GptOssForCausalLM", {**_GROUPED, "head_dim": 8, "num_local_experts": 4}),
 }
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-_TINY = re.compile(rf"^[\w-]+/tiny-.*?({'|'.join(_ARCHITECTURES)})")
-"""The name of a tiny model on the hub, and the architecture in it."""
+_NAMES = "|".join(sorted(_ARCHITECTURES, key=len, reverse=True))
+_TINY = re.compile(rf"^[\w-]+/(?:tiny-.*?)?({_NAMES})")
+"""The name of a small model on the hub, and the architecture in it."""
 _QUOTES = "ybelkada/english_quotes_copy"
 
 

@@ -39,6 +39,12 @@ ARCHITECTURES = (
     "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "cohere", "granite",
     "stablelm", "starcoder2", "gpt_neox", "opt", "gpt2", "mixtral", "qwen2_moe", "mamba",
 )  # fmt: skip
+_ADAPTERS = (
+    "target_parameters", "tuners_utils", "low_level_api", "mixed", "lora_variants", "bdlora",
+    "velora", "vera", "pvera", "vblora", "randlora", "unilora", "shira", "osf", "deft", "boft",
+    "frod", "supertuning", "poly", "xlora",
+)  # fmt: skip
+"""PEFT's files on types of adapters, as far as stand-ins can be made for what they load."""
 _MISSING = {
     "exporters/test_export.py": "ExportTesterMixin",
     "generation/test_utils.py": "GenerationTesterMixin",
@@ -96,6 +102,9 @@ def _suites(options: argparse.Namespace) -> list[Suite]:
         root = _source("peft", options.work)
         (root / "tests" / "__init__.py").touch()  # its tests import each other
         suites.append(Suite("peft decoders", root, ("tests/test_decoder_models.py",)))
+        files = tuple(f"tests/test_{name}.py" for name in _ADAPTERS)
+        suites.append(Suite("peft adapters", root, files))
+        suites.append(Suite("peft custom", root, ("tests/test_custom_models.py",)))
     if options.library != "peft":
         if options.transformers is not None:
             root = options.transformers.resolve()
