@@ -110,7 +110,8 @@ _OWN_INPUTS = "with dropout, each adapter has an input of its own: no blocks"
 _DORA: dict[str, Any] = {"lora": {"use_dora": True}}
 _NO_ADAPTERS = "no adapters on q, k and v to fuse: a norm and they are one `rms_norm_linear`"
 _STACKS: dict[str, Any] = {
-    "lora": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "families": EXPERTS
+    "lora": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "families": EXPERTS,
 }  # fmt: skip
 _DELTA: dict[str, Any] = {**_STACKS, "families": DELTA}
 _PARTS = "PEFT clears a cache in each layer: no block in a checkpoint is captured as a whole"
