@@ -141,7 +141,9 @@ class LoRALinear(Rule):
             elif _is_frozen(node):
                 wrapper, _, name = facts.home(node).rpartition(".")
                 wrapped.setdefault(wrapper if name else "", []).append(node)
-        readers = [n for n in graph.nodes if _reads_trained(n)]
+        reading = [n for n in graph.nodes if any(map(_trains, n.all_input_nodes))]
+        ends = dict.fromkeys(end for n in reading for end in _ends(n))
+        readers = [n for n in ends if "fusewright_rule" not in n.meta]
         for wrapper, (projection, *others) in wrapped.items():
             inside = [n for n in readers if f"{facts.home(n)}.".startswith(f"{wrapper}.")]
             is_base = (c := canonical(projection)) is not None and c.name != "lora_linear"
@@ -172,10 +174,6 @@ def _trains(node: fx.Node) -> bool:
     return is_parameter and _needs_gradient(node)
 
 
-def _reads_trained(node: fx.Node) -> bool:
-    return "fusewright_rule" not in node.meta and any(map(_trains, node.all_input_nodes))
-
-
 def _is_remade(node: fx.Node) -> bool:
     # Whether it is a projection by a weight that is made of a stored one and trained parameters.
     canon = canonical(node)
@@ -193,15 +191,19 @@ def _is_remade(node: fx.Node) -> bool:
     return any(map(_trains, stored)) and not all(map(_trains, alike))
 
 
+def _ends(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read what ``node`` is a view of; itself if it is none."""
+    if _text(node) not in _VIEWS:
+        return [node]
+    return [end for user in node.users for end in _ends(user)]
+
+
 def _text(node: fx.Node) -> str:
     canon = canonical(node)
-    while canon is not None and canon.name in _VIEWS and len(node.users) == 1:
-        (node,) = node.users
-        canon = canonical(node)
     return canon.name if canon else getattr(node.target, "__name__", str(node.target))
 
 
-_VIEWS = ("cast", "reshape", "transpose", "unsqueeze", "expand", "slice")
+_VIEWS = ("cast", "reshape", "transpose", "permute", "unsqueeze", "expand", "slice")
 
 
 def _is_update(node: Any) -> bool:
