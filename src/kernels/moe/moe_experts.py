@@ -21,8 +21,8 @@ The factors' gradients need ``l`` and ``dl`` in any case, so the sum of weight a
 one expert at a time, would save two of six thin products, r·(K + N) multiplications a row, and cost
 2·r·K·N an expert. It could win beyond 2·K·N / (K + N) rows an expert (1,755 for a K of 2,048 and an
 N of 1,536), and at most r·(K + N) of 2·K·N + 3·r·(K + N). Measured (docs/performance.md), it takes
-1.1 to 2.6 times as long with up to 512 rows, about as long with 2,048, and 0 to 22% less with 4,096
-and more, which experts have in batches of tens of thousands of tokens only.
+1.1 to 2.6 times as long with up to 512 rows, 0.9 to 1.1 times with 2,048, and 0.8 to 1.05 times
+with 4,096 and more, which experts have in batches of tens of thousands of tokens only.
 """
 
 from __future__ import annotations

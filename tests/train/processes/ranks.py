@@ -27,7 +27,12 @@ LIMIT = 60.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["fusewright.train.checkpoint.write", "transformers.models.llama.modeling_llama", "peft", "pytest"]
+    [
+        "fusewright.train.checkpoint.write",
+        "transformers.models.llama.modeling_llama",
+        "peft",
+        "pytest",
+    ]
 )
 
 Work = Callable[..., Any]
