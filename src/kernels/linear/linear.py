@@ -200,7 +200,7 @@ def _apply(x: Tensor, layers: Sequence[Linear], keep: str, name: str) -> tuple[T
 
 def _is_plain_sum(x: Tensor, linear: Linear) -> bool:
     # Whether two products of one dtype are all: PyTorch's own derivative keeps no more than ours
-    # would, and calls less (0.1 to 0.2 ms a layer on an Xeon, 5% of one with 512 rows and features).
+    # would, and calls less (0.1 to 0.2 ms a layer, 5% of one with 512 rows and features).
     b, z = linear.lora_b, linear.x_lora
     if linear.lora_a is not None or linear.lora_bias is not None or b is None or z is None:
         return False
