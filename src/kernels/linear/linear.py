@@ -360,9 +360,10 @@ def _example_with_dropout(m: Maker, quantized: bool = False) -> tuple[Any, ...]:
     return x, linear._replace(lora_bias=lora_bias, x_lora=m.x(m.sizes.hidden))
 
 
-def _example_without_a(m: Maker, quantized: bool = False) -> tuple[Any, ...]:
+def _example_without_a(m: Maker, quantized: bool = False, bias: bool = True) -> tuple[Any, ...]:
     x, linear = _example_with_dropout(m, quantized)
     h = m.x(m.sizes.rank).detach().to(m.adapters).requires_grad_()
+    linear = linear if bias else linear._replace(lora_bias=None)
     return x, linear._replace(lora_a=None, x_lora=h)
 
 
@@ -388,6 +389,7 @@ LORA_LINEAR = Op(
         "quantized": lambda m: _example(m, quantized=True),
         "quantized-dropout": lambda m: _example_with_dropout(m, quantized=True),
         "narrow": _example_without_a,
+        "narrow-plain": lambda m: _example_without_a(m, bias=False),
         "quantized-narrow": lambda m: _example_without_a(m, quantized=True),
     },
 )
