@@ -20,7 +20,8 @@ from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 from .quant_linear import sample_weight
 
-_OWN_INPUT = "an adapter has an input of its own, after dropout"
+_OTHER_INPUT = "an adapter has an input of its own, after dropout"
+_NARROW_INPUT = "what an adapter's B reads is made by other operations than its A"
 
 
 class _OfLinears(Rule):
@@ -154,7 +155,9 @@ def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
 
 
 def _leave_own_inputs(m: Match, linears: Sequence[Mapping[str, Any]]) -> None:
-    m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
+    own = [v for v in linears if v["x_lora"] is not None]
+    m.leave(any(v["lora_a"] is None for v in own), _NARROW_INPUT)
+    m.leave(bool(own), _OTHER_INPUT)
 
 
 def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:

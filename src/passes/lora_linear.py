@@ -30,6 +30,8 @@ class LoRALinear(Rule):
       between A and B, pooled inputs), that stays, and ``B h`` is added in the base's product.
     - ``W x + D x`` with a matrix D that other formulas make (HiRA, FourierFT) is ``(W + D) x``;
       ``W x + D x - W x`` is ``D x`` (GLoRA).
+    - A trained vector around it (IA3, BEFT) stays as it is. The gradient of one that scales needs
+      the product, which eager mode keeps, too, or another one as large as that of a weight.
     """
 
     name = op = "lora_linear"
@@ -66,6 +68,10 @@ class LoRALinear(Rule):
         yield "matrix", p.maybe_cast(plain + p.linear(p.maybe_cast(x), delta))
         for count in range(1, MOST + 1):
             yield "narrow", p.maybe_cast(_with_narrow(p, base, count))
+        vector = p.var("vector", _is_trained_vector)
+        yield "shifted", p.maybe_cast(plain) + vector
+        yield "scaled", p.maybe_cast(plain) * vector
+        yield "scaled", p.linear(p.maybe_cast(p.maybe_cast(x) * vector), w, bias)
 
     def check(self, m: Match) -> None:
         """A result in the product's dtype or a wider one, and updates of low rank."""
@@ -81,6 +87,13 @@ class LoRALinear(Rule):
         weight = m.get("columns", m.get("w"))
         packed = isinstance(weight, tuple)
         m.require(packed or facts.ndim(weight) == 2, "the weight is not a matrix", m.root)
+        if m.get("vector") is not None:
+            projection = m.get("product", m.root)
+            # a norm's vector scales what a layer reads, too; an adapter's does so around its layer
+            around = f"{facts.home(projection)}.".startswith(f"{facts.home(_reader(m.vector))}.")
+            m.pass_over(not _is_frozen(projection) or not around)
+            m.leave(m.spelling == "scaled", _SCALED)
+            m.leave(True, _SHIFTED)
         x, result = facts.tensor(m.x), facts.tensor(m.root)
         if x is None or result is None:
             m.require(False, "x is not a tensor")
@@ -147,11 +160,13 @@ class LoRALinear(Rule):
         for wrapper, (projection, *others) in wrapped.items():
             inside = [n for n in readers if f"{facts.home(n)}.".startswith(f"{wrapper}.")]
             is_base = (c := canonical(projection)) is not None and c.name != "lora_linear"
-            if wrapper and inside and not others and is_base:
+            if wrapper and inside and not others and is_base and not all(map(_scales, inside)):
                 names = " and ".join(dict.fromkeys(map(_text, inside)))
                 yield projection, f"parameters are trained around a frozen projection: {names}"
 
 
+_SCALED = "a trained vector scales a projection or its input: one op would do no less"
+_SHIFTED = "a trained vector is added: as a bias it would keep the norm before its layer apart"
 _SEVERAL = "several adapters are active on one linear"
 
 
@@ -167,6 +182,22 @@ def _is_frozen(node: Any) -> bool:
 def _needs_gradient(node: fx.Node) -> bool:
     t = facts.tensor(node)
     return t is not None and t.requires_grad
+
+
+def _is_trained_vector(value: Any) -> bool:
+    return isinstance(value, fx.Node) and facts.ndim(value) == 1 and _needs_gradient(value)
+
+
+def _reader(vector: fx.Node) -> fx.Node:
+    # The last node that reads it where it scales or shifts something.
+    return max(vector.users, key=list(vector.graph.nodes).index)
+
+
+def _scales(node: fx.Node) -> bool:
+    # Whether it is a trained vector that only scales or shifts other values.
+    names = {u: c.name for u in node.users if (c := canonical(u)) is not None}
+    simple = all(names.get(u) in ("mul", "add") or _scales(u) for u in node.users)
+    return simple and _is_trained_vector(node)
 
 
 def _trains(node: fx.Node) -> bool:

@@ -202,7 +202,7 @@ def _apply(x: Tensor, layers: Sequence[Linear], keep: str, name: str) -> tuple[T
 
 def _is_plain_sum(x: Tensor, linear: Linear) -> bool:
     # Whether two products of one dtype are all: PyTorch's own derivative keeps no more than ours
-    # would, and calls less (0.1 to 0.2 ms a layer on an Xeon, 5% of one with 512 rows and features).
+    # would, and calls less (0.1 to 0.2 ms a layer, 5% of one with 512 rows and features).
     b, z = linear.lora_b, linear.x_lora
     if linear.lora_a is not None or linear.lora_bias is not None or b is None or z is None:
         return False
@@ -362,9 +362,10 @@ def _example_with_dropout(m: Maker, quantized: bool = False) -> tuple[Any, ...]:
     return x, linear._replace(lora_bias=lora_bias, x_lora=m.x(m.sizes.hidden))
 
 
-def _example_without_a(m: Maker, quantized: bool = False) -> tuple[Any, ...]:
+def _example_without_a(m: Maker, quantized: bool = False, bias: bool = True) -> tuple[Any, ...]:
     x, linear = _example_with_dropout(m, quantized)
     h = m.x(m.sizes.rank).detach().to(m.adapters).requires_grad_()
+    linear = linear if bias else linear._replace(lora_bias=None)
     return x, linear._replace(lora_a=None, x_lora=h)
 
 
@@ -390,6 +391,7 @@ LORA_LINEAR = Op(
         "quantized": lambda m: _example(m, quantized=True),
         "quantized-dropout": lambda m: _example_with_dropout(m, quantized=True),
         "narrow": _example_without_a,
+        "narrow-plain": lambda m: _example_without_a(m, bias=False),
         "quantized-narrow": lambda m: _example_without_a(m, quantized=True),
     },
 )
