@@ -15,7 +15,7 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import OptimizeError
-from ..graph.opaque.branches import BranchChanged
+from ..graph.opaque.branches import OtherThanCaptured
 from ..memory.oom_retry import is_out_of_memory
 from ..memory.planner import Planner
 from ..memory.random_state import RandomState
@@ -206,19 +206,18 @@ class Session:
         )  # fmt: skip
         state.region, state.mark, state.no_gradient = module, mark, no_gradient
         state.first_input = first_tensor(args, kwargs)
-        # so that the original code draws again what was drawn before a branch went another way
-        before = None
-        if state.watches.branches:
+        before = None  # where a graph is left midway, the original code draws the same numbers
+        if state.watches.may_change:
             state.watches.branches.count_call()
             before = _random_state(module)
         try:
             run = compiled()
             with context(no_gradient):
                 return run(module, *args, **kwargs)
-        except BranchChanged as error:
-            assert before is not None
-            before.restore()
-            state.watches.change_branch(error)
+        except OtherThanCaptured as error:
+            if before is not None:
+                before.restore()
+            state.watches.change(error)
             return original()
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
@@ -230,13 +229,15 @@ class Session:
             text = summary(error.error if isinstance(error, CaptureError) else error)
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
-            is_held = state.watches.holds_branch(module, error)
+            goes_around = state.watches.goes_around(module, error)
         finally:
             (
                 state.region, state.function, state.mark, state.no_gradient, state.first_input,
                 state.has_run,
             ) = outer  # fmt: skip
-        if is_held:
+        if goes_around:
+            if state.watches.parts:
+                self.log.note(module, f"a part of it runs as it was: {text}")
             return self.call(
                 module, compiled, args, kwargs, original, context, mark, no_gradient, plain
             )

@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
-from ..graph.opaque.branches import BranchChanged
+from ..graph.opaque.branches import BranchChanged, OtherThanCaptured
+from ..graph.opaque.parts import PartChanged
 from ..graph.opaque.quantized import is_packed
 from ..graph.segments import splits_by_lengths
 from .bypass import (
@@ -36,6 +37,7 @@ from .bypass import (
 from .copies.branches import Branches
 from .copies.forward_copies import ForwardCopies
 from .copies.opaque_calls import callers_of_mixers, opaque_copies, segmented_copies
+from .copies.parts import UnknownParts
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -77,8 +79,9 @@ class Watches:
     def __init__(self, slot: Any = None) -> None:
         """Make none yet; ``slot`` holds the segments of the block that is called."""
         self.branches = Branches()
-        self.opaque = opaque_copies(self.branches)
-        self.segmented = segmented_copies(slot, self.branches)
+        self.parts = UnknownParts()
+        self.opaque = opaque_copies(self._finish)
+        self.segmented = segmented_copies(slot, self._finish)
         self._mixers = callers_of_mixers()
         self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
@@ -109,22 +112,37 @@ class Watches:
             watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
 
-    def holds_branch(self, module: nn.Module, error: Exception) -> bool:
-        """Whether ``error`` ended a capture of a region at a branch that is held from now on."""
-        watch = self._watches.get(module)
-        if watch is None or not self.branches.stopped(error, watch.classes):
-            return False
-        self._renew_copies()
-        return True
+    def _finish(self, module: nn.Module, copy: Any) -> Any:
+        return self.parts.finish(module, self.branches.finish(module, copy))
 
-    def change_branch(self, error: BranchChanged) -> None:
-        """Note that a branch has gone another way."""
-        if self.branches.changed(error.place):
+    @property
+    def may_change(self) -> bool:
+        """Whether graphs were captured that a call may have to leave (``OtherThanCaptured``)."""
+        return bool(self.branches or self.parts)
+
+    def goes_around(self, module: nn.Module, error: Exception) -> bool:
+        """Whether the capture of a region that ``error`` ended can be made around its cause."""
+        watch = self._watches.get(module)
+        if watch is None:
+            return False
+        can = self.branches.stopped(error, watch.classes)
+        can = can or self.parts.stopped(error, (m for m in module.modules() if m is not module))
+        if can:
             self._renew_copies()
+        return can
+
+    def change(self, error: OtherThanCaptured) -> None:
+        """Note that a call did something else than what was captured."""
+        if isinstance(error, PartChanged):
+            self.parts.changed(error.forward)
+        elif not isinstance(error, BranchChanged) or not self.branches.changed(error.place):
+            return
+        self._renew_copies()
 
     def _renew_copies(self) -> None:
         for module, watch in self._watches.items():
             watch.copies = self.opaque.below(module)
+            watch.parts = [m for m in module.modules() if self.parts.has(m)]
 
     def has_mixers(self, module: nn.Module, forward: Any) -> bool:
         """Whether ``forward`` of a region, or code below it, calls what takes segments."""
@@ -153,7 +171,9 @@ class Watches:
 
     def _watch(self, module: nn.Module, outside: Sequence[tuple[str, ...]]) -> Watch:
         inlined = self._inlined.get(module, _NOTHING)
-        return Watch(module, outside, self.opaque.below(module), inlined)
+        watch = Watch(module, outside, self.opaque.below(module), inlined)
+        watch.parts = [m for m in module.modules() if self.parts.has(m)] if self.parts else []
+        return watch
 
     def _find_code(self, module: nn.Module, watch: Watch) -> Hashable:
         methods = self._methods.get(watch.classes)
@@ -213,6 +233,7 @@ class Watch:
             case. Sharing a function, they would have their numbers (sizes of heads) for inputs.
         splits: whether code of the region or these modules may split by lengths from a tensor.
         copies: of their forwards, for those that call what is captured whole.
+        parts: those of these modules that are single nodes of its graph.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
         is_unsettled: whether its classes have the names of those of earlier calls, but are new.
@@ -249,6 +270,7 @@ class Watch:
         forwards = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in forwards if f is not None)
         self.copies = copies
+        self.parts: list[nn.Module] = []
         self.round = -1
         self.code: Hashable = None
         self.is_unsettled = False

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...graph.opaque.parts import register
 from ...graph.opaque.quantized import restore_states
 from ...graph.segments import with_boundaries
 from ...kernels.direct import is_traced_here
@@ -203,6 +204,8 @@ def _around(
         copies = watches.segmented.below(module)
     elif watch.copies:
         copies = watches.opaque.below(module)
+    for part in watch.parts:
+        register(part)
     around: Any = using_copies(copies) if copies else _NO_CONTEXT
     return around if x is None else shown_with_gradient(x, around)
 

@@ -22,21 +22,25 @@ from ...graph.opaque.functions import (
     segmented_leaf,
     stand_in,
 )
-from .branches import Branches
 from .forward_copies import FunctionCopies
 from .parameter_adapters import functional
 
-
-def opaque_copies(branches: Branches) -> FunctionCopies:
-    """Makes copies of forwards that call what is captured whole by way of leaves."""
-    return FunctionCopies(_replacement, finish=_finish(branches))
+Finish = Callable[[nn.Module, Any], Any]
 
 
-def _finish(branches: Branches) -> Callable[[nn.Module, Any], Any]:
-    return lambda module, copy: branches.finish(module, functional(module, copy))
+def opaque_copies(finish: Finish) -> FunctionCopies:
+    """Makes copies of forwards that call what is captured whole by way of leaves.
+
+    ``finish`` changes them further: a submodule and its copy, or None -> what it runs, or None.
+    """
+    return FunctionCopies(_replacement, finish=_and_functional(finish))
 
 
-def segmented_copies(slot: Any, branches: Branches) -> FunctionCopies:
+def _and_functional(finish: Finish) -> Finish:
+    return lambda module, copy: finish(module, functional(module, copy))
+
+
+def segmented_copies(slot: Any, finish: Finish) -> FunctionCopies:
     """Makes copies of forwards that give the segments in ``slot.value`` to what takes them."""
 
     @functools.cache
@@ -54,7 +58,7 @@ def segmented_copies(slot: Any, branches: Branches) -> FunctionCopies:
             return segmented(value)
         return _gives_none if _has(_does_all, value) else _replacement(value, names)
 
-    return FunctionCopies(replacement, finish=_finish(branches))
+    return FunctionCopies(replacement, finish=_and_functional(finish))
 
 
 def _gives_none(*args: Any, **kwargs: Any) -> None:

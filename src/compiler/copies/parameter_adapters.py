@@ -89,7 +89,11 @@ class With:
     """A module that has others in place of some of its attributes, for its own methods."""
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Any]) -> None:
-        self._module, self._weights = module, weights
+        object.__setattr__(self, "_module", module)
+        object.__setattr__(self, "_weights", weights)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._weights:

@@ -11,7 +11,11 @@ Place = tuple[str, int, int]
 """Of a condition in the source: its file, line and column."""
 
 
-class BranchChanged(TorchDynamoException):
+class OtherThanCaptured(TorchDynamoException):
+    """A graph finds that this call does something else than what was captured."""
+
+
+class BranchChanged(OtherThanCaptured):
     """A value says that the other branch is taken."""
 
     def __init__(self, place: Place) -> None:
