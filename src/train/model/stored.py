@@ -59,10 +59,12 @@ def require_usable(recipe: Recipe, config: Any, trains: bool = True) -> None:
     With ``trains`` an adapter must be there, and what can pass gradients to it.
     """
     saved: Any = getattr(config, "quantization_config", None)
+    if recipe.gptq and (saved is None or method_of(saved) != "gptq"):
+        by = "" if saved is None else f", but by {method_of(saved)}"
+        raise RecipeError(f"gptq: the weights of {recipe.base_model} are not stored by GPTQ{by}")
     if saved is None or recipe.model_quantization_config is not None:
         return
-    saved = saved if isinstance(saved, dict) else saved.to_dict()
-    name = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
+    name = method_of(saved)
     method = STORED.get(name, StoredMethod())
     stored = f"base_model: the weights of {recipe.base_model} are stored by {name}"
     if trains and method.untrainable:
@@ -74,6 +76,12 @@ def require_usable(recipe: Recipe, config: Any, trains: bool = True) -> None:
         )
     if trains and not recipe.adapter:
         raise RecipeError(f"{stored}, and cannot be trained themselves: set adapter")
+
+
+def method_of(saved: Any) -> str:
+    """The ``quant_method`` of a quantization configuration: an object, or the dict of a file."""
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    return str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
 
 
 # -- what was loaded -------------------------------------------------------------------------------
