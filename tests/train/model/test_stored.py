@@ -43,12 +43,12 @@ def test_what_cannot_be_trained_over_says_so():
 
 
 def test_a_recipe_may_require_gptq():
-    with pytest.raises(RecipeError, match="gptq: the weights of base are not .*, but by fp8"):
+    with pytest.raises(RecipeError, match=r"gptq: the weights of base are not .*, but by fp8"):
         _asked("fp8", gptq=True)
     recipe = Recipe(base_model="base", datasets=[{"path": "x"}], adapter="lora", gptq=True)
-    with pytest.raises(RecipeError, match="gptq: the weights of base are not stored by GPTQ$"):
+    with pytest.raises(RecipeError, match=r"gptq: the weights of base are not stored by GPTQ$"):
         require_usable(recipe, SimpleNamespace())
-    with pytest.raises(RecipeError, match="needs gptqmodel") if not _has_gptq() else nullcontext():
+    with pytest.raises(RecipeError, match=r"needs gptqmodel") if not _has_gptq() else nullcontext():
         _asked("gptq", gptq=True)
 
 
