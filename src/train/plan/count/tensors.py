@@ -90,9 +90,13 @@ def _weights(
     for p in parameters:
         size, scales = p.nbytes, 0
         if bits and id(p) in quantized:
-            is_stored = isinstance(bits, Packing)
-            size, scales = bits.nbytes(p) if is_stored else quantized_bytes(p, bits)
-            if is_stored or bits == 8 or p.dim() == 3:  # which FSDP cannot divide either
+            if isinstance(bits, Packing):
+                size, scales = bits.nbytes(p)
+            else:
+                size, scales = quantized_bytes(p, bits)
+            if (
+                isinstance(bits, Packing) or bits == 8 or p.dim() == 3
+            ):  # which FSDP cannot divide either
                 size, scales = 0, size + scales
         rows = p.shape[0] if p.dim() else 1
         yield Weight(p.numel(), rows, size, p.element_size(), p.requires_grad, p.dim() > 1, scales)
