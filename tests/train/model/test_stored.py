@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from fusewright.errors import RecipeError
-from fusewright.train import train
 from fusewright.train.model import stored
-from fusewright.train.model.load import load_model
 from fusewright.train.model.stored import STORED, require_usable, require_whole
 from fusewright.train.recipe.recipe import Recipe
 
 from ...models.stored_formats import STAND_INS
-from ..conftest import checked
 
 
 def _asked(method: str, adapter: str | None = "lora", **keys: Any) -> None:
@@ -100,68 +93,3 @@ def test_tensors_that_cannot_be_right_are_named():
     model.proj.g_idx[5] = 2
     with pytest.raises(RecipeError, match=r"proj\.g_idx: groups from 0 to 2, where there are 2"):
         require_whole(model)
-
-
-PACKED_BASES: dict[str, dict[str, Any]] = {
-    "FP8 by rows": {"format": "float-quantized", "num_bits": 8, "type": "float",
-                    "strategy": "channel"},
-    "INT4 in groups": {"format": "pack-quantized", "num_bits": 4, "type": "int",
-                       "strategy": "group", "group_size": 16},
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PACKED_BASES)
-def test_a_packed_base_from_load_to_merge(
-    name: str, recipe: dict[str, Any], base: Path, tmp_path: Path
-) -> None:
-    """Trained packed and optimized as in eager mode; plain PEFT loads and merges the adapter."""
-    pytest.importorskip("compressed_tensors")
-    recipe["base_model"] = str(tmp_path / "packed")
-    _compress(base, tmp_path / "packed", **PACKED_BASES[name])
-    curves = []
-    for on in (False, True):
-        out = tmp_path / f"{on}"
-        result = train(recipe, console=Console(quiet=True), output_dir=str(out), optimize=on)
-        curves.append([e["loss"] for e in result.history if "loss" in e])
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    sites = (result.optimize or {})["sites"]
-    assert sum(s["rule"] == "quant_linear" and s["status"] == "rewritten" for s in sites) == 14
-    kept: Any = load_model(checked(tmp_path / "packed", adapter="lora", lora_target_linear=True))
-    types = [t.dtype for n, t in kept.state_dict().items() if "base_layer.weight" in n]
-    assert sum(t.itemsize == 1 or t is torch.int32 for t in types) == 14
-    options = CompressedTensorsConfig(dequantize=True)
-    plain: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "packed", quantization_config=options
-    )
-    adapted: Any = PeftModel.from_pretrained(plain, str(out)).eval()
-    ids = torch.arange(20).reshape(1, 20) + 3
-    with torch.no_grad():
-        before, adapted_state = adapted(ids).logits, adapted.state_dict()
-        adapted_state = {n: t.clone() for n, t in adapted_state.items()}
-        merged = adapted.merge_and_unload()(ids).logits
-    kept.load_state_dict({n: t for n, t in adapted_state.items() if "lora_" in n}, strict=False)
-    with torch.no_grad():
-        torch.testing.assert_close(kept.eval()(ids).logits, before, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(merged, before, rtol=1e-3, atol=1e-3)
-
-
-def _compress(base: Path, folder: Path, format: str, **weights: Any) -> None:
-    """Store the linear layers of a checkpoint by compressed-tensors."""
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    group = {"targets": ["Linear"], "weights": {**weights, "symmetric": True}, "format": format}
-    config = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"], format=format)
-    apply_quantization_config(model, config)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            rows = module.weight.detach().unflatten(1, (module.weight_scale.shape[1], -1))
-            most = 448 if weights["type"] == "float" else 7
-            module.weight_scale.data = rows.abs().amax(-1) / most
-    compressor = ModelCompressor.from_pretrained_model(model, quantization_format=format)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    compressor.update_config(str(folder))
