@@ -103,7 +103,8 @@ def test_on_the_host_a_block_keeps_nothing_on_the_device(level: Level, below: Le
 
 
 def _cases() -> list[Any]:
-    cases = [(c, v) for c in ("eager", "inductor") for v in allowed(c)]
+    # of "weights" the next level, where a model has none by formula
+    cases = [(c, v) for c in ("eager", "inductor") for v in allowed(c)[1:]]
     return [pytest.param(c, v, marks=pytest.mark.slow if c == "inductor" else ()) for c, v in cases]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,12 +24,87 @@ from ..recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How many bytes the linear layers of a checkpoint take.
+
+    Each weight has ``bits``, and each group of ``group`` weights (0: each row) ``scale`` bits of
+    scales and zero points. Layers with ``plain`` in their names are left as they are.
+    """
+
+    bits: int
+    group: int = 0
+    scale: int = 16
+    plain: tuple[str, ...] = ()
+
+    def nbytes(self, weight: Tensor) -> tuple[int, int]:
+        """The bytes of a weight (out, in), and those of its scales."""
+        groups = -(-weight.numel() // (self.group or max(weight.shape[-1], 1)))
+        return -(-weight.numel() * self.bits // 8), -(-groups * self.scale // 8)
+
+    def has(self, name: str) -> bool:
+        """Whether the layer of this name is stored so."""
+        return not any(
+            re.match(p[3:], name) if p.startswith("re:") else p in name for p in self.plain
+        )
+
+
+def _of_groups(saved: dict[str, Any]) -> Packing:
+    width, group = int(saved["bits"]), max(int(saved.get("group_size") or 0), 0)
+    return Packing(width, group, 16 + width, _left(saved))
+
+
+def _left(saved: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(saved.get("modules_to_not_convert") or saved.get("ignore") or ())
+
+
+def _of_compressed(saved: dict[str, Any]) -> Packing:
+    weights = [g["weights"] for g in saved["config_groups"].values()]
+    bits = max(int(w["num_bits"]) for w in weights)
+    group = min(int(w.get("group_size") or 0) for w in weights)
+    blocks = weights[0].get("block_structure")
+    return Packing(bits, math.prod(blocks) if blocks else max(group, 0), 16, _left(saved))
+
+
+def _of_blocks(saved: dict[str, Any]) -> Packing:
+    return Packing(8, math.prod(saved.get("weight_block_size") or (0,)), 32, _left(saved))
+
+
+def _of_hqq(saved: dict[str, Any]) -> Packing:
+    given = saved["quant_config"]["weight_quant_params"]
+    return Packing(int(given["nbits"]), int(given["group_size"]), 32, tuple(saved["skip_modules"]))
+
+
+def packing(config: Any) -> Packing | None:
+    """How a model's configuration says that its weights are stored; None: in a dtype of torch.
+
+    Raises a RecipeError where that is not known.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return None
+    name = method_of(saved)
+    read = STORED.get(name, StoredMethod()).packing
+    try:
+        given = saved if isinstance(saved, dict) else saved.to_dict()
+        known = None if read is None else read(given)
+    except (KeyError, TypeError, ValueError):  # a form of another release
+        known = None
+    if known is not None:
+        return known
+    raise RecipeError(
+        f"base_model: its weights are stored by {name}, in a form that plan cannot count: plan the "
+        "model that they were made from"
+    )
+
+
+@dataclass(frozen=True)
 class StoredMethod:
     """A ``quant_method`` of transformers, as far as training over such weights needs to know it."""
 
     module: str = ""  # what must be importable, or nothing
     extra: str = ""  # the extra of this package that brings it
     untrainable: str = ""  # why nothing can be trained over it; empty: an adapter can
+    packing: Callable[[dict[str, Any]], Packing] | None = None  # of its configuration
 
 
 _UNPACK = (
@@ -36,13 +113,15 @@ _UNPACK = (
 )
 _NO_GRADIENT = "its kernels have no gradient"
 STORED = {
-    "gptq": StoredMethod("gptqmodel", "gptq"),
-    "awq": StoredMethod("gptqmodel", "gptq"),
-    "compressed-tensors": StoredMethod("compressed_tensors", "compressed-tensors"),
-    "hqq": StoredMethod("hqq", "hqq"),
+    "gptq": StoredMethod("gptqmodel", "gptq", packing=_of_groups),
+    "awq": StoredMethod("gptqmodel", "gptq", packing=_of_groups),
+    "compressed-tensors": StoredMethod(
+        "compressed_tensors", "compressed-tensors", packing=_of_compressed
+    ),
+    "hqq": StoredMethod("hqq", "hqq", packing=_of_hqq),
     "torchao": StoredMethod("torchao", "torchao"),
     "bitsandbytes": StoredMethod("bitsandbytes", "quant"),
-    "fp8": StoredMethod(),
+    "fp8": StoredMethod(packing=_of_blocks),
     "mxfp4": StoredMethod(untrainable=f"{_NO_GRADIENT}: {_UNPACK.format('Mxfp4Config')}"),
     **{
         name: StoredMethod(untrainable=_NO_GRADIENT)
@@ -59,10 +138,12 @@ def require_usable(recipe: Recipe, config: Any, trains: bool = True) -> None:
     With ``trains`` an adapter must be there, and what can pass gradients to it.
     """
     saved: Any = getattr(config, "quantization_config", None)
+    if recipe.gptq and (saved is None or method_of(saved) != "gptq"):
+        by = "" if saved is None else f", but by {method_of(saved)}"
+        raise RecipeError(f"gptq: the weights of {recipe.base_model} are not stored by GPTQ{by}")
     if saved is None or recipe.model_quantization_config is not None:
         return
-    saved = saved if isinstance(saved, dict) else saved.to_dict()
-    name = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
+    name = method_of(saved)
     method = STORED.get(name, StoredMethod())
     stored = f"base_model: the weights of {recipe.base_model} are stored by {name}"
     if trains and method.untrainable:
@@ -74,6 +155,12 @@ def require_usable(recipe: Recipe, config: Any, trains: bool = True) -> None:
         )
     if trains and not recipe.adapter:
         raise RecipeError(f"{stored}, and cannot be trained themselves: set adapter")
+
+
+def method_of(saved: Any) -> str:
+    """The ``quant_method`` of a quantization configuration: an object, or the dict of a file."""
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    return str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
 
 
 # -- what was loaded -------------------------------------------------------------------------------

@@ -92,13 +92,19 @@ class Memory:
 
 
 class _Known:
-    """Usages, cached by level."""
+    """Usages, cached by level; at "weights", with ``packed`` bytes of unpacked weights."""
 
-    def __init__(self, usages: Usages) -> None:
-        self._usages = usages
+    def __init__(self, usages: Usages, levels: Sequence[Level], packed: int) -> None:
+        self._usages, self._levels, self._packed = usages, levels, packed
         self._cache: dict[Level, Usage | None] = {}
 
     def get(self, level: Level, /) -> Usage | None:
+        if level == "weights" and level not in self._cache:
+            base = self.get(self._levels[1])
+            self._cache[level] = base and replace(
+                base, saved=base.saved + self._packed, forward=base.forward + self._packed,
+                backward=base.backward + self._packed,
+            )  # fmt: skip
         if level not in self._cache:
             self._cache[level] = self._usages.get(level)
         return self._cache[level]
@@ -137,11 +143,15 @@ class TrainingJob:
 
     def blocks(self, factor: float) -> list[Usages]:
         """The usage of each block of the whole model, for ``factor`` times the tokens."""
+        packed = {u.name: sum(w.numbers * w.itemsize for w in u.weights if w.scales)
+                  for u in self.units}  # fmt: skip
         return [
             usages
             for path, times in self.blueprint.times.items()
-            for usages in [_Known(Scaled(self.step.usages[path], factor))] * times
-        ]
+            for usages in [
+                _Known(Scaled(self.step.usages[path], factor), self.all_levels(), packed[path])
+            ] * times
+        ]  # fmt: skip
 
     def levels(self) -> tuple[Level, ...]:
         """What a block may keep, the fastest first."""
@@ -155,11 +165,13 @@ class TrainingJob:
         """The same, if the planner were free to choose."""
         if not self.optimized:
             return ("input",) if self.checkpointed else ("all",)
-        levels = allowed(self.codegen, host=not self.process.is_host)
+        levels = allowed(self.codegen, host=not self.process.is_host)[1:]
         counted = [usages.get(levels[0]) for usages in self.step.usages.values()]
         if None in counted:  # a block that was counted in eager mode
             levels = ("all", *levels[1:])
-        return levels[1:] if self.checkpointed and levels[0] == "all" else levels
+        if self.checkpointed:
+            return levels[1:] if levels[0] == "all" else levels
+        return levels if self.blueprint.stored is None else ("weights", *levels)
 
     def with_bits(self, bits: int | None) -> TrainingJob:
         """The same job with frozen weights of ``bits`` bits; None: in the dtype that they have."""

@@ -199,7 +199,8 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     # take on a CPU that multiplies bfloat16
     with contextlib.nullcontext() if on_cpu else assume(KINDS["avx512_bf16"]):
         step = take(blueprint, recipe, codegen, settings.sequences if settings else 1)
-    bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
+    quantized = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
+    bits = blueprint.stored or quantized
     process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)
     if on_cpu:
         process = Process(_CPU_PROCESS, compilation_bytes(codegen), _CPU_SLACK, is_host=True)

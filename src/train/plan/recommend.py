@@ -76,7 +76,7 @@ def _jobs(job: TrainingJob, recipe: Recipe, make: MakeJob) -> Iterator[tuple[str
     """The job of each method: LoRA's step serves QLoRA, too."""
     current = method_of(recipe)
     adapted = job if current != "full" else make(recipe.model_copy(update=_changes("LoRA", recipe)))
-    for method in _METHODS:
+    for method in _METHODS if job.blueprint.stored is None else (current,):
         if method == current:
             yield method, job
         elif method == "full":
@@ -161,7 +161,7 @@ def _candidates(
     if layout.engine == "DDP":
         world = layout.world
         layouts.append((ProcessLayout("FSDP2", world, shard=world), _FSDP))
-    for method in order[order.index(current) :]:
+    for method in (m for m in order[order.index(current) :] if m in jobs):
         keys = {} if method == current else _written(method, recipe)
         for way, more in layouts:
             for lean in ({}, {"memory": "auto"}):

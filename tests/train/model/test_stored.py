@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,20 @@ def test_what_cannot_be_trained_over_says_so():
         _asked("fp8", adapter=None)
     _asked("fp8")
     _asked("a method of tomorrow")
+
+
+def test_a_recipe_may_require_gptq():
+    with pytest.raises(RecipeError, match=r"gptq: the weights of base are not .*, but by fp8"):
+        _asked("fp8", gptq=True)
+    recipe = Recipe(base_model="base", datasets=[{"path": "x"}], adapter="lora", gptq=True)
+    with pytest.raises(RecipeError, match=r"gptq: the weights of base are not stored by GPTQ$"):
+        require_usable(recipe, SimpleNamespace())
+    with pytest.raises(RecipeError, match=r"needs gptqmodel") if not _has_gptq() else nullcontext():
+        _asked("gptq", gptq=True)
+
+
+def _has_gptq() -> bool:
+    return importlib.util.find_spec("gptqmodel") is not None
 
 
 def test_every_extra_is_there():

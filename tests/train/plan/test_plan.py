@@ -221,12 +221,49 @@ def test_an_adapter_to_train_on(recipe: MakeRecipe, tmp_path: Path) -> None:
     assert trained == 4 * 4 * (64 + 64)
 
 
-def test_weights_that_are_quantized_already_are_refused(recipe: MakeRecipe, config: Path) -> None:
+_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+PACKED: dict[str, tuple[dict[str, Any], float]] = {  # bits a weight, scales included
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 64}, 4 + 20 / 64),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [16, 16]}, 8 + 32 / 256),
+    "int4": (
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": _INT4}},
+         "ignore": ["lm_head", "re:.*down_proj"]}, 4 + 16 / 32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_weights_of_a_packed_checkpoint_are_counted_so(
+    name: str, recipe: MakeRecipe, config: Path
+) -> None:
+    plain = make_job(recipe(**LORA))
+    path, (saved, bits) = config / "config.json", PACKED[name]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": saved}))
+    job = make_job(recipe(**LORA, memory="speed"))
+
+    def weights(job: Any) -> int:
+        return estimate(job, ONE, None).weights
+
+    packed = [w for u in job.units for w in u.weights for _ in range(u.times) if w.scales]
+    whole = sum(w.numbers * w.itemsize for w in packed)
+    assert weights(plain) - weights(job) == pytest.approx(
+        whole - sum(w.numbers * bits / 8 for w in packed), abs=8 * len(packed)
+    )
+    linears = [m for n, m in job.blueprint.model.named_modules() if "base_layer" in n]
+    assert len({w.numbers for w in packed}) <= len({m.weight.numel() for m in linears})
+    fastest, lean = (estimate(job, ONE, None, level=v) for v in ("weights", "all"))
+    assert fastest.activations - lean.activations == whole
+    assert list(estimate(job, ONE, None).levels) == ["weights"]
+    with pytest.raises(RecipeError, match="cannot be trained: set adapter"):
+        make_job(recipe())
+
+
+def test_a_packed_form_that_is_not_known_is_refused(recipe: MakeRecipe, config: Path) -> None:
     path = config / "config.json"
     given = json.loads(path.read_text())
-    path.write_text(json.dumps({**given, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(RecipeError, match=r"quantized already \(gptq\)"):
-        make_job(recipe())
+    path.write_text(json.dumps({**given, "quantization_config": {"quant_method": "quark"}}))
+    with pytest.raises(RecipeError, match="stored by quark, in a form that plan cannot count"):
+        make_job(recipe(**LORA))
 
 
 MOE: dict[str, Any] = {

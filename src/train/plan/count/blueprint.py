@@ -21,6 +21,7 @@ from ...model.adapters import add_adapter
 from ...model.from_pretrained import meta_model
 from ...model.load import load_config, quiet
 from ...model.multimodal import is_in, towers, use_cache
+from ...model.stored import Packing, packing
 from ...recipe.recipe import Recipe
 
 Kind = tuple[Any, ...]
@@ -43,6 +44,7 @@ class Blueprint:
     blocks: dict[str, nn.Module]
     times: dict[str, int]
     depth: int
+    stored: Packing | None = None
 
 
 def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
@@ -53,9 +55,13 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     """
     with quiet():
         config = load_config(recipe)
-        _require_plain(config)
+        stored = None if recipe.model_quantization_config else packing(config)
+        if stored is not None and not recipe.adapter:
+            raise RecipeError("base_model: weights in few bits cannot be trained: set adapter")
         use_cache(config, False)
-        model = meta_model(recipe, copy.deepcopy(config)).to(dtype)
+        plain = copy.deepcopy(config)
+        plain.__dict__.pop("quantization_config", None)
+        model = meta_model(recipe, plain).to(dtype)
         times = _keep_one_of_each(model, _numbers_blocks(recipe))
         model = _adapted(model, recipe)
     blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
@@ -64,18 +70,7 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     places = towers(base)
     inside = {id(m) for name, m in base.named_modules() if is_in(name, places)}
     depth = sum(n for path, n in times_of.items() if id(blocks[path]) not in inside)
-    return Blueprint(model.train(), config, blocks, times_of, depth)
-
-
-def _require_plain(config: Any) -> None:
-    """Raise a RecipeError if the weights are quantized already."""
-    saved = getattr(config, "quantization_config", None)
-    if saved:
-        method = saved.get("quant_method") if isinstance(saved, dict) else None
-        raise RecipeError(
-            f"base_model: its weights are quantized already ({method or 'quantization_config'}), "
-            "which plan cannot count: plan the model that they were made from"
-        )
+    return Blueprint(model.train(), config, blocks, times_of, depth, stored)
 
 
 def _adapted(model: Any, recipe: Recipe) -> Any:

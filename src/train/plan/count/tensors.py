@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...model.quantize import bare_experts
+from ...model.stored import Packing
 from .blueprint import Blueprint
 
 _ABSMAX_BLOCK = 64
@@ -64,13 +65,16 @@ class FSDPUnit:
     weights: tuple[Weight, ...]
 
 
-def fsdp_units(blueprint: Blueprint, bits: int | None, experts: bool = False) -> list[FSDPUnit]:
+def fsdp_units(
+    blueprint: Blueprint, bits: int | Packing | None, experts: bool = False
+) -> list[FSDPUnit]:
     """The units of a model.
 
-    ``bits`` of quantized linear layers are 4 or 8; None: nothing is quantized. With ``experts``,
-    bare weights of experts are quantized, too.
+    ``bits`` of quantized linear layers are 4 or 8, or how their checkpoint packs them; None:
+    nothing is quantized. With ``experts``, bare weights of experts are quantized, too.
     """
-    quantized = set() if bits is None else _quantized(blueprint.model, experts)
+    stored = bits if isinstance(bits, Packing) else None
+    quantized = set() if bits is None else _quantized(blueprint.model, experts, stored)
     inside = {id(p) for b in blueprint.blocks.values() for p in b.parameters()}
     rest = [p for p in blueprint.model.parameters() if id(p) not in inside]
     result = [
@@ -81,26 +85,34 @@ def fsdp_units(blueprint: Blueprint, bits: int | None, experts: bool = False) ->
 
 
 def _weights(
-    parameters: Iterator[nn.Parameter], quantized: set[int], bits: int | None
+    parameters: Iterator[nn.Parameter], quantized: set[int], bits: int | Packing | None
 ) -> Iterator[Weight]:
     for p in parameters:
         size, scales = p.nbytes, 0
         if bits and id(p) in quantized:
-            size, scales = quantized_bytes(p, bits)
-            if bits == 8 or p.dim() == 3:  # which FSDP cannot divide either
+            if isinstance(bits, Packing):
+                size, scales = bits.nbytes(p)
+            else:
+                size, scales = quantized_bytes(p, bits)
+            if (
+                isinstance(bits, Packing) or bits == 8 or p.dim() == 3
+            ):  # which FSDP cannot divide either
                 size, scales = 0, size + scales
         rows = p.shape[0] if p.dim() else 1
         yield Weight(p.numel(), rows, size, p.element_size(), p.requires_grad, p.dim() > 1, scales)
 
 
-def _quantized(model: Any, experts: bool) -> set[int]:
+def _quantized(model: Any, experts: bool, stored: Packing | None) -> set[int]:
     """The weights that are replaced: of frozen linear layers but the head, and of experts."""
     head = model.get_output_embeddings()
     heads = set() if head is None else set(head.modules())
     replaced = {
         id(m.weight)
-        for m in model.modules()
-        if type(m) is nn.Linear and m not in heads and not m.weight.requires_grad
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear
+        and m not in heads
+        and not m.weight.requires_grad
+        and (stored is None or stored.has(name.replace(".base_layer", "")))
     }
     if experts:
         replaced |= {id(p) for _, _, p in bare_experts(model) if not p.requires_grad}

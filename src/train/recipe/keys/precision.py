@@ -53,6 +53,14 @@ class PrecisionKeys(Keys):
     ``{bnb_4bit_quant_type: fp4}``; ``bnb_4bit_quant_storage`` is the dtype of the weights where
     FSDP or ZeRO-3 shards them. Unset: none."""
 
+    gptq: bool = key(
+        False,
+        needs={"adapter": "weights in few bits cannot be trained: set adapter, or gptq: false"},
+        excludes=["load_in_4bit", "load_in_8bit", "model_quantization_config"],
+    )
+    """Require that the base model is stored by GPTQ. Such weights stay as they are stored whether
+    or not this is set."""
+
     fp32_norms: bool = key(
         False,
         excludes={
