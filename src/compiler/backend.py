@@ -22,10 +22,10 @@ from ..graph import facts
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
-from ..graph.opaque.stacks import pack_stacks
-from ..graph.opaque.subclasses import close_weights, open_weights
+from ..graph.packed_stacks import pack_stacks
 from ..graph.run import eager
 from ..graph.segments import join_segments
+from ..graph.subclasses import close_weights, open_weights
 from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import offloaded, planned
 from ..memory.oom_retry import is_out_of_memory

@@ -32,7 +32,7 @@ def fake(example: Any, size: Callable[[Any], Any]) -> Any:
 
 
 def unpacks_itself(value: Any) -> bool:
-    """Whether a tensor holds others, and has its own ``dequantize``: ``opaque/subclasses.py``."""
+    """Whether a tensor holds others, and has its own ``dequantize``: ``subclasses.py``."""
     own = getattr(type(value), "dequantize", None)
     return is_traceable_wrapper_subclass(value) and own is not Tensor.dequantize
 

@@ -15,7 +15,7 @@ from ..graph import facts
 from ..graph.canon import is_cast_of
 from ..graph.opaque.autograd_functions import is_wrapped
 from ..graph.opaque.quantized import PARAMS, real_input, unknown_formula
-from ..graph.opaque.subclasses import multiplies_by_itself
+from ..graph.subclasses import multiplies_by_itself
 from ..kernels.linear.quantized import VALUES, FourBits, Quantized
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule

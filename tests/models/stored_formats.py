@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fusewright.graph.opaque.quantized import inner_tensor
 from fusewright.graph.opaque.stacks import pack_stacks, packed_stack
-from fusewright.graph.opaque.subclasses import close_weights, open_weights
+from fusewright.graph.subclasses import close_weights, open_weights
 from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.rewrite.findings import Finding

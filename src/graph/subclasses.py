@@ -16,10 +16,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import facts
-from ..cleanup import prune
-from ..fakes import unpacks_itself
-from .quantized import LINEAR, inner_tensor, stored
+from . import facts
+from .cleanup import prune
+from .fakes import unpacks_itself
+from .opaque.quantized import LINEAR, inner_tensor, stored
 
 Opened = list[tuple[fx.Node, fx.Node]]
 """Products, and the weights that they had."""
