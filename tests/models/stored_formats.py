@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusewright.graph.opaque.quantized import inner_tensor
-from fusewright.graph.opaque.stacks import pack_stacks, packed_stack
+from fusewright.graph.opaque.stacks import packed_stack
+from fusewright.graph.packed_stacks import pack_stacks
 from fusewright.graph.subclasses import close_weights, open_weights
 from fusewright.kernels.linear import quantized
 from fusewright.kernels.linear.quantized import Quantized
