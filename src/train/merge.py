@@ -36,6 +36,7 @@ from .model.multimodal import (
 )
 from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
+from .model.stored import is_stored
 from .model.tokenizer import set_padding
 from .terminal import Terminal, announce, say
 
@@ -96,7 +97,7 @@ def merge(
             say(console, f"merging in memory: {reason}")
             announce(f"loading {run.base_model}")
             model = merged_in_memory(run, dtype, request.dequantize)
-            _save(model, run, folder, request, dtype)
+            _save(model, run, folder, request, dtype, packed=_is_quantized(config))
         load_tokenizer(run).save_pretrained(folder)
         if is_multimodal(config):
             _copy_processor(run, folder, console)
@@ -172,12 +173,13 @@ class Layers:
 
 
 def _save(
-    model: Any, run: RunFolder, folder: Path, request: MergeOptions, dtype: torch.dtype | None
-) -> None:
-    """Write a merged model; what was not trained comes from the base's files."""
+    model: Any, run: RunFolder, folder: Path, request: MergeOptions, dtype: torch.dtype | None,
+    packed: bool,
+) -> None:  # fmt: skip
+    """Write a merged model; what was not trained comes from the base's files, unless packed."""
     base = run.base_model if run.adapter else run.recipe.get("base_model")
     files = None
-    if base and not _quantized(model):
+    if base and not packed and not _is_quantized(model.config):
         files = base_files(base, run.recipe.get("revision_of_model"))
     if files is None and any(isinstance(m, NotLoaded) for m in model.modules()):
         raise ModelError(
@@ -196,7 +198,7 @@ def _save(
 def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
     if not run.adapter:
         raise UnmergeableError("the model is in shards")
-    if getattr(config, "quantization_config", None) is not None:
+    if _is_quantized(config):
         raise UnmergeableError("the base is quantized")
     if request.dequantize and any(run.recipe.get(f"load_in_{n}bit") for n in (4, 8)):
         raise UnmergeableError("the base is quantized as in training, and dequantized")
@@ -262,23 +264,23 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
 
     A whole model in shards is only loaded. ``dtype`` is by default that of training. ``dequantize``
     makes quantized weights full before the adapter is added to them; they are then those that the
-    adapter was trained on, rounding included. Raises a ModelError if PEFT cannot merge this kind of
-    adapter, or into this kind of base.
+    adapter was trained on, rounding included. A base that is stored packed has no others. Raises a
+    ModelError if PEFT cannot merge this kind of adapter, or into this kind of base.
     """
     loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
     recipe = recipe_for(run, loaded)
     if not dequantize:  # the full weights, although training saw quantized ones
         recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     model = load_model(recipe)
-    if dequantize:
+    if dequantize or any(map(is_stored, model.modules())):
         dequantize_linears(model, loaded or model.dtype)
-    if loaded is not None and not _quantized(model):
+    if loaded is not None and not _is_quantized(model.config):
         model = model.to(loaded)  # quantized files are loaded in the dtype that they name
     merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
     use_cache(merged.config, True)  # load_model has switched it off
     if "_weight_conversions" in vars(merged):  # those of quantized files cannot be reversed
         del merged._weight_conversions
-    return merged if dtype is None or _quantized(merged) else merged.to(dtype)
+    return merged if dtype is None or _is_quantized(merged.config) else merged.to(dtype)
 
 
 def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
@@ -291,8 +293,8 @@ def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
         raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
 
 
-def _quantized(model: Any) -> bool:
-    return getattr(model.config, "quantization_config", None) is not None
+def _is_quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _untie(model: Any) -> None:

@@ -14,6 +14,7 @@ from ...kernels.linear.quantized import Quantized
 from ...kernels.moe.packed_experts import PackedExperts
 from ..recipe.deepspeed_config import stage
 from ..recipe.recipe import Recipe
+from .stored import is_stored, unpacked_weight
 
 
 def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
@@ -145,7 +146,7 @@ def clear_marks(model: Any) -> None:
 
 
 def dequantize_linears(model: Any, dtype: torch.dtype) -> None:
-    """Replace every quantized linear, with or without adapters, by a plain one, in place.
+    """Replace every linear in few bits, with or without adapters, by a plain one, in place.
 
     The weights are dequantized in the layers' own dtype, then cast to ``dtype``.
     """
@@ -155,9 +156,12 @@ def dequantize_linears(model: Any, dtype: torch.dtype) -> None:
     layer: Any
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if not type(layer).__module__.startswith("bitsandbytes."):
+            if type(layer).__module__.startswith("bitsandbytes."):
+                weight = dequantize_module_weight(layer).detach()
+            elif is_stored(layer):
+                weight = unpacked_weight(layer, dtype)
+            else:
                 continue
-            weight = dequantize_module_weight(layer).detach()
             plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
             plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
             plain.bias = layer.bias

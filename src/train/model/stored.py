@@ -180,16 +180,31 @@ def require_whole(model: nn.Module) -> None:
         raise RecipeError(f"base_model: {'; '.join(wrong[:3])}{more}")
 
 
+def is_stored(module: Any) -> bool:
+    """Whether it is a linear layer that computes its weight from packed tensors."""
+    return _codes(module, _plain_tensors(module)) is not None
+
+
+def unpacked_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) that a linear layer multiplies with, whatever computes it."""
+    tensor = next(t for t in (*layer.parameters(), *layer.buffers()))
+    rows = torch.eye(layer.in_features, dtype=dtype, device=tensor.device)
+    bias = None if layer.bias is None else layer.bias.clone()
+    with torch.no_grad():  # without bias, one term of each sum is not zero: nothing is rounded
+        if bias is not None:
+            layer.bias.zero_()
+        result: Tensor = layer(rows)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return result.t().contiguous()
+
+
 def _wrong(module: nn.Module) -> Iterator[tuple[str, str]]:
-    tensors: dict[str, Tensor] = {
-        n: t
-        for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if type(t) in (Tensor, nn.Parameter) and not t.is_meta
-    }
-    codes = next((n for n in _CODES if n in tensors and _is_packed(tensors[n])), None)
-    out, into = (getattr(module, f"{side}_features", None) for side in ("out", "in"))
-    if codes is None or not isinstance(out, int) or not isinstance(into, int):
+    tensors = _plain_tensors(module)
+    codes = _codes(module, tensors)
+    if codes is None:
         return
+    out, into = cast("tuple[int, int]", (module.out_features, module.in_features))
     for name, t in tensors.items():
         if t.is_floating_point() and t.dtype.itemsize > 1 and not bool(torch.isfinite(t).all()):
             count = int((~torch.isfinite(t)).sum())
@@ -211,6 +226,19 @@ def _wrong(module: nn.Module) -> Iterator[tuple[str, str]]:
         low, high = (int(n) for n in torch.aminmax(order))
         if not 0 <= low <= high < groups:
             yield "g_idx", f"groups from {low} to {high}, where there are {groups}"
+
+
+def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {n: t for n, t in own if type(t) in (Tensor, nn.Parameter) and not t.is_meta}
+
+
+def _codes(module: nn.Module, tensors: dict[str, Tensor]) -> str | None:
+    """The name of the packed tensor of a linear layer; None for any other module."""
+    sizes = [getattr(module, f"{side}_features", None) for side in ("out", "in")]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return next((n for n in _CODES if n in tensors and _is_packed(tensors[n])), None)
 
 
 _CODES = ("qweight", "weight_packed", "weight", "W_q")

@@ -6,6 +6,7 @@ second.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -73,6 +74,7 @@ def run_ranks(
         until: a file; once it is there, the launcher is gone, and with it the store.
         limit: seconds after which they are killed.
     """
+    _wait_for_imports()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     port = store.port if store is not None else free_port()
     options = {"TORCHELASTIC_USE_AGENT_STORE": str(agent), "MASTER_PORT": str(port)}
@@ -102,6 +104,14 @@ def run_ranks(
         else:
             found.append(Ended(*pipe.recv()))
     return found
+
+
+@functools.cache
+def _wait_for_imports() -> None:
+    """Let the process that is forked import first: on a busy machine, longer than a limit."""
+    first = _CONTEXT.Process(target=os.getpid)
+    first.start()
+    first.join()
 
 
 def run_bare(work: Callable[..., None], *given: Any, size: int = 2) -> None:
