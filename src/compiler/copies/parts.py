@@ -30,7 +30,8 @@ class UnknownParts:
 
     def stopped(self, error: Exception, below: Iterable[nn.Module]) -> bool:
         """Whether ``error`` ended a capture in a part of a region that is a node from now on."""
-        if not isinstance(error, Unsupported):
+        # what a checkpoint around it does not allow is no matter of the part: alone it is captured
+        if not isinstance(error, Unsupported) or str(error.gb_type).startswith("HOP:"):
             return False
         candidates = [f for m in below if (f := function_of(m)) is not None and _is_projection(m)]
         for frame in reversed(getattr(error, "real_stack", None) or ()):
