@@ -205,8 +205,6 @@ def refuse_what_differs(work: Compilation) -> None:
     """Raise where a captured graph would do something else than eager mode."""
     require_gradients(work.effects)
     require_marked_writes(work.effects)
-    if work.effects.held_branches and work.effects.lasting_writes:
-        raise CaptureError(NotImplementedError("it writes, and branches on values"))
     model, region = work.session.choices.planner.model, work.session.state.region
     if work.grad and accumulates_twice(work.effects, model, region):
         work.session.note_two_accumulations()
@@ -310,8 +308,6 @@ def choose_codegen(work: Compilation) -> None:
         # backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it, and
         # writes into that
         choices.planner.note("a block that writes into what it was given is not compiled")
-    elif effects.held_branches:
-        choices.planner.note("a block with branches on values is not compiled")
     elif effects.unused_draws:
         # they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what has
         # no users at the end of its forward

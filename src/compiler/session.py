@@ -15,7 +15,7 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import OptimizeError
-from ..graph.opaque.branches import OtherThanCaptured
+from ..graph.opaque.parts import PartChanged
 from ..memory.oom_retry import is_out_of_memory
 from ..memory.planner import Planner
 from ..memory.random_state import RandomState
@@ -206,15 +206,13 @@ class Session:
         )  # fmt: skip
         state.region, state.mark, state.no_gradient = module, mark, no_gradient
         state.first_input = first_tensor(args, kwargs)
-        before = None  # where a graph is left midway, the original code draws the same numbers
-        if state.watches.may_change:
-            state.watches.branches.count_call()
-            before = _random_state(module)
+        # where a graph is left midway, the original code draws the same numbers, and counts once
+        before = _Before(module, state.watches) if state.watches.parts else None
         try:
             run = compiled()
             with context(no_gradient):
                 return run(module, *args, **kwargs)
-        except OtherThanCaptured as error:
+        except PartChanged as error:
             if before is not None:
                 before.restore()
             state.watches.change(error)
@@ -236,8 +234,7 @@ class Session:
                 state.has_run,
             ) = outer  # fmt: skip
         if goes_around:
-            if state.watches.parts:
-                self.log.note(module, f"a part of it runs as it was: {text}")
+            self.log.note(module, f"a part of it runs as it was: {text}")
             return self.call(
                 module, compiled, args, kwargs, original, context, mark, no_gradient, plain
             )
@@ -295,10 +292,20 @@ class Session:
         self.state.started = True
 
 
-def _random_state(module: nn.Module) -> RandomState:
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    first = next(tensors, None)
-    return RandomState.now(torch.device("cpu") if first is None else first.device)
+class _Before:
+    """What a call of a region with unknown parts may change: random numbers, and their buffers."""
+
+    def __init__(self, module: nn.Module, watches: Watches) -> None:
+        first = next(itertools.chain(module.parameters(), module.buffers()), None)
+        self._random = RandomState.now(torch.device("cpu") if first is None else first.device)
+        self._buffers = [(b, b.clone()) for b in watches.buffers_of_parts(module)]
+
+    def restore(self) -> None:
+        """Take it back."""
+        self._random.restore()
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

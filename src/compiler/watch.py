@@ -17,11 +17,10 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
-from ..graph.opaque.branches import BranchChanged, OtherThanCaptured
 from ..graph.opaque.parts import PartChanged
 from ..graph.opaque.quantized import is_packed
 from ..graph.segments import splits_by_lengths
@@ -34,7 +33,6 @@ from .bypass import (
     is_block,
     is_container,
 )
-from .copies.branches import Branches
 from .copies.forward_copies import ForwardCopies
 from .copies.opaque_calls import callers_of_mixers, opaque_copies, segmented_copies
 from .copies.parts import UnknownParts
@@ -78,10 +76,9 @@ class Watches:
 
     def __init__(self, slot: Any = None) -> None:
         """Make none yet; ``slot`` holds the segments of the block that is called."""
-        self.branches = Branches()
         self.parts = UnknownParts()
-        self.opaque = opaque_copies(self._finish)
-        self.segmented = segmented_copies(slot, self._finish)
+        self.opaque = opaque_copies(self.parts.finish)
+        self.segmented = segmented_copies(slot, self.parts.finish)
         self._mixers = callers_of_mixers()
         self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
@@ -112,31 +109,24 @@ class Watches:
             watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
 
-    def _finish(self, module: nn.Module, copy: Any) -> Any:
-        return self.parts.finish(module, self.branches.finish(module, copy))
-
-    @property
-    def may_change(self) -> bool:
-        """Whether graphs were captured that a call may have to leave (``OtherThanCaptured``)."""
-        return bool(self.branches or self.parts)
+    def buffers_of_parts(self, module: nn.Module) -> list[Tensor]:
+        """What the parts of a region that are nodes may write into."""
+        watch = self._watches.get(module)
+        return [b for part in watch.parts for b in part.buffers()] if watch is not None else []
 
     def goes_around(self, module: nn.Module, error: Exception) -> bool:
         """Whether the capture of a region that ``error`` ended can be made around its cause."""
         watch = self._watches.get(module)
         if watch is None:
             return False
-        can = self.branches.stopped(error, watch.classes)
-        can = can or self.parts.stopped(error, (m for m in module.modules() if m is not module))
+        can = self.parts.stopped(error, (m for m in module.modules() if m is not module))
         if can:
             self._renew_copies()
         return can
 
-    def change(self, error: OtherThanCaptured) -> None:
-        """Note that a call did something else than what was captured."""
-        if isinstance(error, PartChanged):
-            self.parts.changed(error.forward)
-        elif not isinstance(error, BranchChanged) or not self.branches.changed(error.place):
-            return
+    def change(self, error: PartChanged) -> None:
+        """Note that a part did something else than what was captured."""
+        self.parts.changed(error.forward)
         self._renew_copies()
 
     def _renew_copies(self) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, fx
 
 from . import facts
 from .canon import canonical
-from .opaque.branches import held_branch
 from .opaque.functions import is_leaf
 from .opaque.parts import is_unknown_part
 from .signatures import (
@@ -75,7 +74,7 @@ def is_opaque(node: fx.Node) -> bool:
 
 def has_effect(node: fx.Node) -> bool:
     """Whether ``node`` does something besides giving its value, so that it is never dead."""
-    return is_opaque(node) or bool(writes(node)) or draws(node) or node.target is held_branch
+    return is_opaque(node) or bool(writes(node)) or draws(node)
 
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -344,11 +343,6 @@ class Effects:
     def leaves(self) -> list[fx.Node]:
         """The calls of functions that were captured as one node."""
         return [n for n in self._nodes() if is_leaf(n.target)]
-
-    @_Answer
-    def held_branches(self) -> list[fx.Node]:
-        """The conditions on values under which the graph was captured."""
-        return [n for n in self._nodes() if n.target is held_branch]
 
     @_Answer
     def convolved_lengths(self) -> list[fx.Node]:

@@ -108,6 +108,9 @@ class LinearCrossEntropy(Rule):
         m.require(factor is None or m.bias is None, "a bias inside a learnt factor", m.root)
         adapted = m.get("head_lora_b") is not None
         m.require(not adapted or factor is None, "an adapter inside a learnt factor", m.root)
+        narrow = m.get("head_x_lora")
+        known = narrow is None or facts.size(narrow, -1) is not None
+        m.require(known, "several adapters of the head have an input of their own", m.root)
         wide = m.get("head_dtype")
         m.require(wide is None, "the adapted logits are wider than the head's", m.root)
         m.require(

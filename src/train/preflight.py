@@ -106,11 +106,13 @@ def _model(recipe: Recipe) -> Iterator[str]:
     from .model.from_pretrained import meta_model
     from .model.load import load_config, quiet
     from .model.positions import too_long
+    from .model.stored import require_usable
 
     here, meta = recipe.model_copy(update={"base_model": str(folder)}), None
     try:
         with quiet():
             config = load_config(here)
+            require_usable(recipe, config)
             model = meta_model(here, config)
             meta = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
             require_names(model, recipe)

@@ -118,7 +118,7 @@ class FunctionCopies:
             if sets_globals(function.__code__):  # in a copy they would be lost
                 return None
             read += [(scope, n, scope.get(n)) for n in (replacements if self._live else names)]
-            scope = _overlay(scope, replacements) if self._live else frozen(scope, replacements)
+            scope = _overlay(scope, replacements) if self._live else _frozen(scope, replacements)
         # by its code Dynamo tells this copy from an earlier one that has other globals
         result = clone_function(function, scope, wrapped, f"_{next(_serial)}")
         if not self._live:  # either way, a tracer would get to the original
@@ -170,8 +170,7 @@ def _overlay(scope: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return _Globals(scope, {"__builtins__": scope.get("__builtins__", builtins), **found})
 
 
-def frozen(scope: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The globals ``scope`` as they are now, and those of ``found``, for a tracer to follow."""
+def _frozen(scope: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     # by its name Dynamo would look up the globals in the real module
     return {name: value for name, value in {**scope, **found}.items() if name != "__name__"}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = module.base_layer
     if not weights:
         return module(x, *args, **kwargs)
-    return module.forward.__func__(With(module, weights), x, *args, **kwargs)
+    return module.forward.__func__(_With(module, weights), x, *args, **kwargs)
 
 
 def _sum(wrapper: Any, weight: Any, names: list[str]) -> Any:
@@ -72,9 +71,9 @@ def _reading_packed(forward: Any, names: tuple[str, ...]) -> Any:
     """``forward`` of a module whose parameters of these names are ``PackedExperts``."""
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        module, known = (self._module, self._weights) if isinstance(self, With) else (self, {})
+        module, known = (self._module, self._weights) if isinstance(self, _With) else (self, {})
         weights = {n: _read(getattr(module, n)) for n in names if n not in known}
-        return forward(With(module, {**weights, **known}), *args, **kwargs)
+        return forward(_With(module, {**weights, **known}), *args, **kwargs)
 
     return run
 
@@ -85,15 +84,11 @@ def _read(weight: Any) -> Any:
     return packed_stack(list(weight.parts), *weight.constants, weight.dtype)
 
 
-class With:
-    """A module that has others in place of some of its attributes, for its own methods."""
+class _With:
+    """A module that has other tensors in place of some of its parameters, for its own methods."""
 
-    def __init__(self, module: nn.Module, weights: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "_module", module)
-        object.__setattr__(self, "_weights", weights)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._module, name, value)
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        self._module, self._weights = module, weights
 
     def __getattr__(self, name: str) -> Any:
         if name in self._weights:

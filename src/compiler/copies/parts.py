@@ -8,6 +8,7 @@ sparse or wavelet updates do), the block is captured around it: it runs as it wa
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,9 @@ class UnknownParts:
     def __init__(self) -> None:
         """None yet."""
         self._forwards: dict[Callable[..., Any], bool] = {}
+        self._owners: weakref.WeakValueDictionary[tuple[int, ...], nn.Module] = (
+            weakref.WeakValueDictionary()
+        )
 
     def __bool__(self) -> bool:
         return any(self._forwards.values())
@@ -49,7 +53,12 @@ class UnknownParts:
 
     def has(self, module: nn.Module) -> bool:
         """Whether a submodule is a node."""
-        return bool(self._forwards) and self._forwards.get(function_of(module), False)
+        if not self._forwards or not self._forwards.get(forward := function_of(module), False):
+            return False
+        key = tuple(map(id, module.parameters()))
+        if self._owners.setdefault(key, module) is not module:  # a node knows it by these alone
+            self._forwards[forward] = False
+        return self._forwards[forward]
 
     def finish(self, module: nn.Module, copy: Any) -> Any:
         """What a submodule runs for its forward, of which there may be a copy."""

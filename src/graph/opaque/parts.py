@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
-
-from .branches import OtherThanCaptured
 
 _MARK = "__fusewright_unknown__"
 _MODULES: weakref.WeakValueDictionary[tuple[int, ...], nn.Module] = weakref.WeakValueDictionary()
 """The modules that run so, by the identities of their parameters, which are inputs of the graph."""
 
 
-class PartChanged(OtherThanCaptured):
+class PartChanged(TorchDynamoException):
     """A part has returned something else than a projection of its input."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:

@@ -118,7 +118,10 @@ STORED = {
     "compressed-tensors": StoredMethod(
         "compressed_tensors", "compressed-tensors", packing=_of_compressed
     ),
-    "hqq": StoredMethod("hqq", "hqq", packing=_of_hqq),
+    "hqq": StoredMethod(
+        "hqq", "hqq", packing=_of_hqq,
+        untrainable="transformers does not load it; optimize takes HQQLinear in your own loop",
+    ),
     "torchao": StoredMethod("torchao", "torchao"),
     "bitsandbytes": StoredMethod("bitsandbytes", "quant"),
     "fp8": StoredMethod(packing=_of_blocks),
@@ -206,8 +209,9 @@ def _wrong(module: nn.Module) -> Iterator[tuple[str, str]]:
         return
     out, into = cast("tuple[int, int]", (module.out_features, module.in_features))
     for name, t in tensors.items():
-        if t.is_floating_point() and t.dtype.itemsize > 1 and not bool(torch.isfinite(t).all()):
-            count = int((~torch.isfinite(t)).sum())
+        finite = torch.isfinite(t.float()) if t.is_floating_point() else None  # of 8 bits, too
+        if finite is not None and not bool(finite.all()):
+            count = int((~finite).sum())
             yield name, f"{count} of its {t.numel()} numbers are not finite"
     packed, bits = tensors[codes], _bits(module)
     held = 8 * packed.numel() * packed.dtype.itemsize
