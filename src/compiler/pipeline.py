@@ -169,7 +169,8 @@ def _decoding(options: Options, environment: Environment) -> Decoding:
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
     device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
     parts = weakref.ref(model), weakref.WeakSet(blocks), Meter(device)
-    return Planner(Budget.parse(memory), *parts, allowed(choice, host=device.type == "cuda"))
+    levels = allowed(choice, host=device.type == "cuda", formulas=True)
+    return Planner(Budget.parse(memory), *parts, levels)
 
 
 def planner_of(model: nn.Module) -> Planner | None:

@@ -39,8 +39,8 @@ def planned(
         predicted = Predicted(graph, examples, choice, planner.note, planner.offload.least)
         level = planner.plan(block, predicted, setting(planner, examples, choice, checkpointed))
     level = level or "all"
-    can = allowed(choice, host=True)
-    result = keep(graph, level if level in can else can[1], choice)
+    can = allowed(choice, host=True, formulas=True)
+    result = keep(graph, level if level in can else allowed(choice)[0], choice)
     result.meta[_LEAVES] = level in HOSTED
     return result
 

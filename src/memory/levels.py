@@ -35,16 +35,18 @@ HOSTED: dict[Level, Level] = {"offload": "input", "offload_tiles": "tiles"}
 """The levels that keep nothing on the device, and whose graphs they run."""
 
 
-def allowed(choice: str, host: bool = False) -> tuple[Level, ...]:
+def allowed(choice: str, host: bool = False, formulas: bool = False) -> tuple[Level, ...]:
     """The levels of a graph that ``"eager"`` or ``"inductor"`` runs, the fastest first.
 
-    With ``host``, inputs may go to a host: not from a device that is the host. Compiled, what lies
+    With ``host``, inputs may go to a host: not from a device that is the host. With ``formulas``
+    there may be weights by formula, which can be kept unpacked. Compiled, what lies
     between two products is computed again in no time (measured), so that keeping it is of no use.
     In eager mode it would take time, and PyTorch's selective checkpoints neither allow a second
     backward nor see every write in place.
     """
     first: Level = "products" if choice == "inductor" else "all"
-    return ("weights", first, "input", "tiles", *(HOSTED if host else ()))
+    unpacked: tuple[Level, ...] = ("weights",) if formulas else ()
+    return (*unpacked, first, "input", "tiles", *(HOSTED if host else ()))
 
 
 def keep(module: fx.GraphModule, level: Level, choice: str = "eager") -> fx.GraphModule:
@@ -56,7 +58,7 @@ def keep(module: fx.GraphModule, level: Level, choice: str = "eager") -> fx.Grap
     """
     if level == "weights":
         _unpack_once(module)
-        level = allowed(choice)[1]
+        level = allowed(choice)[0]
     if level == "all":
         return module
     level = HOSTED.get(level, level)

@@ -104,7 +104,7 @@ def test_on_the_host_a_block_keeps_nothing_on_the_device(level: Level, below: Le
 
 def _cases() -> list[Any]:
     # of "weights" the next level, where a model has none by formula
-    cases = [(c, v) for c in ("eager", "inductor") for v in allowed(c)[1:]]
+    cases = [(c, v) for c in ("eager", "inductor") for v in allowed(c)]
     return [pytest.param(c, v, marks=pytest.mark.slow if c == "inductor" else ()) for c, v in cases]
 
 

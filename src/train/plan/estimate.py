@@ -165,7 +165,7 @@ class TrainingJob:
         """The same, if the planner were free to choose."""
         if not self.optimized:
             return ("input",) if self.checkpointed else ("all",)
-        levels = allowed(self.codegen, host=not self.process.is_host)[1:]
+        levels = allowed(self.codegen, host=not self.process.is_host)
         counted = [usages.get(levels[0]) for usages in self.step.usages.values()]
         if None in counted:  # a block that was counted in eager mode
             levels = ("all", *levels[1:])
