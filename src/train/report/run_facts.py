@@ -228,13 +228,15 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
         except RecipeError:
             return None
         multimodal = not head.classifies and head.auto != LANGUAGE_HEAD.auto
+        compressed = _quant_method(recipe, base) == "compressed-tensors"
         name = head.auto.replace("AutoModel", "AutoPeftModel")
         imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
         loading = f"model = {name}.from_pretrained(folder{labels})"
-        if source.gguf_file or base.startswith("package:") or multimodal:
+        if source.gguf_file or base.startswith("package:") or multimodal or compressed:
             find = "from importlib.util import find_spec\n\n" * base.startswith("package:")
             imports = f"{find}from peft import PeftModel\n{plain}"
-            call = _load_base(base, source, head)
+            imports += ", CompressedTensorsConfig" * compressed
+            call = _load_base(base, source, head, compressed)
             loading = f"base = {call}\nmodel = PeftModel.from_pretrained(base, folder)"
     loaded = f"""{imports}
 
@@ -249,14 +251,26 @@ def _auto_class(recipe: Mapping[str, Any], base: str) -> str:
     """The Auto class that a base model is loaded with, by its configuration if that is here."""
     from ..model.multimodal import auto_class  # imports PyTorch
 
+    config = _config(recipe, base)
+    return LANGUAGE_HEAD.auto if config is None else auto_class(config)
+
+
+def _quant_method(recipe: Mapping[str, Any], base: str) -> str | None:
+    """How the files of a base model store its weights in few bits, where they do."""
+    saved = (_config(recipe, base) or {}).get("quantization_config")
+    return saved.get("quant_method") if isinstance(saved, dict) else None
+
+
+def _config(recipe: Mapping[str, Any], base: str) -> dict[str, Any] | None:
+    """The configuration of a base model, if that is here."""
     with contextlib.suppress(RecipeError, ValueError):
         source = locate(base, [Path.cwd()])
         folder = Path(source.name)
         if not folder.is_dir():
             folder = cached(base, recipe.get("revision_of_model")) or folder
         if source.gguf_file is None and (folder / "config.json").is_file():
-            return auto_class(read_object(folder / "config.json"))
-    return LANGUAGE_HEAD.auto
+            return read_object(folder / "config.json")
+    return None
 
 
 def _judging(recipe: Mapping[str, Any]) -> str:
@@ -281,8 +295,8 @@ answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].sha
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def _load_base(base: str, source: ModelSource, head: Head) -> str:
-    """The call that loads a base model which only ``locate`` can find."""
+def _load_base(base: str, source: ModelSource, head: Head, compressed: bool) -> str:
+    """The call that loads a base model which only ``locate`` can find, or that is compressed."""
     where = json.dumps(Path(source.name).name, ensure_ascii=False) + ",  # its folder"
     if not Path(source.name).exists():
         where = json.dumps(base, ensure_ascii=False) + ","
@@ -292,7 +306,8 @@ def _load_base(base: str, source: ModelSource, head: Head) -> str:
         where = f"find_spec({package!r}).submodule_search_locations[0]{below},"
     file = f"\n    gguf_file={json.dumps(source.gguf_file)}," if source.gguf_file else ""
     labels = f"\n    num_labels={head.labels}," if head.labels else ""
-    return f"{head.auto}.from_pretrained(\n    {where}{file}{labels}\n)"
+    unpacked = "\n    quantization_config=CompressedTensorsConfig(dequantize=True)," * compressed
+    return f"{head.auto}.from_pretrained(\n    {where}{file}{labels}{unpacked}\n)"
 
 
 def _more(variables: Mapping[str, Any]) -> str:

@@ -152,6 +152,7 @@ def test_a_packed_base_from_load_to_merge(
     unpacked: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "packed", quantization_config=CompressedTensorsConfig(dequantize=True)
     )
+    assert "CompressedTensorsConfig(dequantize=True)" in (out / "README.md").read_text()
     theirs: Any = PeftModel.from_pretrained(unpacked, str(out)).eval()
     ours: Any = PeftModel.from_pretrained(kept, str(out)).eval()
     ids = torch.arange(20).reshape(1, 20) + 3
