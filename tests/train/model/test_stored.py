@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from fusewright.train.model.stored import (
     require_whole,
     unpacked_weight,
 )
+from fusewright.train.preflight import model_obstacles
 from fusewright.train.recipe.recipe import Recipe
 
 from ...models.stored_formats import STAND_INS
@@ -55,6 +58,15 @@ def test_what_cannot_be_trained_over_says_so():
         _asked("fp8", adapter=None)
     _asked("fp8")
     _asked("a method of tomorrow")
+
+
+def test_a_base_that_cannot_be_trained_over_is_found_before_rows_are_read(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "stored")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "hqq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = list(model_obstacles(checked(folder, adapter="lora")))
+    assert any("cannot be trained over: transformers does not load it" in f for f in found), found
 
 
 def test_a_recipe_may_require_gptq():
@@ -94,6 +106,11 @@ def test_tensors_that_cannot_be_right_are_named():
     require_whole(_model())
     model = _model()
     model.proj.scales[1, 3] = torch.nan
+    with pytest.raises(RecipeError, match=r"proj\.scales: 1 of its 128 numbers are not finite"):
+        require_whole(model)
+    model = _model()
+    model.proj.scales = model.proj.scales.to(torch.float8_e4m3fn)
+    model.proj.scales[0, 0] = torch.nan
     with pytest.raises(RecipeError, match=r"proj\.scales: 1 of its 128 numbers are not finite"):
         require_whole(model)
     model = _model()
