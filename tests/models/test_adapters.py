@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fusewright import explain, optimize
 
 from .adapters import PAGE, TABLE, Adapter, build, line, optimized, step
 from .setups import in_double
@@ -54,3 +60,25 @@ def test_the_page_has_every_type_of_peft_and_no_other_lines() -> None:
     rows = [row for row in LINES if row.startswith("| ") and not row.startswith("| adapter")]
     assert len(rows) == len(TABLE)
     assert {a.kind for a in TABLE.values()} == {t.name for t in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def test_adapters_of_the_head_with_a_dropout_each_are_left_with_the_reason() -> None:
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 61,
+              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    torch.manual_seed(0)
+    eager: Any = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**config)),
+        LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.3, init_lora_weights=False),
+    )
+    second = LoraConfig(r=3, target_modules=["lm_head"], lora_dropout=0.2, init_lora_weights=False)
+    eager.add_adapter("second", second)
+    eager.base_model.set_adapter(["default", "second"])
+    ours = optimize(copy.deepcopy(eager.train()), codegen="eager")
+    ids, grads = torch.randint(0, 61, (2, 9)), []
+    for model in (ours, eager):
+        torch.manual_seed(1)
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    reasons = [s.reason for s in explain(ours).gaps() if s.rule == "linear_cross_entropy"]
+    assert reasons == ["several adapters of the head have an input of their own"]

@@ -42,7 +42,8 @@ class Packing:
         return -(-weight.numel() * self.bits // 8), -(-groups * self.scale // 8)
 
     def has(self, name: str) -> bool:
-        """Whether the layer of this name is stored so."""
+        """Whether the layer of this name, of a model with adapters or without, is stored so."""
+        name = name.replace(".base_layer", "").removeprefix("base_model.model.")
         return not any(
             re.match(p[3:], name) if p.startswith("re:") else p in name for p in self.plain
         )

@@ -25,6 +25,7 @@ from fusewright.train.model import stored
 from fusewright.train.model.load import load_model
 from fusewright.train.model.stored import (
     STORED,
+    Packing,
     is_stored,
     require_usable,
     require_whole,
@@ -93,6 +94,14 @@ def test_every_extra_is_there():
         assert not method.module or any(
             p.replace("-", "_").startswith(method.module) for p in packages
         )
+
+
+@pytest.mark.parametrize("outer", ["", "base_model.model."])
+def test_layers_that_are_left_as_they_are_are_not_counted_as_packed(outer):
+    packing = Packing(4, plain=("re:visual.*", "lm_head"))
+    assert not packing.has(f"{outer}visual.blocks.0.base_layer.proj")
+    assert not packing.has(f"{outer}lm_head")
+    assert packing.has(f"{outer}model.layers.0.base_layer.q_proj")
 
 
 def _model() -> Any:

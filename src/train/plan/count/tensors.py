@@ -112,7 +112,7 @@ def _quantized(model: Any, experts: bool, stored: Packing | None) -> set[int]:
         if type(m) is nn.Linear
         and m not in heads
         and not m.weight.requires_grad
-        and (stored is None or stored.has(name.replace(".base_layer", "")))
+        and (stored is None or stored.has(name))
     }
     if experts:
         replaced |= {id(p) for _, _, p in bare_experts(model) if not p.requires_grad}
