@@ -60,6 +60,7 @@ CHECKS: dict[str, Check] = {
               "look at warmup_steps, warmup_ratio and at who steps the scheduler"),
         # weights
         Check("weights-moved", "Did the optimizer change every trained tensor, and no other?",
-              "the optimizer was made before the adapter, has other tensors, or the step was skipped"),
+              "the optimizer was made before the adapter, or has other tensors, or its step was "
+              "skipped"),
     )
 }  # fmt: skip
