@@ -1,9 +1,9 @@
 """Whether the errors of gradients have a bias, whatever their size.
 
-Rounding errs in both directions, so over many tensors and steps the signed mean of the errors is
-near zero: within its standard error, or within what eager mode errs in that direction. A kernel
-that truncates, or scales by slightly too little, is as near to the reference as any other in each
-element, and still moves all weights in one direction. TRL's invariance tests look at the same
+Rounding errs in both directions, so the signed mean of the errors over a gradient, over tensors and
+over steps is near zero, or near what eager mode's is, which rounds most of the same values. A
+kernel that truncates, or scales by slightly too little, is as near to the reference as any other in
+each element, and still moves all weights in one direction. TRL's invariance tests look at the same
 quantity, the mean of signed differences, next to the largest difference.
 
 Two directions are tested, both relative to the mean size of the reference's elements: ``size``
@@ -14,6 +14,8 @@ Two directions are tested, both relative to the mean size of the reference's ele
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,84 +24,102 @@ from torch import Tensor
 
 from ..rewrite.tolerance import FACTOR, unit
 
-_ERRORS = 4.0
-"""Standard errors that a mean may be from zero: by chance once in 16,000 times."""
+_ERRORS = 5.0
+"""Standard errors that a mean may be from eager mode's; by chance once in two million times."""
+_LEAST = 0.125
+"""In units of rounding: a smaller bias is none."""
 _SCALAR = 0.21
-"""Standard deviation of the relative error of one rounded number, in units of rounding. All
-gradients of a step are multiplied by single numbers, such as the reciprocal of the tokens."""
 _SCALAR_MOST = 0.5
+"""Standard deviation and maximum of the relative error of one rounded number, in its units. All
+gradients of a step are multiplied by single numbers in fp32, such as the reciprocal of the tokens.
+"""
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Lean:
-    """The signed mean error of one tensor's gradient in one step; all relative.
+    """The signed mean errors of one tensor's gradient in one step; all relative.
 
     Attributes:
         size: mean of the errors times the reference's signs, over the mean of its absolute values.
         offset: mean of the errors over the same.
-        rms: norm of the errors over the reference's norm.
+        eager_size: as ``size``, of eager mode.
+        eager_offset: as ``offset``, of eager mode.
+        rms: norm of the difference from eager mode over the reference's norm.
+        elements: how many the mean is taken over.
     """
 
     size: float
     offset: float
+    eager_size: float
+    eager_offset: float
     rms: float
+    elements: int
 
 
-def lean(actual: Tensor, exact: Tensor) -> Lean | None:
-    """The signed mean error of a gradient against the reference's; shapes are equal.
+def lean(actual: Tensor, eager: Tensor | None, exact: Tensor) -> Lean | None:
+    """The signed mean errors of a gradient and of eager mode's, of the same weights and tokens.
 
-    None where that has no meaning: the reference is zero everywhere, or a value is not finite.
+    All of one shape. ``exact`` is the reference in a higher precision; without ``eager``, in the
+    precision of ``actual``, errors count as if eager mode had none. Returns None where a mean has
+    no meaning: the reference is zero everywhere, or a value is not finite.
     """
-    size = toward = off = squares = square = 0.0
-    flat = zip(actual.reshape(-1).split(_PIECE), exact.reshape(-1).split(_PIECE), strict=True)
-    for ours, truth in flat:
-        truth = truth.detach().to(torch.float64)
-        error = ours.detach().to(torch.float64) - truth
-        size += float(truth.abs().sum())
-        toward += float((error * truth.sign()).sum())
-        off += float(error.sum())
-        squares += float(error.square().sum())
-        square += float(truth.square().sum())
-    if not size or not math.isfinite(size + toward):
+    total = torch.zeros(7, dtype=torch.float64)
+    flat = [t.detach().reshape(-1).split(_PIECE) for t in (actual, exact, exact)]
+    if eager is not None:
+        flat[1] = eager.detach().reshape(-1).split(_PIECE)
+    for pieces in zip(*flat, strict=True):
+        ours, plain, truth = (piece.to("cpu", torch.float64) for piece in pieces)
+        error, eagers, sign = ours - truth, plain - truth, truth.sign()
+        sums = (error @ sign, error.sum(), eagers @ sign, eagers.sum(), truth.abs().sum(),
+                (ours - plain).square().sum(), truth.square().sum())  # fmt: skip
+        total += torch.stack(sums)
+    *biases, size, difference, square = total.tolist()
+    if not size or not math.isfinite(sum(biases) + size):
         return None
-    return Lean(toward / size, off / size, (squares / square) ** 0.5)
+    rms = (difference / square) ** 0.5
+    return Lean(*(bias / size for bias in biases), rms, exact.numel())
 
 
-_PIECE = 1 << 22
-
-Step = Mapping[str, Lean]
-"""The leans of one step's gradients, by parameter."""
+def kind_of(name: str) -> str:
+    """The kind of a parameter: its name without numbers of layers, experts and adapters' names."""
+    short = re.sub(r"\.(default\.)?weight$", "", name)
+    return re.sub(r"(^|.*\.)\d+\.", "", short)
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The mean bias in one direction; all relative to the size of the gradients.
+    """The mean bias of some tensors' gradients in one direction; all relative to their size.
 
     Attributes:
+        kind: of the tensors (``kind_of``); empty: all of them.
         direction: ``"size"`` or ``"offset"``.
         bias: signed mean over tensors and steps.
         eager: that of eager mode.
-        error: standard error of ``bias``.
-        allowed: how far from zero, and from ``eager``, it may be.
+        error: standard error of their difference.
+        allowed: how far ``bias`` may be from ``eager``.
+        least: up to which ``bias`` is none, or no more than that of eager mode.
     """
 
+    kind: str
     direction: str
     bias: float
     eager: float
     error: float
     allowed: float
+    least: float
 
     @property
     def exceeded(self) -> bool:
         """Whether the errors have a bias that neither chance nor eager mode explains."""
-        return min(abs(self.bias), abs(self.bias - self.eager)) > self.allowed
+        return abs(self.bias - self.eager) > self.allowed and abs(self.bias) > self.least
 
     def text(self) -> str:
         """What was measured, as a clause."""
         return (
-            f"the gradients are {_WORDS[self.direction, self.bias > 0]} by {abs(self.bias):.1e} "
-            f"of their size on average (standard error {self.error:.1e}, eager mode "
-            f"{self.eager:+.1e}, allowed {self.allowed:.1e})"
+            f"the gradients of {self.kind or 'all tensors'} are "
+            f"{_WORDS[self.direction, self.bias > 0]} by {abs(self.bias):.1e} of their size on "
+            f"average (eager mode {self.eager:+.1e}, standard error {self.error:.1e})"
         )
 
 
@@ -108,52 +128,71 @@ _WORDS = {
     ("offset", True): "rounded up", ("offset", False): "rounded down",
 }  # fmt: skip
 
+Step = Mapping[str, Lean]
+"""The leans of one step's gradients, by parameter."""
 
-def drifts(
-    steps: Sequence[Step], eager: Sequence[Step], dtype: torch.dtype, tokens: int
-) -> list[Drift]:
-    """The bias of gradients in both directions; empty where fewer than two tensors have one.
+
+def drifts(steps: Sequence[Step], dtype: torch.dtype, tokens: int) -> list[Drift]:
+    """The bias of gradients in both directions: of all tensors, then of each kind of them.
+
+    Of fewer than two tensors nothing can be said, so that there may be none.
 
     Args:
-        steps: of what is judged, one or more; the weights of each step are the reference's.
-        eager: the same steps in eager mode of the same precision; empty if there is none.
+        steps: one or more, each at the same weights in all of its gradients.
         dtype: in which the gradients are computed.
         tokens: that are trained in all steps together.
     """
-    result = []
-    for direction in ("size", "offset"):
-        means, spread, rms = _means(steps, direction)
-        if not means:
-            continue
-        eager_means, eager_spread, eager_rms = _means(eager, direction)
-        bias, eager_bias = _mean(means), _mean(eager_means)
-        # the mean over tensors, and what all tensors have in common, which their spread does not
-        # show: errors of tokens, and of numbers that a whole step is multiplied by
-        of_way = math.hypot(spread, rms / max(1, tokens) ** 0.5)
-        of_eager = math.hypot(eager_spread, eager_rms / max(1, tokens) ** 0.5)
-        error = max(of_way, of_eager, _standard_error(means))
-        scalar = min(_ERRORS * _SCALAR / len(means) ** 0.5, _SCALAR_MOST) * unit(dtype)
-        allowed = (FACTOR - 1) * abs(eager_bias) + _ERRORS * error + scalar
-        result.append(Drift(direction, bias, eager_bias, error, allowed))
-    return result
+    groups = {"": list(steps), **_by_kind(steps)}
+    return [
+        drift
+        for kind, some in groups.items()
+        for direction in ("size", "offset")
+        if (drift := _drift(kind, direction, some, dtype, tokens)) is not None
+    ]
 
 
-def _means(steps: Sequence[Step], direction: str) -> tuple[list[float], float, float]:
-    """The mean of each step, the standard error that tensors tell, and the mean of ``rms``."""
-    means, variances, rms = [], [], []
+def _by_kind(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    kinds: dict[str, list[dict[str, Lean]]] = defaultdict(lambda: [{} for _ in steps])
+    for i, step in enumerate(steps):
+        for name, each in step.items():
+            kinds[kind_of(name)][i][name] = each
+    return {kind: list(some) for kind, some in kinds.items()} if len(kinds) > 1 else {}
+
+
+def _drift(
+    kind: str, direction: str, steps: Sequence[Step], dtype: torch.dtype, tokens: int
+) -> Drift | None:
+    of_steps, variances = [], []
     for step in steps:
-        values = [getattr(each, direction) for each in step.values()]
-        if len(values) < 2:
-            continue
-        means.append(_mean(values))
-        variances.append(_standard_error(values) ** 2)
-        rms += [each.rms for each in step.values()]
-    return means, sum(variances) ** 0.5 / max(1, len(means)), _mean(rms)
+        leans = list(step.values())
+        differences = [
+            getattr(each, direction) - getattr(each, f"eager_{direction}") for each in leans
+        ]
+        if len(leans) > 1:
+            of_steps.append(_mean(differences))
+            independent = sum(each.rms**2 / each.elements for each in leans) / len(leans) ** 2
+            variances.append(max(_standard_error(differences) ** 2, independent))
+    if not of_steps:
+        return None
+    number = len(of_steps)
+    every = [each for step in steps for each in step.values()]
+    bias = _mean(getattr(each, direction) for each in every)
+    eager = _mean(getattr(each, f"eager_{direction}") for each in every)
+    # of tensors, by their spread; and of what they have in common, which that does not show: each
+    # token's error is in all of them
+    common = _mean(each.rms for each in every) / max(1, tokens) ** 0.5
+    error = max(math.hypot(sum(variances) ** 0.5 / number, common), _standard_error(of_steps))
+    scalar = 0.0
+    if direction == "size":
+        most = min(_ERRORS * _SCALAR / number**0.5, _SCALAR_MOST)
+        scalar = most * unit(torch.promote_types(dtype, torch.float32))
+    least = FACTOR * abs(eager) + _LEAST * unit(dtype)
+    return Drift(kind, direction, bias, eager, error, _ERRORS * error + scalar, least)
 
 
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else 0.0
+    return sum(numbers) / len(numbers)
 
 
 def _standard_error(values: Sequence[float]) -> float:
