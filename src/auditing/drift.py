@@ -33,6 +33,8 @@ _SCALAR_MOST = 0.5
 """Standard deviation and maximum of the relative error of one rounded number, in its units. All
 gradients of a step are multiplied by single numbers in fp32, such as the reciprocal of the tokens.
 """
+_UNEVEN = 2.0
+"""Few tokens have much of the gradient: as many tell as much as this many times fewer equal ones."""
 _PIECE = 1 << 22
 
 
@@ -180,7 +182,7 @@ def _drift(
     eager = _mean(getattr(each, f"eager_{direction}") for each in every)
     # of tensors, by their spread; and of what they have in common, which that does not show: each
     # token's error is in all of them
-    common = _mean(each.rms for each in every) / max(1, tokens) ** 0.5
+    common = _mean(each.rms for each in every) * (_UNEVEN / max(1, tokens)) ** 0.5
     error = max(math.hypot(sum(variances) ** 0.5 / number, common), _standard_error(of_steps))
     scalar = 0.0
     if direction == "size":
