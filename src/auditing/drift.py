@@ -34,7 +34,7 @@ _SCALAR_MOST = 0.5
 gradients of a step are multiplied by single numbers in fp32, such as the reciprocal of the tokens.
 """
 _UNEVEN = 2.0
-"""Few tokens have much of the gradient: as many tell as much as this many times fewer equal ones."""
+"""Few tokens have much of the gradient, so that this many of them tell no more than one."""
 _PIECE = 1 << 22
 
 
