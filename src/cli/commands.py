@@ -194,6 +194,33 @@ def merge(
     command.merge(opened, options)
 
 
+def serve(
+    context: typer.Context,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="As for the other commands, or a GGUF file.")
+    ],
+    server: Annotated[
+        str | None, typer.Option(help="vllm or llama.cpp. Default: one that is installed.")
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Serve the adapter on its base, instead of merging it.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in requests. Default: the folder's.")
+    ] = None,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve a run by vLLM or llama.cpp, merging it first."""
+    announce("importing PyTorch and transformers")
+    from ..train import serve as command  # slow to import
+
+    options = command.ServeOptions(server, lora, host, port, name, context.args)
+    command.serve(run, base_model, Consent(trust_remote_code), options)
+
+
 def _opened(folder: str, base_model: str | None, consent: Consent) -> RunFolder:
     from ..train.inference.run_folder import open_run
 
@@ -451,6 +478,10 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     for command in (generate, chat, merge):
         app.command()(command)
+    app.command(
+        context_settings={"allow_extra_args": True},
+        epilog="What follows -- is passed on: fusewright serve RUN -- --max-model-len 4096",
+    )(serve)
     endings = "Exit code 0: all ways passed; 1: one failed; 2: the recipe cannot be used."
     app.command(context_settings=keys, epilog=f"{any_key} 256. {endings}")(verify)
     app.command()(doctor)

@@ -83,7 +83,9 @@ def _right(run: Path) -> list[bool]:
 @needs_harness
 def test_code_in_a_task_is_not_run_unasked(trained: Path, tasks: Path, tmp_path: Path) -> None:
     mark = tmp_path / "it-was-run"
-    code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef pick(rows):\n    return rows\n"
+    code = (
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef pick(rows):\n    return rows\n"
+    )
     (tasks / "own.py").write_text(code)
     (tasks / "sub").mkdir()
     (tasks / "sub" / "base.yaml").write_text("process_docs: !function ../own.pick\n")
@@ -94,7 +96,9 @@ def test_code_in_a_task_is_not_run_unasked(trained: Path, tasks: Path, tmp_path:
     assert "--allow-code" in refused(*arguments)
     _write_task(tasks, metric_list=[{"metric": str(tasks / "own.py")}])
     assert "--allow-code" in refused(*arguments)
-    _write_task(tasks, doc_to_text="{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}")
+    _write_task(
+        tasks, doc_to_text="{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}"
+    )
     assert "unsafe" in refused(*arguments)
     assert not mark.exists()
     _write_task(tasks, "process_docs: !function own.pick\n")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fusewright.auditing.drift import Drift
 from fusewright.train.data import Sample
 from fusewright.train.proof.command import Comparison, Row, Run, Runner, _run
 from fusewright.train.proof.compare import ALL, Allowed, Deviations
@@ -21,7 +22,8 @@ from ..conftest import small_recipe
 SAMPLES = [[Sample([1] * n, [-100] + [1] * (n - 1))] for n in (10, 20, 30, 40)]
 CHOSEN = select(SAMPLES, 2, 2)
 LAYOUT = BatchLayout.of(CHOSEN.steps, True, 2)
-NEAR = Deviations((1e-3, 2e-3), {ALL: 3e-3, "q_proj": 3e-3}, 4e-3)
+DRIFT = Drift("", "size", bias=-1e-4, eager=0.0, error=1e-4, allowed=5e-4, least=1e-3)
+NEAR = Deviations((1e-3, 2e-3), {ALL: 3e-3, "q_proj": 3e-3}, 4e-3, drift=(DRIFT,))
 
 
 def _figures(**changes: Any) -> dict[str, Any]:
@@ -57,9 +59,9 @@ def test_a_row_for_each_way() -> None:
     assert lines[1].endswith("512 MiB  the reference, in float32")
     assert "2.0000 → 1.5000" in lines[2]
     assert lines[3].split() == ["allowed", "1.3e-02", "1.2e-02", "1.4e-02"]
-    cells = ["2.0e-03", "3.0e-03", "4.0e-03", "140", "512", "MiB", "passed"]
-    assert lines[4].split()[-7:] == cells
-    assert lines[5].split() == ["packed", *["-"] * 7, "skipped"]
+    cells = ["2.0e-03", "3.0e-03", "-1.0e-04", "4.0e-03", "140", "512", "MiB", "passed"]
+    assert lines[4].split()[-8:] == cells
+    assert lines[5].split() == ["packed", *["-"] * 8, "skipped"]
 
 
 def test_the_first_step_is_not_timed() -> None:
