@@ -26,7 +26,7 @@ def _weights(dtype: torch.dtype) -> Gradients:
 def _gradients(
     weights: Gradients, x: Tensor, y: Tensor, dtype: torch.dtype, chunks: int = 1
 ) -> Gradients:
-    """Those of a residual network, token by token in ``chunks`` of the batch, the last one first."""
+    """Those of a residual network, by ``chunks`` of the batch, the last one first."""
     leaves = {name: w.to(dtype).requires_grad_() for name, w in weights.items()}
     for rows, labels in reversed(list(zip(x.chunk(chunks), y.chunk(chunks), strict=True))):
         h = rows.to(dtype)
