@@ -76,11 +76,13 @@ def lean(actual: Tensor, eager: Tensor | None, exact: Tensor) -> Lean | None:
         sums = (error @ sign, error.sum(), eagers @ sign, eagers.sum(), truth.abs().sum(),
                 (ours - plain).square().sum(), truth.square().sum())  # fmt: skip
         total += torch.stack(sums)
-    *biases, size, difference, square = total.tolist()
-    if not size or not math.isfinite(sum(biases) + size):
+    toward, off, eager_toward, eager_off, size, difference, square = total.tolist()
+    if not size or not math.isfinite(toward + off + eager_toward + eager_off + size):
         return None
-    rms = (difference / square) ** 0.5
-    return Lean(*(bias / size for bias in biases), rms, exact.numel())
+    return Lean(
+        toward / size, off / size, eager_toward / size, eager_off / size,
+        (difference / square) ** 0.5, exact.numel(),
+    )  # fmt: skip
 
 
 def kind_of(name: str) -> str:
@@ -202,4 +204,4 @@ def _standard_error(values: Sequence[float]) -> float:
         return 0.0
     mean = _mean(values)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return (variance / len(values)) ** 0.5
+    return math.sqrt(variance / len(values))

@@ -27,7 +27,7 @@ def _gradients(
     weights: Gradients, x: Tensor, y: Tensor, dtype: torch.dtype, chunks: int = 1
 ) -> Gradients:
     """Those of a residual network, by ``chunks`` of the batch, the last one first."""
-    leaves = {name: w.to(dtype).requires_grad_() for name, w in weights.items()}
+    leaves = {name: w.to(dtype, copy=True).requires_grad_() for name, w in weights.items()}
     for rows, labels in reversed(list(zip(x.chunk(chunks), y.chunk(chunks), strict=True))):
         h = rows.to(dtype)
         for i in range(LAYERS):

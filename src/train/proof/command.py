@@ -526,7 +526,7 @@ class Comparison:
                 grid.add_row("merged", "-", losses, *["-"] * 6, VERDICTS[row.verdict])
             else:
                 layout = row.run.way.layout
-                cells = [row.run.way.name, layout.text() if layout else "-", *["-"] * 6]
+                cells = [row.run.way.name, layout.text() if layout else "-", *["-"] * 7]
                 grid.add_row(*map(Text, [*cells, VERDICTS[row.verdict]]))
             if row.verdict == "limit":
                 of = self.limits

@@ -87,19 +87,19 @@ def test_code_in_a_task_is_not_run_unasked(trained: Path, tasks: Path, tmp_path:
         f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef pick(rows):\n    return rows\n"
     )
     (tasks / "own.py").write_text(code)
-    (tasks / "sub").mkdir()
-    (tasks / "sub" / "base.yaml").write_text("process_docs: !function ../own.pick\n")
+    other = tmp_path / "base.yaml"
+    other.write_text(f"process_docs: !function {tasks.name}.own.pick\n")
     arguments = ("eval", trained, "--tasks", "mine", "--include-path", tasks)
     _write_task(tasks, "process_docs: !function own.pick\n")
     assert "--allow-code" in refused(*arguments)
-    _write_task(tasks, include=str(tasks / "sub" / "base.yaml"))
+    _write_task(tasks, include=str(other))
     assert "--allow-code" in refused(*arguments)
     _write_task(tasks, metric_list=[{"metric": str(tasks / "own.py")}])
     assert "--allow-code" in refused(*arguments)
     _write_task(
         tasks, doc_to_text="{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}"
     )
-    assert "unsafe" in refused(*arguments)
+    assert "unsafe" in refused(*arguments, in_a_line=False)
     assert not mark.exists()
     _write_task(tasks, "process_docs: !function own.pick\n")
     done = fusewright(*arguments, "--allow-code")

@@ -13,9 +13,16 @@ from fusewright.train.merge import Adapted
 from fusewright.train.proof.merged import compare_merged
 from fusewright.train.recipe.recipe import Recipe
 
-from ..conftest import make_adapter
+from ..conftest import make_adapter, make_tokenizer
 
 SAMPLES = [Sample(list(range(3, 35)), [-100, *range(4, 35)]) for _ in range(2)]
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A folder with a base, and an adapter as a worker leaves it."""
+    make_tokenizer().save_pretrained(make_adapter(tmp_path))
+    return tmp_path
 
 
 def _recipe(folder: Path, **keys: Any) -> Recipe:
@@ -26,9 +33,8 @@ def _recipe(folder: Path, **keys: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_merged_adapter_is_the_adapter_but_for_rounding(tmp_path: Path, bf16: bool) -> None:
-    make_adapter(tmp_path)
-    found = compare_merged(_recipe(tmp_path, bf16=bf16), SAMPLES, 1.0, tmp_path)
+def test_a_merged_adapter_is_the_adapter_but_for_rounding(trained: Path, bf16: bool) -> None:
+    found = compare_merged(_recipe(trained, bf16=bf16), SAMPLES, 1.0, trained)
     assert found["dtype"] == ("bfloat16" if bf16 else "float32")
     assert found["tokens"] == 64
     assert 0 < found["off"] <= found["allowed"] < (0.1 if bf16 else 1e-5)
@@ -36,24 +42,22 @@ def test_a_merged_adapter_is_the_adapter_but_for_rounding(tmp_path: Path, bf16: 
 
 
 def test_an_update_that_is_left_out_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_adapter(tmp_path)
     merge = Adapted.merge
 
     def without_one(self: Adapted, path: str, tensors: Any) -> Any:
         return dict(tensors) if path.endswith("1.mlp.down_proj") else merge(self, path, tensors)
 
     monkeypatch.setattr(Adapted, "merge", without_one)
-    found = compare_merged(_recipe(tmp_path, bf16=False), SAMPLES, 1.0, tmp_path)
+    found = compare_merged(_recipe(trained, bf16=False), SAMPLES, 1.0, trained)
     assert found["off"] > 10 * found["allowed"]
 
 
-def test_what_cannot_be_merged_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    make_adapter(tmp_path)
-    config = (tmp_path / "base" / "config.json").read_text()
+def test_what_cannot_be_merged_is_skipped_with_the_reason(trained: Path) -> None:
+    config = (trained / "base" / "config.json").read_text()
     quantized = config.replace("{", '{"quantization_config": {"quant_method": "gptq"},', 1)
-    (tmp_path / "base" / "config.json").write_text(quantized)
-    found = compare_merged(_recipe(tmp_path), SAMPLES, 1.0, tmp_path)
+    (trained / "base" / "config.json").write_text(quantized)
+    found = compare_merged(_recipe(trained), SAMPLES, 1.0, trained)
     assert "quantized" in found["skipped"]
     assert torch.is_grad_enabled()
