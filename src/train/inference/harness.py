@@ -68,6 +68,8 @@ def evaluate_tasks(
         request.batch_size.isdecimal() and int(request.batch_size)
     ):
         raise RecipeError(f"--batch-size: must be a number or auto, not {request.batch_size}")
+    if request.limit is not None and request.limit <= 0:
+        raise RecipeError("--limit: must be above 0")
     own = [*_task_files(request.include), *(p for t in request.tasks if (p := Path(t)).is_file())]
     if not run.consent.allow_code:
         for path in own:
@@ -172,7 +174,7 @@ def _sandboxed_templates(own: bool, consent: Consent) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_words() -> Iterator[None]:
-    """Keep back what the harness says that is no warning of ours to give."""
+    """Keep back the harness's log: its warnings are about how we call it."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -197,7 +199,7 @@ def _load_tasks(request: TaskOptions) -> list[Any]:
     try:
         loaded = manager.load(names)
     except Exception as error:  # datasets and hub raise anything
-        raise DataError(
+        raise _refused(error) or DataError(
             f"--tasks {','.join(names)}: cannot be loaded: {first_line(error)}"
         ) from error
     groups = loaded.get("groups", {})
@@ -217,27 +219,36 @@ def _judged(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    size = request.batch_size
+    size = request.batch_size if request.batch_size == "auto" else int(request.batch_size)
     # the harness ties the weights of what it is given; those that were trained apart stay apart
     model.tie_weights = lambda *_, **__: None
-    limit = request.limit
     try:
-        judged = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=size if size == "auto" else int(size)
-        )
+        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
         found: dict[str, Any] = simple_evaluate(
-            judged, tasks=tasks, num_fewshot=request.shots, limit=limit,
+            judged, tasks=tasks, num_fewshot=request.shots, limit=request.limit,
             apply_chat_template=request.chat, log_samples=False, bootstrap_iters=1000,
             confirm_run_unsafe_code=consent.allow_code,
         )  # fmt: skip
     except Exception as error:  # tasks, templates and metrics raise anything
-        if consent.allow_code is False and "unsafe" in str(error):
-            message = why_not_run("--tasks: a task runs the model's answers", FUNCTION_SWITCH)
-            raise RecipeError(message) from error
-        raise DataError(f"--tasks: the harness ended: {first_line(error)}") from error
+        raise _refused(error) or DataError(
+            f"--tasks: the harness ended: {first_line(error)}"
+        ) from error
     finally:
         del model.tie_weights
     return found
+
+
+def _refused(error: Exception) -> RecipeError | None:
+    """What is said where the harness or the sandbox has refused to run code."""
+    from jinja2.exceptions import SecurityError
+
+    if isinstance(error, SecurityError):
+        what = f"--tasks: a task's template is code ({first_line(error)})"
+    elif "confirm_run_unsafe_code" in str(error):
+        what = "--tasks: one of the tasks runs the model's answers, which are Python code"
+    else:
+        return None
+    return RecipeError(why_not_run(what, FUNCTION_SWITCH))
 
 
 # --- figures -------------------------------------------------------------------------------------

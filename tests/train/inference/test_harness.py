@@ -99,7 +99,10 @@ def test_code_in_a_task_is_not_run_unasked(trained: Path, tasks: Path, tmp_path:
     _write_task(
         tasks, doc_to_text="{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}"
     )
-    assert "unsafe" in refused(*arguments, in_a_line=False)
+    sandboxed = fusewright(*arguments)  # which has shown the loading of the rows
+    assert sandboxed.exit_code == 2
+    assert "template is code" in sandboxed.stderr.splitlines()[-1]
+    assert "--allow-code" in sandboxed.stderr.splitlines()[-1]
     assert not mark.exists()
     _write_task(tasks, "process_docs: !function own.pick\n")
     done = fusewright(*arguments, "--allow-code")
