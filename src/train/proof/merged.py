@@ -8,6 +8,7 @@ adapter's than 1.5 times the change of that.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...compiler.pipeline import restore
-from ...errors import FusewrightError, first_line
+from ...errors import FusewrightError, ModelError, first_line
 from ...rewrite.tolerance import FACTOR, unit
 from ..checkpoint import save_model
-from ..consent import Consent
 from ..data import Sample
 from ..inference.load_run import load_model_of, recipe_for, with_adapter
 from ..inference.run_folder import RunFolder, open_run
@@ -90,18 +90,23 @@ def compare_merged(
         return {"skipped": str(error) or "there was not enough memory"}
     except Exception as error:  # to be said in the table: merging should not end like that
         return {"failed": f"{type(error).__name__}: {first_line(error)}"}
+    finally:
+        shutil.rmtree(folder / _MERGED, ignore_errors=True)  # as large as the base
 
 
 def _compare(
     recipe: Recipe, samples: Sequence[Sample], loss_trained: float, folder: Path
 ) -> Merged:
     start = time.monotonic()
-    run = _run(recipe, folder / _ADAPTER)
+    keys = recipe.model_dump(mode="json")
+    adapter = folder / _ADAPTER
+    run = RunFolder(adapter, True, recipe.base_model, adapter, keys, {}, recipe.consent)
     if getattr(load_config(recipe), "quantization_config", None) is not None:
-        raise _stored_quantized()
+        raise ModelError(
+            "the base's files are quantized: merging rounds into their format, which export judges"
+        )
     adapted, loss_adapter = _scores(_on_full_base(run), samples)
-    quiet = Console(quiet=True)
-    merge(run, MergeOptions(folder / _MERGED), quiet)
+    merge(run, MergeOptions(folder / _MERGED), Console(quiet=True))
     model = load_model_of(open_run(folder / _MERGED, consent=recipe.consent))
     merged, loss_merged = _scores(model, samples)
     _change_by_one_unit(model)
@@ -112,18 +117,6 @@ def _compare(
         loss_merged, float((merged - adapted).norm()) / size,
         FACTOR * float((changed - merged).norm()) / size, time.monotonic() - start,
     )  # fmt: skip
-
-
-def _stored_quantized() -> FusewrightError:
-    return FusewrightError(
-        "the base's files are quantized: merging rounds into their format, which export judges"
-    )
-
-
-def _run(recipe: Recipe, folder: Path) -> RunFolder:
-    keys = recipe.model_dump(mode="json")
-    consent: Consent = recipe.consent
-    return RunFolder(folder, True, recipe.base_model, folder, keys, {}, consent)
 
 
 def _on_full_base(run: RunFolder) -> Any:
