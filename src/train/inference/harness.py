@@ -189,7 +189,7 @@ def _load_tasks(request: TaskOptions) -> list[Any]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=list(request.include))
-    names = []
+    names: list[str] = []
     for name in request.tasks:
         matches = [name] if Path(name).is_file() else manager.match_tasks([name])
         if not matches:
