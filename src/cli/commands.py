@@ -55,14 +55,47 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="A data file; can be repeated. Default: the run's validation rows."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead: arc_easy,hellaswag."),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with task files of your own; can be repeated."),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Documents of each task; below 1: that share of them."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples in each prompt. Default: the task's.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="For tasks: a number, or auto.")] = "8",
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Write the tasks' prompts as chats.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
 ) -> None:
-    """Compute the figures of validation on a run's validation rows, or on other data."""
-    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code))
+    """Compute the figures of validation on a run's validation rows, or on other data or tasks."""
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    opened = _opened(run, base_model, consent)
+    if tasks is not None:
+        if data:
+            raise RecipeError("eval: --data has rows and --tasks tasks: give one of them")
+        from ..train.inference import harness  # slow to import
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        options = harness.TaskOptions(
+            names, include_path or [], limit, num_fewshot, batch_size, apply_chat_template
+        )
+        harness.evaluate_tasks(opened, options, as_json=as_json)
+        return
+    if include_path or limit is not None or num_fewshot is not None or apply_chat_template:
+        raise RecipeError("eval: name the tasks, too: --tasks TASK,TASK")
     announce(f"loading {run}")
     from ..train.inference import evaluate as command  # slow to import
 
@@ -159,6 +192,33 @@ def merge(
 
     options = command.MergeOptions(output, dtype, max_shard_size, dequantize)
     command.merge(opened, options)
+
+
+def serve(
+    context: typer.Context,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="As for the other commands, or a GGUF file.")
+    ],
+    server: Annotated[
+        str | None, typer.Option(help="vllm or llama.cpp. Default: one that is installed.")
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Serve the adapter on its base, instead of merging it.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in requests. Default: the folder's.")
+    ] = None,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve a run by vLLM or llama.cpp, merging it first."""
+    announce("importing PyTorch and transformers")
+    from ..train import serve as command  # slow to import
+
+    options = command.ServeOptions(server, lora, host, port, name, context.args)
+    command.serve(run, base_model, Consent(trust_remote_code), options)
 
 
 def _opened(folder: str, base_model: str | None, consent: Consent) -> RunFolder:
@@ -418,6 +478,10 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     for command in (generate, chat, merge):
         app.command()(command)
+    app.command(
+        context_settings={"allow_extra_args": True},
+        epilog="What follows -- is passed on: fusewright serve RUN -- --max-model-len 4096",
+    )(serve)
     endings = "Exit code 0: all ways passed; 1: one failed; 2: the recipe cannot be used."
     app.command(context_settings=keys, epilog=f"{any_key} 256. {endings}")(verify)
     app.command()(doctor)

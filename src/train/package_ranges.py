@@ -11,6 +11,7 @@ PURPOSES = {
     "rl": "preferences and rewards (key rl)",
     "quant": "4-bit and 8-bit weights (adapter: qlora, load_in_8bit), 8-bit optimizers",
     "distributed": "DeepSpeed (key deepspeed)",
+    "evaluation": "the tasks of lm-evaluation-harness (eval --tasks)",
 }
 """The purposes of the other extras."""
 

@@ -238,21 +238,30 @@ def _figure(results: dict[str, EvalMetrics]) -> str:
 
 
 def _write(run: RunFolder, results: dict[str, EvalMetrics], recorded: float | None) -> Path:
-    path = run.folder / "eval.json"
     content = {
-        "run": str(run.folder),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         _figure(results): _whole(results),
         "results": {name: asdict(figures) for name, figures in results.items()},
         f"recorded_val_{_figure(results)}": recorded,
-        "versions": versions(),
-        "machine": machine(),
     }
+    return write_results(run, "eval.json", content)
+
+
+def write_results(run: RunFolder, name: str, content: Mapping[str, Any]) -> Path:
+    """Write figures of ``run`` to a file of its folder, with date, versions and machine.
+
+    Returns its path. Raises a ModelError if it cannot be written.
+    """
+    path = run.folder / name
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    whole = {
+        "run": str(run.folder), "date": date, **content, "versions": versions(),
+        "machine": machine(),
+    }  # fmt: skip
     link = link_in(run.folder)
     if link is not None:
         raise ModelError(f"{link} is a symbolic link; {path.name} would be written elsewhere")
     try:
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        write_atomically(path, json.dumps(whole, indent=2) + "\n")
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror}") from None
     return path

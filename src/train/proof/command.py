@@ -48,7 +48,8 @@ from ..report.format import duration, finite, memory
 from ..report.throughput import flops_per_token, peak_flops
 from ..terminal import Terminal, say
 from ..trainer.batches import training_sequences
-from .compare import LEFT_OUT, Allowed, Deviations, deviations, exceeded
+from .compare import LEFT_OUT, Allowed, Deviations, deviations, drift_of, exceeded
+from .merged import Merged
 from .ways import Selection, Way, second_eager, select, sequences_per_step, unpacked, ways_of
 from .worker import RESULT, SAMPLES, Job, write_samples
 
@@ -281,10 +282,29 @@ def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Allowe
         if run.status != "trained":
             rows.append(Row(run, None, run.status, [run.reason]))
             continue
-        deviation = off(run)
+        folders = (run.folder, eager.folder, reference.folder)
+        drift = drift_of(*folders, eager.figures["dtype"], chosen.trained_in(0))
+        deviation = dataclasses.replace(off(run), drift=drift)
         problems = exceeded(deviation, limits)
         rows.append(Row(run, deviation, "failed" if problems else "passed", problems))
+        if (figures := run.figures.pop("merged", None)) is not None:
+            rows.append(_merged(figures))
     return rows, limits
+
+
+def _merged(figures: dict[str, Any]) -> Row:
+    """The row of a merged model, from what ``compare_merged`` has returned."""
+    way = Way("merged", optimize=False)
+    for status in ("skipped", "failed"):
+        if reason := figures.get(status):
+            return Row(Run(way, status, reason), None, status, [reason])
+    result = Merged(**figures)
+    problem = (
+        f"the logits of the merged model are off by {result.off:.1e} from the adapter's, and "
+        f"{result.allowed:.1e} is allowed"
+    )
+    verdict = "passed" if result.passed else "failed"
+    return Row(Run(way, "merged", figures=figures), None, verdict, [problem] * (not result.passed))
 
 
 # --- processes: each way has its own, so no state is shared, and memory is counted from zero ------
@@ -335,7 +355,7 @@ def run_way(
     way_folder.mkdir()
     changed = recipe_of(recipe, way, steps, str(way_folder / "out"))
     keys = changed.model_dump(mode="json", exclude_defaults=True)
-    Job(keys, consent, way.exact, way.layout.sequences).write(way_folder)
+    Job(keys, consent, way.exact, way.layout.sequences, way.merges).write(way_folder)
     start = time.monotonic()
     with _started(way_folder, way.layout.processes) as processes:
         code = _wait(processes, way_folder, say)
@@ -493,20 +513,24 @@ class Comparison:
         for name in ("way", "batches"):
             grid.add_column(name, no_wrap=True)
         for name in (
-            "loss", "loss off", "gradients off", "change off", "tokens/s", "peak memory"
+            "loss", "loss off", "gradients off", "bias", "change off", "tokens/s", "peak memory"
         ):  # fmt: skip
             grid.add_column(name, justify="right", no_wrap=True)
         grid.add_column("", no_wrap=True)
         for row in self.rows:
             if row.run.status == "trained":
                 grid.add_row(*map(Text, self._cells(row)))
+            elif row.run.status == "merged":
+                found = Merged(**row.run.figures)
+                losses = f"{found.loss_adapter:.4f} → {found.loss_merged:.4f}"
+                grid.add_row("merged", "-", losses, *["-"] * 6, VERDICTS[row.verdict])
             else:
                 layout = row.run.way.layout
-                cells = [row.run.way.name, layout.text() if layout else "-", *["-"] * 6]
+                cells = [row.run.way.name, layout.text() if layout else "-", *["-"] * 7]
                 grid.add_row(*map(Text, [*cells, VERDICTS[row.verdict]]))
             if row.verdict == "limit":
                 of = self.limits
-                offs = [f"{d:.1e}" for d in (of.loss, of.gradient, of.change)]
+                offs = [f"{of.loss:.1e}", f"{of.gradient:.1e}", "", f"{of.change:.1e}"]
                 grid.add_row(*map(Text, ["  allowed", "", "", *offs, "", "", ""]))
         return grid
 
@@ -514,9 +538,13 @@ class Comparison:
         run, deviations = row.run, row.deviations
         assert run.way.layout is not None
         losses = run.figures["losses"]
-        offs = ["-"] * 3
+        offs = ["-"] * 4
         if deviations is not None:
-            offs = [f"{d:.1e}" for d in (deviations.loss, deviations.gradient, deviations.change)]
+            bias = "-" if math.isnan(deviations.bias) else f"{deviations.bias:+.1e}"
+            loss, gradient, change = (
+                f"{d:.1e}" for d in (deviations.loss, deviations.gradient, deviations.change)
+            )
+            offs = [loss, gradient, bias, change]
         name = run.way.name
         verdict = VERDICTS.get(row.verdict, "")
         if row.verdict == "reference":
@@ -533,7 +561,8 @@ class Comparison:
             f"off: relative to the reference; gradients are those of the first step, and the "
             f"change is that of the weights in all steps, without the {LEFT_OUT:.0%} that are "
             f"furthest off. Allowed is {FACTOR} times what eager mode is off, and one unit of "
-            f"rounding."
+            f"rounding. The bias is that of all gradients' errors together: what chance and eager "
+            f"mode do not explain, in any kind of weights, fails."
         )
         yield (
             "Random masks differ between layouts, so lora_dropout, neftune_noise_alpha and the "
@@ -542,6 +571,8 @@ class Comparison:
             + "; adapters that begin as zeros begin with small random values."
         )
         for row in self.rows:
+            if row.run.status == "merged":
+                yield _cost(Merged(**row.run.figures))
             if row.verdict == "skipped":
                 yield f"{row.run.way.name}: skipped: {row.run.reason}"
         for row in self.failed:
@@ -549,9 +580,11 @@ class Comparison:
 
     def _advice(self, row: Row) -> str:
         name = row.run.way.name
-        if row.run.status != "trained":
+        if row.run.status not in ("trained", "merged"):
             return "It did not run to its end; --keep keeps all that it printed (*.err)"
         broken = {other.run.way.name for other in self.failed}
+        if name == "merged":
+            return "Do not use what fusewright merge makes of this adapter, and report it"
         if name == "optimized":
             rules = row.run.figures.get("rewritten", {})
             shown = ", ".join(rules) or "none"
@@ -617,6 +650,22 @@ class Comparison:
             "run_seconds": run.seconds,
             **figures,
         }
+
+
+def _cost(merged: Merged) -> str:
+    """What merging does to the loss, and to the logits."""
+    text = (
+        f"merged: the adapter of the optimized way, merged into {merged.dtype}: the loss of "
+        f"{merged.tokens} tokens goes from {merged.loss_adapter:.4f} to {merged.loss_merged:.4f}, "
+        f"and logits are off by {merged.off:.1e}. Allowed is {merged.allowed:.1e}: {FACTOR} times "
+        "what one unit of rounding in each weight does."
+    )
+    if abs(merged.loss_trained - merged.loss_adapter) > 1e-3 * abs(merged.loss_adapter):
+        text += (
+            f" On the base that it was trained on, its loss is {merged.loss_trained:.4f}; "
+            "fusewright merge --dequantize merges into those weights."
+        )
+    return text
 
 
 def _peaks(run: Run) -> str:

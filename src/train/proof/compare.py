@@ -14,6 +14,8 @@ bf16, 1.2e-7 in fp32. It is the rule by which the compiler judges each rewrite, 
   ways, so this is rounding alone, and the sharpest check. d is the norm of the difference over the
   norm of the reference's: of all trained weights, and of each kind of weight (``q_proj.lora_A`` of
   all layers is one kind), so that an error in a small one is not lost among the others.
+- **The bias of these gradients**, whatever their size, is judged by ``auditing.drift``: errors that
+  all go one way.
 - **The change of the weights** from the first to the last step. From the second step on the weights
   are not the same any more: Adam divides each gradient by its own size, so where one is almost
   zero, rounding decides which way that weight goes, by a whole step. That can be any few weights,
@@ -38,7 +40,6 @@ import contextlib
 import ctypes
 import gc
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...auditing.drift import Drift, drifts, kind_of, lean
 from ...rewrite.tolerance import FACTOR, unit
 from ...sharding import whole
 from ..report.environment import memory
@@ -72,12 +74,14 @@ class Deviations:
         gradients: of the first step, by the kind of weight, and of ``ALL``.
         change: of the weights, from the first to the last step.
         problems: why some of it could not be compared; each a clause.
+        drift: the bias of the gradients, by kind and direction.
     """
 
     losses: tuple[float, ...] = ()
     gradients: dict[str, float] = field(default_factory=dict)
     change: float = math.nan
     problems: tuple[str, ...] = ()
+    drift: tuple[Drift, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -91,11 +95,28 @@ class Deviations:
         """That of all trained weights together."""
         return self.gradients.get(ALL, math.nan)
 
+    @property
+    def bias(self) -> float:
+        """How much too large all gradients are on average; NaN if that is not known."""
+        return next((d.bias for d in self.drift if (d.kind, d.direction) == ("", "size")), math.nan)
 
-def kind_of(name: str) -> str:
-    """The kind of a parameter: its name without numbers of layers, experts and adapters' names."""
-    short = re.sub(r"\.(default\.)?weight$", "", name)
-    return re.sub(r"(^|.*\.)\d+\.", "", short)
+
+def drift_of(
+    folder: Path, eager: Path, reference: Path, dtype: str, tokens: int
+) -> tuple[Drift, ...]:
+    """The bias of the first step's gradients, of one way's folder; that step trained ``tokens``."""
+    with contextlib.ExitStack() as stack:
+        own, plain, exact = (
+            stack.enter_context(safe_open(place / GRADIENTS, "pt"))
+            for place in (folder, eager, reference)
+        )
+        names = set(own.keys()) & set(plain.keys()) & set(exact.keys())
+        step = {
+            name: each
+            for name in sorted(names)
+            if (each := lean(*(of.get_tensor(name) for of in (own, plain, exact)))) is not None
+        }
+    return tuple(drifts([step], getattr(torch, dtype), tokens))
 
 
 def deviations(
@@ -229,6 +250,11 @@ def exceeded(deviations: Deviations, limits: Allowed) -> list[str]:
         )
         more = f" and {len(worst) - 3} more kinds of weights" if len(worst) > 3 else ""
         clauses.append(f"the gradients of the first step differ in {shown}{more}")
+    drifting = sorted(
+        (drift for drift in deviations.drift if drift.exceeded),
+        key=lambda drift: -abs(drift.bias - drift.eager) / drift.allowed,
+    )
+    clauses += [drift.text() for drift in drifting[:1]]
     for step, (d, limit) in enumerate(zip(deviations.losses, limits.losses, strict=False), start=1):
         if not d <= limit and not _is_reported(step, deviations.problems):
             clauses.append(f"the loss of step {step} is off by {d:.1e}, and {limit:.1e} is allowed")

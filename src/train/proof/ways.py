@@ -64,6 +64,7 @@ class Way:
         exact: whether it computes in a higher precision than the recipe's.
         skipped: why it is not run; empty: it is.
         optional: whether a refusal of its settings is a reason to leave it out.
+        merges: whether its adapter is merged afterwards, and compared.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Way:
     exact: bool = False
     skipped: str = ""
     optional: bool = False
+    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,11 @@ class Selection:
     @property
     def trained(self) -> int:
         """Tokens of all steps that have a label."""
-        return sum(self.samples[i].trained for s in self.steps for seq in s for i in seq)
+        return sum(map(self.trained_in, range(len(self.steps))))
+
+    def trained_in(self, step: int) -> int:
+        """Tokens of one step, counted from 0, that have a label."""
+        return sum(self.samples[i].trained for sequence in self.steps[step] for i in sequence)
 
 
 def select(sequences: Iterable[Sequence[Sample]], steps: int, size: int) -> Selection:
@@ -145,7 +151,7 @@ def ways_of(
     return [
         exact,
         replace(exact, name="eager", exact=False),
-        Way("optimized", optimize=True, layout=layout),
+        Way("optimized", optimize=True, layout=layout, merges=recipe.adapter is not None),
         _repacked(recipe, chosen),
         _accumulated(chosen, packs, rows),
         _shared(recipe, chosen, processes, gpus),

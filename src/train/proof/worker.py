@@ -37,6 +37,7 @@ from ..trainer.build import make_trainer
 from ..trainer.context import Context
 from ..trainer.ready import optimize_model, ready_model
 from .compare import PeakMemory, ProofTrainer, Record, compared
+from .merged import compare_merged, keep_adapter
 from .ways import FILLER
 
 JOB, RESULT, SAMPLES = "job.json", "result.json", "samples.json"
@@ -52,12 +53,14 @@ class Job:
     Attributes:
         recipe: the keys of the way's recipe that are not at their defaults.
         exact: whether to compute in a higher precision.
+        merges: whether to merge the adapter afterwards, and compare it.
     """
 
     recipe: dict[str, Any]
     consent: Consent
     exact: bool
     sequences: tuple[tuple[int, ...], ...]
+    merges: bool = False
 
     def write(self, folder: Path) -> None:
         """Write it into the folder of a worker."""
@@ -69,7 +72,8 @@ class Job:
         """Read what ``write`` has written."""
         values = json.loads((folder / JOB).read_text(encoding="utf-8"))
         sequences = tuple(tuple(sequence) for sequence in values["sequences"])
-        return cls(values["recipe"], Consent(**values["consent"]), values["exact"], sequences)
+        return cls(values["recipe"], Consent(**values["consent"]), values["exact"], sequences,
+                   values["merges"])  # fmt: skip
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
@@ -94,6 +98,10 @@ def main(folder: Path) -> int:
         recipe = Recipe.model_validate(job.recipe).allowed(job.consent)
         with joined(recipe.ddp_timeout) as world, Interrupts(world) as interrupts, quiet():
             result = _train(folder, job, recipe, world, interrupts)
+            if job.merges:  # when the trained model has left the memory
+                samples = read_samples(folder.parent / SAMPLES)[:-1]
+                loss = result.pop("loss_trained")
+                result["merged"] = compare_merged(recipe, samples, loss, folder)
     except (RecipeError, DataError) as error:
         cannot_pack = isinstance(error, PackingError)
         result = {"status": "refused", "reason": str(error), "cannot_pack": cannot_pack}
@@ -143,6 +151,9 @@ def _train(
     trainer.train()
     peaks = world.gather(peak.peak())
     record.keep_changes()
+    rewrites, trained = _rewrites(model, recipe), {}
+    if job.merges:
+        trained["loss_trained"] = keep_adapter(model, tokenizer, samples[:-1], folder)
     return {
         "losses": record.losses,
         "norms": record.norms,
@@ -153,7 +164,8 @@ def _train(
         "stride": record.stride,
         "masks": masks,
         "weighs_tokens": bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func),
-        **_rewrites(model, recipe),
+        **rewrites,
+        **trained,
     }
 
 

@@ -94,15 +94,20 @@ def test_lora_trains_the_same_in_all_ways(file: Path, tmp_path: Path, scratch: P
     assert done.exit_code == 0, done.output
     assert found["passed"]
     assert {way["name"]: way["verdict"] for way in found["ways"]} == {
-        "exact": "reference", "eager": "limit", "optimized": "passed", "unpacked": "passed",
-        "1 x 2": "passed", "2 processes": "passed",
+        "exact": "reference", "eager": "limit", "optimized": "passed", "merged": "passed",
+        "unpacked": "passed", "1 x 2": "passed", "2 processes": "passed",
     }  # fmt: skip
     ways = {way["name"]: way for way in found["ways"]}
     assert ways["exact"]["dtype"] == "float64"
     assert ways["optimized"]["rewritten"]["rms_norm"] == 5
     assert ways["eager"]["rewritten"] == {}
     assert len(ways["2 processes"]["memory"]) == 2
-    for way in found["ways"]:
+    merged = ways.pop("merged")
+    assert merged["loss_merged"] == pytest.approx(merged["loss_adapter"], rel=1e-5)
+    assert 0 < merged["off"] <= merged["allowed"] < 1e-4
+    kinds = {(each["kind"], each["direction"]) for each in ways["optimized"]["deviations"]["drift"]}
+    assert {("", "size"), ("", "offset")} < kinds
+    for way in ways.values():
         assert len(way["losses"]) == len(way["norms"]) == len(way["seconds"]) == 3
         assert way["losses"][2] < way["losses"][0]
         assert way["tokens_per_s"] > 0
@@ -146,7 +151,7 @@ def test_a_wrong_rule_fails(
 def test_qlora_trains_the_same_on_a_cpu(scratch: Path, file: Path, precision: str) -> None:
     done, found = _verified(file, "--steps", "3", "--adapter", "qlora", "--load_in_4bit", precision)
     assert done.exit_code == 0, done.output
-    assert [way["verdict"] for way in found["ways"]][2:] == ["passed"] * 4
+    assert [way["verdict"] for way in found["ways"]][2:] == ["passed"] * 5
     assert found["ways"][0]["dtype"] == {"--bf16": "float32"}.get(precision, "float64")
     assert found["ways"][2]["rewritten"]["lora_linear"]
     assert list(scratch.iterdir()) == []

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusewright.auditing.drift import kind_of
 from fusewright.train.proof.compare import (
     ALL,
     CHANGES,
@@ -19,7 +20,6 @@ from fusewright.train.proof.compare import (
     Deviations,
     deviations,
     exceeded,
-    kind_of,
 )
 
 NAME = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.default.weight"

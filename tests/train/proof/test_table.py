@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fusewright.auditing.drift import Drift
 from fusewright.train.data import Sample
-from fusewright.train.proof.command import Comparison, Row, Run, Runner, _run
-from fusewright.train.proof.compare import ALL, Allowed, Deviations
+from fusewright.train.proof.command import Comparison, Row, Run, Runner, _merged, _run
+from fusewright.train.proof.compare import ALL, Allowed, Deviations, exceeded
 from fusewright.train.proof.ways import BatchLayout, Way, select
 from fusewright.train.proof.worker import NO_ROOM
 
@@ -21,7 +23,8 @@ from ..conftest import small_recipe
 SAMPLES = [[Sample([1] * n, [-100] + [1] * (n - 1))] for n in (10, 20, 30, 40)]
 CHOSEN = select(SAMPLES, 2, 2)
 LAYOUT = BatchLayout.of(CHOSEN.steps, True, 2)
-NEAR = Deviations((1e-3, 2e-3), {ALL: 3e-3, "q_proj": 3e-3}, 4e-3)
+DRIFT = Drift("", "size", bias=-1e-4, eager=0.0, error=1e-4, allowed=5e-4, least=1e-3)
+NEAR = Deviations((1e-3, 2e-3), {ALL: 3e-3, "q_proj": 3e-3}, 4e-3, drift=(DRIFT,))
 
 
 def _figures(**changes: Any) -> dict[str, Any]:
@@ -57,9 +60,9 @@ def test_a_row_for_each_way() -> None:
     assert lines[1].endswith("512 MiB  the reference, in float32")
     assert "2.0000 → 1.5000" in lines[2]
     assert lines[3].split() == ["allowed", "1.3e-02", "1.2e-02", "1.4e-02"]
-    cells = ["2.0e-03", "3.0e-03", "4.0e-03", "140", "512", "MiB", "passed"]
-    assert lines[4].split()[-7:] == cells
-    assert lines[5].split() == ["packed", *["-"] * 7, "skipped"]
+    cells = ["2.0e-03", "3.0e-03", "-1.0e-04", "4.0e-03", "140", "512", "MiB", "passed"]
+    assert lines[4].split()[-8:] == cells
+    assert lines[5].split() == ["packed", *["-"] * 8, "skipped"]
 
 
 def test_the_first_step_is_not_timed() -> None:
@@ -116,6 +119,32 @@ def test_what_to_do_about_a_failure(rows: list[Row], words: list[str]) -> None:
     failures = [line for line in said if "FAILED" in line]
     assert len(failures) == sum(row.verdict == "failed" for row in rows)
     assert all(any(word in line for line in failures) for word in words)
+
+
+def test_a_merged_model_has_a_row_and_a_cost() -> None:
+    figures = {
+        "dtype": "bfloat16", "tokens": 256, "loss_trained": 2.9, "loss_adapter": 2.5,
+        "loss_merged": 2.51, "off": 0.02, "allowed": 0.03, "merge_seconds": 1.0,
+    }  # fmt: skip
+    passed, failed = _merged(figures), _merged({**figures, "off": 0.04})
+    skipped = _merged({"skipped": "why"})
+    lines = _printed(_comparison(passed, failed, skipped))
+    assert lines[-3].split()[:5] == ["merged", "-", "2.5000", "→", "2.5100"]
+    assert [line.split()[-1] for line in lines[-3:]] == ["passed", "FAILED", "skipped"]
+    said = list(_comparison(passed).sentences())
+    assert any("from 2.5000 to 2.5100" in line and "--dequantize" in line for line in said)
+    said = list(_comparison(failed).sentences())
+    assert any("merged: FAILED: the logits" in line and "4.0e-02" in line for line in said)
+    assert "merged: skipped: why" in list(_comparison(skipped).sentences())
+    found = json.loads(json.dumps(_comparison(failed).to_dict(), allow_nan=False))
+    assert (found["passed"], found["ways"][-1]["loss_merged"]) == (False, 2.51)
+
+
+def test_a_bias_fails() -> None:
+    drift = Drift("q_proj", "size", bias=-2e-3, eager=0.0, error=1e-4, allowed=5e-4, least=1e-3)
+    limits = Allowed.of(NEAR, "bfloat16", 50)
+    (said,) = exceeded(dataclasses.replace(NEAR, drift=(DRIFT, drift)), limits)
+    assert said.startswith("the gradients of q_proj are too small by 2.0e-03 of their size")
 
 
 def test_what_was_random_is_named() -> None:
