@@ -1,0 +1,157 @@
+"""The part of a batch that is compared with the plain model."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import Batch
+
+
+def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """At least two rows of ``batch`` if it has them, with about ``tokens`` tokens; and the facts.
+
+    Rows with few trained tokens are as welcome as those with many: the two that differ most come
+    first. Of rows that are too long, the part that ends with the last trained token is taken. A
+    batch that has anything but tensors of (rows, tokens) is taken whole.
+    """
+    ids = batch.get("input_ids")
+    labels = batch.get("labels")
+    whole = dict(batch)
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return whole, {"slice": "the whole batch"}
+    rows, length = ids.shape
+    facts = {"rows": rows, "tokens": rows * length, "slice": "the whole batch"}
+    by_token = {
+        k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:2] == ids.shape
+    }
+    others = [
+        k for k, v in batch.items()
+        if isinstance(v, Tensor) and k not in by_token and v.numel() != 1
+    ]  # fmt: skip
+    if rows * length <= tokens or others or not isinstance(labels, Tensor):
+        return whole, facts
+    if labels.shape != ids.shape:
+        return whole, facts
+    trained = (labels != -100).sum(1)
+    order = torch.argsort(trained).tolist()
+    order = [r for r in order if int(trained[r])] or order
+    picked = [order[0], order[-1]] if len(order) > 1 else order[:1]
+    span = max(8, tokens // len(picked))
+    ends = [int((labels[r] != -100).nonzero()[-1]) + 1 if int(trained[r]) else span for r in picked]
+    stop = min(length, max(ends))
+    start = max(0, stop - span)
+    for name, value in by_token.items():
+        whole[name] = value[picked, start:stop].contiguous()
+    whole.pop("num_items_in_batch", None)
+    numbers = ", ".join(map(str, picked))
+    facts |= {
+        "rows": len(picked), "tokens": len(picked) * (stop - start),
+        "slice": f"rows {numbers} of {rows}, tokens {start} to {stop} of {length}",
+    }  # fmt: skip
+    return whole, facts
+
+
+def first_rows(batch: Batch, number: int) -> dict[str, Any] | None:
+    """The first rows of a batch; None if it has no more, or is not in rows."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) <= number:
+        return None
+    part = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            if len(value) != len(ids):
+                return None
+            part[name] = value[:number]
+    part.pop("num_items_in_batch", None)
+    labels = part.get("labels")
+    return part if isinstance(labels, Tensor) and bool((labels != -100).any()) else None
+
+
+def first_tokens(batch: Batch, number: int) -> dict[str, Any] | None:
+    """The first tokens of each row; None if there are no more, or none of these are trained."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] <= number:
+        return None
+    part = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            if value.shape[:2] != ids.shape:
+                return None
+            part[name] = value[:, :number]
+    part.pop("num_items_in_batch", None)
+    labels = part.get("labels")
+    return part if isinstance(labels, Tensor) and bool((labels[:, 1:] != -100).any()) else None
+
+
+class Sample(NamedTuple):
+    """Where one sample of a batch is."""
+
+    row: int
+    start: int
+    stop: int
+
+
+def samples_of(batch: Batch) -> list[Sample]:
+    """The samples of each row, where position_ids, seq_idx or cumulated lengths tell them apart."""
+    ids: Any = batch["input_ids"]
+    rows, length = ids.shape
+    starts = torch.zeros(rows, length, dtype=torch.bool)
+    starts[:, 0] = True
+    positions, index = batch.get("position_ids"), batch.get("seq_idx")
+    lengths = next((batch[k] for k in _LENGTHS if isinstance(batch.get(k), Tensor)), None)
+    if isinstance(positions, Tensor) and positions.shape == ids.shape:
+        starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).cpu()
+    elif isinstance(index, Tensor) and index.shape == ids.shape:
+        starts[:, 1:] |= (index[:, 1:] != index[:, :-1]).cpu()
+    elif lengths is not None and rows == 1:
+        starts[0, lengths[:-1].cpu().long().clamp(max=length - 1)] = True
+    mask = batch.get("attention_mask")
+    there = torch.ones(rows, length, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        there = mask.bool().cpu()
+    found = []
+    for row in range(rows):
+        at = [*starts[row].nonzero().flatten().tolist(), length]
+        for start, stop in pairwise(at):
+            if stop - start > 1 and bool(there[row, start:stop].all()):
+                found.append(Sample(row, start, stop))
+    return found
+
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
+
+
+def alone(batch: Batch, sample: Sample) -> dict[str, Any]:
+    """One sample of a pack as a batch: positions from 0, and nothing that tells samples apart."""
+    row, start, stop = sample
+    shape = batch["input_ids"].shape
+    part = {
+        name: value[row : row + 1, start:stop]
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.shape[:2] == shape
+    }
+    for name in ("attention_mask", "seq_idx"):
+        part.pop(name, None)
+    if isinstance(positions := part.get("position_ids"), Tensor):
+        part["position_ids"] = positions - positions[:, :1]
+    others = {k: v for k, v in batch.items() if not isinstance(v, Tensor) and k not in _OF_PACKS}
+    return {**others, **part}
+
+
+_OF_PACKS = ("max_length_q", "max_length_k", "max_seqlen", "max_seqlens")
+
+
+def moved_on(batch: Batch, by: int) -> dict[str, Any] | None:
+    """The batch with each row's tokens at other places; None if they stand for other media."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    others = any(isinstance(v, Tensor) and v.is_floating_point() for v in batch.values())
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or others:
+        return None
+    if ids.shape != labels.shape:
+        return None
+    moved = ids.roll(by, -1)
+    return {**batch, "input_ids": moved, "labels": torch.where(labels == -100, labels, moved)}
