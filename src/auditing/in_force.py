@@ -1,0 +1,214 @@
+"""What was asked for and may silently be off: dropout, gradient checkpointing, the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .findings import Finding
+
+_SHOWN = 8
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+class Dropout:
+    """The dropout that a model is made with, as it is when a training step begins."""
+
+    def __init__(self, model: nn.Module) -> None:
+        asked = [
+            (name, float(p))
+            for name, configs in (("", getattr(model, "peft_config", None) or {}),)
+            for config in configs.values()
+            for name, p in vars(config).items()
+            if "dropout" in name and isinstance(p, float) and p > 0
+        ]
+        self.of_adapters = dict(asked)
+        self.modules: dict[str, nn.Module] = {}
+        self.functional: list[str] = []
+        for name, module in model.named_modules():
+            if isinstance(module, _DropoutNd):
+                if module.p > 0:
+                    self.modules[name] = module
+            elif any("dropout" in k and isinstance(v, float) and v > 0
+                     for k, v in vars(module).items()):  # fmt: skip
+                self.functional.append(name)
+        self.training = model.training
+        self.off = [n for n, m in self.modules.items() if not m.training]
+
+    def finding(self, drew_random: bool | None, disabled: bool = False) -> Finding:
+        """Judge it, given whether the forward of a training step drew random numbers.
+
+        Args:
+            drew_random: None: it is not known.
+            disabled: the trainer was asked to switch dropout off.
+        """
+        figures = {"modules": len(self.modules), "functional": len(self.functional)}
+        if disabled:
+            return Finding("dropout", "pass", "the trainer was asked to switch it off",
+                           figures=figures)  # fmt: skip
+        if self.of_adapters and not self.modules:
+            name, p = next(iter(self.of_adapters.items()))
+            return Finding("dropout", "fail", f"{name} is {p:g}, and no module has a dropout",
+                           figures=figures)  # fmt: skip
+        if not self.modules and not self.functional:
+            return Finding("dropout", "pass", "none is asked for", figures=figures)
+        adapters = [n for n in self.modules if "lora_dropout" in n] if self.of_adapters else []
+        shown = tuple((adapters or [*self.modules, *self.functional])[:_SHOWN])
+        if not self.training:
+            return Finding("dropout", "fail", "the model is in evaluation mode while it is trained",
+                           shown, "call model.train() before the steps", figures)  # fmt: skip
+        off = [n for n in (adapters or self.modules) if n in self.off]
+        if off and len(off) == len(adapters or self.modules):
+            return Finding("dropout", "fail", f"all {len(off)} modules with a dropout are in "
+                           "evaluation mode", tuple(off[:_SHOWN]), figures=figures)  # fmt: skip
+        if drew_random is None:
+            return Finding("dropout", "skipped", "the calls of the model were not seen",
+                           figures=figures)  # fmt: skip
+        if not drew_random:
+            return Finding("dropout", "fail", "a training forward draws no random numbers", shown,
+                           "a patched layer leaves dropout out: train without that patch",
+                           figures)  # fmt: skip
+        return Finding("dropout", "pass", f"{len(self.modules)} modules with a dropout are in "
+                       "training mode, and random numbers are drawn", figures=figures)  # fmt: skip
+
+
+# --- checkpointing --------------------------------------------------------------------------------
+
+
+class Recomputation:
+    """Sees which modules are called again during backward, by hooks on those without children."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.called: set[str] = set()
+        self.again: set[str] = set()
+        self._handles = [
+            module.register_forward_pre_hook(self._note(name))
+            for name, module in model.named_modules()
+            if next(module.children(), None) is None
+            and next(module.parameters(recurse=False), None) is not None
+        ]
+
+    def _note(self, name: str) -> Any:
+        def note(*_: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
+                self.again.add(name)
+            elif torch.is_grad_enabled():
+                self.called.add(name)
+            elif name not in self.called:  # the first run of a checkpoint, or a reference
+                self.called.add(name)
+
+        return note
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def finding(self, model: nn.Module, asked: bool | None) -> Finding:
+        """Judge it; ``asked`` None: by the flags that transformers sets on the modules."""
+        flagged = any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules())
+        wanted = flagged or bool(asked)
+        figures = {"called": len(self.called), "called_again": len(self.again)}
+        if not self.called:
+            return Finding("checkpointing", "skipped", "no module was called as a module",
+                           figures=figures)  # fmt: skip
+        if self.again:
+            whose = "" if wanted else ", though neither arguments nor flags ask for it: a wrapper"
+            return Finding("checkpointing", "pass", f"{len(self.again)} of {len(self.called)} "
+                           f"modules are run again during backward{whose}",
+                           figures=figures)  # fmt: skip
+        if not wanted:
+            return Finding("checkpointing", "pass", "it is off, and nothing is run twice",
+                           figures=figures)  # fmt: skip
+        why = "is asked for" if asked else "is on by the flags of the modules"
+        text = f"it {why}, and nothing is run again during backward"
+        if asked and not flagged:
+            text += ": no module has its flag set"
+        elif not model.training:
+            text += ": the model is in evaluation mode"
+        return Finding("checkpointing", "fail", text, figures=figures)
+
+
+# --- the schedule ---------------------------------------------------------------------------------
+
+
+class Rates:
+    """The learning rates of the optimizer's steps, as shares of those that each group began with.
+
+    Attributes:
+        first: number of the first step, from 0; another one in a run that resumes.
+        used: of each step the share of its first group; other groups follow the same schedule.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], scheduler: Any = None, first: int = 0) -> None:
+        self._groups = [g for o in optimizers for g in o.param_groups]
+        self.scheduler, self.first = scheduler, first
+        self.used: list[float] = []
+        self.counts: list[int | None] = []
+
+    @property
+    def base(self) -> float:
+        """The learning rate that the shares are of."""
+        group = self._groups[0] if self._groups else {}
+        return float(group.get("initial_lr", group.get("lr", 0.0)))
+
+    def note(self) -> None:
+        """A step is about to be made."""
+        self.used.append(float(self._groups[0]["lr"]) if self._groups else 0.0)
+        count = getattr(getattr(self.scheduler, "scheduler", self.scheduler), "last_epoch", None)
+        self.counts.append(count if isinstance(count, int) else None)
+
+    def finding(self, expected: Sequence[float] | None, asked: str, warmup: int = 0) -> Finding:
+        """Compare with the rates that were asked for.
+
+        Args:
+            expected: of steps 0, 1, ... of the whole run; None: the arguments do not say.
+            asked: the schedule in words.
+            warmup: its steps of warmup.
+        """
+        used, first = self.used, self.first
+        figures: dict[str, Any] = {"steps": len(used), "first": used[:5], "last": used[-3:]}
+        known = [(i, c) for i, c in enumerate(self.counts) if c is not None]
+        if len(known) > 1:
+            (i, before), (j, after) = known[0], known[-1]
+            each = (after - before) / (j - i)
+            if after - before > j - i:
+                return Finding(
+                    "warmup", "fail", f"the scheduler is stepped {each:.3g} times for each step of "
+                    "the optimizer", (), "step it once, after optimizer.step(): not for each batch, "
+                    "and not by each process", figures,
+                )  # fmt: skip
+            if after == before and _varies(self.scheduler):
+                return Finding("warmup", "fail", "there is a scheduler, and it is never stepped",
+                               (), "call scheduler.step() after optimizer.step()", figures)  # fmt: skip
+        if expected is None:
+            return Finding("warmup", "skipped" if not known else "pass", asked, figures=figures)
+        top = max([*expected, *used, 1e-30])
+        for step, rate in enumerate(used, first):
+            if step < len(expected) and not math.isclose(
+                rate, expected[step], rel_tol=1e-4, abs_tol=1e-6 * top
+            ):
+                text = f"step {step + 1} used {rate:.3g} where {asked} has {expected[step]:.3g}"
+                if step < warmup and rate > expected[step]:
+                    text += ": there is no warmup, or a shorter one"
+                elif step >= warmup and rate > expected[step]:
+                    text += ": it does not decay, or later"
+                return Finding("warmup", "fail", text, figures=figures)
+        return Finding("warmup", "pass", f"{len(used)} step{'s' * (len(used) != 1)} used the rates "
+                       f"of {asked}", figures=figures)  # fmt: skip
+
+
+def _varies(scheduler: Any) -> bool:
+    """Whether a scheduler's rates can differ between its steps: one that is constant may be idle."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    factors = getattr(inner, "lr_lambdas", None)
+    if not factors:
+        return False
+    return len({factor(step) for factor in factors[:1] for step in range(64)}) > 1
