@@ -169,46 +169,80 @@ class Rates:
         """Compare with the rates that were asked for.
 
         Args:
-            expected: of steps 0, 1, ... of the whole run; None: the arguments do not say.
-            asked: the schedule in words.
-            warmup: its steps of warmup.
+            expected: of steps 0, 1, ... of the whole run; None: nobody says.
+            asked: the schedule in words, or why nothing can be compared.
+            warmup: its steps of warmup; 0: none, or unknown.
         """
-        used, first = self.used, self.first
+        used = self.used
         figures: dict[str, Any] = {"steps": len(used), "first": used[:5], "last": used[-3:]}
-        known = [(i, c) for i, c in enumerate(self.counts) if c is not None]
-        if len(known) > 1:
-            (i, before), (j, after) = known[0], known[-1]
-            each = (after - before) / (j - i)
-            if after - before > j - i:
-                return Finding(
-                    "warmup", "fail", f"the scheduler is stepped {each:.3g} times for each step of "
-                    "the optimizer", (), "step it once, after optimizer.step(): not for each batch, "
-                    "and not by each process", figures,
-                )  # fmt: skip
-            if after == before and _varies(self.scheduler):
-                return Finding("warmup", "fail", "there is a scheduler, and it is never stepped",
-                               (), "call scheduler.step() after optimizer.step()", figures)  # fmt: skip
+        text = self._wrong_steps(warmup) if expected is None else _difference(
+            used, expected, self.first, warmup, asked
+        )  # fmt: skip
+        each = self._each()
+        if text:
+            advice = ""
+            if each > 1:
+                text += f"; the scheduler is stepped {each:.3g} times for each step"
+                advice = "step it once, after optimizer.step(): not for each batch or process"
+            return Finding("warmup", "fail", text, advice=advice, figures=figures)
         if expected is None:
-            return Finding("warmup", "skipped" if not known else "pass", asked, figures=figures)
-        top = max([*expected, *used, 1e-30])
-        for step, rate in enumerate(used, first):
-            if step < len(expected) and not math.isclose(
-                rate, expected[step], rel_tol=1e-4, abs_tol=1e-6 * top
-            ):
-                text = f"step {step + 1} used {rate:.3g} where {asked} has {expected[step]:.3g}"
-                if step < warmup and rate > expected[step]:
-                    text += ": there is no warmup, or a shorter one"
-                elif step >= warmup and rate > expected[step]:
-                    text += ": it does not decay, or later"
-                return Finding("warmup", "fail", text, figures=figures)
+            if warmup:
+                asked = f"the first steps warm up, over {warmup}"
+            elif each > 1:
+                asked += f"; the scheduler is stepped {each:.3g} times for each step"
+            verdict = "pass" if warmup and len(used) > warmup else "skipped"
+            return Finding("warmup", verdict, asked, figures=figures)
         return Finding("warmup", "pass", f"{len(used)} step{'s' * (len(used) != 1)} used the rates "
                        f"of {asked}", figures=figures)  # fmt: skip
 
+    def _each(self) -> float:
+        """How often the scheduler was stepped for each step of the optimizer; 0: unknown."""
+        known = [(i, c) for i, c in enumerate(self.counts) if c is not None]
+        if len(known) < 2:
+            return 0.0
+        (i, before), (j, after) = known[0], known[-1]
+        return (after - before) / (j - i)
 
-def _varies(scheduler: Any) -> bool:
-    """Whether a scheduler's rates can differ between its steps: one that is constant may be idle."""
+    def _wrong_steps(self, warmup: int) -> str:
+        """What is wrong with the rates of a loop that only says how long it warms up; or empty."""
+        used, base = self.used, self.base
+        if warmup > 1 and used and not self.first:
+            if used[0] > 0.99 * base:
+                return f"the first step has the whole learning rate, and {warmup} steps of warmup "\
+                       "are asked for"
+            early = next((i for i, r in enumerate(used) if r > 0.99 * base), warmup)
+            if early < 0.7 * warmup - 1:
+                return f"the warmup of {warmup} steps ends at step {early + 1}"
+            if len(used) > 2 * warmup and max(used) < 0.5 * base:
+                return f"after {len(used)} steps the learning rate has not warmed up"
+        planned = _planned_steps(self.scheduler)
+        last = next((c for c in reversed(self.counts) if c is not None), 0)
+        if planned and self._each() > 1 and last > 1.05 * planned:
+            return f"the schedule is made for {planned} steps, and {last} were taken of it"
+        return ""
+
+
+def _difference(
+    used: Sequence[float], expected: Sequence[float], first: int, warmup: int, asked: str
+) -> str:
+    """The first step whose rate is not the expected one, in words; or empty."""
+    top = max([*expected, *used, 1e-30])
+    for step, rate in enumerate(used, first):
+        if step < len(expected) and not math.isclose(
+            rate, expected[step], rel_tol=1e-4, abs_tol=1e-6 * top
+        ):
+            text = f"step {step + 1} used {rate:.3g} where {asked} has {expected[step]:.3g}"
+            if step < warmup and rate > expected[step]:
+                text += ": there is no warmup, or a shorter one"
+            elif rate > expected[step]:
+                text += ": it does not decay, or later"
+            return text
+    return ""
+
+
+def _planned_steps(scheduler: Any) -> int | None:
+    """For how many steps a scheduler of transformers was made."""
     inner = getattr(scheduler, "scheduler", scheduler)
-    factors = getattr(inner, "lr_lambdas", None)
-    if not factors:
-        return False
-    return len({factor(step) for factor in factors[:1] for step in range(64)}) > 1
+    factor = next(iter(getattr(inner, "lr_lambdas", None) or ()), None)
+    planned = getattr(factor, "keywords", {}).get("num_training_steps")
+    return planned if isinstance(planned, int) else None

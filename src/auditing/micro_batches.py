@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..memory.random_state import BufferState, RandomState
+from ..memory.random_state import RandomState
 from ..sharding import has_peers, has_shards, in_zero3
 from .findings import Finding
 from .movement import sampled
+from .state import unchanged
 
 Average = Literal["tokens", "batches"]
 
@@ -99,6 +100,8 @@ class MicroBatches:
         self._cleared = self.left_over = False
         self._arrived: set[int] = set()
         self._stepped = False
+        self.paused = False
+        """Whether calls of the model and gradients are an audit's own."""
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._sharded = has_shards(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -129,7 +132,7 @@ class MicroBatches:
     # --- hooks -----------------------------------------------------------------------------------
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
+        if self.paused or not torch.is_grad_enabled():
             return  # a reference, a validation or a generation
         arguments = dict(kwargs)
         if args:
@@ -161,7 +164,7 @@ class MicroBatches:
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not torch.is_grad_enabled() or not self.batches:
+        if self.paused or not torch.is_grad_enabled() or not self.batches:
             return
         batch = self.batches[-1]
         if self.drew_random is None:
@@ -188,9 +191,12 @@ class MicroBatches:
 
     def _arrival(self, index: int, parameter: Tensor) -> Callable[[Tensor], None]:
         def note(gradient: Tensor) -> None:
+            if self.paused:
+                return
             there = parameter.grad is not None and bool(parameter.grad.any())
             if self._stepped:
                 self.left_over |= there and index in self._arrived
+                self._arrived.discard(index)  # what arrives later is of the same step
                 return
             if not self.batches:
                 return
@@ -294,20 +300,17 @@ class MicroBatches:
     @contextlib.contextmanager
     def _as_before(self, batch: MicroBatch, inner: nn.Module) -> Iterator[None]:
         """The random numbers and the autocast of a batch; afterwards all is as it was."""
-        now, python_random = RandomState.now(self._device), random.getstate()
-        buffers = BufferState(inner)
         cast: AbstractContextManager[Any] = contextlib.nullcontext()
         if batch.autocast is not None:
             cast = torch.autocast(batch.autocast[0], batch.autocast[1])
-        batch.random.restore()
-        random.setstate(batch.python_random)
-        try:
-            with cast:
+        with unchanged(inner), cast:
+            batch.random.restore()
+            random.setstate(batch.python_random)
+            self.paused = True
+            try:
                 yield
-        finally:
-            now.restore()
-            random.setstate(python_random)
-            buffers.restore()
+            finally:
+                self.paused = False
 
     def _loss_of_step(
         self, chosen: list[MicroBatch], sums: list[float], step: Step

@@ -89,12 +89,13 @@ class _Trained:
         """Whether updates can be too small for the dtype of the weights, as in bf16 without masters.
 
         An Adam-like update is about the learning rate, one of SGD the gradient times that.
+        Rounding is to the next of two numbers, half of their spacing away.
         """
         if self.elements is None or not self.elements.is_floating_point():
             return False
         least = float(self.elements.abs().min())
         spacing = torch.finfo(self.elements.dtype).eps * least
-        return 2 * self.rate * max(1.0, self.gradient) < spacing / 4
+        return self.rate * min(1.0, self.gradient) < spacing / 4
 
 
 class Movement:
@@ -118,6 +119,11 @@ class Movement:
         }
         self._frozen = {n: (p, sums[n]) for n, p in named.items() if not p.requires_grad}
         self.steps = 0
+
+    @property
+    def trained(self) -> int:
+        """The number of trained tensors."""
+        return len(self._trained)
 
     @property
     def pending(self) -> Mapping[str, _Trained]:
@@ -171,10 +177,12 @@ class Movement:
         changed = [] if exempt else self.changed_frozen()
         if at_end:
             found.append(_trainable_set(changed, len(self._frozen), exempt))
-        found.append(self._weights_moved(changed, has_gradients, exempt))
+        found.append(self._weights_moved(changed, has_gradients, exempt, at_end))
         return found
 
-    def _weights_moved(self, changed: list[str], has_gradients: bool, exempt: str) -> Finding:
+    def _weights_moved(
+        self, changed: list[str], has_gradients: bool, exempt: str, at_end: bool
+    ) -> Finding:
         pending, moved = self.pending, [t for t in self._trained.values() if t.moved]
         stuck = [n for n, t in pending.items() if t.gradient > 0 and t.rate > 0]
         rounded = [n for n in stuck if pending[n].rounds_away() and pending[n].optimized]
@@ -211,8 +219,14 @@ class Movement:
                            tuple(list(pending)[:_SHOWN]), figures=figures)  # fmt: skip
         if not moved:
             rates = max((t.rate for t in pending.values()), default=0.0)
-            why = "no tensor has a gradient yet" if rates else "the learning rate was 0"
-            return Finding("weights-moved", "skipped", why, figures=figures)
+            why = "no tensor has a gradient" if rates else "the learning rate was 0"
+            if rounded:
+                why = f"the updates of {len(rounded)} tensors are too small for their dtype to hold"
+            over = at_end and self.steps > 1
+            return Finding("weights-moved", "fail" if over else "skipped",
+                           f"{why} in {self.steps} step{'s' * (self.steps != 1)}",
+                           advice="step the scheduler after the optimizer" if not rates else "",
+                           figures=figures)  # fmt: skip
         reason = f"{len(moved)} of {len(self._trained)} trained tensors moved"
         reason += f", by {figures['median']:.1e} of their norm (median)" if by else ""
         if idle:

@@ -38,11 +38,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every probability of dropout to zero: modules', and modules' attributes."""
+    """Set every probability of dropout, and amount of noise (NEFTune), of modules to zero."""
     changed: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            is_rate = "drop" in name or (name == "p" and isinstance(module, _DROPOUTS))
+            is_rate = "drop" in name or "noise" in name or (name == "p" and isinstance(module, _DROPOUTS))
             if is_rate and isinstance(value, float) and value > 0:
                 changed.append((module, name, value))
                 setattr(module, name, 0.0)
