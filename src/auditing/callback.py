@@ -13,7 +13,8 @@ from transformers.trainer_utils import SchedulerType
 
 from .findings import Audit
 from .micro_batches import Average
-from .watch import Watch, _inner_optimizer, headline
+from .table import headline, rows
+from .watch import Watch, inner_optimizer
 
 
 class AuditCallback(TrainerCallback):
@@ -53,18 +54,30 @@ class AuditCallback(TrainerCallback):
         processing_class: Any = None, **_: Any,
     ) -> Watch:  # fmt: skip
         """What sees the steps of a run that begins."""
-        inner = _inner_optimizer(optimizer)
-        schedule = Schedule(args, state.max_steps, inner, lr_scheduler)
+        inner = inner_optimizer(optimizer)
         first = getattr(lr_scheduler, "last_epoch", None)
         watch = Watch(
             model, [inner], lr_scheduler, tokenizer=processing_class, average=self.average,
-            unseen=_unseen(args), expected_rates=schedule.rates,
+            expected_rates=self.schedule(args, state.max_steps, inner, lr_scheduler).rates,
             first_step=first if isinstance(first, int) else state.global_step,
+            unseen=_unseen(args), **self.settings(),
         )  # fmt: skip
         watch.checkpointing = args.gradient_checkpointing or None
+        if getattr(args, "sync_ref_model", False):
+            watch.exempt = "the reference model is moved while it trains"
         watch.no_dropout = bool(getattr(args, "disable_dropout", False))
         watch.has_gradients &= getattr(args, "deepspeed", None) is None
         return watch
+
+    def schedule(
+        self, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any
+    ) -> Schedule:
+        """The schedule that is asked for."""
+        return Schedule(args, steps, optimizer, scheduler)
+
+    def settings(self) -> dict[str, Any]:
+        """What else the watch is told."""
+        return {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The gradients of a step are complete."""
@@ -102,9 +115,10 @@ class AuditCallback(TrainerCallback):
         if self._report is not None:
             self._report(audit)
         elif self._main:
-            print(headline(audit))
-            for finding in audit.failed:
-                print(f"  {finding.check}: {finding.reason}")
+            print(headline(audit.findings))
+            for verdict, check, reason, advice in rows(audit.findings):
+                if verdict == "fail":
+                    print(f"  {check}: {reason}; {advice}")
 
 
 def _unseen(args: TrainingArguments) -> str:
@@ -117,42 +131,58 @@ def _unseen(args: TrainingArguments) -> str:
 
 
 class Schedule:
-    """The learning rates that a trainer's arguments ask for."""
+    """The learning rates that a trainer's arguments ask for.
+
+    Args:
+        steps: of the whole run.
+        optimizer: what has the learning rate that the schedule begins with.
+        scheduler: what the trainer uses.
+    """
 
     def __init__(
         self, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any
     ) -> None:
         self.kind = SchedulerType(args.lr_scheduler_type)
         self.steps, self.warmup = steps, args.get_warmup_steps(steps)
-        self.words = f"the schedule {self.kind.value!r} over {steps} steps"
-        if self.warmup:
-            self.words += f" with {self.warmup} of warmup"
         group = optimizer.param_groups[0] if optimizer.param_groups else {}
         base = float(group.get("initial_lr", group.get("lr", args.learning_rate)))
-        self.asked: Any = None
-        self.why = ""
-        self._known: list[float] = []
         self._optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=base)
-        if self.kind in (SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None)):
+        self._known: list[float] = []
+        self.why = ""
+        if self.kind.value in ("reduce_lr_on_plateau", "greedy"):
             self.why = f"the schedule {self.kind.value!r} depends on the results"
-            return
-        self.asked = get_scheduler(
-            self.kind, self._optimizer, self.warmup, steps,
+        else:
+            self._asked = self.make(self._optimizer, args)
+            self.why = self.unasked(scheduler)
+
+    def make(self, optimizer: Any, args: TrainingArguments) -> Any:
+        """A scheduler of ``optimizer`` as it is asked for."""
+        return get_scheduler(
+            self.kind, optimizer, self.warmup, self.steps,
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
         )  # fmt: skip
+
+    def unasked(self, scheduler: Any) -> str:
+        """Why the arguments do not say what ``scheduler`` should do; empty: they do."""
         plain = not self.warmup and self.kind == SchedulerType.LINEAR
-        if plain and not _alike(self.asked, scheduler):
-            self.asked = None
-            self.why = "the trainer was given a scheduler, and the arguments ask for none"
+        if plain and not _alike(self._asked, scheduler):
+            return "the trainer was given a scheduler, and its arguments ask for none"
+        return ""
+
+    @property
+    def words(self) -> str:
+        """The schedule in words."""
+        warmup = f" with {self.warmup} of warmup" if self.warmup else ""
+        return f"the schedule {self.kind.value!r} over {self.steps} steps{warmup}"
 
     def rates(self, steps: int) -> tuple[Sequence[float] | None, str]:
         """The rates of the first ``steps`` steps, and the schedule in words."""
-        if self.asked is None:
+        if self.why:
             return None, self.why
         while len(self._known) < min(steps, self.steps):
             self._known.append(float(self._optimizer.param_groups[0]["lr"]))
             self._optimizer.step()
-            self.asked.step()
+            self._asked.step()
         return self._known, self.words
 
 

@@ -89,10 +89,20 @@ class MicroBatches:
     Args:
         model: what the loop calls; DDP and compiled modules are looked through.
         average: whether a step is the mean over its tokens, or over its batches.
+        objective: why the loss is not meant to be the cross entropy of the labels; empty: it is.
+        loss_of: computes the mean loss of a batch from its arguments, where the loop does so
+            outside of the model; it then calls ``begin`` and ``returned``, and no hooks do.
     """
 
-    def __init__(self, model: nn.Module, average: Average = "tokens") -> None:
-        self.model, self.average = model, average
+    def __init__(
+        self,
+        model: nn.Module,
+        average: Average = "tokens",
+        objective: str = "",
+        loss_of: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> None:
+        self.model, self.average, self.objective = model, average, objective
+        self.loss_of = loss_of
         self.batches: list[MicroBatch] = []
         self.drew_random: bool | None = None
         self.expected_loss: float | None = None
@@ -110,17 +120,20 @@ class MicroBatches:
         seen = set(map(id, last))
         probes = last + [p for p in trained[middle:][:_PROBES] if id(p) not in seen]
         self._probes = [] if self._sharded else probes
-        self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self._handles: list[Any] = []
+        if loss_of is None:
+            self._handles = [
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after, with_kwargs=True),
+            ]
+        self._calls = len(self._handles)
         self._handles += [p.register_hook(self._arrival(i, p)) for i, p in enumerate(self._probes)]
 
     def stepped(self) -> None:
         """The optimizer's step is made: only what is left of its gradients is looked at from now."""
         self._stepped = True
         self.batches.clear()
-        for handle in self._handles[:2]:
+        for handle in self._handles[: self._calls]:
             handle.remove()
 
     def close(self) -> None:
@@ -132,12 +145,16 @@ class MicroBatches:
     # --- hooks -----------------------------------------------------------------------------------
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused or not torch.is_grad_enabled():
-            return  # a reference, a validation or a generation
         arguments = dict(kwargs)
         if args:
             with contextlib.suppress(TypeError):  # the forward itself will say so
                 arguments |= inspect.signature(model.forward).bind_partial(*args).arguments
+        self.begin(arguments)
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """A micro-batch is about to be run; ``arguments`` with its labels."""
+        if self.paused or not torch.is_grad_enabled():
+            return  # a reference, a validation or a generation
         kind = self._device.type
         on = torch.is_autocast_enabled(kind)
         self.batches.append(
@@ -164,6 +181,10 @@ class MicroBatches:
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        self.returned(output)
+
+    def returned(self, output: Any) -> None:
+        """What the model returned for the micro-batch that was begun last, or its loss."""
         if self.paused or not torch.is_grad_enabled() or not self.batches:
             return
         batch = self.batches[-1]
@@ -251,6 +272,8 @@ class MicroBatches:
     def _why_not(self) -> str:
         """Why the weights of tokens cannot be measured; empty: they can."""
         batches = self.batches
+        if self.objective:
+            return self.objective
         if not batches:
             return "the model was not called in this step, or parts of it were called instead"
         if any(not batch.tokens and not _has_labels(batch) for batch in batches):
@@ -276,7 +299,8 @@ class MicroBatches:
         probes = [i for i in batch.gradients if self._probes[i].requires_grad]
         weight = float(batch.weights[0])
         with self._as_before(batch, inner), torch.set_grad_enabled(bool(probes)):
-            value, summed = _loss_in(inner(**batch.replayed()))
+            run = self.loss_of or (lambda arguments: inner(**arguments))
+            value, summed = _loss_in(run(batch.replayed()))
             if value is None:
                 return math.nan, math.nan
             loss = -value.sum() if summed else value * batch.tokens
@@ -365,6 +389,8 @@ def _get(output: Any, name: str) -> Any:
 
 def _loss_in(output: Any) -> tuple[Tensor | None, bool]:
     """The loss of an output, or its tokens' log-probabilities (TRL's fused head), and whether so."""
+    if isinstance(output, Tensor):
+        return output, False
     rows = _get(output, "log_probs")
     if isinstance(rows, Tensor):
         return rows, True

@@ -209,7 +209,7 @@ class Movement:
                 tuple(changed[:_SHOWN]), "only the optimizer may write weights, and it should not "
                 "have these", figures,
             )  # fmt: skip
-        if self.strangers and not moved and not has_gradients:
+        if at_end and not has_gradients and not moved and any(t.rate for t in pending.values()):
             stuck = list(pending)
         if stuck:
             return self._stuck(stuck, figures)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compiler.pipeline import planner_of
+from ..memory.budget import gigabytes
+from ..memory.meter import Meter
 from ..sharding import collectives_of, has_peers, in_zero3
 from .audit import audit
 from .checks import CHECKS
-from .findings import Audit, Finding, Verdict
+from .findings import Audit, Finding
 from .in_force import Dropout, Rates, Recomputation
 from .micro_batches import Average, MicroBatches, judge_logged
 from .movement import Movement
@@ -37,6 +39,7 @@ class Watch:
 
     Attributes:
         audit: what was found by now.
+        batches: those of the first step; None where they cannot be seen, or are no longer.
         has_gradients: whether ``.grad`` has the gradients before a step of the optimizer; not so
             where an engine such as DeepSpeed keeps them.
         exempt: why frozen weights may change, as where adapters are merged while training; empty:
@@ -58,6 +61,8 @@ class Watch:
         tokenizer: Any = None,
         average: Average = "tokens",
         unseen: str = "",
+        objective: str = "",
+        loss_of: Callable[[dict[str, Any]], Tensor] | None = None,
         expected_rates: Callable[[int], tuple[Sequence[float] | None, str]] | None = None,
         warmup_steps: int = 0,
         first_step: int = 0,
@@ -78,11 +83,12 @@ class Watch:
         self._expected_loss: float | None = None
         self._moved = False
         self._unseen = unseen
-        self._batches = None if unseen else MicroBatches(model, average)
+        self.batches = None if unseen else MicroBatches(model, average, objective, loss_of)
         self._first_call: Any = None
         self._recomputation: Recomputation | None = None
         if not unseen:
-            self._first_call = model.register_forward_pre_hook(self._begin)
+            if loss_of is None:
+                self._first_call = model.register_forward_pre_hook(self._begin)
             if planner_of(self.inner) is None and not _is_compiled(self.inner):
                 self._recomputation = Recomputation(self.inner)
         self._seconds = time.perf_counter() - begun
@@ -98,11 +104,11 @@ class Watch:
         if self.steps == 0:
             with self._timed():
                 self._judge_first()
-        elif self._batches is not None:
-            if self._batches.left_over:
+        elif self.batches is not None:
+            if self.batches.left_over:
                 self.audit.add([_LEFT_OVER])
-            self._batches.close()
-            self._batches = None
+            self.batches.close()
+            self.batches = None
         groups = [g for o in self._optimizers for g in o.param_groups]
         rates = {id(p): float(g["lr"]) for g in groups for p in g["params"]}
         self._movement.before_step(rates, max((float(g["lr"]) for g in groups), default=0.0))
@@ -111,8 +117,8 @@ class Watch:
     def after_step(self, skipped: bool = False) -> None:
         """The optimizer has made its step, or a gradient scaler has skipped it."""
         self.steps += 1
-        if self._batches is not None and self.steps == 1:
-            self._batches.stepped()
+        if self.batches is not None and self.steps == 1:
+            self.batches.stepped()
         if skipped:
             return
         self._movement.after_step()
@@ -125,11 +131,11 @@ class Watch:
         if self.steps != 1 or "seconds" in self.audit.facts:
             return None
         with self._timed():
-            if self._batches is not None:
-                self._batches.paused = True
+            if self.batches is not None:
+                self.batches.paused = True
             self._examine()
-            if self._batches is not None:
-                self._batches.paused = False
+            if self.batches is not None:
+                self.batches.paused = False
             self._add([self._rates_finding()])
             self._combine()
         self.audit.facts["seconds"] = round(self._seconds, 2)
@@ -157,25 +163,25 @@ class Watch:
 
     def close(self) -> None:
         """Remove all hooks; ``finish`` does so, too."""
-        for part in (self._batches, self._recomputation):
+        for part in (self.batches, self._recomputation):
             if part is not None:
                 part.close()
         if self._first_call is not None:
             self._first_call.remove()
-        self._batches = self._recomputation = self._first_call = None
+        self.batches = self._recomputation = self._first_call = None
 
     # --- what is asked ---------------------------------------------------------------------------
 
     def _judge_first(self) -> None:
         """Before the first step: what needs its batches and gradients."""
         drew: bool | None = None
-        if self._batches is not None:
-            self._batch = next((b.arguments for b in self._batches.batches), None)
-            cast = next((b.autocast for b in self._batches.batches), None)
+        if self.batches is not None:
+            self._batch = next((b.arguments for b in self.batches.batches), None)
+            cast = next((b.autocast for b in self.batches.batches), None)
             self._autocast = None if cast is None else cast[1]
-            drew = self._batches.drew_random
-            self._add(self._batches.findings(self.inner))
-            self._expected_loss = self._batches.expected_loss
+            drew = self.batches.drew_random
+            self._add(self.batches.findings(self.inner))
+            self._expected_loss = self.batches.expected_loss
         else:
             self._add(Finding(n, "skipped", self._unseen) for n in OF_THE_LOOP[:2])
         dropout = self._dropout or Dropout(self.inner)
@@ -214,6 +220,7 @@ class Watch:
         why = self._unseen or collectives_of(self.inner) or ""
         if not why and not isinstance(batch.get("labels"), Tensor):
             why = "no batch with labels was seen"
+        why = why or _too_large(self.inner)
         if not why:
             try:
                 found = audit(self.inner, batch, tokenizer=self.tokenizer, autocast=self._autocast)
@@ -271,6 +278,29 @@ _LEFT_OVER = Finding(
     "accumulation-scale", "fail", "the gradients of the first step were still there in the second "
     "one, and are added to its own", advice="call optimizer.zero_grad() after optimizer.step()",
 )  # fmt: skip
+
+
+_TIMES = 3.0
+"""The memory of a reference for each byte of the weights in float32: they, and two gradients."""
+
+
+def _too_large(model: nn.Module) -> str:
+    """Why a reference of ``model`` does not fit into its memory, or the planner's budget."""
+    parameters = list(model.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    planner, meter = planner_of(model), Meter(device)
+    limit = planner.budget.bytes if planner is not None else None
+    limit = limit or meter.capacity()
+    if limit is None:
+        return ""
+    elements = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
+    needed, room = int(4 * elements * _TIMES), limit - meter.used()
+    if needed <= room:
+        return ""
+    return (
+        f"a reference in float32 needs about {gigabytes(needed)}, and {gigabytes(max(room, 0))} are "
+        "free: audit it where there is more memory, by fusewright audit"
+    )
 
 
 def _planned(planner: Any, asked: bool | None) -> Finding:
@@ -352,27 +382,15 @@ def watch(
     """
     several = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     loop = LoopWatch(
-        model, list(map(_inner_optimizer, several)), scheduler,
+        model, list(map(inner_optimizer, several)), scheduler,
         tokenizer=tokenizer, average=average, warmup_steps=warmup_steps,
     )  # fmt: skip
     loop.checkpointing = checkpointing
     return loop
 
 
-def _inner_optimizer(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that accelerate has wrapped."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def headline(audit: Audit) -> str:
-    """How many questions had which answer, in a line."""
-    counts: dict[Verdict, int] = {"pass": 0, "fail": 0, "skipped": 0}
-    for finding in audit.findings:
-        counts[finding.verdict] += 1
-    failed = f"{counts['fail']} failed ({', '.join(f.check for f in audit.failed)}), "
-    return (
-        f"audit: {failed if counts['fail'] else ''}{counts['pass']} questions passed, "
-        f"{counts['skipped']} skipped"
-    )
