@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Audit", "AuditCallback", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site", "audit", "explain",
-    "flatten_optimizer", "optimize", "restore", "watch",
+    "Audit", "AuditCallback", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError",
+    "Report", "Site", "audit", "explain", "flatten_optimizer", "optimize", "restore", "watch",
 ]  # fmt: skip
 
 _HOMES = {

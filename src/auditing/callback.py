@@ -13,7 +13,6 @@ from transformers.trainer_utils import SchedulerType
 
 from .findings import Audit
 from .micro_batches import Average
-from .table import headline, rows
 from .watch import Watch, inner_optimizer
 
 
@@ -115,10 +114,7 @@ class AuditCallback(TrainerCallback):
         if self._report is not None:
             self._report(audit)
         elif self._main:
-            print(headline(audit.findings))
-            for verdict, check, reason, advice in rows(audit.findings):
-                if verdict == "fail":
-                    print(f"  {check}: {reason}; {advice}")
+            print(audit.headline if audit.passed else audit)
 
 
 def _unseen(args: TrainingArguments) -> str:

@@ -1,4 +1,4 @@
-"""What was asked for and may silently be off: dropout, gradient checkpointing, the schedule."""
+"""What was asked for and may silently be off in a loop: dropout, and the schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -76,64 +75,6 @@ class Dropout:
                            figures)  # fmt: skip
         return Finding("dropout", "pass", f"{len(self.modules)} modules with a dropout are in "
                        "training mode, and random numbers are drawn", figures=figures)  # fmt: skip
-
-
-# --- checkpointing --------------------------------------------------------------------------------
-
-
-class Recomputation:
-    """Sees which modules are called again during backward, by hooks on those without children."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.called: set[str] = set()
-        self.again: set[str] = set()
-        self._handles = [
-            module.register_forward_pre_hook(self._note(name))
-            for name, module in model.named_modules()
-            if next(module.children(), None) is None
-            and next(module.parameters(recurse=False), None) is not None
-        ]
-
-    def _note(self, name: str) -> Any:
-        def note(*_: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
-                self.again.add(name)
-            elif torch.is_grad_enabled():
-                self.called.add(name)
-            elif name not in self.called:  # the first run of a checkpoint, or a reference
-                self.called.add(name)
-
-        return note
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def finding(self, model: nn.Module, asked: bool | None) -> Finding:
-        """Judge it; ``asked`` None: by the flags that transformers sets on the modules."""
-        flagged = any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules())
-        wanted = flagged or bool(asked)
-        figures = {"called": len(self.called), "called_again": len(self.again)}
-        if not self.called:
-            return Finding("checkpointing", "skipped", "no module was called as a module",
-                           figures=figures)  # fmt: skip
-        if self.again:
-            whose = "" if wanted else ", though neither arguments nor flags ask for it: a wrapper"
-            return Finding("checkpointing", "pass", f"{len(self.again)} of {len(self.called)} "
-                           f"modules are run again during backward{whose}",
-                           figures=figures)  # fmt: skip
-        if not wanted:
-            return Finding("checkpointing", "pass", "it is off, and nothing is run twice",
-                           figures=figures)  # fmt: skip
-        why = "is asked for" if asked else "is on by the flags of the modules"
-        text = f"it {why}, and nothing is run again during backward"
-        if asked and not flagged:
-            text += ": no module has its flag set"
-        elif not model.training:
-            text += ": the model is in evaluation mode"
-        return Finding("checkpointing", "fail", text, figures=figures)
 
 
 # --- the schedule ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, first_line
+from ..rewrite.tolerance import unit
 from ..sharding import class_before_fsdp2, whole
 from .fresh import FreshSources, is_foreign, is_modeling
+from .state import rates_of
 
 Precision = Literal["exact", "own"]
 Batch = Mapping[str, Any]
@@ -37,12 +40,14 @@ class Step:
         gradients: by parameter name; None where there is none.
         logits: (rows, tokens, words), or None if the model has returned none.
         own_loss: what the model returned as loss itself.
+        order: names of the parameters, in the order in which backward reaches them.
     """
 
     loss: float
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     logits: Tensor | None = None
     own_loss: float | None = None
+    order: list[str] = field(default_factory=list)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -104,6 +109,9 @@ class PlainModel:
                 f"the plain {type(core_of(model)).__name__} cannot be built from its configuration "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+        self.meant = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        for _, module, name, _ in list(rates_of(self.model)):
+            setattr(module, name, 0.0)
         self.names: dict[str, nn.Parameter] = {}
         self._fill()
 
@@ -205,11 +213,26 @@ class PlainModel:
                     module._buffers[name] = buffer.to(there.device)
             vars(module)["_parameters"] = _Casting(module._parameters, self)
             vars(module)["_buffers"] = _CastingBuffers(module._buffers, self)
+        for module in self.model.modules():
+            if hasattr(module, "_activate_lora") and hasattr(module, "parameter_name"):
+                vars(module)["_activate_lora"] = functools.partial(_adapted_parameter, module)
         self.left_out = [
             name
             for name, p in self.audited.named_parameters()
             if p.requires_grad and name not in self.names
         ]
+
+    def passes_by(self, path: str) -> bool:
+        """Whether the steps so far read what an adapter's layer wraps, but not the adapter."""
+        layer: Any = self.model.get_submodule(path)
+        base = layer.get_base_layer()
+        own = [
+            module
+            for name, module in layer.named_modules()
+            if name and not name.startswith("base_layer")
+        ]
+        read = [_was_read(m) for m in own if len(m._parameters)]
+        return _was_read(base) and bool(read) and not any(read)
 
     def cast(self, parameter: Tensor) -> Tensor:
         """What a module of the plain model reads as its parameter."""
@@ -256,12 +279,11 @@ class PlainModel:
             parameter, form, *layout = saved
             return self.formed(parameter, form).as_strided(*layout)
 
-        for name, parameter in self.names.items():
+        for parameter in self.names.values():
             leaf = parameter.detach()
             if precision == "exact":
                 leaf = leaf.to(self.exact)
-            if name in self.names:
-                self.leaves[precision][id(parameter)] = leaf.requires_grad_()
+            self.leaves[precision][id(parameter)] = leaf.requires_grad_()
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 yield
@@ -281,31 +303,62 @@ class PlainModel:
     # --- steps -----------------------------------------------------------------------------------
 
     def step(
-        self, batch: Batch, loss: Loss, precision: Precision = "exact"
+        self, batch: Batch, loss: Loss, precision: Precision = "exact", noise: int | None = None
     ) -> Step:
-        """One forward and backward of the plain model; gradients in fp32, or in its own dtypes."""
+        """One forward and backward of the plain model.
+
+        ``noise``: seeds errors of up to half a unit of rounding in what each layer returns, as
+        another kernel would make them.
+        """
         recorded: list[Any] = []
-        hook = self.model.register_forward_hook(lambda *a: recorded.append(a[-1]))
-        try:
+        order: dict[str, None] = {}
+        with contextlib.ExitStack() as hooks:
+            hook = self.model.register_forward_hook(lambda *a: recorded.append(a[-1]))
+            hooks.callback(hook.remove)
+            if noise is not None:
+                hooks.enter_context(self._noise(noise))
             with self._running(precision), torch.enable_grad():
+                for name, parameter in self.names.items():
+                    self.leaves[precision][id(parameter)].register_post_accumulate_grad_hook(
+                        lambda _, name=name: order.setdefault(name)
+                    )
                 with _autocast(batch, self.autocast if precision == "own" else None):
                     value = loss(self.model, self._inputs(batch))
                 value.backward()  # type: ignore[no-untyped-call]
                 leaves = self.leaves[precision]
                 gradients = {name: leaves[id(p)].grad for name, p in self.names.items()}
-        finally:
-            hook.remove()
         outputs = recorded[-1] if recorded else None
         return Step(
             float(value.detach()), gradients, _detached(getattr(outputs, "logits", None)),
-            _number(getattr(outputs, "loss", None)),
+            _number(getattr(outputs, "loss", None)), list(order),
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _noise(self, seed: int) -> Iterator[None]:
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return None
+            device = output.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            draw = torch.rand(output.shape, generator=generators[device], device=device) - 0.5
+            return (output.double() * (1 + unit(self.dtype) * draw)).to(output.dtype)
+
+        leaves = [m for m in self.model.modules() if not any(True for _ in m.children())]
+        handles = [m.register_forward_hook(disturb) for m in leaves]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward(self, batch: Batch, precision: Precision = "exact") -> Any:
         """The plain model's outputs, without gradients."""
-        with self._running(precision), torch.no_grad():
-            with _autocast(batch, self.autocast if precision == "own" else None):
-                return self.model(**self._inputs(batch))
+        autocast = self.autocast if precision == "own" else None
+        with self._running(precision), torch.no_grad(), _autocast(batch, autocast):
+            return self.model(**self._inputs(batch))
 
 
 _CASTS = 8
@@ -318,10 +371,31 @@ class _Casting(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], plain: PlainModel) -> None:
         super().__init__(values)
         self.plain = plain
+        self.adapted: dict[str, Tensor] = {}
+        self.was_read = False
 
     def __getitem__(self, name: str) -> Any:
+        self.was_read = True
+        if name in self.adapted:
+            return self.adapted[name]
         value = super().__getitem__(name)
         return value if value is None else self.plain.cast(value)
+
+
+@contextlib.contextmanager
+def _adapted_parameter(wrapper: Any, adapters: list[str]) -> Iterator[None]:
+    """PEFT's adapter of a bare parameter; PEFT itself would register the cast as the parameter."""
+    name = wrapper.parameter_name
+    values: _Casting = wrapper.get_base_layer()._parameters
+    value = values[name]
+    for adapter in adapters:
+        if adapter in wrapper.lora_A:
+            value = value + wrapper.get_delta_weight(adapter)
+    values.adapted[name] = value
+    try:
+        yield
+    finally:
+        del values.adapted[name]
 
 
 class _CastingBuffers(_Casting):
@@ -398,6 +472,10 @@ def dequantized(layer: Any) -> Tensor:
     zero = torch.zeros_like(rows[:1])
     # one term of each sum is not zero: nothing is rounded
     return (type(layer).forward(layer, rows) - type(layer).forward(layer, zero)).t()
+
+
+def _was_read(module: Any) -> bool:
+    return bool(getattr(module._parameters, "was_read", False))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from ..sharding import collectives_of, has_peers, in_zero3
 from .audit import audit
 from .checks import CHECKS
 from .findings import Audit, Finding
-from .in_force import Dropout, Rates, Recomputation
+from .force import CountsCalls, checkpointing
+from .in_force import Dropout, Rates
 from .micro_batches import Average, MicroBatches, judge_logged
 from .movement import Movement
 from .reference import core_of, unwrapped
@@ -79,18 +81,20 @@ class Watch:
         self._optimizers = optimizers
         self._dropout: Dropout | None = None
         self._batch: dict[str, Any] | None = None
+        self._first_tokens: list[int] = []
         self._autocast: torch.dtype | None = None
         self._expected_loss: float | None = None
         self._moved = False
         self._unseen = unseen
         self.batches = None if unseen else MicroBatches(model, average, objective, loss_of)
         self._first_call: Any = None
-        self._recomputation: Recomputation | None = None
+        self._counted: CountsCalls | None = None
         if not unseen:
             if loss_of is None:
                 self._first_call = model.register_forward_pre_hook(self._begin)
-            if planner_of(self.inner) is None and not _is_compiled(self.inner):
-                self._recomputation = Recomputation(self.inner)
+            if not _is_compiled(self.inner):
+                self._counted = CountsCalls(self.inner)
+                self._counted.__enter__()
         self._seconds = time.perf_counter() - begun
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -163,12 +167,18 @@ class Watch:
 
     def close(self) -> None:
         """Remove all hooks; ``finish`` does so, too."""
-        for part in (self.batches, self._recomputation):
-            if part is not None:
-                part.close()
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        if self._counted is not None:
+            self._counted.__exit__()
+            self._counted = None
         if self._first_call is not None:
             self._first_call.remove()
-        self.batches = self._recomputation = self._first_call = None
+            self._first_call = None
 
     # --- what is asked ---------------------------------------------------------------------------
 
@@ -177,6 +187,7 @@ class Watch:
         drew: bool | None = None
         if self.batches is not None:
             self._batch = next((b.arguments for b in self.batches.batches), None)
+            self._first_tokens = [b.tokens for b in self.batches.batches[:1]]
             cast = next((b.autocast for b in self.batches.batches), None)
             self._autocast = None if cast is None else cast[1]
             drew = self.batches.drew_random
@@ -186,21 +197,16 @@ class Watch:
             self._add(Finding(n, "skipped", self._unseen) for n in OF_THE_LOOP[:2])
         dropout = self._dropout or Dropout(self.inner)
         self._add([dropout.finding(drew, self.no_dropout), self._checkpointing()])
-        if self._recomputation is not None:
-            self._recomputation.close()
-            self._recomputation = None
-        if self._first_call is not None:
-            self._first_call.remove()
-            self._first_call = None
+        self._stop_looking()
 
     def _checkpointing(self) -> Finding:
         planner = planner_of(self.inner)
         if planner is not None:
             return _planned(planner, self.checkpointing)
-        if self._recomputation is None:
+        if self._counted is None:
             why = self._unseen or "the model is compiled: its modules cannot be watched"
             return Finding("checkpointing", "skipped", why)
-        return self._recomputation.finding(self.inner, self.checkpointing)
+        return checkpointing(self.inner, self._counted, self.checkpointing)
 
     def _rates_finding(self) -> Finding:
         expected: Sequence[float] | None = None
@@ -214,8 +220,11 @@ class Watch:
         batch = {
             name: value
             for name, value in (self._batch or {}).items()
-            if isinstance(value, Tensor) and name != "num_items_in_batch"
+            if isinstance(value, Tensor)
         }
+        if "num_items_in_batch" in batch:  # as of a step of this batch alone: the same graphs
+            (first,) = self._first_tokens
+            batch["num_items_in_batch"] = torch.full_like(batch["num_items_in_batch"], first)
         self._batch = None
         why = self._unseen or collectives_of(self.inner) or ""
         if not why and not isinstance(batch.get("labels"), Tensor):
@@ -223,7 +232,11 @@ class Watch:
         why = why or _too_large(self.inner)
         if not why:
             try:
-                found = audit(self.inner, batch, tokenizer=self.tokenizer, autocast=self._autocast)
+                with _without_noise(self.inner):
+                    found = audit(
+                        self.inner, batch, tokenizer=self.tokenizer, autocast=self._autocast,
+                        checkpointing=self.checkpointing,
+                    )  # fmt: skip
             except Exception as error:  # the run must not end because it could not be audited
                 why = f"the audit could not run: {type(error).__name__}: {error}"
             else:
@@ -278,6 +291,20 @@ _LEFT_OVER = Finding(
     "accumulation-scale", "fail", "the gradients of the first step were still there in the second "
     "one, and are added to its own", advice="call optimizer.zero_grad() after optimizer.step()",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _without_noise(model: nn.Module) -> Iterator[None]:
+    """No noise on embeddings (NEFTune), which a plain model does not add."""
+    noisy: list[Any] = [m for m in model.modules() if getattr(m, "neftune_noise_alpha", None)]
+    amounts = [m.neftune_noise_alpha for m in noisy]
+    for module in noisy:
+        module.neftune_noise_alpha = 0.0
+    try:
+        yield
+    finally:
+        for module, amount in zip(noisy, amounts, strict=True):
+            module.neftune_noise_alpha = amount
 
 
 _TIMES = 3.0

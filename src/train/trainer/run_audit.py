@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ...auditing.callback import AuditCallback, Schedule
 from ...auditing.findings import Audit
-from ...auditing.table import headline, table
 from ...auditing.watch import Watch
 from ..recipe.recipe import Recipe
-from ..terminal import say
 from .schedule import custom_schedule
 
 
@@ -72,10 +70,10 @@ class RunAudit(AuditCallback):
         return loss / self.trainer.accelerator.num_processes  # by which Trainer has multiplied it
 
     def _show(self, audit: Audit) -> None:
-        console = self.trainer.context.console
-        say(console, headline(audit.findings))
+        say = self.trainer.context.say
+        say(audit.headline)
         if not audit.passed:
-            console.print(table(audit))
+            say(str(audit))
 
 
 class _RecipeSchedule(Schedule):
