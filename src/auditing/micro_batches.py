@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..memory.random_state import RandomState
-from ..sharding import has_peers, has_shards, in_zero3
+from ..sharding import has_peers, has_shards, in_zero3, reshard
 from .findings import Finding
 from .movement import sampled
 from .state import unchanged
@@ -130,7 +130,7 @@ class MicroBatches:
         self._handles += [p.register_hook(self._arrival(i, p)) for i, p in enumerate(self._probes)]
 
     def stepped(self) -> None:
-        """The optimizer's step is made: only what is left of its gradients is looked at from now."""
+        """The optimizer's step is made; from now, only what is left of its gradients matters."""
         self._stepped = True
         self.batches.clear()
         for handle in self._handles[: self._calls]:
@@ -174,7 +174,7 @@ class MicroBatches:
                 batch.gradients.clear()
 
     def _extremes(self) -> list[MicroBatch]:
-        """Two batches whose weights differ the most if a mean of means was taken; or the only one."""
+        """Two batches, whose weights differ the most if means are averaged; or the only one."""
         ordered = sorted(self.batches, key=lambda b: b.tokens)
         return [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
 
@@ -335,6 +335,8 @@ class MicroBatches:
                 yield
             finally:
                 self.paused = False
+                if self._sharded:
+                    reshard(inner)
 
     def _loss_of_step(
         self, chosen: list[MicroBatch], sums: list[float], step: Step
@@ -388,7 +390,7 @@ def _get(output: Any, name: str) -> Any:
 
 
 def _loss_in(output: Any) -> tuple[Tensor | None, bool]:
-    """The loss of an output, or its tokens' log-probabilities (TRL's fused head), and whether so."""
+    """The loss of an output, or, as True says, log-probabilities of tokens (TRL's fused head)."""
     if isinstance(output, Tensor):
         return output, False
     rows = _get(output, "log_probs")
@@ -558,4 +560,5 @@ def _times(factor: float) -> str:
 
 def _is_scaler(factor: float, step: Step) -> bool:
     power = math.log2(factor) if factor > 0 else 0.0
-    return factor >= _SCALER and abs(power - round(power)) < 0.02 and not _near(factor, step.batches)
+    is_power = abs(power - round(power)) < 0.02
+    return factor >= _SCALER and is_power and not _near(factor, step.batches)

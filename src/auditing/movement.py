@@ -64,7 +64,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def sampled(tensor: Tensor, most: int) -> Tensor | None:
-    """Up to ``most`` elements of this process's share, evenly spaced, in a copy; None: it has none."""
+    """A copy of up to ``most`` elements of this process's share, evenly spaced; None: it has none."""
     parts = list(plain_parts(tensor))
     if len(parts) != 1:
         return None
@@ -86,7 +86,7 @@ class _Trained:
     rate: float = 0.0  # the largest learning rate
 
     def rounds_away(self) -> bool:
-        """Whether updates can be too small for the dtype of the weights, as in bf16 without masters.
+        """Whether updates can be too small for the dtype of the weights, as of bf16 masters.
 
         An Adam-like update is about the learning rate, one of SGD the gradient times that.
         Rounding is to the next of two numbers, half of their spacing away.
