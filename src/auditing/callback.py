@@ -141,7 +141,9 @@ class Schedule:
         self.kind = SchedulerType(args.lr_scheduler_type)
         self.steps, self.warmup = steps, args.get_warmup_steps(steps)
         group = optimizer.param_groups[0] if optimizer.param_groups else {}
-        base = float(group.get("initial_lr", group.get("lr", args.learning_rate)))
+        # a cycle has its highest rate elsewhere than at its beginning
+        rates = (group[name] for name in ("max_lr", "initial_lr", "lr") if name in group)
+        base = float(next(rates, args.learning_rate))
         self._optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=base)
         self._known: list[float] = []
         self.why = ""

@@ -114,6 +114,8 @@ class MicroBatches:
         """Whether calls of the model and gradients are an audit's own."""
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._sharded = has_shards(model)
+        config = getattr(model, "config", None)
+        self._shifts = not getattr(config, "is_encoder_decoder", False)
         trained = [p for p in model.parameters() if p.requires_grad]
         middle = max(0, len(trained) // 2 - _PROBES // 2)
         last = trained[-_PROBES:]
@@ -159,7 +161,7 @@ class MicroBatches:
         on = torch.is_autocast_enabled(kind)
         self.batches.append(
             MicroBatch(
-                arguments, _trained_tokens(arguments), RandomState.now(self._device),
+                arguments, _trained_tokens(arguments, self._shifts), RandomState.now(self._device),
                 random.getstate(), (kind, torch.get_autocast_dtype(kind)) if on else None,
             )  # fmt: skip
         )
@@ -265,9 +267,12 @@ class MicroBatches:
             weights.append(weight)
         processes = dist.get_world_size() if has_peers() else 1
         step = Step(len(self.batches), tokens, processes, self.average)
-        self.expected_loss = self._loss_of_step(chosen, sums, step)
-        measured = [(b.tokens, w) for b, w in zip(chosen, weights, strict=True)]
-        return judge(measured, step)
+        loss = self._loss_of_step(chosen, sums, step)
+        found = judge([(b.tokens, w) for b, w in zip(chosen, weights, strict=True)], step)
+        # what is wrong in the gradients is wrong in the logged loss, too
+        right = step.average == "tokens" and all(f.verdict == "pass" for f in found)
+        self.expected_loss = loss if right else None
+        return found
 
     def _why_not(self) -> str:
         """Why the weights of tokens cannot be measured; empty: they can."""
@@ -407,14 +412,16 @@ def _has_labels(batch: MicroBatch) -> bool:
     return isinstance((batch.arguments or {}).get("labels"), Tensor) or batch.arguments is None
 
 
-def _trained_tokens(arguments: dict[str, Any]) -> int:
-    """Tokens whose loss is trained: those with a label that another token precedes."""
+def _trained_tokens(arguments: dict[str, Any], shifts: bool) -> int:
+    """Tokens whose loss is trained: with a label, and if the model ``shifts`` it, one before it."""
     shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
     if isinstance(shifted, Tensor):
         return int((shifted != IGNORED).sum())
     inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))
     if not isinstance(labels, Tensor) or labels.ndim < 2:
         return 0
+    if not shifts:
+        return int((labels != IGNORED).sum())
     if isinstance(inputs, Tensor) and labels.shape[:2] != inputs.shape[:2]:
         return 0
     return int((labels[..., 1:] != IGNORED).sum())

@@ -41,7 +41,8 @@ def _batches(number: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(1)
     result = []
     for i in range(number):
-        ids = torch.randint(0, 64, (2, 24))
+        ids = torch.randint(3, 64, (2, 24))
+        ids[:, -1] = 2  # the end of a text
         labels = ids.clone()
         labels[:, : 18 if i % 2 else 0] = -100
         result.append({"input_ids": ids, "labels": labels})
