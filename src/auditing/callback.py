@@ -135,9 +135,7 @@ class Schedule:
         scheduler: what the trainer uses.
     """
 
-    def __init__(
-        self, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any
-    ) -> None:
+    def __init__(self, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any) -> None:
         self.kind = SchedulerType(args.lr_scheduler_type)
         self.steps, self.warmup = steps, args.get_warmup_steps(steps)
         group = optimizer.param_groups[0] if optimizer.param_groups else {}

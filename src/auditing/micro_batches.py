@@ -161,9 +161,12 @@ class MicroBatches:
         on = torch.is_autocast_enabled(kind)
         self.batches.append(
             MicroBatch(
-                arguments, _trained_tokens(arguments, self._shifts), RandomState.now(self._device),
-                random.getstate(), (kind, torch.get_autocast_dtype(kind)) if on else None,
-            )  # fmt: skip
+                arguments,
+                _trained_tokens(arguments, self._shifts),
+                RandomState.now(self._device),
+                random.getstate(),
+                (kind, torch.get_autocast_dtype(kind)) if on else None,
+            )
         )
         self._forget()
 
@@ -427,9 +430,7 @@ def _trained_tokens(arguments: dict[str, Any], shifts: bool) -> int:
     return int((labels[..., 1:] != IGNORED).sum())
 
 
-def _of_all_processes(
-    why: str, tokens: int, batches: int, device: torch.device
-) -> tuple[str, int]:
+def _of_all_processes(why: str, tokens: int, batches: int, device: torch.device) -> tuple[str, int]:
     """Agree on whether to measure, and count the tokens of all; a collective."""
     mine = torch.tensor([bool(why), tokens, batches, batches**2], device=device)
     dist.all_reduce(mine)
@@ -468,9 +469,7 @@ def judge(measured: list[tuple[int, float]], step: Step) -> list[Finding]:
     # 1 for each batch, if the step is the mean over its tokens, or over its batches
     by_token = [w * step.tokens / step.processes for _, w in known]
     by_batch = [w * n * step.batches for n, w in known]
-    wanted, other = (
-        (by_token, by_batch) if step.average == "tokens" else (by_batch, by_token)
-    )
+    wanted, other = (by_token, by_batch) if step.average == "tokens" else (by_batch, by_token)
     figures = {
         "batches": step.batches, "tokens": step.tokens, "processes": step.processes,
         "factors": [round(f, 4) for f in wanted],
@@ -540,8 +539,10 @@ def _uneven(
 
 def judge_logged(logged: float, expected: float | None) -> Finding | None:
     """A finding if what is logged as the loss of a step is not its loss by hand; else None."""
-    if expected is None or not math.isfinite(logged) or math.isclose(
-        logged, expected, rel_tol=0.05, abs_tol=1e-3
+    if (
+        expected is None
+        or not math.isfinite(logged)
+        or math.isclose(logged, expected, rel_tol=0.05, abs_tol=1e-3)
     ):
         return None
     factor = logged / expected if expected else math.inf

@@ -48,6 +48,7 @@ class Watch:
             they may not.
         no_dropout: whether the trainer was asked to switch dropout off.
         checkpointing: whether gradient checkpointing was asked for; None: by the model's flags.
+        unasked: questions whose answer is meant to be no, each with the reason.
     """
 
     exempt = ""
@@ -74,6 +75,7 @@ class Watch:
         self.inner = unwrapped(model)
         self.audit = Audit(type(core_of(model)).__name__)
         self.steps = 0
+        self.unasked: dict[str, str] = {}
         self._expected_rates, self._warmup = expected_rates, warmup_steps
         self.has_gradients = not any(map(in_zero3, self.inner.parameters()))
         self._movement = Movement(self.inner, optimizers)
@@ -218,9 +220,7 @@ class Watch:
     def _examine(self) -> None:
         rest = [name for name in CHECKS if name not in OF_THE_LOOP]
         batch = {
-            name: value
-            for name, value in (self._batch or {}).items()
-            if isinstance(value, Tensor)
+            name: value for name, value in (self._batch or {}).items() if isinstance(value, Tensor)
         }
         if "num_items_in_batch" in batch:  # as of a step of this batch alone: the same graphs
             (first,) = self._first_tokens
@@ -241,7 +241,8 @@ class Watch:
                 why = f"the audit could not run: {type(error).__name__}: {error}"
             else:
                 self.audit.facts |= found.facts
-                self._add(found.findings)
+                self._add(f for f in found.findings if f.check not in self.unasked)
+                self._add(Finding(name, "skipped", w) for name, w in self.unasked.items())
         if why:
             self._add(Finding(name, "skipped", why) for name in rest)
 
@@ -324,10 +325,8 @@ def _too_large(model: nn.Module) -> str:
     needed, room = int(4 * elements * _TIMES), limit - meter.used()
     if needed <= room:
         return ""
-    return (
-        f"a reference in float32 needs about {gigabytes(needed)}, and {gigabytes(max(room, 0))} are "
-        "free: audit it where there is more memory, by fusewright audit"
-    )
+    free = gigabytes(max(room, 0))
+    return f"a reference in float32 needs about {gigabytes(needed)}, and {free} are free: audit it where there is more memory, by fusewright audit"
 
 
 def _planned(planner: Any, asked: bool | None) -> Finding:
@@ -351,7 +350,9 @@ class LoopWatch(Watch):
     A context manager: its end is the end of training.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *args: Any, **kwargs: Any):
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], *args: Any, **kwargs: Any
+    ):
         super().__init__(model, optimizers, *args, **kwargs)
         self._steps = [
             optimizers[0].register_step_pre_hook(lambda *_: self.before_step()),
