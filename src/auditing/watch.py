@@ -252,7 +252,7 @@ class Watch:
         self.audit.add(findings)
 
     def _replace(self, findings: Sequence[Finding]) -> None:
-        """What is known at the end stands for what was known at the first step, unless it is worse."""
+        """Let what is known at the end stand for what the first step said, unless it is worse."""
         for new in findings:
             self.audit.findings = [
                 f for f in self.audit.findings if f.check != new.check or f.verdict == "fail"
@@ -326,7 +326,8 @@ def _too_large(model: nn.Module) -> str:
     if needed <= room:
         return ""
     free = gigabytes(max(room, 0))
-    return f"a reference in float32 needs about {gigabytes(needed)}, and {free} are free: audit it where there is more memory, by fusewright audit"
+    return f"a reference in float32 needs about {gigabytes(needed)}, and {free} are free: "
+        "audit it where there is more memory, by fusewright audit"
 
 
 def _planned(planner: Any, asked: bool | None) -> Finding:
