@@ -326,8 +326,10 @@ def _too_large(model: nn.Module) -> str:
     if needed <= room:
         return ""
     free = gigabytes(max(room, 0))
-    return f"a reference in float32 needs about {gigabytes(needed)}, and {free} are free: "
-        "audit it where there is more memory, by fusewright audit"
+    return (
+        f"a reference in float32 needs about {gigabytes(needed)}, and {free} are free: audit it "
+        "where there is more memory, by fusewright audit"
+    )
 
 
 def _planned(planner: Any, asked: bool | None) -> Finding:
