@@ -45,6 +45,8 @@ class AuditCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch."""
         self._main = state.is_world_process_zero
+        if self.watch is not None:
+            self.watch.close()  # of a run that did not reach its end
         self.watch = self.make_watch(args, state, **kwargs)
         self._logged = state.global_step
 

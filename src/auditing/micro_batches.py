@@ -264,13 +264,20 @@ class MicroBatches:
             return [Finding(name, "skipped", why) for name in _NAMES]
         chosen = self._extremes()
         sums, weights = [], []
+        failure = ""
         for batch in chosen:
-            total, weight = self._measure(batch, inner)
+            total = weight = math.nan
+            try:
+                total, weight = self._measure(batch, inner)
+            except Exception as error:  # such as too little memory: the run must go on
+                failure = f"a batch could not be run again: {type(error).__name__}: {error}"
             sums.append(total)
             weights.append(weight)
         processes = dist.get_world_size() if has_peers() else 1
         step = Step(len(self.batches), tokens, processes, self.average)
         loss = self._loss_of_step(chosen, sums, step)
+        if failure:
+            return [Finding(name, "skipped", failure) for name in _NAMES]
         found = judge([(b.tokens, w) for b, w in zip(chosen, weights, strict=True)], step)
         # what is wrong in the gradients is wrong in the logged loss, too
         right = step.average == "tokens" and all(f.verdict == "pass" for f in found)

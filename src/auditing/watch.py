@@ -203,7 +203,7 @@ class Watch:
 
     def _checkpointing(self) -> Finding:
         planner = planner_of(self.inner)
-        if planner is not None:
+        if planner is not None and any(planner.levels.values()):
             return _planned(planner, self.checkpointing)
         if self._counted is None:
             why = self._unseen or "the model is compiled: its modules cannot be watched"
@@ -229,13 +229,15 @@ class Watch:
         why = self._unseen or collectives_of(self.inner) or ""
         if not why and not isinstance(batch.get("labels"), Tensor):
             why = "no batch with labels was seen"
-        why = why or _too_large(self.inner)
+        tokens = 0
+        if not why:
+            tokens, why = _tokens_that_fit(self.inner)
         if not why:
             try:
                 with _without_noise(self.inner):
                     found = audit(
                         self.inner, batch, tokenizer=self.tokenizer, autocast=self._autocast,
-                        checkpointing=self.checkpointing,
+                        checkpointing=self.checkpointing, tokens=tokens,
                     )  # fmt: skip
             except Exception as error:  # the run must not end because it could not be audited
                 why = f"the audit could not run: {type(error).__name__}: {error}"
@@ -308,36 +310,61 @@ def _without_noise(model: nn.Module) -> Iterator[None]:
             module.neftune_noise_alpha = amount
 
 
-_TIMES = 3.0
-"""The memory of a reference for each byte of the weights in float32: they, and two gradients."""
+_SLICES = 512, 256, 128, 64
+"""Tokens that are compared with a plain model: as many as there is memory for."""
 
 
-def _too_large(model: nn.Module) -> str:
-    """Why a reference of ``model`` does not fit into its memory, or the planner's budget."""
+def _tokens_that_fit(model: nn.Module) -> tuple[int, str]:
+    """How many tokens can be compared within the device's memory, or the planner's budget.
+
+    0 with the reason if none can.
+    """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     planner, meter = planner_of(model), Meter(device)
     limit = planner.budget.bytes if planner is not None else None
     limit = limit or meter.capacity()
     if limit is None:
-        return ""
-    elements = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
-    needed, room = int(4 * elements * _TIMES), limit - meter.used()
-    if needed <= room:
-        return ""
-    free = gigabytes(max(room, 0))
-    return (
-        f"a reference in float32 needs about {gigabytes(needed)}, and {free} are free: audit it "
-        "where there is more memory, by fusewright audit"
+        return _SLICES[0], ""
+    room = limit - meter.used()
+    for tokens in _SLICES:
+        needed = _reference_bytes(model, parameters, tokens)
+        if needed <= room:
+            return tokens, ""
+    return 0, (
+        f"a plain model's step of {_SLICES[-1]} tokens needs about {gigabytes(needed)}, and "
+        f"{gigabytes(max(room, 0))} are free: audit it where there is more memory, by fusewright "
+        "audit"
+    )
+
+
+def _reference_bytes(model: nn.Module, parameters: Sequence[Tensor], tokens: int) -> int:
+    """About what a step of a plain model takes, which casts frozen weights when it reads them.
+
+    The activations of a layer are those of Korthikanti et al. (2022), 17 values for each of its
+    width; logits are there three times.
+    """
+    halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    wide = 4 if halves else 8
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    largest = max((p.numel() for p in parameters), default=0)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width, layers, words = (
+        getattr(text, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    # weights and two sets of gradients in the wide dtype and in the model's own
+    return trained * (2 * wide + 12) + wide * (
+        2 * largest + tokens * (17 * width * layers + 3 * words)
     )
 
 
 def _planned(planner: Any, asked: bool | None) -> Finding:
     """What fusewright's memory planner has decided, which takes the place of checkpoints."""
-    levels = [level for level in planner.levels.values() if level]
+    levels = list(filter(None, planner.levels.values()))
     again = sum(level not in ("weights", "all") for level in levels)
     text = f"fusewright plans memory: {again} of {len(levels)} blocks compute some of it again"
-    wrong = bool(asked and levels and not again)
+    wrong = bool(asked) and not again
     return Finding("checkpointing", "fail" if wrong else "pass", text)
 
 
@@ -355,7 +382,7 @@ class LoopWatch(Watch):
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], *args: Any, **kwargs: Any
-    ):
+    ) -> None:
         super().__init__(model, optimizers, *args, **kwargs)
         self._steps = [
             optimizers[0].register_step_pre_hook(lambda *_: self.before_step()),
