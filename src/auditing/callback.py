@@ -50,15 +50,14 @@ class AuditCallback(TrainerCallback):
         self.watch = self.make_watch(args, state, **kwargs)
         self._logged = state.global_step
 
-    def make_watch(
-        self, args: TrainingArguments, state: Any, model: Any, optimizer: Any, lr_scheduler: Any,
-        processing_class: Any = None, **_: Any,
-    ) -> Watch:  # fmt: skip
+    def make_watch(self, args: TrainingArguments, state: Any, **kwargs: Any) -> Watch:
         """What sees the steps of a run that begins."""
-        inner = inner_optimizer(optimizer)
+        lr_scheduler = kwargs.get("lr_scheduler")
+        inner = inner_optimizer(kwargs["optimizer"])
         first = getattr(lr_scheduler, "last_epoch", None)
         watch = Watch(
-            model, [inner], lr_scheduler, tokenizer=processing_class, average=self.average,
+            kwargs["model"], [inner], lr_scheduler,
+            tokenizer=kwargs.get("processing_class"), average=self.average,
             expected_rates=self.schedule(args, state.max_steps, inner, lr_scheduler).rates,
             first_step=first if isinstance(first, int) else state.global_step,
             unseen=_unseen(args), **self.settings(),

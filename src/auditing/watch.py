@@ -351,7 +351,8 @@ def _reference_bytes(model: nn.Module, parameters: Sequence[Tensor], tokens: int
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width, layers, words = (
-        getattr(text, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+        int(getattr(text, name, 0) or 0)
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size")
     )
     # weights and two sets of gradients in the wide dtype and in the model's own
     return trained * (2 * wide + 12) + wide * (

@@ -55,8 +55,9 @@ class RunAudit(AuditCallback):
 
         Of several processes, the loss is computed outside of the model, which is not told labels.
         """
-        batches = None if self.watch is None else self.watch.batches
-        if batches is None or batches.loss_of is None or self.watch.steps:
+        watch = self.watch
+        batches = None if watch is None or watch.steps else watch.batches
+        if batches is None or batches.loss_of is None:
             return compute(model, batch, *args, **kwargs)
         self._compute = compute
         batches.begin({**batch, "num_items_in_batch": kwargs.get("num_items_in_batch")})
