@@ -31,7 +31,7 @@ OF_THE_LOOP = (
 """The questions that need a loop; ``audit`` answers the others from a model and a batch."""
 
 
-class Watch:
+class StepWatch:
     """Sees the steps of a training loop, and changes nothing of what they compute.
 
     The first optimizer step is looked at closely: up to two of its micro-batches are run again, and
@@ -280,7 +280,7 @@ class Watch:
 class _Clock:
     """Adds the time of a block to a watch."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StepWatch) -> None:
         self._watch = watch
 
     def __enter__(self) -> None:
@@ -375,8 +375,8 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
-class LoopWatch(Watch):
-    """The ``Watch`` of a hand-written loop, which hears of the steps by hooks of the optimizer.
+class LoopWatch(StepWatch):
+    """The ``StepWatch`` of a hand-written loop, which hears of the steps by hooks of the optimizer.
 
     A context manager: its end is the end of training.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...auditing.callback import AuditCallback, Schedule
 from ...auditing.findings import Audit
-from ...auditing.watch import Watch
+from ...auditing.watch import StepWatch
 from ..recipe.recipe import Recipe
 from .schedule import custom_schedule
 
@@ -22,7 +22,7 @@ class RunAudit(AuditCallback):
         self.trainer, self.recipe = trainer, trainer.context.recipe
         self._compute: Callable[..., Tensor] | None = None
 
-    def make_watch(self, args: Any, state: Any, **kwargs: Any) -> Watch:
+    def make_watch(self, args: Any, state: Any, **kwargs: Any) -> StepWatch:
         """As of any trainer, with what the recipe asks for."""
         trainer, recipe = self.trainer, self.recipe
         kwargs["processing_class"] = trainer.context.tokenizer
