@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing.audit import audit
+    from .auditing.findings import Audit, Finding
     from .compiler.pipeline import explain, optimize, restore
     from .errors import FusewrightError, OptimizeError
     from .optim.flat import FlatOptimizer, flatten_optimizer
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site", "explain",
+    "Audit", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site", "audit", "explain",
     "flatten_optimizer", "optimize", "restore",
 ]  # fmt: skip
 
 _HOMES = {
+    "audit": "auditing.audit",
+    "Audit": "auditing.findings",
+    "Finding": "auditing.findings",
     "optimize": "compiler.pipeline",
     "explain": "compiler.pipeline",
     "restore": "compiler.pipeline",

@@ -1,0 +1,216 @@
+"""What is wrong with gradients: each trained tensor's against the plain model's, and what it means.
+
+With d(x) for the distance from the reference over the reference's size, gradients are right if
+
+    d(audited) <= 1.5 * d(eager) + unit
+
+where eager is the plain model in the audited one's dtypes, and ``unit`` one unit of rounding: the
+rule by which the compiler judges its rewrites and ``verify`` whole runs. A tensor that eager mode
+itself does not get right to within a half is not judged: its gradient is nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rewrite.tolerance import FACTOR, unit
+from .findings import Finding
+
+Gradients = Mapping[str, Tensor | None]
+
+UNRESOLVED = 0.5
+"""Where eager mode is as far off as that, its dtype does not hold the gradient."""
+
+EXPLAINED = 0.2
+"""A factor explains an error of which it leaves less than this share."""
+
+
+def kind_of(name: str) -> str:
+    """The kind of a parameter: its name without numbers of layers, experts and adapters' names."""
+    short = re.sub(r"\.(default\.)?weight$", "", name)
+    return re.sub(r"(^|.*\.)\d+\.", "", short)
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a parameter is in; -1: in none."""
+    numbers = re.findall(r"\.(\d+)\.", name)
+    return int(numbers[0]) if numbers else -1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One gradient next to the reference's.
+
+    Attributes:
+        size: norm of the reference's.
+        off: norm of the difference over that.
+        scale: the factor times the reference's that comes nearest.
+        rest: what that factor leaves of the difference, over ``size``.
+    """
+
+    size: float
+    off: float
+    scale: float
+    rest: float
+
+    @classmethod
+    def of(cls, gradient: Tensor, reference: Tensor) -> Agreement:
+        """Of two tensors of one shape, in any dtypes."""
+        dot = square = theirs = 0.0
+        for a, b in zip(_pieces(gradient), _pieces(reference), strict=True):
+            dot += float(a @ b)
+            square += float(b @ b)
+            theirs += float(a @ a)
+        if square == 0.0:
+            return cls(0.0, theirs**0.5, 0.0, theirs**0.5)
+        scale = dot / square
+        off = max(0.0, theirs - 2 * dot + square)
+        rest = max(0.0, theirs - dot * scale)
+        size = square**0.5
+        return cls(size, off**0.5 / size, scale, rest**0.5 / size)
+
+
+def _pieces(t: Tensor) -> Iterator[Tensor]:
+    for piece in t.detach().reshape(-1).split(1 << 20):
+        yield piece.double()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one tensor's gradient."""
+
+    name: str
+    check: str
+    agreement: Agreement | None = None
+    allowed: float = 0.0
+
+
+def compare(
+    gradients: Gradients, reference: Gradients, eager: Sequence[Gradients], dtype: torch.dtype
+) -> tuple[list[Fault], dict[str, float]]:
+    """The faults of ``gradients``, and figures; ``eager``: runs that round, the more the surer.
+
+    ``reference`` has a name for each tensor that is judged.
+    """
+    judged = [name for name, g in reference.items() if g is not None]
+    measured = [
+        {name: Agreement.of(run[name], reference[name]) for name in judged if run[name] is not None}  # type: ignore[arg-type]
+        for run in eager
+    ]
+    by_kind: dict[str, float] = defaultdict(float)
+    for run_of in measured:
+        for name, each in run_of.items():
+            if each.off < UNRESOLVED:
+                by_kind[kind_of(name)] = max(by_kind[kind_of(name)], each.off)
+    largest = max((float(reference[name].double().norm()) for name in judged), default=0.0)  # type: ignore[union-attr]
+    faults, compared, worst = [], 0, 0.0
+    for name in judged:
+        g, exact = gradients.get(name), reference[name]
+        assert exact is not None
+        rounding = [run_of[name] for run_of in measured if name in run_of]
+        nothing = not bool(exact.any())
+        unresolved = nothing or any(each.off >= UNRESOLVED for each in rounding)
+        if g is None:
+            if not unresolved:
+                faults.append(Fault(name, "gradient-missing"))
+            continue
+        if not bool(torch.isfinite(g).all()):
+            faults.append(Fault(name, "gradient-finite"))
+            continue
+        if not bool(g.any()):
+            if not unresolved:
+                faults.append(Fault(name, "gradient-zero"))
+            continue
+        agreement = Agreement.of(g, exact)
+        allowed = FACTOR * by_kind[kind_of(name)] + unit(dtype)
+        compared += 1
+        if unresolved:
+            noise = max((each.off * each.size for each in rounding), default=0.0)
+            here = agreement.off * (agreement.size or 1.0)
+            if here > 10 * noise + unit(dtype) * largest:
+                faults.append(Fault(name, "gradient-value", agreement, allowed))
+            continue
+        worst = max(worst, agreement.off / allowed)
+        if agreement.off > allowed:
+            faults.append(Fault(name, _named(agreement), agreement, allowed))
+    return faults, {"compared": compared, "worst_over_allowed": worst}
+
+
+def _named(agreement: Agreement) -> str:
+    if agreement.rest <= EXPLAINED * agreement.off:
+        return "gradient-sign" if agreement.scale < 0 else "gradient-scale"
+    return "gradient-value"
+
+
+GRADIENT_CHECKS = (
+    "gradient-missing", "gradient-zero", "gradient-finite", "gradient-scale", "gradient-sign",
+    "gradient-rows", "gradient-value",
+)  # fmt: skip
+
+
+def findings(faults: Sequence[Fault], figures: Mapping[str, float]) -> Iterator[Finding]:
+    """One finding for each question about single gradients."""
+    number = int(figures["compared"])
+    for check in GRADIENT_CHECKS:
+        here = [fault for fault in faults if fault.check == check]
+        if here:
+            yield _failed(check, here, number)
+        else:
+            yield Finding(check, "pass", f"{number} tensors", figures=dict(figures))
+
+
+_WORDS = {
+    "gradient-missing": "no gradient",
+    "gradient-zero": "a gradient of zeros, where the plain model's is not",
+    "gradient-finite": "a gradient with inf or nan",
+    "gradient-sign": "a gradient of the opposite sign",
+    "gradient-rows": "a gradient that is right for the first row only",
+    "gradient-value": "another gradient than the plain model",
+}
+
+
+def _failed(check: str, faults: Sequence[Fault], compared: int) -> Finding:
+    # a wrong backward pass spoils the layers below it: the highest layer is where it begins
+    worst = sorted(faults, key=lambda f: (-layer_of(f.name), -_size(f)))
+    kinds = sorted({kind_of(f.name) for f in faults})
+    layers = sorted({layer_of(f.name) for f in faults} - {-1})
+    words = _WORDS.get(check, "")
+    if check == "gradient-scale":
+        scales = [f.agreement.scale for f in faults if f.agreement]
+        low, high = min(scales), max(scales)
+        words = f"{low:.3g}x" if high - low < 0.01 * high else f"{low:.3g}x to {high:.3g}x"
+        words += " the plain model's gradient"
+    reason = f"{len(faults)} of {max(compared, len(faults))} tensors have {words}: "
+    reason += ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
+    if layers:
+        reason += f" (layers {_ranges(layers)})"
+    first = worst[0]
+    if first.agreement and check in ("gradient-value", "gradient-rows"):
+        reason += f"; off by {first.agreement.off:.1e}, and rounding allows {first.allowed:.1e}"
+    figures = {
+        f.name: {"off": f.agreement.off, "allowed": f.allowed, "scale": f.agreement.scale}
+        for f in worst[:20]
+        if f.agreement
+    }
+    return Finding(check, "fail", reason, tuple(f.name for f in worst), figures=figures)
+
+
+def _size(fault: Fault) -> float:
+    return fault.agreement.off if fault.agreement else 0.0
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3, 5``."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

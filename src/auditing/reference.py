@@ -1,0 +1,451 @@
+"""The plain model: fresh classes built from the configuration, adapters by PEFT, the same weights.
+
+It has no weights of its own. Each parameter is the audited model's, cast when it is read: to fp32
+for the reference, or as it is for eager's own error in the model's dtype. What autograd saves of a
+cast is the parameter, and the cast is made again in backward, so the reference takes fp32 copies of
+trained weights, their gradients, activations of its rows, and a few frozen weights at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, first_line
+from ..sharding import class_before_fsdp2, whole
+from .fresh import FreshSources, is_foreign, is_modeling
+
+Precision = Literal["exact", "own"]
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass
+class Step:
+    """One forward and backward.
+
+    Attributes:
+        loss: of the batch; None if only a forward without labels ran.
+        gradients: by parameter name; None where there is none.
+        logits: (rows, tokens, words), or None if the model has returned none.
+        own_loss: what the model returned as loss itself.
+    """
+
+    loss: float
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    logits: Tensor | None = None
+    own_loss: float | None = None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for several processes and for compilation."""
+    inner: Any = model
+    while True:
+        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif type(inner).__module__.startswith("torch.nn.parallel.") and hasattr(inner, "module"):
+            inner = inner.module
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The model of transformers, or the user's own, inside PEFT's."""
+    inner: Any = unwrapped(model)
+    if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+        inner = inner.get_base_model()
+    return unwrapped(inner)
+
+
+def plain_class(core: nn.Module) -> type:
+    """The class that the model is of by its configuration, under subclasses of others' making."""
+    kind = class_before_fsdp2(core)
+    config: Any = getattr(core, "config", None)
+    for base in kind.__mro__:
+        if is_modeling(base.__module__) and (
+            config is None or isinstance(config, getattr(base, "config_class", None) or object)
+        ):
+            return base
+    return kind
+
+
+class PlainModel:
+    """The reference of one audited model.
+
+    Raises a ModelError if it cannot be built; the message says why.
+    """
+
+    def __init__(self, model: nn.Module, sources: FreshSources, autocast: Any = None) -> None:
+        self.audited = unwrapped(model)
+        self.autocast = autocast
+        found = {p.dtype for p in self.audited.parameters() if p.is_floating_point()}
+        halves = found & {torch.bfloat16, torch.float16, torch.float8_e4m3fn}
+        self.dtype: torch.dtype = autocast or min(halves, key=str, default=torch.float32)
+        self.exact = torch.float32 if halves or autocast else torch.float64
+        self.sources = sources
+        self.precision: Precision = "exact"
+        self.notes: list[str] = []
+        self._cache: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+        self.leaves: dict[Precision, dict[int, Tensor]] = {"exact": {}, "own": {}}
+        try:
+            self.model = self._adapted(self._base())
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the plain {type(core_of(model)).__name__} cannot be built from its configuration "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+        self.names: dict[str, nn.Parameter] = {}
+        self._fill()
+
+    def _base(self) -> nn.Module:
+        core = core_of(self.audited)
+        kind = plain_class(core)
+        if not is_modeling(kind.__module__) or not hasattr(core, "config"):
+            raise ModelError(
+                f"{kind.__name__} is not a class of transformers' modeling files, so that there is "
+                "no source to build a plain one from"
+            )
+        config = copy.deepcopy(core.config)
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, "eager")
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        twin = self.sources.twin(kind)
+        with _parameters_on_meta(), _initialized_later():
+            built = twin(config)
+        return built.train(core.training)  # type: ignore[no-any-return]
+
+    def _adapted(self, base: nn.Module) -> nn.Module:
+        audited: Any = self.audited
+        configs = getattr(audited, "peft_config", None)
+        if not isinstance(configs, dict):
+            return base
+        from peft import PeftModel, inject_adapter_in_model
+
+        wraps = isinstance(audited, PeftModel)
+        model: Any = base
+        with _parameters_on_meta():
+            for number, (name, config) in enumerate(configs.items()):
+                config = copy.deepcopy(config)
+                config.inference_mode = False
+                if hasattr(config, "init_lora_weights"):
+                    config.init_lora_weights = False  # PiSSA and others would change the base
+                if not wraps:
+                    model = inject_adapter_in_model(config, model, name)
+                elif number:
+                    model.add_adapter(name, config)
+                else:
+                    kind: Any = type(audited)
+                    model = kind(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        if wraps:
+            model.base_model.set_adapter(audited.active_adapters)
+        elif hasattr(audited, "active_adapters"):
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.set_adapter(_active(audited))
+        for module in model.modules():
+            kind = type(module)
+            if kind.__module__.startswith("peft.") and _has_foreign_methods(kind):
+                self.sources.patched.append(f"{kind.__module__}.{kind.__name__}")
+                module.__class__ = self.sources.twin(kind)
+        return model.train(audited.training)  # type: ignore[no-any-return]
+
+    # --- weights ---------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Give every module the audited model's tensors."""
+        theirs = dict(self.audited.named_modules())
+        parameters = dict(self.audited.named_parameters(remove_duplicate=False))
+        buffers = dict(self.audited.named_buffers(remove_duplicate=False))
+        shared: dict[int, nn.Parameter] = {}
+        for path, module in list(self.model.named_modules()):
+            other: Any = theirs.get(path)
+            if isinstance(module, nn.Linear) and other is not None and is_quantized(other):
+                _replace(self.model, path, Dequantized(self, other))
+                continue
+            for name, old in module._parameters.items():
+                full = f"{path}.{name}" if path else name
+                if old is None:
+                    continue
+                t = parameters.get(full)
+                if t is None:
+                    raise ModelError(f"the audited model has no parameter {full}")
+                t = whole(t)
+                if t.shape != old.shape:
+                    raise ModelError(
+                        f"{full} is {tuple(t.shape)} in the audited model and {tuple(old.shape)} "
+                        "by its configuration"
+                    )
+                if id(parameters[full]) not in shared:
+                    data = t.detach()
+                    shared[id(parameters[full])] = nn.Parameter(data, requires_grad=False)
+                    if parameters[full].requires_grad:
+                        self.names[full] = shared[id(parameters[full])]
+                module._parameters[name] = shared[id(parameters[full])]
+            for name, buffer in module._buffers.items():
+                full = f"{path}.{name}" if path else name
+                there = buffers.get(full)
+                lasting = name not in module._non_persistent_buffers_set
+                if there is not None and buffer is not None and (lasting or buffer.is_meta):
+                    module._buffers[name] = there.detach().clone()
+                elif there is not None and buffer is not None:
+                    module._buffers[name] = buffer.to(there.device)
+            vars(module)["_parameters"] = _Casting(module._parameters, self)
+            vars(module)["_buffers"] = _CastingBuffers(module._buffers, self)
+        self.left_out = [
+            name
+            for name, p in self.audited.named_parameters()
+            if p.requires_grad and name not in self.names
+        ]
+
+    def cast(self, parameter: Tensor) -> Tensor:
+        """What a module of the plain model reads as its parameter."""
+        leaf = self.leaves[self.precision].get(id(parameter))
+        if leaf is not None:
+            return leaf
+        if self.precision == "own" or not parameter.is_floating_point():
+            return parameter
+        return self.formed(parameter, lambda: parameter.to(self.exact))
+
+    def formed(self, parameter: Tensor, form: Callable[[], Tensor]) -> Tensor:
+        """``form()``, or what it gave for ``parameter`` a moment ago."""
+        key = id(parameter)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key][1]
+        with torch.no_grad():
+            made = form()
+        if made.data_ptr() == parameter.data_ptr():
+            return made
+        self._cache[key] = (parameter, made)
+        while len(self._cache) > _CASTS:
+            self._cache.popitem(last=False)
+        self._forms[key] = form
+        return made
+
+    @contextlib.contextmanager
+    def _running(self, precision: Precision) -> Iterator[None]:
+        """Cast as ``precision`` says, and make casts again in backward instead of saving them."""
+        self.precision = precision
+        self._forms: dict[int, Callable[[], Tensor]] = {}
+
+        def pack(t: Tensor) -> Any:
+            storage = t.untyped_storage()._cdata
+            for parameter, made in self._cache.values():
+                if made.untyped_storage()._cdata == storage and not t.requires_grad:
+                    form = self._forms[id(parameter)]
+                    return parameter, form, t.size(), t.stride(), t.storage_offset()
+            return t
+
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            parameter, form, *layout = saved
+            return self.formed(parameter, form).as_strided(*layout)
+
+        for name, parameter in self.names.items():
+            leaf = parameter.detach()
+            if precision == "exact":
+                leaf = leaf.to(self.exact)
+            if name in self.names:
+                self.leaves[precision][id(parameter)] = leaf.requires_grad_()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            self._cache.clear()
+            self._forms.clear()
+            self.leaves[precision].clear()
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return {
+            name: value.to(self.exact)
+            if self.precision == "exact" and isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in batch.items()
+        }
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def step(
+        self, batch: Batch, loss: Loss, precision: Precision = "exact"
+    ) -> Step:
+        """One forward and backward of the plain model; gradients in fp32, or in its own dtypes."""
+        recorded: list[Any] = []
+        hook = self.model.register_forward_hook(lambda *a: recorded.append(a[-1]))
+        try:
+            with self._running(precision), torch.enable_grad():
+                with _autocast(batch, self.autocast if precision == "own" else None):
+                    value = loss(self.model, self._inputs(batch))
+                value.backward()  # type: ignore[no-untyped-call]
+                leaves = self.leaves[precision]
+                gradients = {name: leaves[id(p)].grad for name, p in self.names.items()}
+        finally:
+            hook.remove()
+        outputs = recorded[-1] if recorded else None
+        return Step(
+            float(value.detach()), gradients, _detached(getattr(outputs, "logits", None)),
+            _number(getattr(outputs, "loss", None)),
+        )  # fmt: skip
+
+    def forward(self, batch: Batch, precision: Precision = "exact") -> Any:
+        """The plain model's outputs, without gradients."""
+        with self._running(precision), torch.no_grad():
+            with _autocast(batch, self.autocast if precision == "own" else None):
+                return self.model(**self._inputs(batch))
+
+
+_CASTS = 8
+"""So many casts are kept: a module reads its weight several times, experts one after the other."""
+
+
+class _Casting(dict[str, Any]):
+    """The parameters of a module of the plain model, cast when they are read."""
+
+    def __init__(self, values: Mapping[str, Any], plain: PlainModel) -> None:
+        super().__init__(values)
+        self.plain = plain
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return value if value is None else self.plain.cast(value)
+
+
+class _CastingBuffers(_Casting):
+    """As ``_Casting``; but a buffer that may be written is the buffer itself."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = dict.__getitem__(self, name)
+        half = (torch.bfloat16, torch.float16)
+        if self.plain.precision == "exact" and value is not None and value.dtype in half:
+            return value.to(self.plain.exact)
+        return value
+
+
+class Dequantized(nn.Module):
+    """A linear layer of the plain model whose weight is quantized in the audited one."""
+
+    def __init__(self, plain: PlainModel, layer: nn.Module) -> None:
+        super().__init__()
+        shown: Any = layer
+        self.in_features, self.out_features = shown.in_features, shown.out_features
+        # not a child: its parameters are not the plain model's
+        object.__setattr__(self, "plain", plain)
+        object.__setattr__(self, "layer", layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (out, in) in fp32; in the model's dtypes, as it is stored."""
+        layer: Any = self.layer
+        if self.plain.precision == "own":
+            stored: Tensor = layer.weight
+            return stored
+        return self.plain.formed(layer.weight, lambda: dequantized(layer).to(self.plain.exact))
+
+    @property
+    def bias(self) -> Any:
+        """As the audited layer's, cast."""
+        bias: Any = self.layer.bias
+        return None if bias is None else self.plain.cast(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer as its class says, or its dequantized weight in fp32."""
+        if self.plain.precision == "own":
+            layer: Any = self.layer
+            return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer has no weight of floats in the shape (out, in)."""
+    shown: Any = module
+    if not (hasattr(shown, "in_features") and hasattr(shown, "out_features")):
+        return False
+    if hasattr(shown, "base_layer"):
+        return False
+    weight = getattr(shown, "weight", None)
+    plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return (
+        weight is None
+        or weight.dtype not in plain
+        or (whole(weight).shape != (shown.out_features, shown.in_features))
+    )
+
+
+def dequantized(layer: Any) -> Tensor:
+    """The weight (out, in) that a quantized linear layer stands for."""
+    if type(layer).__module__.startswith("bitsandbytes."):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight: Tensor = dequantize_module_weight(layer).detach()
+        return weight
+    tensor = next(t for t in (*layer.parameters(), *layer.buffers()))
+    dtype = next((t.dtype for t in layer.buffers() if t.is_floating_point()), torch.float32)
+    rows = torch.eye(layer.in_features, dtype=dtype, device=tensor.device)
+    zero = torch.zeros_like(rows[:1])
+    # one term of each sum is not zero: nothing is rounded
+    return (type(layer).forward(layer, rows) - type(layer).forward(layer, zero)).t()
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _active(audited: Any) -> list[str]:
+    active = audited.active_adapters
+    active = active() if callable(active) else active
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _has_foreign_methods(kind: type) -> bool:
+    module = inspect.getmodule(kind)
+    path = getattr(module, "__file__", None)
+    return path is not None and any(is_foreign(value, path) for value in vars(kind).values())
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside have no memory; buffers do."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+@contextlib.contextmanager
+def _initialized_later() -> Iterator[None]:
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # older ones
+        from transformers.modeling_utils import no_init_weights
+    with no_init_weights():
+        yield
+
+
+def _autocast(batch: Batch, dtype: Any) -> Any:
+    device = next((t.device.type for t in batch.values() if isinstance(t, Tensor)), "cpu")
+    if dtype is None:
+        return torch.autocast(device, enabled=False)
+    return torch.autocast(device, dtype=dtype)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value.detach()) if isinstance(value, Tensor) and value.numel() == 1 else None

@@ -1,0 +1,53 @@
+"""The part of a batch that is compared with the plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import Batch
+
+
+def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """At least two rows of ``batch`` if it has them, with about ``tokens`` tokens; and the facts.
+
+    Rows with few trained tokens are as welcome as those with many: the two that differ most come
+    first. Of rows that are too long, the part that ends with the last trained token is taken. A
+    batch that has anything but tensors of (rows, tokens) is taken whole.
+    """
+    ids = batch.get("input_ids")
+    labels = batch.get("labels")
+    whole = dict(batch)
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return whole, {"slice": "the whole batch"}
+    rows, length = ids.shape
+    facts = {"rows": rows, "tokens": rows * length, "slice": "the whole batch"}
+    by_token = {
+        k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:2] == ids.shape
+    }
+    others = [
+        k for k, v in batch.items()
+        if isinstance(v, Tensor) and k not in by_token and v.numel() != 1
+    ]  # fmt: skip
+    if rows * length <= tokens or others or not isinstance(labels, Tensor):
+        return whole, facts
+    if labels.shape != ids.shape:
+        return whole, facts
+    trained = (labels != -100).sum(1)
+    order = torch.argsort(trained).tolist()
+    order = [r for r in order if int(trained[r])] or order
+    picked = [order[0], order[-1]] if len(order) > 1 else order[:1]
+    span = max(8, tokens // len(picked))
+    ends = [int((labels[r] != -100).nonzero()[-1]) + 1 if int(trained[r]) else span for r in picked]
+    stop = min(length, max(ends))
+    start = max(0, stop - span)
+    for name, value in by_token.items():
+        whole[name] = value[picked, start:stop].contiguous()
+    whole.pop("num_items_in_batch", None)
+    facts |= {
+        "rows": len(picked), "tokens": len(picked) * (stop - start),
+        "slice": f"rows {', '.join(map(str, picked))} of {rows}, tokens {start} to {stop} of {length}",
+    }  # fmt: skip
+    return whole, facts
