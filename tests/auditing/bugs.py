@@ -25,7 +25,9 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from fusewright.auditing.audit import audit
 from fusewright.auditing.checks import CHECKS
+from fusewright.auditing.findings import Audit
 
 from . import tiny
 from .tiny import EOS, IGNORED, PAD
@@ -40,6 +42,11 @@ class Case:
     model: Any
     batches: list[dict[str, Any]]
     asked: dict[str, Any] = field(default_factory=dict)
+
+    def audit(self) -> Audit:
+        """What the audit finds."""
+        first = self.batches[0]
+        return audit(self.model, first, **self.asked)
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,9 @@ def own_count_of_tokens(faulty: bool, end: ExitStack) -> Case:
     model = tiny.model("llama")
     own = (lambda labels, number: (labels != IGNORED).sum()) if faulty else None
     tiny.fuse_loss(model, items=own)
-    return Case(model, [tiny.chat(seed=4), tiny.chat(rows=2, length=9, seed=5)])
+    batches = [tiny.chat(seed=4), tiny.chat(rows=2, length=9, prompt=2, seed=5)]
+    items = sum((batch["labels"] != IGNORED).sum() for batch in batches)
+    return Case(model, [{**batch, "num_items_in_batch": items} for batch in batches])
 
 
 @_bug("loss-scale", "huggingface/transformers#34373", "huggingface/transformers#37474")
@@ -347,7 +356,7 @@ def full_attention(faulty: bool, end: ExitStack) -> Case:
     return Case(tiny.model("mistral"), [tiny.chat()])
 
 
-@_bug("gradient-value", "verl-project/verl#7834", "unslothai/unsloth#3711")
+@_bug("trainable-set", "verl-project/verl#7834", "unslothai/unsloth#3711")
 def untied(faulty: bool, end: ExitStack) -> Case:
     """The head's weight, tied to the embedding by the configuration, became a tensor of its own, so
     that each got half of its gradient."""
@@ -363,6 +372,7 @@ def checkpoints_of_a_frozen_base(faulty: bool, end: ExitStack) -> Case:
     lies outside of the layers was trained."""
     model = tiny.lora(tiny.model("llama"), modules_to_save=["lm_head"])
     model.gradient_checkpointing_enable({"use_reentrant": faulty})
+    model.base_model.model.disable_input_require_grads()
     return Case(model, [tiny.chat()])
 
 
@@ -418,18 +428,19 @@ def adapter_of_the_head(faulty: bool, end: ExitStack) -> Case:
 @_bug("gradient-scale", "Blaizzy/mlx-vlm#845")
 def alpha_without_rank(faulty: bool, end: ExitStack) -> Case:
     """Adapters were scaled by alpha instead of alpha / r."""
-    return _scaled(8.0 if faulty else 2.0)
+    return _scaled(4.0 if faulty else 2.0, r=2)
 
 
 @_bug("gradient-scale", "huggingface/peft#2733")
 def rank_stabilized(faulty: bool, end: ExitStack) -> Case:
     """Setting a scale again forgot that the adapter is rank-stabilized: alpha / r instead of
     alpha / sqrt(r)."""
-    return _scaled(2.0 if faulty else 4.0, use_rslora=True)
+    return _scaled(1.0 if faulty else 2.0, r=4, use_rslora=True)
 
 
-def _scaled(scaling: float, **config: Any) -> Case:
-    model = tiny.lora(tiny.model("llama"), init_lora_weights=True, **config)
+def _scaled(scaling: float, r: int, **config: Any) -> Case:
+    options = {"lora_alpha": 4, "init_lora_weights": True, "r": r, **config}
+    model = tiny.lora(tiny.model("llama"), **options)
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.scaling["default"] = scaling
