@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from . import gradients as of_gradients
 from . import losses
+from .bench import Bench, run
 from .findings import Audit, Finding
 from .fresh import fresh_sources
-from .reference import Batch, Loss, PlainModel, Step, core_of, unwrapped
+from .reference import Batch, Loss, PlainModel, Step, core_of
 from .slices import slice_of
 from .state import unchanged, without_dropout
 
@@ -48,55 +48,32 @@ def audit(
     with unchanged(model), fresh_sources() as sources, without_dropout(model), awake(model):
         step = run(model, taken, call, autocast)
         result.facts["audited_seconds"] = time.perf_counter() - begun
-        _compare(result, model, taken, call, step, sources, autocast)
+        try:
+            plain = PlainModel(model, sources, autocast)
+        except ModelError as error:
+            result.add(_without_reference(step, str(error)))
+        else:
+            _compare(result, Bench(model, plain, call, autocast), taken, step)
+            result.facts["reference"] = str(plain.exact).removeprefix("torch.")
+            result.facts["not_compared"] = plain.left_out
+        result.facts["exchanged"] = sorted(set(sources.patched))
     result.facts["seconds"] = time.perf_counter() - begun
     return result
 
 
-def run(model: nn.Module, batch: Batch, loss: Loss, autocast: torch.dtype | None) -> Step:
-    """One forward and backward of the audited model."""
-    device = next((t.device.type for t in batch.values() if isinstance(t, Tensor)), "cpu")
-    for p in model.parameters():
-        p.grad = None
-    inner = unwrapped(model)
-    with torch.enable_grad():
-        with torch.autocast(device, dtype=autocast) if autocast else contextlib.nullcontext():
-            value = loss(model, batch)
-        value.backward()  # type: ignore[no-untyped-call]
-    found = {name: p.grad for name, p in inner.named_parameters() if p.requires_grad}
-    for p in model.parameters():
-        p.grad = None
-    return Step(float(value.detach()), found)
+def _compare(result: Audit, bench: Bench, batch: Batch, step: Step) -> None:
+    exact, eager = bench.exact(batch), bench.eager(batch)
+    faults, figures = bench.faults(batch, step, exact, eager)
+    faults, where = bench.by_rows(batch, faults)
+    result.add(of_gradients.findings(faults, figures, exact.order, where))
+    result.add(losses.findings(step, exact, eager, batch, bench.plain.dtype))
 
 
-def _compare(
-    result: Audit, model: nn.Module, batch: Batch, loss: Loss, step: Step, sources: Any, autocast: Any
-) -> None:
-    try:
-        plain = PlainModel(model, sources, autocast)
-        exact = plain.step(batch, loss, "exact")
-        eager = plain.step(batch, loss, "own")
-    except ModelError as error:
-        result.add(_by_itself(step))
-        result.add(
-            Finding(check, "skipped", str(error))
-            for check in (*of_gradients.GRADIENT_CHECKS, "loss-value")
-            if check not in ("gradient-missing", "gradient-finite")
-        )
-        return
-    result.facts |= {"reference": str(plain.exact).removeprefix("torch.")}
-    if sources.patched:
-        result.facts["patched"] = sorted(set(sources.patched))
-    result.facts |= {"left_out": plain.left_out} if plain.left_out else {}
-    faults, figures = of_gradients.compare(
-        step.gradients, exact.gradients, [eager.gradients], plain.dtype
-    )
-    result.add(of_gradients.findings(faults, figures))
-    result.add(losses.findings(step, exact, eager, batch, plain.dtype))
-
-
-def _by_itself(step: Step) -> Iterator[Finding]:
-    """What gradients say without a reference."""
+def _without_reference(step: Step, reason: str) -> Iterator[Finding]:
+    """What gradients say by themselves."""
+    for check in (*of_gradients.GRADIENT_CHECKS, "loss-value", "loss-scale"):
+        if check not in ("gradient-missing", "gradient-finite"):
+            yield Finding(check, "skipped", reason)
     number = len(step.gradients)
     missing = tuple(n for n, g in step.gradients.items() if g is None)
     yield Finding(

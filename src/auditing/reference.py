@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, first_line
+from ..rewrite.tolerance import unit
 from ..sharding import class_before_fsdp2, whole
 from .fresh import FreshSources, is_foreign, is_modeling
 
@@ -37,12 +39,14 @@ class Step:
         gradients: by parameter name; None where there is none.
         logits: (rows, tokens, words), or None if the model has returned none.
         own_loss: what the model returned as loss itself.
+        order: names of the parameters, in the order in which backward reaches them.
     """
 
     loss: float
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     logits: Tensor | None = None
     own_loss: float | None = None
+    order: list[str] = field(default_factory=list)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -205,6 +209,9 @@ class PlainModel:
                     module._buffers[name] = buffer.to(there.device)
             vars(module)["_parameters"] = _Casting(module._parameters, self)
             vars(module)["_buffers"] = _CastingBuffers(module._buffers, self)
+        for module in self.model.modules():
+            if hasattr(module, "_activate_lora") and hasattr(module, "parameter_name"):
+                vars(module)["_activate_lora"] = functools.partial(_adapted_parameter, module)
         self.left_out = [
             name
             for name, p in self.audited.named_parameters()
@@ -281,25 +288,56 @@ class PlainModel:
     # --- steps -----------------------------------------------------------------------------------
 
     def step(
-        self, batch: Batch, loss: Loss, precision: Precision = "exact"
+        self, batch: Batch, loss: Loss, precision: Precision = "exact", noise: int | None = None
     ) -> Step:
-        """One forward and backward of the plain model; gradients in fp32, or in its own dtypes."""
+        """One forward and backward of the plain model.
+
+        ``noise``: seeds errors of up to half a unit of rounding in what each layer returns, as
+        another kernel would make them.
+        """
         recorded: list[Any] = []
-        hook = self.model.register_forward_hook(lambda *a: recorded.append(a[-1]))
-        try:
+        order: dict[str, None] = {}
+        with contextlib.ExitStack() as hooks:
+            hook = self.model.register_forward_hook(lambda *a: recorded.append(a[-1]))
+            hooks.callback(hook.remove)
+            if noise is not None:
+                hooks.enter_context(self._noise(noise))
             with self._running(precision), torch.enable_grad():
+                for name, parameter in self.names.items():
+                    self.leaves[precision][id(parameter)].register_post_accumulate_grad_hook(
+                        lambda _, name=name: order.setdefault(name)
+                    )
                 with _autocast(batch, self.autocast if precision == "own" else None):
                     value = loss(self.model, self._inputs(batch))
                 value.backward()  # type: ignore[no-untyped-call]
                 leaves = self.leaves[precision]
                 gradients = {name: leaves[id(p)].grad for name, p in self.names.items()}
-        finally:
-            hook.remove()
         outputs = recorded[-1] if recorded else None
         return Step(
             float(value.detach()), gradients, _detached(getattr(outputs, "logits", None)),
-            _number(getattr(outputs, "loss", None)),
+            _number(getattr(outputs, "loss", None)), list(order),
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _noise(self, seed: int) -> Iterator[None]:
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return None
+            device = output.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            draw = torch.rand(output.shape, generator=generators[device], device=device) - 0.5
+            return (output.double() * (1 + unit(self.dtype) * draw)).to(output.dtype)
+
+        leaves = [m for m in self.model.modules() if not any(True for _ in m.children())]
+        handles = [m.register_forward_hook(disturb) for m in leaves]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward(self, batch: Batch, precision: Precision = "exact") -> Any:
         """The plain model's outputs, without gradients."""
@@ -318,10 +356,29 @@ class _Casting(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], plain: PlainModel) -> None:
         super().__init__(values)
         self.plain = plain
+        self.adapted: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Any:
+        if name in self.adapted:
+            return self.adapted[name]
         value = super().__getitem__(name)
         return value if value is None else self.plain.cast(value)
+
+
+@contextlib.contextmanager
+def _adapted_parameter(wrapper: Any, adapters: list[str]) -> Iterator[None]:
+    """PEFT's adapter of a bare parameter; PEFT itself would register the cast as the parameter."""
+    name = wrapper.parameter_name
+    values: _Casting = wrapper.get_base_layer()._parameters
+    value = values[name]
+    for adapter in adapters:
+        if adapter in wrapper.lora_A:
+            value = value + wrapper.get_delta_weight(adapter)
+    values.adapted[name] = value
+    try:
+        yield
+    finally:
+        del values.adapted[name]
 
 
 class _CastingBuffers(_Casting):

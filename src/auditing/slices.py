@@ -51,3 +51,35 @@ def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]
         "slice": f"rows {', '.join(map(str, picked))} of {rows}, tokens {start} to {stop} of {length}",
     }  # fmt: skip
     return whole, facts
+
+
+def first_rows(batch: Batch, number: int) -> dict[str, Any] | None:
+    """The first rows of a batch; None if it has no more, or is not in rows."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) <= number:
+        return None
+    part = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            if len(value) != len(ids):
+                return None
+            part[name] = value[:number]
+    part.pop("num_items_in_batch", None)
+    labels = part.get("labels")
+    return part if isinstance(labels, Tensor) and bool((labels != -100).any()) else None
+
+
+def first_tokens(batch: Batch, number: int) -> dict[str, Any] | None:
+    """The first tokens of each row; None if there are no more, or none of these are trained."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] <= number:
+        return None
+    part = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            if value.shape[:2] != ids.shape:
+                return None
+            part[name] = value[:, :number]
+    part.pop("num_items_in_batch", None)
+    labels = part.get("labels")
+    return part if isinstance(labels, Tensor) and bool((labels[:, 1:] != -100).any()) else None

@@ -1,0 +1,113 @@
+"""An audited model and the plain one side by side, on any part of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import Fault, compare
+from .reference import Batch, Loss, PlainModel, Step, unwrapped
+from .slices import first_rows, first_tokens
+
+DRAWS = 6
+"""So often eager mode runs with other rounding errors before a gradient is called wrong."""
+
+
+@dataclass
+class Bench:
+    """What runs a step of the audited model, and of the plain one.
+
+    Attributes:
+        model: the audited one.
+        plain: the reference.
+        loss: what is trained, from model and batch.
+        autocast: the dtype that the audited model runs under, or None.
+    """
+
+    model: nn.Module
+    plain: PlainModel
+    loss: Loss
+    autocast: torch.dtype | None
+
+    def exact(self, batch: Batch) -> Step:
+        """A step of the reference."""
+        return self.plain.step(batch, self.loss, "exact")
+
+    def eager(self, batch: Batch, noise: int | None = None) -> Step:
+        """A step of the plain model in the audited one's dtypes."""
+        return self.plain.step(batch, self.loss, "own", noise)
+
+    def faults(
+        self, batch: Batch, step: Step, exact: Step, eager: Step
+    ) -> tuple[list[Fault], dict[str, Any]]:
+        """What is wrong with the gradients of ``step``, whatever the rounding errors are."""
+        runs, draws = [eager.gradients], 0
+        faults, figures = compare(step.gradients, exact.gradients, runs, self.plain.dtype)
+        while draws < DRAWS and any(f.may_be_rounding for f in faults):
+            runs.append(self.eager(batch, noise=draws).gradients)
+            draws += 1
+            faults, figures = compare(step.gradients, exact.gradients, runs, self.plain.dtype)
+        return faults, {**figures, "draws": draws}
+
+    def wrong(self, batch: Batch) -> set[str]:
+        """The tensors whose gradients are wrong on ``batch``."""
+        step = run(self.model, batch, self.loss, self.autocast)
+        exact, eager = self.exact(batch), self.eager(batch)
+        return {f.name for f in self.faults(batch, step, exact, eager)[0]}
+
+    def by_rows(self, batch: Batch, faults: list[Fault]) -> tuple[list[Fault], str]:
+        """Tell faults that spare the first row, or the first tokens, from others; and in words."""
+        values = {f.name for f in faults if f.check == "gradient-value"}
+        if not values:
+            return faults, ""
+        where = ""
+        alone = first_rows(batch, 1)
+        if alone is not None and not values & self.wrong(alone):
+            where = "the first row alone is right"
+        rows = alone or batch
+        if not where and (right := self._right_up_to(rows, values)):
+            where = f"the first {right} tokens alone are right, more are not"
+        if not where:
+            return faults, ""
+        return [replace(f, check="gradient-rows") if f.name in values else f for f in faults], where
+
+    def _right_up_to(self, batch: Batch, values: set[str]) -> int:
+        """The largest number of first tokens, of the powers of 2 from 8, that is right."""
+        right, tokens = 0, 8
+        while (part := first_tokens(batch, tokens)) is not None and not values & self.wrong(part):
+            right, tokens = tokens, 2 * tokens
+        return right
+
+
+def run(model: nn.Module, batch: Batch, loss: Loss, autocast: torch.dtype | None) -> Step:
+    """One forward and backward of the audited model."""
+    for p in model.parameters():
+        p.grad = None
+    with torch.enable_grad():
+        with cast_to(batch, autocast):
+            value = loss(model, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in trained(model)}
+    for p in model.parameters():
+        p.grad = None
+    return Step(float(value.detach()), gradients)
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trainable parameters, by their names without wrappers."""
+    return ((name, p) for name, p in unwrapped(model).named_parameters() if p.requires_grad)
+
+
+def cast_to(batch: Batch, dtype: torch.dtype | None) -> Any:
+    """Autocast to ``dtype``, or as it is."""
+    return torch.autocast(device_of(batch), dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def device_of(batch: Batch) -> str:
+    """The type of the device of a batch."""
+    return next((t.device.type for t in batch.values() if isinstance(t, Tensor)), "cpu")
