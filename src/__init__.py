@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Audit", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site", "audit", "explain",
-    "flatten_optimizer", "optimize", "restore",
+    "Audit", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site",
+    "audit", "explain", "flatten_optimizer", "optimize", "restore",
 ]  # fmt: skip
 
 _HOMES = {

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
+from . import force, losses, packs, trainable
 from . import gradients as of_gradients
-from . import losses
-from .bench import Bench, run
+from . import tokens as of_tokens
+from .bench import Bench, device_of, run
+from .checks import CHECKS
 from .findings import Audit, Finding
 from .fresh import fresh_sources
 from .reference import Batch, Loss, PlainModel, Step, core_of
 from .slices import slice_of
-from .state import unchanged, without_dropout
+from .state import unchanged
 
 
 def audit(
@@ -28,6 +30,8 @@ def audit(
     loss: Loss | None = None,
     tokenizer: Any = None,
     autocast: torch.dtype | None = None,
+    expected: Sequence[str] = (),
+    checkpointing: bool | None = None,
     tokens: int = 512,
 ) -> Audit:
     """Judge one training step of ``model``, whoever built it. The model is unchanged at the end.
@@ -36,42 +40,72 @@ def audit(
         model: as it is trained: plain, with adapters, quantized, patched, optimized, wrapped.
         batch: what it is called with, labels included; of a loader, the first batch is taken.
         loss: what the trainer computes, from model and batch; the model's own loss by default.
-        tokenizer: to know which tokens end an answer.
+        tokenizer: to know which tokens begin and end an answer.
         autocast: the dtype that the step runs under; by default, that of the call of ``audit``.
+        expected: regular expressions of the names that are meant to be trained; by default, what
+            the adapters' configurations say.
+        checkpointing: whether it was asked for; by default, what the model's flags say.
         tokens: about so many are compared with the plain model.
+
+    Raises:
+        DataError: there is no batch, or it is no mapping.
     """
     begun = time.perf_counter()
-    taken, facts = slice_of(_first(batch), tokens)
+    whole = _first(batch)
+    part, facts = slice_of(whole, tokens)
     result = Audit(type(core_of(model)).__name__, facts=facts)
-    autocast = autocast or _autocast_of(taken)
+    autocast = autocast or _autocast_of(part)
     call = loss or losses.of_model
-    with unchanged(model), fresh_sources() as sources, without_dropout(model), awake(model):
-        step = run(model, taken, call, autocast)
-        result.facts["audited_seconds"] = time.perf_counter() - begun
-        try:
-            plain = PlainModel(model, sources, autocast)
-        except ModelError as error:
-            result.add(_without_reference(step, str(error)))
-        else:
-            _compare(result, Bench(model, plain, call, autocast), taken, step)
-            result.facts["reference"] = str(plain.exact).removeprefix("torch.")
-            result.facts["not_compared"] = plain.left_out
-        result.facts["exchanged"] = sorted(set(sources.patched))
-    result.facts["seconds"] = time.perf_counter() - begun
+    with unchanged(model), fresh_sources() as sources, awake(model):
+        result.add(of_tokens.findings(model, whole, tokenizer))
+        result.add([force.dropout(model, part, call, autocast)])
+        with force.only_dropout(model):
+            with force.CountsCalls(model) as counted:
+                step = run(model, part, call, autocast)
+            result.add([force.checkpointing(model, counted, checkpointing)])
+            facts["step_seconds"] = time.perf_counter() - begun
+            try:
+                bench: Bench | None = Bench(
+                    model, PlainModel(model, sources, autocast), call, autocast
+                )
+            except ModelError as error:
+                bench = None
+                result.add(_without_reference(step, str(error)))
+            if bench is not None:
+                _compare(result, bench, part, step, expected)
+                facts["reference"] = str(bench.plain.exact).removeprefix("torch.")
+                facts["not_compared"] = bench.plain.left_out
+        result.add([trainable.trainable_set(model, bench, expected)])
+        facts["exchanged"] = sorted(set(sources.patched))
+    result.findings.sort(key=lambda f: list(CHECKS).index(f.check))
+    facts["seconds"] = time.perf_counter() - begun
     return result
 
 
-def _compare(result: Audit, bench: Bench, batch: Batch, step: Step) -> None:
+def _compare(
+    result: Audit, bench: Bench, batch: Batch, step: Step, expected: Sequence[str]
+) -> None:
     exact, eager = bench.exact(batch), bench.eager(batch)
     faults, figures = bench.faults(batch, step, exact, eager)
+    inert, theirs = trainable.inert_adapters(bench, batch, step, exact)
+    faults = trainable.renamed(faults, theirs, "adapter-reach")
+    reached, theirs = trainable.experts_reached(
+        bench.model, step.gradients, exact.gradients, expected
+    )
+    faults = trainable.renamed(faults, theirs, "experts-reached")
     faults, where = bench.by_rows(batch, faults)
+    result.add([trainable.adapter_reach(bench.model, inert), reached])
     result.add(of_gradients.findings(faults, figures, exact.order, where))
     result.add(losses.findings(step, exact, eager, batch, bench.plain.dtype))
+    result.add(packs.findings(bench, batch))
 
 
 def _without_reference(step: Step, reason: str) -> Iterator[Finding]:
     """What gradients say by themselves."""
-    for check in (*of_gradients.GRADIENT_CHECKS, "loss-value", "loss-scale"):
+    for check in (
+        *of_gradients.GRADIENT_CHECKS, "loss-value", "loss-scale", *packs.PACK_CHECKS,
+        "adapter-reach", "experts-reached",
+    ):  # fmt: skip
         if check not in ("gradient-missing", "gradient-finite"):
             yield Finding(check, "skipped", reason)
     number = len(step.gradients)
@@ -115,13 +149,14 @@ def awake(model: nn.Module) -> Iterator[None]:
 
 
 def _first(batch: Batch | Iterable[Batch]) -> Batch:
-    if isinstance(batch, Mapping):
-        return batch
-    return next(iter(batch))
+    first = batch if isinstance(batch, Mapping) else next(iter(batch), None)
+    if not isinstance(first, Mapping):
+        raise DataError(
+            f"audit: a batch is a mapping of names to tensors, and this is {type(first).__name__}"
+        )
+    return first
 
 
 def _autocast_of(batch: Batch) -> torch.dtype | None:
-    device = next((t.device.type for t in batch.values() if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    device = device_of(batch)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

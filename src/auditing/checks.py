@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from .findings import Check
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question of an audit.
+
+    Attributes:
+        name: by which it is known in tables, JSON and docs, such as ``"gradient-scale"``.
+        question: what a pass answers with yes.
+        advice: what to do if the answer is no; one sentence, without a period.
+    """
+
+    name: str
+    question: str
+    advice: str
+
 
 CHECKS: dict[str, Check] = {
     check.name: check

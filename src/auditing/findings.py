@@ -1,4 +1,4 @@
-"""What an audit asks (``Check``), and what it answers (``Finding``, ``Audit``)."""
+"""What an audit answers: ``Finding``, ``Audit``."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .checks import CHECKS, Check
+
+__all__ = ["Audit", "Check", "Finding", "Verdict"]
+
 Verdict = Literal["pass", "fail", "skipped"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question of an audit.
-
-    Attributes:
-        name: by which it is known in tables, JSON and docs, such as ``"gradient-scale"``.
-        question: what a pass answers with yes.
-        advice: what to do if the answer is no; one sentence, without a period.
-    """
-
-    name: str
-    question: str
-    advice: str
 
 
 @dataclass(frozen=True)
@@ -88,3 +77,50 @@ class Audit:
             "findings": [asdict(f) for f in self.findings],
             "facts": self.facts,
         }
+
+    def __str__(self) -> str:
+        """A table: what is wrong, why, and what to do; what is right; what was not asked."""
+        failed = list(self.failed)
+        lines = [
+            f"Audit of {self.model}: "
+            + (
+                f"{len(failed)} of {len(self.findings)} checks failed"
+                if failed
+                else "nothing is wrong"
+            )
+        ]
+        for finding in failed:
+            lines += ["", f"FAIL  {finding.check}: {finding.reason}"]
+            if finding.subjects:
+                more = len(finding.subjects) - _SHOWN
+                shown = ", ".join(finding.subjects[:_SHOWN])
+                lines.append(f"      in    {shown}" + (f" and {more} more" if more > 0 else ""))
+            lines.append(f"      do    {finding.advice or CHECKS[finding.check].advice}")
+        for verdict, words in (("pass", "passed"), ("skipped", "not asked")):
+            here = [f for f in self.findings if f.verdict == verdict]
+            if here:
+                width = max(len(f.check) for f in here)
+                lines += ["", words]
+                lines += [f"  {f.check:{width}}  {f.reason}" for f in here]
+        lines += [
+            "",
+            *(f"{_FACTS[k]}: {_shown(v)}" for k, v in self.facts.items() if k in _FACTS and v),
+        ]
+        return "\n".join(lines)
+
+
+_SHOWN = 3
+"""So many subjects of a finding are printed; ``to_dict`` has all."""
+
+_FACTS = {
+    "slice": "compared on", "reference": "plain model in", "exchanged": "exchanged in libraries",
+    "not_compared": "trained, but not in the plain model", "seconds": "seconds",
+}  # fmt: skip
+"""The facts that are printed, and what they are called."""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        more = len(value) - _SHOWN
+        return ", ".join(map(str, value[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

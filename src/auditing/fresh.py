@@ -132,7 +132,7 @@ _SHARED = ("transformers.modeling_utils", "transformers.configuration_utils")
 
 
 def is_modeling(name: str) -> bool:
-    """Whether a module holds the classes of a model: ``modeling_llama``, or code of a checkpoint."""
+    """Whether a module has a model's classes: ``modeling_llama``, or code of a checkpoint."""
     return name.rpartition(".")[2].startswith("modeling_") and (
         ".models." in name or name.startswith("transformers_modules.")
     )

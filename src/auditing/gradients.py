@@ -129,7 +129,7 @@ def compare(
         nothing = not bool(exact.any())
         unresolved = nothing or any(each.off >= UNRESOLVED for each in rounding)
         if g is None:
-            if not unresolved:
+            if not nothing:
                 faults.append(Fault(name, "gradient-missing"))
             continue
         if not bool(torch.isfinite(g).all()):

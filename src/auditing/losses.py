@@ -69,7 +69,9 @@ def findings(
         "loss": step.loss, "by_hand": by_hand, "plain": exact.loss, "off": off, "allowed": allowed,
     }  # fmt: skip
     if off <= allowed:
-        yield Finding("loss-value", "pass", f"{step.loss:.4f}, by hand {by_hand:.4f}", (), "", figures)
+        yield Finding(
+            "loss-value", "pass", f"{step.loss:.4f}, by hand {by_hand:.4f}", (), "", figures
+        )
         yield Finding("loss-scale", "pass", f"over {count} tokens", (), "", figures)
         return
     rows = losses.nanmean(1)

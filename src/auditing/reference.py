@@ -24,6 +24,7 @@ from ..errors import ModelError, first_line
 from ..rewrite.tolerance import unit
 from ..sharding import class_before_fsdp2, whole
 from .fresh import FreshSources, is_foreign, is_modeling
+from .state import rates_of
 
 Precision = Literal["exact", "own"]
 Batch = Mapping[str, Any]
@@ -108,6 +109,9 @@ class PlainModel:
                 f"the plain {type(core_of(model)).__name__} cannot be built from its configuration "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+        self.meant = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        for _, module, name, _ in list(rates_of(self.model)):
+            setattr(module, name, 0.0)
         self.names: dict[str, nn.Parameter] = {}
         self._fill()
 
@@ -218,6 +222,18 @@ class PlainModel:
             if p.requires_grad and name not in self.names
         ]
 
+    def passes_by(self, path: str) -> bool:
+        """Whether the steps so far read what an adapter's layer wraps, but not the adapter."""
+        layer: Any = self.model.get_submodule(path)
+        base = layer.get_base_layer()
+        own = [
+            module
+            for name, module in layer.named_modules()
+            if name and not name.startswith("base_layer")
+        ]
+        read = [_was_read(m) for m in own if len(m._parameters)]
+        return _was_read(base) and bool(read) and not any(read)
+
     def cast(self, parameter: Tensor) -> Tensor:
         """What a module of the plain model reads as its parameter."""
         leaf = self.leaves[self.precision].get(id(parameter))
@@ -263,12 +279,11 @@ class PlainModel:
             parameter, form, *layout = saved
             return self.formed(parameter, form).as_strided(*layout)
 
-        for name, parameter in self.names.items():
+        for parameter in self.names.values():
             leaf = parameter.detach()
             if precision == "exact":
                 leaf = leaf.to(self.exact)
-            if name in self.names:
-                self.leaves[precision][id(parameter)] = leaf.requires_grad_()
+            self.leaves[precision][id(parameter)] = leaf.requires_grad_()
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 yield
@@ -341,9 +356,9 @@ class PlainModel:
 
     def forward(self, batch: Batch, precision: Precision = "exact") -> Any:
         """The plain model's outputs, without gradients."""
-        with self._running(precision), torch.no_grad():
-            with _autocast(batch, self.autocast if precision == "own" else None):
-                return self.model(**self._inputs(batch))
+        autocast = self.autocast if precision == "own" else None
+        with self._running(precision), torch.no_grad(), _autocast(batch, autocast):
+            return self.model(**self._inputs(batch))
 
 
 _CASTS = 8
@@ -357,8 +372,10 @@ class _Casting(dict[str, Any]):
         super().__init__(values)
         self.plain = plain
         self.adapted: dict[str, Tensor] = {}
+        self.was_read = False
 
     def __getitem__(self, name: str) -> Any:
+        self.was_read = True
         if name in self.adapted:
             return self.adapted[name]
         value = super().__getitem__(name)
@@ -455,6 +472,10 @@ def dequantized(layer: Any) -> Tensor:
     zero = torch.zeros_like(rows[:1])
     # one term of each sum is not zero: nothing is rounded
     return (type(layer).forward(layer, rows) - type(layer).forward(layer, zero)).t()
+
+
+def _was_read(module: Any) -> bool:
+    return bool(getattr(module._parameters, "was_read", False))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

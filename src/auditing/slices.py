@@ -46,9 +46,10 @@ def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]
     for name, value in by_token.items():
         whole[name] = value[picked, start:stop].contiguous()
     whole.pop("num_items_in_batch", None)
+    numbers = ", ".join(map(str, picked))
     facts |= {
         "rows": len(picked), "tokens": len(picked) * (stop - start),
-        "slice": f"rows {', '.join(map(str, picked))} of {rows}, tokens {start} to {stop} of {length}",
+        "slice": f"rows {numbers} of {rows}, tokens {start} to {stop} of {length}",
     }  # fmt: skip
     return whole, facts
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
+
+from .gradients import kind_of
 
 
 @contextlib.contextmanager
@@ -36,21 +38,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
+def rates_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
+    """The probabilities of dropout above zero: kind, module, attribute and value."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, float) or not 0 < value < 1:
+                continue
+            if isinstance(module, _DROPOUTS) and name == "p":
+                yield kind_of(path), module, name, value
+            elif "dropout" in name and not isinstance(module, _DROPOUTS):
+                yield kind_of(f"{path}.{name}"), module, name, value
+
+
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
 @contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every probability of dropout to zero: modules', and modules' attributes."""
-    changed: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            is_rate = "drop" in name or (name == "p" and isinstance(module, _DROPOUTS))
-            if is_rate and isinstance(value, float) and value > 0:
-                changed.append((module, name, value))
-                setattr(module, name, 0.0)
+def only_dropout(model: nn.Module, kinds: Collection[str] = ()) -> Iterator[None]:
+    """Set all probabilities of dropout to zero, but those of some kinds."""
+    changed = []
+    for each, module, name, value in list(rates_of(model)):
+        if each not in kinds:
+            changed.append((module, name, value))
+            setattr(module, name, 0.0)
     try:
         yield
     finally:
         for module, name, value in changed:
             setattr(module, name, value)
-
-
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
