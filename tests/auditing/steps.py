@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from unittest import mock
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3_next import modeling_qwen3_next
 
@@ -21,19 +21,20 @@ from fusewright.auditing.findings import Audit
 
 from . import tiny
 from .published import bug
-from .tiny import EOS, IGNORED, PAD
+from .tiny import EOS, IGNORED
 
 
 @dataclass
 class Case:
-    """A model, and the batch of one step."""
+    """A model, the batch of one step, and what else the audit is told."""
 
     model: Any
     batch: dict[str, Any]
+    told: dict[str, Any] = field(default_factory=dict)
 
     def audit(self) -> Audit:
         """What the audit finds."""
-        return audit(self.model, self.batch)
+        return audit(self.model, self.batch, **self.told)
 
 
 # --- the loss ------------------------------------------------------------------------------------
@@ -424,8 +425,7 @@ def no_dropout(faulty: bool, end: ExitStack) -> Case:
 def pad_is_eos(faulty: bool, end: ExitStack) -> Case:
     """With the end of sequence as padding, a collator masks every end of sequence: the model never
     learns to stop."""
-    words = {f"w{i}": i for i in range(3, tiny.WORDS)} | {"<pad>": PAD, "<s>": 1, "</s>": EOS}
-    tokenizer = _word_tokenizer(words, "</s>" if faulty else "<pad>")
+    tokenizer = tiny.tokenizer("</s>" if faulty else "<pad>")
     batch = tiny.chat()
     samples = [
         {"input_ids": row[: int(n)].tolist()}
@@ -434,16 +434,6 @@ def pad_is_eos(faulty: bool, end: ExitStack) -> Case:
     collated = DataCollatorForLanguageModeling(tokenizer, mlm=False)(samples)
     model = tiny.model("llama", pad_token_id=tokenizer.pad_token_id)
     return Case(model, dict(collated))
-
-
-def _word_tokenizer(words: dict[str, int], pad: str) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, bos_token="<s>", eos_token="</s>"
-    )
 
 
 @bug("end-of-turn", "axolotl-ai-cloud/axolotl#3754")
@@ -463,9 +453,10 @@ def end_of_turn_is_not_eos(faulty: bool, end: ExitStack) -> Case:
 def mask_moved_by_one(faulty: bool, end: ExitStack) -> Case:
     """The length of the prompt was counted with an end of sequence that is not in the row, so that
     the first token of every answer was masked."""
-    batch = tiny.chat(prompt=7 if faulty else 6)
-    batch["assistant_masks"] = (tiny.chat(prompt=6)["labels"] != IGNORED).long()
-    return Case(tiny.model("llama"), batch)
+    batch = tiny.chat(prompt=6)
+    if faulty:
+        batch["labels"][:, 6] = IGNORED
+    return Case(tiny.model("llama"), batch, {"tokenizer": tiny.tokenizer()})
 
 
 @bug("trained-tokens", "unslothai/unsloth#1290", "unslothai/unsloth#1128")
@@ -481,7 +472,7 @@ def nothing_trained(faulty: bool, end: ExitStack) -> Case:
 @bug("trained-tokens", "NielsRogge/Transformers-Tutorials#511")
 def image_tokens_trained(faulty: bool, end: ExitStack) -> Case:
     """A collator masked the padding, but not the placeholders that stand for an image."""
-    image = 90
+    image = 5
     model = tiny.model("llama", image_token_id=image)
     batch = tiny.chat()
     batch["input_ids"][:, 7:10] = image
@@ -517,11 +508,31 @@ def positions_run_on(faulty: bool, end: ExitStack) -> Case:
 def convolution_over_the_border(faulty: bool, end: ExitStack) -> Case:
     """A short convolution slid over the border of two samples: attention was told where samples
     begin, the convolution was not."""
-    return Case(tiny.model("lfm2"), tiny.pack() if faulty else tiny.chat())
+    return _recurrent("lfm2", faulty)
 
 
 @bug("recurrent-state", "PrimeIntellect-ai/prime-rl#3000", "axolotl-ai-cloud/axolotl#3572")
 def state_over_the_border(faulty: bool, end: ExitStack) -> Case:
     """A state space layer took the samples of a pack for one: its slow path, which runs without the
     kernels, takes no borders."""
-    return Case(tiny.model("mamba2"), tiny.pack() if faulty else tiny.chat())
+    return _recurrent("mamba2", faulty)
+
+
+def _recurrent(family: str, faulty: bool) -> Case:
+    model, batch = tiny.model(family), tiny.pack()
+    if not faulty:
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        for module in model.modules():
+            if any(isinstance(child, nn.Conv1d) for child in module.children()):
+                module.forward = _apart(module.forward, starts)
+    return Case(model, batch)
+
+
+def _apart(plain: Any, starts: list[int]) -> Any:
+    """A layer that is called once for each sample, as one that takes borders does."""
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = x.tensor_split(starts[1:], 1)
+        return torch.cat([plain(part, *args, **kwargs) for part in parts], 1)
+
+    return forward

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 WORDS = 96
-PAD, BOS, EOS = 0, 1, 2
+PAD, BOS, EOS, USER, ASSISTANT = 0, 1, 2, 3, 4
 IGNORED = -100
 
 _SIZES = {
@@ -106,7 +109,8 @@ def chat(
     """Prompts that are not trained, answers that are, an end of turn, and padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(8, WORDS, (rows, length), generator=generator)
-    ids[:, 0] = BOS
+    ids[:, :2] = torch.tensor([BOS, USER])
+    ids[:, prompt - 1] = ASSISTANT
     mask = torch.ones_like(ids)
     labels = ids.clone()
     labels[:, :prompt] = IGNORED
@@ -131,6 +135,24 @@ def pack(
         positions += list(range(n))
         start += n
     return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([positions])}
+
+
+def tokenizer(pad: str = "<pad>") -> tf.PreTrainedTokenizerFast:
+    """Of the words w5, w6, ... and a chat template that marks turns as ``chat`` does."""
+    special = ("<pad>", "<s>", "</s>", "<user>", "<assistant>")
+    words = {word: i for i, word in enumerate(special)}
+    words |= {f"w{i}": i for i in range(len(special), WORDS)}
+    inner = Tokenizer(WordLevel(words, unk_token="w5"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    built = tf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=pad, bos_token="<s>", eos_token="</s>"
+    )
+    built.chat_template = (
+        "<s> {% for m in messages %}<{{ m.role }}> {{ m.content }} "
+        "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return built
 
 
 # --- what engines put into models ----------------------------------------------------------------
