@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .auditing.audit import audit
+    from .auditing.callback import AuditCallback
     from .auditing.findings import Audit, Finding
+    from .auditing.watch import watch
     from .compiler.pipeline import explain, optimize, restore
     from .errors import FusewrightError, OptimizeError
     from .optim.flat import FlatOptimizer, flatten_optimizer
@@ -21,13 +23,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Audit", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site",
-    "audit", "explain", "flatten_optimizer", "optimize", "restore",
+    "Audit", "AuditCallback", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError",
+    "Report", "Site", "audit", "explain", "flatten_optimizer", "optimize", "restore", "watch",
 ]  # fmt: skip
 
 _HOMES = {
     "audit": "auditing.audit",
     "Audit": "auditing.findings",
+    "AuditCallback": "auditing.callback",
+    "watch": "auditing.watch",
     "Finding": "auditing.findings",
     "optimize": "compiler.pipeline",
     "explain": "compiler.pipeline",

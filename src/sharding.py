@@ -109,6 +109,14 @@ def _fsdp2_state(module: nn.Module) -> Any:
     return getattr(module, "_get_fsdp_state", lambda: None)()
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered for a forward without a backward, before weights change."""
+    # of its root, it would use the gathered weights once more
+    for module in model.modules():
+        if _fsdp2_state(module) is not None:
+            module.reshard()  # type: ignore[operator]
+
+
 def fsdp2_casts(module: nn.Module) -> tuple[Any, Any]:
     """The dtypes that FSDP2 casts inputs and outputs of ``module`` to; None: it does not."""
     policy = getattr(_fsdp2_state(module), "_mp_policy", None)

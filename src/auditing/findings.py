@@ -78,6 +78,16 @@ class Audit:
             "facts": self.facts,
         }
 
+    @property
+    def headline(self) -> str:
+        """How many questions had which answer, in a line."""
+        verdicts = [f.verdict for f in self.findings]
+        failed = verdicts.count("fail")
+        return (
+            f"audit: {f'{failed} failed, ' if failed else ''}"
+            f"{verdicts.count('pass')} questions passed, {verdicts.count('skipped')} skipped"
+        )
+
     def __str__(self) -> str:
         """A table: what is wrong, why, and what to do; what is right; what was not asked."""
         failed = list(self.failed)

@@ -231,6 +231,8 @@ class TrainingRun:
             self._steps(trainer)
         interrupts.agree()  # on a signal that came after the last step
         result.steps = trainer.state.global_step
+        if trainer.audit is not None and trainer.audit.audit is not None:
+            result.audit = trainer.audit.audit.to_dict()
         optimizer = getattr(trainer.optimizer, "optimizer", None)  # what accelerate has wrapped
         if isinstance(optimizer, FlatOptimizer):
             self.run_log.say(f"optimizer: {optimizer.summary()}")

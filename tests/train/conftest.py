@@ -134,6 +134,7 @@ def small_recipe(base: Path, rows: Path, output: Path) -> dict[str, Any]:
         "base_model": str(base),
         "bf16": False,
         "optimize": False,
+        "audit": False,
         "adapter": "lora",
         "lora_r": 4,
         "lora_target_linear": True,

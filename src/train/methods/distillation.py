@@ -112,6 +112,8 @@ class Distillation:
 class DistillationObjective(Objective):
     """Supervised training whose loss, in training and validation, is that of distillation."""
 
+    not_plain = "the loss is that of distillation"
+
     def __init__(self, distillation: Distillation) -> None:
         self.distillation = distillation
 

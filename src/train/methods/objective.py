@@ -37,6 +37,7 @@ class Preferences(Objective):
     """
 
     weighs_tokens = False
+    not_plain = "the objective compares or rates answers: it is no cross entropy of labels"
 
     def __init__(self, float_logits: bool = False) -> None:
         self.float_logits = float_logits

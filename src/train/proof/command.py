@@ -649,6 +649,8 @@ _OFF: dict[str, Any] = {
     "streaming": False, "pretraining_dataset": [], "curriculum_sampling": True,
     "group_by_length": False, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
     "dataloader_drop_last": False, "batch_size": None,
+    # the ways are compared with each other
+    "audit": False,
     # random masks, which no two layouts have alike
     "lora_dropout": 0.0, "neftune_noise_alpha": None,
     # every step moves the weights

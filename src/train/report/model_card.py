@@ -16,7 +16,7 @@ from ..printable import printable
 from ..recipe.written import folded
 from . import run_facts
 from .format import duration, memory, millions
-from .page_sections import data, ending, model
+from .page_sections import audit_headline, data, ending, model
 from .run_facts import TASKS, Facts
 
 NAME = "README.md"
@@ -194,6 +194,8 @@ def _training(facts: Facts, picture: bool) -> Iterator[str]:
     seconds = facts.mapping("seconds").get("training")
     if isinstance(seconds, int | float):
         rows.append(("time of training", duration(seconds)))
+    if audited := audit_headline(facts):
+        rows.append(("audit of the training", audited))
     if rows:
         yield "## Training\n"
         yield _table(("", ""), rows)

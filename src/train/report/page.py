@@ -291,7 +291,7 @@ NAME = "report.html"
 _CONTENTS = (
     ("curves", "Curves", "charts"), ("sample", "Answers", "sample"),
     ("completions", "Completions", "completions"), ("use", "Use it", "usage"),
-    ("data", "Data and model", "data"), ("optimize", "Rewrites", "optimize"),
+    ("data", "Data and model", "data"), ("audit", "Audit", "audit"), ("optimize", "Rewrites", "optimize"),
     ("resources", "Memory and time", "resources"), ("keys", "Worth knowing", "warnings"),
     ("recipe", "Recipe", "recipe"), ("machine", "Versions", "machine"),
 )  # fmt: skip
@@ -324,6 +324,7 @@ class Page:
     sets: sections.Table | None = None
     data: sections.Rows = field(default_factory=list)
     model: sections.Rows = field(default_factory=list)
+    audit: sections.Table | None = None
     optimize: sections.Rewrites | None = None
     resources: sections.Rows = field(default_factory=list)
     times: list[tuple[str, str, str]] = field(default_factory=list)
@@ -404,6 +405,7 @@ def compose(facts: Facts) -> Page:
         sets=sets,
         data=counts,
         model=sections.model(facts),
+        audit=sections.audit(facts),
         optimize=sections.rewrites(facts),
         resources=sections.resources(facts),
         times=sections.times(facts),

@@ -205,6 +205,36 @@ def rewrites(facts: Facts) -> Rewrites | None:
     return Rewrites(report.headline(), table, report.remarks(), report.gains())
 
 
+def audit(facts: Facts) -> Table | None:
+    """What the audit of the training found, what is wrong first; None without one."""
+    findings = _findings(facts)
+    rows = [
+        tuple(str(f.get(name) or "") for name in ("check", "verdict", "reason"))
+        for verdict in _VERDICTS
+        for f in findings
+        if f.get("verdict") == verdict
+    ]
+    return Table(audit_headline(facts), ("question", "answer", "found"), rows) if rows else None
+
+
+def audit_headline(facts: Facts) -> str:
+    """How many questions of the audit had which answer; empty without one."""
+    findings = _findings(facts)
+    counts = {v: [f for f in findings if f.get("verdict") == v] for v in _VERDICTS}
+    parts = [f"{len(counts[v])} {words}" for v, words in _VERDICTS.items() if counts[v]]
+    failed = ", ".join(str(f.get("check")) for f in counts["fail"])
+    return ", ".join(parts) + (f" (failed: {failed})" if failed else "")
+
+
+_VERDICTS = {"fail": "failed", "skipped": "not asked", "pass": "passed"}
+
+
+def _findings(facts: Facts) -> list[Mapping[str, Any]]:
+    findings = facts.mapping("audit").get("findings")
+    entries = findings if isinstance(findings, list) else []
+    return [f for f in entries if isinstance(f, Mapping)]
+
+
 def resources(facts: Facts) -> Rows:
     """Memory: the measured peaks, and the plan."""
     rows = []

@@ -78,6 +78,8 @@ class RunResult:
         ranks: of several processes, the peak memory of each, in MiB: ``rss_mb``, ``cuda_mb``.
         adapter_check: ``exact`` and ``optimized_difference``, see ``export.AdapterCheck``.
         optimize: the optimize report as data, or None when ``optimize: false``.
+        audit: the findings about the training itself, as ``Audit.to_dict`` has them, or None when
+            ``audit: false``.
         seconds: of each part of the run.
         history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
             ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
@@ -126,6 +128,7 @@ class RunResult:
     ranks: list[dict[str, float]] = field(default_factory=list)
     adapter_check: dict[str, Any] | None = None
     optimize: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

@@ -13,6 +13,7 @@ What differs from run to run are objects that the trainer has:
 - ``checkpoints``: what is written, which is the best, and whether the disk was full
   (``checkpoint/write.py``);
 - ``guard``: looks at losses and gradients that are not finite (``watchdog.py``);
+- ``audit``: judges the first step, and what moved by the end (``run_audit.py``);
 - ``context``: the recipe, the rows to validate on, the processes, the meter.
 """
 
@@ -52,6 +53,7 @@ from ..report.progress import ProgressCallback
 from .context import Context
 from .objective import Objective
 from .optimizer import make_optimizer
+from .run_audit import RunAudit
 from .schedule import custom_schedule
 from .sharding import Sharding
 from .watchdog import LossWatchdog, NonFiniteGuard, apply_limits, out_of_patience
@@ -106,7 +108,9 @@ class EngineMixin(_Trainer):
         self._midway = False
         objective.attach(self)
         self.remove_callback(PrinterCallback)
-        for callback in (FlowCallback(self, recipe, context.interrupts), progress):
+        self.audit = RunAudit(self) if recipe.audit else None
+        flow = FlowCallback(self, recipe, context.interrupts)
+        for callback in (flow, progress, *filter(None, [self.audit])):
             self.add_callback(callback)
         if resumed is not None:
             context.meter.load_state_dict(resumed.meter)
@@ -279,7 +283,10 @@ class EngineMixin(_Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of one batch: the objective's, around that of Trainer or TRL."""
-        return self.objective.loss(super().compute_loss, model, inputs, *args, **kwargs)
+        compute = functools.partial(self.objective.loss, super().compute_loss)
+        if self.audit is not None and model.training:
+            compute = functools.partial(self.audit.loss, compute)
+        return compute(model, inputs, *args, **kwargs)
 
     def _has_mixed_mesh_grads(self, model: Any) -> bool:
         return self.sharding.divides or bool(super()._has_mixed_mesh_grads(model))

@@ -54,6 +54,13 @@ class Objective:
                 "batch: leave the key out"
             )
 
+    @property
+    def not_plain(self) -> str:
+        """Why the loss is not the cross entropy of the labels; empty: it is."""
+        if self._token_loss is not None:
+            return "the loss weighs tokens differently"
+        return "labels are smoothed" if self.trainer.label_smoother is not None else ""
+
     def order(self, rows: Any) -> Any:
         """The sampler of the rows to train on."""
         return order_of(rows, self.trainer.context.recipe, self.trainer._train_batch_size)

@@ -87,7 +87,8 @@ def grpo_recipe(
         **keys.pop("trl", {}),
     }  # fmt: skip
     recipe = {
-        "base_model": str(base), "bf16": False, "optimize": False, "rl": "grpo", "trl": trl,
+        "base_model": str(base), "bf16": False, "optimize": False, "audit": False,
+        "rl": "grpo", "trl": trl,
         "chat_template": "chatml", "adapter": "lora", "lora_r": 4, "lora_target_linear": True,
         "datasets": [{"path": str(data), "type": "chat_template"}], "val_set_size": 4,
         "sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 2,

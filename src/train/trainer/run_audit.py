@@ -1,0 +1,89 @@
+"""The audit of a run of ours: after its first step and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ...auditing.callback import AuditCallback, Schedule
+from ...auditing.findings import Audit
+from ...auditing.watch import Watch
+from ..recipe.recipe import Recipe
+from .schedule import custom_schedule
+
+
+class RunAudit(AuditCallback):
+    """Audits what ``trainer``, an ``EngineMixin``, trains."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(report=self._show)
+        self.trainer, self.recipe = trainer, trainer.context.recipe
+        self._compute: Callable[..., Tensor] | None = None
+
+    def make_watch(self, args: Any, state: Any, **kwargs: Any) -> Watch:
+        """As of any trainer, with what the recipe asks for."""
+        trainer, recipe = self.trainer, self.recipe
+        watch = super().make_watch(args, state, **kwargs)
+        watch.checkpointing = recipe.checkpointing()
+        watch.has_gradients &= not trainer.sharding.zero_stage
+        if recipe.relora:
+            watch.exempt = "ReLoRA adds its adapters to the base while it trains"
+        return watch
+
+    def settings(self) -> dict[str, Any]:
+        """What is trained, and how the loss of a batch is computed where the model does not."""
+        trainer = self.trainer
+        objective = trainer.objective.not_plain
+        several = trainer.world.several and not objective
+        if trainer.sharding.parts is not None or trainer.sharding.divides:
+            objective, several = "processes share the tokens or the weights of a batch", False
+        return {"objective": objective, "loss_of": self._loss_of if several else None}
+
+    def schedule(self, args: Any, steps: int, optimizer: Any, scheduler: Any) -> Schedule:
+        """That of the recipe."""
+        return _RecipeSchedule(self.recipe, args, steps, optimizer, scheduler)
+
+    def loss(
+        self, compute: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss of a batch by ``compute``; in the first step it is noted.
+
+        Of several processes, the loss is computed outside of the model, which is not told labels.
+        """
+        batches = None if self.watch is None else self.watch.batches
+        if batches is None or batches.loss_of is None or self.watch.steps:
+            return compute(model, batch, *args, **kwargs)
+        self._compute = compute
+        batches.begin({**batch, "num_items_in_batch": kwargs.get("num_items_in_batch")})
+        loss = compute(model, batch, *args, **kwargs)
+        batches.returned(loss)
+        return loss
+
+    def _loss_of(self, arguments: dict[str, Any]) -> Tensor:
+        """The mean loss of a batch that ``loss`` has noted."""
+        assert self._compute is not None
+        batch = dict(arguments)
+        number = batch.pop("num_items_in_batch")
+        loss: Tensor = self._compute(self.trainer.model, batch, num_items_in_batch=number)
+        return loss / self.trainer.accelerator.num_processes  # by which Trainer has multiplied it
+
+    def _show(self, audit: Audit) -> None:
+        say = self.trainer.context.say
+        say(audit.headline)
+        if not audit.passed:
+            say(str(audit))
+
+
+class _RecipeSchedule(Schedule):
+    def __init__(self, recipe: Recipe, *args: Any) -> None:
+        self._recipe = recipe
+        super().__init__(*args)
+
+    def make(self, optimizer: Any, args: Any) -> Any:
+        own = custom_schedule(self._recipe, optimizer, self.warmup, self.steps)
+        return own or super().make(optimizer, args)
+
+    def unasked(self, scheduler: Any) -> str:
+        return ""
