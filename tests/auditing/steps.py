@@ -519,20 +519,29 @@ def state_over_the_border(faulty: bool, end: ExitStack) -> Case:
 
 
 def _recurrent(family: str, faulty: bool) -> Case:
-    model, batch = tiny.model(family), tiny.pack()
+    model = tiny.model(family)
     if not faulty:
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-        for module in model.modules():
-            if any(isinstance(child, nn.Conv1d) for child in module.children()):
-                module.forward = _apart(module.forward, starts)
-    return Case(model, batch)
+        _keep_apart(model)
+    return Case(model, tiny.pack())
 
 
-def _apart(plain: Any, starts: list[int]) -> Any:
-    """A layer that is called once for each sample, as one that takes borders does."""
+def _keep_apart(model: nn.Module) -> None:
+    """Call recurrent layers once for each sample of a row, as those do that take borders."""
+    starts: list[int] = []
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = x.tensor_split(starts[1:], 1)
-        return torch.cat([plain(part, *args, **kwargs) for part in parts], 1)
+    def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids")
+        begins = [] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+        starts[:] = begins[1:]
 
-    return forward
+    def apart(plain: Any) -> Any:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            parts = hidden_states.tensor_split(starts, 1)
+            return torch.cat([plain(part, *args, **kwargs) for part in parts], 1)
+
+        return forward
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    for module in model.modules():
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            module.forward = apart(module.forward)
