@@ -20,7 +20,7 @@ from .findings import Audit, Finding
 from .fresh import fresh_sources
 from .reference import Batch, Loss, PlainModel, Step, core_of
 from .slices import slice_of
-from .state import unchanged
+from .state import only_dropout, unchanged
 
 
 def audit(
@@ -56,10 +56,12 @@ def audit(
     result = Audit(type(core_of(model)).__name__, facts=facts)
     autocast = autocast or _autocast_of(part)
     call = loss or losses.of_model
-    with unchanged(model), fresh_sources() as sources, awake(model):
-        result.add(of_tokens.findings(model, whole, tokenizer))
+    result.add(of_tokens.findings(model, whole, tokenizer))
+    part = {k: v for k, v in part.items() if k not in of_tokens.NOT_OF_THE_MODEL}
+    with unchanged(model), awake(model, 0.05):
         result.add([force.dropout(model, part, call, autocast)])
-        with force.only_dropout(model):
+    with unchanged(model), fresh_sources() as sources, awake(model, 0.002):
+        with only_dropout(model):
             with force.CountsCalls(model) as counted:
                 step = run(model, part, call, autocast)
             result.add([force.checkpointing(model, counted, checkpointing)])
@@ -94,17 +96,26 @@ def _compare(
     )
     faults = trainable.renamed(faults, theirs, "experts-reached")
     faults, where = bench.by_rows(batch, faults)
+    factor = of_gradients.common_factor(faults, int(figures["compared"]))
+    of_loss = list(losses.findings(step, exact, eager, batch, bench.plain.dtype, factor))
+    scaled = any(f.check == "loss-scale" and f.verdict == "fail" for f in of_loss)
+    if factor is not None and scaled:  # they follow the loss
+        faults = trainable.renamed(faults, {f.name for f in faults}, "loss-scale")
+    result.add(of_loss)
     result.add([trainable.adapter_reach(bench.model, inert), reached])
     result.add(of_gradients.findings(faults, figures, exact.order, where))
-    result.add(losses.findings(step, exact, eager, batch, bench.plain.dtype))
+    if any(f.agreement for f in faults):
+        result.add([Finding("gradient-drift", "skipped", "single gradients are wrong")])
+    else:
+        result.add([bench.drift(batch, step, exact, eager)])
     result.add(packs.findings(bench, batch))
 
 
 def _without_reference(step: Step, reason: str) -> Iterator[Finding]:
     """What gradients say by themselves."""
     for check in (
-        *of_gradients.GRADIENT_CHECKS, "loss-value", "loss-scale", *packs.PACK_CHECKS,
-        "adapter-reach", "experts-reached",
+        *of_gradients.GRADIENT_CHECKS, "gradient-drift", "loss-value", "loss-scale",
+        *packs.PACK_CHECKS, "adapter-reach", "experts-reached",
     ):  # fmt: skip
         if check not in ("gradient-missing", "gradient-finite"):
             yield Finding(check, "skipped", reason)
@@ -126,8 +137,8 @@ def _without_reference(step: Step, reason: str) -> Iterator[Finding]:
 
 
 @contextlib.contextmanager
-def awake(model: nn.Module) -> Iterator[None]:
-    """Give adapters' matrices that are all zeros small values: else half the gradients are zero."""
+def awake(model: nn.Module, size: float) -> Iterator[None]:
+    """Give adapters' matrices of zeros small values: else half the gradients are zero."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     asleep: dict[int, nn.Parameter] = {}
@@ -139,7 +150,7 @@ def awake(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in asleep.values():
-            p.copy_(0.02 * torch.randn(p.shape, generator=generator))
+            p.copy_(size * torch.randn(p.shape, generator=generator))
     try:
         yield
     finally:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gradients import Fault, compare
+from ..errors import ModelError
+from .findings import Finding
+from .gradients import ONE_SIDED, Fault, compare, drift
 from .reference import Batch, Loss, PlainModel, Step, unwrapped
 from .slices import first_rows, first_tokens
 
@@ -35,8 +37,22 @@ class Bench:
     autocast: torch.dtype | None
 
     def exact(self, batch: Batch) -> Step:
-        """A step of the reference."""
-        return self.plain.step(batch, self.loss, "exact")
+        """A step of the reference: in fp32 if the model cannot be computed in fp64.
+
+        Raises a ModelError if its loss is not finite even then.
+        """
+        try:
+            step = self.plain.step(batch, self.loss, "exact")
+        except RuntimeError:  # an operation with one dtype alone
+            if self.plain.exact == torch.float32:
+                raise
+            step = None
+        if step is None or (not step.is_finite and self.plain.exact != torch.float32):
+            self.plain.exact = torch.float32
+            step = self.plain.step(batch, self.loss, "exact")
+        if not step.is_finite:
+            raise ModelError("the plain model's own loss or gradients are not finite")
+        return step
 
     def eager(self, batch: Batch, noise: int | None = None) -> Step:
         """A step of the plain model in the audited one's dtypes."""
@@ -54,6 +70,23 @@ class Bench:
             faults, figures = compare(step.gradients, exact.gradients, runs, self.plain.dtype)
         return faults, {**figures, "draws": draws}
 
+    def drift(self, batch: Batch, step: Step, exact: Step, eager: Step) -> Finding:
+        """Whether the errors of gradients that are right one by one have a bias."""
+        runs = [eager.gradients]
+        mean, allowed, same = drift(step.gradients, exact.gradients, runs, self.plain.dtype)
+        while abs(mean) > allowed and same > ONE_SIDED and len(runs) <= DRAWS:
+            runs.append(self.eager(batch, noise=len(runs)).gradients)
+            mean, allowed, same = drift(step.gradients, exact.gradients, runs, self.plain.dtype)
+        figures = {"mean": mean, "allowed": allowed, "one_sided": same}
+        if abs(mean) > allowed and same > ONE_SIDED:
+            return Finding(
+                "gradient-drift", "fail",
+                f"gradients are {'larger' if mean > 0 else 'smaller'} than the plain model's by "
+                f"{abs(mean):.1e} on average, {same:.0%} of the tensors to that side; rounding "
+                f"allows {allowed:.1e}", figures=figures,
+            )  # fmt: skip
+        return Finding("gradient-drift", "pass", f"{mean:+.0e} on average", figures=figures)
+
     def wrong(self, batch: Batch) -> set[str]:
         """The tensors whose gradients are wrong on ``batch``."""
         step = run(self.model, batch, self.loss, self.autocast)
@@ -62,8 +95,13 @@ class Bench:
 
     def by_rows(self, batch: Batch, faults: list[Fault]) -> tuple[list[Fault], str]:
         """Tell faults that spare the first row, or the first tokens, from others; and in words."""
+        by_factor = [f for f in faults if f.check in ("gradient-scale", "gradient-sign")]
+        # one factor for all is no matter of rows
+        scales = [f.agreement.scale for f in by_factor if f.agreement]
+        uniform = bool(scales) and max(scales) - min(scales) < 0.05 * abs(max(scales))
         values = {f.name for f in faults if f.check == "gradient-value"}
-        if not values:
+        values |= set() if uniform else {f.name for f in by_factor}
+        if not values or uniform:
             return faults, ""
         where = ""
         alone = first_rows(batch, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -105,7 +106,8 @@ class FreshSources:
             mapped = mapped[0] if isinstance(mapped, tuple) else mapped
             return sources.twin(mapped)._from_config(config, **kwargs)
 
-        return type(kind.__name__, (kind,), {"from_config": classmethod(from_config)})
+        method: Any = classmethod(from_config)  # type: ignore[arg-type]  # 2026-11-30: of any class
+        return type(kind.__name__, (kind,), {"from_config": method})
 
     def close(self) -> None:
         """Take the fresh modules out of ``sys.modules``."""
@@ -143,21 +145,31 @@ def exchanged_names(module: ModuleType) -> Iterator[str]:
     path = getattr(module, "__file__", None)
     if not path or not path.endswith(".py"):
         return
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in vars(module):
-            value = vars(module)[node.name]
-            if isinstance(node, ast.FunctionDef):
-                if is_foreign(value, path):
-                    yield f"{module.__name__}.{node.name}"
-            elif isinstance(value, type):
-                if value.__module__ != module.__name__ or value.__name__ != node.name:
-                    yield f"{module.__name__}.{node.name}"
-                    continue
-                methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
-                for name in methods & vars(value).keys():
-                    if is_foreign(vars(value)[name], path):
-                        yield f"{module.__name__}.{node.name}.{name}"
+    for defined, methods in _definitions(path).items():
+        value = vars(module).get(defined)
+        if methods is None:
+            if is_foreign(value, path):
+                yield f"{module.__name__}.{defined}"
+        elif isinstance(value, type):
+            if value.__module__ != module.__name__ or value.__name__ != defined:
+                yield f"{module.__name__}.{defined}"
+                continue
+            for name in methods & vars(value).keys():
+                if is_foreign(vars(value)[name], path):
+                    yield f"{module.__name__}.{defined}.{name}"
+
+
+@functools.cache
+def _definitions(path: str) -> dict[str, frozenset[str] | None]:
+    """The functions of a file (None), and its classes with the names of their methods."""
+    found: dict[str, frozenset[str] | None] = {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = None
+        elif isinstance(node, ast.ClassDef):
+            methods = (n.name for n in node.body if isinstance(n, ast.FunctionDef))
+            found[node.name] = frozenset(methods)
+    return found
 
 
 def is_foreign(function: Any, path: str) -> bool:

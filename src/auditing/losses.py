@@ -1,4 +1,4 @@
-"""The loss, by hand: cross entropy in fp64 from the plain model's logits."""
+"""What is wrong with a loss: it is compared with cross entropy by hand, and the plain model's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewrite.tolerance import FACTOR, unit
+from .by_hand import token_losses
 from .findings import Finding
 from .reference import Batch, Step
 
@@ -21,78 +22,76 @@ def of_model(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def token_losses(logits: Tensor, batch: Batch) -> Tensor | None:
-    """Negative log likelihoods (rows, tokens) in fp64, nan where nothing is trained; None: unknown.
-
-    A token's loss stands where it is predicted from.
-    """
-    labels = batch.get("shift_labels")
-    if not isinstance(labels, Tensor):
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.dim() != 2:
-            return None
-        labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    if logits.shape[:-1] != labels.shape:
-        return None
-    labels = labels.to(logits.device)
-    trained = labels != -100
-    rows = logits[trained].double()
-    wanted = rows.gather(1, labels[trained].unsqueeze(1)).squeeze(1)
-    losses = torch.full(labels.shape, math.nan, dtype=torch.float64, device=logits.device)
-    losses[trained] = rows.logsumexp(1) - wanted
-    return losses
-
-
 def findings(
-    step: Step, exact: Step, eager: Step, batch: Batch, dtype: torch.dtype
+    step: Step, exact: Step, eager: Step, batch: Batch, dtype: torch.dtype, factor: float | None
 ) -> Iterator[Finding]:
-    """Whether the loss is the cross entropy, and what it is divided by."""
-    losses = None if exact.logits is None else token_losses(exact.logits, batch)
-    if losses is None:
-        yield Finding("loss-value", "skipped", "the batch has no labels (rows, tokens)")
-        return
-    trained = ~losses.isnan()
-    count = int(trained.sum())
-    if not count:
-        yield Finding("loss-value", "skipped", "no token of the slice is trained")
-        return
-    total = float(losses[trained].sum())
-    items = batch.get("num_items_in_batch")
-    by_hand = total / (float(items) if items is not None else count)
-    # what the plain model adds: a router's loss
-    added = exact.loss - by_hand
-    wanted = by_hand + added if abs(added) > 1e-4 * abs(by_hand) else by_hand
-    off = abs(step.loss - wanted) / abs(wanted)
+    """Whether the loss is the cross entropy, and what it is divided by.
+
+    ``factor``: all gradients are that many times the plain model's; None: they are not.
+    """
+    found = None if exact.logits is None else token_losses(exact.logits, batch)
+    wanted, by_hand, count, others = exact.loss, None, 0, {}
+    if found is not None and bool(found[1].any()):
+        losses, trained = found
+        count, total = int(trained.sum()), float(losses.sum())
+        items = batch.get("num_items_in_batch")
+        by_hand = total / (count if items is None else float(items))
+        of_rows = [
+            float(row[on].mean()) for row, on in zip(losses, trained, strict=True) if on.any()
+        ]
+        others = {
+            "their sum, not their mean": total,
+            "their mean": total / count,
+            "their sum over all tokens, trained or not": total / losses.numel(),
+            "the mean of the rows' means": sum(of_rows) / len(of_rows),
+            "their sum over the rows": total / len(losses),
+        }
     rounding = abs(eager.loss - wanted) / abs(wanted)
     allowed = FACTOR * rounding + unit(dtype) + unit(torch.float32) * math.log2(max(2, count)) / 2
+    off = abs(step.loss - wanted) / abs(wanted)
     figures = {
         "loss": step.loss, "by_hand": by_hand, "plain": exact.loss, "off": off, "allowed": allowed,
     }  # fmt: skip
+    right = "" if by_hand is None else f", by hand {by_hand:.4f}"
+    if by_hand is not None and not _near(wanted, by_hand, 1e-4):
+        right += f" and {wanted - by_hand:.4f} that the plain model adds"
+        if not _near(step.loss, by_hand, allowed):
+            # the loss that is asked for: of a trainer, or with a router's
+            others = {w: v for w, v in others.items() if not _near(v, by_hand, allowed)}
+            words = next((w for w, v in others.items() if _near(wanted, v, 1e-4)), "")
+            if words and off <= allowed:
+                yield _scaled(step, count, words, by_hand, figures)
+                yield Finding("loss-value", "pass", f"{step.loss:.4f}", figures=figures)
+                return
     if off <= allowed:
-        yield Finding(
-            "loss-value", "pass", f"{step.loss:.4f}, by hand {by_hand:.4f}", (), "", figures
-        )
-        yield Finding("loss-scale", "pass", f"over {count} tokens", (), "", figures)
+        yield Finding("loss-value", "pass", f"{step.loss:.4f}{right}", figures=figures)
+        if by_hand is None:
+            yield Finding("loss-scale", "skipped", "the batch has no labels (rows, tokens)")
+        else:
+            yield Finding("loss-scale", "pass", f"over {count} tokens", figures=figures)
         return
-    rows = losses.nanmean(1)
-    others = {
-        "their sum, not their mean": total,
-        "their sum over all tokens, trained or not": total / losses.numel(),
-        "the mean of the rows' means": float(rows[~rows.isnan()].mean()),
-        "their sum over the rows": total / len(losses),
-    }
-    for words, value in others.items():
-        if abs(step.loss - value) / abs(value) <= allowed:
-            yield Finding(
-                "loss-scale", "fail",
-                f"the loss is {step.loss:.4f}: the {count} tokens' losses, but {words}; their mean "
-                f"is {by_hand:.4f}",
-                (), "", figures,
-            )  # fmt: skip
-            return
+    words = next((w for w, v in others.items() if _near(step.loss, v, allowed)), "")
+    if not words and factor is not None and _near(step.loss, wanted * factor, 0.02):
+        words = f"{step.loss / wanted:.3g}x their mean, and so are all gradients"
+    if words:
+        yield _scaled(step, count, words, wanted, figures)
+        yield Finding("loss-value", "skipped", "it is another multiple: see loss-scale")
+        return
     yield Finding(
         "loss-value", "fail",
-        f"the loss is {step.loss:.4f}, by hand {wanted:.4f} (off by {off:.1e}, and rounding allows "
-        f"{allowed:.1e})",
-        (), "", figures,
+        f"the loss is {step.loss:.4f}, the plain model's {wanted:.4f}{right} (off by {off:.1e}, "
+        f"and rounding allows {allowed:.1e})", figures=figures,
+    )  # fmt: skip
+    yield Finding("loss-scale", "skipped", "the loss is another: see loss-value")
+
+
+def _near(a: float, b: float, relative: float) -> bool:
+    return abs(a - b) <= relative * abs(b)
+
+
+def _scaled(step: Step, count: int, words: str, right: float, figures: dict[str, Any]) -> Finding:
+    return Finding(
+        "loss-scale", "fail",
+        f"the loss is {step.loss:.4f}: of the {count} tokens' losses, it is {words}; right is "
+        f"{right:.4f}", figures=figures,
     )  # fmt: skip

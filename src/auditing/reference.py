@@ -12,6 +12,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, first_line
 from ..rewrite.tolerance import unit
 from ..sharding import class_before_fsdp2, whole
+from .by_hand import causal_lm
 from .fresh import FreshSources, is_foreign, is_modeling
 from .state import rates_of
 
@@ -49,6 +52,12 @@ class Step:
     own_loss: float | None = None
     order: list[str] = field(default_factory=list)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are all finite."""
+        gradients = (g for g in self.gradients.values() if g is not None)
+        return math.isfinite(self.loss) and all(bool(torch.isfinite(g).all()) for g in gradients)
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers for several processes and for compilation."""
@@ -72,13 +81,14 @@ def core_of(model: nn.Module) -> nn.Module:
 
 def plain_class(core: nn.Module) -> type:
     """The class that the model is of by its configuration, under subclasses of others' making."""
-    kind = class_before_fsdp2(core)
+    kind: type = class_before_fsdp2(core)
     config: Any = getattr(core, "config", None)
     for base in kind.__mro__:
         if is_modeling(base.__module__) and (
             config is None or isinstance(config, getattr(base, "config_class", None) or object)
         ):
-            return base
+            found: type = base
+            return found
     return kind
 
 
@@ -116,22 +126,25 @@ class PlainModel:
         self._fill()
 
     def _base(self) -> nn.Module:
-        core = core_of(self.audited)
+        core: Any = core_of(self.audited)
         kind = plain_class(core)
         if not is_modeling(kind.__module__) or not hasattr(core, "config"):
             raise ModelError(
                 f"{kind.__name__} is not a class of transformers' modeling files, so that there is "
                 "no source to build a plain one from"
             )
-        config = copy.deepcopy(core.config)
-        for name in ("_attn_implementation", "_experts_implementation"):
-            if getattr(config, name, None) is not None:
-                setattr(config, name, "eager")
+        config: Any = copy.deepcopy(core.config)
+        twin = self.sources.twin(kind)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
+        if getattr(config, "_attn_implementation", None) is not None:
+            config._attn_implementation = _attention_of(twin)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        twin = self.sources.twin(kind)
         with _parameters_on_meta(), _initialized_later():
             built = twin(config)
+        if getattr(built, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration"):
+            built.loss_function = causal_lm
         return built.train(core.training)  # type: ignore[no-any-return]
 
     def _adapted(self, base: nn.Module) -> nn.Module:
@@ -417,28 +430,28 @@ class Dequantized(nn.Module):
         shown: Any = layer
         self.in_features, self.out_features = shown.in_features, shown.out_features
         # not a child: its parameters are not the plain model's
-        object.__setattr__(self, "plain", plain)
-        object.__setattr__(self, "layer", layer)
+        self._behind: Any = (plain, layer)
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight (out, in) in fp32; in the model's dtypes, as it is stored."""
-        layer: Any = self.layer
-        if self.plain.precision == "own":
+        plain, layer = self._behind
+        if plain.precision == "own":
             stored: Tensor = layer.weight
             return stored
-        return self.plain.formed(layer.weight, lambda: dequantized(layer).to(self.plain.exact))
+        made: Tensor = plain.formed(layer.weight, lambda: dequantized(layer).to(plain.exact))
+        return made
 
     @property
     def bias(self) -> Any:
         """As the audited layer's, cast."""
-        bias: Any = self.layer.bias
-        return None if bias is None else self.plain.cast(bias)
+        plain, layer = self._behind
+        return None if layer.bias is None else plain.cast(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer as its class says, or its dequantized weight in fp32."""
-        if self.plain.precision == "own":
-            layer: Any = self.layer
+        plain, layer = self._behind
+        if plain.precision == "own":
             return type(layer).forward(layer, x)  # type: ignore[no-any-return]
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -471,7 +484,19 @@ def dequantized(layer: Any) -> Tensor:
     rows = torch.eye(layer.in_features, dtype=dtype, device=tensor.device)
     zero = torch.zeros_like(rows[:1])
     # one term of each sum is not zero: nothing is rounded
-    return (type(layer).forward(layer, rows) - type(layer).forward(layer, zero)).t()
+    result: Tensor = type(layer).forward(layer, rows) - type(layer).forward(layer, zero)
+    return result.t()
+
+
+def _attention_of(kind: Any) -> str:
+    """PyTorch's attention where a class takes it and nobody has exchanged it, else eager mode's."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if not getattr(kind, "_supports_sdpa", False) or "sdpa" not in ALL_ATTENTION_FUNCTIONS:
+        return "eager"
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    module = sys.modules.get("transformers.integrations.sdpa_attention")
+    return "eager" if is_foreign(function, str(getattr(module, "__file__", ""))) else "sdpa"
 
 
 def _was_read(module: Any) -> bool:
@@ -506,10 +531,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _initialized_later() -> Iterator[None]:
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # older ones
-        from transformers.modeling_utils import no_init_weights
+    from transformers.initialization import no_init_weights
+
     with no_init_weights():
         yield
 

@@ -41,7 +41,36 @@ def findings(model: nn.Module, batch: Batch, tokenizer: Any = None) -> Iterator[
         rows = rows._replace(there=~_trailing(rows.ids, _pad_of(model, tokenizer)))
     yield _trained(rows, labels.cpu(), core_of(model))
     yield _ends(rows, _end_tokens(model, tokenizer), tokenizer)
-    yield _first_tokens(rows, tokenizer)
+    answers = batch.get("assistant_masks")
+    if isinstance(answers, Tensor) and answers.shape == ids.shape:
+        yield _by_mask(rows, answers.cpu().bool())
+    else:
+        yield _first_tokens(rows, tokenizer)
+
+
+NOT_OF_THE_MODEL = ("assistant_masks", "seq_lengths")
+"""What collators leave in a batch for themselves."""
+
+
+def _by_mask(rows: Rows, answers: Tensor) -> Finding:
+    """Compare what is trained with the answers that a collator has marked."""
+    check, (ids, trained, there) = "row-ends", rows
+    spans = [(row, begin, stop) for row, begin, stop in _spans(answers & there)]
+    wrong = [
+        (row, at)
+        for row, begin, stop in spans
+        for at in (begin, stop - 1)
+        if at and bool(trained[row, begin:stop].any()) and not bool(trained[row, at])
+    ]
+    if wrong:
+        row, at = wrong[0]
+        return Finding(
+            check, "fail",
+            f"{len(wrong)} first or last tokens of {len(spans)} answers are not trained (first in "
+            f"row {row}, token {at}: {int(ids[row, at])})",
+            tuple(f"row {row}, token {at}" for row, at in wrong),
+        )  # fmt: skip
+    return Finding(check, "pass", f"the first and last tokens of {len(spans)} answers are trained")
 
 
 def _trained(rows: Rows, labels: Tensor, core: Any) -> Finding:
@@ -109,7 +138,9 @@ def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     found: set[int] = set()
     for source in (tokenizer, getattr(core, "generation_config", None), _text_config(core)):
         ends = getattr(source, "eos_token_id", None)
-        found |= set(ends) if isinstance(ends, list | tuple) else {ends} - {None}
+        found |= {
+            end for end in (ends if isinstance(ends, list | tuple) else [ends]) if end is not None
+        }
     for token, content in _special(tokenizer).items():
         if re.search(r"end|eot|eos|</s>", content, re.IGNORECASE):
             found.add(token)

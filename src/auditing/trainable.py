@@ -30,6 +30,8 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
         source = "what was expected"
     elif not isinstance(getattr(inner, "peft_config", None), dict):
         frozen = sorted(every - is_trained)
+        if untied := untied_weights(inner):
+            return Finding("trainable-set", "fail", _UNTIED, tuple(untied))
         if not frozen:
             return Finding("trainable-set", "pass", f"all {len(every)} tensors are trained")
         return Finding(
@@ -41,18 +43,39 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
         return Finding("trainable-set", "skipped", "there is no plain model to compare with")
     else:
         meant, source = bench.plain.meant, "what the adapter's configuration trains"
+    untied = untied_weights(inner)
     extra, lacking = sorted(is_trained - meant), sorted((meant & every) - is_trained)
-    if not extra and not lacking:
+    if not extra and not lacking and not untied:
         numbers = sum(p.numel() for _, p in trained(model))
         return Finding(
             "trainable-set", "pass", f"{len(is_trained)} tensors with {numbers} numbers are trained"
         )
     clauses = []
+    if untied:
+        clauses.append(_UNTIED)
     if lacking:
         clauses.append(f"{len(lacking)} tensors are frozen, but belong to {source}")
     if extra:
         clauses.append(f"{len(extra)} tensors are trained, but do not belong to {source}")
-    return Finding("trainable-set", "fail", "; ".join(clauses), (*lacking, *extra))
+    return Finding("trainable-set", "fail", "; ".join(clauses), (*untied, *lacking, *extra))
+
+
+_UNTIED = "weights that the configuration ties are two tensors, and are trained apart"
+
+
+def untied_weights(model: nn.Module) -> list[str]:
+    """Pairs that are tied by the configuration, but are two tensors of which one is trained."""
+    core: Any = core_of(model)
+    tied, config = getattr(core, "_tied_weights_keys", None), getattr(core, "config", None)
+    if not isinstance(tied, dict) or not getattr(config, "tie_word_embeddings", False):
+        return []
+    by_name = dict(core.named_parameters(remove_duplicate=False))
+    found = []
+    for name, source in tied.items():
+        a, b = by_name.get(name), by_name.get(source)
+        if a is not None and b is not None and a is not b and (a.requires_grad or b.requires_grad):
+            found += [name, source]
+    return found
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -280,7 +303,8 @@ def _frozen_experts(model: nn.Module, stacks: Mapping[str, int]) -> list[str]:
     inner: Any = unwrapped(model)
     if hasattr(inner, "peft_config") or inner is not core_of(model):
         return []
-    experts, others = {}, {}
+    experts: dict[str, bool] = {}
+    others: dict[str, bool] = {}
     for name, p in inner.named_parameters():
         is_expert = name in stacks or _EXPERT.match(name)
         (experts if is_expert else others)[name] = p.requires_grad

@@ -382,6 +382,60 @@ def verify(
     raise typer.Exit(command.verify(checked, options))
 
 
+# ``fusewright audit``: judge one step of a recipe, a run or a script.
+
+
+def audit(
+    context: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe, the output_dir of a run, or SCRIPT.py:FUNCTION, which is run and "
+            "returns a model and its batches."
+        ),
+    ],
+    tokens: Annotated[
+        int, typer.Option(min=16, help="About so many tokens are compared with the plain model.")
+    ] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON.")] = False,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+    allow_code: Code = False,
+) -> None:
+    """Judge one training step: gradients, loss, tokens, adapters, packs, against the plain model.
+
+    Whoever has built the model: patched by another engine, optimized by this one, or nobody.
+    """
+    from ..train.consent import Consent
+
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    if ".py:" in source:
+        checked = None
+    elif Path(source).suffix in (".yaml", ".yml"):
+        from ..train.recipe.load import load_recipe
+        from ..train.recipe.overrides import parse_overrides
+
+        checked = load_recipe(source, parse_overrides(context.args), consent)
+    elif Path(source).is_dir():
+        checked = None
+    else:
+        raise RecipeError(
+            f"audit: {source} is neither a recipe (.yaml), nor a folder, nor SCRIPT.py:FUNCTION"
+        )
+    if checked is None and context.args:
+        raise RecipeError(f"audit: {context.args[0]}: keys are set with a recipe alone")
+    announce("importing PyTorch and transformers")
+    from ..train.proof import audit as command  # slow to import
+
+    if checked is not None:
+        result = command.of_recipe(checked, tokens)
+    elif ".py:" in source:
+        result = command.of_function(source, tokens)
+    else:
+        result = command.of_run(Path(source), consent, tokens)
+    raise typer.Exit(command.show(result, as_json))
+
+
 # The switches that several commands have: the caller's permission to run code.
 
 
@@ -420,5 +474,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
     endings = "Exit code 0: all ways passed; 1: one failed; 2: the recipe cannot be used."
     app.command(context_settings=keys, epilog=f"{any_key} 256. {endings}")(verify)
+    endings = "Exit code 0: nothing is wrong; 1: something is; 2: it cannot be audited."
+    app.command(context_settings=keys, epilog=endings)(audit)
     app.command()(doctor)
     app.command()(init)
