@@ -116,7 +116,7 @@ def softcapped_padding(faulty: bool, end: ExitStack) -> Case:
     return Case(model, tiny.chat())
 
 
-@bug("loss-value", "huggingface/transformers#46898", "huggingface/transformers#46784")
+@bug("loss-value", "huggingface/transformers#46898", "huggingface/transformers#46903")
 def shifted_twice(faulty: bool, end: ExitStack) -> Case:
     """Labels that were in place were moved once more: each token was trained on the one after the
     next."""
@@ -137,7 +137,7 @@ def no_router_loss(faulty: bool, end: ExitStack) -> Case:
 
 @bug("loss-scale", "linkedin/Liger-Kernel#322", "huggingface/transformers#37766")
 def own_count_of_tokens(faulty: bool, end: ExitStack) -> Case:
-    """A patched model did not use ``num_items_in_batch``: it divided by its own count, and the
+    """A patched model did not use `num_items_in_batch`: it divided by its own count, and the
     trainer no longer divided by the number of accumulated batches."""
     model = tiny.model("llama")
     own = (lambda labels, number: (labels != IGNORED).sum()) if faulty else None
@@ -147,14 +147,17 @@ def own_count_of_tokens(faulty: bool, end: ExitStack) -> Case:
     return Case(model, {**batches[0], "num_items_in_batch": items})
 
 
-@bug("loss-scale", "huggingface/transformers#34373", "huggingface/transformers#37474")
-def loss_of_all_ranks(faulty: bool, end: ExitStack) -> Case:
-    """The loss was divided by another number of tokens than there were in the step: those of one of
-    several processes."""
+@bug("loss-scale", "huggingface/transformers#37474", "huggingface/transformers#40610")
+def divided_once_more(faulty: bool, end: ExitStack) -> Case:
+    """Each of several devices divided its part of the loss by the tokens of all, and then the mean
+    of the parts was taken: loss and gradients were too small by the number of devices."""
     model = tiny.model("llama")
-    tiny.fuse_loss(model, items=lambda labels, number: (
-        ((labels != IGNORED).sum() if number is None else number) / (2 if faulty else 1)
-    ))  # fmt: skip
+    devices = 2 if faulty else 1
+
+    def items(labels: Tensor, number: Any) -> Any:
+        return ((labels != IGNORED).sum() if number is None else number) * devices
+
+    tiny.fuse_loss(model, items=items)
     return Case(model, tiny.chat())
 
 
@@ -186,17 +189,11 @@ def truncation(faulty: bool, end: ExitStack) -> Case:
     """A kernel cut numbers off to bf16 instead of rounding them: each error is within one unit, but
     all have one sign."""
     model = tiny.model("llama").bfloat16()
-    if faulty:
-        for p in model.parameters():
-            p.register_hook(_one_unit_toward_zero)
+    to_bf16 = tiny.truncated if faulty else Tensor.bfloat16
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = lambda x, m=module: tiny.LinearKernel.apply(x, m.weight, to_bf16)
     return Case(model, tiny.chat())
-
-
-def _one_unit_toward_zero(gradient: Tensor) -> Tensor:
-    """What truncation leaves of a gradient that rounding took half of the times up."""
-    bits = gradient.view(torch.int16)
-    up = torch.rand(bits.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    return torch.where((gradient != 0) & up, bits - 1, bits).view(torch.bfloat16)
 
 
 @bug("gradient-value", "linkedin/Liger-Kernel#1413")

@@ -268,7 +268,23 @@ class NormKernel(torch.autograd.Function):
         return dx, None if ctx.fault == "no weight" else dw, None, None
 
 
+class LinearKernel(torch.autograd.Function):
+    """A linear layer in bf16 that computes in fp32; ``to_bf16`` stores each result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, to_bf16: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.to_bf16 = to_bf16
+        return to_bf16(x.float() @ weight.float().t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = (t.float() for t in ctx.saved_tensors)
+        dy = grads[0].float()
+        dw = dy.flatten(0, -2).t() @ x.flatten(0, -2)
+        return ctx.to_bf16(dy @ weight), ctx.to_bf16(dw), None
+
+
 def truncated(t: Tensor) -> Tensor:
     """To bf16 by leaving the lower bits out: toward zero, as a shift does."""
-    bits = t.float().contiguous().view(torch.int32) & ~0xFFFF
-    return bits.view(torch.float32).to(t.dtype)
+    return (t.contiguous().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
