@@ -19,7 +19,7 @@ from .checks import CHECKS
 from .findings import Audit, Finding
 from .fresh import fresh_sources
 from .reference import Batch, Loss, PlainModel, Step, core_of
-from .slices import slice_of
+from .slices import samples_of, slice_of
 from .state import only_dropout, unchanged
 
 
@@ -74,7 +74,10 @@ def audit(
                 bench = None
                 result.add(_without_reference(step, str(error)))
             if bench is not None:
-                _compare(result, bench, part, step, expected)
+                try:
+                    _compare(result, bench, part, step, expected)
+                except ModelError as error:
+                    result.add(_without_reference(step, str(error)))
                 facts["reference"] = str(bench.plain.exact).removeprefix("torch.")
                 facts["not_compared"] = bench.plain.left_out
         result.add([trainable.trainable_set(model, bench, expected)])
@@ -87,7 +90,13 @@ def audit(
 def _compare(
     result: Audit, bench: Bench, batch: Batch, step: Step, expected: Sequence[str]
 ) -> None:
-    exact, eager = bench.exact(batch), bench.eager(batch)
+    exact = bench.exact(batch)
+    leaks = packs.look(bench, batch)
+    result.add(packs.findings(leaks))
+    if isinstance(leaks, packs.Leaks) and leaks.only_plain:
+        bench.samples = samples_of(batch)
+        exact = bench.exact(batch)
+    eager = bench.eager(batch)
     faults, figures = bench.faults(batch, step, exact, eager)
     inert, theirs = trainable.inert_adapters(bench, batch, step, exact)
     faults = trainable.renamed(faults, theirs, "adapter-reach")
@@ -108,7 +117,6 @@ def _compare(
         result.add([Finding("gradient-drift", "skipped", "single gradients are wrong")])
     else:
         result.add([bench.drift(batch, step, exact, eager)])
-    result.add(packs.findings(bench, batch))
 
 
 def _without_reference(step: Step, reason: str) -> Iterator[Finding]:

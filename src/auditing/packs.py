@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,97 +14,100 @@ from ..rewrite.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
 from .findings import Finding
 from .reference import Batch
+from .slices import Sample, alone, samples_of
 
 PACK_CHECKS = ("packing", "recurrent-state")
 
 
-class Sample(NamedTuple):
-    """Where one sample of a batch is."""
+@dataclass(frozen=True)
+class Leaks:
+    """How far the logits of other samples move when the first one's tokens are changed.
 
-    row: int
-    start: int
-    stop: int
+    Attributes:
+        moved: in the audited model; ``by_plain`` in the plain one; ``allowed`` by rounding.
+        apart: how far the last sample of a pack is from itself alone; None: it was not asked.
+        packed: whether samples share rows.
+        where: the module in which the plain model lets samples see each other.
+        recurrent: whether that is a recurrent layer or a convolution.
+    """
 
+    moved: float
+    by_plain: float
+    allowed: float
+    apart: float | None
+    packed: bool
+    where: str = ""
+    recurrent: bool = False
 
-def samples_of(batch: Batch) -> list[Sample]:
-    """The samples of each row, where position_ids, seq_idx or cumulated lengths tell them apart."""
-    ids: Any = batch["input_ids"]
-    rows, length = ids.shape
-    starts = torch.zeros(rows, length, dtype=torch.bool)
-    starts[:, 0] = True
-    positions, index = batch.get("position_ids"), batch.get("seq_idx")
-    lengths = next((batch[k] for k in _LENGTHS if isinstance(batch.get(k), Tensor)), None)
-    if isinstance(positions, Tensor) and positions.shape == ids.shape:
-        starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).cpu()
-    elif isinstance(index, Tensor) and index.shape == ids.shape:
-        starts[:, 1:] |= (index[:, 1:] != index[:, :-1]).cpu()
-    elif lengths is not None and rows == 1:
-        starts[0, lengths[:-1].cpu().long().clamp(max=length - 1)] = True
-    mask = batch.get("attention_mask")
-    there = torch.ones(rows, length, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        there = mask.bool().cpu()
-    found = []
-    for row in range(rows):
-        at = [*starts[row].nonzero().flatten().tolist(), length]
-        for start, stop in pairwise(at):
-            if stop - start > 1 and bool(there[row, start:stop].all()):
-                found.append(Sample(row, start, stop))
-    return found
+    @property
+    def only_plain(self) -> bool:
+        """Whether the plain model is no measure: it alone mixes the samples of a pack."""
+        return self.packed and self.by_plain > self.allowed >= self.moved
 
 
-_LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
-
-
-def findings(bench: Bench, batch: Batch) -> Iterator[Finding]:
-    """Change one sample's tokens, and see whether what is computed for others changes."""
+def look(bench: Bench, batch: Batch) -> Leaks | str:
+    """Change one sample's tokens, and see what moves; or why that cannot be asked."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        yield from _skipped("the batch has no input_ids (rows, tokens)")
-        return
+        return "the batch has no input_ids (rows, tokens)"
     samples = samples_of(batch)
     packed = len({s.row for s in samples}) < len(samples)
     if len(samples) < 2:
-        yield from _skipped("the slice has one sample only" if samples else "the rows are padded")
-        return
+        return "the slice has one sample only" if samples else "the rows are padded"
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch")}
     changed, first = _changed(inputs, samples, packed)
     here = [s for s in samples if s != first and (s.row == first.row or not packed)]
     try:
         before, after = (_logits(bench, each) for each in (inputs, changed))
+        exact = _of(bench.plain.forward(inputs))
+        rounding = _distance(_of(bench.plain.forward(inputs, "own")), exact, here)
+        plain = _distance(_of(bench.plain.forward(changed)), exact, here)
     except _NoLogits as error:
-        yield from _skipped(str(error))
-        return
-    exact = bench.plain.forward(inputs).logits
-    rounding = _distance(bench.plain.forward(inputs, "own").logits, exact, here)
-    moved = _distance(after, before, here)
+        return str(error)
     allowed = FACTOR * rounding + unit(bench.plain.dtype)
-    figures = {"moved": moved, "allowed": allowed, "samples": len(samples)}
-    what = "samples of a row" if packed else "rows"
-    if moved <= allowed:
+    apart = None
+    if packed and isinstance(batch.get("position_ids"), Tensor):
+        last = here[-1]
+        by_itself = _logits(bench, alone(inputs, last))
+        part = before[last.row : last.row + 1, last.start : last.stop]
+        apart = _distance(by_itself, part, [Sample(0, 0, last.stop - last.start)])
+    recurrent, where = _mixer(bench, inputs, changed, here) if plain > allowed else (False, "")
+    moved = _distance(after, before, here)
+    return Leaks(moved, plain, allowed, apart, packed, where, recurrent)
+
+
+def findings(leaks: Leaks | str) -> Iterator[Finding]:
+    """The answers about samples that see each other."""
+    if isinstance(leaks, str):
         for check in PACK_CHECKS:
-            yield Finding(check, "pass", f"{what} do not see each other", figures=figures)
+            yield Finding(check, "skipped", leaks)
         return
-    plain = _distance(bench.plain.forward(changed).logits, exact, here)
-    by_plain = plain > FACTOR * rounding + unit(bench.plain.dtype)
-    recurrent, where = _mixer(bench, inputs, changed, here) if by_plain else (False, "")
-    words = (
-        f"the logits of other {what} move by {moved:.1e} when the first one's tokens are changed, "
-        f"and rounding moves them by {allowed:.1e}"
-    )
-    words += f"; it begins in {where}" if where else ""
-    words += "" if by_plain else "; the plain model keeps them apart"
-    failed = "recurrent-state" if recurrent else "packing"
+    figures = {"moved": leaks.moved, "apart": leaks.apart, "allowed": leaks.allowed}
+    what = "samples of a row" if leaks.packed else "rows"
+    words, failed, where = "", "packing", ""
+    if leaks.moved > leaks.allowed:
+        words = (
+            f"the logits of other {what} move by {leaks.moved:.1e} when the first one's tokens are "
+            f"changed, and rounding moves them by {leaks.allowed:.1e}"
+        )
+        if leaks.by_plain <= leaks.allowed:
+            words += "; the plain model keeps them apart"
+        else:
+            where = leaks.where
+            failed = "recurrent-state" if leaks.recurrent else "packing"
+            words += f"; it begins in {where}" if where else ""
+    elif leaks.apart is not None and leaks.apart > 4 * leaks.allowed:
+        words = (
+            f"a sample's logits in the pack and alone differ by {leaks.apart:.1e}, and rounding "
+            f"makes {leaks.allowed:.1e}: it is at other positions, or sees others' tokens"
+        )
     for check in PACK_CHECKS:
-        if check == failed:
+        if not words:
+            yield Finding(check, "pass", f"{what} do not see each other", figures=figures)
+        elif check == failed:
             yield Finding(check, "fail", words, (where,) if where else (), figures=figures)
         else:
             yield Finding(check, "skipped", f"samples see each other: see {failed}")
-
-
-def _skipped(reason: str) -> Iterator[Finding]:
-    for check in PACK_CHECKS:
-        yield Finding(check, "skipped", reason)
 
 
 class _NoLogits(Exception):
@@ -113,7 +116,10 @@ class _NoLogits(Exception):
 
 def _logits(bench: Bench, inputs: Batch) -> Tensor:
     with torch.no_grad(), cast_to(inputs, bench.autocast):
-        outputs: Any = bench.model(**inputs)
+        return _of(bench.model(**inputs))
+
+
+def _of(outputs: Any) -> Tensor:
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise _NoLogits("the model returns no logits (rows, tokens, words)")

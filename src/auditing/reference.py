@@ -29,6 +29,9 @@ from .by_hand import causal_lm
 from .fresh import FreshSources, is_foreign, is_modeling
 from .state import rates_of
 
+SEED = 0
+"""Each step draws its random numbers from it, if it draws any."""
+
 Precision = Literal["exact", "own"]
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -107,7 +110,7 @@ class PlainModel:
         self.exact = torch.float32 if halves or autocast else torch.float64
         self.sources = sources
         self.precision: Precision = "exact"
-        self.notes: list[str] = []
+        self.is_running = False
         self._cache: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
         self.leaves: dict[Precision, dict[int, Tensor]] = {"exact": {}, "own": {}}
         try:
@@ -119,11 +122,18 @@ class PlainModel:
                 f"the plain {type(core_of(model)).__name__} cannot be built from its configuration "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+        # PEFT changes these gradients itself (OSF): there is nothing to compare
+        self.hooked = {name for name, p in self.model.named_parameters() if p._backward_hooks}
         self.meant = {name for name, p in self.model.named_parameters() if p.requires_grad}
         for _, module, name, _ in list(rates_of(self.model)):
             setattr(module, name, 0.0)
         self.names: dict[str, nn.Parameter] = {}
         self._fill()
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the reference is in fp64."""
+        return self.exact == torch.float64
 
     def _base(self) -> nn.Module:
         core: Any = core_of(self.audited)
@@ -213,7 +223,7 @@ class PlainModel:
                 if id(parameters[full]) not in shared:
                     data = t.detach()
                     shared[id(parameters[full])] = nn.Parameter(data, requires_grad=False)
-                    if parameters[full].requires_grad:
+                    if parameters[full].requires_grad and full not in self.hooked:
                         self.names[full] = shared[id(parameters[full])]
                 module._parameters[name] = shared[id(parameters[full])]
             for name, buffer in module._buffers.items():
@@ -275,7 +285,7 @@ class PlainModel:
     @contextlib.contextmanager
     def _running(self, precision: Precision) -> Iterator[None]:
         """Cast as ``precision`` says, and make casts again in backward instead of saving them."""
-        self.precision = precision
+        self.precision, self.is_running = precision, True
         self._forms: dict[int, Callable[[], Tensor]] = {}
 
         def pack(t: Tensor) -> Any:
@@ -301,6 +311,7 @@ class PlainModel:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 yield
         finally:
+            self.is_running = False
             self._cache.clear()
             self._forms.clear()
             self.leaves[precision].clear()
@@ -325,11 +336,12 @@ class PlainModel:
         """
         recorded: list[Any] = []
         order: dict[str, None] = {}
-        with contextlib.ExitStack() as hooks:
+        with contextlib.ExitStack() as hooks, _as_model_error():
             hook = self.model.register_forward_hook(lambda *a: recorded.append(a[-1]))
             hooks.callback(hook.remove)
             if noise is not None:
                 hooks.enter_context(self._noise(noise))
+            torch.manual_seed(SEED)
             with self._running(precision), torch.enable_grad():
                 for name, parameter in self.names.items():
                     self.leaves[precision][id(parameter)].register_post_accumulate_grad_hook(
@@ -370,12 +382,25 @@ class PlainModel:
     def forward(self, batch: Batch, precision: Precision = "exact") -> Any:
         """The plain model's outputs, without gradients."""
         autocast = self.autocast if precision == "own" else None
-        with self._running(precision), torch.no_grad(), _autocast(batch, autocast):
+        autocasting = _autocast(batch, autocast)
+        with _as_model_error(), self._running(precision), torch.no_grad(), autocasting:
             return self.model(**self._inputs(batch))
 
 
 _CASTS = 8
 """So many casts are kept: a module reads its weight several times, experts one after the other."""
+
+
+@contextlib.contextmanager
+def _as_model_error() -> Iterator[None]:
+    """Raise what the plain model's code raises as a ModelError."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"the plain model cannot be computed ({reason})") from error
 
 
 class _Casting(dict[str, Any]):
@@ -393,6 +418,12 @@ class _Casting(dict[str, Any]):
             return self.adapted[name]
         value = super().__getitem__(name)
         return value if value is None else self.plain.cast(value)
+
+    def items(self) -> Any:
+        """As they are cast, in a step: AdaLoRA's loss goes through ``named_parameters``."""
+        if not self.plain.is_running:
+            return super().items()
+        return ((name, self[name]) for name in self)
 
 
 @contextlib.contextmanager
@@ -416,8 +447,7 @@ class _CastingBuffers(_Casting):
 
     def __getitem__(self, name: str) -> Any:
         value = dict.__getitem__(self, name)
-        half = (torch.bfloat16, torch.float16)
-        if self.plain.precision == "exact" and value is not None and value.dtype in half:
+        if self.plain.precision == "exact" and value is not None and value.is_floating_point():
             return value.to(self.plain.exact)
         return value
 
@@ -434,12 +464,16 @@ class Dequantized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight (out, in) in fp32; in the model's dtypes, as it is stored."""
+        """The dequantized weight (out, in), in fp32 or as it is dequantized."""
         plain, layer = self._behind
-        if plain.precision == "own":
-            stored: Tensor = layer.weight
-            return stored
-        made: Tensor = plain.formed(layer.weight, lambda: dequantized(layer).to(plain.exact))
+        made: Tensor = plain.formed(
+            layer.weight,
+            lambda: (
+                dequantized(layer)
+                if plain.precision == "own"
+                else dequantized(layer).to(plain.exact)
+            ),
+        )
         return made
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,3 +85,73 @@ def first_tokens(batch: Batch, number: int) -> dict[str, Any] | None:
     part.pop("num_items_in_batch", None)
     labels = part.get("labels")
     return part if isinstance(labels, Tensor) and bool((labels[:, 1:] != -100).any()) else None
+
+
+class Sample(NamedTuple):
+    """Where one sample of a batch is."""
+
+    row: int
+    start: int
+    stop: int
+
+
+def samples_of(batch: Batch) -> list[Sample]:
+    """The samples of each row, where position_ids, seq_idx or cumulated lengths tell them apart."""
+    ids: Any = batch["input_ids"]
+    rows, length = ids.shape
+    starts = torch.zeros(rows, length, dtype=torch.bool)
+    starts[:, 0] = True
+    positions, index = batch.get("position_ids"), batch.get("seq_idx")
+    lengths = next((batch[k] for k in _LENGTHS if isinstance(batch.get(k), Tensor)), None)
+    if isinstance(positions, Tensor) and positions.shape == ids.shape:
+        starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).cpu()
+    elif isinstance(index, Tensor) and index.shape == ids.shape:
+        starts[:, 1:] |= (index[:, 1:] != index[:, :-1]).cpu()
+    elif lengths is not None and rows == 1:
+        starts[0, lengths[:-1].cpu().long().clamp(max=length - 1)] = True
+    mask = batch.get("attention_mask")
+    there = torch.ones(rows, length, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        there = mask.bool().cpu()
+    found = []
+    for row in range(rows):
+        at = [*starts[row].nonzero().flatten().tolist(), length]
+        for start, stop in pairwise(at):
+            if stop - start > 1 and bool(there[row, start:stop].all()):
+                found.append(Sample(row, start, stop))
+    return found
+
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
+
+
+def alone(batch: Batch, sample: Sample) -> dict[str, Any]:
+    """One sample of a pack as a batch: positions from 0, and nothing that tells samples apart."""
+    row, start, stop = sample
+    shape = batch["input_ids"].shape
+    part = {
+        name: value[row : row + 1, start:stop]
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.shape[:2] == shape
+    }
+    for name in ("attention_mask", "seq_idx"):
+        part.pop(name, None)
+    if isinstance(positions := part.get("position_ids"), Tensor):
+        part["position_ids"] = positions - positions[:, :1]
+    others = {k: v for k, v in batch.items() if not isinstance(v, Tensor) and k not in _OF_PACKS}
+    return {**others, **part}
+
+
+_OF_PACKS = ("max_length_q", "max_length_k", "max_seqlen", "max_seqlens")
+
+
+def moved_on(batch: Batch, by: int) -> dict[str, Any] | None:
+    """The batch with each row's tokens at other places; None if they stand for other media."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    others = any(isinstance(v, Tensor) and v.is_floating_point() for v in batch.values())
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or others:
+        return None
+    if ids.shape != labels.shape:
+        return None
+    moved = ids.roll(by, -1)
+    return {**batch, "input_ids": moved, "labels": torch.where(labels == -100, labels, moved)}

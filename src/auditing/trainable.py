@@ -27,7 +27,7 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
         return Finding("trainable-set", "fail", f"none of {len(every)} tensors is trainable")
     if expected:
         meant = {name for name in every if any(re.search(e, name) for e in expected)}
-        source = "what was expected"
+        source = _EXPECTED
     elif not isinstance(getattr(inner, "peft_config", None), dict):
         frozen = sorted(every - is_trained)
         if untied := untied_weights(inner):
@@ -44,6 +44,12 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
     else:
         meant, source = bench.plain.meant, "what the adapter's configuration trains"
     untied = untied_weights(inner)
+    own = {
+        name for path, layer in adapter_layers(model).items() for name in tensors_of(path, layer)
+    }
+    if source != _EXPECTED:  # which of an adapter's tensors are trained is its own matter
+        meant |= own
+        meant -= _frozen_halves(meant & every, is_trained)
     extra, lacking = sorted(is_trained - meant), sorted((meant & every) - is_trained)
     if not extra and not lacking and not untied:
         numbers = sum(p.numel() for _, p in trained(model))
@@ -59,6 +65,21 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
         clauses.append(f"{len(extra)} tensors are trained, but do not belong to {source}")
     return Finding("trainable-set", "fail", "; ".join(clauses), (*untied, *lacking, *extra))
 
+
+_EXPECTED = "what was expected"
+
+
+def _frozen_halves(meant: set[str], is_trained: set[str]) -> set[str]:
+    """Parts of adapters that are frozen in all layers, as LoRA-FA's first matrices are."""
+    by_part: dict[str, set[str]] = defaultdict(set)
+    for name in meant:
+        if match := _PART.search(name):
+            by_part[match[1]].add(name)
+    frozen = {part for part, names in by_part.items() if not names & is_trained}
+    return set().union(*(by_part[part] for part in frozen)) if len(frozen) < len(by_part) else set()
+
+
+_PART = re.compile(r"\.(lora_[A-Z]\w*)\.")
 
 _UNTIED = "weights that the configuration ties are two tensors, and are trained apart"
 
@@ -194,20 +215,24 @@ def bare_stacks(model: nn.Module) -> dict[str, str]:
     targets: set[str] = set()
     for config in configs.values():
         named = getattr(config, "target_modules", None)
-        targets |= set() if named is None else {named} if isinstance(named, str) else set(named)
+        targets |= set(() if named is None or isinstance(named, str) else named)
     found = {}
     for path, module in inner.named_modules():
         for name, p in module.named_parameters(recurse=False):
             stacked = p.ndim == 3 and len(p) > 1 and p.is_floating_point()
             if stacked and (id(module), name) not in adapted and not p.requires_grad:
-                found[f"{path}.{name}"] = next((t for t in sorted(targets) if _covers(t, name)), "")
+                found[f"{path}.{name}"] = next(
+                    (t for t in sorted(targets) if _covers(t, path, name)), ""
+                )
     return found
 
 
-def _covers(target: str, name: str) -> bool:
+def _covers(target: str, path: str, name: str) -> bool:
     """Whether a target such as ``gate_proj`` names what is stacked in ``gate_up_proj``."""
-    words = set(target.rpartition(".")[2].split("_"))
-    return bool(words) and words <= set(name.split("_"))
+    parent, _, last = target.rpartition(".")
+    return f".{path}".endswith(f".{parent}" if parent else "") and (
+        set(last.split("_")) <= set(name.split("_"))
+    )
 
 
 # --- experts --------------------------------------------------------------------------------------
