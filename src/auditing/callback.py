@@ -45,6 +45,8 @@ class AuditCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch."""
         self._main = state.is_world_process_zero
+        if self.watch is not None:
+            self.watch.close()  # of a run that did not reach its end
         self.watch = self.make_watch(args, state, **kwargs)
         self._logged = state.global_step
 
@@ -135,13 +137,13 @@ class Schedule:
         scheduler: what the trainer uses.
     """
 
-    def __init__(
-        self, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any
-    ) -> None:
+    def __init__(self, args: TrainingArguments, steps: int, optimizer: Any, scheduler: Any) -> None:
         self.kind = SchedulerType(args.lr_scheduler_type)
         self.steps, self.warmup = steps, args.get_warmup_steps(steps)
         group = optimizer.param_groups[0] if optimizer.param_groups else {}
-        base = float(group.get("initial_lr", group.get("lr", args.learning_rate)))
+        # a cycle has its highest rate elsewhere than at its beginning
+        rates = (group[name] for name in ("max_lr", "initial_lr", "lr") if name in group)
+        base = float(next(rates, args.learning_rate))
         self._optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=base)
         self._known: list[float] = []
         self.why = ""

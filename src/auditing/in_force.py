@@ -149,8 +149,10 @@ class Rates:
         used, base = self.used, self.base
         if warmup > 1 and used and not self.first:
             if used[0] > 0.99 * base:
-                return f"the first step has the whole learning rate, and {warmup} steps of warmup "\
-                       "are asked for"
+                return (
+                    f"the first step has the whole learning rate, and {warmup} steps of warmup "
+                    "are asked for"
+                )
             early = next((i for i, r in enumerate(used) if r > 0.99 * base), warmup)
             if early < 0.7 * warmup - 1:
                 return f"the warmup of {warmup} steps ends at step {early + 1}"

@@ -114,6 +114,8 @@ class MicroBatches:
         """Whether calls of the model and gradients are an audit's own."""
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._sharded = has_shards(model)
+        config = getattr(model, "config", None)
+        self._shifts = not getattr(config, "is_encoder_decoder", False)
         trained = [p for p in model.parameters() if p.requires_grad]
         middle = max(0, len(trained) // 2 - _PROBES // 2)
         last = trained[-_PROBES:]
@@ -159,9 +161,12 @@ class MicroBatches:
         on = torch.is_autocast_enabled(kind)
         self.batches.append(
             MicroBatch(
-                arguments, _trained_tokens(arguments), RandomState.now(self._device),
-                random.getstate(), (kind, torch.get_autocast_dtype(kind)) if on else None,
-            )  # fmt: skip
+                arguments,
+                _trained_tokens(arguments, self._shifts),
+                RandomState.now(self._device),
+                random.getstate(),
+                (kind, torch.get_autocast_dtype(kind)) if on else None,
+            )
         )
         self._forget()
 
@@ -259,15 +264,25 @@ class MicroBatches:
             return [Finding(name, "skipped", why) for name in _NAMES]
         chosen = self._extremes()
         sums, weights = [], []
+        failure = ""
         for batch in chosen:
-            total, weight = self._measure(batch, inner)
+            total = weight = math.nan
+            try:
+                total, weight = self._measure(batch, inner)
+            except Exception as error:  # such as too little memory: the run must go on
+                failure = f"a batch could not be run again: {type(error).__name__}: {error}"
             sums.append(total)
             weights.append(weight)
         processes = dist.get_world_size() if has_peers() else 1
         step = Step(len(self.batches), tokens, processes, self.average)
-        self.expected_loss = self._loss_of_step(chosen, sums, step)
-        measured = [(b.tokens, w) for b, w in zip(chosen, weights, strict=True)]
-        return judge(measured, step)
+        loss = self._loss_of_step(chosen, sums, step)
+        if failure:
+            return [Finding(name, "skipped", failure) for name in _NAMES]
+        found = judge([(b.tokens, w) for b, w in zip(chosen, weights, strict=True)], step)
+        # what is wrong in the gradients is wrong in the logged loss, too
+        right = step.average == "tokens" and all(f.verdict == "pass" for f in found)
+        self.expected_loss = loss if right else None
+        return found
 
     def _why_not(self) -> str:
         """Why the weights of tokens cannot be measured; empty: they can."""
@@ -407,22 +422,22 @@ def _has_labels(batch: MicroBatch) -> bool:
     return isinstance((batch.arguments or {}).get("labels"), Tensor) or batch.arguments is None
 
 
-def _trained_tokens(arguments: dict[str, Any]) -> int:
-    """Tokens whose loss is trained: those with a label that another token precedes."""
+def _trained_tokens(arguments: dict[str, Any], shifts: bool) -> int:
+    """Tokens whose loss is trained: with a label, and if the model ``shifts`` it, one before it."""
     shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
     if isinstance(shifted, Tensor):
         return int((shifted != IGNORED).sum())
     inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))
     if not isinstance(labels, Tensor) or labels.ndim < 2:
         return 0
+    if not shifts:
+        return int((labels != IGNORED).sum())
     if isinstance(inputs, Tensor) and labels.shape[:2] != inputs.shape[:2]:
         return 0
     return int((labels[..., 1:] != IGNORED).sum())
 
 
-def _of_all_processes(
-    why: str, tokens: int, batches: int, device: torch.device
-) -> tuple[str, int]:
+def _of_all_processes(why: str, tokens: int, batches: int, device: torch.device) -> tuple[str, int]:
     """Agree on whether to measure, and count the tokens of all; a collective."""
     mine = torch.tensor([bool(why), tokens, batches, batches**2], device=device)
     dist.all_reduce(mine)
@@ -461,9 +476,7 @@ def judge(measured: list[tuple[int, float]], step: Step) -> list[Finding]:
     # 1 for each batch, if the step is the mean over its tokens, or over its batches
     by_token = [w * step.tokens / step.processes for _, w in known]
     by_batch = [w * n * step.batches for n, w in known]
-    wanted, other = (
-        (by_token, by_batch) if step.average == "tokens" else (by_batch, by_token)
-    )
+    wanted, other = (by_token, by_batch) if step.average == "tokens" else (by_batch, by_token)
     figures = {
         "batches": step.batches, "tokens": step.tokens, "processes": step.processes,
         "factors": [round(f, 4) for f in wanted],
@@ -533,8 +546,10 @@ def _uneven(
 
 def judge_logged(logged: float, expected: float | None) -> Finding | None:
     """A finding if what is logged as the loss of a step is not its loss by hand; else None."""
-    if expected is None or not math.isfinite(logged) or math.isclose(
-        logged, expected, rel_tol=0.05, abs_tol=1e-3
+    if (
+        expected is None
+        or not math.isfinite(logged)
+        or math.isclose(logged, expected, rel_tol=0.05, abs_tol=1e-3)
     ):
         return None
     factor = logged / expected if expected else math.inf

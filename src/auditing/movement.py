@@ -64,7 +64,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def sampled(tensor: Tensor, most: int) -> Tensor | None:
-    """A copy of up to ``most`` elements of this process's share, evenly spaced; None: it has none."""
+    """A copy of up to ``most`` elements of this process's share, evenly spaced; None: no share."""
     parts = list(plain_parts(tensor))
     if len(parts) != 1:
         return None
@@ -168,6 +168,7 @@ class Movement:
         """The answers to ``weights-moved``, and at the end to ``trainable-set``.
 
         Args:
+            at_end: whether training is over.
             has_gradients: whether ``.grad`` had the gradients when ``before_step`` was called.
             exempt: why frozen weights may move; empty: they may not.
         """
@@ -201,8 +202,10 @@ class Movement:
         if self.strangers:
             figures["not_of_the_model"] = self.strangers
         if not self._trained:
-            return Finding("weights-moved", "fail", "no tensor of the model requires a gradient",
-                           advice="add the adapter, or set requires_grad", figures=figures)  # fmt: skip
+            return Finding(
+                "weights-moved", "fail", "no tensor of the model requires a gradient",
+                advice="add the adapter, or set requires_grad", figures=figures,
+            )  # fmt: skip
         if changed:
             return Finding(
                 "weights-moved", "fail", f"{_count(changed)} frozen and changed all the same",

@@ -48,6 +48,7 @@ class Watch:
             they may not.
         no_dropout: whether the trainer was asked to switch dropout off.
         checkpointing: whether gradient checkpointing was asked for; None: by the model's flags.
+        unasked: questions whose answer is meant to be no, each with the reason.
     """
 
     exempt = ""
@@ -74,6 +75,7 @@ class Watch:
         self.inner = unwrapped(model)
         self.audit = Audit(type(core_of(model)).__name__)
         self.steps = 0
+        self.unasked: dict[str, str] = {}
         self._expected_rates, self._warmup = expected_rates, warmup_steps
         self.has_gradients = not any(map(in_zero3, self.inner.parameters()))
         self._movement = Movement(self.inner, optimizers)
@@ -201,7 +203,7 @@ class Watch:
 
     def _checkpointing(self) -> Finding:
         planner = planner_of(self.inner)
-        if planner is not None:
+        if planner is not None and any(planner.levels.values()):
             return _planned(planner, self.checkpointing)
         if self._counted is None:
             why = self._unseen or "the model is compiled: its modules cannot be watched"
@@ -218,9 +220,7 @@ class Watch:
     def _examine(self) -> None:
         rest = [name for name in CHECKS if name not in OF_THE_LOOP]
         batch = {
-            name: value
-            for name, value in (self._batch or {}).items()
-            if isinstance(value, Tensor)
+            name: value for name, value in (self._batch or {}).items() if isinstance(value, Tensor)
         }
         if "num_items_in_batch" in batch:  # as of a step of this batch alone: the same graphs
             (first,) = self._first_tokens
@@ -229,19 +229,22 @@ class Watch:
         why = self._unseen or collectives_of(self.inner) or ""
         if not why and not isinstance(batch.get("labels"), Tensor):
             why = "no batch with labels was seen"
-        why = why or _too_large(self.inner)
+        tokens = 0
+        if not why:
+            tokens, why = _tokens_that_fit(self.inner)
         if not why:
             try:
                 with _without_noise(self.inner):
                     found = audit(
                         self.inner, batch, tokenizer=self.tokenizer, autocast=self._autocast,
-                        checkpointing=self.checkpointing,
+                        checkpointing=self.checkpointing, tokens=tokens,
                     )  # fmt: skip
             except Exception as error:  # the run must not end because it could not be audited
                 why = f"the audit could not run: {type(error).__name__}: {error}"
             else:
                 self.audit.facts |= found.facts
-                self._add(found.findings)
+                self._add(f for f in found.findings if f.check not in self.unasked)
+                self._add(Finding(name, "skipped", w) for name, w in self.unasked.items())
         if why:
             self._add(Finding(name, "skipped", why) for name in rest)
 
@@ -251,7 +254,7 @@ class Watch:
         self.audit.add(findings)
 
     def _replace(self, findings: Sequence[Finding]) -> None:
-        """What is known at the end stands for what was known at the first step, unless it is worse."""
+        """Let what is known at the end stand for what the first step said, unless it is worse."""
         for new in findings:
             self.audit.findings = [
                 f for f in self.audit.findings if f.check != new.check or f.verdict == "fail"
@@ -307,35 +310,61 @@ def _without_noise(model: nn.Module) -> Iterator[None]:
             module.neftune_noise_alpha = amount
 
 
-_TIMES = 3.0
-"""The memory of a reference for each byte of the weights in float32: they, and two gradients."""
+_SLICES = 512, 256, 128, 64
+"""Tokens that are compared with a plain model: as many as there is memory for."""
 
 
-def _too_large(model: nn.Module) -> str:
-    """Why a reference of ``model`` does not fit into its memory, or the planner's budget."""
+def _tokens_that_fit(model: nn.Module) -> tuple[int, str]:
+    """How many tokens can be compared within the device's memory, or the planner's budget.
+
+    0 with the reason if none can.
+    """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     planner, meter = planner_of(model), Meter(device)
     limit = planner.budget.bytes if planner is not None else None
     limit = limit or meter.capacity()
     if limit is None:
-        return ""
-    elements = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
-    needed, room = int(4 * elements * _TIMES), limit - meter.used()
-    if needed <= room:
-        return ""
-    return (
-        f"a reference in float32 needs about {gigabytes(needed)}, and {gigabytes(max(room, 0))} are "
-        "free: audit it where there is more memory, by fusewright audit"
+        return _SLICES[0], ""
+    room = limit - meter.used()
+    for tokens in _SLICES:
+        needed = _reference_bytes(model, parameters, tokens)
+        if needed <= room:
+            return tokens, ""
+    return 0, (
+        f"a plain model's step of {_SLICES[-1]} tokens needs about {gigabytes(needed)}, and "
+        f"{gigabytes(max(room, 0))} are free: audit it where there is more memory, by fusewright "
+        "audit"
+    )
+
+
+def _reference_bytes(model: nn.Module, parameters: Sequence[Tensor], tokens: int) -> int:
+    """About what a step of a plain model takes, which casts frozen weights when it reads them.
+
+    The activations of a layer are those of Korthikanti et al. (2022), 17 values for each of its
+    width; logits are there three times.
+    """
+    halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    wide = 4 if halves else 8
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    largest = max((p.numel() for p in parameters), default=0)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width, layers, words = (
+        getattr(text, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    # weights and two sets of gradients in the wide dtype and in the model's own
+    return trained * (2 * wide + 12) + wide * (
+        2 * largest + tokens * (17 * width * layers + 3 * words)
     )
 
 
 def _planned(planner: Any, asked: bool | None) -> Finding:
     """What fusewright's memory planner has decided, which takes the place of checkpoints."""
-    levels = [level for level in planner.levels.values() if level]
+    levels = list(filter(None, planner.levels.values()))
     again = sum(level not in ("weights", "all") for level in levels)
     text = f"fusewright plans memory: {again} of {len(levels)} blocks compute some of it again"
-    wrong = bool(asked and levels and not again)
+    wrong = bool(asked) and not again
     return Finding("checkpointing", "fail" if wrong else "pass", text)
 
 
@@ -351,7 +380,9 @@ class LoopWatch(Watch):
     A context manager: its end is the end of training.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *args: Any, **kwargs: Any):
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(model, optimizers, *args, **kwargs)
         self._steps = [
             optimizers[0].register_step_pre_hook(lambda *_: self.before_step()),

@@ -41,7 +41,8 @@ def _batches(number: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(1)
     result = []
     for i in range(number):
-        ids = torch.randint(0, 64, (2, 24))
+        ids = torch.randint(3, 64, (2, 24))
+        ids[:, -1] = 2  # the end of a text
         labels = ids.clone()
         labels[:, : 18 if i % 2 else 0] = -100
         result.append({"input_ids": ids, "labels": labels})
@@ -113,7 +114,7 @@ def test_rates_are_compared_with_the_schedule() -> None:
 
 
 def test_weights_too_coarse_for_their_updates_are_no_fault_of_the_loop() -> None:
-    """A norm of ones in bfloat16 cannot take in an update of 1e-4; a matrix of small weights can."""
+    """A norm of ones in bfloat16 cannot hold an update of 1e-4; a matrix of small weights can."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.RMSNorm(8)).to(torch.bfloat16)
     optimizer = AdamW(model.parameters(), lr=1e-4)

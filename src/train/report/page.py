@@ -291,7 +291,8 @@ NAME = "report.html"
 _CONTENTS = (
     ("curves", "Curves", "charts"), ("sample", "Answers", "sample"),
     ("completions", "Completions", "completions"), ("use", "Use it", "usage"),
-    ("data", "Data and model", "data"), ("audit", "Audit", "audit"), ("optimize", "Rewrites", "optimize"),
+    ("data", "Data and model", "data"), ("audit", "Audit", "audit"),
+    ("optimize", "Rewrites", "optimize"),
     ("resources", "Memory and time", "resources"), ("keys", "Worth knowing", "warnings"),
     ("recipe", "Recipe", "recipe"), ("machine", "Versions", "machine"),
 )  # fmt: skip

@@ -25,7 +25,10 @@ class RunAudit(AuditCallback):
     def make_watch(self, args: Any, state: Any, **kwargs: Any) -> Watch:
         """As of any trainer, with what the recipe asks for."""
         trainer, recipe = self.trainer, self.recipe
+        kwargs["processing_class"] = trainer.context.tokenizer
         watch = super().make_watch(args, state, **kwargs)
+        if ends := _ends_that_are_meant(recipe):
+            watch.unasked = {"end-of-turn": ends, "row-ends": ends}
         watch.checkpointing = recipe.checkpointing()
         watch.has_gradients &= not trainer.sharding.zero_stage
         if recipe.relora:
@@ -74,6 +77,20 @@ class RunAudit(AuditCallback):
         say(audit.headline)
         if not audit.passed:
             say(str(audit))
+
+
+def _ends_that_are_meant(recipe: Recipe) -> str:
+    """Why answers may end without an end that is trained; empty: they may not."""
+    if recipe.excess_length_strategy == "truncate":
+        return "excess_length_strategy: truncate cuts the ends of long rows"
+    if recipe.pretraining_dataset:
+        return "texts are cut into sequences"
+    for source in recipe.datasets:
+        if "completion" in str(source.type):
+            return "rows of type completion are texts, which are cut"
+        if not {source.train_on_eos, source.train_on_eot} <= {"turn", "all", None}:
+            return "train_on_eos or train_on_eot leaves ends out"
+    return ""
 
 
 class _RecipeSchedule(Schedule):

@@ -196,6 +196,20 @@ def test_every_entry_may_be_missing_or_odd(run: dict[str, Any]) -> None:
         assert parsed(odd).named("main")
 
 
+def test_the_audit_is_shown_with_what_is_wrong_first(run: dict[str, Any]) -> None:
+    assert run["audit"]["passed"]
+    assert "Audit of the training" in parsed(run).text
+    findings = [
+        *run["audit"]["findings"],
+        {"check": "warmup", "verdict": "fail", "reason": HOSTILE},
+    ]
+    text = parsed({**run, "audit": {"findings": findings}}).text
+    assert "1 failed" in text
+    assert "(failed: warmup)" in text
+    assert text.index("warmup fail <script>") < text.index("weights-moved pass")
+    assert "Audit of the training" not in parsed({**run, "audit": None}).text
+
+
 def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
     lost = json.loads(json.dumps(run))
     del lost["val_loss_after"], lost["adapter_check"], lost["sample"]["after"]
