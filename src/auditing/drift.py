@@ -26,6 +26,8 @@ from ..rewrite.tolerance import FACTOR, unit
 
 _ERRORS = 5.0
 """Standard errors that a mean may be from eager mode's; by chance once in two million times."""
+_SUSPECT = 1.65
+"""Standard errors from which on more steps are worth their time."""
 _LEAST = 0.125
 """In units of rounding: a smaller bias is none."""
 _SCALAR = 0.21
@@ -117,6 +119,12 @@ class Drift:
     def exceeded(self) -> bool:
         """Whether the errors have a bias that neither chance nor eager mode explains."""
         return abs(self.bias - self.eager) > self.allowed and abs(self.bias) > self.least
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether more steps could show a bias: chance makes one so large in one of ten."""
+        off = abs(self.bias - self.eager)
+        return off > _SUSPECT / _ERRORS * self.allowed and abs(self.bias) > self.least
 
     def text(self) -> str:
         """What was measured, as a clause."""

@@ -154,39 +154,6 @@ def compare(
     return faults, {"compared": compared, "worst_over_allowed": worst}
 
 
-def drift(
-    gradients: Gradients, reference: Gradients, runs: Sequence[Gradients], dtype: torch.dtype
-) -> tuple[float, float, float]:
-    """The mean of the signed relative errors, what is allowed, and the share of one sign.
-
-    The error of a gradient in its own direction is none but for rounding: as often more as less.
-    Its mean over all tensors tells a bias that no single one shows.
-    """
-
-    def biases(run: Gradients) -> list[float]:
-        found = []
-        for name, exact in reference.items():
-            g = run.get(name)
-            if g is not None and exact is not None and bool(exact.any()):
-                each = Agreement.of(g, exact)
-                if each.off < UNRESOLVED:
-                    found.append(each.scale - 1)
-        return found
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values) if values else 0.0
-
-    ours = biases(gradients)
-    same = sum((b > 0) == (mean(ours) > 0) for b in ours) / len(ours) if ours else 0.0
-    slack = unit(dtype) / 8 if dtype in (torch.bfloat16, torch.float16) else 4 * unit(dtype)
-    allowed = FACTOR * max((abs(mean(biases(run))) for run in runs), default=0.0) + slack
-    return mean(ours), allowed, same
-
-
-ONE_SIDED = 0.8
-"""The share of tensors whose errors have one sign from which on a mean is called a bias."""
-
-
 def _named(agreement: Agreement) -> str:
     if agreement.rest <= EXPLAINED * agreement.off and abs(agreement.scale - 1) > NOTICEABLE:
         return "gradient-sign" if agreement.scale < 0 else "gradient-scale"

@@ -1,4 +1,4 @@
-"""Published bugs that only a training loop shows: what an optimizer, a schedule, or a trainer does."""
+"""Published bugs that only a training loop shows: of optimizers, schedules and trainers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers import (
     TrainingArguments,
     get_constant_schedule,
 )
-from trl import SFTConfig
 
 from fusewright.auditing.callback import AuditCallback
 from fusewright.auditing.findings import Audit
 from fusewright.auditing.watch import watch
+from trl import SFTConfig
 
 from . import tiny
 from .published import bug
