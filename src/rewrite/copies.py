@@ -22,8 +22,8 @@ def copy_what_is_written(effects: Effects, open_to_writes: bool = False) -> int:
     """Give each op of ours a copy of what it may keep and the graph writes into later, in place.
 
     An op may keep each of its inputs, and the outputs that ``Op.saved_outputs`` names. Nested
-    graphs are changed too. With ``open_to_writes``, the graph's results may be written into by its
-    caller. Returns how many copies are made.
+    graphs are changed too. With ``open_to_writes``, the graph's results, and those inputs that it
+    writes into, may be written into by its caller. Returns how many copies are made.
     """
     copies, mode, last_writes = 0, effects.modes, effects.last_writes
     leaving = effects.returned if open_to_writes else set()
@@ -32,9 +32,11 @@ def copy_what_is_written(effects: Effects, open_to_writes: bool = False) -> int:
         # memory -> place of the last write into it
         last = {memory: order[n] for memory, n in last_writes[inner.graph].items()}
         if inner is effects.module:
-            placeholders = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
-            leaving = leaving - {m for n in placeholders for m in facts.memories(n)}
-            last.update(dict.fromkeys(leaving, order[inner.graph.output_node()]))
+            placeholders = inner.graph.find_nodes(op="placeholder")
+            inputs = {m for n in placeholders for m in facts.memories(n)}
+            # what the graph lets alone is copied by who calls it
+            left = leaving - inputs | (inputs & last.keys() if open_to_writes else set())
+            last.update(dict.fromkeys(left, order[inner.graph.output_node()]))
         if not last:
             continue
         for node in list(order):

@@ -156,6 +156,28 @@ class Narrows(Block):
         return super().forward(x)[..., :4] * 2
 
 
+class AddsInside(Block):
+    """A block that writes into its input, as its caller does afterwards."""
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            y = self.d(x)
+        x += y
+        return x + super().forward(x)
+
+
+class WritesItsBuffer(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([AddsInside(False), AddsInside(False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffer = x.detach().clone()
+        first = self.layers[0](buffer)
+        buffer.copy_(buffer.flip(0, 1) * 0.5)
+        return first + self.layers[1](buffer)
+
+
 class AddsToAPart(Stack):
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +199,23 @@ class AddsBesideAnEncoder(Stack):
         for layer in self.layers:
             x += layer(x, states, torch.ones(2, 5, 1, dtype=x.dtype))
         return x
+
+
+def test_an_input_that_block_and_caller_write() -> None:
+    torch.manual_seed(0)
+    eager = WritesItsBuffer().to(torch.bfloat16)
+    ours, x = optimize(copy.deepcopy(eager), codegen="eager"), torch.randn(2, 5, 16).bfloat16()
+
+    def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        y = model(x)
+        y.double().square().sum().backward()
+        return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    reference = step(copy.deepcopy(eager).double(), x.double())
+    for a, b, o in zip(step(ours, x), step(eager, x), reference, strict=True):
+        assert exceeded(a, b, o) is None
+    assert explain(ours).by_rule()
 
 
 @pytest.mark.parametrize("kind", [AddsToAPart, AddsBesideAnEncoder])

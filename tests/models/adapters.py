@@ -323,9 +323,7 @@ PEFT {version} on a tiny model of two layers with seven projections each.
 
 The last column is what `explain(model)` says. Written by `python -m tests.models.adapters`;
 `tests/models/test_adapters.py` holds each line, and the loss and every gradient to the error budget
-of eager PEFT (1.5 times its distance from fp64). DeLoRA's line may miss it by chance: its scales
-are single numbers, and over six steps the error of the gradient of one is 0.4 to 2.9 times eager's;
-over 48 steps it is 0.7 to 1.3 times, on average 1.0. Nothing of it is fused.
+of eager PEFT (1.5 times its distance from fp64).
 
 DoRA's linears stay apart from `mlp_block` and `qkv_block`, which would have to keep the sum of both
 products for the gradient of the magnitude; LoRA's MLP gains 7% by the block on a CPU.

@@ -59,6 +59,15 @@ def _step(model: nn.Module, *batches: Tensor, **more: object) -> tuple[Tensor, d
 class _InDouble(TorchFunctionMode):
     """Makes model code that casts to fp32 (norms, softmax, the loss) stay in fp64: the oracle."""
 
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of what it makes without naming a dtype
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        torch.set_default_dtype(self._default)
+        super().__exit__(*args)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
