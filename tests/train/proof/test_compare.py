@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fusewright.train.proof.compare import (
     Allowed,
     Deviations,
     deviations,
+    drift_of,
     exceeded,
 )
 
@@ -208,3 +210,24 @@ def test_where_eager_is_nan_nothing_passes() -> None:
 )
 def test_kinds(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_gradients_that_are_truncated_have_a_bias(tmp_path: Path) -> None:
+    exact = _tensors()
+    noisy = {name: t * (1 + 1e-3 * torch.randn(t.shape)) for name, t in exact.items()}
+    folders = {
+        "exact": exact,
+        "eager": {name: t.bfloat16() for name, t in exact.items()},
+        "rounded": {name: t.bfloat16() for name, t in noisy.items()},
+        "truncated": {
+            name: (t.view(torch.int32) & -(1 << 16)).view(torch.float32).bfloat16()
+            for name, t in noisy.items()
+        },
+    }
+    written = {name: _write(tmp_path / name, of, exact) for name, of in folders.items()}
+    for name, biased in (("rounded", False), ("truncated", True)):
+        found = drift_of(written[name], written["eager"], written["exact"], "bfloat16", 10_000)
+        assert any(drift.exceeded for drift in found) == biased
+        limits = Allowed.of(_found(), "bfloat16", 100)
+        said = exceeded(dataclasses.replace(_found(), drift=found), limits)
+        assert [s.split(" by ")[0].split(" are ")[1] for s in said] == ["too small"] * biased
