@@ -22,6 +22,13 @@ class RunAudit(AuditCallback):
         self.trainer, self.recipe = trainer, trainer.context.recipe
         self._compute: Callable[..., Tensor] | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to watch."""
+        super().on_train_begin(args, state, control, **kwargs)
+        resumed = self.trainer.resumed
+        if resumed is not None:  # its first log may be of steps that another run has made
+            self._logged = resumed.last_logged
+
     def make_watch(self, args: Any, state: Any, **kwargs: Any) -> StepWatch:
         """As of any trainer, with what the recipe asks for."""
         trainer, recipe = self.trainer, self.recipe
