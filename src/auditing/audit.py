@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def audit(
                 except ModelError as error:
                     result.add(_without_reference(step, str(error)))
                 facts["reference"] = str(bench.plain.exact).removeprefix("torch.")
+                facts["reference_bytes"] = bench.plain.nbytes(part)
                 facts["not_compared"] = bench.plain.left_out
         result.add([trainable.trainable_set(model, bench, expected)])
         facts["exchanged"] = sorted(set(sources.patched))
@@ -98,25 +100,35 @@ def _compare(
         exact = bench.exact(batch)
     eager = bench.eager(batch)
     faults, figures = bench.faults(batch, step, exact, eager)
-    inert, theirs = trainable.inert_adapters(bench, batch, step, exact)
-    faults = trainable.renamed(faults, theirs, "adapter-reach")
-    reached, theirs = trainable.experts_reached(
+    inert, of_inert = trainable.inert_adapters(bench, batch, step, exact)
+    faults = trainable.renamed(faults, of_inert, "adapter-reach")
+    reached, of_experts = trainable.experts_reached(
         bench.model, step.gradients, exact.gradients, expected
     )
-    faults = trainable.renamed(faults, theirs, "experts-reached")
+    faults = trainable.renamed(faults, of_experts, "experts-reached")
     faults, where = bench.by_rows(batch, faults)
     factor = of_gradients.common_factor(faults, int(figures["compared"]))
     of_loss = list(losses.findings(step, exact, eager, batch, bench.plain.dtype, factor))
     scaled = any(f.check == "loss-scale" and f.verdict == "fail" for f in of_loss)
     if factor is not None and scaled:  # they follow the loss
         faults = trainable.renamed(faults, {f.name for f in faults}, "loss-scale")
+    found = list(of_gradients.findings(faults, figures, exact.order, where))
+    if any(f.check == "adapter-reach" for f in faults):  # the plain model's are in its forward
+        found, of_loss = (list(map(_behind_adapters, each)) for each in (found, of_loss))
     result.add(of_loss)
     result.add([trainable.adapter_reach(bench.model, inert), reached])
-    result.add(of_gradients.findings(faults, figures, exact.order, where))
+    result.add(found)
     if any(f.agreement for f in faults):
         result.add([Finding("gradient-drift", "skipped", "single gradients are wrong")])
     else:
         result.add([bench.drift(batch, step, exact, eager)])
+
+
+def _behind_adapters(finding: Finding) -> Finding:
+    if finding.verdict != "fail" or finding.check not in ("gradient-value", "loss-value"):
+        return finding
+    reason = "adapters take no part in the forward, from which it may follow: see adapter-reach"
+    return replace(finding, verdict="skipped", reason=reason)
 
 
 def _without_reference(step: Step, reason: str) -> Iterator[Finding]:

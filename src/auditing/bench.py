@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +44,18 @@ class Bench:
     def exact(self, batch: Batch) -> Step:
         """A step of the reference: in fp32 if the model cannot be computed in fp64.
 
-        Raises a ModelError if its loss is not finite even then.
+        Raises a ModelError if it does not fit, or if its loss is not finite even then.
         """
+        needed, free = self.plain.nbytes(batch), free_memory(batch)
+        if self.plain.is_wide and needed > free:
+            self.plain.exact = torch.float32
+            needed = self.plain.nbytes(batch)
+        if needed > free:
+            raise ModelError(
+                f"the reference takes about {needed / 2**30:.1f} GiB for these "
+                f"{batch['input_ids'].numel()} tokens, and {free / 2**30:.1f} GiB are free: audit "
+                "fewer tokens, or train fewer weights"
+            )
         step = None
         with contextlib.suppress(ModelError) if self.plain.is_wide else contextlib.nullcontext():
             step = self.plain.step(batch, self._plain_loss, "exact")
@@ -166,6 +178,17 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def cast_to(batch: Batch, dtype: torch.dtype | None) -> Any:
     """Autocast to ``dtype``, or as it is."""
     return torch.autocast(device_of(batch), dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def free_memory(batch: Batch) -> int:
+    """The free bytes on the device of a batch."""
+    if device_of(batch) == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # what Linux can free counts as well
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
+    return pages * size
 
 
 def device_of(batch: Batch) -> str:

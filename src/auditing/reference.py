@@ -257,6 +257,21 @@ class PlainModel:
         read = [_was_read(m) for m in own if len(m._parameters)]
         return _was_read(base) and bool(read) and not any(read)
 
+    def nbytes(self, batch: Batch) -> int:
+        """About what a reference step takes beyond the model: trained copies, casts, logits."""
+        size = self.exact.itemsize
+        trained = sum(2 * p.numel() * size for p in self.names.values() if p.dtype != self.exact)
+        trained += sum(p.numel() * size for p in self.names.values() if p.dtype == self.exact)
+        largest = max((p.numel() for p in self.audited.parameters()), default=0)
+        ids: Any = batch.get("input_ids")
+        config: Any = getattr(core_of(self.audited), "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        words, width = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
+        layers = getattr(text, "num_hidden_layers", 0)
+        tokens = ids.numel() if isinstance(ids, Tensor) else 0
+        # a block keeps some thirty activations as wide as the hidden state (gates included)
+        return trained + size * (2 * largest + tokens * (4 * words + 30 * layers * width))
+
     def cast(self, parameter: Tensor) -> Tensor:
         """What a module of the plain model reads as its parameter."""
         leaf = self.leaves[self.precision].get(id(parameter))
@@ -509,10 +524,15 @@ def is_quantized(module: nn.Module) -> bool:
 def dequantized(layer: Any) -> Tensor:
     """The weight (out, in) that a quantized linear layer stands for."""
     if type(layer).__module__.startswith("bitsandbytes."):
-        from peft.utils.integrations import dequantize_module_weight
+        from bitsandbytes import functional
 
-        weight: Tensor = dequantize_module_weight(layer).detach()
-        return weight
+        weight: Any = layer.weight
+        if hasattr(weight, "quant_state"):
+            of_four: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+            return of_four
+        scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
+        of_eight: Tensor = functional.int8_vectorwise_dequant(weight.data, scales)
+        return of_eight
     tensor = next(t for t in (*layer.parameters(), *layer.buffers()))
     dtype = next((t.dtype for t in layer.buffers() if t.is_floating_point()), torch.float32)
     rows = torch.eye(layer.in_features, dtype=dtype, device=tensor.device)

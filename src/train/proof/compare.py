@@ -38,7 +38,6 @@ import contextlib
 import ctypes
 import gc
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -52,6 +51,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...auditing.gradients import kind_of
 from ...rewrite.tolerance import FACTOR, unit
 from ...sharding import whole
 from ..report.environment import memory
@@ -90,12 +90,6 @@ class Deviations:
     def gradient(self) -> float:
         """That of all trained weights together."""
         return self.gradients.get(ALL, math.nan)
-
-
-def kind_of(name: str) -> str:
-    """The kind of a parameter: its name without numbers of layers, experts and adapters' names."""
-    short = re.sub(r"\.(default\.)?weight$", "", name)
-    return re.sub(r"(^|.*\.)\d+\.", "", short)
 
 
 def deviations(

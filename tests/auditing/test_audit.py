@@ -1,0 +1,229 @@
+"""What ``audit`` finds in tiny models, and that it leaves them as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from fusewright import audit
+from fusewright.auditing.checks import CHECKS
+from fusewright.auditing.fresh import exchanged_names, fresh_sources
+from fusewright.auditing.slices import samples_of, slice_of
+
+PAD, END = 0, 1
+
+
+def tiny(dtype: torch.dtype = torch.float32, lora: bool = False, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=100, eos_token_id=END, pad_token_id=PAD, use_cache=False,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config).to(dtype).train()
+    if lora:
+        model = get_peft_model(
+            model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+        )
+    return model
+
+
+def batch(rows: int = 3, length: int = 24) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 100, (rows, length))
+    ids[:, -4] = END
+    labels = ids.clone()
+    labels[:, :6] = labels[:, -3:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def failed(result: Any) -> list[str]:
+    return [finding.check for finding in result.failed]
+
+
+class Changed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Any) -> Tensor:
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.change(gradient), None
+
+
+def first_row(gradient: Tensor) -> Tensor:
+    return torch.cat([gradient[:1], torch.zeros_like(gradient[1:])])
+
+
+def first_tokens(gradient: Tensor) -> Tensor:
+    return torch.cat([gradient[:, :8], 0.5 * gradient[:, 8:]], 1)
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        ("gradient-scale", lambda g: 2 * g),
+        ("gradient-rows", first_row),
+        *(
+            pytest.param(check, change, marks=pytest.mark.long)
+            for check, change in (
+                ("gradient-sign", lambda g: -g),
+                ("gradient-zero", lambda g: 0 * g),
+                ("gradient-rows", first_tokens),
+                ("gradient-finite", lambda g: g * torch.nan),
+                ("gradient-value", lambda g: g.roll(1, -1)),
+            )
+        ),
+    ],
+)
+def test_names_what_a_patched_class_does_to_gradients(
+    check: str, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate = Changed.apply(self.gate_proj(x), change)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    result = audit(tiny(lora=True), batch())
+    assert failed(result) == [check]
+    assert "layers.1.mlp.gate_proj" in next(result.failed).subjects[0]
+
+
+def test_finds_a_detached_path_behind_a_module_level_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Norm(modeling_llama.LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return x * scale * self.weight.detach()
+
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", Norm)
+    result = audit(tiny(), batch())
+    assert failed(result) == ["gradient-missing"]
+    assert len(next(result.failed).subjects) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_healthy_model_passes_and_is_as_before(dtype: torch.dtype, lora: bool) -> None:
+    model = tiny(dtype, lora)
+    held = next(p for p in model.parameters() if p.requires_grad)
+    held.grad = grad = torch.ones_like(held)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    given = batch()
+    state = torch.get_rng_state()
+    result = audit(model, given)
+    assert result.passed, str(result)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert [p for p in model.parameters() if p.grad is not None] == [held]
+    assert held.grad is grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    json.dumps(result.to_dict())
+
+
+def test_says_where_a_fault_begins_and_what_may_follow_from_it() -> None:
+    model = tiny()
+    model.model.layers[1].mlp.down_proj.weight.register_hook(lambda g: 2 * g)
+    result = audit(model, batch())
+    assert failed(result) == ["gradient-scale"]
+    text = str(result)
+    assert text.index("FAIL  gradient-scale") < text.index("passed")
+    assert "model.layers.1.mlp.down_proj.weight" in text
+    assert CHECKS["gradient-scale"].advice in text
+
+
+def test_a_loss_over_other_tokens_is_named() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    assert failed(audit(tiny(), batch(), loss=loss)) == ["loss-scale"]
+
+
+def test_tokens_that_are_not_trained_are_named() -> None:
+    given = batch()
+    given["labels"][given["input_ids"] == END] = -100
+    assert failed(audit(tiny(), given)) == ["end-of-turn"]
+    given["labels"][:] = -100
+    assert failed(audit(tiny(), given)) == ["trained-tokens"]
+
+
+def test_a_pack_without_masks_leaks() -> None:
+    given = batch(1) | {"position_ids": torch.arange(12).repeat(1, 2)}
+    assert [s.start for s in samples_of(given)] == [0, 12]
+    assert audit(tiny(), given).passed
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    assert failed(audit(tiny(), given)) == ["packing"]
+
+
+def test_dropout_and_checkpointing_are_in_force() -> None:
+    model = tiny(lora=True, lora_dropout=0.2)
+    model.gradient_checkpointing_enable()
+    assert audit(model, batch()).passed
+    model.eval()
+    assert failed(audit(model, batch())) == ["dropout", "checkpointing"]
+
+
+def test_adapters_that_the_forward_leaves_out_are_named() -> None:
+    model = tiny(lora=True)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.forward = layer.base_layer.forward
+    assert failed(audit(model, batch())) == ["adapter-reach"]
+
+
+def test_the_trainable_set_is_the_configured_one() -> None:
+    model = tiny(lora=True)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    result = audit(model, batch())
+    assert failed(result) == ["trainable-set"]
+    assert audit(model, batch(), expected=["lora_", r"model\.norm"]).passed
+
+
+def test_a_model_without_a_modeling_file_is_judged_by_itself() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Embedding(100, 100)
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.inner(input_ids)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+    result = audit(Plain(), batch())
+    assert result.passed
+    skipped = {f.check: f.reason for f in result.findings if f.verdict == "skipped"}
+    assert "Plain is not a class of transformers" in skipped["gradient-value"]
+
+
+def test_patched_functions_of_library_modules_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    assert list(exchanged_names(masking_utils)) == []
+    monkeypatch.setattr(masking_utils, "create_causal_mask", lambda **kwargs: None)
+    assert list(exchanged_names(masking_utils)) == ["transformers.masking_utils.create_causal_mask"]
+    with fresh_sources() as sources:
+        twin = sources.twin(LlamaForCausalLM)
+        assert twin is not LlamaForCausalLM
+        assert twin.__name__ == "LlamaForCausalLM"
+
+
+def test_a_slice_has_the_rows_that_differ_most() -> None:
+    given = batch(8, 100)
+    given["labels"][5, :90] = -100
+    part, facts = slice_of(given, 64)
+    assert part["input_ids"].shape == (2, 32)
+    assert facts["slice"].startswith("rows 5, ")
+
+
+def test_the_docs_list_every_check() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
+    for check in CHECKS.values():
+        assert f"| `{check.name}` | {check.question} | {check.advice} |" in page
