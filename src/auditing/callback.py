@@ -63,6 +63,7 @@ class AuditCallback(TrainerCallback):
             unseen=_unseen(args), **self.settings(),
         )  # fmt: skip
         watch.checkpointing = args.gradient_checkpointing or None
+        watch.packing = bool(getattr(args, "packing", False))
         if getattr(args, "sync_ref_model", False):
             watch.exempt = "the reference model is moved while it trains"
         watch.no_dropout = bool(getattr(args, "disable_dropout", False))

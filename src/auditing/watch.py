@@ -23,6 +23,7 @@ from .force import CountsCalls, checkpointing
 from .in_force import Dropout, Rates
 from .micro_batches import Average, MicroBatches, judge_logged
 from .movement import Movement
+from .packs import rows_of_one_sample
 from .reference import core_of, unwrapped
 
 OF_THE_LOOP = (
@@ -48,12 +49,14 @@ class StepWatch:
             they may not.
         no_dropout: whether the trainer was asked to switch dropout off.
         checkpointing: whether gradient checkpointing was asked for; None: by the model's flags.
+        packing: whether packing was asked for.
         unasked: questions whose answer is meant to be no, each with the reason.
     """
 
     exempt = ""
     no_dropout = False
     checkpointing: bool | None = None
+    packing = False
 
     def __init__(
         self,
@@ -245,6 +248,12 @@ class StepWatch:
                 self.audit.facts |= found.facts
                 self._add(f for f in found.findings if f.check not in self.unasked)
                 self._add(Finding(name, "skipped", w) for name, w in self.unasked.items())
+            if self.packing and (padded := rows_of_one_sample(batch)):
+                self._add([Finding(
+                    "packing", "fail", f"packing was asked for, and {padded} rows of the first "
+                    "batch are one sample and padding each",
+                    advice="look for what switched packing off: the kind of model, or a collator",
+                )])  # fmt: skip
         if why:
             self._add(Finding(name, "skipped", why) for name in rest)
 

@@ -1,4 +1,4 @@
-"""Published bugs that only a training loop shows: of optimizers, schedules and trainers."""
+"""Published bugs that only a loop shows: what an optimizer, a schedule or a trainer does."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class Loop:
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Rows of a chat with answers of 12 tokens and of 3, in turn; or packs."""
+    """Padded rows of a chat with answers of 10 tokens and of 3, in turn; or packs."""
 
     def __init__(self, packed: bool = False) -> None:
         self.rows = []
         for seed in range(16):
-            batch = tiny.pack(seed=seed) if packed else tiny.chat(rows=1, seed=seed)
-            row = {k: v[0] for k, v in batch.items()}
+            batch = tiny.pack(seed=seed) if packed else tiny.chat(rows=2, seed=seed)
+            row = {k: v[-1] for k, v in batch.items()}  # of a chat, the row that is padded
             if not packed and seed % 2:
-                row["labels"][:15] = IGNORED
+                row["labels"][:13] = IGNORED
             self.rows.append(row)
 
     def __len__(self) -> int:
