@@ -155,9 +155,10 @@ class Schedule:
 
     def make(self, optimizer: Any, args: TrainingArguments) -> Any:
         """A scheduler of ``optimizer`` as it is asked for."""
+        more: Any = args.lr_scheduler_kwargs
         return get_scheduler(
             self.kind, optimizer, self.warmup, self.steps,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=dict(more or {}),
         )  # fmt: skip
 
     def unasked(self, scheduler: Any) -> str:

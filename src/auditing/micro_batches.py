@@ -195,7 +195,8 @@ class MicroBatches:
         batch = self.batches[-1]
         if self.drew_random is None:
             now = RandomState.now(self._device)
-            gpu = now.gpu is not None and not torch.equal(now.gpu, batch.random.gpu)
+            before = batch.random.gpu
+            gpu = now.gpu is not None and before is not None and not torch.equal(now.gpu, before)
             self.drew_random = gpu or not torch.equal(now.host, batch.random.host)
         value, batch.summed = _loss_in(output)
         if value is None or not value.requires_grad:

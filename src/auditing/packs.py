@@ -14,7 +14,7 @@ from ..rewrite.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
 from .findings import Finding
 from .reference import Batch
-from .slices import Sample, alone, samples_of
+from .slices import LENGTHS, Sample, alone, samples_of
 
 PACK_CHECKS = ("packing", "recurrent-state")
 
@@ -79,7 +79,7 @@ def look(bench: Bench, batch: Batch) -> Leaks | str:
 def rows_of_one_sample(batch: Batch) -> int:
     """How many rows of a batch that is not packed are padded; 0 if not even half of them are."""
     mask = batch.get("attention_mask")
-    marked = ("position_ids", "seq_idx", *_LENGTHS)
+    marked = ("position_ids", "seq_idx", *LENGTHS)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or any(name in batch for name in marked):
         return 0
     padded = int((mask == 0).any(1).sum())

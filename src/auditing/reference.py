@@ -212,10 +212,10 @@ class PlainModel:
                 full = f"{path}.{name}" if path else name
                 if old is None:
                     continue
-                t = parameters.get(full)
-                if t is None:
+                parameter = parameters.get(full)
+                if parameter is None:
                     raise ModelError(f"the audited model has no parameter {full}")
-                t = whole(t)
+                t = whole(parameter)
                 if t.shape != old.shape:
                     raise ModelError(
                         f"{full} is {tuple(t.shape)} in the audited model and {tuple(old.shape)} "

@@ -78,7 +78,8 @@ class RunAudit(AuditCallback):
         batch = dict(arguments)
         number = batch.pop("num_items_in_batch")
         loss: Tensor = self._compute(self.trainer.model, batch, num_items_in_batch=number)
-        return loss / self.trainer.accelerator.num_processes  # by which Trainer has multiplied it
+        processes: int = self.trainer.accelerator.num_processes
+        return loss / processes  # by which Trainer has multiplied it
 
     def _show(self, audit: Audit) -> None:
         say = self.trainer.context.say
