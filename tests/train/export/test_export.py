@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from ..model.multimodal import MTP, make_multimodal, stored
 from .convert_hf_to_gguf import PLANTED
 
 STAND_IN = Path(__file__).parent
+needs_library = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors"
+)
 
 
 @pytest.fixture
@@ -53,6 +57,7 @@ def export(run: Path, *arguments: str | Path, exit_code: int = 0) -> dict[str, A
     return {**found, **{finding["check"]: finding for finding in found["findings"]}}
 
 
+@needs_library
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["fp8", "int4-g32", "nvfp4", "mxfp4"])
 def test_compressed_tensors(adapter: Path, name: str) -> None:
@@ -97,6 +102,7 @@ def test_faults_of_a_converter(adapter: Path, fault: str, monkeypatch: pytest.Mo
         assert said in found["exported-tensors"]["reason"]
 
 
+@needs_library
 @pytest.mark.long
 @pytest.mark.parametrize("fault", ["transposed", "wrong scale", "missing"])
 def test_faults_of_the_writer(adapter: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +152,7 @@ def test_faults_of_a_merge(
         )
 
 
+@needs_library
 @pytest.mark.long
 def test_experts(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64,
@@ -167,6 +174,7 @@ def test_experts(tmp_path: Path) -> None:
     assert "Qwen3MoeForCausalLM is not supported" in said
 
 
+@needs_library
 @pytest.mark.long
 @pytest.mark.parametrize("fault", [False, True])
 def test_towers(tmp_path: Path, fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +216,7 @@ def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert snapshot(adapter) == before
 
 
+@needs_library
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["compressed-tensors", "gguf"])
 def test_a_full_disk(adapter: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +256,7 @@ def test_templates_for_ollama() -> None:
     assert ollama.turns(make_tokenizer(counted), {}) is None
 
 
+@needs_library
 def test_roundtrips() -> None:
     """Rounding twice is rounding once, and no format confuses rows and columns."""
     torch.manual_seed(0)
