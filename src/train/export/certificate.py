@@ -384,7 +384,12 @@ def _judged(
     elif "base, exported" not in results:
         yield Finding("format-cost", "skipped", "there is no base to measure its own cost on")
     else:
-        yield _cost(results)
+        found = _cost(results)
+        if not results["exported"].answers:  # transformers could not read it
+            found = replace(
+                found, reason=f"{found.reason}, as llama.cpp computes ({subject.unread})"
+            )
+        yield found
     yield from _other_reader(subject, results, rows)
 
 
@@ -486,7 +491,7 @@ def _facts(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> dict[
         },
         "gain_kept": share(results, "exported" if "exported" in results else "merged"),
         "greedy": {
-            "prompts": len(rows.prompts),
+            "prompts": len(rows.prompts) if last.answers else 0,
             "same_as_the_trained_model": sum(
                 a == b for a, b in zip(reference.answers, last.answers, strict=False)
             ),
