@@ -27,12 +27,14 @@ class Rows:
     Attributes:
         what: which they are, in words.
         samples: with labels where a loss is computed.
+        all: how many there were to choose from.
         prompts: beginnings of samples, or questions, to be continued.
     """
 
     what: str
     samples: list[Sample]
     prompts: list[list[int]]
+    all: int = 0
 
     @classmethod
     def of(cls, what: str, samples: Sequence[Sample], questions: Sequence[list[int]]) -> Rows:
@@ -46,7 +48,18 @@ class Rows:
             count += len(sample.input_ids)
         starts = [next(i for i, t in enumerate(s.labels) if t != IGNORED) for s in chosen]
         begun = [s.input_ids[:n][-512:] for s, n in zip(chosen, starts, strict=True) if n > 1]
-        return cls(what, chosen, (begun or list(questions))[:_PROMPTS])
+        return cls(what, chosen, (begun or list(questions))[:_PROMPTS], len(usable))
+
+    def spread(self, losses: Tensor) -> float:
+        """The standard error of a mean loss, for that of all samples: rows differ as wholes."""
+        each = torch.stack(
+            [
+                part.double().sum() - losses.double().mean() * len(part)
+                for part in losses.split([s.trained for s in self.samples])
+            ]
+        )
+        chosen = len(self.samples) / max(self.all, 1)
+        return float(each.norm() / len(losses)) * (1 - chosen) ** 0.5
 
     @property
     def count(self) -> int:

@@ -74,10 +74,16 @@ def test_compressed_tensors(adapter: Path, name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["q8_0", "bf16"])
 def test_gguf(adapter: Path, name: str) -> None:
-    found = export(adapter, "--format", "gguf", "-q", name)
+    kind = "ollama" if name == "q8_0" else "gguf"
+    found = export(adapter, "--format", kind, "-q", name)
     kinds = {"F32": 5, "Q8_0": 16} if name == "q8_0" else {"BF16": 21}  # norms are ones
     assert found["exported-tensors"]["figures"]["tensors"] == kinds
     assert found["facts"]["greedy"]["prompts"] == 4
+    if kind == "ollama":
+        lines = (adapter / "out/Modelfile").read_text().splitlines()
+        assert lines[0] == "FROM ./model-q8_0.gguf"
+        assert lines[1].startswith('TEMPLATE """{{ range .Messages }}')
+        assert lines[-1] == 'PARAMETER stop "<|im_end|>"'
     assert found["facts"]["bytes"]["export"] == (adapter / f"out/model-{name}.gguf").stat().st_size
 
 
