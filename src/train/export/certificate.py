@@ -24,7 +24,7 @@ from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
 from ..terminal import announce
 from .reading import Compared, TokenizerRead, compared, meta_model_of
-from .scores import Logits, Rows, Scores, answers, cost, distance, forward, scores
+from .scores import HeldOut, Logits, Scores, answers, cost, distance, forward, scores
 
 CHECKS: dict[str, Check] = {
     check.name: check
@@ -129,7 +129,7 @@ def certify(subject: Subject) -> Audit:
 # --- rows and models -----------------------------------------------------------------------------
 
 
-def _rows(subject: Subject, tokenizer: Any) -> tuple[Rows, bool]:
+def _rows(subject: Subject, tokenizer: Any) -> tuple[HeldOut, bool]:
     """The rows to judge on, and whether they are of those that the run was validated on."""
     prompt, questions = ChatPrompt.of(subject.run.recipe), []
     for text in _PROMPTS:
@@ -138,7 +138,7 @@ def _rows(subject: Subject, tokenizer: Any) -> tuple[Rows, bool]:
         questions.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     what, sets = held_out(subject.run, subject.files, tokenizer)
     samples = [sample for samples in sets for sample in samples]
-    rows = Rows.of(what, samples, questions)
+    rows = HeldOut.of(what, samples, questions)
     return rows, not subject.files and bool(subject.run.facts.get("val_loss_before"))
 
 
@@ -189,7 +189,7 @@ def _load(run: RunFolder) -> Any:
     return nn.Module.float(load_model_of(run)).eval()
 
 
-def _results(subject: Subject, base: _Base | None, rows: Rows) -> dict[str, Scores]:
+def _results(subject: Subject, base: _Base | None, rows: HeldOut) -> dict[str, Scores]:
     """What each model computes."""
 
     def opened(folder: Path) -> Any:
@@ -225,7 +225,7 @@ def _results(subject: Subject, base: _Base | None, rows: Rows) -> dict[str, Scor
     return results
 
 
-def _otherwise(subject: Subject, folder: Path | None, rows: Rows) -> Logits | None:
+def _otherwise(subject: Subject, folder: Path | None, rows: HeldOut) -> Logits | None:
     """What another reader than transformers computes, by default from the export."""
     length = max(len(ids) for ids in (*(s.input_ids for s in rows.samples), *rows.prompts))
     with suppress(ValueError):  # it cannot read it, either
@@ -347,7 +347,7 @@ def _finding(
 # --- the questions about texts -------------------------------------------------------------------
 
 
-def _texts(subject: Subject, ours: Any, rows: Rows) -> Iterator[Finding]:
+def _texts(subject: Subject, ours: Any, rows: HeldOut) -> Iterator[Finding]:
     read = subject.writer.tokenizer(subject.export, ours)
     texts = [*_TEXTS, *(ours.decode(s.input_ids) for s in rows.samples[:5])]
     wrong = {
@@ -371,7 +371,7 @@ def _texts(subject: Subject, ours: Any, rows: Rows) -> Iterator[Finding]:
 
 
 def _judged(
-    subject: Subject, results: dict[str, Scores], rows: Rows, validated: bool
+    subject: Subject, results: dict[str, Scores], rows: HeldOut, validated: bool
 ) -> Iterator[Finding]:
     trained = results.get("adapter") or results["merged"]
     if validated:
@@ -396,7 +396,7 @@ def _judged(
 
 
 def _recorded(
-    subject: Subject, results: Mapping[str, Scores], trained: Scores, rows: Rows
+    subject: Subject, results: Mapping[str, Scores], trained: Scores, rows: HeldOut
 ) -> Finding:
     """Compare with the losses that the run recorded: in its own dtype, in packs, on all rows."""
     before, after = (float(subject.run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
@@ -410,7 +410,7 @@ def _recorded(
     return _finding("recorded-loss", wrong, f"{before:.4f} before and {after:.4f} after training")
 
 
-def _gain(results: Mapping[str, Scores], rows: Rows) -> Finding:
+def _gain(results: Mapping[str, Scores], rows: HeldOut) -> Finding:
     if not rows.samples:
         return Finding("merged-gain", "skipped", "there are no rows; name some: --data FILE")
     if "base" not in results or "adapter" not in results:
@@ -447,7 +447,9 @@ def _cost(results: Mapping[str, Scores]) -> Finding:
     return _finding("format-cost", wrong, found, figures)
 
 
-def _other_reader(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> Iterator[Finding]:
+def _other_reader(
+    subject: Subject, results: Mapping[str, Scores], rows: HeldOut
+) -> Iterator[Finding]:
     """What llama.cpp computes, on the first rows; it rounds activations to 8 bits."""
     ours = results.get("exported")
     if ours is None or not ours.answers:  # which transformers could not read
@@ -466,7 +468,7 @@ def _other_reader(subject: Subject, results: Mapping[str, Scores], rows: Rows) -
         return
     if logits is None:
         return
-    theirs = scores(logits, Rows(rows.what, some, []))
+    theirs = scores(logits, HeldOut(rows.what, some, []))
     count = len(theirs.losses)
     loss, expected = theirs.loss, float(ours.losses[:count].double().mean())
     found = f"its loss is {loss:.4f} on {count} tokens, and that of transformers {expected:.4f}"
@@ -477,7 +479,7 @@ def _other_reader(subject: Subject, results: Mapping[str, Scores], rows: Rows) -
 # --- the record ----------------------------------------------------------------------------------
 
 
-def _facts(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> dict[str, Any]:
+def _facts(subject: Subject, results: Mapping[str, Scores], rows: HeldOut) -> dict[str, Any]:
     last = results.get("exported") or results["merged"]
     reference = results.get("adapter") or results["merged"]
     return {

@@ -31,7 +31,8 @@ from .reading import Compared, TokenizerRead, compared, meta_model_of
 from .scores import Logits
 
 VARIABLE = "FUSEWRIGHT_LLAMA_CPP"
-_CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
+_SCRIPT = "convert_hf_to_gguf"
+_CONVERTERS = (f"{_SCRIPT}.py", "convert-hf-to-gguf")
 _QUANTIZERS = ("llama-quantize", "build/bin/llama-quantize", "bin/llama-quantize")
 
 
@@ -58,7 +59,7 @@ def find_llama_cpp(format: Format, folder: Path | None = None) -> LlamaCpp:
         raise RecipeError(f"{named} is not a folder; --llama-cpp names one with llama.cpp in it")
     found = _find(_CONVERTERS, named)
     if found is None:
-        where = f"{named} has no {_CONVERTERS[0]}" if named else f"no {_CONVERTERS[0]} on PATH"
+        where = f"{named} has no {_SCRIPT}.py" if named else f"no {_SCRIPT}.py on PATH"
         raise RecipeError(
             f"GGUF is written by llama.cpp's converter, and there is {where}: git clone "
             f"https://github.com/ggml-org/llama.cpp, then --llama-cpp llama.cpp (or {VARIABLE})"

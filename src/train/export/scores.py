@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ _KEPT_BYTES = 2**28
 
 
 @dataclass
-class Rows:
+class HeldOut:
     """Tokens to judge models on.
 
     Attributes:
@@ -37,7 +38,7 @@ class Rows:
     all: int = 0
 
     @classmethod
-    def of(cls, what: str, samples: Sequence[Sample], questions: Sequence[list[int]]) -> Rows:
+    def of(cls, what: str, samples: Sequence[Sample], questions: Sequence[list[int]]) -> HeldOut:
         """As many samples as have about 4,000 tokens, spread evenly over all of them."""
         usable = [s for s in samples if s.trained]
         step, count, chosen = max(1, sum(len(s.input_ids) for s in usable) // _TOKENS), 0, []
@@ -59,7 +60,7 @@ class Rows:
             ]
         )
         chosen = len(self.samples) / max(self.all, 1)
-        return float(each.norm() / len(losses)) * (1 - chosen) ** 0.5
+        return float(each.norm() / len(losses)) * math.sqrt(1 - chosen)
 
     @property
     def count(self) -> int:
@@ -89,7 +90,7 @@ class Scores:
 
 
 @torch.no_grad()
-def scores(logits_of: Logits, rows: Rows) -> Scores:
+def scores(logits_of: Logits, rows: HeldOut) -> Scores:
     """Compute losses and logits, row by row."""
     losses, kept, size = [], [], 0
     samples = rows.samples or [Sample(p, [IGNORED, *p[1:]]) for p in rows.prompts]
@@ -115,7 +116,7 @@ def forward(model: Any) -> Logits:
 
 
 @torch.no_grad()
-def answers(model: Any, rows: Rows) -> list[list[int]]:
+def answers(model: Any, rows: HeldOut) -> list[list[int]]:
     """The next 24 tokens of each prompt, the most likely one each time."""
     found = []
     for prompt in rows.prompts:
