@@ -36,6 +36,12 @@ class Format:
         return self.writer == "gguf"
 
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it stores weights in few bits, in one way that training can follow."""
+        return self.writer == "compressed-tensors" or self.type == "Q8_0"
+
+
 _GGUF = functools.partial(Format, writer="gguf")
 _CT = functools.partial(Format, writer="compressed-tensors")
 

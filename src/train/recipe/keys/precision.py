@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Keys, key, not_yet
+from ..export_formats import FORMATS
+from .base import METHOD, Int, Keys, key, not_yet
+
+
+_ROUNDING: Any = Literal[tuple(f.name for f in FORMATS.values() if f.rounds)]
 
 
 class PrecisionKeys(Keys):
@@ -88,6 +92,24 @@ class PrecisionKeys(Keys):
     model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
     """The configuration of transformers for a base model in MXFP4 or blocks of FP8, which is
     unpacked while it is loaded: it needs ``{dequantize: true}``. Unset: the model's own."""
+
+    export_format: _ROUNDING | None = key(
+        excludes={
+            "relora": "set this or relora, not both: what is merged is rounded at every step",
+            "peft_layer_replication": "not with {key}: leave one out",
+            METHOD: "only supervised training so far: {key} compares the model with itself",
+            "kd_trainer": "only supervised training so far: leave {key} out",
+            "tensor_parallel_size": "not with {key}, which divides layers: use FSDP or DDP",
+        },
+    )
+    """The format of ``fusewright export`` that the trained model is for, e.g. ``nvfp4``,
+    ``int4-g32`` or ``q8_0``: layers multiply by weights that are merged and rounded as it will
+    round them, so that what is trained survives (straight-through gradients). What is saved is
+    plain. llama.cpp's mixtures (``q4_k_m``) cannot be followed; 16 bits need not be. Unset: weights
+    are not rounded."""
+
+    export_format_after_n_steps: Int | None = key(gt=0, read_with=["export_format"])
+    """Steps before ``export_format`` begins to round. Unset: from the start."""
 
     model_quantization_config_kwargs: dict[str, Any] | None = None
     """Arguments for ``model_quantization_config``. Unset: none."""
