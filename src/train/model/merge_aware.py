@@ -292,7 +292,8 @@ def _to_bias(ctx: Any, grad: Tensor, place: int) -> Tensor | None:
     return grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[place] else None
 
 
-@torch.compiler.disable
+# a tracer would see the weight's rounding, and not that nothing is kept of it
+@torch.compiler.disable(reason="its weight is rounded as an export rounds it")
 def _multiply(layer: Any, x: Tensor, plain: Callable[..., Tensor]) -> Tensor:
     """What ``layer`` gives for x (..., in); ``plain`` is its forward without rounding."""
     name, kind = _adapter(layer), x.device.type
@@ -340,9 +341,8 @@ def _rounding(kind: Any) -> Any:
 
 def exported_layers(model: Any, recipe: Recipe) -> list[str]:
     """The paths of the linear layers that the recipe's export rounds; ``model`` has no adapter."""
-    if recipe.export_format is None:
-        return []
-    return list(rounding.rounded_layers(model, format_named(recipe.export_format)))
+    name = recipe.rounds_as()
+    return [] if name is None else list(rounding.rounded_layers(model, format_named(name)))
 
 
 def round_in_training(
@@ -356,9 +356,10 @@ def round_in_training(
         RecipeError: the merged weights of an adapter, or of a base in few bits, cannot be had here;
             or there is nothing to round.
     """
-    if recipe.export_format is None:
+    name = recipe.rounds_as()
+    if name is None:
         return
-    format, adapts = format_named(recipe.export_format), hasattr(model, "peft_config")
+    format, adapts = format_named(name), hasattr(model, "peft_config")
     base = model.get_base_model() if adapts else model
     layers = {p: m for p in paths if (m := _module(base, p)) is not None}
     whole = {p: m for p, m in layers.items() if m is base.get_output_embeddings()}
@@ -368,7 +369,7 @@ def round_in_training(
     if rounding.shares_scale(format):
         groups = rounding.sharing({p: (m.out_features, m.in_features) for p, m in layers.items()})
     # what is frozen is rounded once and for good, where it is not saved: beside an adapter
-    at_once = adapts and not recipe.export_format_after_n_steps
+    at_once = adapts and not recipe.rounds_after()
     for names in {tuple(names): names for names in groups.values()}.values():
         siblings = [layers[name] for name in names]
         if at_once and all(map(_is_frozen, siblings)):
@@ -377,7 +378,7 @@ def round_in_training(
         shared = siblings if rounding.shares_scale(format) else []
         for layer in siblings:
             layer.rounding = Rounding(format, model.dtype, shared)
-            layer.rounding.enabled = not recipe.export_format_after_n_steps
+            layer.rounding.enabled = not recipe.rounds_after()
             layer.__class__ = _rounding(type(layer))
     left = _round_ends(base, format, at_once)
     if say is not None:
@@ -473,12 +474,18 @@ def _stacks(base: nn.Module) -> dict[tuple[str, str], None]:
     }
 
 
+def rounds(module: nn.Module) -> bool:
+    """Whether it is what rounds weights or activations, ours or torchao's."""
+    ao = type(module).__module__ == "torchao.quantization.qat.fake_quantizer"
+    return isinstance(module, Rounding) or ao
+
+
 class RoundingStart(TrainerCallback):
     """Begins to round ``model`` after the recipe's number of steps."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, Rounding)]
-        self.steps = recipe.export_format_after_n_steps or 0
+        self.layers: list[Any] = [m for m in model.modules() if rounds(m)]
+        self.steps = recipe.rounds_after()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, where this is due; also where a run resumes after it."""

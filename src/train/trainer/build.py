@@ -148,7 +148,7 @@ def make_trainer(
     )  # fmt: skip
     samplers: list[Any] = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
     samplers += [Relora(model, recipe, context.say)] if recipe.relora else []
-    samplers += [RoundingStart(model, recipe)] if recipe.export_format_after_n_steps else []
+    samplers += [RoundingStart(model, recipe)] if recipe.rounds_after() else []
     extra = {
         "model": model,
         "args": args,

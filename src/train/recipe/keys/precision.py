@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from ..export_formats import FORMATS
 from .base import METHOD, Int, Keys, key, not_yet
+
+
+_FEW_BITS = ("int4", "int8", "float8_e4m3fn", "nvfp4", "mxfp4")
+
+
+def _dtype(value: Any) -> Any:
+    return "float8_e4m3fn" if value in ("fp8", "float8") else value
+
+
+FewBits = Annotated[Literal[_FEW_BITS], BeforeValidator(_dtype)]
+
+
+class QatKeys(Keys):
+    """``qat``: weights and activations are rounded in training, as torchao rounds them."""
+
+    weight_dtype: FewBits = "int8"
+    """Rounding of the weights: ``int4``, ``float8_e4m3fn`` (or ``fp8``), ``mxfp4`` or ``nvfp4``. The
+    default is Axolotl's, which torchao does not train with: set another one."""
+
+    activation_dtype: FewBits | None = None
+    """Rounding of the inputs of layers: ``int8`` or ``float8_e4m3fn`` for weights in ``int4``, the
+    same as ``weight_dtype`` for others; those of ``nvfp4`` are not rounded. Unset: none, but
+    ``mxfp4`` for ``mxfp4``."""
+
+    group_size: Int | None = key(32, gt=0)
+    """Number of weights that share a scale, for ``int4``; 16 for ``nvfp4``, 32 for ``mxfp4``."""
+
+    quantize_embedding: bool | None = False
+    """Round the embeddings, too: ``int4`` only."""
+
+    fake_quant_after_n_steps: Int | None = key(gt=0)
+    """Steps before rounding begins. Unset: from the start."""
 
 
 _ROUNDING: Any = Literal[tuple(f.name for f in FORMATS.values() if f.rounds)]
@@ -100,6 +134,7 @@ class PrecisionKeys(Keys):
             METHOD: "only supervised training so far: {key} compares the model with itself",
             "kd_trainer": "only supervised training so far: leave {key} out",
             "tensor_parallel_size": "not with {key}, which divides layers: use FSDP or DDP",
+            "deepspeed": "not with {key}: use FSDP or DDP",
         },
     )
     """The format of ``fusewright export`` that the trained model is for, e.g. ``nvfp4``,
@@ -110,6 +145,19 @@ class PrecisionKeys(Keys):
 
     export_format_after_n_steps: Int | None = key(gt=0, read_with=["export_format"])
     """Steps before ``export_format`` begins to round. Unset: from the start."""
+
+    qat: QatKeys | None = key(
+        excludes={
+            "adapter": "trains whole weights; with {key}, set export_format in its place",
+            "export_format": "set this or {key}, not both",
+            "relora": "set this or {key}, not both",
+            METHOD: "only supervised training so far: leave one out",
+            "kd_trainer": "only supervised training so far: leave {key} out",
+            "tensor_parallel_size": "not with {key}, which divides layers: use FSDP or DDP",
+        },
+    )
+    """Quantization-aware training of whole weights by torchao, as Axolotl's. What is saved is
+    plain; ``fusewright export`` writes it in few bits. Unset: none."""
 
     model_quantization_config_kwargs: dict[str, Any] | None = None
     """Arguments for ``model_quantization_config``. Unset: none."""
