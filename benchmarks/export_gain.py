@@ -4,8 +4,8 @@
 
 Trains the recipe's adapter on its rows, once for each seed without and once for each format with
 ``export_format``, and measures the mean loss on held-out rows of the base, of the adapter, and of
-the model as the export writes it: merged, each weight rounded and read back by the library that
-owns the format. ``kept`` is (base - exported) / (base - adapter); ``kept of plain`` has the adapter
+the model as the export writes it and it is read back: merged, each weight rounded bit for bit as by
+the library that owns the format. ``kept`` is (base - exported) / (base - adapter); ``kept of plain`` has the adapter
 that was trained without rounding below the line.
 """
 
@@ -28,7 +28,7 @@ from fusewright.train.data.prepare import prepare
 from fusewright.train.model import rounding
 from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model, quiet
-from fusewright.train.model.merge_aware import exported_layers, round_in_training
+from fusewright.train.model.merge_aware import exported_layers, round_in_training, roundtrip
 from fusewright.train.model.tokenizer import load_tokenizer, pad_token
 from fusewright.train.recipe.export_formats import format_named
 from fusewright.train.recipe.load import load_recipe
@@ -141,7 +141,7 @@ def exported(model: Any, recipe: Any, name: str) -> Any:
     groups = rounding.sharing(shapes) if rounding.shares_scale(format) else {}
     largest = {p: max(layers[n].weight.abs().max() for n in names) for p, names in groups.items()}
     for path, layer in layers.items():
-        weight: Tensor = rounding.roundtrip(format, layer.weight, largest.get(path))
+        weight = roundtrip(format, layer.weight, largest.get(path))
         layer.weight.copy_(weight)
     return merged
 

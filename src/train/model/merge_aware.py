@@ -323,7 +323,8 @@ def _multiply(layer: Any, x: Tensor, plain: Callable[..., Tensor]) -> Tensor:
 
 
 @functools.cache
-def _rounding(kind: Any) -> Any:
+def rounding_class(kind: Any) -> Any:
+    """The class of a linear layer's class that multiplies as the layer's ``rounding`` says."""
     plain = kind.forward
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -379,7 +380,7 @@ def round_in_training(
         for layer in siblings:
             layer.rounding = Rounding(format, model.dtype, shared)
             layer.rounding.enabled = not recipe.rounds_after()
-            layer.__class__ = _rounding(type(layer))
+            layer.__class__ = rounding_class(type(layer))
     left = _round_ends(base, format, at_once)
     if say is not None:
         say(f"export_format: {len(layers)} layers multiply by weights rounded to {format.name}")
