@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -195,15 +200,17 @@ def test_a_base_in_4_bits_is_merged_as_it_is() -> None:
 
     recipe = checked("x", export_format="int4-g32", adapter="qlora", load_in_4bit=True,
                      lora_target_linear=True)  # fmt: skip
-    base = make_model()
+    base, dense = make_model(), make_model()
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    quantize(base, config, torch.device("cpu"))
+    for one in (base, dense):
+        quantize(one, config, torch.device("cpu"))
+    dequantize_linears(dense, torch.float32)
     paths = exported_layers(base, recipe)
     assert len(paths) == 14
-    model = learnt(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])))
-    plain = copy.deepcopy(model)
+    chosen = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model, plain = learnt(get_peft_model(base, chosen)), get_peft_model(dense, chosen)
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
     round_in_training(model, recipe, paths)
-    dequantize_linears(plain, torch.float32)
     exported = as_exported(plain, "int4-g32", paths)
     ids = torch.randint(3, 262, (2, 9))
     assert torch.equal(model(input_ids=ids).logits, exported(input_ids=ids).logits)
