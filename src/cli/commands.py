@@ -161,6 +161,63 @@ def merge(
     command.merge(opened, options)
 
 
+def export(
+    run: RunArgument,
+    kind: Annotated[
+        str,
+        typer.Option("--format", help="merged, gguf, compressed-tensors or ollama."),
+    ],
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            "--quantization",
+            "-q",
+            help="gguf, ollama: f16, bf16, q8_0 (default), q4_k_m and so on. compressed-tensors: "
+            "fp8 (default), int4, nvfp4, mxfp4 and so on. merged: bfloat16, float16, float32.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder. Default: RUN/export-QUANTIZATION.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows to judge the export on; can be repeated. Default: the run's."),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(help="A folder with llama.cpp. Default: FUSEWRIGHT_LLAMA_CPP, or PATH."),
+    ] = None,
+    create: Annotated[
+        str | None, typer.Option(help="Run ollama create with this name, if it is installed.")
+    ] = None,
+    certificate: Annotated[
+        bool, typer.Option(help="Read the export back and compare it with what was trained.")
+    ] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 500MB.")] = "5GB",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="As for fusewright merge.")
+    ] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+    allow_code: Code = False,
+) -> None:
+    """Write a run for other engines, read it back, and certify what survived.
+
+    The exit code is 1 if a tensor is wrong, or more was lost than the format costs the base.
+    """
+    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code))
+    announce("importing PyTorch and transformers")
+    from ..train.export import command  # slow to import
+
+    options = command.ExportOptions(
+        kind, quantization, output, tuple(data or ()), llama_cpp, create, certificate,
+        max_shard_size, dequantize,
+    )  # fmt: skip
+    audit = command.export(opened, options).certificate
+    raise typer.Exit(int(audit is not None and not audit.passed))
+
+
 def _opened(folder: str, base_model: str | None, consent: Consent) -> RunFolder:
     from ..train.inference.run_folder import open_run
 
@@ -416,7 +473,7 @@ def register(app: typer.Typer) -> None:
     app.command(context_settings=keys, epilog=f"{any_key} 8192")(plan)
     app.command(context_settings=keys, epilog=f"{any_key} 2048")(preprocess)
     app.command("eval")(evaluate)
-    for command in (generate, chat, merge):
+    for command in (generate, chat, merge, export):
         app.command()(command)
     endings = "Exit code 0: all ways passed; 1: one failed; 2: the recipe cannot be used."
     app.command(context_settings=keys, epilog=f"{any_key} 256. {endings}")(verify)

@@ -267,6 +267,15 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
     adapter was trained on, rounding included. A base that is stored packed has no others. Raises a
     ModelError if PEFT cannot merge this kind of adapter, or into this kind of base.
     """
+    model = base_in_memory(run, dtype, dequantize)
+    autocast = recipe_for(run).peft_autocast_adapter_dtype
+    merged = _merged(model, run, autocast) if run.adapter else model
+    forget_conversions(merged)
+    return merged if dtype is None or _is_quantized(merged.config) else merged.to(dtype)
+
+
+def base_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
+    """Load the weights that ``merged_in_memory`` merges into: plain ones, unless packed on disk."""
     loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
     recipe = recipe_for(run, loaded)
     if not dequantize:  # the full weights, although training saw quantized ones
@@ -276,11 +285,17 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
         dequantize_linears(model, loaded or model.dtype)
     if loaded is not None and not _is_quantized(model.config):
         model = model.to(loaded)  # quantized files are loaded in the dtype that they name
-    merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
-    use_cache(merged.config, True)  # load_model has switched it off
-    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be reversed
-        del merged._weight_conversions
-    return merged if dtype is None or _is_quantized(merged.config) else merged.to(dtype)
+    use_cache(model.config, True)  # load_model has switched it off
+    return model
+
+
+def forget_conversions(model: Any) -> None:
+    """Let a model be saved under the names that it has: those of quantized files are not reversed.
+
+    PEFT still needs them to put an adapter on the model.
+    """
+    if "_weight_conversions" in vars(model):
+        del model._weight_conversions
 
 
 def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:

@@ -107,6 +107,31 @@ def evaluate(
     return path
 
 
+def held_out(
+    run: RunFolder, files: Sequence[Path], tokenizer: Any, console: Console | None = None
+) -> tuple[str, list[Samples]]:
+    """Rows to judge a model of ``run`` on, and what they are, in words.
+
+    Those of ``files``; else the run's validation rows; else, where it held out none, every tenth of
+    its training rows. None where the run has no ``run.json``, or streams its rows.
+
+    Raises:
+        DataError: a dataset cannot be used.
+    """
+    if files:
+        found = [_prepare(run, str(f), _reading(run, f), tokenizer, console) for f in files]
+        return ", ".join(f.name for f in files), [s for p in found for s in p.validation.values()]
+    if not run.recipe:
+        return "none", []
+    recipe = recipe_with(run, {})
+    prepared = prepare(recipe, tokenizer, console, day=_day(run))
+    if recipe.validates():
+        return "the run's validation rows", list(prepared.validation.values())
+    if not isinstance(prepared.train, Samples):
+        return "none", []
+    return "every tenth training row", [prepared.train[::10]]
+
+
 def _prepare(
     run: RunFolder, file: str, recipe: Recipe, tokenizer: Any, console: Console | None
 ) -> PreparedData:

@@ -6,7 +6,7 @@ All rounding is done by the library that owns the format: ``compressed-tensors``
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,10 +56,10 @@ def misfit(format: Format, shape: Shape) -> str | None:
     return _indivisible(shape, block[1] if block else weights.group_size or 1)
 
 
-def _indivisible(shape: Shape, size: int) -> str | None:
-    if shape[1] % size == 0:
+def _indivisible(shape: Sequence[int], size: int) -> str | None:
+    if shape[-1] % size == 0:
         return None
-    return f"its rows have {shape[1]} values, which {size} does not divide"
+    return f"its rows have {shape[-1]} values, which {size} does not divide"
 
 
 # --- which weights -------------------------------------------------------------------------------
@@ -190,11 +190,14 @@ def gguf_roundtrip(weight: Tensor, type: str) -> Tensor:
     """``weight`` in a type of GGUF, such as ``"Q8_0"``, and back in float32.
 
     By the ``gguf`` package, or by ggml, which llama-cpp-python brings, for types that ``gguf`` can
-    only read. Raises a NotImplementedError if neither writes the type.
+    only read. Raises a NotImplementedError if neither writes the type, and a ValueError if its
+    blocks do not divide the rows.
     """
     import gguf
 
     kind = gguf.GGMLQuantizationType[type]
+    if (reason := _indivisible(weight.shape, _block(type))) is not None:
+        raise ValueError(f"{type}: {reason}")
     values = weight.detach().to(torch.float32).cpu().numpy()
     try:
         packed = gguf.quants.quantize(values, kind)
@@ -222,8 +225,6 @@ def _ggml_quantize(values: Any, kind: Any) -> Any:
         raise NotImplementedError(f"{kind.name} needs llama-cpp-python") from None
     block, size = gguf.GGML_QUANT_SIZES[kind]
     columns = values.shape[-1]
-    if columns % block:
-        raise NotImplementedError(f"{block} does not divide rows of {columns}")
     values = np.ascontiguousarray(values)
     packed = np.empty((*values.shape[:-1], columns // block * size), np.uint8)
     quantize = libggml.ggml_quantize_chunk

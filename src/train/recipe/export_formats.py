@@ -66,7 +66,6 @@ FORMATS: dict[str, Format] = {
         _CT("int4", about="INT4, groups of 128", scheme="W4A16"),
         _CT("int4-g64", about="INT4, groups of 64", scheme="W4A16", group=64),
         _CT("int4-g32", about="INT4, groups of 32", scheme="W4A16", group=32),
-        _CT("int4-asym", about="INT4 with zero points, groups of 128", scheme="W4A16_ASYM"),
         _CT("nvfp4", about="FP4, groups of 16 with scales in FP8", scheme="NVFP4A16"),
         _CT("mxfp4", about="FP4, groups of 32 with powers of two as scales", scheme="MXFP4A16"),
         _CT("mxfp8", about="FP8, groups of 32 with powers of two as scales", scheme="MXFP8A16"),

@@ -1,0 +1,484 @@
+"""The certificate of an export: what was written, read back and compared with what was trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...auditing.findings import Audit, Check, Finding
+from ...errors import RecipeError, first_line
+from ...rewrite.tolerance import FACTOR
+from ..data.chat.stops import render_chat, stop_tokens
+from ..inference.evaluate import held_out
+from ..inference.load_run import load_model_of, load_tokenizer
+from ..inference.run_folder import RunFolder, open_run, stored_dtype
+from ..merge import base_in_memory, forget_conversions, merged_in_memory
+from ..model.base_files import BaseFiles, base_files
+from ..model.multimodal import untrained
+from ..model.tokenizer import ChatPrompt
+from ..terminal import announce
+from .reading import Compared, TokenizerRead, compared, meta_model_of
+from .scores import Logits, Rows, Scores, answers, cost, distance, forward, scores
+
+CHECKS: dict[str, Check] = {
+    check.name: check
+    for check in (
+        Check("merged-tensors", "Is every tensor of the merged model the base's plus the adapter's "
+              "change, and every other one the base's, bit for bit?",
+              "merge again, into the base that the adapter was trained on: --base-model BASE"),
+        Check("exported-tensors", "Is every tensor of the merged model in the export, rounded as "
+              "the format's own library rounds it?", "do not use the files: the writer is wrong"),
+        Check("tokenizer", "Does the export give texts the same tokens, and end answers with the "
+              "same one?", "save the run's tokenizer again before it is converted"),
+        Check("chat-template", "Does the export have the chat template?",
+              "put the run's chat template into the exported tokenizer"),
+        Check("recorded-loss", "Have base and trained model the losses that the run recorded?",
+              "the base is another one than in training: --base-model BASE"),
+        Check("merged-gain", "Does the merged model keep what training gained?",
+              "merge into the weights that the adapter was trained on: --dequantize"),
+        Check("format-cost", "Does the format cost the trained model no more than it costs the "
+              "base?", "take a format with more bits, or train for this one: export_format"),
+        Check("next-tokens", "Does the format change the most likely next token no more often than "
+              "it does in the base?", "take a format with more bits, or train for this one"),
+        Check("llama-cpp", "Does llama.cpp compute from the file what transformers computes?",
+              "one of both reads the file wrongly: try a newer llama-cpp-python"),
+    )
+}  # fmt: skip
+"""The questions that a certificate answers."""
+
+_PROMPTS = ("What is the capital of France?", "Write a short poem about the sea.",
+            "Explain what a hash table is.", "List three animals.", "Hello!")  # fmt: skip
+_TEXTS = (*_PROMPTS, "Grüße, 世界! 🙂 \t\n  def f(x): return x ** 2")
+_LLAMA_TOKENS = 2048
+
+
+class Writer(Protocol):
+    """What writes a format and reads it back."""
+
+    def write(self, source: Path, folder: Path) -> None:
+        """Write the plain model in ``source`` to ``folder``."""
+
+    def compare(self, source: Path, folder: Path) -> Iterator[Compared]:
+        """Compare each tensor; raises a ValueError if they cannot be read here."""
+
+    def load(self, folder: Path) -> Any:
+        """The model as it is read, in float32; raises a RecipeError if it cannot be."""
+
+    def tokenizer(self, folder: Path, ours: Any) -> TokenizerRead:
+        """The tokenizer as it is read; ``ours`` is the run's."""
+
+    def other_reader(self, folder: Path, length: int) -> Logits | None:
+        """What another engine computes from the file, for texts of so many tokens; None: none."""
+
+
+@dataclass
+class Subject:
+    """What is certified.
+
+    Attributes:
+        merged: the folder of the plain model; of a run of a whole model, its own.
+        export: the folder that was written; it may be ``merged``.
+        scratch: a folder for what is needed on the way.
+        files: datasets to judge on, in place of the run's rows.
+        dequantize: whether the adapter was merged into the base's dequantized weights.
+    """
+
+    run: RunFolder
+    merged: Path
+    export: Path
+    writer: Writer
+    scratch: Path
+    files: Sequence[Path] = ()
+    dequantize: bool = False
+    unread: str = "the export could not be read"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the merged model is what was exported."""
+        return self.export == self.merged
+
+
+def certify(subject: Subject) -> Audit:
+    """Read everything back and compare. Models are loaded one by one, and compute in float32.
+
+    The base in the same format is the yardstick: what the format costs there is its own cost.
+    """
+    writer, ours = subject.writer, load_tokenizer(subject.run)
+    rows, all_rows = _rows(subject, ours)
+    audit = Audit(subject.run.base_model)
+    announce("comparing the tensors")
+    base = _base(subject, ours)
+    audit.add([_merged_tensors(subject, base)])
+    if base is not None and not subject.is_plain:
+        base.export.mkdir()
+        writer.write(base.folder, base.export)
+        for _ in writer.compare(base.folder, base.export):  # whose errors are a yardstick
+            pass
+    audit.add([_exported_tensors(subject)])
+    audit.add(_texts(subject, ours, rows))
+    results = _results(subject, base, rows)
+    audit.add(_judged(subject, results, rows, all_rows))
+    audit.facts = _facts(subject, results, rows)
+    return audit
+
+
+# --- rows and models -----------------------------------------------------------------------------
+
+
+def _rows(subject: Subject, tokenizer: Any) -> tuple[Rows, bool]:
+    """The rows to judge on, and whether they are all that the run was validated on."""
+    prompt, questions = ChatPrompt.of(subject.run.recipe), []
+    for text in _PROMPTS:
+        with suppress(ValueError):  # there is no template, or it refuses
+            text = render_chat(tokenizer, prompt.question(text), prompt.variables, True)
+        questions.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    what, sets = held_out(subject.run, subject.files, tokenizer)
+    samples = [sample for samples in sets for sample in samples]
+    rows = Rows.of(what, samples, questions)
+    validated = not subject.files and bool(subject.run.facts.get("val_loss_before"))
+    return rows, validated and len(rows.samples) == len(samples)
+
+
+@dataclass
+class _Base:
+    """The base model.
+
+    Attributes:
+        folder: where it is saved as the merged model is, in the same dtype.
+        export: where it is written in the format.
+        state: its tensors in float32, by their names in the model.
+        run: what loads it.
+    """
+
+    folder: Path
+    export: Path
+    state: dict[str, Tensor]
+    run: RunFolder
+
+
+def _base(subject: Subject, tokenizer: Any) -> _Base | None:
+    """Save the base beside the export; None: a whole model whose base is unknown or not there."""
+    run = subject.run
+    if not run.adapter:
+        if not run.recipe.get("base_model"):
+            return None
+        run = replace(run, base_model=str(run.recipe["base_model"]))
+    try:
+        model = base_in_memory(run, torch.float32, subject.dequantize)
+    except RecipeError:
+        if subject.run.adapter:
+            raise
+        return None
+    forget_conversions(model)
+    tokens = meta_model_of(open_run(subject.merged, consent=run.consent)).get_input_embeddings()
+    if len(model.get_input_embeddings().weight) != len(tokens.weight):
+        model.resize_token_embeddings(len(tokens.weight), mean_resizing=False)
+    state = dict(model.state_dict())
+    base = _Base(subject.scratch / "base", subject.scratch / "base-exported", state, run)
+    nn.Module.to(model, getattr(torch, stored_dtype(subject.merged)))  # ``state`` keeps its own
+    model.save_pretrained(base.folder)
+    tokenizer.save_pretrained(base.folder)
+    return base
+
+
+def _load(run: RunFolder) -> Any:
+    """The model of a folder with its weights as they are, computing in float32."""
+    return nn.Module.float(load_model_of(run)).eval()
+
+
+def _results(subject: Subject, base: _Base | None, rows: Rows) -> dict[str, Scores]:
+    """What each model computes."""
+
+    def opened(folder: Path) -> Any:
+        return _load(open_run(folder, consent=subject.run.consent))
+
+    models: dict[str, Callable[[], Any]] = {}
+    if base is not None:
+        models["base"] = lambda: opened(base.folder)
+    if subject.run.adapter:
+        models["adapter"] = lambda: _load(subject.run)
+    models["merged"] = lambda: opened(subject.merged)
+    if not subject.is_plain:
+        if base is not None:
+            models["base, exported"] = lambda: subject.writer.load(base.export)
+        models["exported"] = lambda: subject.writer.load(subject.export)
+    results = {}
+    for name, load in models.items():
+        announce(f"computing with the {name} model")
+        try:
+            model = load()
+        except RecipeError as error:
+            if "exported" not in name:
+                raise
+            subject.unread = first_line(error)
+            continue
+        results[name] = scores(forward(model), rows)
+        if name in ("adapter", "merged", "exported"):
+            results[name].answers = answers(model, rows)
+        del model
+    return results
+
+
+# --- the questions about tensors -----------------------------------------------------------------
+
+
+def _merged_tensors(subject: Subject, base: _Base | None) -> Finding:
+    """Compare with W + delta in float32, which PEFT merges in memory."""
+    if base is None or not subject.run.adapter:
+        return Finding("merged-tensors", "skipped", "the run trained the whole model")
+    run, consent = subject.run, subject.run.consent
+    reference = merged_in_memory(run, torch.float32, subject.dequantize).state_dict()
+    merged = load_model_of(open_run(subject.merged, consent=consent)).state_dict()
+    wrong: dict[str, str] = {}
+    changed, lowest = 0, (1.0, "")
+    for name in sorted({*reference, *merged}):
+        value, exact = merged.get(name), reference.get(name)
+        if value is None or exact is None:
+            wrong[name] = "it is missing" if value is None else "the base has no such tensor"
+            continue
+        before = base.state.get(name)
+        if before is None or before.shape != exact.shape or not torch.equal(before, exact):
+            changed += 1
+            problem, kept = _changed(before, exact, value)
+            lowest = min(lowest, (kept, name))
+        else:
+            problem = compared(name, exact, {"": exact.to(value.dtype)}, value).problem
+        if problem is not None:
+            wrong[name] = problem
+    wrong |= _untrained(subject)
+    figures = {"tensors": len(reference), "changed": changed, "least_of_a_change": lowest[0]}
+    found = f"{len(reference)} tensors, {changed} of them changed by the adapter"
+    if lowest[0] < 0.9:
+        found += f"; rounding keeps {lowest[0]:.0%} of the change of {lowest[1]}"
+    return _finding("merged-tensors", wrong, found, figures)
+
+
+def _changed(before: Tensor | None, exact: Tensor, value: Tensor) -> tuple[str | None, float]:
+    """The problem of a tensor that the adapter changes, and the share of the change that it has.
+
+    Each number may be off by the roundings of W, of the change and of their sum; together they
+    must have as much of the change as the exact sum has when it is rounded once.
+    """
+    if value.shape != exact.shape:
+        sizes = [" x ".join(map(str, t.shape)) for t in (value, exact)]
+        return f"it is {sizes[0]}, and should be {sizes[1]}", 0.0
+    if before is None or before.shape != exact.shape:  # replaced, or grown
+        return compared("", exact, {"": exact.to(value.dtype)}, value).problem, 1.0
+    step = torch.finfo(value.dtype).eps
+    change, read, once = exact - before, value.float(), exact.to(value.dtype).float()
+    size = float(change.double().square().sum())
+    kept, should = (float(((t - before).double() * change).sum()) / size for t in (read, once))
+    # rounding errors are independent of the change: their projection has this spread
+    noise = float((once - exact).double().square().mean() / size) ** 0.5
+    over = (read - exact).abs() > step * (exact.abs() + change.abs()) + 8 * 1.2e-7 * before.abs()
+    if bool(over.any()) or abs(kept - should) > 0.1 + 4 * noise:
+        what = f"it has {kept:.0%} of the adapter's change, and should have {should:.0%}"
+        square = value.ndim == 2 and value.shape[0] == value.shape[1]
+        if square and (read.T - exact).norm() < (read - exact).norm() / 2:
+            what += "; it is transposed"
+        return f"{what}; {int(over.sum()):,} of {over.numel():,} numbers are off", kept
+    return None, kept
+
+
+def _untrained(subject: Subject) -> dict[str, str]:
+    """Problems of what the base's files have outside the language model, bit for bit."""
+    run = subject.run
+    theirs = base_files(run.base_model, run.recipe.get("revision_of_model"))
+    if theirs is None:
+        return {}
+    ours = BaseFiles(sorted(subject.merged.glob("*.safetensors")))
+    meta = meta_model_of(open_run(subject.merged, consent=run.consent))
+    wrong = {}
+    for key in untrained(meta, theirs.shapes):
+        value = ours.read(key) if key in ours.shapes else None
+        exact = theirs.read(key)
+        kept = exact if value is None else exact.to(value.dtype)
+        problem = compared(key, exact, {"": kept}, value).problem
+        if problem is not None:
+            wrong[key] = problem
+    return wrong
+
+
+def _exported_tensors(subject: Subject) -> Finding:
+    if subject.is_plain:
+        return Finding("exported-tensors", "skipped", "the merged model is the export")
+    wrong, kinds, largest = {}, dict[str, int](), (0.0, "")
+    try:
+        for one in subject.writer.compare(subject.merged, subject.export):
+            kinds[one.kind] = kinds.get(one.kind, 0) + 1
+            largest = max(largest, (one.error or 0.0, one.name))
+            if one.problem is not None:
+                wrong[one.name] = one.problem
+    except ValueError as error:
+        return Finding("exported-tensors", "skipped", first_line(error))
+    of = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind)
+    figures = {"tensors": kinds, "largest_error": largest[0], "of": largest[1]}
+    return _finding("exported-tensors", wrong, of, figures)
+
+
+def _finding(
+    check: str, wrong: Mapping[str, str], found: str, figures: dict[str, Any] | None = None
+) -> Finding:
+    """A pass that says what was ``found``, or a failure that names each problem's subject."""
+    if not wrong:
+        return Finding(check, "pass", found, figures=figures or {})
+    name, problem = next(iter(wrong.items()))
+    more = f"; and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
+    reason = f"{name}: {problem}{more}"
+    return Finding(check, "fail", reason, tuple(wrong), figures={**(figures or {}), "wrong": wrong})
+
+
+# --- the questions about texts -------------------------------------------------------------------
+
+
+def _texts(subject: Subject, ours: Any, rows: Rows) -> Iterator[Finding]:
+    read = subject.writer.tokenizer(subject.export, ours)
+    texts = [*_TEXTS, *(ours.decode(s.input_ids) for s in rows.samples[:5])]
+    wrong = {
+        repr(text[:40]): "it has other tokens"
+        for text in texts
+        if read.encode(text) != ours(text, add_special_tokens=False)["input_ids"]
+    }
+    ends = stop_tokens(None, ours, ChatPrompt.of(subject.run.recipe).variables)
+    if read.end not in ends:
+        wrong["the end of texts"] = f"it is token {read.end}, and should be one of {ends}"
+    yield _finding("tokenizer", wrong, f"{len(texts)} texts have the same tokens")
+    if ours.chat_template is None:
+        yield Finding("chat-template", "skipped", "the run has none")
+    else:
+        problem = "it is missing" if read.template is None else "it is another one"
+        wrong = {} if read.template == ours.chat_template else {"chat_template": problem}
+        yield _finding("chat-template", wrong, "it is the run's")
+
+
+# --- the questions about what models compute -----------------------------------------------------
+
+
+def _judged(
+    subject: Subject, results: dict[str, Scores], rows: Rows, all_rows: bool
+) -> Iterator[Finding]:
+    trained = results.get("adapter") or results["merged"]
+    yield _recorded(subject, results, trained, all_rows)
+    yield _gain(results, rows)
+    if subject.is_plain:
+        return
+    if "exported" not in results:
+        for check in ("format-cost", "next-tokens"):
+            yield Finding(check, "skipped", subject.unread)
+    elif "base, exported" not in results:
+        for check in ("format-cost", "next-tokens"):
+            yield Finding(check, "skipped", "there is no base to measure the format's own cost on")
+    else:
+        yield from _cost(results)
+    yield from _other_reader(subject, results, rows)
+
+
+def _recorded(
+    subject: Subject, results: Mapping[str, Scores], trained: Scores, all_rows: bool
+) -> Finding:
+    if not all_rows:
+        return Finding("recorded-loss", "skipped", "not all validation rows of the run were used")
+    before, after = (float(subject.run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
+    allowed = 0.1 * abs(before - after) + 0.01 * before  # it computed in its own dtype, in packs
+    wrong = {
+        name: f"its loss is {one.loss:.4f}, and the run recorded {recorded:.4f}"
+        for name, recorded, one in (("base", before, results.get("base")),
+                                    ("trained model", after, trained))
+        if one is not None and abs(one.loss - recorded) > allowed
+    }  # fmt: skip
+    return _finding("recorded-loss", wrong, f"{before:.4f} before and {after:.4f} after training")
+
+
+def _gain(results: Mapping[str, Scores], rows: Rows) -> Finding:
+    if not rows.samples:
+        return Finding("merged-gain", "skipped", "there are no rows; name some: --data FILE")
+    if "base" not in results or "adapter" not in results:
+        return Finding("merged-gain", "skipped", "there is no adapter and base to compare")
+    gain, error = cost(results["adapter"], results["base"])
+    if gain <= 2 * error:
+        return Finding("merged-gain", "skipped", f"training gained nothing here: {gain:.4f} nats")
+    kept = share(results, "merged")
+    wrong = {} if kept is None or kept >= 0.9 else {"the merged model": f"it keeps {kept:.0%}"}
+    return _finding("merged-gain", wrong, f"{kept:.1%} of {gain:.4f} nats", {"gain": gain})
+
+
+def share(results: Mapping[str, Scores], name: str) -> float | None:
+    """The share of what training gained that a model keeps; None where that cannot be said."""
+    base, trained = results.get("base"), results.get("adapter") or results.get("merged")
+    if base is None or trained is None or name not in results:
+        return None
+    gain, error = cost(trained, base)
+    return (base.loss - results[name].loss) / gain if gain > 2 * error else None
+
+
+def _cost(results: Mapping[str, Scores]) -> Iterator[Finding]:
+    paid, error = cost(results["merged"], results["exported"])
+    own, own_error = cost(results["base"], results["base, exported"])
+    far = distance(results["merged"], results["exported"])
+    base = distance(results["base"], results["base, exported"])
+    allowed = FACTOR * max(own, base.kl) + 2 * (error + own_error)
+    figures = {"cost": paid, "on_the_base": own, "allowed": allowed, "kl": far.kl,
+               "kl_on_the_base": base.kl, "largest_logit_error": far.largest}  # fmt: skip
+    found = f"it costs {paid:+.4f} nats a token, and the base {own:+.4f}"
+    wrong = {} if paid <= allowed else {"the export": f"{found}, so at most {allowed:.4f}"}
+    yield _finding("format-cost", wrong, found, figures)
+    other, own_other = 1 - far.same, 1 - base.same
+    spread = math.sqrt(max(own_other * (1 - own_other), 1 / base.tokens) / base.tokens)
+    found = f"{other:.1%} of {far.tokens} differ, of the base's {own_other:.1%}"
+    wrong = {} if other <= FACTOR * own_other + 4 * spread else {"the export": found}
+    yield _finding("next-tokens", wrong, found, {"differ": other, "of_the_base": own_other})
+
+
+def _other_reader(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> Iterator[Finding]:
+    """What llama.cpp computes, on the first rows; it rounds activations to 8 bits."""
+    some, tokens = list[Any](), 0
+    for sample in rows.samples:
+        if tokens + len(sample.input_ids) > _LLAMA_TOKENS:
+            break
+        some.append(sample)
+        tokens += len(sample.input_ids)
+    length = max((len(s.input_ids) for s in some), default=0)
+    logits = subject.writer.other_reader(subject.export, length) if some else None
+    if logits is None:
+        return
+    theirs = scores(logits, Rows(rows.what, some, []))
+    ours = results.get("exported") or results["merged"]
+    count = len(theirs.losses)
+    loss, expected = theirs.loss, float(ours.losses[:count].double().mean())
+    found = f"its loss is {loss:.4f} on {count} tokens, and that of transformers {expected:.4f}"
+    wrong = {} if abs(loss - expected) <= 0.02 * expected else {"llama.cpp": found}
+    yield _finding("llama-cpp", wrong, found, {"loss": loss, "of_transformers": expected})
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def _facts(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> dict[str, Any]:
+    last = results.get("exported") or results["merged"]
+    reference = results.get("adapter") or results["merged"]
+    return {
+        "rows": {"what": rows.what, "samples": len(rows.samples), "trained_tokens": rows.count},
+        "models": {
+            name: {
+                "loss": one.loss if rows.samples else None,
+                "gain_kept": share(results, name),
+                **asdict(distance(reference, one)),
+            }
+            for name, one in results.items()
+        },
+        "gain_kept": share(results, "exported" if "exported" in results else "merged"),
+        "greedy": {
+            "prompts": len(rows.prompts),
+            "same_as_the_trained_model": sum(
+                a == b for a, b in zip(reference.answers, last.answers, strict=True)
+            ),
+            "tokens": {n: one.answers for n, one in results.items() if one.answers},
+        },
+    }
