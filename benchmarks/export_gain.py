@@ -5,8 +5,8 @@
 Trains the recipe's adapter on its rows, once for each seed without and once for each format with
 ``export_format``, and measures the mean loss on held-out rows of the base, of the adapter, and of
 the model as the export writes it and it is read back: merged, each weight rounded bit for bit as by
-the library that owns the format. ``kept`` is (base - exported) / (base - adapter); ``kept of plain`` has the adapter
-that was trained without rounding below the line.
+the library that owns the format. ``kept`` is (base - exported) / (base - adapter), ``kept of plain``
+the same with the adapter that was trained without rounding below the line.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def main() -> None:
     held_out = [training_batch([[sample]], recipe, pad_token(tokenizer))
                 for samples in prepared.validation.values() for sample in samples]  # fmt: skip
     rows: list[dict[str, Any]] = []
-    facts = {"machine": machine(), "versions": versions(), "arguments": vars(args),
-             "date": datetime.date.today().isoformat(), "base": loss_of(base, held_out)}  # fmt: skip
+    facts = {
+        "machine": machine(), "versions": versions(), "arguments": vars(args),
+        "date": datetime.date.today().isoformat(), "base": loss_of(base, held_out),
+    }  # fmt: skip
     formats = args.formats.split(",")
     for seed in map(int, args.seeds.split(",")):
         plain = None

@@ -424,13 +424,15 @@ def _require_layers(base: nn.Module, layers: dict[str, Any], format: Format) -> 
             )
     for path, layer in layers.items():
         variants = getattr(layer, "lora_variant", {}).values()
-        odd = [v for v in variants if not getattr(v, "__name__", type(v).__name__).startswith("Dora")]
+        odd = [
+            v for v in variants if not getattr(v, "__name__", type(v).__name__).startswith("Dora")
+        ]
         if odd or not (_is_adapted(layer) or isinstance(layer, nn.Linear)):
             raise RecipeError(
                 f"export_format: {path} has an adapter other than LoRA or DoRA: only those are "
                 "merged while they are trained"
             )
-        weight = (layer.get_base_layer() if _is_adapted(layer) else layer)
+        weight = layer.get_base_layer() if _is_adapted(layer) else layer
         packed = type(weight.weight).__name__ in ("Params4bit", "Int8Params")
         if not (packed or hasattr(weight, "unpacked") or _is_plain(weight)):
             raise RecipeError(

@@ -35,7 +35,6 @@ class Format:
         """Whether embeddings and the head are stored in few bits, too."""
         return self.writer == "gguf"
 
-
     @property
     def rounds(self) -> bool:
         """Whether it stores weights in few bits, in one way that training can follow."""

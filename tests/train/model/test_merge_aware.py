@@ -38,6 +38,7 @@ from ..results import assert_same, curves, stop_at
 QUIET = Console(quiet=True)
 FEW = [f.name for f in FORMATS.values() if f.rounds]
 
+
 def needs_library(name: str) -> None:
     pytest.importorskip("gguf" if FORMATS[name].writer == "gguf" else "compressed_tensors")
 
@@ -90,7 +91,9 @@ def test_the_quick_rounding_is_the_librarys(name: str) -> None:
             weight[4] = (weight[4] * 50).round() / 16  # halfway between two values
             weight[5] *= 1e4 / weight[5].abs().max()
             weight = weight.to(dtype)
-            for largest in (None, weight.abs().max() * 2) if rounding.shares_scale(format) else [None]:
+            for largest in (
+                (None, weight.abs().max() * 2) if rounding.shares_scale(format) else [None]
+            ):
                 theirs = rounding.roundtrip(format, weight, largest)
                 ours = roundtrip(format, weight, largest)
                 assert ours.dtype == theirs.dtype
