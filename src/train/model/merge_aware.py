@@ -25,7 +25,6 @@ from ...errors import RecipeError
 from ..recipe.export_formats import Format, format_named
 from ..recipe.recipe import Recipe
 from . import rounding
-
 from .relora import dense
 from .stored import is_stored
 
@@ -424,17 +423,16 @@ def _require_layers(base: nn.Module, layers: dict[str, Any], format: Format) -> 
             )
     for path, layer in layers.items():
         variants = getattr(layer, "lora_variant", {}).values()
-        odd = [
-            v for v in variants if not getattr(v, "__name__", type(v).__name__).startswith("Dora")
-        ]
+        names = [getattr(v, "__name__", type(v).__name__) for v in variants]
+        odd = not all(name.startswith("Dora") for name in names)
         if odd or not (_is_adapted(layer) or isinstance(layer, nn.Linear)):
             raise RecipeError(
                 f"export_format: {path} has an adapter other than LoRA or DoRA: only those are "
                 "merged while they are trained"
             )
-        weight = layer.get_base_layer() if _is_adapted(layer) else layer
-        packed = type(weight.weight).__name__ in ("Params4bit", "Int8Params")
-        if not (packed or hasattr(weight, "unpacked") or _is_plain(weight)):
+        inner = layer.get_base_layer() if _is_adapted(layer) else layer
+        packed = type(inner.weight).__name__ in ("Params4bit", "Int8Params")
+        if not (packed or hasattr(inner, "unpacked") or _is_plain(inner)):
             raise RecipeError(
                 f"export_format: {path} has weights in few bits that are not unpacked here; train "
                 "on a base of 16 bits, or with load_in_4bit"

@@ -16,8 +16,8 @@ from .merge_aware import rounds
 def fake_quantize(model: Any, recipe: Recipe) -> None:
     """Let the linear layers of a model round weights and inputs as the recipe says, in place.
 
-    The head, too, as in Axolotl. Parameters stay what they are, and what is saved is plain. Raises a
-    RecipeError if a layer does not fit. ``nvfp4`` is ``merge_aware``'s.
+    The head, too, as in Axolotl. Parameters stay what they are, and what is saved is plain.
+    ``nvfp4`` is ``merge_aware``'s. Raises a RecipeError if a layer does not fit.
     """
     qat = recipe.qat
     if qat is None or recipe.rounds_as() is not None:
@@ -46,7 +46,7 @@ def fake_quantize(model: Any, recipe: Recipe) -> None:
 
 
 def _config(qat: QatKeys) -> Any:
-    """torchao's configuration, with Axolotl's choices."""
+    """The configuration of torchao, with Axolotl's choices."""
     from torchao.quantization import qat as ao
     from torchao.quantization.qat.fake_quantize_config import Int4WeightFakeQuantizeConfig
 

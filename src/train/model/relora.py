@@ -239,6 +239,7 @@ def _tensors(base: Any) -> list[Tensor]:
 
 
 def dense(base: Any) -> Tensor:
+    """The weight of a linear layer, unpacked where it is bitsandbytes'."""
     weight, *scales = _tensors(base)
     if not scales:
         return weight.detach()

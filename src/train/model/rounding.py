@@ -163,6 +163,7 @@ def decompress(format: Format, state: Mapping[str, Tensor], shape: Iterable[int]
 
 
 def compressor(format: Format) -> Any:
+    """What packs and unpacks weights for ``compressed-tensors``."""
     from compressed_tensors.compressors import BaseCompressor
 
     return BaseCompressor.get_value_from_registry(scheme(format).format.value)

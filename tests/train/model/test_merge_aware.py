@@ -91,9 +91,8 @@ def test_the_quick_rounding_is_the_librarys(name: str) -> None:
             weight[4] = (weight[4] * 50).round() / 16  # halfway between two values
             weight[5] *= 1e4 / weight[5].abs().max()
             weight = weight.to(dtype)
-            for largest in (
-                (None, weight.abs().max() * 2) if rounding.shares_scale(format) else [None]
-            ):
+            shared = [weight.abs().max() * 2] if rounding.shares_scale(format) else []
+            for largest in (None, *shared):
                 theirs = rounding.roundtrip(format, weight, largest)
                 ours = roundtrip(format, weight, largest)
                 assert ours.dtype == theirs.dtype
@@ -102,7 +101,8 @@ def test_the_quick_rounding_is_the_librarys(name: str) -> None:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True},
-    "biases": {"bias": "all", "lora_bias": True}, "some layers": {"target_modules": ["q_proj", "up_proj"]},
+    "biases": {"bias": "all", "lora_bias": True},
+    "some layers": {"target_modules": ["q_proj", "up_proj"]},
 }  # fmt: skip
 
 

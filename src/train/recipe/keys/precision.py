@@ -9,7 +9,6 @@ from pydantic import BeforeValidator
 from ..export_formats import FORMATS
 from .base import METHOD, Int, Keys, key, not_yet
 
-
 _FEW_BITS = ("int4", "int8", "float8_e4m3fn", "nvfp4", "mxfp4")
 
 
@@ -24,8 +23,8 @@ class QatKeys(Keys):
     """``qat``: weights and activations are rounded in training, as torchao rounds them."""
 
     weight_dtype: FewBits = "int8"
-    """Rounding of the weights: ``int4``, ``float8_e4m3fn`` (or ``fp8``), ``mxfp4`` or ``nvfp4``. The
-    default is Axolotl's, which torchao does not train with: set another one."""
+    """Rounding of the weights: ``int4``, ``float8_e4m3fn`` (or ``fp8``), ``mxfp4`` or ``nvfp4``.
+    The default is Axolotl's, which torchao does not train with: set another one."""
 
     activation_dtype: FewBits | None = None
     """Rounding of the inputs of layers: ``int8`` or ``float8_e4m3fn`` for weights in ``int4``, the
