@@ -5,7 +5,7 @@
 Trains the recipe's adapter on its rows, once for each seed without and once for each format with
 ``export_format``, and measures the mean loss on held-out rows of the base, of the adapter, and of
 the model as the export writes it and it is read back: merged, each weight rounded bit for bit as by
-the library that owns the format. ``kept`` is (base - exported) / (base - adapter), ``kept of plain``
+the library that owns it. ``kept`` is (base - exported) / (base - adapter), ``kept of plain`` is
 the same with the adapter that was trained without rounding below the line.
 """
 

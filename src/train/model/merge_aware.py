@@ -49,15 +49,17 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
     result = torch.empty_like(weight, dtype=dtype)
     group = weight.shape[1] // divisor.shape[1]
     low, high = _range(args)
+    # of one memory: that of a large temporary tensor costs more than what is computed in it
+    memory = _memory(weight, torch.promote_types(weight.dtype, divisor.dtype))
     for rows in _chunks(weight):
-        v = weight[rows].unflatten(1, (-1, group)) / divisor[rows].unsqueeze(-1)
+        values, out = weight[rows].unflatten(1, (-1, group)), result[rows].unflatten(1, (-1, group))
+        v = torch.div(values, divisor[rows].unsqueeze(-1), out=memory[: len(out)].view_as(out))
         if zero is not None:
             v += zero[rows].unsqueeze(-1).to(weight.dtype)
-        v = _nearest(v.clamp_(low, high), args)
-        v = v.to(factor.dtype)
+        v = _nearest(v.clamp_(low, high), args).to(factor.dtype)
         if zero is not None:
             v -= zero[rows].unsqueeze(-1).to(factor.dtype)
-        result[rows] = v.mul_(factor[rows].unsqueeze(-1)).flatten(1)
+        torch.mul(v, factor[rows].unsqueeze(-1), out=out)
     return result
 
 
@@ -96,17 +98,23 @@ def _range(args: Any) -> tuple[float, float]:
 
 
 def _nearest(v: Tensor, args: Any) -> Tensor:
-    """The nearest values of the format; ``v`` is within its range, and may be overwritten."""
+    """The nearest values of the format, halves to even; ``v`` is in its range, and overwritten."""
     if args.type == "int":
         return v.round_()
-    if args.num_bits == 8:
-        return v.to(torch.float8_e4m3fn)
-    # E2M1: a mantissa of one bit. Adding 1.5 * 2^22 times the power of two below |v|, or 1, leaves
-    # no other bits in float32, and rounds to even
+    # adding 1.5 * 2^(23 - bits) times the power of two below |v|, which is at least the smallest
+    # one of the format, leaves as many bits of mantissa in float32
+    bits, smallest = (1, 0x3F800000) if args.num_bits == 4 else (3, 0x3C800000)  # 1 and 2^-6
     v = v.float()
-    power = (v.view(torch.int32) & 0x7F800000).clamp_(min=0x3F800000).view(torch.float32)
-    power *= 1.5 * 2**22
+    power = (v.view(torch.int32) & 0x7F800000).clamp_(min=smallest).view(torch.float32)
+    power *= 1.5 * 2 ** (23 - bits)
     return v.add_(power).sub_(power)
+
+
+def _memory(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the rows of a chunk."""
+    return torch.empty(
+        next(_chunks(weight)).stop, weight.shape[1], dtype=dtype, device=weight.device
+    )
 
 
 def _q8_0(weight: Tensor) -> Tensor:
@@ -213,12 +221,12 @@ def merged_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     if name in layer.lora_variant:
         return _with_magnitude(layer, name, weight).to(dtype)
-    result = torch.empty_like(weight)
-    wide, scale = a.float(), layer.scaling[name]
+    result, memory = torch.empty_like(weight), _memory(weight, torch.float32)
+    right, left, scale = a.detach().float(), b.detach().float(), layer.scaling[name]
     for rows in _chunks(weight):
-        update = (b[rows].float() @ wide).mul_(scale)
+        update = torch.mm(left[rows], right, out=memory[: len(left[rows])]).mul_(scale)
         update = update.to(a.dtype).float() if a.dtype.itemsize == 2 else update
-        result[rows] = update.add_(weight[rows])
+        torch.add(weight[rows], update, out=result[rows])
     return result
 
 
@@ -479,6 +487,17 @@ def rounds(module: nn.Module) -> bool:
     """Whether it is what rounds weights or activations, ours or torchao's."""
     ao = type(module).__module__ == "torchao.quantization.qat.fake_quantizer"
     return isinstance(module, Rounding) or ao
+
+
+def stop_rounding(model: nn.Module) -> bool:
+    """Let layers be what they were; whether there are any that round.
+
+    What was rounded for good, because it is frozen, stays so.
+    """
+    modules: list[Any] = [m for m in model.modules() if rounds(m)]
+    for module in modules:
+        module.enabled = False
+    return bool(modules)
 
 
 class RoundingStart(TrainerCallback):

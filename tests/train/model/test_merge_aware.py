@@ -246,6 +246,9 @@ def test_a_run_that_was_stopped_goes_on(
         assert train(keys, console=QUIET).status == "interrupted"
     resumed = train(keys, console=QUIET, resume_from_checkpoint=True)
     assert resumed.status == "finished"
+    assert resumed.adapter_check is not None
+    assert resumed.adapter_check["exact"]
+    assert resumed.adapter_check["optimized_difference"] == 0
     assert_same(tmp_path / "whole", tmp_path / "out")
     assert curves(resumed) == curves(whole)
     plain = train({k: v for k, v in keys.items() if not k.startswith("export_format")},
