@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from ..inference.load_run import load_model_of, load_tokenizer
 from ..inference.run_folder import RunFolder, open_run, stored_dtype
 from ..merge import base_in_memory, forget_conversions, merged_in_memory
 from ..model.base_files import BaseFiles, base_files
-from ..model.multimodal import untrained
+from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
 from ..terminal import announce
 from .reading import Compared, TokenizerRead, compared, meta_model_of
@@ -45,8 +44,6 @@ CHECKS: dict[str, Check] = {
               "merge into the weights that the adapter was trained on: --dequantize"),
         Check("format-cost", "Does the format cost the trained model no more than it costs the "
               "base?", "take a format with more bits, or train for this one: export_format"),
-        Check("next-tokens", "Does the format change the most likely next token no more often than "
-              "it does in the base?", "take a format with more bits, or train for this one"),
         Check("llama-cpp", "Does llama.cpp compute from the file what transformers computes?",
               "one of both reads the file wrongly: try a newer llama-cpp-python"),
     )
@@ -218,12 +215,23 @@ def _results(subject: Subject, base: _Base | None, rows: Rows) -> dict[str, Scor
             if "exported" not in name:
                 raise
             subject.unread = first_line(error)
+            logits = _otherwise(subject, base.export if base and "base" in name else None, rows)
+            if logits is not None:
+                results[name] = scores(logits, rows)
             continue
         results[name] = scores(forward(model), rows)
         if name in ("adapter", "merged", "exported"):
             results[name].answers = answers(model, rows)
         del model
     return results
+
+
+def _otherwise(subject: Subject, folder: Path | None, rows: Rows) -> Logits | None:
+    """What another reader than transformers computes, by default from the export."""
+    length = max(len(ids) for ids in (*(s.input_ids for s in rows.samples), *rows.prompts))
+    with suppress(ValueError):  # it cannot read it, either
+        return subject.writer.other_reader(folder or subject.export, length)
+    return None
 
 
 # --- the questions about tensors -----------------------------------------------------------------
@@ -252,7 +260,7 @@ def _merged_tensors(subject: Subject, base: _Base | None) -> Finding:
             problem = compared(name, exact, {"": exact.to(value.dtype)}, value).problem
         if problem is not None:
             wrong[name] = problem
-    wrong |= _untrained(subject)
+    wrong |= _unloaded(subject, reference)
     figures = {"tensors": len(reference), "changed": changed, "least_of_a_change": lowest[0]}
     found = f"{len(reference)} tensors, {changed} of them changed by the adapter"
     if lowest[0] < 0.9:
@@ -287,16 +295,18 @@ def _changed(before: Tensor | None, exact: Tensor, value: Tensor) -> tuple[str |
     return None, kept
 
 
-def _untrained(subject: Subject) -> dict[str, str]:
-    """Problems of what the base's files have outside the language model, bit for bit."""
+def _unloaded(subject: Subject, known: Mapping[str, Tensor]) -> dict[str, str]:
+    """Problems of what the base's files have and its class does not load, bit for bit."""
     run = subject.run
     theirs = base_files(run.base_model, run.recipe.get("revision_of_model"))
     if theirs is None:
         return {}
     ours = BaseFiles(sorted(subject.merged.glob("*.safetensors")))
     meta = meta_model_of(open_run(subject.merged, consent=run.consent))
-    wrong = {}
+    names, wrong = names_in_model(meta, theirs.shapes), {}
     for key in untrained(meta, theirs.shapes):
+        if names[key] in known:
+            continue
         value = ours.read(key) if key in ours.shapes else None
         exact = theirs.read(key)
         kept = exact if value is None else exact.to(value.dtype)
@@ -370,13 +380,11 @@ def _judged(
     if subject.is_plain:
         return
     if "exported" not in results:
-        for check in ("format-cost", "next-tokens"):
-            yield Finding(check, "skipped", subject.unread)
+        yield Finding("format-cost", "skipped", subject.unread)
     elif "base, exported" not in results:
-        for check in ("format-cost", "next-tokens"):
-            yield Finding(check, "skipped", "there is no base to measure the format's own cost on")
+        yield Finding("format-cost", "skipped", "there is no base to measure its own cost on")
     else:
-        yield from _cost(results)
+        yield _cost(results)
     yield from _other_reader(subject, results, rows)
 
 
@@ -418,26 +426,26 @@ def share(results: Mapping[str, Scores], name: str) -> float | None:
     return (base.loss - results[name].loss) / gain if gain > 2 * error else None
 
 
-def _cost(results: Mapping[str, Scores]) -> Iterator[Finding]:
+def _cost(results: Mapping[str, Scores]) -> Finding:
     paid, error = cost(results["merged"], results["exported"])
     own, own_error = cost(results["base"], results["base, exported"])
     far = distance(results["merged"], results["exported"])
     base = distance(results["base"], results["base, exported"])
-    allowed = FACTOR * max(own, base.kl) + 2 * (error + own_error)
+    # rounding may happen to help on some rows; the divergence is what it costs on average
+    allowed = FACTOR * max(abs(own), base.kl) + 2 * (error + own_error)
     figures = {"cost": paid, "on_the_base": own, "allowed": allowed, "kl": far.kl,
-               "kl_on_the_base": base.kl, "largest_logit_error": far.largest}  # fmt: skip
+               "kl_on_the_base": base.kl, "largest_logit_error": far.largest,
+               "same_next_token": far.same, "same_on_the_base": base.same}  # fmt: skip
     found = f"it costs {paid:+.4f} nats a token, and the base {own:+.4f}"
     wrong = {} if paid <= allowed else {"the export": f"{found}, so at most {allowed:.4f}"}
-    yield _finding("format-cost", wrong, found, figures)
-    other, own_other = 1 - far.same, 1 - base.same
-    spread = math.sqrt(max(own_other * (1 - own_other), 1 / base.tokens) / base.tokens)
-    found = f"{other:.1%} of {far.tokens} differ, of the base's {own_other:.1%}"
-    wrong = {} if other <= FACTOR * own_other + 4 * spread else {"the export": found}
-    yield _finding("next-tokens", wrong, found, {"differ": other, "of_the_base": own_other})
+    return _finding("format-cost", wrong, found, figures)
 
 
 def _other_reader(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> Iterator[Finding]:
     """What llama.cpp computes, on the first rows; it rounds activations to 8 bits."""
+    ours = results.get("exported")
+    if ours is None or not ours.answers:  # which transformers could not read
+        return
     some, tokens = list[Any](), 0
     for sample in rows.samples:
         if tokens + len(sample.input_ids) > _LLAMA_TOKENS:
@@ -445,11 +453,14 @@ def _other_reader(subject: Subject, results: Mapping[str, Scores], rows: Rows) -
         some.append(sample)
         tokens += len(sample.input_ids)
     length = max((len(s.input_ids) for s in some), default=0)
-    logits = subject.writer.other_reader(subject.export, length) if some else None
+    try:
+        logits = subject.writer.other_reader(subject.export, length) if some else None
+    except ValueError as error:
+        yield _finding("llama-cpp", {"llama.cpp": first_line(error)}, "")
+        return
     if logits is None:
         return
     theirs = scores(logits, Rows(rows.what, some, []))
-    ours = results.get("exported") or results["merged"]
     count = len(theirs.losses)
     loss, expected = theirs.loss, float(ours.losses[:count].double().mean())
     found = f"its loss is {loss:.4f} on {count} tokens, and that of transformers {expected:.4f}"
@@ -477,7 +488,7 @@ def _facts(subject: Subject, results: Mapping[str, Scores], rows: Rows) -> dict[
         "greedy": {
             "prompts": len(rows.prompts),
             "same_as_the_trained_model": sum(
-                a == b for a, b in zip(reference.answers, last.answers, strict=True)
+                a == b for a, b in zip(reference.answers, last.answers, strict=False)
             ),
             "tokens": {n: one.answers for n, one in results.items() if one.answers},
         },

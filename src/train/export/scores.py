@@ -16,7 +16,7 @@ from ..data.sample import Sample
 Logits = Callable[[list[int]], Tensor]
 """From tokens to logits, (tokens, vocabulary)."""
 
-_TOKENS, _NEW, _PROMPTS = 16_384, 24, 5
+_TOKENS, _NEW, _PROMPTS = 4096, 24, 5
 _KEPT_BYTES = 2**28
 
 
@@ -36,11 +36,11 @@ class Rows:
 
     @classmethod
     def of(cls, what: str, samples: Sequence[Sample], questions: Sequence[list[int]]) -> Rows:
-        """As many samples as have about 16,000 tokens, spread evenly over all of them."""
+        """As many samples as have about 4,000 tokens, spread evenly over all of them."""
         usable = [s for s in samples if s.trained]
         step, count, chosen = max(1, sum(len(s.input_ids) for s in usable) // _TOKENS), 0, []
         for sample in usable[::step]:
-            if count + len(sample.input_ids) > 2 * _TOKENS:
+            if count >= _TOKENS:
                 break
             chosen.append(sample)
             count += len(sample.input_ids)

@@ -1,0 +1,271 @@
+"""Exports: read back equal to what was trained, within the format's own rounding, or exit 1."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from fusewright.train import merge
+from fusewright.train.export import compressed, ollama
+from fusewright.train.export.certificate import CHECKS
+from fusewright.train.model.rounding import roundtrip
+from fusewright.train.recipe.export_formats import FORMATS
+
+from ..commands import fusewright, refused, snapshot
+from ..conftest import learnt, make_adapter, make_model, make_tokenizer, numbers, write_rows
+from ..model.multimodal import MTP, make_multimodal, stored
+from .convert_hf_to_gguf import PLANTED
+
+STAND_IN = Path(__file__).parent
+needs_library = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors"
+)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A base and an adapter; its rows are beside it."""
+    model = make_model(hidden_size=64, intermediate_size=128, tie_word_embeddings=False)
+    write_rows(tmp_path / "rows.jsonl", numbers(4))
+    return make_adapter(tmp_path, model)
+
+
+def export(run: Path, *arguments: str | Path, exit_code: int = 0) -> dict[str, Any]:
+    """The certificate that the command writes."""
+    folder = run / "out"
+    done = fusewright("export", run, "--output", folder, "--data", run.parent / "rows.jsonl",
+                      "--llama-cpp", STAND_IN, *arguments)  # fmt: skip
+    assert done.exit_code == exit_code, done.output + repr(done.exception)
+    found: dict[str, Any] = json.loads((folder / "certificate.json").read_text())
+    assert found["passed"] == (exit_code == 0)
+    for finding in found["findings"]:
+        assert f"{finding['check']}: {finding['reason']}" in " ".join(done.output.split())
+    return {**found, **{finding["check"]: finding for finding in found["findings"]}}
+
+
+@needs_library
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fp8", "int4-g32", "nvfp4", "mxfp4"])
+def test_compressed_tensors(adapter: Path, name: str) -> None:
+    found = export(adapter, "--format", "compressed-tensors", "-q", name)
+    assert found["merged-tensors"]["figures"]["changed"] == 14
+    assert found["exported-tensors"]["figures"]["tensors"] == {name: 14, "as it is": 7}
+    assert found["facts"]["models"].keys() == {"base", "adapter", "merged", "base, exported",
+                                               "exported"}  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(adapter / "out")
+    assert model.model.layers[0].mlp.up_proj.quantization_scheme.weights is not None
+    assert f"compressed-tensors {name} and read back" in (adapter / "out/README.md").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["q8_0", "bf16"])
+def test_gguf(adapter: Path, name: str) -> None:
+    found = export(adapter, "--format", "gguf", "-q", name)
+    kinds = {"F32": 5, "Q8_0": 16} if name == "q8_0" else {"BF16": 21}  # norms are ones
+    assert found["exported-tensors"]["figures"]["tensors"] == kinds
+    assert found["facts"]["greedy"]["prompts"] == 4
+    assert found["facts"]["bytes"]["export"] == (adapter / f"out/model-{name}.gguf").stat().st_size
+
+
+@pytest.mark.long
+def test_merged(adapter: Path) -> None:
+    found = export(adapter, "--format", "merged")
+    assert found["merged-tensors"]["verdict"] == "pass"
+    assert found["facts"]["models"]["merged"]["kl"] < 1e-9
+    assert found["facts"]["rows"] == {"what": "rows.jsonl", "samples": 4, "trained_tokens": 144}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["transposed", "dropped", "no-template"])
+def test_faults_of_a_converter(adapter: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", fault)
+    found = export(adapter, "--format", "gguf", exit_code=1)
+    if fault == "no-template":
+        assert found["chat-template"]["reason"] == "chat_template: it is missing"
+    else:
+        assert found["exported-tensors"]["subjects"] == [PLANTED]
+        said = "it is transposed" if fault == "transposed" else "it is missing"
+        assert said in found["exported-tensors"]["reason"]
+
+
+@needs_library
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["transposed", "wrong scale", "missing"])
+def test_faults_of_the_writer(adapter: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = compressed.save_file
+
+    def planted(tensors: dict[str, Tensor], *arguments: Any, **options: Any) -> None:
+        if PLANTED in tensors and fault == "transposed":
+            tensors[PLANTED] = tensors[PLANTED].T.contiguous()
+        elif PLANTED in tensors and fault == "missing":
+            del tensors[PLANTED], tensors[f"{PLANTED}_scale"]
+        elif PLANTED in tensors:
+            tensors[f"{PLANTED}_scale"] = tensors[f"{PLANTED}_scale"].flip(0).contiguous()
+        save(tensors, *arguments, **options)
+
+    monkeypatch.setattr(compressed, "save_file", planted)
+    found = export(adapter, "--format", "compressed-tensors", exit_code=1)
+    assert found["exported-tensors"]["subjects"] == [PLANTED]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["dropped", "doubled", "wrong base"])
+def test_faults_of_a_merge(
+    adapter: Path, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tensor, files = merge.Layers.tensor, merge.base_files
+
+    def planted(self: Any, stored: str) -> Tensor:
+        merged = tensor(self, stored)
+        if stored != PLANTED:
+            return merged
+        before: Tensor = self.files.read(stored)
+        return before if fault == "dropped" else merged + (merged - before)
+
+    if fault == "wrong base":
+        make_model(3, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "other")
+        monkeypatch.setattr(merge, "base_files", lambda *_: files(str(tmp_path / "other")))
+    else:
+        monkeypatch.setattr(merge.Layers, "tensor", planted)
+    found = export(adapter, "--format", "merged", exit_code=1)["merged-tensors"]
+    if fault == "wrong base":
+        assert "model.embed_tokens.weight" in found["subjects"]
+        assert len(found["subjects"]) == 16  # all but the norms, which begin as ones
+    else:
+        assert found["subjects"] == [PLANTED]
+        assert (
+            f"{'0%' if fault == 'dropped' else '200%'} of the adapter's change" in found["reason"]
+        )
+
+
+@needs_library
+@pytest.mark.long
+def test_experts(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64,
+             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+             "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=262, eos_token_id=2, **sizes))
+    write_rows(tmp_path / "rows.jsonl", numbers(4))
+    run = make_adapter(tmp_path, model, target_modules=["q_proj"],
+                       target_parameters=["mlp.experts.down_proj"])  # fmt: skip
+    found = export(run, "--format", "compressed-tensors", "-q", "int4-g32")
+    kinds = found["exported-tensors"]["figures"]["tensors"]
+    assert kinds["int4-g32"] == 4 + 3 * 4
+    ignored = json.loads((run / "out/config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", "model.layers.0.mlp.gate"]
+    said = refused("export", run, "--format", "compressed-tensors", "-q", "nvfp4")
+    assert "cannot read experts in nvfp4" in said
+    said = refused("export", run, "--format", "gguf", "--llama-cpp", STAND_IN)
+    assert "Qwen3MoeForCausalLM is not supported" in said
+
+
+@needs_library
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [False, True])
+def test_towers(tmp_path: Path, fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is outside the language model is written bit for bit; a changed bit is found."""
+    write_rows(tmp_path / "rows.jsonl", numbers(4))
+    base = make_multimodal("qwen2_5_vl", tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language.*(q|down)_proj"))
+    learnt(adapted).save_pretrained(run := tmp_path / "adapter")
+    tower, tensor = "visual.blocks.0.mlp.up_proj.weight", merge.Layers.tensor
+
+    def planted(self: Any, stored: str) -> Tensor:
+        return tensor(self, stored) * (1.01 if stored == tower else 1)
+
+    if fault:
+        monkeypatch.setattr(merge.Layers, "tensor", planted)
+    found = export(run, "--format", "compressed-tensors", "-q", "int4-g32", exit_code=int(fault))
+    if fault:
+        assert found["merged-tensors"]["subjects"] == [f"model.{tower}"]
+        return
+    ours, theirs = stored(run / "out"), stored(base)
+    towers = [name for name in theirs if name.startswith("visual.")]
+    assert towers
+    for name in (*towers, MTP):
+        assert torch.equal(ours[name], theirs[name]), name
+    assert found["exported-tensors"]["figures"]["tensors"]["int4-g32"] == 14
+
+
+def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    before = snapshot(adapter)
+    said = refused("export", adapter, "--format", "gguf")
+    assert "no convert_hf_to_gguf.py on PATH: git clone" in said
+    said = refused("export", adapter, "--format", "gguf", "-q", "int4")
+    assert "int4: no such format of gguf" in said
+    assert "there are merged, gguf" in refused("export", adapter, "--format", "onnx")
+    assert "--create NAME goes with" in refused("export", adapter, "--format", "gguf", "--create",
+                                                "x")  # fmt: skip
+    assert snapshot(adapter) == before
+
+
+@needs_library
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["compressed-tensors", "gguf"])
+def test_a_full_disk(adapter: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the run is lost, nor is anything half-written left."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(compressed, "save_file", full)
+    monkeypatch.setenv("FAULT", "disk")
+    before = snapshot(adapter)
+    said = refused("export", adapter, "--format", kind, "--llama-cpp", STAND_IN)
+    assert "No space left on device" in said
+    assert snapshot(adapter) == before
+
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}" + str(make_tokenizer().chat_template)
+)
+TRIMMED = "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] | trim }}{% endfor %}"
+
+
+def test_templates_for_ollama() -> None:
+    found = ollama.turns(make_tokenizer(), {})
+    assert found is not None
+    assert found.go() == (
+        '{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
+        "{{ end }}{{ end }}<|im_start|>assistant\n"
+    )
+    found = ollama.turns(make_tokenizer(DEFAULT_SYSTEM), {})
+    assert found is not None
+    assert found.go().startswith("{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ e")
+    counted = "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}"
+    assert ollama.turns(make_tokenizer(counted), {}) is None
+
+
+@needs_library
+def test_roundtrips() -> None:
+    """Rounding twice is rounding once, and no format confuses rows and columns."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 256) * torch.logspace(-3, 0, 48)[:, None]
+    for format in FORMATS.values():
+        if format.writer == "gguf" and not format.type:
+            continue
+        rounded = roundtrip(format, weight).float()
+        assert rounded.shape == weight.shape
+        error = (rounded - weight).norm(dim=1) / weight.norm(dim=1)  # of each row, large or small
+        assert float(error.max()) < 0.15, format.name
+    assert set(CHECKS) >= {"merged-tensors", "exported-tensors", "format-cost"}
