@@ -393,6 +393,9 @@ def _recorded(
 ) -> Finding:
     if not all_rows:
         return Finding("recorded-loss", "skipped", "not all validation rows of the run were used")
+    if key := next((k for k in ("export_format", "qat") if subject.run.recipe.get(k)), None):
+        reason = f"the run validated with weights that {key} rounds, and these are not rounded"
+        return Finding("recorded-loss", "skipped", reason)
     before, after = (float(subject.run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
     allowed = 0.1 * abs(before - after) + 0.01 * before  # it computed in its own dtype, in packs
     wrong = {
