@@ -235,12 +235,14 @@ def _with_magnitude(layer: Any, name: str, weight: Tensor) -> Tensor:
     update, weight = layer.get_delta_weight(name), weight.float()
     vector = layer.lora_magnitude_vector[name]
     norm = vector.get_weight_norm(weight, update, scaling=1)
-    return (vector.weight / norm).view(-1, 1) * (weight + update)
+    result: Tensor = (vector.weight / norm).view(-1, 1) * (weight + update)
+    return result
 
 
 def _base_weight(base: Any) -> Tensor:
     unpacked = getattr(base, "unpacked", None)  # of compressed-tensors
-    return dense(base) if unpacked is None else unpacked(base)
+    weight: Tensor = dense(base) if unpacked is None else unpacked(base)
+    return weight
 
 
 class _Product(torch.autograd.Function):
@@ -292,15 +294,20 @@ class _AdaptedProduct(torch.autograd.Function):
 def _to_input(ctx: Any, grad: Tensor) -> Tensor | None:
     if not ctx.needs_input_grad[0]:
         return None
-    return grad @ ctx.layer.rounding.rounded(ctx.layer, grad.dtype)
+    weight: Tensor = ctx.layer.rounding.rounded(ctx.layer, grad.dtype)
+    return grad @ weight
 
 
 def _to_bias(ctx: Any, grad: Tensor, place: int) -> Tensor | None:
     return grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[place] else None
 
 
+_product: Any = _Product.apply
+_adapted_product: Any = _AdaptedProduct.apply
+
+
 # a tracer would see the weight's rounding, and not that nothing is kept of it
-@torch.compiler.disable(reason="its weight is rounded as an export rounds it")
+@torch.compiler.disable(reason="its weight is rounded as an export rounds it")  # type: ignore[untyped-decorator]  # 2026-11-30: no types
 def _multiply(layer: Any, x: Tensor, plain: Callable[..., Tensor]) -> Tensor:
     """What ``layer`` gives for x (..., in); ``plain`` is its forward without rounding."""
     name, kind = _adapter(layer), x.device.type
@@ -311,17 +318,17 @@ def _multiply(layer: Any, x: Tensor, plain: Callable[..., Tensor]) -> Tensor:
     with torch.autocast(kind, enabled=False):
         if name is None:
             weight = layer.weight if layer.weight.requires_grad else None
-            return cast("Tensor", _Product.apply(x, weight, bias, layer))
+            return cast("Tensor", _product(x, weight, bias, layer))
         a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         if name in layer.lora_variant:
             # the value of the rounded weight, and the gradient of an adapter that is not rounded
             adapted = plain(layer, x.detach())
-            y = _Product.apply(x, None, None if bias is None else bias.detach(), layer)
+            y = _product(x, None, None if bias is None else bias.detach(), layer)
             return cast("Tensor", y + (adapted - adapted.detach()))
         if b.bias is not None:
             shift = b.bias * scale
             bias = (shift if bias is None else bias + shift).to(x.dtype)
-        y = _AdaptedProduct.apply(x, a.weight, b.weight, bias, layer, scale)
+        y = _adapted_product(x, a.weight, b.weight, bias, layer, scale)
         dropout = layer.lora_dropout[name]
         if not isinstance(dropout, nn.Identity) and layer.training:
             wide = x.to(a.weight.dtype)  # the merged weight has all of x
@@ -387,7 +394,7 @@ def round_in_training(
         for layer in siblings:
             layer.rounding = Rounding(format, model.dtype, shared)
             layer.rounding.enabled = not recipe.rounds_after()
-            layer.__class__ = rounding_class(type(layer))
+            layer.__class__ = rounding_class(type(layer))  # type: ignore[arg-type]  # 2026-11-30: a class
     left = _round_ends(base, format, at_once)
     if say is not None:
         say(f"export_format: {len(layers)} layers multiply by weights rounded to {format.name}")

@@ -188,7 +188,8 @@ OVERRIDES = (
     ),
     Override(
         "groups",
-        f"**groups**: a `qat.group_size` of {SMALL_GROUP}, which divides the rows of a twin's weights",
+        f"**groups**: a `qat.group_size` of {SMALL_GROUP}, which divides the rows of a twin's "
+        "weights",
         _groups,
     ),
 )
