@@ -9,14 +9,14 @@ from pydantic import BeforeValidator
 from ..export_formats import FORMATS
 from .base import METHOD, Int, Keys, key, not_yet
 
-_FEW_BITS = ("int4", "int8", "float8_e4m3fn", "nvfp4", "mxfp4")
-
 
 def _dtype(value: Any) -> Any:
     return "float8_e4m3fn" if value in ("fp8", "float8") else value
 
 
-FewBits = Annotated[Literal[_FEW_BITS], BeforeValidator(_dtype)]
+FewBits = Annotated[
+    Literal["int4", "int8", "float8_e4m3fn", "nvfp4", "mxfp4"], BeforeValidator(_dtype)
+]
 
 
 class QatKeys(Keys):
