@@ -43,9 +43,9 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
     if format.type == "Q8_0":
         return _q8_0(weight)
     args = rounding.scheme(format).weights if format.writer == "compressed-tensors" else None
-    if args is None or args.strategy == "block":
+    if args is None or args.strategy == "block" or not args.symmetric:
         return rounding.roundtrip(format, weight, largest)
-    divisor, factor, zero, dtype = _scales(format, args, weight, largest)
+    divisor, factor, dtype = _scales(format, args, weight, largest)
     result = torch.empty_like(weight, dtype=dtype)
     group = weight.shape[1] // divisor.shape[1]
     low, high = _range(args)
@@ -54,22 +54,15 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
     for rows in _chunks(weight):
         values, out = weight[rows].unflatten(1, (-1, group)), result[rows].unflatten(1, (-1, group))
         v = torch.div(values, divisor[rows].unsqueeze(-1), out=memory[: len(out)].view_as(out))
-        if zero is not None:
-            v += zero[rows].unsqueeze(-1).to(weight.dtype)
         v = _nearest(v.clamp_(low, high), args).to(factor.dtype)
-        if zero is not None:
-            v -= zero[rows].unsqueeze(-1).to(factor.dtype)
         torch.mul(v, factor[rows].unsqueeze(-1), out=out)
     return result
 
 
 def _scales(
     format: Format, args: Any, weight: Tensor, largest: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
-    """By what a weight is divided, and multiplied again once it is read; zero points; its dtype.
-
-    All are (out, groups).
-    """
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """What divides a weight, and multiplies it once it is read, (out, groups); its dtype then."""
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     overall = None
@@ -77,7 +70,7 @@ def _scales(
         largest = weight.abs().max() if largest is None else largest
         overall = generate_gparam(-largest, largest)
     low, high = rounding.ranges(args, weight)
-    scale, zero = calculate_qparams(low, high, args, global_scale=overall)
+    scale, _ = calculate_qparams(low, high, args, global_scale=overall)
     divisor = scale if overall is None else scale / overall
     factor, dtype = scale, scale.dtype
     if args.scale_dtype is not None:
@@ -87,7 +80,7 @@ def _scales(
         factor = compressor._decompress_scale(stored, *((torch.bfloat16,) if packs else ()))
         dtype = factor.dtype
         factor = factor if overall is None else factor / overall
-    return divisor, factor, None if args.symmetric else zero, dtype
+    return divisor, factor, dtype
 
 
 def _range(args: Any) -> tuple[float, float]:
