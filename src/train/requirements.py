@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from .consent import CODE_SWITCH
 from .package_ranges import install
+from .recipe.export_formats import FORMATS
 from .recipe.methods_table import METHODS, Method
 from .recipe.paths import is_hub_kernel
 from .recipe.preferences import method_of, rows_of
@@ -138,6 +139,12 @@ def missing_packages(recipe: Recipe) -> list[str]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(recipe, key):
             required.append((key, "true", ("bitsandbytes", "bitsandbytes")))
+    if (name := recipe.rounds_as()) is not None:
+        gguf = FORMATS[name].writer == "gguf"
+        library = ("gguf", "gguf") if gguf else ("compressed_tensors", "compressed-tensors")
+        required.append(("qat" if recipe.qat else "export_format", name, library))
+    elif recipe.qat is not None:
+        required.append(("qat", recipe.qat.weight_dtype, ("torchao", "torchao")))
     if recipe.tokenizer_use_mistral_common:
         tokens = ("mistral_common", "mistral-common")
         required.append(("tokenizer_use_mistral_common", "true", tokens))

@@ -20,6 +20,7 @@ from fusewright.train.recipe.keys.distributed import ContextParallelKeys, FsdpKe
 from fusewright.train.recipe.keys.model import SpecialTokens
 from fusewright.train.recipe.keys.optimization import LrGroupKeys
 from fusewright.train.recipe.keys.output import DynamicCheckpointKeys
+from fusewright.train.recipe.keys.precision import QatKeys
 from fusewright.train.recipe.keys.preferences import TrlKeys, VllmKeys
 from fusewright.train.recipe.recipe import GROUPS, Recipe
 
@@ -199,6 +200,7 @@ _INNER: dict[type[Keys], str] = {
     PretrainingDataset: "An entry of `pretraining_dataset`: the same keys, and these",
     PromptFormat: "A `type` written as keys",
     SpecialTokens: "`special_tokens`",
+    QatKeys: "`qat`",
     PeftKeys: "`peft`",
     LoftQ: "`peft.loftq_config`",
     LrGroupKeys: "An entry of `lr_groups`",

@@ -14,6 +14,7 @@ import torch
 
 from ...errors import FusewrightError, first_line
 from ..model.base_files import BaseFiles, base_files, processor_files, save_with_base
+from ..model.merge_aware import stop_rounding
 from ..model.multimodal import is_multimodal, use_cache
 from ..model.relora import relora_of
 from ..recipe.preferences import head_of
@@ -169,6 +170,9 @@ def check_adapter(
 
         restore(model)
         trained = model(**inputs).logits
+    if stop_rounding(model):  # what that makes is no difference between adapters
+        rounded, trained = trained, model(**inputs).logits
+        before = before - rounded + trained
     plain = PeftModel.from_pretrained(
         model.unload(), folder, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
     ).eval()

@@ -399,6 +399,9 @@ def _recorded(
     subject: Subject, results: Mapping[str, Scores], trained: Scores, rows: HeldOut
 ) -> Finding:
     """Compare with the losses that the run recorded: in its own dtype, in packs, on all rows."""
+    if key := next((k for k in ("export_format", "qat") if subject.run.recipe.get(k)), None):
+        reason = f"the run validated with weights that {key} rounds, and these are not rounded"
+        return Finding("recorded-loss", "skipped", reason)
     before, after = (float(subject.run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
     allowed = 0.1 * abs(before - after) + 0.01 * before
     wrong = {

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..model.load import quiet
 from ..model.tokenizer import ChatPrompt
 from ..recipe.export_formats import FORMATS, Format, format_named
 from ..recipe.preferences import head_of
+from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
 from . import ollama
@@ -89,7 +90,9 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
         ModelError: the run cannot be merged or written in this format, or the disk is full.
     """
     console = console or Terminal(highlight=False)
-    if (head := head_of(recipe_for(run))).classifies:
+    recipe = recipe_for(run)
+    options = _as_trained(options, recipe)
+    if (head := head_of(recipe)).classifies:
         raise ModelError(
             f"{run.folder} holds a model that scores texts ({head.key}), and exports are for "
             "models that write; fusewright merge writes it for transformers"
@@ -113,6 +116,15 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
     if audit is not None:
         show(audit, console)
     return Exported(output, audit, size)
+
+
+def _as_trained(options: ExportOptions, recipe: Recipe) -> ExportOptions:
+    """The options of a run that was trained for a format: that one, of the weights it has seen."""
+    name, writer = recipe.rounds_as(), "gguf" if options.kind == "ollama" else options.kind
+    if name is None or FORMATS[name].writer != writer:
+        return options
+    dequantize = options.dequantize or recipe.load_in_4bit or recipe.load_in_8bit
+    return replace(options, quantization=options.quantization or name, dequantize=dequantize)
 
 
 def _chosen(run: RunFolder, options: ExportOptions) -> tuple[Format | None, Writer]:

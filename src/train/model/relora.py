@@ -147,7 +147,7 @@ class Relora(TrainerCallback):
         layer = self.layers[name]
         base = layer.get_base_layer()
         self._restore(name)
-        weight = _dense(base)
+        weight = dense(base)
         firsts, seconds = zip(*self._past[name], strict=True)
         a, b = torch.cat(firsts, 0), torch.cat(seconds, 1)
         delta = b.to(weight.device).float() @ a.to(weight.device).float() * layer.scaling[self.name]
@@ -238,7 +238,8 @@ def _tensors(base: Any) -> list[Tensor]:
     return [weight] if scales is None else [weight, scales]
 
 
-def _dense(base: Any) -> Tensor:
+def dense(base: Any) -> Tensor:
+    """The weight of a linear layer, unpacked where it is bitsandbytes'."""
     weight, *scales = _tensors(base)
     if not scales:
         return weight.detach()

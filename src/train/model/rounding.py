@@ -78,7 +78,7 @@ def rounded_layers(model: Any, format: Format) -> dict[str, nn.Linear]:
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and path not in left_out and not is_in(path, places)
-        and misfit(format, tuple(module.weight.shape)) is None
+        and misfit(format, (module.out_features, module.in_features)) is None
     }  # fmt: skip
 
 
@@ -150,25 +150,26 @@ def compress(format: Format, weight: Tensor, largest: Tensor | None = None) -> d
         largest = weight.abs().max() if largest is None else largest
         state["weight_global_scale"] = overall = generate_gparam(-largest, largest)
     args = scheme(format).weights
-    scale, zero = calculate_qparams(*_ranges(args, weight), args, global_scale=overall)
+    scale, zero = calculate_qparams(*ranges(args, weight), args, global_scale=overall)
     state |= {"weight_scale": scale, "weight_zero_point": zero}
-    return dict(_compressor(format).compress(state, scheme(format)))
+    return dict(compressor(format).compress(state, scheme(format)))
 
 
 def decompress(format: Format, state: Mapping[str, Tensor], shape: Iterable[int]) -> Tensor:
     """The weight, (out, in), of the tensors that are stored for it."""
     state = {**state, "weight_shape": torch.tensor(tuple(shape))}
-    weight: Tensor = _compressor(format).decompress(state, scheme(format))["weight"]
+    weight: Tensor = compressor(format).decompress(state, scheme(format))["weight"]
     return weight.detach()
 
 
-def _compressor(format: Format) -> Any:
+def compressor(format: Format) -> Any:
+    """What packs and unpacks weights for ``compressed-tensors``."""
     from compressed_tensors.compressors import BaseCompressor
 
     return BaseCompressor.get_value_from_registry(scheme(format).format.value)
 
 
-def _ranges(args: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+def ranges(args: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest and the largest of the values that share a scale: a min-max observer."""
     from compressed_tensors.quantization.utils import maybe_pad_tensor_for_block_quant
 

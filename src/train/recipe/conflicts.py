@@ -206,7 +206,35 @@ def _model(values: Values) -> Iterator[Problem]:
         if not (isinstance(options, Mapping) and options.get("dequantize")):
             text = f"{config} needs model_quantization_config_kwargs: {{dequantize: true}}: weights"
             yield ("model_quantization_config",), f"{text} that stay packed cannot be trained"
+    if isinstance(qat := values.get("qat"), Mapping):
+        yield from _qat(qat)
     yield from _template(values, ())
+
+
+_QAT = {
+    ("int4", None), ("int4", "int8"), ("int4", "float8_e4m3fn"),
+    ("float8_e4m3fn", "float8_e4m3fn"), ("mxfp4", None), ("mxfp4", "mxfp4"), ("nvfp4", None),
+    ("nvfp4", "nvfp4"),
+}  # fmt: skip
+"""The dtypes of weights and activations that go together."""
+
+
+def _qat(qat: Values) -> Iterator[Problem]:
+    fp8 = dict.fromkeys(("fp8", "float8"), "float8_e4m3fn")
+    weight, inputs = (qat.get(k) for k in ("weight_dtype", "activation_dtype"))
+    weight, inputs = (fp8.get(str(dtype), dtype) for dtype in (weight or "int8", inputs))
+    if (weight, inputs) not in _QAT:
+        known = ", ".join(f"{w} with {a}" for w, a in sorted(_QAT, key=str) if a)
+        text = f"there is no training of weights in {weight} with activations in {inputs}"
+        yield ("qat",), f"{text}: take int4 alone, or {known}"
+    size = {"nvfp4": 16, "mxfp4": 32}.get(str(weight))
+    if size is not None and qat.get("group_size", size) not in (size, None):
+        yield ("qat", "group_size"), f"{weight} has groups of {size}"
+    if weight != "int4" and qat.get("quantize_embedding"):
+        yield ("qat", "quantize_embedding"), f"embeddings are rounded to int4 only, not to {weight}"
+    if weight == "mxfp4" and qat.get("fake_quant_after_n_steps"):
+        text = "torchao rounds to mxfp4 from the start: leave it out"
+        yield ("qat", "fake_quant_after_n_steps"), text
 
 
 def _template(values: Values, loc: Loc) -> Iterator[Problem]:

@@ -35,6 +35,11 @@ class Format:
         """Whether embeddings and the head are stored in few bits, too."""
         return self.writer == "gguf"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it stores weights in few bits, in one way that training can follow."""
+        return self.writer == "compressed-tensors" or self.type == "Q8_0"
+
 
 _GGUF = functools.partial(Format, writer="gguf")
 _CT = functools.partial(Format, writer="compressed-tensors")

@@ -84,6 +84,17 @@ class Recipe(
             return "float32"
         return "auto" if self.bf16 == "auto" and not self.bfloat16 else "bfloat16"
 
+    def rounds_as(self) -> str | None:
+        """The format of an export whose rounding weights get in training; None: none."""
+        # of which torchao needs a GPU that multiplies in it
+        nvfp4 = self.qat is not None and self.qat.weight_dtype == "nvfp4"
+        return "nvfp4" if nvfp4 else self.export_format
+
+    def rounds_after(self) -> int:
+        """The number of steps after which weights are rounded."""
+        qat = self.qat.fake_quant_after_n_steps if self.qat is not None else None
+        return (qat or self.export_format_after_n_steps) or 0
+
     def checkpointing(self) -> bool:
         """Whether blocks keep only their inputs for backward."""
         fsdp = self.strategy().fsdp

@@ -11,6 +11,7 @@ from rich.console import Console
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
+from ..model.merge_aware import RoundingStart
 from ..model.precision import device_for_training
 from ..model.relora import Relora
 from ..model.tokenizer import pad_token
@@ -147,6 +148,7 @@ def make_trainer(
     )  # fmt: skip
     samplers: list[Any] = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
     samplers += [Relora(model, recipe, context.say)] if recipe.relora else []
+    samplers += [RoundingStart(model, recipe)] if recipe.rounds_after() else []
     extra = {
         "model": model,
         "args": args,

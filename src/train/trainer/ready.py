@@ -11,6 +11,8 @@ from ...compiler.packs import LONG, leaks
 from ...errors import PackingError, RecipeError
 from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
+from ..model.merge_aware import exported_layers, round_in_training
+from ..model.qat import fake_quantize
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
 
@@ -37,7 +39,11 @@ def ready_model(
     added = fit_embeddings(model, tokenizer, recipe)
     if added:
         say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
-    return add_adapter(model, recipe, say)
+    fake_quantize(model, recipe)
+    paths = exported_layers(model, recipe)
+    model = add_adapter(model, recipe, say)
+    round_in_training(model, recipe, paths, say)
+    return model
 
 
 def _packs(recipe: Recipe) -> bool:

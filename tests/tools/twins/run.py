@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fusewright.errors import FusewrightError
+from fusewright.train.model.merge_aware import stop_rounding
 from fusewright.train.recipe.load import load_recipe
 
 from .checkpoint import class_named, kind_of, make_checkpoint, make_tokenizer
@@ -26,6 +27,8 @@ from .rows import COUNT, rows_of
 Values = dict[str, Any]
 
 STEPS, LENGTH = 2, 256
+SMALL_GROUP = 32
+"""The largest group that rows of a twin's weights can be divided into."""
 
 LAUNCH = (
     "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type",
@@ -126,6 +129,14 @@ def _tekken(values: Values, folder: Path) -> bool:
     return bool(values.pop("tokenizer_use_mistral_common", False))
 
 
+def _groups(values: Values, folder: Path) -> bool:
+    qat = values.get("qat")
+    if not qat or (qat.get("group_size") or 0) <= SMALL_GROUP:
+        return False
+    qat["group_size"] = SMALL_GROUP
+    return True
+
+
 OVERRIDES = (
     Override(
         "",
@@ -174,6 +185,12 @@ OVERRIDES = (
         "**tokenizer**: `tokenizer_use_mistral_common` is left out, because mistral-common was not "
         "installed",
         _tekken,
+    ),
+    Override(
+        "groups",
+        f"**groups**: a `qat.group_size` of {SMALL_GROUP}, which divides the rows of a twin's "
+        "weights",
+        _groups,
     ),
 )
 
@@ -284,6 +301,8 @@ def _stages(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     yield "train"
     model = _train(folder / "recipe.yaml", folder / "log.txt")
+    if values.get("qat"):
+        _stop_rounding(model)
     yield "load plainly"
     model_class = _plain_class(values, class_name)
     out, base = folder / "out", folder / "base"
@@ -374,6 +393,15 @@ def _merge(run_folder: Path, output: Path, dequantize: bool) -> None:
 
     options = MergeOptions(output=output, dtype="float32", dequantize=dequantize)
     merge(open_run(run_folder), options, Console(quiet=True))
+
+
+def _stop_rounding(model: Any) -> None:
+    """Let a model compute with its weights as they are saved."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    stop_rounding(model)
+    quantize_(model, QATConfig(step="convert"))
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:

@@ -143,6 +143,17 @@ def test_an_optimized_model_is_the_same_on_each_rank(runs: Runs, name: str, meth
     assert difference(run.weights(), one.weights()) < 1e-3
 
 
+@slow
+@pytest.mark.parametrize("method", ["LoRA", "full"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_weights_are_rounded_in_each_process(runs: Runs, name: str, method: str) -> None:
+    keys = {"export_format": "q8_0", **(FULL if method == "full" else {})}
+    run = runs.several(f"rounded-{name}-{method}", **keys, **STRATEGIES[name])
+    # a sum of gradients in another order may round a weight to the next value
+    assert_as_one(run, runs.alone(**keys), 1e-3)
+    assert "14 layers multiply by weights rounded to q8_0" in run.out
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 SAVING = {"save_steps": 8, "lr_scheduler": "cosine", "weight_decay": 0.1}

@@ -146,7 +146,7 @@ REFUSED = {
     ),
     "metrics without a name": ("do_causal_lm_eval: true", "needs eval_causal_lm_metrics"),
     "pruning": ("llmcompressor: {recipe: {}}", "llmcompressor: .* with LLM Compressor itself"),
-    "quantized training": ("qat: {weight_dtype: int4}", "qat: .* is not yet available"),
+    "quantized training of 8 bits": ("qat: {weight_dtype: int8}", "qat: there is no training of"),
     "restarts of adapters": (
         "relora: true\njagged_restart_steps: 9\nadapter: lora\nlora_target_linear: true\n"
         "fsdp: true",

@@ -62,7 +62,7 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("torch_compile_options", {"max_autotune": True}, "subsumed"),
         ("nonexpert_quantization", "none", "not applicable"),
         ("nonexpert_quantization", "nf4", "not yet available"),
-        ("qat", {"weight_dtype": "int4"}, "not yet available"),
+        ("quantization", {"weight_dtype": "int4"}, "not applicable"),
         ("ebft", {"stride": 4}, "not applicable"),
         ("optimizer", "sinkgd", "not yet available"),
         ("nf4_backend", "torchao", "not yet available"),
@@ -102,16 +102,18 @@ def test_keys_of_trl_have_one_each() -> None:
 
 def test_keys_inside_others_have_one_too() -> None:
     dataset = {"path": "a/b", "trust_remote_code": True, "type": {"format": "{instruction}"}}
-    found = status(datasets=[dataset], special_tokens={"pad_token": "x"})
+    qat = {"weight_dtype": "int4"}
+    found = status(datasets=[dataset], special_tokens={"pad_token": "x"}, qat=qat)
     assert found["datasets.0.path"][0] == "honoured"
     assert found["datasets.0.trust_remote_code"][0] == "not applicable"
     assert found["datasets.0.type.format"][0] == "honoured"
     assert found["special_tokens.pad_token"][0] == "honoured"
+    assert found["qat.weight_dtype"][0] == "honoured"
 
 
 def test_a_misspelt_key_of_a_group_that_nothing_reads_is_an_error() -> None:
-    with pytest.raises(RecipeError, match=r"qat\.wieght_dtype: .* did you mean weight_dtype"):
-        load_recipe({**BASE, "qat": {"wieght_dtype": "int4"}})
+    with pytest.raises(RecipeError, match=r"quantization\.wieght_dtype: .* mean weight_dtype"):
+        load_recipe({**BASE, "quantization": {"wieght_dtype": "int4"}})
 
 
 def test_the_same_key_counts_with_what_it_needs() -> None:

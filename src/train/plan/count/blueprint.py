@@ -20,6 +20,7 @@ from ....errors import RecipeError
 from ...model.adapters import add_adapter
 from ...model.from_pretrained import meta_model
 from ...model.load import load_config, quiet
+from ...model.merge_aware import exported_layers, round_in_training
 from ...model.multimodal import is_in, towers, use_cache
 from ...model.stored import Packing, packing
 from ...recipe.recipe import Recipe
@@ -63,7 +64,9 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
         plain.__dict__.pop("quantization_config", None)
         model = meta_model(recipe, plain).to(dtype)
         times = _keep_one_of_each(model, _numbers_blocks(recipe))
+        paths = exported_layers(model, recipe)
         model = _adapted(model, recipe)
+        round_in_training(model, recipe, paths)
     blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
     times_of = {path: times.get(id(block), 1) for path, block in blocks.items()}
     base = model.get_base_model() if hasattr(model, "peft_config") else model
