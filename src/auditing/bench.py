@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..memory.meter import Meter
 from .findings import Finding
 from .gradients import ONE_SIDED, Fault, compare, drift
 from .reference import SEED, Batch, Loss, PlainModel, Step, unwrapped
@@ -46,7 +45,9 @@ class Bench:
 
         Raises a ModelError if it does not fit, or if its loss is not finite even then.
         """
-        needed, free = self.plain.nbytes(batch), free_memory(batch)
+        meter = Meter(next(self.model.parameters()).device)
+        capacity, needed = meter.capacity(), self.plain.nbytes(batch)
+        free = needed if capacity is None else capacity - meter.used()
         if self.plain.is_wide and needed > free:
             self.plain.exact = torch.float32
             needed = self.plain.nbytes(batch)
@@ -178,17 +179,6 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def cast_to(batch: Batch, dtype: torch.dtype | None) -> Any:
     """Autocast to ``dtype``, or as it is."""
     return torch.autocast(device_of(batch), dtype=dtype) if dtype else contextlib.nullcontext()
-
-
-def free_memory(batch: Batch) -> int:
-    """The free bytes on the device of a batch."""
-    if device_of(batch) == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration):  # what Linux can free counts as well
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
-    return pages * size
 
 
 def device_of(batch: Batch) -> str:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .findings import Audit
 from .micro_batches import Average
-from .watch import Watch, inner_optimizer
+from .watch import StepWatch, inner_optimizer
 
 
 class AuditCallback(TrainerCallback):
@@ -34,7 +34,7 @@ class AuditCallback(TrainerCallback):
         self, *, average: Average = "tokens", report: Callable[[Audit], None] | None = None
     ) -> None:
         self.average, self._report = average, report
-        self.watch: Watch | None = None
+        self.watch: StepWatch | None = None
         self._main = True
 
     @property
@@ -50,15 +50,14 @@ class AuditCallback(TrainerCallback):
         self.watch = self.make_watch(args, state, **kwargs)
         self._logged = state.global_step
 
-    def make_watch(
-        self, args: TrainingArguments, state: Any, model: Any, optimizer: Any, lr_scheduler: Any,
-        processing_class: Any = None, **_: Any,
-    ) -> Watch:  # fmt: skip
+    def make_watch(self, args: TrainingArguments, state: Any, **kwargs: Any) -> StepWatch:
         """What sees the steps of a run that begins."""
-        inner = inner_optimizer(optimizer)
+        lr_scheduler = kwargs.get("lr_scheduler")
+        inner = inner_optimizer(kwargs["optimizer"])
         first = getattr(lr_scheduler, "last_epoch", None)
-        watch = Watch(
-            model, [inner], lr_scheduler, tokenizer=processing_class, average=self.average,
+        watch = StepWatch(
+            kwargs["model"], [inner], lr_scheduler,
+            tokenizer=kwargs.get("processing_class"), average=self.average,
             expected_rates=self.schedule(args, state.max_steps, inner, lr_scheduler).rates,
             first_step=first if isinstance(first, int) else state.global_step,
             unseen=_unseen(args), **self.settings(),

@@ -35,6 +35,12 @@ EXPLAINED = 0.2
 OTHER_ORDER = 16
 """So many units of rounding of fp32 a sum in another order is allowed beyond eager's own error."""
 
+
+def slack_of(dtype: torch.dtype) -> float:
+    """What is allowed beyond eager's own error in ``dtype``."""
+    return unit(dtype) * (1 if dtype in (torch.bfloat16, torch.float16) else OTHER_ORDER)
+
+
 FAR = 30.0
 """No other rounding errors take a gradient as many times further than is allowed."""
 
@@ -125,7 +131,7 @@ def compare(
             if each.off < UNRESOLVED:
                 by_kind[kind_of(name)] = max(by_kind[kind_of(name)], each.off)
     largest = max((float(reference[name].double().norm()) for name in judged), default=0.0)  # type: ignore[union-attr]
-    slack = unit(dtype) if dtype in (torch.bfloat16, torch.float16) else OTHER_ORDER * unit(dtype)
+    slack = slack_of(dtype)
     faults, compared, worst = [], 0, 0.0
     for name in judged:
         g, exact = gradients.get(name), reference[name]

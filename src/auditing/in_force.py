@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .findings import Finding
+from .findings import Finding, Verdict
 
 _SHOWN = 8
 
@@ -131,7 +131,7 @@ class Rates:
                 asked = f"the first steps warm up, over {warmup}"
             elif each > 1:
                 asked += f"; the scheduler is stepped {each:.3g} times for each step"
-            verdict = "pass" if warmup and len(used) > warmup else "skipped"
+            verdict: Verdict = "pass" if warmup and len(used) > warmup else "skipped"
             return Finding("warmup", verdict, asked, figures=figures)
         return Finding("warmup", "pass", f"{len(used)} step{'s' * (len(used) != 1)} used the rates "
                        f"of {asked}", figures=figures)  # fmt: skip

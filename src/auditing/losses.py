@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..rewrite.tolerance import FACTOR, unit
 from .by_hand import token_losses
 from .findings import Finding
+from .gradients import slack_of
 from .reference import Batch, Step
 
 
@@ -48,7 +49,9 @@ def findings(
         if items is not None:
             others["their mean, though num_items_in_batch is given"] = total / count
     rounding = abs(eager.loss - wanted) / abs(wanted)
-    allowed = FACTOR * rounding + unit(dtype) + unit(torch.float32) * math.log2(max(2, count)) / 2
+    # a sum in fp32 over all tokens
+    summing = unit(torch.float32) * math.log2(max(2, count)) / 2
+    allowed = FACTOR * rounding + slack_of(dtype) + summing
     off = abs(step.loss - wanted) / abs(wanted)
     figures = {
         "loss": step.loss, "by_hand": by_hand, "plain": exact.loss, "off": off, "allowed": allowed,

@@ -274,7 +274,7 @@ class MicroBatches:
             sums.append(total)
             weights.append(weight)
         processes = dist.get_world_size() if has_peers() else 1
-        step = Step(len(self.batches), tokens, processes, self.average)
+        step = StepShape(len(self.batches), tokens, processes, self.average)
         loss = self._loss_of_step(chosen, sums, step)
         if failure:
             return [Finding(name, "skipped", failure) for name in _NAMES]
@@ -354,7 +354,7 @@ class MicroBatches:
                     reshard(inner)
 
     def _loss_of_step(
-        self, chosen: list[MicroBatch], sums: list[float], step: Step
+        self, chosen: list[MicroBatch], sums: list[float], step: StepShape
     ) -> float | None:
         """The mean loss over the trained tokens of the step, of all processes; None: unknown."""
         total: float | None = 0.0
@@ -456,7 +456,7 @@ _NAMES = "accumulation-scale", "loss-scale"
 
 
 @dataclass(frozen=True)
-class Step:
+class StepShape:
     """What a step consists of: batches of each process, trained tokens of all, and processes."""
 
     batches: int
@@ -465,7 +465,7 @@ class Step:
     average: Average = "tokens"
 
 
-def judge(measured: list[tuple[int, float]], step: Step) -> list[Finding]:
+def judge(measured: list[tuple[int, float]], step: StepShape) -> list[Finding]:
     """The answers for some micro-batches, each with its tokens and the weight of one of them.
 
     The gradients of several processes are averaged, so each may be their number times larger.
@@ -498,7 +498,7 @@ def judge(measured: list[tuple[int, float]], step: Step) -> list[Finding]:
     return _scaled(factor, step, figures)
 
 
-def _scaled(factor: float, step: Step, figures: dict[str, Any]) -> list[Finding]:
+def _scaled(factor: float, step: StepShape, figures: dict[str, Any]) -> list[Finding]:
     text = f"the gradient of a step is {_times(factor)} that of one large batch"
     whose, advice = "loss-scale", ""
     if step.batches > 1 and _near(factor, step.batches):
@@ -523,7 +523,7 @@ def _uneven(
     wanted: list[float],
     other: list[float],
     known: list[tuple[int, float]],
-    step: Step,
+    step: StepShape,
     figures: dict[str, Any],
 ) -> list[Finding]:
     most, least = max(wanted), min(wanted)
@@ -573,7 +573,7 @@ def _times(factor: float) -> str:
     return f"{factor:.3g} times"
 
 
-def _is_scaler(factor: float, step: Step) -> bool:
+def _is_scaler(factor: float, step: StepShape) -> bool:
     power = math.log2(factor) if factor > 0 else 0.0
     is_power = abs(power - round(power)) < 0.02
     return factor >= _SCALER and is_power and not _near(factor, step.batches)

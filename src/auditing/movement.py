@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..sharding import in_zero3
+from ..sharding import in_zero3, local_share
 from .findings import Finding
 
 _SAMPLED = 4096
@@ -30,8 +30,8 @@ WATCHED = 8
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with memory that make up ``tensor`` in this process: parts, or a share of it."""
-    share = getattr(tensor, "ds_tensor", None) if in_zero3(tensor) else tensor
-    if share is None or share.is_meta:
+    share = getattr(tensor, "ds_tensor", None) if in_zero3(tensor) else local_share(tensor)
+    if not isinstance(share, Tensor) or share.is_meta:
         return
     if is_traceable_wrapper_subclass(share):
         names, _ = share.__tensor_flatten__()

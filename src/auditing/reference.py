@@ -105,6 +105,7 @@ class PlainModel:
         self.audited = unwrapped(model)
         self.autocast = autocast
         found = {p.dtype for p in self.audited.parameters() if p.is_floating_point()}
+        found |= set(filter(None, map(_computes_in, self.audited.modules())))
         halves = found & {torch.bfloat16, torch.float16, torch.float8_e4m3fn}
         self.dtype: torch.dtype = autocast or min(halves, key=str, default=torch.float32)
         self.exact = torch.float32 if halves or autocast else torch.float64
@@ -555,6 +556,15 @@ def _attention_of(kind: Any) -> str:
 
 def _was_read(module: Any) -> bool:
     return bool(getattr(module._parameters, "was_read", False))
+
+
+def _computes_in(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a quantized layer computes in, whatever its inputs are."""
+    dtype: Any = getattr(module, "compute_dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    weight = module._parameters.get("weight")
+    return torch.float16 if weight is not None and weight.dtype == torch.int8 else None
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -32,7 +32,7 @@ OF_THE_LOOP = (
 """The questions that need a loop; ``audit`` answers the others from a model and a batch."""
 
 
-class Watch:
+class StepWatch:
     """Sees the steps of a training loop, and changes nothing of what they compute.
 
     The first optimizer step is looked at closely: up to two of its micro-batches are run again, and
@@ -289,7 +289,7 @@ class Watch:
 class _Clock:
     """Adds the time of a block to a watch."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StepWatch) -> None:
         self._watch = watch
 
     def __enter__(self) -> None:
@@ -360,7 +360,8 @@ def _reference_bytes(model: nn.Module, parameters: Sequence[Tensor], tokens: int
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width, layers, words = (
-        getattr(text, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+        int(getattr(text, name, 0) or 0)
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size")
     )
     # weights and two sets of gradients in the wide dtype and in the model's own
     return trained * (2 * wide + 12) + wide * (
@@ -383,8 +384,8 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
-class LoopWatch(Watch):
-    """The ``Watch`` of a hand-written loop, which hears of the steps by hooks of the optimizer.
+class LoopWatch(StepWatch):
+    """The ``StepWatch`` of a hand-written loop, which hears of the steps by hooks of the optimizer.
 
     A context manager: its end is the end of training.
     """

@@ -215,6 +215,14 @@ def test_patched_functions_of_library_modules_are_noticed(monkeypatch: pytest.Mo
         assert twin.__name__ == "LlamaForCausalLM"
 
 
+def test_a_reference_that_does_not_fit_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusewright.memory.meter.Meter.capacity", lambda self: self.used() + 1024)
+    result = audit(tiny(), batch())
+    reasons = {f.check: f.reason for f in result.findings if f.verdict == "skipped"}
+    assert "GiB for these 72 tokens" in reasons["gradient-value"]
+    assert result.passed
+
+
 def test_a_slice_has_the_rows_that_differ_most() -> None:
     given = batch(8, 100)
     given["labels"][5, :90] = -100

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from fusewright import AuditCallback, watch
 from fusewright.auditing.findings import Audit
 from fusewright.auditing.in_force import Rates
-from fusewright.auditing.micro_batches import Step, judge, judge_logged
+from fusewright.auditing.micro_batches import StepShape, judge, judge_logged
 from fusewright.auditing.movement import Movement
 
 
@@ -64,19 +64,23 @@ def _failed(audit: Audit | None) -> set[str]:
 @pytest.mark.parametrize(
     ("measured", "step", "failed"),
     [
-        ([(10, 1 / 40), (30, 1 / 40)], Step(2, 40), None),
-        ([(10, 1 / 10), (30, 1 / 30)], Step(2, 40), "accumulation-scale"),  # means, added up
-        ([(10, 1 / 20), (30, 1 / 60)], Step(2, 40), "accumulation-scale"),  # means, averaged
-        ([(10, 1 / 20), (30, 1 / 60)], Step(2, 40, average="batches"), None),
-        ([(20, 1 / 20), (20, 1 / 20)], Step(2, 40), "accumulation-scale"),  # not divided by two
-        ([(20, 1 / 80), (20, 1 / 80)], Step(2, 40), "accumulation-scale"),  # divided twice
-        ([(40, 1.0)], Step(1, 40), "loss-scale"),  # summed over tokens
-        ([(40, 2 / 80)], Step(1, 80, processes=2), None),
-        ([(40, 1 / 80)], Step(1, 80, processes=2), "loss-scale"),  # divided by processes twice
+        ([(10, 1 / 40), (30, 1 / 40)], StepShape(2, 40), None),
+        ([(10, 1 / 10), (30, 1 / 30)], StepShape(2, 40), "accumulation-scale"),  # means, added up
+        ([(10, 1 / 20), (30, 1 / 60)], StepShape(2, 40), "accumulation-scale"),  # means, averaged
+        ([(10, 1 / 20), (30, 1 / 60)], StepShape(2, 40, average="batches"), None),
+        (
+            [(20, 1 / 20), (20, 1 / 20)],
+            StepShape(2, 40),
+            "accumulation-scale",
+        ),  # not divided by two
+        ([(20, 1 / 80), (20, 1 / 80)], StepShape(2, 40), "accumulation-scale"),  # divided twice
+        ([(40, 1.0)], StepShape(1, 40), "loss-scale"),  # summed over tokens
+        ([(40, 2 / 80)], StepShape(1, 80, processes=2), None),
+        ([(40, 1 / 80)], StepShape(1, 80, processes=2), "loss-scale"),  # divided by processes twice
     ],
 )
 def test_the_weight_of_a_token_names_the_fault(
-    measured: list[tuple[int, float]], step: Step, failed: str | None
+    measured: list[tuple[int, float]], step: StepShape, failed: str | None
 ) -> None:
     found = judge(measured, step)
     assert {f.check for f in found if f.verdict == "fail"} == ({failed} - {None})
@@ -84,7 +88,7 @@ def test_the_weight_of_a_token_names_the_fault(
 
 
 def test_a_gradient_scaler_is_no_fault() -> None:
-    found = judge([(10, 65536 / 40), (30, 65536 / 40)], Step(2, 40))
+    found = judge([(10, 65536 / 40), (30, 65536 / 40)], StepShape(2, 40))
     assert [f.verdict for f in found] == ["skipped", "skipped"]
     assert "scaler" in found[0].reason
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...auditing.callback import AuditCallback, Schedule
 from ...auditing.findings import Audit
-from ...auditing.watch import Watch
+from ...auditing.watch import StepWatch
 from ..recipe.recipe import Recipe
 from .schedule import custom_schedule
 
@@ -22,7 +22,14 @@ class RunAudit(AuditCallback):
         self.trainer, self.recipe = trainer, trainer.context.recipe
         self._compute: Callable[..., Tensor] | None = None
 
-    def make_watch(self, args: Any, state: Any, **kwargs: Any) -> Watch:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to watch."""
+        super().on_train_begin(args, state, control, **kwargs)
+        resumed = self.trainer.resumed
+        if resumed is not None:  # its first log may be of steps that another run has made
+            self._logged = resumed.last_logged
+
+    def make_watch(self, args: Any, state: Any, **kwargs: Any) -> StepWatch:
         """As of any trainer, with what the recipe asks for."""
         trainer, recipe = self.trainer, self.recipe
         kwargs["processing_class"] = trainer.context.tokenizer
@@ -55,8 +62,9 @@ class RunAudit(AuditCallback):
 
         Of several processes, the loss is computed outside of the model, which is not told labels.
         """
-        batches = None if self.watch is None else self.watch.batches
-        if batches is None or batches.loss_of is None or self.watch.steps:
+        watch = self.watch
+        batches = None if watch is None or watch.steps else watch.batches
+        if batches is None or batches.loss_of is None:
             return compute(model, batch, *args, **kwargs)
         self._compute = compute
         batches.begin({**batch, "num_items_in_batch": kwargs.get("num_items_in_batch")})
