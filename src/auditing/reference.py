@@ -114,22 +114,23 @@ class PlainModel:
         self.is_running = False
         self._cache: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
         self.leaves: dict[Precision, dict[int, Tensor]] = {"exact": {}, "own": {}}
+        self.names: dict[str, nn.Parameter] = {}
         try:
             self.model = self._adapted(self._base())
-        except ModelError:
+            named = list(self.model.named_parameters())
+            # PEFT changes these gradients itself (OSF): there is nothing to compare
+            self.hooked = {name for name, p in named if p._backward_hooks}
+            self.meant = {name for name, p in named if p.requires_grad}
+            for _, module, name, _ in list(rates_of(self.model)):
+                setattr(module, name, 0.0)
+            self._fill()
+        except (ModelError, MemoryError):
             raise
         except Exception as error:
             raise ModelError(
                 f"the plain {type(core_of(model)).__name__} cannot be built from its configuration "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
-        # PEFT changes these gradients itself (OSF): there is nothing to compare
-        self.hooked = {name for name, p in self.model.named_parameters() if p._backward_hooks}
-        self.meant = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        for _, module, name, _ in list(rates_of(self.model)):
-            setattr(module, name, 0.0)
-        self.names: dict[str, nn.Parameter] = {}
-        self._fill()
 
     @property
     def is_wide(self) -> bool:
@@ -215,14 +216,13 @@ class PlainModel:
                 t = parameters.get(full)
                 if t is None:
                     raise ModelError(f"the audited model has no parameter {full}")
-                t = whole(t)
-                if t.shape != old.shape:
+                data = whole(t).detach()
+                if data.shape != old.shape:
                     raise ModelError(
-                        f"{full} is {tuple(t.shape)} in the audited model and {tuple(old.shape)} "
-                        "by its configuration"
+                        f"{full} is {tuple(data.shape)} in the audited model, and "
+                        f"{tuple(old.shape)} by its configuration"
                     )
                 if id(parameters[full]) not in shared:
-                    data = t.detach()
                     shared[id(parameters[full])] = nn.Parameter(data, requires_grad=False)
                     if parameters[full].requires_grad and full not in self.hooked:
                         self.names[full] = shared[id(parameters[full])]

@@ -231,6 +231,34 @@ def test_a_slice_has_the_rows_that_differ_most() -> None:
     assert facts["slice"].startswith("rows 5, ")
 
 
+@pytest.mark.long
+def test_the_command_audits_what_a_script_builds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fusewright.errors import DataError, RecipeError
+    from fusewright.train.proof.audit import of_function, show
+
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from tests.auditing.test_audit import batch, tiny\n"
+        "def healthy(): return tiny(), [batch()]\n"
+        "def untrained():\n"
+        "    model = tiny()\n"
+        "    model.lm_head.weight.register_hook(lambda g: g * 0)\n"
+        "    return model, [batch()]\n"
+        "def nothing(): return 3\n",
+        encoding="utf-8",
+    )
+    assert show(of_function(f"{script}:healthy", 64), as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert show(of_function(f"{script}:untrained", 64), as_json=False) == 1
+    assert "FAIL  gradient-zero" in capsys.readouterr().out
+    with pytest.raises(DataError, match="a model and its batches"):
+        of_function(f"{script}:nothing", 64)
+    with pytest.raises(RecipeError, match="no function"):
+        of_function(f"{script}:missing", 64)
+
+
 def test_the_docs_list_every_check() -> None:
     page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
     for check in CHECKS.values():
