@@ -348,9 +348,7 @@ def experts_left_frozen(faulty: bool, end: ExitStack) -> Case:
     in one tensor have no linear layers, and stayed frozen."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     parameters = {} if faulty else {"target_parameters": _EXPERTS}
-    return Case(
-        tiny.lora(tiny.model("mixtral"), target_modules=targets, **parameters), tiny.chat()
-    )
+    return Case(tiny.lora(tiny.model("mixtral"), target_modules=targets, **parameters), tiny.chat())
 
 
 @bug("adapter-reach", "unslothai/unsloth#11014")

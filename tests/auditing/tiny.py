@@ -121,9 +121,7 @@ def chat(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def pack(
-    lengths: tuple[int, ...] = (9, 7, 8), prompt: int = 3, seed: int = 3
-) -> dict[str, Tensor]:
+def pack(lengths: tuple[int, ...] = (9, 7, 8), prompt: int = 3, seed: int = 3) -> dict[str, Tensor]:
     """Samples one behind the other in one row, told apart by their positions."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(8, WORDS, (1, sum(lengths)), generator=generator)
