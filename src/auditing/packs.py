@@ -76,16 +76,6 @@ def look(bench: Bench, batch: Batch) -> Leaks | str:
     return Leaks(moved, plain, allowed, apart, packed, where, recurrent)
 
 
-def rows_of_one_sample(batch: Batch) -> int:
-    """How many rows of a batch that is not packed are padded; 0 if not even half of them are."""
-    mask = batch.get("attention_mask")
-    marked = ("position_ids", "seq_idx", *LENGTHS)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or any(name in batch for name in marked):
-        return 0
-    padded = int((mask == 0).any(1).sum())
-    return padded if 2 * padded >= len(mask) else 0
-
-
 def findings(leaks: Leaks | str) -> Iterator[Finding]:
     """The answers about samples that see each other."""
     if isinstance(leaks, str):

@@ -155,3 +155,13 @@ def moved_on(batch: Batch, by: int) -> dict[str, Any] | None:
         return None
     moved = ids.roll(by, -1)
     return {**batch, "input_ids": moved, "labels": torch.where(labels == -100, labels, moved)}
+
+
+def rows_of_one_sample(batch: Batch) -> int:
+    """How many rows of a batch that is not packed are padded; 0 if not even half of them are."""
+    mask = batch.get("attention_mask")
+    marked = ("position_ids", "seq_idx", *_LENGTHS)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or any(name in batch for name in marked):
+        return 0
+    padded = int((mask == 0).any(1).sum())
+    return padded if 2 * padded >= len(mask) else 0

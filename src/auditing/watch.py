@@ -23,8 +23,8 @@ from .force import CountsCalls, checkpointing
 from .in_force import Dropout, Rates
 from .micro_batches import Average, MicroBatches, judge_logged
 from .movement import Movement
-from .packs import rows_of_one_sample
 from .reference import core_of, unwrapped
+from .slices import rows_of_one_sample
 
 OF_THE_LOOP = (
     "accumulation-scale", "loss-scale", "dropout", "checkpointing", "warmup", "weights-moved",
