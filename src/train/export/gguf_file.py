@@ -275,7 +275,7 @@ def tensors(path: Path, model: Any) -> dict[str, Tensor]:
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
             content = read(str(path), return_tensors=True, model_to_load=model)
     except (ValueError, NotImplementedError, KeyError) as error:
-        raise ValueError(f"transformers cannot read it: {first_line(error)}") from error
+        raise ValueError(f"transformers cannot read it: {first_line(error).rstrip('.')}") from error
     result: dict[str, Tensor] = content["tensors"]
     return result
 
