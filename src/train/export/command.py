@@ -289,6 +289,8 @@ def show(audit: Audit, console: Console) -> None:
         if finding.verdict == "fail":
             say(console, f"    {finding.advice or CHECKS[finding.check].advice}")
     greedy = audit.facts["greedy"]
+    if not greedy["prompts"]:
+        return
     say(
         console,
         f"{greedy['same_as_the_trained_model']} of {greedy['prompts']} prompts are continued as "

@@ -47,7 +47,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 @dataclass
-class Selection:
+class Rounded:
     """What is written in few bits, by the names in the files of the plain model.
 
     Attributes:
@@ -63,7 +63,7 @@ class Selection:
     sharing: dict[str, list[str]] = field(default_factory=dict)
 
 
-def select(model: Any, files: BaseFiles, format: Format) -> Selection:
+def select(model: Any, files: BaseFiles, format: Format) -> Rounded:
     """Choose the weights that are written in few bits: those that the library's recipes choose.
 
     ``model`` is on the meta device, of the configuration that the files belong to. Raises a
@@ -72,7 +72,7 @@ def select(model: Any, files: BaseFiles, format: Format) -> Selection:
     names = names_in_model(model, files.shapes)
     modules, places = dict(model.named_modules()), towers(model)
     heads, layers = {*head_modules(model), *routers(model)}, rounded_layers(model, format)
-    result, ignored = Selection(), set(heads)
+    result, ignored = Rounded(), set(heads)
     for key, name in names.items():
         path, _, last = name.rpartition(".")
         shape, inside = files.shapes[key], not is_in(name, places)
@@ -140,7 +140,7 @@ def _parts(format: Format) -> tuple[str, ...]:
     return names
 
 
-def write_compressed(source: Path, folder: Path, format: Format, model: Any) -> Selection:
+def write_compressed(source: Path, folder: Path, format: Format, model: Any) -> Rounded:
     """Write the model in ``source`` to ``folder``, which is empty; returns what was rounded.
 
     No more than one file's tensors are in memory. Raises a ModelError if nothing fits the format,
@@ -188,7 +188,7 @@ def source_files(source: Path) -> BaseFiles:
 class _Largest:
     """The largest absolute value of the weights that share a scale with one, read once."""
 
-    def __init__(self, files: BaseFiles, selection: Selection) -> None:
+    def __init__(self, files: BaseFiles, selection: Rounded) -> None:
         self.files, self.selection = files, selection
         self._known: dict[tuple[str, ...], Tensor] = {}
 
@@ -229,7 +229,7 @@ class CompressedWriter:
 
     def __init__(self, format: Format, consent: Consent) -> None:
         self.format, self.consent = format, consent
-        self.selection = Selection()
+        self.selection = Rounded()
 
     def write(self, source: Path, folder: Path) -> None:
         """Write the plain model in ``source`` to ``folder``."""

@@ -31,7 +31,8 @@ from .reading import Compared, TokenizerRead, compared, meta_model_of
 from .scores import Logits
 
 VARIABLE = "FUSEWRIGHT_LLAMA_CPP"
-_CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
+_SCRIPT = "convert_hf_to_gguf"
+_CONVERTERS = (f"{_SCRIPT}.py", "convert-hf-to-gguf")
 _QUANTIZERS = ("llama-quantize", "build/bin/llama-quantize", "bin/llama-quantize")
 
 
@@ -58,7 +59,7 @@ def find_llama_cpp(format: Format, folder: Path | None = None) -> LlamaCpp:
         raise RecipeError(f"{named} is not a folder; --llama-cpp names one with llama.cpp in it")
     found = _find(_CONVERTERS, named)
     if found is None:
-        where = f"{named} has no {_CONVERTERS[0]}" if named else f"no {_CONVERTERS[0]} on PATH"
+        where = f"{named} has no {_SCRIPT}.py" if named else f"no {_SCRIPT}.py on PATH"
         raise RecipeError(
             f"GGUF is written by llama.cpp's converter, and there is {where}: git clone "
             f"https://github.com/ggml-org/llama.cpp, then --llama-cpp llama.cpp (or {VARIABLE})"
@@ -274,7 +275,7 @@ def tensors(path: Path, model: Any) -> dict[str, Tensor]:
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
             content = read(str(path), return_tensors=True, model_to_load=model)
     except (ValueError, NotImplementedError, KeyError) as error:
-        raise ValueError(f"transformers cannot read it: {first_line(error)}") from error
+        raise ValueError(f"transformers cannot read it: {first_line(error).rstrip('.')}") from error
     result: dict[str, Tensor] = content["tensors"]
     return result
 

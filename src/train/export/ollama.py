@@ -28,7 +28,7 @@ _TRIALS = (
 
 
 @dataclass(frozen=True)
-class Turns:
+class TemplateTurns:
     """What a chat template writes around messages.
 
     Attributes:
@@ -65,7 +65,7 @@ def _go(text: str) -> str:
     return re.sub(r'\{\{|"""', lambda m: f"{{{{ {json.dumps(m[0])} }}}}", text)
 
 
-def turns(tokenizer: Any, variables: Mapping[str, Any], without: str = "") -> Turns | None:
+def turns(tokenizer: Any, variables: Mapping[str, Any], without: str = "") -> TemplateTurns | None:
     """What the tokenizer's chat template writes around messages; None: it does more than that.
 
     ``without`` is what the engine puts before a prompt by itself.
@@ -98,7 +98,7 @@ def turns(tokenizer: Any, variables: Mapping[str, Any], without: str = "") -> Tu
             roles = (*_TRIALS, *(("system", *trial) for trial in _TRIALS))
         plain = render(("user",))
         answer = render(("user",), True).removeprefix(plain)
-        found = Turns(first.removesuffix(user[0]), around, answer)
+        found = TemplateTurns(first.removesuffix(user[0]), around, answer)
         right = all(found.render(_conversation(r)) == render(r, True) for r in roles)
     except ValueError:  # it refuses a conversation
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,21 +22,23 @@ _KEPT_BYTES = 2**28
 
 
 @dataclass
-class Rows:
+class HeldOut:
     """Tokens to judge models on.
 
     Attributes:
         what: which they are, in words.
         samples: with labels where a loss is computed.
+        all: how many there were to choose from.
         prompts: beginnings of samples, or questions, to be continued.
     """
 
     what: str
     samples: list[Sample]
     prompts: list[list[int]]
+    all: int = 0
 
     @classmethod
-    def of(cls, what: str, samples: Sequence[Sample], questions: Sequence[list[int]]) -> Rows:
+    def of(cls, what: str, samples: Sequence[Sample], questions: Sequence[list[int]]) -> HeldOut:
         """As many samples as have about 4,000 tokens, spread evenly over all of them."""
         usable = [s for s in samples if s.trained]
         step, count, chosen = max(1, sum(len(s.input_ids) for s in usable) // _TOKENS), 0, []
@@ -46,7 +49,18 @@ class Rows:
             count += len(sample.input_ids)
         starts = [next(i for i, t in enumerate(s.labels) if t != IGNORED) for s in chosen]
         begun = [s.input_ids[:n][-512:] for s, n in zip(chosen, starts, strict=True) if n > 1]
-        return cls(what, chosen, (begun or list(questions))[:_PROMPTS])
+        return cls(what, chosen, (begun or list(questions))[:_PROMPTS], len(usable))
+
+    def spread(self, losses: Tensor) -> float:
+        """The standard error of a mean loss, for that of all samples: rows differ as wholes."""
+        each = torch.stack(
+            [
+                part.double().sum() - losses.double().mean() * len(part)
+                for part in losses.split([s.trained for s in self.samples])
+            ]
+        )
+        chosen = len(self.samples) / max(self.all, 1)
+        return float(each.norm() / len(losses)) * math.sqrt(1 - chosen)
 
     @property
     def count(self) -> int:
@@ -76,7 +90,7 @@ class Scores:
 
 
 @torch.no_grad()
-def scores(logits_of: Logits, rows: Rows) -> Scores:
+def scores(logits_of: Logits, rows: HeldOut) -> Scores:
     """Compute losses and logits, row by row."""
     losses, kept, size = [], [], 0
     samples = rows.samples or [Sample(p, [IGNORED, *p[1:]]) for p in rows.prompts]
@@ -102,7 +116,7 @@ def forward(model: Any) -> Logits:
 
 
 @torch.no_grad()
-def answers(model: Any, rows: Rows) -> list[list[int]]:
+def answers(model: Any, rows: HeldOut) -> list[list[int]]:
     """The next 24 tokens of each prompt, the most likely one each time."""
     found = []
     for prompt in rows.prompts:

@@ -26,7 +26,14 @@ from fusewright.train.model.rounding import roundtrip
 from fusewright.train.recipe.export_formats import FORMATS
 
 from ..commands import fusewright, refused, snapshot
-from ..conftest import learnt, make_adapter, make_model, make_tokenizer, numbers, write_rows
+from ..conftest import (
+    learnt,
+    make_adapter,
+    make_model,
+    make_tokenizer,
+    numbers,
+    write_rows,
+)
 from ..model.multimodal import MTP, make_multimodal, stored
 from .convert_hf_to_gguf import PLANTED
 
@@ -74,10 +81,16 @@ def test_compressed_tensors(adapter: Path, name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["q8_0", "bf16"])
 def test_gguf(adapter: Path, name: str) -> None:
-    found = export(adapter, "--format", "gguf", "-q", name)
+    kind = "ollama" if name == "q8_0" else "gguf"
+    found = export(adapter, "--format", kind, "-q", name)
     kinds = {"F32": 5, "Q8_0": 16} if name == "q8_0" else {"BF16": 21}  # norms are ones
     assert found["exported-tensors"]["figures"]["tensors"] == kinds
     assert found["facts"]["greedy"]["prompts"] == 4
+    if kind == "ollama":
+        lines = (adapter / "out/Modelfile").read_text().splitlines()
+        assert lines[0] == "FROM ./model-q8_0.gguf"
+        assert lines[1].startswith('TEMPLATE """{{ range .Messages }}')
+        assert lines[-1] == 'PARAMETER stop "<|im_end|>"'
     assert found["facts"]["bytes"]["export"] == (adapter / f"out/model-{name}.gguf").stat().st_size
 
 
@@ -150,6 +163,20 @@ def test_faults_of_a_merge(
         assert (
             f"{'0%' if fault == 'dropped' else '200%'} of the adapter's change" in found["reason"]
         )
+
+
+@pytest.mark.long
+def test_another_base(run_folder: Path, tmp_path: Path) -> None:
+    """A base that only looks like the one in training: its losses are not those of the run."""
+    done = fusewright("export", run_folder, "--format", "merged", "--output", tmp_path / "1")
+    assert done.exit_code == 0, done.output
+    assert "✓ recorded-loss: " in done.output
+    assert "✓ merged-gain: " in done.output
+    make_model(3, initializer_range=0.3).save_pretrained(tmp_path / "other")
+    done = fusewright("export", run_folder, "--format", "merged", "--output", tmp_path / "2",
+                      "--base-model", tmp_path / "other")  # fmt: skip
+    assert done.exit_code == 1, done.output
+    assert "✗ recorded-loss: base: its loss is " in done.output
 
 
 @needs_library

@@ -26,7 +26,7 @@ Row = tuple[str, Any]
 """File and line, and the row."""
 
 
-class Format(Protocol):
+class RowReader(Protocol):
     """Reads rows of one type."""
 
     def read(self, row: Any, where: str) -> Chat | Segments | Tokens:
@@ -223,7 +223,7 @@ def writes_day(chats: ChatEncoder | None) -> bool:
     return any(asks_for_day(template.source) for template in templates)
 
 
-def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:
+def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> RowReader:
     """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 
     The roles that the chat template names need no mapping; ``size`` is that of the vocabulary.
@@ -241,7 +241,7 @@ def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> For
     return READERS[ROW_TYPES[name].reader](ROW_TYPES[name], dataset, conversation)
 
 
-def _instruction(row_type: RowType, dataset: Dataset) -> Format:
+def _instruction(row_type: RowType, dataset: Dataset) -> RowReader:
     assert row_type.wording is not None
     return worded(row_type.wording, dataset)
 
@@ -250,7 +250,7 @@ def _text_field(dataset: Dataset) -> str:
     return dataset.field or "text"
 
 
-READERS: dict[str, Callable[[RowType, Dataset, Conversation], Format]] = {
+READERS: dict[str, Callable[[RowType, Dataset, Conversation], RowReader]] = {
     "conversation": lambda _, __, conversation: conversation,
     "teacher": lambda _, __, conversation: conversation,
     "text": lambda _, dataset, __: Completion(_text_field(dataset)),
