@@ -14,7 +14,7 @@ from ..rewrite.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
 from .findings import Finding
 from .reference import Batch
-from .slices import LENGTHS, Sample, alone, samples_of
+from .slices import Sample, alone, samples_of
 
 PACK_CHECKS = ("packing", "recurrent-state")
 

@@ -102,7 +102,7 @@ def samples_of(batch: Batch) -> list[Sample]:
     starts = torch.zeros(rows, length, dtype=torch.bool)
     starts[:, 0] = True
     positions, index = batch.get("position_ids"), batch.get("seq_idx")
-    lengths = next((batch[k] for k in LENGTHS if isinstance(batch.get(k), Tensor)), None)
+    lengths = next((batch[k] for k in _LENGTHS if isinstance(batch.get(k), Tensor)), None)
     if isinstance(positions, Tensor) and positions.shape == ids.shape:
         starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).cpu()
     elif isinstance(index, Tensor) and index.shape == ids.shape:
@@ -122,7 +122,7 @@ def samples_of(batch: Batch) -> list[Sample]:
     return found
 
 
-LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
+_LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
 
 
 def alone(batch: Batch, sample: Sample) -> dict[str, Any]:
