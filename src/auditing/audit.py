@@ -100,7 +100,7 @@ def _compare(
         exact = bench.exact(batch)
     eager = bench.eager(batch)
     faults, figures = bench.faults(batch, step, exact, eager)
-    inert, of_inert = trainable.inert_adapters(bench, batch, step, exact)
+    inert, of_inert = trainable.inert_adapters(bench, batch, step, eager)
     faults = trainable.renamed(faults, of_inert, "adapter-reach")
     reached, of_experts = trainable.experts_reached(
         bench.model, step.gradients, exact.gradients, expected

@@ -120,9 +120,12 @@ def tensors_of(path: str, layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def inert_adapters(
-    bench: Bench, batch: Batch, step: Step, exact: Step
+    bench: Bench, batch: Batch, step: Step, eager: Step
 ) -> tuple[dict[str, str], set[str]]:
-    """Adapter layers that take no part in the forward, with the reason; and their tensors."""
+    """Adapter layers that take no part in the forward, with the reason; and their tensors.
+
+    ``eager``: a step of the plain model in the audited one's dtypes, whose zeros are no fault.
+    """
     inert: dict[str, str] = {}
     tensors: set[str] = set()
     suspects: dict[str, list[nn.Parameter]] = {}
@@ -133,7 +136,7 @@ def inert_adapters(
         if bench.plain.passes_by(path):
             inert[path] = "the plain model reads their layers' weights without calling them"
             tensors |= own.keys()
-        elif any(_some(exact.gradients.get(n)) for n in own) and not any(
+        elif any(_some(eager.gradients.get(n)) for n in own) and not any(
             _some(step.gradients.get(n)) for n in own
         ):
             suspects[path] = list(own.values())
