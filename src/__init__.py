@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .auditing.audit import audit
     from .auditing.callback import AuditCallback
-    from .auditing.findings import Audit, Finding
+    from .auditing.findings import Audit, AuditFinding
     from .auditing.watch import watch
     from .compiler.pipeline import explain, optimize, restore
     from .errors import FusewrightError, OptimizeError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Audit", "AuditCallback", "Finding", "FlatOptimizer", "FusewrightError", "OptimizeError",
+    "Audit", "AuditCallback", "AuditFinding", "FlatOptimizer", "FusewrightError", "OptimizeError",
     "Report", "Site", "audit", "explain", "flatten_optimizer", "optimize", "restore", "watch",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ _HOMES = {
     "Audit": "auditing.findings",
     "AuditCallback": "auditing.callback",
     "watch": "auditing.watch",
-    "Finding": "auditing.findings",
+    "AuditFinding": "auditing.findings",
     "optimize": "compiler.pipeline",
     "explain": "compiler.pipeline",
     "restore": "compiler.pipeline",

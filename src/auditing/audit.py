@@ -17,9 +17,9 @@ from . import gradients as of_gradients
 from . import tokens as of_tokens
 from .bench import Bench, device_of, run
 from .checks import CHECKS
-from .findings import Audit, Finding
+from .findings import Audit, AuditFinding
 from .fresh import fresh_sources
-from .reference import Batch, Loss, PlainModel, Step, core_of
+from .reference import AuditStep, Batch, Loss, PlainModel, core_of
 from .slices import samples_of, slice_of
 from .state import only_dropout, unchanged
 
@@ -90,7 +90,7 @@ def audit(
 
 
 def _compare(
-    result: Audit, bench: Bench, batch: Batch, step: Step, expected: Sequence[str]
+    result: Audit, bench: Bench, batch: Batch, step: AuditStep, expected: Sequence[str]
 ) -> None:
     exact = bench.exact(batch)
     leaks = packs.look(bench, batch)
@@ -119,29 +119,29 @@ def _compare(
     result.add([trainable.adapter_reach(bench.model, inert), reached])
     result.add(found)
     if any(f.agreement for f in faults):
-        result.add([Finding("gradient-drift", "skipped", "single gradients are wrong")])
+        result.add([AuditFinding("gradient-drift", "skipped", "single gradients are wrong")])
     else:
         result.add([bench.drift(batch, step, exact, eager)])
 
 
-def _behind_adapters(finding: Finding) -> Finding:
+def _behind_adapters(finding: AuditFinding) -> AuditFinding:
     if finding.verdict != "fail" or finding.check not in ("gradient-value", "loss-value"):
         return finding
     reason = "adapters take no part in the forward, from which it may follow: see adapter-reach"
     return replace(finding, verdict="skipped", reason=reason)
 
 
-def _without_reference(step: Step, reason: str) -> Iterator[Finding]:
+def _without_reference(step: AuditStep, reason: str) -> Iterator[AuditFinding]:
     """What gradients say by themselves."""
     for check in (
         *of_gradients.GRADIENT_CHECKS, "gradient-drift", "loss-value", "loss-scale",
         *packs.PACK_CHECKS, "adapter-reach", "experts-reached",
     ):  # fmt: skip
         if check not in ("gradient-missing", "gradient-finite"):
-            yield Finding(check, "skipped", reason)
+            yield AuditFinding(check, "skipped", reason)
     number = len(step.gradients)
     missing = tuple(n for n, g in step.gradients.items() if g is None)
-    yield Finding(
+    yield AuditFinding(
         "gradient-missing", "fail" if missing else "pass",
         f"{len(missing)} of {number} tensors have no gradient" if missing else f"{number} tensors",
         missing,
@@ -149,7 +149,7 @@ def _without_reference(step: Step, reason: str) -> Iterator[Finding]:
     wrong = tuple(
         n for n, g in step.gradients.items() if g is not None and not bool(torch.isfinite(g).all())
     )
-    yield Finding(
+    yield AuditFinding(
         "gradient-finite", "fail" if wrong else "pass",
         f"{len(wrong)} of {number} tensors have inf or nan" if wrong else f"{number} tensors",
         wrong,

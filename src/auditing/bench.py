@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..memory.meter import Meter
 from .drift import Lean, drifts, lean
-from .findings import Finding
+from .findings import AuditFinding
 from .gradients import Fault, compare
-from .reference import SEED, Batch, Loss, PlainModel, Step, unwrapped
-from .slices import Sample, alone, first_rows, first_tokens, moved_on
+from .reference import SEED, AuditStep, Batch, Loss, PlainModel, unwrapped
+from .slices import SampleSpan, alone, first_rows, first_tokens, moved_on
 
 _MOVES = range(3, 48, 3)
 """How far tokens are moved for another look at the bias of gradients."""
@@ -42,9 +42,9 @@ class Bench:
     plain: PlainModel
     loss: Loss
     autocast: torch.dtype | None
-    samples: Sequence[Sample] = ()
+    samples: Sequence[SampleSpan] = ()
 
-    def exact(self, batch: Batch) -> Step:
+    def exact(self, batch: Batch) -> AuditStep:
         """A step of the reference: in fp32 if the model cannot be computed in fp64.
 
         Raises a ModelError if it does not fit, or if its loss is not finite even then.
@@ -72,7 +72,7 @@ class Bench:
             raise ModelError("the plain model's own loss or gradients are not finite")
         return step
 
-    def eager(self, batch: Batch, noise: int | None = None) -> Step:
+    def eager(self, batch: Batch, noise: int | None = None) -> AuditStep:
         """A step of the plain model in the audited one's dtypes."""
         return self.plain.step(batch, self._plain_loss, "own", noise)
 
@@ -87,7 +87,7 @@ class Bench:
         return torch.stack(each).sum()
 
     def faults(
-        self, batch: Batch, step: Step, exact: Step, eager: Step
+        self, batch: Batch, step: AuditStep, exact: AuditStep, eager: AuditStep
     ) -> tuple[list[Fault], dict[str, Any]]:
         """What is wrong with the gradients of ``step``, whatever the rounding errors are."""
         runs, draws = [eager.gradients], 0
@@ -105,7 +105,9 @@ class Bench:
                 faults = [f for f in faults if f.name in wrong or not f.may_be_rounding]
         return faults, {**figures, "draws": draws}
 
-    def drift(self, batch: Batch, step: Step, exact: Step, eager: Step) -> Finding:
+    def drift(
+        self, batch: Batch, step: AuditStep, exact: AuditStep, eager: AuditStep
+    ) -> AuditFinding:
         """Whether the errors of gradients that are right one by one have a bias.
 
         A few tokens tell little: where their mean is no clear chance, more are looked at.
@@ -124,8 +126,8 @@ class Bench:
         beyond = [d for d in found if d.exceeded]
         if beyond:
             worst = max(beyond, key=lambda d: abs(d.bias - d.eager) / d.allowed)
-            return Finding("gradient-drift", "fail", worst.text(), figures=figures)
-        return Finding("gradient-drift", "pass", "no bias beyond chance", figures=figures)
+            return AuditFinding("gradient-drift", "fail", worst.text(), figures=figures)
+        return AuditFinding("gradient-drift", "pass", "no bias beyond chance", figures=figures)
 
     def wrong(self, batch: Batch) -> set[str]:
         """The tensors whose gradients are wrong on ``batch``."""
@@ -165,7 +167,7 @@ class Bench:
         return right
 
 
-def _leans(step: Step, eager: Step, exact: Step) -> dict[str, Lean]:
+def _leans(step: AuditStep, eager: AuditStep, exact: AuditStep) -> dict[str, Lean]:
     found = {}
     for name, truth in exact.gradients.items():
         ours, plain = step.gradients.get(name), eager.gradients.get(name)
@@ -176,7 +178,7 @@ def _leans(step: Step, eager: Step, exact: Step) -> dict[str, Lean]:
     return found
 
 
-def run(model: nn.Module, batch: Batch, loss: Loss, autocast: torch.dtype | None) -> Step:
+def run(model: nn.Module, batch: Batch, loss: Loss, autocast: torch.dtype | None) -> AuditStep:
     """One forward and backward of the audited model."""
     for p in model.parameters():
         p.grad = None
@@ -188,7 +190,7 @@ def run(model: nn.Module, batch: Batch, loss: Loss, autocast: torch.dtype | None
     gradients = {name: p.grad for name, p in trained(model)}
     for p in model.parameters():
         p.grad = None
-    return Step(float(value.detach()), gradients)
+    return AuditStep(float(value.detach()), gradients)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

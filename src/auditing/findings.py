@@ -1,4 +1,4 @@
-"""What an audit answers: ``Finding``, ``Audit``."""
+"""What an audit answers: ``AuditFinding``, ``Audit``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from .checks import CHECKS, Check
 
-__all__ = ["Audit", "Check", "Finding", "Verdict"]
+__all__ = ["Audit", "AuditFinding", "Check", "Verdict"]
 
 Verdict = Literal["pass", "fail", "skipped"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class AuditFinding:
     """The answer to one question.
 
     Attributes:
@@ -46,10 +46,10 @@ class Audit:
     """
 
     model: str
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[AuditFinding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, findings: Iterable[Finding]) -> None:
+    def add(self, findings: Iterable[AuditFinding]) -> None:
         """Append findings; of a check that was answered before, the worse answer stays."""
         order = {"fail": 0, "pass": 1, "skipped": 2}
         for finding in findings:
@@ -60,7 +60,7 @@ class Audit:
                 self.findings[self.findings.index(earlier)] = finding
 
     @property
-    def failed(self) -> Iterator[Finding]:
+    def failed(self) -> Iterator[AuditFinding]:
         """Those that found something wrong."""
         return (f for f in self.findings if f.verdict == "fail")
 

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..compiler.install import active
 from .bench import cast_to
-from .findings import Finding
+from .findings import AuditFinding
 from .reference import Batch, Loss, unwrapped
 from .slices import first_rows, first_tokens
 from .state import only_dropout, rates_of
@@ -30,19 +30,19 @@ def asked_of_adapters(model: nn.Module) -> dict[str, float]:
     }
 
 
-def dropout(model: nn.Module, batch: Batch, loss: Loss, autocast: Any) -> Finding:
+def dropout(model: nn.Module, batch: Batch, loss: Loss, autocast: Any) -> AuditFinding:
     """Whether two forwards differ for each kind of dropout; call it with dropout on."""
     rates = list(rates_of(model))
     kinds = {kind: value for kind, _, _, value in rates}
     for name, value in asked_of_adapters(model).items():
         if not any("dropout" in kind and isinstance(m, _DropoutNd) for kind, m, _, _ in rates):
             reason = f"{name} is {value:g} in the adapter's configuration, and no module has it"
-            return Finding("dropout", "fail", reason)
+            return AuditFinding("dropout", "fail", reason)
     if not kinds:
-        return Finding("dropout", "pass", "none was asked for")
+        return AuditFinding("dropout", "pass", "none was asked for")
     off = [kind for kind, module, _, _ in rates if not module.training]
     if len(off) == len(rates):
-        return Finding(
+        return AuditFinding(
             "dropout", "fail",
             f"the model is in evaluation mode, so that none of {len(kinds)} kinds of dropout is on",
             tuple(sorted(set(off))),
@@ -63,14 +63,14 @@ def dropout(model: nn.Module, batch: Batch, loss: Loss, autocast: Any) -> Findin
         if len(losses) == 1:
             missing += sorted(kinds_on)
     if missing:
-        return Finding(
+        return AuditFinding(
             "dropout", "fail",
             f"{len(missing)} of {len(kinds)} kinds of dropout have no effect: "
             + ", ".join(f"{kind} ({kinds[kind]:g})" for kind in missing),
             tuple(missing),
         )  # fmt: skip
     values = ", ".join(sorted({f"{value:g}" for value in kinds.values()}))
-    return Finding("dropout", "pass", f"{len(kinds)} kinds of {values}")
+    return AuditFinding("dropout", "pass", f"{len(kinds)} kinds of {values}")
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -130,34 +130,36 @@ class CountsCalls:
             handle.remove()
 
 
-def checkpointing(model: nn.Module, counted: CountsCalls, asked: bool | None) -> Finding:
+def checkpointing(model: nn.Module, counted: CountsCalls, asked: bool | None) -> AuditFinding:
     """Whether blocks were computed again in backward; ``asked``: None: the model's flags say."""
     check = "checkpointing"
     wanted = asks_for_checkpointing(model) if asked is None else asked
     if counted.ours:
-        return Finding(
+        return AuditFinding(
             check, "skipped",
             "the layers run as graphs of fusewright, which plans what is computed again: see "
             "explain(model)",
         )  # fmt: skip
     if not counted.called:
-        return Finding(check, "skipped", "no repeated layers were called that could be counted")
+        return AuditFinding(
+            check, "skipped", "no repeated layers were called that could be counted"
+        )
     if wanted is None:
-        return Finding(check, "skipped", "nothing says whether it was asked for")
+        return AuditFinding(check, "skipped", "nothing says whether it was asked for")
     number = len(counted.called)
     again = [path for path in counted.blocks if path in counted.again]
     once = [path for path in counted.blocks if path in counted.called - counted.again]
     if wanted and once:
         why = "" if model.training else "; the model is in evaluation mode"
-        return Finding(
+        return AuditFinding(
             check, "fail",
             f"it was asked for, but {len(once)} of {number} layers are not computed again in "
             f"backward{why}", tuple(once),
         )  # fmt: skip
     if not wanted and again:
-        return Finding(
+        return AuditFinding(
             check, "fail",
             f"it was not asked for, but {len(again)} of {number} layers are computed again in "
             "backward", tuple(again),
         )  # fmt: skip
-    return Finding(check, "pass", f"{len(again)} of {number} layers are computed again")
+    return AuditFinding(check, "pass", f"{len(again)} of {number} layers are computed again")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..rewrite.tolerance import FACTOR, unit
 from .drift import kind_of
-from .findings import Finding
+from .findings import AuditFinding
 
 Gradients = Mapping[str, Tensor | None]
 
@@ -196,7 +196,7 @@ def origins(faults: Sequence[Fault], order: Sequence[str]) -> tuple[list[Fault],
 
 def findings(
     faults: Sequence[Fault], figures: Mapping[str, float], order: Sequence[str], where: str = ""
-) -> Iterator[Finding]:
+) -> Iterator[AuditFinding]:
     """One finding for each question about single gradients; ``where``: of ``gradient-rows``."""
     number = int(figures["compared"])
     first, follow = origins(faults, order)
@@ -205,14 +205,14 @@ def findings(
         if here:
             yield _failed(check, here, number, where)
         elif check == "gradient-value" and follow:
-            yield Finding(
+            yield AuditFinding(
                 check, "skipped",
                 f"{len(follow)} of {number} tensors differ behind {first[0].name}, whose fault may "
                 "be the reason: audit again when that is right",
                 tuple(f.name for f in follow),
             )  # fmt: skip
         else:
-            yield Finding(check, "pass", f"{number} tensors", figures=dict(figures))
+            yield AuditFinding(check, "pass", f"{number} tensors", figures=dict(figures))
 
 
 _WORDS = {
@@ -225,7 +225,7 @@ _WORDS = {
 }
 
 
-def _failed(check: str, worst: Sequence[Fault], compared: int, where: str) -> Finding:
+def _failed(check: str, worst: Sequence[Fault], compared: int, where: str) -> AuditFinding:
     faults = worst  # a wrong backward pass spoils all that comes after it: the first says where
     kinds = sorted({kind_of(f.name) for f in faults})
     layers = sorted({layer_of(f.name) for f in faults} - {-1})
@@ -248,7 +248,7 @@ def _failed(check: str, worst: Sequence[Fault], compared: int, where: str) -> Fi
         for f in worst[:20]
         if f.agreement
     }
-    return Finding(check, "fail", reason, tuple(f.name for f in worst), figures=figures)
+    return AuditFinding(check, "fail", reason, tuple(f.name for f in worst), figures=figures)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

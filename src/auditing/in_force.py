@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .findings import Finding, Verdict
+from .findings import AuditFinding, Verdict
 
 _SHOWN = 8
 
@@ -40,7 +40,7 @@ class Dropout:
         self.training = model.training
         self.off = [n for n, m in self.modules.items() if not m.training]
 
-    def finding(self, drew_random: bool | None, disabled: bool = False) -> Finding:
+    def finding(self, drew_random: bool | None, disabled: bool = False) -> AuditFinding:
         """Judge it, given whether the forward of a training step drew random numbers.
 
         Args:
@@ -49,32 +49,48 @@ class Dropout:
         """
         figures = {"modules": len(self.modules), "functional": len(self.functional)}
         if disabled:
-            return Finding("dropout", "pass", "the trainer was asked to switch it off",
-                           figures=figures)  # fmt: skip
+            return AuditFinding(
+                "dropout", "pass", "the trainer was asked to switch it off", figures=figures
+            )
         if self.of_adapters and not self.modules:
             name, p = next(iter(self.of_adapters.items()))
-            return Finding("dropout", "fail", f"{name} is {p:g}, and no module has a dropout",
-                           figures=figures)  # fmt: skip
+            return AuditFinding(
+                "dropout", "fail", f"{name} is {p:g}, and no module has a dropout", figures=figures
+            )
         if not self.modules and not self.functional:
-            return Finding("dropout", "pass", "none is asked for", figures=figures)
+            return AuditFinding("dropout", "pass", "none is asked for", figures=figures)
         adapters = [n for n in self.modules if "lora_dropout" in n] if self.of_adapters else []
         shown = tuple((adapters or [*self.modules, *self.functional])[:_SHOWN])
         if not self.training:
-            return Finding("dropout", "fail", "the model is in evaluation mode while it is trained",
-                           shown, "call model.train() before the steps", figures)  # fmt: skip
+            return AuditFinding(
+                "dropout", "fail", "the model is in evaluation mode while it is trained", shown,
+                "call model.train() before the steps", figures,
+            )  # fmt: skip
         off = [n for n in (adapters or self.modules) if n in self.off]
         if off and len(off) == len(adapters or self.modules):
-            return Finding("dropout", "fail", f"all {len(off)} modules with a dropout are in "
-                           "evaluation mode", tuple(off[:_SHOWN]), figures=figures)  # fmt: skip
+            return AuditFinding(
+                "dropout",
+                "fail",
+                f"all {len(off)} modules with a dropout are in evaluation mode",
+                tuple(off[:_SHOWN]),
+                figures=figures,
+            )
         if drew_random is None:
-            return Finding("dropout", "skipped", "the calls of the model were not seen",
-                           figures=figures)  # fmt: skip
+            return AuditFinding(
+                "dropout", "skipped", "the calls of the model were not seen", figures=figures
+            )
         if not drew_random:
-            return Finding("dropout", "fail", "a training forward draws no random numbers", shown,
-                           "a patched layer leaves dropout out: train without that patch",
-                           figures)  # fmt: skip
-        return Finding("dropout", "pass", f"{len(self.modules)} modules with a dropout are in "
-                       "training mode, and random numbers are drawn", figures=figures)  # fmt: skip
+            return AuditFinding(
+                "dropout", "fail", "a training forward draws no random numbers", shown,
+                "a patched layer leaves dropout out: train without that patch", figures,
+            )  # fmt: skip
+        return AuditFinding(
+            "dropout",
+            "pass",
+            f"{len(self.modules)} modules with a dropout are in "
+            "training mode, and random numbers are drawn",
+            figures=figures,
+        )
 
 
 # --- the schedule ---------------------------------------------------------------------------------
@@ -106,7 +122,9 @@ class Rates:
         count = getattr(getattr(self.scheduler, "scheduler", self.scheduler), "last_epoch", None)
         self.counts.append(count if isinstance(count, int) else None)
 
-    def finding(self, expected: Sequence[float] | None, asked: str, warmup: int = 0) -> Finding:
+    def finding(
+        self, expected: Sequence[float] | None, asked: str, warmup: int = 0
+    ) -> AuditFinding:
         """Compare with the rates that were asked for.
 
         Args:
@@ -125,16 +143,20 @@ class Rates:
             if each > 1:
                 text += f"; the scheduler is stepped {each:.3g} times for each step"
                 advice = "step it once, after optimizer.step(): not for each batch or process"
-            return Finding("warmup", "fail", text, advice=advice, figures=figures)
+            return AuditFinding("warmup", "fail", text, advice=advice, figures=figures)
         if expected is None:
             if warmup:
                 asked = f"the first steps warm up, over {warmup}"
             elif each > 1:
                 asked += f"; the scheduler is stepped {each:.3g} times for each step"
             verdict: Verdict = "pass" if warmup and len(used) > warmup else "skipped"
-            return Finding("warmup", verdict, asked, figures=figures)
-        return Finding("warmup", "pass", f"{len(used)} step{'s' * (len(used) != 1)} used the rates "
-                       f"of {asked}", figures=figures)  # fmt: skip
+            return AuditFinding("warmup", verdict, asked, figures=figures)
+        return AuditFinding(
+            "warmup",
+            "pass",
+            f"{len(used)} step{'s' * (len(used) != 1)} used the rates of {asked}",
+            figures=figures,
+        )
 
     def _each(self) -> float:
         """How often the scheduler was stepped for each step of the optimizer; 0: unknown."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..rewrite.tolerance import FACTOR, unit
 from .by_hand import token_losses
-from .findings import Finding
+from .findings import AuditFinding
 from .gradients import slack_of
-from .reference import Batch, Step
+from .reference import AuditStep, Batch
 
 
 def of_model(model: nn.Module, batch: Batch) -> Tensor:
@@ -24,8 +24,13 @@ def of_model(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def findings(
-    step: Step, exact: Step, eager: Step, batch: Batch, dtype: torch.dtype, factor: float | None
-) -> Iterator[Finding]:
+    step: AuditStep,
+    exact: AuditStep,
+    eager: AuditStep,
+    batch: Batch,
+    dtype: torch.dtype,
+    factor: float | None,
+) -> Iterator[AuditFinding]:
     """Whether the loss is the cross entropy, and what it is divided by.
 
     ``factor``: all gradients are that many times the plain model's; None: they are not.
@@ -65,14 +70,14 @@ def findings(
             words = next((w for w, v in others.items() if _near(wanted, v, 1e-4)), "")
             if words and off <= allowed:
                 yield _scaled(step, count, words, by_hand, figures)
-                yield Finding("loss-value", "pass", f"{step.loss:.4f}", figures=figures)
+                yield AuditFinding("loss-value", "pass", f"{step.loss:.4f}", figures=figures)
                 return
     if off <= allowed:
-        yield Finding("loss-value", "pass", f"{step.loss:.4f}{right}", figures=figures)
+        yield AuditFinding("loss-value", "pass", f"{step.loss:.4f}{right}", figures=figures)
         if by_hand is None:
-            yield Finding("loss-scale", "skipped", "the batch has no labels (rows, tokens)")
+            yield AuditFinding("loss-scale", "skipped", "the batch has no labels (rows, tokens)")
         else:
-            yield Finding("loss-scale", "pass", f"over {count} tokens", figures=figures)
+            yield AuditFinding("loss-scale", "pass", f"over {count} tokens", figures=figures)
         return
     words = next((w for w, v in others.items() if _near(step.loss, v, allowed)), "")
     if by_hand is not None and _near(step.loss, by_hand, allowed):
@@ -81,22 +86,24 @@ def findings(
         words = f"{step.loss / wanted:.3g}x their mean, and so are all gradients"
     if words:
         yield _scaled(step, count, words, wanted, figures)
-        yield Finding("loss-value", "skipped", "it is another multiple: see loss-scale")
+        yield AuditFinding("loss-value", "skipped", "it is another multiple: see loss-scale")
         return
-    yield Finding(
+    yield AuditFinding(
         "loss-value", "fail",
         f"the loss is {step.loss:.4f}, the plain model's {wanted:.4f}{right} (off by {off:.1e}, "
         f"and rounding allows {allowed:.1e})", figures=figures,
     )  # fmt: skip
-    yield Finding("loss-scale", "skipped", "the loss is another: see loss-value")
+    yield AuditFinding("loss-scale", "skipped", "the loss is another: see loss-value")
 
 
 def _near(a: float, b: float, relative: float) -> bool:
     return abs(a - b) <= relative * abs(b)
 
 
-def _scaled(step: Step, count: int, words: str, right: float, figures: dict[str, Any]) -> Finding:
-    return Finding(
+def _scaled(
+    step: AuditStep, count: int, words: str, right: float, figures: dict[str, Any]
+) -> AuditFinding:
+    return AuditFinding(
         "loss-scale", "fail",
         f"the loss is {step.loss:.4f}: of the {count} tokens' losses, it is {words}; right is "
         f"{right:.4f}", figures=figures,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..memory.random_state import RandomState
 from ..sharding import has_peers, has_shards, in_zero3, reshard
-from .findings import Finding
+from .findings import AuditFinding
 from .movement import sampled
 from .state import unchanged
 
@@ -241,7 +241,7 @@ class MicroBatches:
 
     # --- judging ---------------------------------------------------------------------------------
 
-    def findings(self, inner: nn.Module) -> list[Finding]:
+    def findings(self, inner: nn.Module) -> list[AuditFinding]:
         """The answers to ``accumulation-scale`` and ``loss-scale``, before the optimizer's step.
 
         Runs up to two micro-batches once more, by ``inner``, the model without its wrappers. With
@@ -253,16 +253,16 @@ class MicroBatches:
             why, tokens = _of_all_processes(why, tokens, len(self.batches), self._device)
         if self._cleared:
             return [
-                Finding(
+                AuditFinding(
                     "accumulation-scale", "fail",
                     f"gradients were cleared between the {len(self.batches)} batches of a step: "
                     "only the last one counts",
                     advice="call optimizer.zero_grad() after optimizer.step(), not for each batch",
                 ),
-                Finding("loss-scale", "skipped", "the gradients of a step are not complete"),
+                AuditFinding("loss-scale", "skipped", "the gradients of a step are not complete"),
             ]  # fmt: skip
         if why:
-            return [Finding(name, "skipped", why) for name in _NAMES]
+            return [AuditFinding(name, "skipped", why) for name in _NAMES]
         chosen = self._extremes()
         sums, weights = [], []
         failure = ""
@@ -278,7 +278,7 @@ class MicroBatches:
         step = StepShape(len(self.batches), tokens, processes, self.average)
         loss = self._loss_of_step(chosen, sums, step)
         if failure:
-            return [Finding(name, "skipped", failure) for name in _NAMES]
+            return [AuditFinding(name, "skipped", failure) for name in _NAMES]
         found = judge([(b.tokens, w) for b, w in zip(chosen, weights, strict=True)], step)
         # what is wrong in the gradients is wrong in the logged loss, too
         right = step.average == "tokens" and all(f.verdict == "pass" for f in found)
@@ -466,14 +466,14 @@ class StepShape:
     average: Average = "tokens"
 
 
-def judge(measured: list[tuple[int, float]], step: StepShape) -> list[Finding]:
+def judge(measured: list[tuple[int, float]], step: StepShape) -> list[AuditFinding]:
     """The answers for some micro-batches, each with its tokens and the weight of one of them.
 
     The gradients of several processes are averaged, so each may be their number times larger.
     """
     known = [(n, w) for n, w in measured if n and math.isfinite(w)]
     if not known:
-        return [Finding(name, "skipped", "no weight could be measured") for name in _NAMES]
+        return [AuditFinding(name, "skipped", "no weight could be measured") for name in _NAMES]
     # 1 for each batch, if the step is the mean over its tokens, or over its batches
     by_token = [w * step.tokens / step.processes for _, w in known]
     by_batch = [w * n * step.batches for n, w in known]
@@ -489,17 +489,17 @@ def judge(measured: list[tuple[int, float]], step: StepShape) -> list[Finding]:
         text = f"the gradient of a step is {what}"
         if step.batches == 1:
             text += "; a step has one batch"
-        return [Finding(name, "pass", text, figures=figures) for name in _NAMES]
+        return [AuditFinding(name, "pass", text, figures=figures) for name in _NAMES]
     factor = wanted[0]
     if not math.isclose(min(wanted), max(wanted), rel_tol=_TOLERANCE):
         return _uneven(wanted, other, known, step, figures)
     if _is_scaler(factor, step):
         why = f"the loss is multiplied by {factor:.0f} while gradients are made, as by a scaler"
-        return [Finding(name, "skipped", why, figures=figures) for name in _NAMES]
+        return [AuditFinding(name, "skipped", why, figures=figures) for name in _NAMES]
     return _scaled(factor, step, figures)
 
 
-def _scaled(factor: float, step: StepShape, figures: dict[str, Any]) -> list[Finding]:
+def _scaled(factor: float, step: StepShape, figures: dict[str, Any]) -> list[AuditFinding]:
     text = f"the gradient of a step is {_times(factor)} that of one large batch"
     whose, advice = "loss-scale", ""
     if step.batches > 1 and _near(factor, step.batches):
@@ -515,8 +515,8 @@ def _scaled(factor: float, step: StepShape, figures: dict[str, Any]) -> list[Fin
         text += f": each of {step.processes} processes divides by its own tokens, and nobody by all"
     rest = next(name for name in _NAMES if name != whose)
     return [
-        Finding(whose, "fail", text, advice=advice, figures=figures),
-        Finding(rest, "skipped", f"see {whose}"),
+        AuditFinding(whose, "fail", text, advice=advice, figures=figures),
+        AuditFinding(rest, "skipped", f"see {whose}"),
     ]
 
 
@@ -526,7 +526,7 @@ def _uneven(
     known: list[tuple[int, float]],
     step: StepShape,
     figures: dict[str, Any],
-) -> list[Finding]:
+) -> list[AuditFinding]:
     most, least = max(wanted), min(wanted)
     (few, _), (many, _) = min(known), max(known)
     text = f"a token weighs {most / least:.2f} times more in one batch of a step than in another"
@@ -540,12 +540,12 @@ def _uneven(
             text = f"batches of {few} to {many} trained tokens are not weighed alike"
             advice = "average over the batches"
     return [
-        Finding("accumulation-scale", "fail", text, advice=advice, figures=figures),
-        Finding("loss-scale", "skipped", "see accumulation-scale"),
+        AuditFinding("accumulation-scale", "fail", text, advice=advice, figures=figures),
+        AuditFinding("loss-scale", "skipped", "see accumulation-scale"),
     ]
 
 
-def judge_logged(logged: float, expected: float | None) -> Finding | None:
+def judge_logged(logged: float, expected: float | None) -> AuditFinding | None:
     """A finding if what is logged as the loss of a step is not its loss by hand; else None."""
     if (
         expected is None
@@ -554,7 +554,7 @@ def judge_logged(logged: float, expected: float | None) -> Finding | None:
     ):
         return None
     factor = logged / expected if expected else math.inf
-    return Finding(
+    return AuditFinding(
         "loss-scale", "fail",
         f"{logged:.4g} is logged as the loss of a step whose loss by hand is {expected:.4g}, "
         f"{_times(factor)} that", (), "the curve is wrong, the gradients are not: look at what "

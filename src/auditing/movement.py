@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..sharding import in_zero3, local_share
-from .findings import Finding
+from .findings import AuditFinding
 
 _SAMPLED = 4096
 """Elements of a trained tensor that are kept, to say by how much it moved."""
@@ -164,7 +164,7 @@ class Movement:
         pairs = zip(self._frozen.items(), now, strict=True)
         return [name for (name, (_, before)), after in pairs if before != after]
 
-    def findings(self, at_end: bool, has_gradients: bool, exempt: str = "") -> list[Finding]:
+    def findings(self, at_end: bool, has_gradients: bool, exempt: str = "") -> list[AuditFinding]:
         """The answers to ``weights-moved``, and at the end to ``trainable-set``.
 
         Args:
@@ -183,7 +183,7 @@ class Movement:
 
     def _weights_moved(
         self, changed: list[str], has_gradients: bool, exempt: str, at_end: bool
-    ) -> Finding:
+    ) -> AuditFinding:
         pending, moved = self.pending, [t for t in self._trained.values() if t.moved]
         stuck = [n for n, t in pending.items() if t.gradient > 0 and t.rate > 0]
         rounded = [n for n in stuck if pending[n].rounds_away() and pending[n].optimized]
@@ -202,12 +202,12 @@ class Movement:
         if self.strangers:
             figures["not_of_the_model"] = self.strangers
         if not self._trained:
-            return Finding(
+            return AuditFinding(
                 "weights-moved", "fail", "no tensor of the model requires a gradient",
                 advice="add the adapter, or set requires_grad", figures=figures,
             )  # fmt: skip
         if changed:
-            return Finding(
+            return AuditFinding(
                 "weights-moved", "fail", f"{_count(changed)} frozen and changed all the same",
                 tuple(changed[:_SHOWN]), "only the optimizer may write weights, and it should not "
                 "have these", figures,
@@ -217,19 +217,27 @@ class Movement:
         if stuck:
             return self._stuck(stuck, figures)
         if pending and not has_gradients and len(pending) > len(rounded):
-            return Finding("weights-moved", "skipped", f"{_count(list(pending))} not moved, and "
-                           "whether they have gradients cannot be seen",
-                           tuple(list(pending)[:_SHOWN]), figures=figures)  # fmt: skip
+            return AuditFinding(
+                "weights-moved",
+                "skipped",
+                f"{_count(list(pending))} not moved, and "
+                "whether they have gradients cannot be seen",
+                tuple(list(pending)[:_SHOWN]),
+                figures=figures,
+            )
         if not moved:
             rates = max((t.rate for t in pending.values()), default=0.0)
             why = "no tensor has a gradient" if rates else "the learning rate was 0"
             if rounded:
                 why = f"the updates of {len(rounded)} tensors are too small for their dtype to hold"
             over = at_end and self.steps > 1
-            return Finding("weights-moved", "fail" if over else "skipped",
-                           f"{why} in {self.steps} step{'s' * (self.steps != 1)}",
-                           advice="step the scheduler after the optimizer" if not rates else "",
-                           figures=figures)  # fmt: skip
+            return AuditFinding(
+                "weights-moved",
+                "fail" if over else "skipped",
+                f"{why} in {self.steps} step{'s' * (self.steps != 1)}",
+                advice="step the scheduler after the optimizer" if not rates else "",
+                figures=figures,
+            )
         reason = f"{len(moved)} of {len(self._trained)} trained tensors moved"
         reason += f", by {figures['median']:.1e} of their norm (median)" if by else ""
         if idle:
@@ -237,10 +245,15 @@ class Movement:
         if rounded:
             reason += f"; the updates of {len(rounded)} are too small for their dtype to hold"
         frozen = exempt or f"{len(self._frozen)} frozen ones are bit for bit as before"
-        return Finding("weights-moved", "pass", f"{reason}; {frozen}",
-                       tuple([*idle, *rounded][:_SHOWN]), figures=figures)  # fmt: skip
+        return AuditFinding(
+            "weights-moved",
+            "pass",
+            f"{reason}; {frozen}",
+            tuple([*idle, *rounded][:_SHOWN]),
+            figures=figures,
+        )
 
-    def _stuck(self, stuck: list[str], figures: dict[str, Any]) -> Finding:
+    def _stuck(self, stuck: list[str], figures: dict[str, Any]) -> AuditFinding:
         left_out = [n for n in stuck if not self._trained[n].optimized]
         reason = f"{_count(stuck)} not moved, of {len(self._trained)} trained"
         advice = "look at who calls optimizer.step, and with which learning rate"
@@ -250,17 +263,25 @@ class Movement:
         if self.strangers:
             reason += f", and {self.strangers} of its {self.held} tensors are not the model's"
             advice = "make the optimizer after the adapter is added and the model is wrapped"
-        return Finding("weights-moved", "fail", reason, tuple(stuck[:_SHOWN]), advice, figures)
+        return AuditFinding("weights-moved", "fail", reason, tuple(stuck[:_SHOWN]), advice, figures)
 
 
-def _trainable_set(changed: list[str], frozen: int, exempt: str) -> Finding:
+def _trainable_set(changed: list[str], frozen: int, exempt: str) -> AuditFinding:
     if exempt:
-        return Finding("trainable-set", "skipped", exempt)
+        return AuditFinding("trainable-set", "skipped", exempt)
     if changed:
-        return Finding("trainable-set", "fail", f"{_count(changed)} changed over the run and was "
-                       "not to be trained", tuple(changed[:_SHOWN]))  # fmt: skip
-    return Finding("trainable-set", "pass", f"of what was frozen, nothing moved ({frozen} tensors)",
-                   figures={"frozen": frozen})  # fmt: skip
+        return AuditFinding(
+            "trainable-set",
+            "fail",
+            f"{_count(changed)} changed over the run and was not to be trained",
+            tuple(changed[:_SHOWN]),
+        )
+    return AuditFinding(
+        "trainable-set",
+        "pass",
+        f"of what was frozen, nothing moved ({frozen} tensors)",
+        figures={"frozen": frozen},
+    )
 
 
 def _relative_change(before: Tensor | None, parameter: Tensor) -> float | None:

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..rewrite.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
-from .findings import Finding
+from .findings import AuditFinding
 from .reference import Batch
-from .slices import Sample, alone, samples_of
+from .slices import SampleSpan, alone, samples_of
 
 PACK_CHECKS = ("packing", "recurrent-state")
 
@@ -70,17 +70,17 @@ def look(bench: Bench, batch: Batch) -> Leaks | str:
         last = here[-1]
         by_itself = _logits(bench, alone(inputs, last))
         part = before[last.row : last.row + 1, last.start : last.stop]
-        apart = _distance(by_itself, part, [Sample(0, 0, last.stop - last.start)])
+        apart = _distance(by_itself, part, [SampleSpan(0, 0, last.stop - last.start)])
     recurrent, where = _mixer(bench, inputs, changed, here) if plain > allowed else (False, "")
     moved = _distance(after, before, here)
     return Leaks(moved, plain, allowed, apart, packed, where, recurrent)
 
 
-def findings(leaks: Leaks | str) -> Iterator[Finding]:
+def findings(leaks: Leaks | str) -> Iterator[AuditFinding]:
     """The answers about samples that see each other."""
     if isinstance(leaks, str):
         for check in PACK_CHECKS:
-            yield Finding(check, "skipped", leaks)
+            yield AuditFinding(check, "skipped", leaks)
         return
     figures = {"moved": leaks.moved, "apart": leaks.apart, "allowed": leaks.allowed}
     what = "samples of a row" if leaks.packed else "rows"
@@ -103,11 +103,11 @@ def findings(leaks: Leaks | str) -> Iterator[Finding]:
         )
     for check in PACK_CHECKS:
         if not words:
-            yield Finding(check, "pass", f"{what} do not see each other", figures=figures)
+            yield AuditFinding(check, "pass", f"{what} do not see each other", figures=figures)
         elif check == failed:
-            yield Finding(check, "fail", words, (where,) if where else (), figures=figures)
+            yield AuditFinding(check, "fail", words, (where,) if where else (), figures=figures)
         else:
-            yield Finding(check, "skipped", f"samples see each other: see {failed}")
+            yield AuditFinding(check, "skipped", f"samples see each other: see {failed}")
 
 
 class _NoLogits(Exception):
@@ -127,8 +127,8 @@ def _of(outputs: Any) -> Tensor:
 
 
 def _changed(
-    inputs: Batch, samples: Sequence[Sample], packed: bool
-) -> tuple[dict[str, Any], Sample]:
+    inputs: Batch, samples: Sequence[SampleSpan], packed: bool
+) -> tuple[dict[str, Any], SampleSpan]:
     """The inputs with the tokens of a sample reversed and moved on, and that sample."""
     rows = [s.row for s in samples]
     first = (
@@ -143,7 +143,7 @@ def _changed(
     return {**inputs, "input_ids": ids}, first
 
 
-def _distance(a: Tensor, b: Tensor, samples: Sequence[Sample]) -> float:
+def _distance(a: Tensor, b: Tensor, samples: Sequence[SampleSpan]) -> float:
     off = size = 0.0
     for row, start, stop in samples:
         x, y = a[row, start:stop].double(), b[row, start:stop].double()
@@ -170,7 +170,7 @@ class _SeesAttention(TorchFunctionMode):
 
 
 def _mixer(
-    bench: Bench, inputs: Batch, changed: Batch, samples: Sequence[Sample]
+    bench: Bench, inputs: Batch, changed: Batch, samples: Sequence[SampleSpan]
 ) -> tuple[bool, str]:
     """Whether a recurrent layer lets samples see each other first, in the plain model; its path."""
     outputs: list[dict[str, Tensor]] = []

@@ -38,7 +38,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass
-class Step:
+class AuditStep:
     """One forward and backward.
 
     Attributes:
@@ -344,7 +344,7 @@ class PlainModel:
 
     def step(
         self, batch: Batch, loss: Loss, precision: Precision = "exact", noise: int | None = None
-    ) -> Step:
+    ) -> AuditStep:
         """One forward and backward of the plain model.
 
         ``noise``: seeds errors of up to half a unit of rounding in what each layer returns, as
@@ -369,7 +369,7 @@ class PlainModel:
                 leaves = self.leaves[precision]
                 gradients = {name: leaves[id(p)].grad for name, p in self.names.items()}
         outputs = recorded[-1] if recorded else None
-        return Step(
+        return AuditStep(
             float(value.detach()), gradients, _detached(getattr(outputs, "logits", None)),
             _number(getattr(outputs, "loss", None)), list(order),
         )  # fmt: skip

@@ -87,7 +87,7 @@ def first_tokens(batch: Batch, number: int) -> dict[str, Any] | None:
     return part if isinstance(labels, Tensor) and bool((labels[:, 1:] != -100).any()) else None
 
 
-class Sample(NamedTuple):
+class SampleSpan(NamedTuple):
     """Where one sample of a batch is."""
 
     row: int
@@ -95,7 +95,7 @@ class Sample(NamedTuple):
     stop: int
 
 
-def samples_of(batch: Batch) -> list[Sample]:
+def samples_of(batch: Batch) -> list[SampleSpan]:
     """The samples of each row, where position_ids, seq_idx or cumulated lengths tell them apart."""
     ids: Any = batch["input_ids"]
     rows, length = ids.shape
@@ -118,14 +118,14 @@ def samples_of(batch: Batch) -> list[Sample]:
         at = [*starts[row].nonzero().flatten().tolist(), length]
         for start, stop in pairwise(at):
             if stop - start > 1 and bool(there[row, start:stop].all()):
-                found.append(Sample(row, start, stop))
+                found.append(SampleSpan(row, start, stop))
     return found
 
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
 
 
-def alone(batch: Batch, sample: Sample) -> dict[str, Any]:
+def alone(batch: Batch, sample: SampleSpan) -> dict[str, Any]:
     """One sample of a pack as a batch: positions from 0, and nothing that tells samples apart."""
     row, start, stop = sample
     shape = batch["input_ids"].shape

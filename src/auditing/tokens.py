@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .findings import Finding
+from .findings import AuditFinding
 from .reference import Batch, core_of
 
 TOKEN_CHECKS = ("trained-tokens", "end-of-turn", "row-ends")
@@ -17,7 +17,7 @@ TOKEN_CHECKS = ("trained-tokens", "end-of-turn", "row-ends")
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech)\w*_token_(id|index)$")
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """A batch's tokens (rows, length) on the CPU: which are trained, and which are no padding."""
 
     ids: Tensor
@@ -25,18 +25,18 @@ class Rows(NamedTuple):
     there: Tensor
 
 
-def findings(model: nn.Module, batch: Batch, tokenizer: Any = None) -> Iterator[Finding]:
+def findings(model: nn.Module, batch: Batch, tokenizer: Any = None) -> Iterator[AuditFinding]:
     """Answer the questions about single tokens."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape:
         reason = "the batch has no input_ids and labels (rows, tokens)"
-        yield from (Finding(check, "skipped", reason) for check in TOKEN_CHECKS)
+        yield from (AuditFinding(check, "skipped", reason) for check in TOKEN_CHECKS)
         return
     mask = batch.get("attention_mask")
     there = torch.ones_like(ids, dtype=torch.bool)
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
         there = mask.bool()
-    rows = Rows(ids.cpu(), (labels != -100).cpu(), there.cpu())
+    rows = TokenRows(ids.cpu(), (labels != -100).cpu(), there.cpu())
     if not isinstance(mask, Tensor):
         rows = rows._replace(there=~_trailing(rows.ids, _pad_of(model, tokenizer)))
     yield _trained(rows, labels.cpu(), core_of(model))
@@ -52,7 +52,7 @@ NOT_OF_THE_MODEL = ("assistant_masks", "seq_lengths")
 """What collators leave in a batch for themselves."""
 
 
-def _by_mask(rows: Rows, answers: Tensor) -> Finding:
+def _by_mask(rows: TokenRows, answers: Tensor) -> AuditFinding:
     """Compare what is trained with the answers that a collator has marked."""
     check, (ids, trained, there) = "row-ends", rows
     spans = [(row, begin, stop) for row, begin, stop in _spans(answers & there)]
@@ -64,20 +64,22 @@ def _by_mask(rows: Rows, answers: Tensor) -> Finding:
     ]
     if wrong:
         row, at = wrong[0]
-        return Finding(
+        return AuditFinding(
             check, "fail",
             f"{len(wrong)} first or last tokens of {len(spans)} answers are not trained (first in "
             f"row {row}, token {at}: {int(ids[row, at])})",
             tuple(f"row {row}, token {at}" for row, at in wrong),
         )  # fmt: skip
-    return Finding(check, "pass", f"the first and last tokens of {len(spans)} answers are trained")
+    return AuditFinding(
+        check, "pass", f"the first and last tokens of {len(spans)} answers are trained"
+    )
 
 
-def _trained(rows: Rows, labels: Tensor, core: Any) -> Finding:
+def _trained(rows: TokenRows, labels: Tensor, core: Any) -> AuditFinding:
     check, (ids, trained, there) = "trained-tokens", rows
     count, all_there = int(trained.sum()), int(there.sum())
     if not count:
-        return Finding(check, "fail", f"none of {all_there} tokens is trained")
+        return AuditFinding(check, "fail", f"none of {all_there} tokens is trained")
     clauses, subjects = [], []
     if empty := (~trained[:, 1:].any(1)).nonzero().flatten().tolist():
         clauses.append(f"{len(empty)} of {len(ids)} rows have no trained token")
@@ -96,8 +98,8 @@ def _trained(rows: Rows, labels: Tensor, core: Any) -> Finding:
             "labels that are equal to input_ids"
         )
     if clauses:
-        return Finding(check, "fail", "; ".join(clauses), tuple(subjects))
-    return Finding(
+        return AuditFinding(check, "fail", "; ".join(clauses), tuple(subjects))
+    return AuditFinding(
         check, "pass", f"{count} of {all_there} tokens in {len(ids)} rows are trained",
         figures={"trained": count, "tokens": all_there, "rows": len(ids)},
     )  # fmt: skip
@@ -160,10 +162,12 @@ def _special(tokenizer: Any) -> dict[int, str]:
     return {token: str(each.content) for token, each in added.items() if each.special}
 
 
-def _ends(rows: Rows, ends: set[int], tokenizer: Any) -> Finding:
+def _ends(rows: TokenRows, ends: set[int], tokenizer: Any) -> AuditFinding:
     check, (ids, trained, there) = "end-of-turn", rows
     if not ends:
-        return Finding(check, "skipped", "neither tokenizer nor configuration names an end token")
+        return AuditFinding(
+            check, "skipped", "neither tokenizer nor configuration names an end token"
+        )
     is_end = torch.isin(ids, torch.tensor(sorted(ends))) & there
     answers = good = 0
     untrained: list[tuple[int, int]] = []
@@ -179,22 +183,22 @@ def _ends(rows: Rows, ends: set[int], tokenizer: Any) -> Finding:
             without.append(row)
     if untrained:
         row, at = untrained[0]
-        return Finding(
+        return AuditFinding(
             check, "fail",
             f"the token that ends the answer is not trained in {len(untrained)} of {answers} "
             f"answers (first in row {row}, token {at}: {_word(int(ids[row, at]), tokenizer)})",
             tuple(f"row {row}, token {at}" for row, at in untrained),
         )  # fmt: skip
     if without and not good:
-        return Finding(
+        return AuditFinding(
             check, "fail",
             f"{len(without)} of {answers} answers end without a token that ends them (first in row "
             f"{without[0]})", tuple(f"row {row}" for row in without),
             "end each answer with the template's end of turn, or with eos_token",
         )  # fmt: skip
     if not good:
-        return Finding(check, "skipped", f"none of {answers} answers ends within its row")
-    return Finding(check, "pass", f"{good} of {answers} answers end with a trained end token")
+        return AuditFinding(check, "skipped", f"none of {answers} answers ends within its row")
+    return AuditFinding(check, "pass", f"{good} of {answers} answers end with a trained end token")
 
 
 def _spans(trained: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -215,11 +219,11 @@ def _word(token: int, tokenizer: Any) -> str:
     return f"{token}, {tokenizer.decode([token])!r}"
 
 
-def _first_tokens(rows: Rows, tokenizer: Any) -> Finding:
+def _first_tokens(rows: TokenRows, tokenizer: Any) -> AuditFinding:
     check, (ids, trained, there) = "row-ends", rows
     header = _header(tokenizer)
     if not header:
-        return Finding(
+        return AuditFinding(
             check, "skipped", "where answers begin is known from a tokenizer with a chat template "
             "alone: give tokenizer=",
         )  # fmt: skip
@@ -242,15 +246,15 @@ def _first_tokens(rows: Rows, tokenizer: Any) -> Finding:
             early, "the last token before the answer is trained",
         )  # fmt: skip
         row, at = where[0]
-        return Finding(
+        return AuditFinding(
             check, "fail",
             f"{words} in {len(where)} of {answers} answers (first in row {row}, token {at}: "
             f"{_word(int(ids[row, at]), tokenizer)})",
             tuple(f"row {row}, token {at}" for row, at in where),
         )  # fmt: skip
     if not answers:
-        return Finding(check, "skipped", "no answer of the chat template begins in the batch")
-    return Finding(check, "pass", f"the first tokens of {answers} answers are trained")
+        return AuditFinding(check, "skipped", "no answer of the chat template begins in the batch")
+    return AuditFinding(check, "pass", f"the first tokens of {answers} answers are trained")
 
 
 def _header(tokenizer: Any) -> list[int]:

@@ -13,34 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from .bench import Bench, cast_to, trained
-from .findings import Finding
+from .findings import AuditFinding
 from .gradients import Fault, Gradients
-from .reference import Batch, Step, core_of, unwrapped
+from .reference import AuditStep, Batch, core_of, unwrapped
 
 
-def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]) -> Finding:
+def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]) -> AuditFinding:
     """Compare what is trained with ``expected`` (regular expressions), or with what PEFT trains."""
     inner = unwrapped(model)
     is_trained = {name for name, _ in trained(model)}
     every = {name for name, p in inner.named_parameters()}
     if not is_trained:
-        return Finding("trainable-set", "fail", f"none of {len(every)} tensors is trainable")
+        return AuditFinding("trainable-set", "fail", f"none of {len(every)} tensors is trainable")
     if expected:
         meant = {name for name in every if any(re.search(e, name) for e in expected)}
         source = _EXPECTED
     elif not isinstance(getattr(inner, "peft_config", None), dict):
         frozen = sorted(every - is_trained)
         if untied := untied_weights(inner):
-            return Finding("trainable-set", "fail", _UNTIED, tuple(untied))
+            return AuditFinding("trainable-set", "fail", _UNTIED, tuple(untied))
         if not frozen:
-            return Finding("trainable-set", "pass", f"all {len(every)} tensors are trained")
-        return Finding(
+            return AuditFinding("trainable-set", "pass", f"all {len(every)} tensors are trained")
+        return AuditFinding(
             "trainable-set", "skipped",
             f"{len(frozen)} of {len(every)} tensors are frozen, and nothing says whether they were "
             "meant to be", tuple(frozen), "say which names are trained (expected=[...])",
         )  # fmt: skip
     elif bench is None:
-        return Finding("trainable-set", "skipped", "there is no plain model to compare with")
+        return AuditFinding("trainable-set", "skipped", "there is no plain model to compare with")
     else:
         meant, source = bench.plain.meant, "what the adapter's configuration trains"
     untied = untied_weights(inner)
@@ -53,7 +53,7 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
     extra, lacking = sorted(is_trained - meant), sorted((meant & every) - is_trained)
     if not extra and not lacking and not untied:
         numbers = sum(p.numel() for _, p in trained(model))
-        return Finding(
+        return AuditFinding(
             "trainable-set", "pass", f"{len(is_trained)} tensors with {numbers} numbers are trained"
         )
     clauses = []
@@ -63,7 +63,7 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
         clauses.append(f"{len(lacking)} tensors are frozen, but belong to {source}")
     if extra:
         clauses.append(f"{len(extra)} tensors are trained, but do not belong to {source}")
-    return Finding("trainable-set", "fail", "; ".join(clauses), (*untied, *lacking, *extra))
+    return AuditFinding("trainable-set", "fail", "; ".join(clauses), (*untied, *lacking, *extra))
 
 
 _EXPECTED = "what was expected"
@@ -120,7 +120,7 @@ def tensors_of(path: str, layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def inert_adapters(
-    bench: Bench, batch: Batch, step: Step, eager: Step
+    bench: Bench, batch: Batch, step: AuditStep, eager: AuditStep
 ) -> tuple[dict[str, str], set[str]]:
     """Adapter layers that take no part in the forward, with the reason; and their tensors.
 
@@ -167,11 +167,11 @@ def _has_effect(bench: Bench, batch: Batch, parameters: Sequence[nn.Parameter]) 
     return not math.isclose(before, after, rel_tol=1e-7, abs_tol=abs(before - again))
 
 
-def adapter_reach(model: nn.Module, inert: Mapping[str, str]) -> Finding:
+def adapter_reach(model: nn.Module, inert: Mapping[str, str]) -> AuditFinding:
     """Whether each layer that the targets name has an adapter in force."""
     layers = adapter_layers(model)
     if not layers:
-        return Finding("adapter-reach", "skipped", "the model has no adapter")
+        return AuditFinding("adapter-reach", "skipped", "the model has no adapter")
     merged = [path for path, layer in layers.items() if getattr(layer, "merged", False)]
     off = [path for path, layer in layers.items() if getattr(layer, "disable_adapters", False)]
     bare = bare_stacks(model)
@@ -197,11 +197,11 @@ def adapter_reach(model: nn.Module, inert: Mapping[str, str]) -> Finding:
         )
         subjects += named
     if clauses:
-        return Finding("adapter-reach", "fail", "; ".join(clauses), tuple(subjects))
+        return AuditFinding("adapter-reach", "fail", "; ".join(clauses), tuple(subjects))
     reason = f"{len(layers)} adapters"
     if bare:
         reason += f"; {len(bare)} stacked parameters of experts have none, and none is named"
-    return Finding("adapter-reach", "pass", reason)
+    return AuditFinding("adapter-reach", "pass", reason)
 
 
 def bare_stacks(model: nn.Module) -> dict[str, str]:
@@ -272,19 +272,19 @@ _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.")
 
 def experts_reached(
     model: nn.Module, step: Gradients, exact: Gradients, expected: Sequence[str]
-) -> tuple[Finding, set[str]]:
+) -> tuple[AuditFinding, set[str]]:
     """Whether each expert with tokens gets a gradient; and the tensors that fail."""
     stacks = stacks_of(model)
     names = [name for name, _ in unwrapped(model).named_parameters()]
     has_modules = any(_EXPERT.match(name) for name in names)
     if not stacks and not has_modules:
-        return Finding("experts-reached", "skipped", "the model has no experts"), set()
+        return AuditFinding("experts-reached", "skipped", "the model has no experts"), set()
     frozen = _frozen_experts(model, stacks)
     if frozen and not expected:
         reason = (
             f"{len(frozen)} tensors of experts are frozen, and the rest of their layers is trained"
         )
-        return Finding("experts-reached", "fail", reason, tuple(frozen)), set()
+        return AuditFinding("experts-reached", "fail", reason, tuple(frozen)), set()
     routed = reached = 0
     failed: dict[str, list[int]] = {}
     by_module: dict[tuple[str, int], list[bool]] = defaultdict(lambda: [False, False])
@@ -315,15 +315,19 @@ def experts_reached(
         if there_ and not got_:
             failed |= {name: [key[1]] for name in tensors[key]}
     if not routed:
-        return Finding("experts-reached", "skipped", "no tensor of an expert is trained"), set()
+        return AuditFinding(
+            "experts-reached", "skipped", "no tensor of an expert is trained"
+        ), set()
     if not failed:
-        return Finding("experts-reached", "pass", f"all {routed} experts' parts with tokens"), set()
+        return AuditFinding(
+            "experts-reached", "pass", f"all {routed} experts' parts with tokens"
+        ), set()
     first = next(iter(failed))
     reason = (
         f"{routed - reached} of {routed} experts' parts that tokens are routed to get no gradient "
         f"(experts {', '.join(map(str, failed[first][:8]))} of {first})"
     )
-    return Finding("experts-reached", "fail", reason, tuple(failed)), set(failed)
+    return AuditFinding("experts-reached", "fail", reason, tuple(failed)), set(failed)
 
 
 def _frozen_experts(model: nn.Module, stacks: Mapping[str, int]) -> list[str]:

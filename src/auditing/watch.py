@@ -18,7 +18,7 @@ from ..memory.meter import Meter
 from ..sharding import collectives_of, has_peers, in_zero3
 from .audit import audit
 from .checks import CHECKS
-from .findings import Audit, Finding
+from .findings import Audit, AuditFinding
 from .force import CountsCalls, checkpointing
 from .in_force import Dropout, Rates
 from .micro_batches import Average, MicroBatches, judge_logged
@@ -199,21 +199,21 @@ class StepWatch:
             self._add(self.batches.findings(self.inner))
             self._expected_loss = self.batches.expected_loss
         else:
-            self._add(Finding(n, "skipped", self._unseen) for n in OF_THE_LOOP[:2])
+            self._add(AuditFinding(n, "skipped", self._unseen) for n in OF_THE_LOOP[:2])
         dropout = self._dropout or Dropout(self.inner)
         self._add([dropout.finding(drew, self.no_dropout), self._checkpointing()])
         self._stop_looking()
 
-    def _checkpointing(self) -> Finding:
+    def _checkpointing(self) -> AuditFinding:
         planner = planner_of(self.inner)
         if planner is not None and any(planner.levels.values()):
             return _planned(planner, self.checkpointing)
         if self._counted is None:
             why = self._unseen or "the model is compiled: its modules cannot be watched"
-            return Finding("checkpointing", "skipped", why)
+            return AuditFinding("checkpointing", "skipped", why)
         return checkpointing(self.inner, self._counted, self.checkpointing)
 
-    def _rates_finding(self) -> Finding:
+    def _rates_finding(self) -> AuditFinding:
         expected: Sequence[float] | None = None
         asked = "no schedule was asked for by arguments"
         if self._expected_rates is not None:
@@ -247,22 +247,22 @@ class StepWatch:
             else:
                 self.audit.facts |= found.facts
                 self._add(f for f in found.findings if f.check not in self.unasked)
-                self._add(Finding(name, "skipped", w) for name, w in self.unasked.items())
+                self._add(AuditFinding(name, "skipped", w) for name, w in self.unasked.items())
             if self.packing and (padded := rows_of_one_sample(batch)):
-                self._add([Finding(
+                self._add([AuditFinding(
                     "packing", "fail", f"packing was asked for, and {padded} rows of the first "
                     "batch are one sample and padding each",
                     advice="look for what switched packing off: the kind of model, or a collator",
                 )])  # fmt: skip
         if why:
-            self._add(Finding(name, "skipped", why) for name in rest)
+            self._add(AuditFinding(name, "skipped", why) for name in rest)
 
     # --- findings --------------------------------------------------------------------------------
 
-    def _add(self, findings: Sequence[Finding] | Iterator[Finding]) -> None:
+    def _add(self, findings: Sequence[AuditFinding] | Iterator[AuditFinding]) -> None:
         self.audit.add(findings)
 
-    def _replace(self, findings: Sequence[Finding]) -> None:
+    def _replace(self, findings: Sequence[AuditFinding]) -> None:
         """Let what is known at the end stand for what the first step said, unless it is worse."""
         for new in findings:
             self.audit.findings = [
@@ -273,7 +273,7 @@ class StepWatch:
     def _combine(self) -> None:
         """Bring the findings of all processes together, the worst of each, in order."""
         if has_peers():
-            everyone: list[list[Finding]] = [[] for _ in range(dist.get_world_size())]
+            everyone: list[list[AuditFinding]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, self.audit.findings)
             combined = Audit(self.audit.model)
             for findings in everyone:
@@ -299,7 +299,7 @@ class _Clock:
         self._watch._seconds += time.perf_counter() - self._begun
 
 
-_LEFT_OVER = Finding(
+_LEFT_OVER = AuditFinding(
     "accumulation-scale", "fail", "the gradients of the first step were still there in the second "
     "one, and are added to its own", advice="call optimizer.zero_grad() after optimizer.step()",
 )  # fmt: skip
@@ -369,13 +369,13 @@ def _reference_bytes(model: nn.Module, parameters: Sequence[Tensor], tokens: int
     )
 
 
-def _planned(planner: Any, asked: bool | None) -> Finding:
+def _planned(planner: Any, asked: bool | None) -> AuditFinding:
     """What fusewright's memory planner has decided, which takes the place of checkpoints."""
     levels = list(filter(None, planner.levels.values()))
     again = sum(level not in ("weights", "all") for level in levels)
     text = f"fusewright plans memory: {again} of {len(levels)} blocks compute some of it again"
     wrong = bool(asked) and not again
-    return Finding("checkpointing", "fail" if wrong else "pass", text)
+    return AuditFinding("checkpointing", "fail" if wrong else "pass", text)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...auditing.findings import Audit, Check, Finding
+from ...auditing.findings import Audit, AuditFinding, Check
 from ...errors import RecipeError, first_line
 from ...rewrite.tolerance import FACTOR
 from ..data.chat.stops import render_chat, stop_tokens
@@ -240,10 +240,10 @@ def _otherwise(subject: Subject, folder: Path | None, rows: HeldOut) -> Logits |
 # --- the questions about tensors -----------------------------------------------------------------
 
 
-def _merged_tensors(subject: Subject, base: _Base | None) -> Finding:
+def _merged_tensors(subject: Subject, base: _Base | None) -> AuditFinding:
     """Compare with W + delta in float32, which PEFT merges in memory."""
     if base is None or not subject.run.adapter:
-        return Finding("merged-tensors", "skipped", "the run trained the whole model")
+        return AuditFinding("merged-tensors", "skipped", "the run trained the whole model")
     run, consent = subject.run, subject.run.consent
     reference = merged_in_memory(run, torch.float32, subject.dequantize).state_dict()
     merged = load_model_of(open_run(subject.merged, consent=consent)).state_dict()
@@ -319,9 +319,9 @@ def _unloaded(subject: Subject, known: Mapping[str, Tensor]) -> dict[str, str]:
     return wrong
 
 
-def _exported_tensors(subject: Subject) -> Finding:
+def _exported_tensors(subject: Subject) -> AuditFinding:
     if subject.is_plain:
-        return Finding("exported-tensors", "skipped", "the merged model is the export")
+        return AuditFinding("exported-tensors", "skipped", "the merged model is the export")
     wrong, kinds, largest = {}, dict[str, int](), (0.0, "")
     try:
         for one in subject.writer.compare(subject.merged, subject.export):
@@ -330,7 +330,7 @@ def _exported_tensors(subject: Subject) -> Finding:
             if one.problem is not None:
                 wrong[one.name] = one.problem
     except ValueError as error:
-        return Finding("exported-tensors", "skipped", first_line(error))
+        return AuditFinding("exported-tensors", "skipped", first_line(error))
     of = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind)
     figures = {"tensors": kinds, "largest_error": largest[0], "of": largest[1]}
     return _finding("exported-tensors", wrong, of, figures)
@@ -338,20 +338,22 @@ def _exported_tensors(subject: Subject) -> Finding:
 
 def _finding(
     check: str, wrong: Mapping[str, str], found: str, figures: dict[str, Any] | None = None
-) -> Finding:
+) -> AuditFinding:
     """A pass that says what was ``found``, or a failure that names each problem's subject."""
     if not wrong:
-        return Finding(check, "pass", found, figures=figures or {})
+        return AuditFinding(check, "pass", found, figures=figures or {})
     name, problem = next(iter(wrong.items()))
     more = f"; and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
     reason = f"{name}: {problem}{more}"
-    return Finding(check, "fail", reason, tuple(wrong), figures={**(figures or {}), "wrong": wrong})
+    return AuditFinding(
+        check, "fail", reason, tuple(wrong), figures={**(figures or {}), "wrong": wrong}
+    )
 
 
 # --- the questions about texts -------------------------------------------------------------------
 
 
-def _texts(subject: Subject, ours: Any, rows: HeldOut) -> Iterator[Finding]:
+def _texts(subject: Subject, ours: Any, rows: HeldOut) -> Iterator[AuditFinding]:
     read = subject.writer.tokenizer(subject.export, ours)
     texts = [*_TEXTS, *(ours.decode(s.input_ids) for s in rows.samples[:5])]
     wrong = {
@@ -364,7 +366,7 @@ def _texts(subject: Subject, ours: Any, rows: HeldOut) -> Iterator[Finding]:
         wrong["the end of texts"] = f"it is token {read.end}, and should be one of {ends}"
     yield _finding("tokenizer", wrong, f"{len(texts)} texts have the same tokens")
     if ours.chat_template is None:
-        yield Finding("chat-template", "skipped", "the run has none")
+        yield AuditFinding("chat-template", "skipped", "the run has none")
     else:
         problem = "it is missing" if read.template is None else "it is another one"
         wrong = {} if read.template == ours.chat_template else {"chat_template": problem}
@@ -376,19 +378,21 @@ def _texts(subject: Subject, ours: Any, rows: HeldOut) -> Iterator[Finding]:
 
 def _judged(
     subject: Subject, results: dict[str, Scores], rows: HeldOut, validated: bool
-) -> Iterator[Finding]:
+) -> Iterator[AuditFinding]:
     trained = results.get("adapter") or results["merged"]
     if validated:
         yield _recorded(subject, results, trained, rows)
     else:
-        yield Finding("recorded-loss", "skipped", "the rows are not those of the run's validation")
+        yield AuditFinding(
+            "recorded-loss", "skipped", "the rows are not those of the run's validation"
+        )
     yield _gain(results, rows)
     if subject.is_plain:
         return
     if "exported" not in results:
-        yield Finding("format-cost", "skipped", subject.unread)
+        yield AuditFinding("format-cost", "skipped", subject.unread)
     elif "base, exported" not in results:
-        yield Finding("format-cost", "skipped", "there is no base to measure its own cost on")
+        yield AuditFinding("format-cost", "skipped", "there is no base to measure its own cost on")
     else:
         found = _cost(results)
         if not results["exported"].answers:  # transformers could not read it
@@ -401,11 +405,11 @@ def _judged(
 
 def _recorded(
     subject: Subject, results: Mapping[str, Scores], trained: Scores, rows: HeldOut
-) -> Finding:
+) -> AuditFinding:
     """Compare with the losses that the run recorded: in its own dtype, in packs, on all rows."""
     if key := next((k for k in ("export_format", "qat") if subject.run.recipe.get(k)), None):
         reason = f"the run validated with weights that {key} rounds, and these are not rounded"
-        return Finding("recorded-loss", "skipped", reason)
+        return AuditFinding("recorded-loss", "skipped", reason)
     before, after = (float(subject.run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
     allowed = 0.1 * abs(before - after) + 0.01 * before
     wrong = {
@@ -417,14 +421,16 @@ def _recorded(
     return _finding("recorded-loss", wrong, f"{before:.4f} before and {after:.4f} after training")
 
 
-def _gain(results: Mapping[str, Scores], rows: HeldOut) -> Finding:
+def _gain(results: Mapping[str, Scores], rows: HeldOut) -> AuditFinding:
     if not rows.samples:
-        return Finding("merged-gain", "skipped", "there are no rows; name some: --data FILE")
+        return AuditFinding("merged-gain", "skipped", "there are no rows; name some: --data FILE")
     if "base" not in results or "adapter" not in results:
-        return Finding("merged-gain", "skipped", "there is no adapter and base to compare")
+        return AuditFinding("merged-gain", "skipped", "there is no adapter and base to compare")
     gain, error = cost(results["adapter"], results["base"])
     if gain <= 2 * error:
-        return Finding("merged-gain", "skipped", f"training gained nothing here: {gain:.4f} nats")
+        return AuditFinding(
+            "merged-gain", "skipped", f"training gained nothing here: {gain:.4f} nats"
+        )
     kept = share(results, "merged")
     wrong = {} if kept is None or kept >= 0.9 else {"the merged model": f"it keeps {kept:.0%}"}
     return _finding("merged-gain", wrong, f"{kept:.1%} of {gain:.4f} nats", {"gain": gain})
@@ -439,7 +445,7 @@ def share(results: Mapping[str, Scores], name: str) -> float | None:
     return (base.loss - results[name].loss) / gain if gain > 2 * error else None
 
 
-def _cost(results: Mapping[str, Scores]) -> Finding:
+def _cost(results: Mapping[str, Scores]) -> AuditFinding:
     paid, error = cost(results["merged"], results["exported"])
     own, own_error = cost(results["base"], results["base, exported"])
     far = distance(results["merged"], results["exported"])
@@ -456,7 +462,7 @@ def _cost(results: Mapping[str, Scores]) -> Finding:
 
 def _other_reader(
     subject: Subject, results: Mapping[str, Scores], rows: HeldOut
-) -> Iterator[Finding]:
+) -> Iterator[AuditFinding]:
     """What llama.cpp computes, on the first rows; it rounds activations to 8 bits."""
     ours = results.get("exported")
     if ours is None or not ours.answers:  # which transformers could not read

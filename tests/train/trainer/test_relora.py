@@ -15,7 +15,7 @@ from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
-from fusewright.train.model.relora import Relora, _dense
+from fusewright.train.model.relora import Relora, dense
 from fusewright.train.recipe.load import load_recipe
 
 from ..conftest import make_model
@@ -71,13 +71,13 @@ def test_quantized_weights_are_rounded_once(recipe: dict[str, Any], bits: str) -
     model, relora = _adapted(recipe, adapter=adapter, **{bits: True})
     before = model(IDS).logits
     layer = next(iter(relora.layers.values()))
-    expected = _dense(layer.get_base_layer()).float()
+    expected = dense(layer.get_base_layer()).float()
     for restart in range(2):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         b.copy_(torch.randn_like(b) * (0.1 + restart))
         expected += 4.0 * b @ a
         relora.restart(None)
-        found = _dense(layer.get_base_layer())
+        found = dense(layer.get_base_layer())
         torch.testing.assert_close(found, _rounded(expected, bits), atol=1e-6, rtol=0)
     relora.finish()
     for adapted in relora.layers.values():
