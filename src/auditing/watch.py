@@ -243,7 +243,8 @@ class StepWatch:
                 why = f"the audit could not run: {type(error).__name__}: {error}"
             else:
                 self.audit.facts |= found.facts
-                self._add(f for f in found.findings if f.check not in self.unasked)
+                meant = {*self.unasked, *(["dropout"] if self.no_dropout else [])}
+                self._add(f for f in found.findings if f.check not in meant)
                 self._add(Finding(name, "skipped", w) for name, w in self.unasked.items())
         if why:
             self._add(Finding(name, "skipped", why) for name in rest)
