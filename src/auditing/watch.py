@@ -246,7 +246,8 @@ class StepWatch:
                 why = f"the audit could not run: {type(error).__name__}: {error}"
             else:
                 self.audit.facts |= found.facts
-                self._add(f for f in found.findings if f.check not in self.unasked)
+                meant = {*self.unasked, *(["dropout"] if self.no_dropout else [])}
+                self._add(f for f in found.findings if f.check not in meant)
                 self._add(AuditFinding(name, "skipped", w) for name, w in self.unasked.items())
             if self.packing and (padded := rows_of_one_sample(batch)):
                 self._add([AuditFinding(
