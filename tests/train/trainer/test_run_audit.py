@@ -51,7 +51,7 @@ def test_a_run_that_fails_its_audit_says_so_and_ends_as_it_would(
     monkeypatch.setattr(
         engine, "custom_schedule", lambda recipe, optimizer, *_: LambdaLR(optimizer, lambda _: 1.0)
     )
-    recipe |= {"audit": True, "warmup_steps": 3}
+    recipe |= {"audit": True, "lr_scheduler": "linear", "warmup_steps": 3}
     console = Console(file=StringIO(), width=200)
     result = train(recipe, console=console)
     assert result.exit_code == 0
