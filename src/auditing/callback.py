@@ -55,10 +55,11 @@ class AuditCallback(TrainerCallback):
         lr_scheduler = kwargs.get("lr_scheduler")
         inner = inner_optimizer(kwargs["optimizer"])
         first = getattr(lr_scheduler, "last_epoch", None)
+        schedule = self.schedule(args, state.max_steps, inner, lr_scheduler)
         watch = StepWatch(
             kwargs["model"], [inner], lr_scheduler,
             tokenizer=kwargs.get("processing_class"), average=self.average,
-            expected_rates=self.schedule(args, state.max_steps, inner, lr_scheduler).rates,
+            expected_rates=schedule.rates, warmup_steps=0 if schedule.why else schedule.warmup,
             first_step=first if isinstance(first, int) else state.global_step,
             unseen=_unseen(args), **self.settings(),
         )  # fmt: skip
