@@ -30,7 +30,7 @@ def _assert_as_in_eager(ours: Any, adapter: Adapter) -> None:
 
     eager = build(adapter)
     if not adapter.random:
-        assert not over(run, ours, eager, in_double(build(adapter)), draws=6)
+        assert not over(run, ours, eager, in_double(build(adapter)), draws=6, pooled=True)
         return
     run(eager, 0, True)  # as ours has: some count their steps
     mine, theirs = run(ours, 0, True), run(eager, 0, True)

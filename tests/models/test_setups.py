@@ -16,7 +16,7 @@ from torch import Tensor
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
 from .setups import SETUPS, Setup, build, exact, line, optimized, step
-from .test_models import _InDouble
+from .test_models import _InDouble, _rms
 
 DRAWS, MOST = 12, 72
 """Draws that a budget is judged by. The loss is a single number: eager's error of it varies by a
@@ -58,11 +58,13 @@ def _other_weights(models: list[Any], draw: int) -> None:
 
 def over(
     run: Callable[[Any, int, bool], dict[str, Tensor]], ours: Any, eager: Any, truth: Any,
-    most: int = MOST, draws: int = DRAWS,
+    most: int = MOST, draws: int = DRAWS, pooled: bool = False,
 ) -> list[str]:  # fmt: skip
     """Which results are beyond the budget: over a few draws, and if one is, over all of them.
 
-    ``run`` (model, draw, whether it is lowered) returns the loss and every gradient.
+    ``run`` (model, draw, whether it is lowered) returns the loss and every gradient. Errors are
+    relative to the size of each draw; if ``pooled``, of all together: the gradient of a single
+    number can nearly cancel in one draw, whose relative error is then all that a mean sees.
     """
     mine, theirs, exact, units = defaultdict(list), defaultdict(list), defaultdict(list), {}
     for draw in range(most):
@@ -81,9 +83,9 @@ def over(
             continue
 
         def rms(values: list[Tensor], key: str) -> float:
-            # over the size of all draws together: a single number's gradient can nearly cancel in
-            # one of them, and its relative error there would be all that a mean of them sees
-            return errors(torch.stack(values), torch.stack(exact[key]), len(values)).rms
+            if pooled:
+                return errors(torch.stack(values), torch.stack(exact[key]), len(values)).rms
+            return _rms([errors(*pair).rms for pair in zip(values, exact[key], strict=True)])
 
         off = {key: (rms(mine[key], key), rms(theirs[key], key)) for key in mine}
         beyond = [
