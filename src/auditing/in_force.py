@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .findings import AuditFinding, Verdict
+from .force import asked_of_adapters
 
 _SHOWN = 8
 
@@ -20,14 +21,7 @@ class Dropout:
     """The dropout that a model is made with, as it is when a training step begins."""
 
     def __init__(self, model: nn.Module) -> None:
-        asked = [
-            (name, float(p))
-            for name, configs in (("", getattr(model, "peft_config", None) or {}),)
-            for config in configs.values()
-            for name, p in vars(config).items()
-            if "dropout" in name and isinstance(p, float) and p > 0
-        ]
-        self.of_adapters = dict(asked)
+        self.of_adapters = asked_of_adapters(model)
         self.modules: dict[str, nn.Module] = {}
         self.functional: list[str] = []
         for name, module in model.named_modules():
