@@ -188,8 +188,12 @@ def test_no_source_names_an_architecture() -> None:
         for node in ast.walk(tree):  # docstrings may name the model that a formula is known from
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 node.value.value = ""
-        # a package, and the part of transformers that reads its files
-        text = re.sub(r"mistral-common|integrations\.mistral", "", ast.unparse(tree).lower())
+        # a package, the part of transformers that reads its files, and llama.cpp with its programs
+        tools = (
+            r"mistral-common|integrations\.mistral"
+            r"|llama[._-]cpp(\.llama\b)?|llama-(server|quantize)"
+        )
+        text = re.sub(tools, "", ast.unparse(tree).lower())
         words = set(re.findall(r"[a-z0-9_]+", text))
         found += [f"{path.name}: {w}" for w in sorted(words & types)]
     assert not found
