@@ -15,7 +15,7 @@ from ..errors import DataError, ModelError
 from . import force, losses, packs, trainable
 from . import gradients as of_gradients
 from . import tokens as of_tokens
-from .bench import Bench, device_of, run
+from .bench import MOVES, Bench, device_of, run
 from .checks import CHECKS
 from .findings import Audit, AuditFinding
 from .fresh import fresh_sources
@@ -53,23 +53,48 @@ def audit(
     """
     begun = time.perf_counter()
     whole = _first(batch)
-    part, facts = slice_of(whole, tokens)
-    result = Audit(type(core_of(model)).__name__, facts=facts)
+    part, _ = slice_of(whole, tokens)
+    part = _of_the_model(part)
     autocast = autocast or _autocast_of(part)
     call = loss or losses.of_model
-    result.add(of_tokens.findings(model, whole, tokenizer))
-    part = {k: v for k, v in part.items() if k not in of_tokens.NOT_OF_THE_MODEL}
     with unchanged(model), awake(model, 0.05):
-        result.add([force.dropout(model, part, call, autocast)])
+        dropout = force.dropout(model, part, call, autocast)
+    with force.CountsCalls(model) as counted:
+        result = audit_step(
+            model, whole, loss=call, tokenizer=tokenizer, autocast=autocast, expected=expected,
+            tokens=tokens,
+        )  # fmt: skip
+    result.add([dropout, force.checkpointing(model, counted, checkpointing)])
+    result.findings.sort(key=lambda f: list(CHECKS).index(f.check))
+    result.facts["seconds"] = time.perf_counter() - begun
+    return result
+
+
+def audit_step(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    loss: Loss = losses.of_model,
+    tokenizer: Any = None,
+    autocast: torch.dtype | None = None,
+    expected: Sequence[str] = (),
+    tokens: int = 512,
+    moves: int = MOVES,
+) -> Audit:
+    """``audit`` without the questions that a loop answers by its own step: dropout, checkpointing.
+
+    ``moves``: so often the tokens may be moved for another look at a bias of the gradients.
+    """
+    part, facts = slice_of(batch, tokens)
+    result = Audit(type(core_of(model)).__name__, facts=facts)
+    result.add(of_tokens.findings(model, batch, tokenizer))
+    part = _of_the_model(part)
     with unchanged(model), fresh_sources() as sources, awake(model, 0.002):
         with only_dropout(model):
-            with force.CountsCalls(model) as counted:
-                step = run(model, part, call, autocast)
-            result.add([force.checkpointing(model, counted, checkpointing)])
-            facts["step_seconds"] = time.perf_counter() - begun
+            step = run(model, part, loss, autocast)
             try:
                 bench: Bench | None = Bench(
-                    model, PlainModel(model, sources, autocast), call, autocast
+                    model, PlainModel(model, sources, autocast), loss, autocast, moves
                 )
             except ModelError as error:
                 bench = None
@@ -84,21 +109,22 @@ def audit(
                 facts["not_compared"] = bench.plain.left_out
         result.add([trainable.trainable_set(model, bench, expected)])
         facts["exchanged"] = sorted(set(sources.patched))
-    result.findings.sort(key=lambda f: list(CHECKS).index(f.check))
-    facts["seconds"] = time.perf_counter() - begun
     return result
+
+
+def _of_the_model(batch: Batch) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if k not in of_tokens.NOT_OF_THE_MODEL}
 
 
 def _compare(
     result: Audit, bench: Bench, batch: Batch, step: AuditStep, expected: Sequence[str]
 ) -> None:
-    exact = bench.exact(batch)
-    leaks = packs.look(bench, batch)
+    exact, eager = bench.exact(batch), bench.eager(batch)
+    leaks = packs.look(bench, batch, exact, eager)
     result.add(packs.findings(leaks))
     if isinstance(leaks, packs.Leaks) and leaks.only_plain:
         bench.samples = samples_of(batch)
-        exact = bench.exact(batch)
-    eager = bench.eager(batch)
+        exact, eager = bench.exact(batch), bench.eager(batch)
     faults, figures = bench.faults(batch, step, exact, eager)
     inert, of_inert = trainable.inert_adapters(bench, batch, step, eager)
     faults = trainable.renamed(faults, of_inert, "adapter-reach")

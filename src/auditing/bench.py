@@ -18,8 +18,8 @@ from .gradients import Fault, compare
 from .reference import SEED, AuditStep, Batch, Loss, PlainModel, unwrapped
 from .slices import SampleSpan, alone, first_rows, first_tokens, moved_on
 
-_MOVES = range(3, 48, 3)
-"""How far tokens are moved for another look at the bias of gradients."""
+MOVES = 15
+"""So often tokens are moved for another look at the bias of gradients."""
 
 DRAWS = 6
 """So often eager mode runs with other rounding errors before a gradient is called wrong."""
@@ -34,6 +34,7 @@ class Bench:
         plain: the reference.
         loss: what is trained, from model and batch.
         autocast: the dtype that the audited model runs under, or None.
+        moves: so often ``drift`` may look at other tokens.
         samples: of a pack whose samples see each other in the plain model, though they must not:
             the plain model gets them one by one.
     """
@@ -42,6 +43,7 @@ class Bench:
     plain: PlainModel
     loss: Loss
     autocast: torch.dtype | None
+    moves: int = MOVES
     samples: Sequence[SampleSpan] = ()
 
     def exact(self, batch: Batch) -> AuditStep:
@@ -114,7 +116,7 @@ class Bench:
         """
         labels, leans, found = batch.get("labels"), [_leans(step, eager, exact)], []
         tokens = int((labels[..., 1:] != -100).sum()) if isinstance(labels, Tensor) else 1
-        for by in _MOVES:
+        for by in range(3, 3 * self.moves + 1, 3):
             found = drifts(leans, self.plain.dtype, tokens * len(leans))
             unclear = [d for d in found if not d.kind and d.is_suspect]
             other = moved_on(batch, by) if unclear and not unclear[0].exceeded else None

@@ -107,6 +107,8 @@ class MicroBatches:
         self.drew_random: bool | None = None
         self.expected_loss: float | None = None
         """The loss of the step by hand, once ``findings`` has run; None: it is not known."""
+        self.is_assumed = False
+        """Whether ``findings`` has taken the model's word for what its loss is divided by."""
         self._cleared = self.left_over = False
         self._arrived: set[int] = set()
         self._stepped = False
@@ -244,8 +246,9 @@ class MicroBatches:
     def findings(self, inner: nn.Module) -> list[AuditFinding]:
         """The answers to ``accumulation-scale`` and ``loss-scale``, before the optimizer's step.
 
-        Runs up to two micro-batches once more, by ``inner``, the model without its wrappers. With
-        several processes, a collective: all of them must call this at the same step.
+        Runs up to two micro-batches once more, by ``inner``, the model without its wrappers; the
+        only one of a process is not (``is_assumed``). With several processes, a collective: all of
+        them must call this at the same step.
         """
         why = self._why_not()
         tokens = sum(batch.tokens for batch in self.batches)
@@ -266,10 +269,11 @@ class MicroBatches:
         chosen = self._extremes()
         sums, weights = [], []
         failure = ""
+        self.is_assumed = len(self.batches) == 1 and not has_peers() and not self._sharded
         for batch in chosen:
             total = weight = math.nan
             try:
-                total, weight = self._measure(batch, inner)
+                total, weight = self._assume(batch) if self.is_assumed else self._measure(batch, inner)
             except Exception as error:  # such as too little memory: the run must go on
                 failure = f"a batch could not be run again: {type(error).__name__}: {error}"
             sums.append(total)
@@ -308,11 +312,24 @@ class MicroBatches:
             return "ZeRO-3 shards the model"
         return ""
 
+    def _assume(self, batch: MicroBatch) -> tuple[float, float]:
+        """As ``_measure``, if the model divides the sum of the losses by what it is given, or by
+        their number: an audit of a part of the batch tells whether it does."""
+        weight, value = float(batch.weights[0]), batch.value
+        assert value is not None
+        if batch.summed:
+            return float(value), weight
+        number = (batch.arguments or {}).get("num_items_in_batch")
+        divisor = float(number) if number is not None else batch.tokens
+        return float(value) * divisor, weight / divisor
+
     def _measure(self, batch: MicroBatch, inner: nn.Module) -> tuple[float, float]:
         """Run a batch again: the sum of its tokens' losses, and the weight of a token's loss."""
         if not batch.tokens and not self._sharded:  # which needs all processes
             return 0.0, math.nan
         probes = [i for i in batch.gradients if self._probes[i].requires_grad]
+        # those at the end are reached by a short backward pass
+        probes = [i for i in probes if i < _PROBES and batch.gradients[i].any()] or probes
         weight = float(batch.weights[0])
         with self._as_before(batch, inner), torch.set_grad_enabled(bool(probes)):
             run = self.loss_of or (lambda arguments: inner(**arguments))

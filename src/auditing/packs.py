@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..rewrite.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
 from .findings import AuditFinding
-from .reference import Batch
+from .reference import AuditStep, Batch
 from .slices import SampleSpan, alone, samples_of
 
 PACK_CHECKS = ("packing", "recurrent-state")
@@ -45,8 +45,11 @@ class Leaks:
         return self.packed and self.by_plain > self.allowed >= self.moved
 
 
-def look(bench: Bench, batch: Batch) -> Leaks | str:
-    """Change one sample's tokens, and see what moves; or why that cannot be asked."""
+def look(bench: Bench, batch: Batch, exact: AuditStep, eager: AuditStep) -> Leaks | str:
+    """Change one sample's tokens, and see what moves; or why that cannot be asked.
+
+    ``exact`` and ``eager`` are the plain model's steps of ``batch``.
+    """
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return "the batch has no input_ids (rows, tokens)"
@@ -54,24 +57,25 @@ def look(bench: Bench, batch: Batch) -> Leaks | str:
     packed = len({s.row for s in samples}) < len(samples)
     if len(samples) < 2:
         return "the slice has one sample only" if samples else "the rows are padded"
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch")}
-    changed, first = _changed(inputs, samples, packed)
+    changed, first = _changed(batch, samples, packed)
     here = [s for s in samples if s != first and (s.row == first.row or not packed)]
     try:
-        before, after = (_logits(bench, each) for each in (inputs, changed))
-        exact = _of(bench.plain.forward(inputs))
-        rounding = _distance(_of(bench.plain.forward(inputs, "own")), exact, here)
-        plain = _distance(_of(bench.plain.forward(changed)), exact, here)
+        before, after = (_logits(bench, each) for each in (batch, changed))
+        truth, rounded = _of(exact), _of(eager)
+        plain = _distance(_of(bench.plain.forward(changed)), truth, here)
     except _NoLogits as error:
         return str(error)
-    allowed = FACTOR * rounding + unit(bench.plain.dtype)
+    allowed = FACTOR * _distance(rounded, truth, here) + unit(bench.plain.dtype)
     apart = None
     if packed and isinstance(batch.get("position_ids"), Tensor):
         last = here[-1]
-        by_itself = _logits(bench, alone(inputs, last))
+        span = [SampleSpan(0, 0, last.stop - last.start)]
         part = before[last.row : last.row + 1, last.start : last.stop]
-        apart = _distance(by_itself, part, [SampleSpan(0, 0, last.stop - last.start)])
-    recurrent, where = _mixer(bench, inputs, changed, here) if plain > allowed else (False, "")
+        by_itself = alone(batch, last)
+        apart = _distance(part, _of(bench.plain.forward(by_itself)), span)
+        if apart > allowed:  # or all that the audited model computes is wrong
+            apart = _distance(_logits(bench, by_itself), part, span)
+    recurrent, where = _mixer(bench, batch, changed, here) if plain > allowed else (False, "")
     moved = _distance(after, before, here)
     return Leaks(moved, plain, allowed, apart, packed, where, recurrent)
 
@@ -110,13 +114,20 @@ def findings(leaks: Leaks | str) -> Iterator[AuditFinding]:
             yield AuditFinding(check, "skipped", f"samples see each other: see {failed}")
 
 
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+
+
 class _NoLogits(Exception):
     pass
 
 
 def _logits(bench: Bench, inputs: Batch) -> Tensor:
-    with torch.no_grad(), cast_to(inputs, bench.autocast):
-        return _of(bench.model(**inputs))
+    # with labels and gradients, as they are trained: without them, graphs of fusewright are others
+    with torch.enable_grad(), cast_to(inputs, bench.autocast):
+        outputs = bench.model(**inputs)
+        if getattr(outputs, "logits", None) is None:
+            outputs = bench.model(**{k: v for k, v in inputs.items() if k not in _OF_THE_LOSS})
+        return _of(outputs)
 
 
 def _of(outputs: Any) -> Tensor:

@@ -15,8 +15,9 @@ def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]
     """At least two rows of ``batch`` if it has them, with about ``tokens`` tokens; and the facts.
 
     Rows with few trained tokens are as welcome as those with many: the two that differ most come
-    first. Of rows that are too long, the part that ends with the last trained token is taken. A
-    batch that has anything but tensors of (rows, tokens) is taken whole.
+    first. Of a row that is too long, the part around the last border of two samples with trained
+    tokens before it is taken, or the part that ends with the last trained token. A batch that has
+    anything but tensors of (rows, tokens) is taken whole.
     """
     ids = batch.get("input_ids")
     labels = batch.get("labels")
@@ -41,16 +42,24 @@ def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]
     order = [r for r in order if int(trained[r])] or order
     picked = [order[0], order[-1]] if len(order) > 1 else order[:1]
     span = max(8, tokens // len(picked))
-    ends = [int((labels[r] != -100).nonzero()[-1]) + 1 if int(trained[r]) else span for r in picked]
-    stop = min(length, max(ends))
-    start = max(0, stop - span)
+    span = min(span, length)
+    borders = [s for s in samples_of(batch) if s.start]
+    starts = []
+    for row in picked:
+        on = (labels[row] != -100).cpu()
+        stop = int(on.nonzero()[-1]) + 1 if bool(on.any()) else span
+        for border in (s.start for s in borders if s.row == row):
+            if bool(on[max(0, border - span // 2) : border].any()):
+                stop = border + span - span // 2
+        starts.append(max(0, min(stop, length) - span))
     for name, value in by_token.items():
-        whole[name] = value[picked, start:stop].contiguous()
+        parts = [value[r, s : s + span] for r, s in zip(picked, starts, strict=True)]
+        whole[name] = torch.stack(parts)
     whole.pop("num_items_in_batch", None)
-    numbers = ", ".join(map(str, picked))
+    places = (f"{s} to {s + span} of row {r}" for r, s in zip(picked, starts, strict=True))
     facts |= {
-        "rows": len(picked), "tokens": len(picked) * (stop - start),
-        "slice": f"rows {numbers} of {rows}, tokens {start} to {stop} of {length}",
+        "rows": len(picked), "tokens": len(picked) * span,
+        "slice": f"tokens {' and '.join(places)}, of {rows} rows of {length} tokens",
     }  # fmt: skip
     return whole, facts
 

@@ -228,7 +228,7 @@ def test_a_slice_has_the_rows_that_differ_most() -> None:
     given["labels"][5, :90] = -100
     part, facts = slice_of(given, 64)
     assert part["input_ids"].shape == (2, 32)
-    assert facts["slice"].startswith("rows 5, ")
+    assert facts["slice"].startswith("tokens 65 to 97 of row 5")
 
 
 @pytest.mark.long
