@@ -134,6 +134,7 @@ def small_recipe(base: Path, rows: Path, output: Path) -> dict[str, Any]:
         "base_model": str(base),
         "bf16": False,
         "optimize": False,
+        "audit": False,
         "adapter": "lora",
         "lora_r": 4,
         "lora_target_linear": True,
@@ -165,7 +166,6 @@ def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "val_set_size": 8, "sequence_len": 128, "sample_packing": True, "micro_batch_size": 2,
         "max_steps": 6, "eval_steps": 2, "learning_rate": 1e-2, "codegen": "eager",
         "sample_prompt": "What is 3?", "sample_max_tokens": 8, "output_dir": str(folder / "out"),
-        "audit": True,
     }  # fmt: skip
     return train(recipe, console=Console(quiet=True)).output_dir
 

@@ -391,7 +391,7 @@ def test_functions_of_a_recipe_run_with_the_callers_word_alone(
         assert "datasets.0.type: mine.py has no function 'change'" in said
         assert mark.exists()
     said = refused("preprocess", path, "--allow-code")
-    assert "recipe.yaml, line 6: datasets.0.type: mine.py has no function 'change'" in said
+    assert "recipe.yaml, line 7: datasets.0.type: mine.py has no function 'change'" in said
     assert "trl" not in said
     mark.unlink()
     recipe = load_recipe({**keys, "rl": None, "trl": None, "datasets": [{"path": str(rows)}]})

@@ -87,7 +87,7 @@ def grpo_recipe(
         **keys.pop("trl", {}),
     }  # fmt: skip
     recipe = {
-        "base_model": str(base), "bf16": False, "optimize": False,
+        "base_model": str(base), "bf16": False, "optimize": False, "audit": False,
         "rl": "grpo", "trl": trl,
         "chat_template": "chatml", "adapter": "lora", "lora_r": 4, "lora_target_linear": True,
         "datasets": [{"path": str(data), "type": "chat_template"}], "val_set_size": 4,

@@ -39,7 +39,7 @@ def method_recipe(method: str, base: Path, folder: Path, **keys: Any) -> dict[st
     """Four steps of a method with LoRA on the tiny model."""
     path = write_rows(folder / f"{method}.jsonl", rows_of(method))
     recipe = {
-        "base_model": str(base), "bf16": False, "optimize": False, "rl": method,
+        "base_model": str(base), "bf16": False, "optimize": False, "audit": False, "rl": method,
         "chat_template": "chatml", "adapter": "lora", "lora_r": 4, "lora_target_linear": True,
         "datasets": [{"path": str(path), "type": "chat_template"}], "val_set_size": 6,
         "sequence_len": 64, "micro_batch_size": 2, "gradient_accumulation_steps": 2,

@@ -53,7 +53,7 @@ def taught_recipe(base: Path, folder: Path, **keys: Any) -> dict[str, Any]:
     """Four steps of distillation with LoRA on the tiny model."""
     path = write_rows(folder / "taught.jsonl", taught_rows())
     recipe = {
-        "base_model": str(base), "bf16": False, "optimize": False,
+        "base_model": str(base), "bf16": False, "optimize": False, "audit": False,
         "kd_trainer": True,
         "kd_alpha": 0.9, "kd_ce_alpha": 0.1, "kd_temperature": 2.0,
         "chat_template": "chatml", "adapter": "lora", "lora_r": 4, "lora_target_linear": True,

@@ -41,10 +41,10 @@ class FusewrightKeys(Keys):
     verbose: bool = False
     """Print the whole table of rewrites after training, not only how many there were."""
 
-    audit: bool = False
+    audit: bool = True
     """Judge the training itself, after the first step and at the end: is what should be trained
-    trained, with the gradients, the loss and the learning rates that it should have? Changes
-    nothing that is computed, and takes the time of some steps, and memory. See audit.md."""
+    trained, with the gradients, the loss and the learning rates that it should have? Takes seconds,
+    and changes nothing that is computed. See audit.md."""
 
     sample_prompt: str | None = None
     """A question that is answered before and after training. Unset: none."""
