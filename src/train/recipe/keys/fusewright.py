@@ -43,8 +43,8 @@ class FusewrightKeys(Keys):
 
     audit: bool = True
     """Judge the training itself, after the first step and at the end: is what should be trained
-    trained, with the gradients, the loss and the learning rates that it should have? Takes seconds,
-    and changes nothing that is computed. See audit.md."""
+    trained, with the gradients, the loss and the learning rates that it should have? Takes about
+    the time of the first step, and changes nothing that is computed. See audit.md."""
 
     sample_prompt: str | None = None
     """A question that is answered before and after training. Unset: none."""
