@@ -273,7 +273,9 @@ class MicroBatches:
         for batch in chosen:
             total = weight = math.nan
             try:
-                total, weight = self._assume(batch) if self.is_assumed else self._measure(batch, inner)
+                total, weight = (
+                    self._assume(batch) if self.is_assumed else self._measure(batch, inner)
+                )
             except Exception as error:  # such as too little memory: the run must go on
                 failure = f"a batch could not be run again: {type(error).__name__}: {error}"
             sums.append(total)
@@ -313,8 +315,10 @@ class MicroBatches:
         return ""
 
     def _assume(self, batch: MicroBatch) -> tuple[float, float]:
-        """As ``_measure``, if the model divides the sum of the losses by what it is given, or by
-        their number: an audit of a part of the batch tells whether it does."""
+        """As ``_measure``, if the loss is divided by what the model is given, or by the tokens.
+
+        An audit of a part of the batch tells whether it does.
+        """
         weight, value = float(batch.weights[0]), batch.value
         assert value is not None
         if batch.summed:

@@ -95,6 +95,26 @@ def plain_class(core: nn.Module) -> type:
     return kind
 
 
+def step_bytes(model: nn.Module, exact: torch.dtype, tokens: int) -> int:
+    """About what a step of the plain model takes beyond ``model``: trained copies, casts, logits.
+
+    With it, the gradients in the dtypes of ``model``, of its own step and of eager mode's.
+    """
+    parameters = list(model.parameters())
+    trained = sum(p.numel() * (2 * exact.itemsize + 2 * p.itemsize)
+                  for p in parameters if p.requires_grad)  # fmt: skip
+    largest = max((p.numel() for p in parameters), default=0)
+    config: Any = getattr(core_of(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width, layers, words = (
+        int(getattr(text, name, 0) or 0)
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    # a block keeps some thirty activations as wide as the hidden state (gates included)
+    activations = tokens * (4 * words + 30 * layers * width)
+    return trained + exact.itemsize * (2 * largest + activations)
+
+
 class PlainModel:
     """The reference of one audited model.
 
@@ -259,19 +279,10 @@ class PlainModel:
         return _was_read(base) and bool(read) and not any(read)
 
     def nbytes(self, batch: Batch) -> int:
-        """About what a reference step takes beyond the model: trained copies, casts, logits."""
-        size = self.exact.itemsize
-        trained = sum(2 * p.numel() * size for p in self.names.values() if p.dtype != self.exact)
-        trained += sum(p.numel() * size for p in self.names.values() if p.dtype == self.exact)
-        largest = max((p.numel() for p in self.audited.parameters()), default=0)
-        ids: Any = batch.get("input_ids")
-        config: Any = getattr(core_of(self.audited), "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        words, width = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
-        layers = getattr(text, "num_hidden_layers", 0)
+        """About what a step of the reference takes beyond the model."""
+        ids = batch.get("input_ids")
         tokens = ids.numel() if isinstance(ids, Tensor) else 0
-        # a block keeps some thirty activations as wide as the hidden state (gates included)
-        return trained + size * (2 * largest + tokens * (4 * words + 30 * layers * width))
+        return step_bytes(self.audited, self.exact, tokens)
 
     def cast(self, parameter: Tensor) -> Tensor:
         """What a module of the plain model reads as its parameter."""

@@ -23,7 +23,7 @@ from .force import CountsCalls, checkpointing
 from .in_force import Dropout, Rates
 from .micro_batches import Average, MicroBatches, judge_logged
 from .movement import Movement
-from .reference import core_of, unwrapped
+from .reference import core_of, step_bytes, unwrapped
 from .slices import rows_of_one_sample
 
 OF_THE_LOOP = (
@@ -238,7 +238,7 @@ class StepWatch:
             why = "no batch with labels was seen"
         tokens = 0
         if not why:
-            tokens, why = _tokens_that_fit(self.inner, self._step_tokens)
+            tokens, why = _tokens_that_fit(self.inner, self._step_tokens, self._autocast)
         if not why:
             try:
                 with _without_noise(self.inner):
@@ -339,13 +339,15 @@ _LOOKS = 2
 """So often other tokens are looked at where a bias of the gradients is not clear."""
 
 
-def _tokens_that_fit(model: nn.Module, step: int) -> tuple[int, str]:
+def _tokens_that_fit(model: nn.Module, step: int, autocast: torch.dtype | None) -> tuple[int, str]:
     """How many tokens can be compared within the device's memory, or the planner's budget.
 
     And within the time of a step, which has ``step`` tokens. 0 with the reason if none can.
     """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
+    halves = {torch.bfloat16, torch.float16} & {p.dtype for p in parameters}
+    exact = torch.float32 if halves or autocast else torch.float64
     planner, meter = planner_of(model), Meter(device)
     limit = planner.budget.bytes if planner is not None else None
     limit = limit or meter.capacity()
@@ -354,35 +356,13 @@ def _tokens_that_fit(model: nn.Module, step: int) -> tuple[int, str]:
         return slices[0], ""
     room = limit - meter.used()
     for tokens in slices:
-        needed = _reference_bytes(model, parameters, tokens)
+        needed = step_bytes(model, exact, tokens)
         if needed <= room:
             return tokens, ""
     return 0, (
         f"a plain model's step of {_SLICES[-1]} tokens needs about {gigabytes(needed)}, and "
         f"{gigabytes(max(room, 0))} are free: audit it where there is more memory, by fusewright "
         "audit"
-    )
-
-
-def _reference_bytes(model: nn.Module, parameters: Sequence[Tensor], tokens: int) -> int:
-    """About what a step of a plain model takes, which casts frozen weights when it reads them.
-
-    The activations of a layer are those of Korthikanti et al. (2022), 17 values for each of its
-    width; logits are there three times.
-    """
-    halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
-    wide = 4 if halves else 8
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    largest = max((p.numel() for p in parameters), default=0)
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width, layers, words = (
-        int(getattr(text, name, 0) or 0)
-        for name in ("hidden_size", "num_hidden_layers", "vocab_size")
-    )
-    # weights and two sets of gradients in the wide dtype and in the model's own
-    return trained * (2 * wide + 12) + wide * (
-        2 * largest + tokens * (17 * width * layers + 3 * words)
     )
 
 
