@@ -93,6 +93,8 @@ class Bench:
     ) -> tuple[list[Fault], dict[str, Any]]:
         """What is wrong with the gradients of ``step``, whatever the rounding errors are."""
         runs, draws = [eager.gradients], 0
+        if self.plain.exact == self.plain.dtype:  # it is eager mode: its errors are unknown
+            runs.append(self.eager(batch, noise=-1).gradients)
         faults, figures = compare(step.gradients, exact.gradients, runs, self.plain.dtype)
         while draws < DRAWS and any(f.may_be_rounding for f in faults):
             runs.append(self.eager(batch, noise=draws).gradients)

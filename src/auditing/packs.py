@@ -53,6 +53,9 @@ def look(bench: Bench, batch: Batch, exact: AuditStep, eager: AuditStep) -> Leak
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return "the batch has no input_ids (rows, tokens)"
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and len(labels) != len(ids):  # codebooks of sounds
+        return "several rows of input_ids are one sample"
     samples = samples_of(batch)
     packed = len({s.row for s in samples}) < len(samples)
     if len(samples) < 2:

@@ -18,6 +18,8 @@ from fusewright.auditing.checks import CHECKS
 from fusewright.auditing.fresh import exchanged_names, fresh_sources
 from fusewright.auditing.slices import samples_of, slice_of
 
+from . import zoo
+
 PAD, END = 0, 1
 
 
@@ -229,6 +231,14 @@ def test_a_slice_has_the_rows_that_differ_most() -> None:
     part, facts = slice_of(given, 64)
     assert part["input_ids"].shape == (2, 32)
     assert facts["slice"].startswith("tokens 65 to 97 of row 5")
+
+
+@pytest.mark.parametrize("name", ["musicgen", "xglm"])
+def test_a_healthy_model_that_was_called_wrong(name: str) -> None:
+    """Rows that are codebooks of one sample; a reference in fp32, and a gradient of rounding."""
+    row = zoo.measure(name, "plain")
+    assert row["passed"]
+    assert row["fails"] == []
 
 
 @pytest.mark.long
