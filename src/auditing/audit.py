@@ -15,7 +15,7 @@ from ..errors import DataError, ModelError
 from . import force, losses, packs, trainable
 from . import gradients as of_gradients
 from . import tokens as of_tokens
-from .bench import MOVES, Bench, device_of, run
+from .bench import MOVES, Bench, autocast_of, device_of, run
 from .checks import CHECKS
 from .findings import Audit, AuditFinding
 from .fresh import fresh_sources
@@ -55,7 +55,7 @@ def audit(
     whole = _first(batch)
     part, _ = slice_of(whole, tokens)
     part = _of_the_model(part)
-    autocast = autocast or _autocast_of(part)
+    autocast = autocast or autocast_of(model, device_of(part))
     call = loss or losses.of_model
     with unchanged(model), awake(model, 0.05):
         dropout = force.dropout(model, part, call, autocast)
@@ -212,8 +212,3 @@ def _first(batch: Batch | Iterable[Batch]) -> Batch:
             f"audit: a batch is a mapping of names to tensors, and this is {type(first).__name__}"
         )
     return first
-
-
-def _autocast_of(batch: Batch) -> torch.dtype | None:
-    device = device_of(batch)
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

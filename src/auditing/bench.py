@@ -207,6 +207,18 @@ def cast_to(batch: Batch, dtype: torch.dtype | None) -> Any:
     return torch.autocast(device_of(batch), dtype=dtype) if dtype else contextlib.nullcontext()
 
 
+def autocast_of(model: nn.Module, device: str) -> torch.dtype | None:
+    """The dtype that a call of ``model`` is autocast to: by the caller, or by accelerate inside."""
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if "_original_forward" not in vars(unwrapped(model)):  # by which accelerate undoes its own
+        return None
+    from accelerate.state import AcceleratorState, is_initialized
+
+    precision = AcceleratorState().mixed_precision if is_initialized() else "no"
+    return {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
 def device_of(batch: Batch) -> str:
     """The type of the device of a batch."""
     return next((t.device.type for t in batch.values() if isinstance(t, Tensor)), "cpu")

@@ -17,6 +17,7 @@ from ..memory.budget import gigabytes
 from ..memory.meter import Meter
 from ..sharding import collectives_of, has_peers, in_zero3
 from .audit import audit_step
+from .bench import autocast_of
 from .checks import CHECKS
 from .findings import Audit, AuditFinding
 from .force import CountsCalls, checkpointing
@@ -198,7 +199,8 @@ class StepWatch:
             if isinstance(ids, Tensor):
                 self._step_tokens = ids.numel() * len(self.batches.batches)
             cast = next((b.autocast for b in self.batches.batches), None)
-            self._autocast = None if cast is None else cast[1]
+            device = next((p.device.type for p in self.inner.parameters()), "cpu")
+            self._autocast = cast[1] if cast else autocast_of(self.inner, device)
             drew = self.batches.drew_random
             self._add(self.batches.findings(self.inner))
             self._expected_loss = self.batches.expected_loss

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -20,6 +21,8 @@ from fusewright.auditing.findings import Audit
 from fusewright.auditing.in_force import Rates
 from fusewright.auditing.micro_batches import StepShape, judge, judge_logged
 from fusewright.auditing.movement import Movement
+
+from ..train.conftest import make_model, make_tokenizer
 
 
 def _model() -> LlamaForCausalLM:
@@ -167,10 +170,11 @@ def _train(
 
 
 @pytest.mark.long
-def test_a_trainer_passes_and_computes_what_it_would_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_trainer_passes_and_computes_what_it_would_without(tmp_path: Path, bf16: bool) -> None:
     keys: dict[str, Any] = {
-        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "warmup_steps": 1,
-        "lr_scheduler_type": "cosine", "max_grad_norm": 0.1,
+        "bf16": bf16, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+        "warmup_steps": 1, "lr_scheduler_type": "cosine", "max_grad_norm": 0.1,
     }  # fmt: skip
     callback = AuditCallback(report=lambda audit: None)
     states = []
@@ -188,6 +192,35 @@ def test_a_trainer_passes_and_computes_what_it_would_without(tmp_path: Path) -> 
                   "weights-moved", "trainable-set"):  # fmt: skip
         assert verdicts[check] == "pass", callback.audit
     assert not trainer.model._forward_pre_hooks
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "packing"), [("SFT", False), ("SFT", True), ("DPO", False)])
+def test_a_trainer_of_trl_passes(tmp_path: Path, kind: str, packing: bool) -> None:
+    trl = pytest.importorskip("trl")
+    rows = [
+        {"prompt": f"What is {i}?", **(
+            {"completion": f"It is {i}, " * (1 + i % 3) + "<|im_end|>"} if kind == "SFT"
+            else {"chosen": f"It is {i}.", "rejected": "No."}
+        )}
+        for i in range(24)
+    ]  # fmt: skip
+    more: dict[str, Any] = {"packing": True, "max_length": 64} if packing else {}
+    arguments = getattr(trl, f"{kind}Config")(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no", **more,
+    )  # fmt: skip
+    callback = AuditCallback(report=lambda audit: None)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        make_model(max_position_embeddings=512), args=arguments, callbacks=[callback],
+        train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1),
+    )  # fmt: skip
+    trainer.train()
+    assert not _failed(callback.audit), callback.audit
+    assert {"weights-moved", "trainable-set", "dropout"} <= {
+        check for check, verdict in _verdicts(callback.audit).items() if verdict == "pass"
+    }
 
 
 class _Summed(Trainer):
