@@ -271,9 +271,16 @@ _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.")
 
 
 def experts_reached(
-    model: nn.Module, step: Gradients, exact: Gradients, expected: Sequence[str]
+    model: nn.Module,
+    step: Gradients,
+    exact: Gradients,
+    eager: Gradients,
+    expected: Sequence[str],
 ) -> tuple[AuditFinding, set[str]]:
-    """Whether each expert with tokens gets a gradient; and the tensors that fail."""
+    """Whether each expert with tokens gets a gradient; and the tensors that fail.
+
+    It has tokens if it has in ``exact`` and in ``eager``: rounding may send them elsewhere.
+    """
     stacks = stacks_of(model)
     names = [name for name, _ in unwrapped(model).named_parameters()]
     has_modules = any(_EXPERT.match(name) for name in names)
@@ -295,18 +302,15 @@ def experts_reached(
         g = step.get(name)
         if match := _EXPERT.match(name):
             key = match[1], int(match[2])
-            by_module[key][0] |= bool(truth.any())
+            by_module[key][0] |= bool(truth.any()) and _some(eager.get(name))
             by_module[key][1] |= _some(g)
             tensors[key].append(name)
             continue
         parts = expert_parts(name, truth, stacks)
         if parts is None:
             continue
-        there = parts.any(1)
-        got = torch.zeros_like(there)
-        ours = None if g is None else expert_parts(name, g.to(truth.device), stacks)
-        if ours is not None:
-            got = ours.any(1)
+        there, got = parts.any(1), _reached(name, g, stacks, parts)
+        there &= _reached(name, eager.get(name), stacks, parts)
         routed, reached = routed + int(there.sum()), reached + int((there & got).sum())
         if bool((there & ~got).any()):
             failed[name] = (there & ~got).nonzero().flatten().tolist()
@@ -328,6 +332,12 @@ def experts_reached(
         f"(experts {', '.join(map(str, failed[first][:8]))} of {first})"
     )
     return AuditFinding("experts-reached", "fail", reason, tuple(failed)), set(failed)
+
+
+def _reached(name: str, gradient: Tensor | None, stacks: Mapping[str, int], like: Tensor) -> Tensor:
+    """Which experts' parts of a gradient, cut as those in ``like``, are not zero."""
+    parts = None if gradient is None else expert_parts(name, gradient.to(like.device), stacks)
+    return torch.zeros_like(like[:, 0], dtype=torch.bool) if parts is None else parts.any(1)
 
 
 def _frozen_experts(model: nn.Module, stacks: Mapping[str, int]) -> list[str]:
