@@ -127,11 +127,13 @@ def _compare(
         exact, eager = bench.exact(batch), bench.eager(batch)
     faults, figures = bench.faults(batch, step, exact, eager)
     inert, of_inert = trainable.inert_adapters(bench, batch, step, eager)
-    faults = trainable.renamed(faults, of_inert, "adapter-reach")
     reached, of_experts = trainable.experts_reached(
         bench.model, step.gradients, exact.gradients, eager.gradients, expected
     )
+    if of_experts and of_experts <= of_inert:
+        reached = replace(reached, verdict="skipped", reason="their adapters: see adapter-reach")
     faults = trainable.renamed(faults, of_experts, "experts-reached")
+    faults = trainable.renamed(faults, of_inert, "adapter-reach")
     faults, where = bench.by_rows(batch, faults)
     factor = of_gradients.common_factor(faults, int(figures["compared"]))
     of_loss = list(losses.findings(step, exact, eager, batch, bench.plain.dtype, factor))

@@ -31,7 +31,8 @@ CHECKS: dict[str, Check] = {
               "name the parameters of stacked experts in target_parameters"),
         # gradients, by themselves
         Check("gradient-missing", "Does every trainable tensor get a gradient?",
-              "something cuts the graph: detach, no_grad, or a module that is not called"),
+              "something cuts the graph: detach, no_grad, a reentrant checkpoint of inputs without "
+              "gradients, or a module that is not called"),
         Check("gradient-zero", "Is every gradient different from zero where the plain model's is?",
               "compare the loss's backward with F.cross_entropy's; look at the mask of the labels"),
         Check("gradient-finite", "Is every gradient finite?",
@@ -58,7 +59,7 @@ CHECKS: dict[str, Check] = {
               "batch?", "average over the tokens of all batches of a step"),
         # the rows
         Check("trained-tokens", "Are any tokens trained, and no padding or image placeholders?",
-              "look at the labels of a row: preprocess --debug shows them"),
+              "look at the labels of a row: fusewright preprocess --debug shows a recipe's"),
         Check("end-of-turn", "Is the token that ends an answer trained?",
               "train the end of turn (train_on_eos: turn), else the model does not stop"),
         Check("row-ends", "Are the first and the last token of the answers trained?",

@@ -91,14 +91,14 @@ class Audit:
     def __str__(self) -> str:
         """A table: what is wrong, why, and what to do; what is right; what was not asked."""
         failed = list(self.failed)
+        verdicts = [f.verdict for f in self.findings]
+        asked, rest = len(verdicts) - verdicts.count("skipped"), verdicts.count("skipped")
         lines = [
             f"Audit of {self.model}: "
-            + (
-                f"{len(failed)} of {len(self.findings)} checks failed"
-                if failed
-                else "nothing is wrong"
-            )
-        ]
+            + (f"{len(failed)} of {asked} checks failed" if failed
+               else f"{asked} checks found no fault")
+            + f", {rest} could not be asked" * (rest > 0)
+        ]  # fmt: skip
         for finding in failed:
             lines += ["", f"FAIL  {finding.check}: {finding.reason}"]
             if finding.subjects:
@@ -106,7 +106,7 @@ class Audit:
                 shown = ", ".join(finding.subjects[:_SHOWN])
                 lines.append(f"      in    {shown}" + (f" and {more} more" if more > 0 else ""))
             lines.append(f"      do    {finding.advice or CHECKS[finding.check].advice}")
-        for verdict, words in (("pass", "passed"), ("skipped", "not asked")):
+        for verdict, words in (("pass", "passed"), ("skipped", "not asked, and why")):
             here = [f for f in self.findings if f.verdict == verdict]
             if here:
                 width = max(len(f.check) for f in here)

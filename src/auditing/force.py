@@ -18,6 +18,12 @@ from .state import only_dropout, rates_of
 
 _SEEDS = 8
 
+NO_DROPOUT_MODULE = (
+    "PEFT puts a dropout into each of its layers: something has replaced them, or taken them out; "
+    "train without that patch"
+)
+"""What to do where an adapter's dropout has no module."""
+
 
 def asked_of_adapters(model: nn.Module) -> dict[str, float]:
     """The probabilities of dropout above zero that adapters' configurations ask for, by name."""
@@ -37,7 +43,7 @@ def dropout(model: nn.Module, batch: Batch, loss: Loss, autocast: Any) -> AuditF
     for name, value in asked_of_adapters(model).items():
         if not any("dropout" in kind and isinstance(m, _DropoutNd) for kind, m, _, _ in rates):
             reason = f"{name} is {value:g} in the adapter's configuration, and no module has it"
-            return AuditFinding("dropout", "fail", reason)
+            return AuditFinding("dropout", "fail", reason, advice=NO_DROPOUT_MODULE)
     if not kinds:
         return AuditFinding("dropout", "pass", "none was asked for")
     off = [kind for kind, module, _, _ in rates if not module.training]
@@ -162,4 +168,5 @@ def checkpointing(model: nn.Module, counted: CountsCalls, asked: bool | None) ->
             f"it was not asked for, but {len(again)} of {number} layers are computed again in "
             "backward", tuple(again),
         )  # fmt: skip
-    return AuditFinding(check, "pass", f"{len(again)} of {number} layers are computed again")
+    how = f"{len(again)} of {number} layers are computed again" if again else "off, as asked for"
+    return AuditFinding(check, "pass", how)

@@ -157,7 +157,7 @@ def compare(
         worst = max(worst, agreement.off / allowed)
         if agreement.off > allowed:
             faults.append(Fault(name, _named(agreement), agreement, allowed))
-    return faults, {"compared": compared, "worst_over_allowed": worst}
+    return faults, {"compared": compared, "of": len(judged), "worst_over_allowed": worst}
 
 
 def _named(agreement: Agreement) -> str:
@@ -198,12 +198,12 @@ def findings(
     faults: Sequence[Fault], figures: Mapping[str, float], order: Sequence[str], where: str = ""
 ) -> Iterator[AuditFinding]:
     """One finding for each question about single gradients; ``where``: of ``gradient-rows``."""
-    number = int(figures["compared"])
+    number = int(figures["of"])
     first, follow = origins(faults, order)
     for check in GRADIENT_CHECKS:
         here = [fault for fault in first if fault.check == check]
         if here:
-            yield _failed(check, here, number, where)
+            yield _failed(check, here, number, order, where)
         elif check == "gradient-value" and follow:
             yield AuditFinding(
                 check, "skipped",
@@ -212,7 +212,9 @@ def findings(
                 tuple(f.name for f in follow),
             )  # fmt: skip
         else:
-            yield AuditFinding(check, "pass", f"{number} tensors", figures=dict(figures))
+            right = number - len(faults)
+            text = f"{number} tensors" if not faults else f"the other {right} of {number} tensors"
+            yield AuditFinding(check, "pass", text, figures=dict(figures))
 
 
 _WORDS = {
@@ -225,7 +227,33 @@ _WORDS = {
 }
 
 
-def _failed(check: str, worst: Sequence[Fault], compared: int, where: str) -> AuditFinding:
+def _advice(check: str, faults: Sequence[Fault], number: int, order: Sequence[str]) -> str:
+    """What to do, where the faulty tensors tell more than the question; else empty."""
+    names = {f.name for f in faults}
+    if len(names) < number and check in ("gradient-scale", "gradient-missing"):
+        # in backward, others come after the first of them, and are right
+        first = next((at for at, name in enumerate(order) if name in names), len(order))
+        if check == "gradient-scale":
+            return (
+                "only these have, so that it is not the loss: one backward pass adds its gradient "
+                "twice, or has another factor"
+            )
+        if not names.issuperset(order[first:]):
+            return (
+                "the graph is not cut, as gradients behind them are there: the backward pass of "
+                "these layers returns none for them; train without the patch of these layers"
+            )
+    if check == "gradient-scale" and all("lora_" in name for name in names):
+        return (
+            "compare the adapter's scaling with its configuration (lora_alpha, r, use_rslora); or "
+            "the loss is divided by another number of tokens"
+        )
+    return ""
+
+
+def _failed(
+    check: str, worst: Sequence[Fault], compared: int, order: Sequence[str], where: str
+) -> AuditFinding:
     faults = worst  # a wrong backward pass spoils all that comes after it: the first says where
     kinds = sorted({kind_of(f.name) for f in faults})
     layers = sorted({layer_of(f.name) for f in faults} - {-1})
@@ -235,20 +263,25 @@ def _failed(check: str, worst: Sequence[Fault], compared: int, where: str) -> Au
         low, high = min(scales), max(scales)
         words = f"{low:.3g}x" if high - low < 0.01 * high else f"{low:.3g}x to {high:.3g}x"
         words += " the plain model's gradient"
-    reason = f"{len(faults)} of {max(compared, len(faults))} tensors have {words}: "
+    have = "has" if len(faults) == 1 else "have"
+    reason = f"{len(faults)} of {max(compared, len(faults))} tensors {have} {words}: "
     reason += ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
     if layers:
-        reason += f" (layers {_ranges(layers)})"
+        reason += f" (layer{'s' * (len(layers) > 1)} {_ranges(layers)})"
     first = worst[0]
     if first.agreement and check in ("gradient-value", "gradient-rows"):
         reason += f"; {where}" if where and check == "gradient-rows" else ""
-        reason += f"; off by {first.agreement.off:.1e}, and rounding allows {first.allowed:.1e}"
+        reason += (
+            f"; the relative error of the first is {first.agreement.off:.1e}, and rounding allows "
+            f"{first.allowed:.1e}"
+        )
     figures = {
         f.name: {"off": f.agreement.off, "allowed": f.allowed, "scale": f.agreement.scale}
         for f in worst[:20]
         if f.agreement
     }
-    return AuditFinding(check, "fail", reason, tuple(f.name for f in worst), figures=figures)
+    advice = _advice(check, faults, compared, order)
+    return AuditFinding(check, "fail", reason, tuple(f.name for f in worst), advice, figures)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .findings import AuditFinding, Verdict
-from .force import asked_of_adapters
+from .force import NO_DROPOUT_MODULE, asked_of_adapters
 
 _SHOWN = 8
 
@@ -49,8 +49,9 @@ class Dropout:
         if self.of_adapters and not self.modules:
             name, p = next(iter(self.of_adapters.items()))
             return AuditFinding(
-                "dropout", "fail", f"{name} is {p:g}, and no module has a dropout", figures=figures
-            )
+                "dropout", "fail", f"{name} is {p:g}, and no module has a dropout", (),
+                NO_DROPOUT_MODULE, figures,
+            )  # fmt: skip
         if not self.modules and not self.functional:
             return AuditFinding("dropout", "pass", "none is asked for", figures=figures)
         adapters = [n for n in self.modules if "lora_dropout" in n] if self.of_adapters else []

@@ -90,8 +90,8 @@ def findings(
         return
     yield AuditFinding(
         "loss-value", "fail",
-        f"the loss is {step.loss:.4f}, the plain model's {wanted:.4f}{right} (off by {off:.1e}, "
-        f"and rounding allows {allowed:.1e})", figures=figures,
+        f"the loss is {step.loss:.4f}, the plain model's {wanted:.4f}{right} (a relative "
+        f"difference of {off:.1e}, and rounding allows {allowed:.1e})", figures=figures,
     )  # fmt: skip
     yield AuditFinding("loss-scale", "skipped", "the loss is another: see loss-value")
 

@@ -244,7 +244,11 @@ class Movement:
             reason += f"; {_count(idle)} without a gradient so far"
         if rounded:
             reason += f"; the updates of {len(rounded)} are too small for their dtype to hold"
-        frozen = exempt or f"{len(self._frozen)} frozen ones are bit for bit as before"
+        frozen = exempt or (
+            f"{len(self._frozen)} frozen ones are bit for bit as before"
+            if self._frozen
+            else "none is frozen"
+        )
         return AuditFinding(
             "weights-moved",
             "pass",
@@ -279,7 +283,7 @@ def _trainable_set(changed: list[str], frozen: int, exempt: str) -> AuditFinding
     return AuditFinding(
         "trainable-set",
         "pass",
-        f"of what was frozen, nothing moved ({frozen} tensors)",
+        f"of {frozen} frozen tensors, none has moved" if frozen else "no tensor is frozen",
         figures={"frozen": frozen},
     )
 

@@ -88,8 +88,12 @@ def _trained(rows: TokenRows, labels: Tensor, core: Any) -> AuditFinding:
         clauses.append(f"{padding} tokens of padding are trained")
     for name, token in _placeholders(core).items():
         if number := int((trained & (ids == token)).sum()):
-            clauses.append(f"{number} placeholders are trained ({name} {token})")
-            subjects.append(name)
+            at = (trained & (ids == token)).nonzero()
+            clauses.append(
+                f"{number} placeholders for other media ({name} is {token}) have labels, which "
+                "should be -100"
+            )
+            subjects += [f"row {row}, token {place}" for row, place in at.tolist()]
     same = int((labels == ids)[trained].sum())
     shifted = trained[:, :-1] & (labels[:, :-1] == ids[:, 1:])
     if same < count / 2 and int(shifted.sum()) > 0.9 * int(trained[:, :-1].sum()):

@@ -31,7 +31,7 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
     elif not isinstance(getattr(inner, "peft_config", None), dict):
         frozen = sorted(every - is_trained)
         if untied := untied_weights(inner):
-            return AuditFinding("trainable-set", "fail", _UNTIED, tuple(untied))
+            return AuditFinding("trainable-set", "fail", _UNTIED, tuple(untied), _TIE)
         if not frozen:
             return AuditFinding("trainable-set", "pass", f"all {len(every)} tensors are trained")
         return AuditFinding(
@@ -63,7 +63,9 @@ def trainable_set(model: nn.Module, bench: Bench | None, expected: Sequence[str]
         clauses.append(f"{len(lacking)} tensors are frozen, but belong to {source}")
     if extra:
         clauses.append(f"{len(extra)} tensors are trained, but do not belong to {source}")
-    return AuditFinding("trainable-set", "fail", "; ".join(clauses), (*untied, *lacking, *extra))
+    subjects = (*untied, *lacking, *extra)
+    advice = _TIE if untied and not lacking and not extra else ""
+    return AuditFinding("trainable-set", "fail", "; ".join(clauses), subjects, advice)
 
 
 _EXPECTED = "what was expected"
@@ -82,6 +84,8 @@ def _frozen_halves(meant: set[str], is_trained: set[str]) -> set[str]:
 _PART = re.compile(r"\.(lora_[A-Z]\w*)\.")
 
 _UNTIED = "weights that the configuration ties are two tensors, and are trained apart"
+
+_TIE = "call model.tie_weights() after what replaced one of them, or set tie_word_embeddings: false"
 
 
 def untied_weights(model: nn.Module) -> list[str]:
@@ -175,7 +179,8 @@ def adapter_reach(model: nn.Module, inert: Mapping[str, str]) -> AuditFinding:
     merged = [path for path, layer in layers.items() if getattr(layer, "merged", False)]
     off = [path for path, layer in layers.items() if getattr(layer, "disable_adapters", False)]
     bare = bare_stacks(model)
-    clauses, subjects = [], []
+    named = [name for name, by_target in bare.items() if by_target]
+    clauses, subjects, advice = [], [], ""
     for paths, words in (
         (merged, "adapters are merged into their layers, so that they have no effect of their own"),
         (off, "adapters are disabled"),
@@ -188,16 +193,22 @@ def adapter_reach(model: nn.Module, inert: Mapping[str, str]) -> AuditFinding:
         part = f"{len(paths)} of {len(layers)} adapters"
         clauses.append(f"{part} take no part in the forward: {words}")
         subjects += paths
-    named = [name for name, by_target in bare.items() if by_target]
+    if named:
+        advice = "name them in target_parameters, such as " + re.sub(r"^.*\.\d+\.", "", named[0])
+    elif inert:
+        advice = (
+            "leave these layers out of target_modules, or train without the patch whose forward "
+            "leaves the adapters out"
+        )
     if named:
         clauses.append(
             f"{len(named)} stacked parameters of experts have no adapter, though target_modules "
-            f"names {', '.join(sorted({by for by in bare.values() if by}))}: they are no linear "
-            "layers"
+            f"names {', '.join(sorted({by for by in bare.values() if by}))}: target_modules "
+            "finds modules, and these are parameters"
         )
         subjects += named
     if clauses:
-        return AuditFinding("adapter-reach", "fail", "; ".join(clauses), tuple(subjects))
+        return AuditFinding("adapter-reach", "fail", "; ".join(clauses), tuple(subjects), advice)
     reason = f"{len(layers)} adapters"
     if bare:
         reason += f"; {len(bare)} stacked parameters of experts have none, and none is named"

@@ -257,9 +257,10 @@ class StepWatch:
                 self._add(AuditFinding(name, "skipped", w) for name, w in self.unasked.items())
             if self.packing and (padded := rows_of_one_sample(batch)):
                 self._add([AuditFinding(
-                    "packing", "fail", f"packing was asked for, and {padded} rows of the first "
-                    "batch are one sample and padding each",
-                    advice="look for what switched packing off: the kind of model, or a collator",
+                    "packing", "fail", f"packing was asked for, and the first batch has {padded} "
+                    f"row{'s' * (padded > 1)} of one sample and padding",
+                    advice="something switched packing off, which costs speed: engines do so for "
+                    "kinds of models and of attention that they cannot pack, or by the collator",
                 )])  # fmt: skip
         if why:
             self._add(AuditFinding(name, "skipped", why) for name in rest)
