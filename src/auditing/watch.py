@@ -332,7 +332,7 @@ def _without_noise(model: nn.Module) -> Iterator[None]:
 _SLICES = 512, 256, 128, 64
 """Tokens that are compared with a plain model: as many as there is memory and time for."""
 
-_SHARE = 16
+_SHARE = 32
 """A token of the comparison takes about so much longer than one of a step.
 
 It runs by the audited model five times, by the plain one in a higher precision twice and its own.
