@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from fusewright.train import merge
+from fusewright.train import merge, train
 from fusewright.train.export import compressed, ollama
 from fusewright.train.export.certificate import CHECKS
 from fusewright.train.model.rounding import roundtrip
@@ -76,6 +77,23 @@ def test_compressed_tensors(adapter: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(adapter / "out")
     assert model.model.layers[0].mlp.up_proj.quantization_scheme.weights is not None
     assert f"compressed-tensors {name} and read back" in (adapter / "out/README.md").read_text()
+
+
+@needs_library
+@pytest.mark.long
+def test_a_run_is_exported_in_the_format_that_it_trained_for(recipe: dict[str, Any]) -> None:
+    keys = {**recipe, "export_format": "int4-g32", "max_steps": 8, "learning_rate": 1e-2}
+    run = train(keys, console=Console(quiet=True)).output_dir
+    folder = run.parent / "exported"
+    done = fusewright("export", run, "--format", "compressed-tensors", "--output", folder)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    found = json.loads((folder / "certificate.json").read_text())
+    assert found["passed"]
+    models = found["facts"]["models"]
+    assert models["exported"]["loss"] < models["base"]["loss"]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} == {4}
 
 
 @pytest.mark.long
