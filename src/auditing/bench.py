@@ -15,7 +15,7 @@ from ..memory.meter import Meter
 from .drift import Lean, drifts, lean
 from .findings import AuditFinding
 from .gradients import Fault, compare
-from .reference import SEED, AuditStep, Batch, Loss, PlainModel, unwrapped
+from .reference import SEED, AuditStep, Batch, Loss, PlainModel, core_of, unwrapped
 from .slices import SampleSpan, alone, first_rows, first_tokens, moved_on
 
 MOVES = 15
@@ -211,7 +211,8 @@ def autocast_of(model: nn.Module, device: str) -> torch.dtype | None:
     """The dtype that a call of ``model`` is autocast to: by the caller, or by accelerate inside."""
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    if "_original_forward" not in vars(unwrapped(model)):  # by which accelerate undoes its own
+    # by that accelerate undoes its own; an adapter may have been put around it
+    if not any("_original_forward" in vars(m) for m in (unwrapped(model), core_of(model))):
         return None
     from accelerate.state import AcceleratorState, is_initialized
 

@@ -214,7 +214,7 @@ def findings(
         else:
             right = number - len(faults)
             text = f"{number} tensors" if not faults else f"the other {right} of {number} tensors"
-            yield AuditFinding(check, "pass", text, figures=dict(figures))
+            yield AuditFinding(check, "pass" if right else "skipped", text, figures=dict(figures))
 
 
 _WORDS = {
@@ -235,13 +235,14 @@ def _advice(check: str, faults: Sequence[Fault], number: int, order: Sequence[st
         first = next((at for at, name in enumerate(order) if name in names), len(order))
         if check == "gradient-scale":
             return (
-                "only these have, so that it is not the loss: one backward pass adds its gradient "
-                "twice, or has another factor"
+                "not all have it, so that it is not the number of tokens: look at the backward "
+                f"pass of {order[first] if first < len(order) else 'the first'}, or of what comes "
+                "after it in forward, for a gradient that is added twice or has a factor"
             )
         if not names.issuperset(order[first:]):
             return (
-                "the graph is not cut, as gradients behind them are there: the backward pass of "
-                "these layers returns none for them; train without the patch of these layers"
+                "gradients behind them are there, so that only a branch is cut: a backward pass "
+                "that returns none for a weight, detach, no_grad, or a module that is not called"
             )
     if check == "gradient-scale" and all("lora_" in name for name in names):
         return (

@@ -53,6 +53,10 @@ def findings(
         }
         if items is not None:
             others["their mean, though num_items_in_batch is given"] = total / count
+    if not wanted:
+        for check in ("loss-value", "loss-scale"):
+            yield AuditFinding(check, "skipped", "the plain model's loss is zero")
+        return
     rounding = abs(eager.loss - wanted) / abs(wanted)
     # a sum in fp32 over all tokens
     summing = unit(torch.float32) * math.log2(max(2, count)) / 2

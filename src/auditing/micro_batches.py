@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..memory.random_state import RandomState
 from ..sharding import has_peers, has_shards, in_zero3, reshard
+from .by_hand import token_losses
 from .findings import AuditFinding
 from .movement import sampled
 from .state import unchanged
@@ -337,13 +338,19 @@ class MicroBatches:
         weight = float(batch.weights[0])
         with self._as_before(batch, inner), torch.set_grad_enabled(bool(probes)):
             run = self.loss_of or (lambda arguments: inner(**arguments))
-            value, summed = _loss_in(run(batch.replayed()))
+            arguments = batch.replayed()
+            output = run(arguments)
+            value, summed = _loss_in(output)
             if value is None:
                 return math.nan, math.nan
             loss = -value.sum() if summed else value * batch.tokens
+            by_hand = self._by_hand(output, arguments)
+            loss = loss if by_hand is None else by_hand
             again = _gradients(loss, [self._probes[i] for i in probes])
         total = float(loss.detach())
-        if not batch.summed:  # of a loss that the model has divided by a number
+        if _get(output, "aux_loss") is not None:  # a router's, which is none of the tokens'
+            weight = math.nan
+        elif not batch.summed:  # of a loss that the model has divided by a number
             weight *= float(batch.value) / total if batch.value is not None and total else math.nan
         dot = own = noted = 0.0
         for i, gradient in zip(probes, again, strict=False):
@@ -357,6 +364,14 @@ class MicroBatches:
         if own and noted and abs(dot) / math.sqrt(own * noted) > _ALIKE:
             weight = dot / own
         return total, weight
+
+    def _by_hand(self, output: Any, arguments: dict[str, Any]) -> Tensor | None:
+        """The sum of the tokens' cross entropies; None where no logits were made for the loss."""
+        logits = _get(output, "logits")
+        if type(logits) is not Tensor or logits.dim() != 3 or not self._shifts:
+            return None
+        found = token_losses(logits.float(), arguments, torch.float32)
+        return None if found is None else found[0].sum()
 
     @contextlib.contextmanager
     def _as_before(self, batch: MicroBatch, inner: nn.Module) -> Iterator[None]:

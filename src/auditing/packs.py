@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..rewrite.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
 from .findings import AuditFinding
+from .losses import of_model
 from .reference import AuditStep, Batch
 from .slices import SampleSpan, alone, samples_of
 
@@ -64,7 +65,11 @@ def look(bench: Bench, batch: Batch, exact: AuditStep, eager: AuditStep) -> Leak
     here = [s for s in samples if s != first and (s.row == first.row or not packed)]
     try:
         before, after = (_logits(bench, each) for each in (batch, changed))
-        truth, rounded = _of(exact), _of(eager)
+        if bench.loss is of_model:
+            truth, rounded = _of(exact), _of(eager)
+        else:  # which may call the model several times, or with parts
+            truth = _of(bench.plain.forward(batch))
+            rounded = _of(bench.plain.forward(batch, "own"))
         plain = _distance(_of(bench.plain.forward(changed)), truth, here)
     except _NoLogits as error:
         return str(error)

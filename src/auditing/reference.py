@@ -95,6 +95,15 @@ def plain_class(core: nn.Module) -> type:
     return kind
 
 
+def dtypes_of(model: nn.Module, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype that a step of ``model`` rounds to, and that of its reference."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    found |= set(filter(None, map(_computes_in, model.modules())))
+    halves = found & {torch.bfloat16, torch.float16, torch.float8_e4m3fn}
+    own: torch.dtype = autocast or min(halves, key=str, default=torch.float32)
+    return own, torch.float32 if halves or autocast else torch.float64
+
+
 def step_bytes(model: nn.Module, exact: torch.dtype, tokens: int) -> int:
     """About what a step of the plain model takes beyond ``model``: trained copies, casts, logits.
 
@@ -124,11 +133,7 @@ class PlainModel:
     def __init__(self, model: nn.Module, sources: FreshSources, autocast: Any = None) -> None:
         self.audited = unwrapped(model)
         self.autocast = autocast
-        found = {p.dtype for p in self.audited.parameters() if p.is_floating_point()}
-        found |= set(filter(None, map(_computes_in, self.audited.modules())))
-        halves = found & {torch.bfloat16, torch.float16, torch.float8_e4m3fn}
-        self.dtype: torch.dtype = autocast or min(halves, key=str, default=torch.float32)
-        self.exact = torch.float32 if halves or autocast else torch.float64
+        self.dtype, self.exact = dtypes_of(self.audited, autocast)
         self.sources = sources
         self.precision: Precision = "exact"
         self.is_running = False

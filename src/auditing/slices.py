@@ -29,9 +29,10 @@ def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]
     by_token = {
         k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:2] == ids.shape
     }
+    lengths = [k for k in _CUMULATED if isinstance(batch.get(k), Tensor) and rows == 1]
     others = [
         k for k, v in batch.items()
-        if isinstance(v, Tensor) and k not in by_token and v.numel() != 1
+        if isinstance(v, Tensor) and k not in (*by_token, *lengths) and v.numel() != 1
     ]  # fmt: skip
     if rows * length <= tokens or others or not isinstance(labels, Tensor):
         return whole, facts
@@ -43,25 +44,51 @@ def slice_of(batch: Batch, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]
     picked = [order[0], order[-1]] if len(order) > 1 else order[:1]
     span = max(8, tokens // len(picked))
     span = min(span, length)
-    borders = [s for s in samples_of(batch) if s.start]
-    starts = []
-    for row in picked:
-        on = (labels[row] != -100).cpu()
-        stop = int(on.nonzero()[-1]) + 1 if bool(on.any()) else span
-        for border in (s.start for s in borders if s.row == row):
-            if bool(on[max(0, border - span // 2) : border].any()):
-                stop = border + span - span // 2
-        starts.append(max(0, min(stop, length) - span))
+    samples = samples_of(batch)
+    starts = [_start_of(row, (labels[row] != -100).cpu(), span, samples) for row in picked]
     for name, value in by_token.items():
         parts = [value[r, s : s + span] for r, s in zip(picked, starts, strict=True)]
         whole[name] = torch.stack(parts)
-    whole.pop("num_items_in_batch", None)
+    for name in lengths:
+        whole[name] = _cut(batch[name], starts[0], span)
+        longest = int(whole[name].diff().max())
+        whole |= {k: longest for k in _OF_PACKS if isinstance(batch.get(k), int)}
+    _count_anew(whole)
     places = (f"{s} to {s + span} of row {r}" for r, s in zip(picked, starts, strict=True))
     facts |= {
         "rows": len(picked), "tokens": len(picked) * span,
         "slice": f"tokens {' and '.join(places)}, of {rows} rows of {length} tokens",
     }  # fmt: skip
     return whole, facts
+
+
+def _start_of(row: int, on: Tensor, span: int, samples: list[SampleSpan]) -> int:
+    """Where the part of a row begins that has ``span`` tokens; ``on``: those that are trained."""
+    length = len(on)
+    stop = int(on.nonzero()[-1]) + 1 if bool(on.any()) else span
+    trained = [s for s in samples if s.row == row and bool(on[s.start + 1 : s.stop].any())]
+    for before, after in pairwise(trained):  # the padding of a pack is a sample, and not trained
+        # the first token of the part has none before it to be predicted from
+        if before.stop == after.start and bool(on[: before.stop][-(span // 2) + 1 :].any()):
+            stop = after.start + span - span // 2
+    return max(0, min(stop, length) - span)
+
+
+def _cut(lengths: Tensor, start: int, span: int) -> Tensor:
+    """Cumulated lengths of the samples of a part of a row."""
+    inside: Tensor = torch.unique_consecutive((lengths - start).clamp(0, span))
+    return inside
+
+
+def _count_anew(part: dict[str, Any]) -> None:
+    """Let ``num_items_in_batch``, where it is given, be the number of the part's trained tokens."""
+    number, labels = part.get("num_items_in_batch"), part.get("labels")
+    if number is None or not isinstance(labels, Tensor):
+        return
+    trained = max(1, int((labels[..., 1:] != -100).sum()))
+    part["num_items_in_batch"] = (
+        torch.full_like(number, trained) if isinstance(number, Tensor) else type(number)(trained)
+    )
 
 
 def first_rows(batch: Batch, number: int) -> dict[str, Any] | None:
@@ -75,7 +102,7 @@ def first_rows(batch: Batch, number: int) -> dict[str, Any] | None:
             if len(value) != len(ids):
                 return None
             part[name] = value[:number]
-    part.pop("num_items_in_batch", None)
+    _count_anew(part)
     labels = part.get("labels")
     return part if isinstance(labels, Tensor) and bool((labels != -100).any()) else None
 
@@ -91,7 +118,7 @@ def first_tokens(batch: Batch, number: int) -> dict[str, Any] | None:
             if value.shape[:2] != ids.shape:
                 return None
             part[name] = value[:, :number]
-    part.pop("num_items_in_batch", None)
+    _count_anew(part)
     labels = part.get("labels")
     return part if isinstance(labels, Tensor) and bool((labels[:, 1:] != -100).any()) else None
 
@@ -132,6 +159,7 @@ def samples_of(batch: Batch) -> list[SampleSpan]:
 
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens", "cu_seqlens_q")
+_CUMULATED = (*_LENGTHS, "cu_seq_lens_k", "cu_seqlens_k")
 
 
 def alone(batch: Batch, sample: SampleSpan) -> dict[str, Any]:

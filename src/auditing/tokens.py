@@ -183,7 +183,7 @@ def _ends(rows: TokenRows, ends: set[int], tokenizer: Any) -> AuditFinding:
             good += 1  # a line break may follow it
         elif stop < length and bool(is_end[row, stop : stop + 2].any()):
             untrained.append((row, stop if bool(is_end[row, stop]) else stop + 1))
-        elif stop < ids.shape[1] and begin > int(there[row].nonzero()[0]):
+        elif stop < ids.shape[1] and length and begin > int(there[row].nonzero()[0]):
             without.append(row)
     if untrained:
         row, at = untrained[0]

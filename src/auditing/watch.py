@@ -24,8 +24,8 @@ from .force import CountsCalls, checkpointing
 from .in_force import Dropout, Rates
 from .micro_batches import Average, MicroBatches, judge_logged
 from .movement import Movement
-from .reference import core_of, step_bytes, unwrapped
-from .slices import rows_of_one_sample
+from .reference import core_of, dtypes_of, step_bytes, unwrapped
+from .slices import rows_of_one_sample, slice_of
 
 OF_THE_LOOP = (
     "accumulation-scale", "loss-scale", "dropout", "checkpointing", "warmup", "weights-moved",
@@ -242,6 +242,14 @@ class StepWatch:
         if not why:
             tokens, why = _tokens_that_fit(self.inner, self._step_tokens, self._autocast)
         if not why:
+            ids = slice_of(batch, tokens)[0].get("input_ids")
+            uncut = ids.numel() if isinstance(ids, Tensor) else 0
+            if uncut > max(tokens, _SLICES[0]):
+                why = (
+                    f"the batch has more than tokens, so that it cannot be cut, and its {uncut} "
+                    "tokens take too long: fusewright audit looks at them"
+                )
+        if not why:
             try:
                 with _without_noise(self.inner):
                     found = audit_step(
@@ -255,6 +263,10 @@ class StepWatch:
                 meant = {*self.unasked, *(["dropout"] if self.no_dropout else [])}
                 self._add(f for f in found.findings if f.check not in meant)
                 self._add(AuditFinding(name, "skipped", w) for name, w in self.unasked.items())
+                self._take_back(next(
+                    (f.reason for f in found.findings
+                     if f.check == "loss-scale" and f.verdict == "skipped"), "",
+                ))  # fmt: skip
             if self.packing and (padded := rows_of_one_sample(batch)):
                 self._add([AuditFinding(
                     "packing", "fail", f"packing was asked for, and the first batch has {padded} "
@@ -264,8 +276,12 @@ class StepWatch:
                 )])  # fmt: skip
         if why:
             self._add(AuditFinding(name, "skipped", why) for name in rest)
-            if self.batches is not None and self.batches.is_assumed:
-                self._replace([AuditFinding(name, "skipped", why) for name in OF_THE_LOOP[:2]])
+            self._take_back(why)
+
+    def _take_back(self, why: str) -> None:
+        """Skip what was taken on the model's word, if ``why`` says that the audit cannot tell."""
+        if why and self.batches is not None and self.batches.is_assumed:
+            self._replace([AuditFinding(name, "skipped", why) for name in OF_THE_LOOP[:2]])
 
     # --- findings --------------------------------------------------------------------------------
 
@@ -349,8 +365,7 @@ def _tokens_that_fit(model: nn.Module, step: int, autocast: torch.dtype | None) 
     """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
-    halves = {torch.bfloat16, torch.float16} & {p.dtype for p in parameters}
-    exact = torch.float32 if halves or autocast else torch.float64
+    _, exact = dtypes_of(model, autocast)
     planner, meter = planner_of(model), Meter(device)
     limit = planner.budget.bytes if planner is not None else None
     limit = limit or meter.capacity()

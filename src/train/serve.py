@@ -218,10 +218,12 @@ def _vllm(target: _Target) -> list[str]:
     if options.lora:
         rank = _rank(read_object(run.folder / "adapter_config.json"))
         base = locate(run.base_model, [Path.cwd(), run.folder]).name
+        revision = run.recipe.get("revision_of_model")
         model = [
             base, "--enable-lora", "--lora-modules", f"{target.name}={run.folder}",
             "--max-lora-rank", str(next(r for r in _LORA_RANKS if r >= rank)),
             *(["--tokenizer", str(run.tokenizer)] if run.tokenizer else []),
+            *(["--revision", str(revision)] if revision and not Path(base).exists() else []),
         ]  # fmt: skip
     else:
         model = [str(target.merged), "--served-model-name", target.name]

@@ -138,7 +138,7 @@ def test_says_where_a_fault_begins_and_what_may_follow_from_it() -> None:
     text = str(result)
     assert text.index("FAIL  gradient-scale") < text.index("passed")
     assert "model.layers.1.mlp.down_proj.weight" in text
-    assert "do    only these have, so that it is not the loss" in text
+    assert "do    not all have it, so that it is not the number of tokens" in text
 
 
 def test_a_loss_over_other_tokens_is_named() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...auditing.findings import Audit, AuditFinding, Check
-from ...errors import RecipeError, first_line
+from ...errors import ModelError, RecipeError, first_line
 from ...rewrite.tolerance import FACTOR
 from ..data.chat.stops import render_chat, stop_tokens
 from ..inference.evaluate import held_out
@@ -24,7 +25,7 @@ from ..model.base_files import BaseFiles, base_files, processor_files
 from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
 from ..terminal import announce
-from .reading import Compared, TokenizerRead, compared, meta_model_of
+from .reading import Compared, TokenizerRead, compared, meta_model_of, not_finite
 from .scores import HeldOut, Logits, Scores, answers, cost, distance, forward, scores
 
 CHECKS: dict[str, Check] = {
@@ -181,10 +182,16 @@ def _base(subject: Subject, tokenizer: Any) -> _Base | None:
     state = dict(model.state_dict())
     base = _Base(subject.scratch / "base", subject.scratch / "base-exported", state, run)
     nn.Module.to(model, getattr(torch, stored_dtype(subject.merged)))  # ``state`` keeps its own
-    model.save_pretrained(base.folder)
-    tokenizer.save_pretrained(base.folder)
-    for path in processor_files(str(subject.merged)):  # which converters of towers read
-        shutil.copy(path, base.folder)
+    try:
+        model.save_pretrained(base.folder)
+        tokenizer.save_pretrained(base.folder)
+        for path in processor_files(str(subject.merged)):  # which converters of towers read
+            shutil.copy(path, base.folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the base, which the certificate compares with, cannot be written beside the export: "
+            f"{first_line(error)}; --no-certificate exports without one"
+        ) from error
     return base
 
 
@@ -282,6 +289,8 @@ def _changed(before: Tensor | None, exact: Tensor, value: Tensor) -> tuple[str |
         return f"it is {sizes[0]}, and should be {sizes[1]}", 0.0
     if before is None or before.shape != exact.shape:  # replaced, or grown
         return compared("", exact, {"": exact.to(value.dtype)}, value).problem, 1.0
+    if problem := not_finite(value, exact):
+        return problem, 0.0
     step = torch.finfo(value.dtype).eps
     change, read, once = exact - before, value.float(), exact.to(value.dtype).float()
     size = float(change.double().square().sum())
@@ -322,17 +331,24 @@ def _unloaded(subject: Subject, known: Mapping[str, Tensor]) -> dict[str, str]:
 def _exported_tensors(subject: Subject) -> AuditFinding:
     if subject.is_plain:
         return AuditFinding("exported-tensors", "skipped", "the merged model is the export")
-    wrong, kinds, largest = {}, dict[str, int](), (0.0, "")
+    wrong, kinds, largest, unjudged = {}, dict[str, int](), (0.0, ""), 0
     try:
         for one in subject.writer.compare(subject.merged, subject.export):
             kinds[one.kind] = kinds.get(one.kind, 0) + 1
             largest = max(largest, (one.error or 0.0, one.name))
+            unjudged += not one.is_judged
             if one.problem is not None:
                 wrong[one.name] = one.problem
     except ValueError as error:
         return AuditFinding("exported-tensors", "skipped", first_line(error))
     of = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind)
     figures = {"tensors": kinds, "largest_error": largest[0], "of": largest[1]}
+    if unjudged and not wrong:
+        reason = (
+            f"of {unjudged} tensors only the shape is right for sure: no quantizer for Python "
+            "(llama-cpp-python) and no base tell what they should be"
+        )
+        return AuditFinding("exported-tensors", "skipped", reason, figures=figures)
     return _finding("exported-tensors", wrong, of, figures)
 
 
@@ -416,7 +432,8 @@ def _recorded(
         name: f"its loss is {one.loss:.4f}, and the run recorded {recorded:.4f}"
         for name, recorded, one in (("base", before, results.get("base")),
                                     ("trained model", after, trained))
-        if one is not None and abs(one.loss - recorded) > allowed + 3 * rows.spread(one.losses)
+        if one is not None
+        and not abs(one.loss - recorded) <= allowed + 3 * rows.spread(one.losses)  # nan, too
     }  # fmt: skip
     return _finding("recorded-loss", wrong, f"{before:.4f} before and {after:.4f} after training")
 

@@ -108,13 +108,13 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
             shutil.rmtree(scratch, ignore_errors=True)
     size = _size(output)
     say(console, f"the export, {size / 1e6:,.0f} MB, is in {output}")
+    if audit is not None:
+        show(audit, console)
     if options.kind == "ollama":
         model = options.create or output.name
         say(console, f"for Ollama: cd {output} && ollama create {model} -f Modelfile")
-        if options.create:
+        if options.create and (audit is None or audit.passed):
             ollama.create(output, options.create)
-    if audit is not None:
-        show(audit, console)
     return Exported(output, audit, size)
 
 

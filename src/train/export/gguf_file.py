@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from ...errors import ModelError, RecipeError, first_line
 from ...rewrite.tolerance import FACTOR
-from ..consent import Consent
+from ..consent import CODE_SWITCH, Consent
 from ..inference.load_run import load_model_of
 from ..inference.run_folder import open_run
+from ..model.files import read_object
 from ..model.from_pretrained import pretrained
 from ..model.multimodal import towers
 from ..model.rounding import gguf_roundtrip
@@ -185,7 +186,17 @@ class GgufWriter:
         return f"model-{self.format.name}.gguf"
 
     def write(self, source: Path, folder: Path) -> None:
-        """Convert the plain model in ``source``."""
+        """Convert the plain model in ``source``.
+
+        Raises a RecipeError if that names code, which the converter would run unasked.
+        """
+        if not self.consent.trust_remote_code:
+            for name in ("config.json", "tokenizer_config.json"):
+                if (source / name).is_file() and "auto_map" in read_object(source / name):
+                    raise RecipeError(
+                        f"{source / name} names Python code (auto_map), which llama.cpp's "
+                        f"converter may run: {CODE_SWITCH} allows it"
+                    )
         model = meta_model_of(open_run(source, consent=self.consent))
         self.with_towers = bool(towers(model))
         write_gguf(source, folder, self.format, self.tools, self.with_towers)
@@ -202,7 +213,7 @@ class GgufWriter:
         read, kinds = tensors(path, model), types(path)
         before, self._errors = self._errors, {}
         for name, plain in model.state_dict().items():
-            if name not in read and is_tied(model, name):
+            if name not in read and any(other in read for other in tied_to(model, name)):
                 continue
             allowed = FACTOR * before[name] if name in before else None
             result = compared(name, plain, roundings(plain, kinds), read.get(name), allowed)
@@ -280,11 +291,11 @@ def tensors(path: Path, model: Any) -> dict[str, Tensor]:
     return result
 
 
-def is_tied(model: Any, name: str) -> bool:
-    """Whether a tensor of a model is another one's, too."""
+def tied_to(model: Any, name: str) -> list[str]:
+    """The other names of a tensor of a model."""
     state = model.state_dict()
     address = state[name].data_ptr()
-    return any(n != name and t.data_ptr() == address for n, t in state.items())
+    return [n for n, t in state.items() if n != name and t.data_ptr() == address]
 
 
 def types(path: Path) -> list[str]:

@@ -121,7 +121,7 @@ def write_modelfile(folder: Path, gguf: Path, model: Any, tokenizer: Any, chat: 
     lines = [f"FROM ./{gguf.name}"]
     if found is not None:
         lines.append(f'TEMPLATE """{found.go()}"""')
-    if chat.system:
+    if chat.system and '"""' not in chat.system:
         lines.append(f'SYSTEM """{chat.system}"""')
     settings = getattr(model, "generation_config", None)
     if settings is not None and settings.do_sample:
@@ -131,6 +131,8 @@ def write_modelfile(folder: Path, gguf: Path, model: Any, tokenizer: Any, chat: 
     stops = map(tokenizer.decode, stop_tokens(model, tokenizer, chat.variables))
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if '"""' in (chat.system or ""):
+        return "the system prompt has three quotes, which a Modelfile cannot hold: it has no SYSTEM"
     if found is None and tokenizer.chat_template is not None:
         return (
             "the chat template does more than to put text around messages, so the Modelfile has no "

@@ -25,12 +25,14 @@ class Compared:
         problem: how it differs from what it should be; None: it is right.
         kind: of the rounding that it has.
         error: its distance from the plain tensor, as a share of that one's norm; None: no distance.
+        is_judged: whether more than its shape was compared.
     """
 
     name: str
     problem: str | None
     kind: str
     error: float | None
+    is_judged: bool = True
 
 
 def compared(
@@ -47,18 +49,26 @@ def compared(
     if read.shape != plain.shape:
         sizes = [" x ".join(map(str, t.shape)) for t in (read, plain)]
         return Compared(name, f"it is {sizes[0]}, and should be {sizes[1]}", "", None)
+    if problem := not_finite(read, plain):
+        return Compared(name, problem, "", None)
     error = _distance(read, plain)
     for kind, value in rounded.items():
         if value is not None and torch.equal(value.float(), read.float()):
             return Compared(name, None, kind, error)
     unknown = [kind for kind, value in rounded.items() if value is None]
     if unknown and (allowed is None or error <= allowed):
-        return Compared(name, None, unknown[0], error)
+        return Compared(name, None, unknown[0], error, allowed is not None)
     nearest = min((_distance(read, v) for v in rounded.values() if v is not None), default=error)
     problem = f"it differs from what it should be by {nearest:.2%} of its norm"
     if read.ndim == 2 and read.shape[0] == read.shape[1] and _distance(read.T, plain) < error / 2:
         problem += "; it is transposed"
     return Compared(name, problem, "", error)
+
+
+def not_finite(read: Tensor, plain: Tensor) -> str:
+    """How many numbers are inf or nan that should not be, as a clause; empty if there is none."""
+    wrong = int((~torch.isfinite(read) & torch.isfinite(plain)).sum())
+    return f"{wrong:,} of {read.numel():,} numbers are inf or nan" if wrong else ""
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

@@ -142,7 +142,9 @@ def _code_of(value: Any) -> Iterator[str]:
             yield from _code_of(each)
     elif isinstance(value, dict):
         name = value.get("metric")
-        known = name in registry.metric_registry or hasattr(metrics, str(name))
+        function = getattr(metrics, str(name), None)  # not a module that it has imported
+        known = name in registry.metric_registry
+        known |= getattr(function, "__module__", None) == metrics.__name__
         if value.get("hf_evaluate") or (isinstance(name, str) and not known):
             yield f"the metric {name} is a Python file, which the package evaluate would load"
         if value.get("unsafe_code"):
