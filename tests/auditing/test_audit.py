@@ -233,6 +233,34 @@ def test_a_slice_has_the_rows_that_differ_most() -> None:
     assert facts["slice"].startswith("tokens 65 to 97 of row 5")
 
 
+def test_a_part_of_a_pack_has_a_border_of_trained_samples() -> None:
+    """Not that of the padding, which is a sample of its own."""
+    given = batch(1, 240)
+    given["labels"][:, :] = given["input_ids"]
+    given["labels"][:, 200:] = -100
+    lengths = torch.tensor([0, 60, 130, 200, 240], dtype=torch.int32)
+    pack = {**given, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 70,
+            "max_length_k": 70, "num_items_in_batch": torch.tensor(199)}  # fmt: skip
+    part, facts = slice_of(pack, 64)
+    assert facts["slice"].startswith("tokens 98 to 162 of row 0")
+    assert part["cu_seq_lens_q"].tolist() == part["cu_seq_lens_k"].tolist() == [0, 32, 64]
+    assert part["max_length_q"] == 32
+    assert int(part["num_items_in_batch"]) == 63  # as many as the part trains
+
+
+def test_a_loss_that_calls_the_model_with_parts() -> None:
+    def halves(model: Any, given: Any) -> Tensor:
+        parts = [{k: v[rows] for k, v in given.items()} for rows in (slice(1), slice(1, None))]
+        losses: list[Tensor] = [model(**part).loss for part in parts]
+        return (losses[0] + 2 * losses[1]) / 3
+
+    result = audit(tiny(), batch(), loss=halves)
+    assert failed(result) == []
+    nothing = {**batch(), "num_items_in_batch": torch.tensor(5)}
+    nothing["labels"] = torch.full_like(nothing["labels"], -100)
+    assert failed(audit(tiny(), nothing)) == ["trained-tokens"]
+
+
 @pytest.mark.parametrize("name", ["musicgen", "xglm"])
 def test_a_healthy_model_that_was_called_wrong(name: str) -> None:
     """Rows that are codebooks of one sample; a reference in fp32, and a gradient of rounding."""

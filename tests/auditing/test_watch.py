@@ -14,7 +14,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from fusewright import AuditCallback, watch
 from fusewright.auditing.findings import Audit
@@ -192,6 +199,40 @@ def test_a_trainer_passes_and_computes_what_it_would_without(tmp_path: Path, bf1
                   "weights-moved", "trainable-set"):  # fmt: skip
         assert verdicts[check] == "pass", callback.audit
     assert not trainer.model._forward_pre_hooks
+
+
+@pytest.mark.long
+def test_a_routers_loss_is_none_of_the_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+            output_router_logits=True, router_aux_loss_coef=0.1,
+        )
+    )  # fmt: skip
+    callback = AuditCallback(report=lambda audit: None)
+    _train(tmp_path, model, [callback], gradient_accumulation_steps=4)
+    assert not _failed(callback.audit), callback.audit
+
+
+def test_the_scale_of_a_loss_is_unknown_without_a_plain_model() -> None:
+    class Mine(LlamaForCausalLM):
+        """A class without a source of transformers, whose loss is a sum."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = 20 * outputs.loss
+            return outputs
+
+    model = _model()
+    model.__class__ = Mine
+    model.config.intermediate_size = 40  # no plain model can be built by that
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    with watch(model, optimizer) as w:
+        model(**_batches(1)[0]).loss.backward()
+        optimizer.step()
+    assert _verdicts(w.audit)["loss-scale"] == "skipped"
 
 
 @pytest.mark.long

@@ -154,7 +154,7 @@ def test_faults_of_the_writer(adapter: Path, fault: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fault", ["dropped", "doubled", "wrong base"])
+@pytest.mark.parametrize("fault", ["dropped", "doubled", "nan", "wrong base"])
 def test_faults_of_a_merge(
     adapter: Path, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -165,6 +165,9 @@ def test_faults_of_a_merge(
         if stored != PLANTED:
             return merged
         before: Tensor = self.files.read(stored)
+        if fault == "nan":
+            merged[:1] = torch.nan
+            return merged
         return before if fault == "dropped" else merged + (merged - before)
 
     if fault == "wrong base":
@@ -178,9 +181,11 @@ def test_faults_of_a_merge(
         assert len(found["subjects"]) == 16  # all but the norms, which begin as ones
     else:
         assert found["subjects"] == [PLANTED]
-        assert (
-            f"{'0%' if fault == 'dropped' else '200%'} of the adapter's change" in found["reason"]
-        )
+        said = {
+            "dropped": "0% of the adapter's change", "doubled": "200% of the adapter's change",
+            "nan": "numbers are inf or nan",
+        }  # fmt: skip
+        assert said[fault] in found["reason"]
 
 
 @pytest.mark.long
@@ -246,6 +251,18 @@ def test_towers(tmp_path: Path, fault: bool, monkeypatch: pytest.MonkeyPatch) ->
     for name in (*towers, MTP):
         assert torch.equal(ours[name], theirs[name]), name
     assert found["exported-tensors"]["figures"]["tensors"]["int4-g32"] == 14
+
+
+def test_code_that_a_folder_names_is_not_run_unasked(adapter: Path) -> None:
+    """llama.cpp's converter loads some tokenizers with their own code."""
+    whole = adapter.parent / "whole"
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(whole)
+    make_tokenizer().save_pretrained(whole)
+    config = json.loads((whole / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["own.Own", None]}
+    (whole / "tokenizer_config.json").write_text(json.dumps(config))
+    said = refused("export", whole, "--format", "gguf", "--llama-cpp", STAND_IN)
+    assert "tokenizer_config.json names Python code (auto_map)" in said
 
 
 def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_code_in_a_task_is_not_run_unasked(trained: Path, tasks: Path, tmp_path:
     assert "--allow-code" in refused(*arguments)
     _write_task(tasks, metric_list=[{"metric": str(tasks / "own.py")}])
     assert "--allow-code" in refused(*arguments)
+    _write_task(tasks, metric_list=[{"metric": "random"}])  # random/random.py of this folder
+    assert "--allow-code" in refused(*arguments)
     _write_task(
         tasks, doc_to_text="{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}"
     )
