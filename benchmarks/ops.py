@@ -26,8 +26,8 @@ from environment import describe
 from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
+from fusewright.kernels.tolerance import errors
 from fusewright.rewrite.op_table import OPS
-from fusewright.rewrite.tolerance import errors
 from op_cases import CASES, Case, Maker, op_of
 from shapes import op_shapes
 

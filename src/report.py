@@ -106,6 +106,7 @@ class Report:
         memory: what the blocks keep for backward, and the predicted and measured peak.
         logits: what was computed of the logits in tiles, without making them, and how often.
         fallbacks: ops of this process that run in plain PyTorch, because their kernel failed.
+        choices: what was raced on this machine, with the winner and the times.
     """
 
     sites: tuple[Site, ...]
@@ -117,6 +118,7 @@ class Report:
     memory: str = ""
     logits: str = ""
     fallbacks: tuple[Fallback, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -144,7 +146,10 @@ class Report:
             Fallback(str(f.get("op", "")), str(f.get("reason", "")))
             for f in data.get("fallbacks") or ()
         )
-        lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks}
+        choices = tuple(map(str, data.get("choices") or ()))
+        lists = {
+            "sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, "choices": choices,
+        }  # fmt: skip
         return cls(**{**_known(cls, data), **lists})
 
     def seconds_saved(self) -> float | None:
@@ -204,6 +209,7 @@ class Report:
             lines.append(f"  memory {self.memory}")
         if self.logits:
             lines.append(f"  logits {self.logits}")
+        lines += [f"  raced: {choice}" for choice in self.choices]
         for status, rule, text in self.remarks():
             lines.append(f"  {status}: {rule} in {text}" if rule else f"  {status}: {text}")
         return "\n".join(lines)

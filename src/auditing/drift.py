@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rewrite.tolerance import FACTOR, unit
+from ..kernels.tolerance import FACTOR, unit
 
 _ERRORS = 5.0
 """Standard errors that a mean may be from eager mode's; by chance once in two million times."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rewrite.tolerance import FACTOR, unit
+from ..kernels.tolerance import FACTOR, unit
 from .drift import kind_of
 from .findings import AuditFinding
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rewrite.tolerance import FACTOR, unit
+from ..kernels.tolerance import FACTOR, unit
 from .by_hand import token_losses
 from .findings import AuditFinding
 from .gradients import slack_of

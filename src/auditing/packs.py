@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..rewrite.tolerance import FACTOR, unit
+from ..kernels.tolerance import FACTOR, unit
 from .bench import Bench, cast_to
 from .findings import AuditFinding
 from .losses import of_model

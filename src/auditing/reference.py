@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, first_line
-from ..rewrite.tolerance import unit
+from ..kernels.tolerance import unit
 from ..sharding import class_before_fsdp2, whole
 from .by_hand import causal_lm
 from .fresh import FreshSources, is_foreign, is_modeling

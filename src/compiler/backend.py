@@ -26,6 +26,7 @@ from ..graph.packed_stacks import pack_stacks
 from ..graph.run import eager
 from ..graph.segments import join_segments
 from ..graph.subclasses import close_weights, open_weights
+from ..kernels import candidates
 from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import offloaded, planned
 from ..memory.oom_retry import is_out_of_memory
@@ -187,6 +188,7 @@ def _run(work: Compilation, *stages: tuple[str | None, Callable[[Compilation], N
 
 def read_as_captured(work: Compilation) -> None:
     """Ask what only the captured graph tells; the call may be refused, and made again."""
+    candidates.measure({t for n in work.graph.graph.nodes if (t := facts.dtype(n)) is not None})
     state = work.session.state
     inputs = (n.meta.get("grapharg") for n in work.graph.graph.find_nodes(op="placeholder"))
     work.arguments = [argument for argument in inputs if argument is not None]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
+from ..kernels.choice import choices as raced
 from ..kernels.fallback import FAILED
 from ..kernels.native.library import start_for
 from ..memory.budget import Budget
@@ -253,7 +254,7 @@ def explain(model: nn.Module) -> Report:
     reads = log.reads.describe()
     return Report(
         tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, memory, reads,
-        tuple(starmap(Fallback, FAILED.items())),
+        tuple(starmap(Fallback, FAILED.items())), tuple(map(str, raced())),
     )  # fmt: skip
 
 

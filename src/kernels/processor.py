@@ -1,5 +1,8 @@
 """What the CPU of this machine is fast at: every choice by processor is made from this record.
 
+It begins as what PyTorch and oneDNN say of themselves; ``candidates.measure`` races what they do
+not know, on this machine.
+
 A record says what is *chosen*, never what is executed: PyTorch and oneDNN look at the CPU
 themselves, and the C++ kernels are compiled for the one that is there. So any record is safe on any
 CPU, and gives the same results in another form. Tests assume other processors than theirs.
@@ -34,6 +37,8 @@ class Processor:
     avx512_bf16: bool  # whether those of AVX-512 do
     amx: bool  # whether there are tiles of bfloat16
     slow_products: tuple[torch.dtype, ...]
+    raced: tuple[torch.dtype, ...] = ()  # of which ``slow_products`` was measured here
+    own_attention: bool | None = None  # whether ours was faster in bfloat16; None: not measured
 
     def instructions(self) -> list[str]:
         """Those that make matrix products fast, as people name them."""
@@ -124,12 +129,24 @@ def _named(name: str) -> Processor:
 
 # made at import: a compiler that traces an op cannot call PyTorch's checks
 _name = os.environ.get("FUSEWRIGHT_PROCESSOR")
-_current = _named(_name) if _name else this_machine()
+_of_this_machine: Processor | None = None if _name else this_machine()
+_current = _of_this_machine or _named(_name or "")
 
 
 def processor() -> Processor:
     """The processor that this process chooses for."""
     return _current
+
+
+def is_of_this_machine() -> bool:
+    """Whether choices are made for the processor that is there, and for no other."""
+    return _current is _of_this_machine
+
+
+def measured(record: Processor) -> None:
+    """Choose by ``record`` from now on: what races on this machine have found."""
+    global _current, _of_this_machine
+    _current = _of_this_machine = record
 
 
 @contextlib.contextmanager

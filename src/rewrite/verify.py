@@ -24,6 +24,7 @@ from ..graph.effects import modes, switches_mode
 from ..graph.layouts import layout_is_read
 from ..kernels.cost import saved_by_hook
 from ..kernels.fallback import LaunchError, no_fallback
+from ..kernels.tolerance import EXCEEDS, PEAK, errors, exceeded
 from ..report import Figures
 from .conditions import settings_around
 from .engine import Candidate, Verdict
@@ -40,7 +41,6 @@ from .sample_inputs import (
     tokens,
 )
 from .smaller_weights import enlargement, in_ratio, is_large, smaller
-from .tolerance import EXCEEDS, PEAK, errors, exceeded
 from .verify_exact import Exact, Plain, double, packed
 
 _NOISE = 0.5

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright import explain, optimize
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 
 class Block(nn.Module):

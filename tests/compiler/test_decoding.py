@@ -15,7 +15,7 @@ from fusewright import explain, optimize, restore
 from fusewright.compiler.copies import decoding
 from fusewright.compiler.copies.decoding import Decoding
 from fusewright.kernels.attention import decode_attention as op
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 
 @pytest.fixture(autouse=True)

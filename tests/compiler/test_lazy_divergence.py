@@ -21,7 +21,7 @@ from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.reads import Reads
 from fusewright.compiler.logits.recorded import programs
 from fusewright.kernels.loss import head_tiles
-from fusewright.rewrite.tolerance import errors
+from fusewright.kernels.tolerance import errors
 
 from .test_lazy_logits import MASK, _reads
 from .test_logits import _LM, IDS, LABELS, H, V, _plain

@@ -20,7 +20,7 @@ from fusewright import explain, optimize
 from fusewright.compiler.install import active
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.reads import Reads
-from fusewright.rewrite.tolerance import errors, exceeded
+from fusewright.kernels.tolerance import errors, exceeded
 
 from .test_logits import _LM, IDS, LABELS, USES, V, _plain
 

@@ -22,7 +22,7 @@ from fusewright import explain, optimize
 from fusewright.compiler.logits.head_call import HeadCall
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.sharded import gathered
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from ..models.tiny import Body, CausalLM
 

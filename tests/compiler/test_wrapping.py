@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fusewright import explain, optimize, restore
 from fusewright.compiler.install import installed
 from fusewright.compiler.logits.lazy_logits import LazyLogits
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from ..models.zoo import FAMILIES, build
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusewright.kernels.linear import dora
 from fusewright.kernels.linear.dora import NORMS, OP, rescaled, rescaled_reference, row_norms
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .util import Watch, assert_parity_of_draws, saved_tensors
 

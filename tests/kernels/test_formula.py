@@ -16,7 +16,7 @@ from fusewright.kernels.linear.linear import QUANT_LINEAR
 from fusewright.kernels.linear.quantized import FORMATS as KINDS
 from fusewright.kernels.moe.moe_experts import reference as moe_experts
 from fusewright.kernels.moe.packed_experts import PackedExperts
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from ..capturing import capture, rewrite, rewritten
 from ..models.stored_formats import (

@@ -16,7 +16,7 @@ from fusewright.kernels.native import delta_rule as native
 from fusewright.kernels.op import starts_of
 from fusewright.kernels.processor import this_machine
 from fusewright.kernels.scan.gated_delta_rule import CHUNK, KDA, OP
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .native import libraries
 from .util import assert_parity_of_draws, saved_tensors

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusewright.kernels.linear import products
 from fusewright.kernels.processor import KINDS
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .by_parts import LORA as OP
 from .util import assert_parity, saved_tensors

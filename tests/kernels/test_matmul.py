@@ -16,7 +16,7 @@ from fusewright.kernels.attention import attention
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.norms import rms_norm_linear
 from fusewright.kernels.processor import KINDS, processor
-from fusewright.rewrite.tolerance import unit
+from fusewright.kernels.tolerance import unit
 
 from . import (
     test_attention,

@@ -16,7 +16,7 @@ from fusewright.kernels.linear import projections
 from fusewright.kernels.mlp import mlp_block as module
 from fusewright.kernels.mlp.glu import ACTIVATIONS, glu, glu_packed
 from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .by_parts import LORA, records
 from .by_parts import MLP as OP

@@ -25,7 +25,7 @@ from fusewright.kernels.moe.moe_experts import (
 from fusewright.kernels.moe.packed_experts import PackedExperts
 from fusewright.kernels.op import Maker
 from fusewright.kernels.processor import KINDS, assume
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .util import assert_parity, assert_parity_of_draws, saved_tensors
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusewright.kernels.linear import linear
 from fusewright.kernels.linear.linear import KEEPS, Linear
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .by_parts import QKV as OP
 from .util import assert_parity_of_draws, saved_tensors

@@ -28,7 +28,7 @@ from fusewright.kernels.linear.quantized import (
     scales,
 )
 from fusewright.kernels.op import Maker
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .by_parts import LORA
 from .quantized_weights import packed_as, random_weight

@@ -17,7 +17,7 @@ from fusewright.kernels.linear.linear import KEEPS, quant_linear
 from fusewright.kernels.linear.quantized import Quantized, flat_weights
 from fusewright.kernels.mlp import mlp_block
 from fusewright.kernels.mlp.glu import glu, glu_packed
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .by_parts import LORA, MLP, QKV, records
 from .quantized_weights import random_weight

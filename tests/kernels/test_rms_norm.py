@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright.kernels.norms import rms_norm as op
 from fusewright.kernels.norms.rms_norm import OP, reference, rms_norm
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 from tests.kernels.util import assert_parity, strided_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

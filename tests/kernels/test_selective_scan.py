@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fusewright.kernels.scan import selective_scan as chunks
 from fusewright.kernels.scan.selective_scan import OP, selective_scan
-from fusewright.rewrite.tolerance import errors
+from fusewright.kernels.tolerance import errors
 
 from .util import assert_parity_of, assert_parity_over, bound, saved_tensors
 

@@ -14,7 +14,7 @@ from fusewright.kernels.loss.linear_cross_entropy import reference as loss_refer
 from fusewright.kernels.loss.linear_logprob import linear_logprob
 from fusewright.kernels.loss.linear_logprob import reference as logprob_reference
 from fusewright.kernels.norms.rms_norm_linear import OP as NORM
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from .by_parts import LORA, MLP, QKV
 

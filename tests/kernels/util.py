@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fusewright.kernels.launch import has_triton, interpreting
 from fusewright.kernels.op import Op
+from fusewright.kernels.tolerance import EXCEEDS, exceeded
 from fusewright.rewrite.sample_inputs import SUBNORMAL, draws
-from fusewright.rewrite.tolerance import EXCEEDS, exceeded
 
 
 def _run(

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
-from fusewright.rewrite.tolerance import FACTOR, errors, unit
+from fusewright.kernels.tolerance import FACTOR, errors, unit
 
 from .test_models import _InDouble, _rms
 

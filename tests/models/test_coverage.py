@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from fusewright.rewrite.tolerance import FACTOR, unit
+from fusewright.kernels.tolerance import FACTOR, unit
 
 from . import architectures
 from .coverage import TOLERANCE, Case, Row, cases, measure, towers_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusewright import explain, optimize, restore
-from fusewright.rewrite.tolerance import FACTOR, errors, unit
+from fusewright.kernels.tolerance import FACTOR, errors, unit
 
 from .tiny import token_ids
 from .zoo import FAMILIES, Family, build

@@ -9,7 +9,7 @@ import torch
 
 from fusewright import explain, optimize
 from fusewright.kernels.processor import processor
-from fusewright.rewrite.tolerance import FACTOR, errors, unit
+from fusewright.kernels.tolerance import FACTOR, errors, unit
 
 from .test_models import Pair, _exact_step, _rms, _step
 from .tiny import token_ids

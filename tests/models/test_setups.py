@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.tolerance import FACTOR, errors, unit
+from fusewright.kernels.tolerance import FACTOR, errors, unit
 
 from .setups import SETUPS, Setup, build, exact, line, optimized, step
 from .test_models import _InDouble, _rms

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.tolerance import EXCEEDS, FACTOR, Errors, errors, exceeded, unit
+from fusewright.kernels.tolerance import EXCEEDS, FACTOR, Errors, errors, exceeded, unit
 
 from .faults import judged
 

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from ...kernels.attention.attention import attention_reference
 from ...kernels.attention.decode_attention import OP, decode_attention
+from ...kernels.tolerance import errors, exceeded
 from ...report import Figures
 from ...rewrite.findings import Finding
-from ...rewrite.tolerance import errors, exceeded
 from ..options import Verify
 from .forward_copies import FunctionCopies, using_copies
 

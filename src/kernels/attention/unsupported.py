@@ -73,6 +73,8 @@ def attention_unsupported(
         if mask is None and window is None:
             reasons.append("without a mask, PyTorch's own flash attention is as fast")
         return reasons
+    if q.dtype is torch.bfloat16 and processor().own_attention is not None:
+        return reasons if processor().own_attention else [*reasons, why_not_bfloat16()]
     if through_fp32(q) and torch.bfloat16 in processor().slow_products:
         return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
     if q.dtype in (torch.float32, torch.float16):
@@ -84,6 +86,8 @@ def attention_unsupported(
 
 def why_not_bfloat16() -> str:
     """Why PyTorch's kernel is as fast in bfloat16 on this CPU; empty where it is not."""
+    if (own := processor().own_attention) is not None:
+        return "" if own else "PyTorch's kernel was faster when both were timed on this CPU"
     # With AMX, PyTorch's kernel multiplies in tiles itself: measured on two cores over eleven
     # shapes (heads of 32 to 128, 128 to 2,048 positions), ours took 1.2 times its time in the
     # median, forward and backward together.

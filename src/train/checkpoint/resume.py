@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -40,6 +40,7 @@ class Saved:
         pending_loss: the loss that is summed up and not logged yet.
         last_logged: the step at which it was logged last.
         carried: figures of the run from before it trained.
+        choices: which forms of computations its machine chose (``kernels/choice.py``).
     """
 
     recipe: dict[str, Any]
@@ -50,6 +51,7 @@ class Saved:
     last_logged: int
     carried: dict[str, Any]
     processes: int = 1
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint."""

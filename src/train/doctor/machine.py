@@ -58,7 +58,17 @@ def _cpu(torch: Any) -> list[CheckResult]:
     has = ", ".join(processor().instructions()) or "none of AVX2, AVX-512, AMX"
     narrowed = f"as {' and '.join(limits())} has it" if limits() else ""
     result = CheckResult("instructions", has, note=narrowed)
-    return [CheckResult("CPU", model_name(), note=cores), result]
+    return [CheckResult("CPU", model_name(), note=cores), result, *_raced()]
+
+
+def _raced() -> list[CheckResult]:
+    """What the machine chooses by measurement, and how long each candidate took."""
+    from ...kernels import candidates, choice
+
+    if choice.is_fixed():
+        return [CheckResult("fastest forms", "fixed", note=f"as {choice.VARIABLE}=fixed has it")]
+    candidates.measure(candidates.RACED)
+    return [CheckResult("fastest forms", str(each)) for each in choice.choices()]
 
 
 def _memory(torch: Any) -> CheckResult:
@@ -75,6 +85,6 @@ def _precision() -> CheckResult:
 
     name = str(dtype_for_training("auto")).removeprefix("torch.")
     note = (
-        "" if has_bfloat16() else "the CPU has no bfloat16 instructions: bf16: true would be slow"
+        "" if has_bfloat16() else "the CPU has no bfloat16 instructions: it spares memory, not time"
     )
     return CheckResult("bf16: auto", name, note=note)

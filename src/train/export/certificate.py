@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...auditing.findings import Audit, AuditFinding, Check
 from ...errors import ModelError, RecipeError, first_line
-from ...rewrite.tolerance import FACTOR
+from ...kernels.tolerance import FACTOR
 from ..data.chat.stops import render_chat, stop_tokens
 from ..inference.evaluate import held_out
 from ..inference.load_run import load_model_of, load_tokenizer

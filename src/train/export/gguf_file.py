@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ...errors import ModelError, RecipeError, first_line
-from ...rewrite.tolerance import FACTOR
+from ...kernels.tolerance import FACTOR
 from ..consent import CODE_SWITCH, Consent
 from ..inference.load_run import load_model_of
 from ..inference.run_folder import open_run

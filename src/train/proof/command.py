@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import RecipeError
-from ...rewrite.tolerance import FACTOR
+from ...kernels.tolerance import FACTOR
 from ..consent import Consent
 from ..data import prepare
 from ..data.order import order_of

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ...auditing.drift import Drift, drifts, kind_of, lean
-from ...rewrite.tolerance import FACTOR, unit
+from ...kernels.tolerance import FACTOR, unit
 from ...sharding import whole
 from ..report.environment import memory
 from ..trainer.engine import EngineMixin

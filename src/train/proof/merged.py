@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ...compiler.pipeline import restore
 from ...errors import FusewrightError, ModelError, first_line
-from ...rewrite.tolerance import FACTOR, unit
+from ...kernels.tolerance import FACTOR, unit
 from ..checkpoint import save_model
 from ..data import Sample
 from ..inference.load_run import load_model_of, recipe_for, with_adapter

@@ -35,6 +35,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import seed_worker
 
 from ...compiler.pipeline import planner_of
+from ...kernels import choice
 from ...memory.oom_retry import retrying
 from ..checkpoint.load import readable
 from ..checkpoint.resume import Saved
@@ -372,6 +373,7 @@ class EngineMixin(_Trainer):
             last_logged=self._globalstep_last_logged,
             carried={**context.carried(), **self.objective.carried()},
             processes=self.world.batch_ranks,
+            choices=choice.records(),
         )
 
     def unfinished(self) -> RngState | None:

@@ -16,7 +16,7 @@ from fusewright.kernels.linear.lora_linear_triton import (
     rank_update,
     wide_product,
 )
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 from tests.kernels.by_parts import LORA
 from tests.kernels.util import assert_parity
 

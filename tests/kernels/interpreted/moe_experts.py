@@ -10,7 +10,7 @@ from torch import Tensor
 from fusewright.kernels.mlp.glu import glu_packed
 from fusewright.kernels.moe import moe_experts as ops
 from fusewright.kernels.moe.moe_experts import OP, Update, moe_experts
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 

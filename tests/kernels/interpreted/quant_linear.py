@@ -9,7 +9,7 @@ import torch
 from fusewright.kernels.linear.linear import quant_linear, quant_linear_reference
 from fusewright.kernels.linear.quant_linear_triton import few
 from fusewright.kernels.linear.quantized import dequantize, dequantize_reference
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 from tests.kernels.by_parts import LORA, MLP, QKV
 from tests.kernels.quantized_weights import random_weight
 from tests.kernels.test_quantized_blocks import separate, separate_mlp

@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from fusewright.kernels.norms import rms_norm_linear as op
 from fusewright.kernels.norms.rms_norm_linear_triton import launch_fused
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fusewright.kernels.attention.attention import OP, _boolean, _every_row, attention
 from fusewright.kernels.native import attention as native
 from fusewright.kernels.processor import this_machine
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from ..util import assert_parity, assert_parity_of_draws
 from . import libraries

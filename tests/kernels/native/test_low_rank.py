@@ -16,7 +16,7 @@ from fusewright.kernels.linear import products
 from fusewright.kernels.native import library
 from fusewright.kernels.native import low_rank as native
 from fusewright.kernels.processor import this_machine
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.kernels.tolerance import exceeded
 
 from . import libraries
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.tolerance import EXCEEDS, FACTOR, errors, exceeded, unit
+from fusewright.kernels.tolerance import EXCEEDS, FACTOR, errors, exceeded, unit
 
 _NOISE = 0.5
 """Relative error of eager's result above which it is nothing but rounding."""

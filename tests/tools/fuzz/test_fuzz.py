@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusewright.kernels.tolerance import exceeded
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
-from fusewright.rewrite.tolerance import exceeded
 
 from .compare import _is_eagers_own, _same_bits, check, draw, exact, load, script
 from .judge import DRAWS, Failure, Outcome, _is_luck, judge

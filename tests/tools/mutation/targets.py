@@ -16,7 +16,7 @@ TESTS: dict[str, list[str]] = {
         "tests/rewrite/test_wrong_values.py",
         "-knot small_sizes_fit and (not test_wrong_values or glu- or dtype or first_call or form)",
     ],
-    "rewrite/tolerance.py": ["tests/rewrite/test_tolerance.py"],
+    "kernels/tolerance.py": ["tests/rewrite/test_tolerance.py"],
     "rewrite/sample_inputs.py": ["tests/rewrite/test_sample_inputs.py"],
     "rewrite/smaller_weights.py": [
         "tests/rewrite/test_smaller_formulas.py",
@@ -58,7 +58,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "dataclass(frozen=False)": "nothing assigns to its fields: mypy sees to that",
         ", strict=False)": "both are equally long there; the other would be an error of ours",
     },
-    "rewrite/tolerance.py": {
+    "kernels/tolerance.py": {
         "elements: int = ": "how much is looked at at a time is a matter of memory alone",
     },
     "rewrite/verify.py": {

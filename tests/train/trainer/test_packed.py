@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fusewright import optimize
 from fusewright.compiler.packs import leaks
-from fusewright.rewrite.tolerance import FACTOR, errors, unit
+from fusewright.kernels.tolerance import FACTOR, errors, unit
 from fusewright.train.data import IGNORED, Pack, Packs, Sample, collate, pack
 from tests.models.zoo import FAMILIES, build
 

@@ -1,0 +1,289 @@
+"""Races: what is wrong, fails or is slow is not chosen; what was chosen stays, everywhere."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusewright.errors import FusewrightError
+from fusewright.kernels import candidates, choice, matmul
+from fusewright.kernels.choice import MARGIN, Candidate, Choice, Question, choose, race
+from fusewright.kernels.processor import KINDS, assume, measured, processor, this_machine
+
+
+@pytest.fixture(autouse=True)
+def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Choices of each test's own, in a folder of its own."""
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "_CHOICES", {})
+    monkeypatch.setattr(choice, "kept_folder", lambda: tmp_path)
+    before = processor()
+    yield
+    measured(before)
+
+
+class Clock:
+    """A clock that candidates move on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def candidate(
+        self, name: str, seconds: float, result: Callable[[Tensor], Any] = lambda x: 2 * x
+    ) -> Candidate:
+        def run(x: Tensor) -> Any:
+            self.now += seconds
+            return result(x)
+
+        return Candidate(name, run)
+
+
+def question(*candidates: Candidate, fixed: str = "plain") -> Question:
+    return Question(
+        "doubling", candidates, lambda g: (torch.randn(8, generator=g).bfloat16(),), fixed
+    )
+
+
+def raise_error(error: Exception) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        raise error
+
+    return run
+
+
+def test_the_fastest_right_candidate_is_chosen() -> None:
+    clock = Clock()
+    found = race(
+        question(
+            clock.candidate("wrong", 0.1, lambda x: 2.1 * x),
+            clock.candidate("other shape", 0.1, lambda x: (2 * x)[:4]),
+            clock.candidate("wider", 0.1, lambda x: 2 * x.float()),
+            clock.candidate("nan", 0.1, lambda x: x * torch.nan),
+            clock.candidate("failing", 0.1, raise_error(RuntimeError("no kernel image"))),
+            clock.candidate("large", 0.1, raise_error(torch.OutOfMemoryError("out of memory"))),
+            Candidate("elsewhere", raise_error(AssertionError()), lambda: "Triton is not here"),
+            clock.candidate("fast", 1.0),
+            clock.candidate("plain", 2.0),
+        ),
+        clock,
+    )
+    assert found.candidate == "fast"
+    assert found.microseconds == {"fast": pytest.approx(1e6), "plain": pytest.approx(2e6)}
+    assert found.refused.keys() == {
+        "wrong", "other shape", "wider", "nan", "failing", "large", "elsewhere"
+    }  # fmt: skip
+    assert found.refused["wrong"].startswith("not as exact as eager: rms error")
+    assert found.refused["large"] == "out of memory"
+    assert "fast 1,000,000 us, plain 2,000,000 us" in str(found)
+
+
+def test_one_that_fails_later_is_not_chosen() -> None:
+    clock, calls = Clock(), iter(range(100))
+
+    def sometimes(x: Tensor) -> Tensor:
+        if next(calls) > 2:
+            raise RuntimeError("too late")
+        return 2 * x
+
+    found = race(
+        question(clock.candidate("flaky", 0.01, sometimes), clock.candidate("plain", 0.1)), clock
+    )
+    assert found.candidate == "plain"
+    assert found.refused == {"flaky": "too late"}
+
+
+def test_nothing_is_chosen_where_the_plain_form_fails() -> None:
+    clock = Clock()
+    found = race(
+        question(
+            clock.candidate("fast", 0.1),
+            clock.candidate("plain", 1.0, raise_error(RuntimeError("not implemented"))),
+        ),
+        clock,
+    )
+    assert (found.candidate, found.source) == ("plain", "fixed")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    times=st.lists(st.floats(1e-4, 10), min_size=1, max_size=6),
+    fixed=st.integers(0, 5),
+)
+def test_the_choice_is_never_slower_than_another(times: list[float], fixed: int) -> None:
+    clock = Clock()
+    names = [f"c{i}" for i in range(len(times))]
+    fixed %= len(times)
+    runners = [clock.candidate(n, t) for n, t in zip(names, times, strict=True)]
+    asked = question(*runners, fixed=names[fixed])
+    found = race(asked, clock)
+    taken = times[names.index(found.candidate)]
+    assert taken <= min(times) * (1 + MARGIN) * (1 + 1e-9)
+    if times[fixed] <= min(times) * (1 + MARGIN) * (1 - 1e-9):
+        assert found.candidate == names[fixed]
+    assert race(asked, clock).candidate == found.candidate
+
+
+def test_a_race_ends_in_its_time() -> None:
+    clock, calls = Clock(), []
+
+    def count(x: Tensor) -> Tensor:
+        calls.append(clock.now)
+        return 2 * x
+
+    race(question(clock.candidate("slow", 5.0, count), clock.candidate("plain", 9.0)), clock)
+    assert len(calls) == 2  # it was checked, and timed once
+
+
+def test_a_choice_is_kept_for_later_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raced: list[str] = []
+    own = choice.race
+
+    def counting(asked: Question) -> Choice:
+        raced.append(asked.name)
+        return own(asked)
+
+    monkeypatch.setattr(choice, "race", counting)
+    clock = Clock()
+    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
+    first = choose(asked)
+    assert choose(asked) is first
+    monkeypatch.setattr(choice, "_CHOICES", {})
+    kept = choose(asked)
+    assert (kept.candidate, kept.source) == (first.candidate, "kept")
+    assert kept.microseconds == first.microseconds
+    assert raced == ["doubling"]
+    monkeypatch.setattr(choice, "_CHOICES", {})
+    assert choose(asked, "another machine").source == "raced"
+    for damaged in ("", "{", json.dumps({"question": "doubling"}), json.dumps([1])):
+        monkeypatch.setattr(choice, "_CHOICES", {})
+        for path in tmp_path.glob("choice-*.json"):
+            path.write_text(damaged)
+        assert choose(asked).source == "raced"
+
+
+def test_without_a_folder_a_choice_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise PermissionError("others may write to it")
+
+    monkeypatch.setattr(choice, "kept_folder", nowhere)
+    clock = Clock()
+    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
+    assert choose(asked).source == "raced"
+
+
+def test_a_run_that_is_continued_chooses_as_it_did() -> None:
+    clock = Clock()
+    asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
+    earlier: list[Any] = [
+        {"question": "doubling", "candidate": "plain", "source": "raced",
+         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}},
+        {"question": 1}, "x",
+    ]  # fmt: skip
+    choice.adopt(earlier)
+    found = choose(asked)
+    assert (found.candidate, found.source) == ("plain", "resumed")
+    assert choice.records()[0]["candidate"] == "plain"
+    choice.adopt([{**choice.records()[0], "candidate": "of another version"}])
+    assert choose(asked).candidate in ("fast", "plain")
+
+
+def test_nothing_is_measured_if_choices_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "fixed")
+    asked = question(
+        Candidate("fast", raise_error(AssertionError())),
+        Candidate("plain", raise_error(AssertionError())),
+    )
+    assert choose(asked) == Choice("doubling", "plain", "fixed")
+    candidates.measure(candidates.RACED)
+    assert processor().raced == ()
+    monkeypatch.setenv(choice.VARIABLE, "fastest")
+    with pytest.raises(FusewrightError, match="FUSEWRIGHT_CHOICES='fastest' is neither"):
+        choose(asked)
+
+
+def test_a_race_while_somebody_traces_draws_or_casts() -> None:
+    clock = Clock()
+    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
+    state = torch.random.get_rng_state()
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert race(asked, clock).candidate == "fast"
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def _rank(rank: int, folder: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    own = Path(folder, str(rank))
+    own.mkdir()
+    choice.kept_folder = lambda: own  # type: ignore[assignment]
+    clock = Clock()
+    # each would choose another one
+    asked = question(
+        clock.candidate("first", 1.0 + rank), clock.candidate("second", 2.0 - rank),
+        clock.candidate("plain", 9.0),
+    )  # fmt: skip
+    choice.race.__defaults__ = (clock,)  # type: ignore[assignment]
+    results.put((rank, choose(asked).candidate))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
+def test_ranks_agree(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(r, str(tmp_path), results)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join()
+    assert found[0] == found[1]
+
+
+# --- what is raced on a CPU -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", candidates.RACED)
+def test_both_forms_of_products_are_right(dtype: torch.dtype) -> None:
+    found = race(candidates.products(dtype, False))
+    assert not found.refused
+    assert found.microseconds.keys() == {"through fp32", "direct"}
+    fastest = min(found.microseconds.values())
+    assert found.microseconds[found.candidate] <= fastest * (1 + MARGIN)
+
+
+def test_the_processors_record_is_what_was_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(this_machine())
+    answers = {"products in bfloat16": "through fp32", "attention in bfloat16": "PyTorch's",
+               "products in float16": "direct"}  # fmt: skip
+    monkeypatch.setattr(
+        candidates, "choose", lambda asked, machine: Choice(asked.name, answers[asked.name])
+    )
+    candidates.measure({torch.float32, torch.bfloat16})
+    assert torch.bfloat16 in processor().slow_products
+    assert matmul.through_fp32(torch.zeros(1, dtype=torch.bfloat16))
+    assert processor().own_attention is False
+    assert processor().raced == (torch.bfloat16,)
+    candidates.measure(candidates.RACED)
+    assert torch.float16 not in processor().slow_products
+    candidates.resume([])
+    assert processor().raced == ()
+    with assume(KINDS["amx"]):
+        candidates.measure(candidates.RACED)
+        assert processor() is KINDS["amx"]
