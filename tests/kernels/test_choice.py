@@ -259,7 +259,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
 # --- what is raced on a CPU -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", candidates.RACED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_both_forms_of_products_are_right(dtype: torch.dtype) -> None:
     found = race(candidates.products(dtype, False))
     assert not found.refused
@@ -268,10 +268,23 @@ def test_both_forms_of_products_are_right(dtype: torch.dtype) -> None:
     assert found.microseconds[found.candidate] <= fastest * (1 + MARGIN)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [candidates.thin_products(True), candidates.attention_of(processor(), torch.bfloat16)],
+    ids=lambda asked: asked.name,
+)
+def test_what_is_raced_is_right_in_each_form(asked: Question) -> None:
+    found = race(asked)
+    assert not found.refused
+    assert found.microseconds.keys() == {c.name for c in asked.candidates}
+
+
 def test_the_processors_record_is_what_was_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     measured(this_machine())
-    answers = {"products in bfloat16": "through fp32", "attention in bfloat16": "PyTorch's",
-               "products in float16": "direct"}  # fmt: skip
+    answers = {
+        "products in bfloat16": "through fp32", "attention in bfloat16": "PyTorch's",
+        "products in float16": "direct", "thin products in float32": "wide first",
+    }  # fmt: skip
     monkeypatch.setattr(
         candidates, "choose", lambda asked, machine: Choice(asked.name, answers[asked.name])
     )
@@ -279,7 +292,8 @@ def test_the_processors_record_is_what_was_raced(monkeypatch: pytest.MonkeyPatch
     assert torch.bfloat16 in processor().slow_products
     assert matmul.through_fp32(torch.zeros(1, dtype=torch.bfloat16))
     assert processor().own_attention is False
-    assert processor().raced == (torch.bfloat16,)
+    assert processor().raced == (torch.float32, torch.bfloat16)
+    assert processor().thin_factors_first() is False
     candidates.measure(candidates.RACED)
     assert torch.float16 not in processor().slow_products
     candidates.resume([])

@@ -239,14 +239,9 @@ def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
 
 
 def _narrow_first(t: Tensor) -> bool:
-    # Whether narrow · wide is faster than wide · narrow.
-    # Measured on Intel with AMX, 256 to 4,096 rows: wide first takes 1.1 (rank 64) to 3.6 times
-    # (rank 8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but
-    # for ``gradient_of_b`` in half precision: there too, the narrow one goes first.
-    # On Intel with AVX-512 alone (which AMD has with products of bf16 only), fp32, rank 8 and 16,
-    # 256 to 2,048 rows of 256 to 2,048 features: wide first takes 1.2 to 3.2 times as long.
-    it = processor()
-    return on_cpu(t) and (it.amx or (it.vectors == "AVX512" and not it.avx512_bf16))
+    # Whether narrow · wide is faster than wide · narrow; in half precision it is everywhere so for
+    # ``gradient_of_b``.
+    return on_cpu(t) and processor().thin_factors_first()
 
 
 def on_cpu(t: Tensor) -> bool:
