@@ -277,6 +277,8 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
 def base_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
     """Load the weights that ``merged_in_memory`` merges into: plain ones, unless packed on disk."""
     loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
+    if dtype is torch.bfloat16 and run.adapter and _is_stored_wider(run):
+        loaded = torch.float32  # else base and sum would be rounded, one after the other
     recipe = recipe_for(run, loaded)
     if not dequantize:  # the full weights, although training saw quantized ones
         recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
@@ -287,6 +289,12 @@ def base_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) 
         model = model.to(loaded)  # quantized files are loaded in the dtype that they name
     use_cache(model.config, True)  # load_model has switched it off
     return model
+
+
+def _is_stored_wider(run: RunFolder) -> bool:
+    """Whether the base's weights may have more digits than bfloat16."""
+    files = base_files(run.base_model, run.recipe.get("revision_of_model"))
+    return files is None or torch.float32 in files.dtypes.values()  # None: a GGUF file, such as
 
 
 def forget_conversions(model: Any) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from fusewright import audit
+from fusewright.auditing.by_hand import causal_lm
 from fusewright.auditing.checks import CHECKS
 from fusewright.auditing.fresh import exchanged_names, fresh_sources
 from fusewright.auditing.slices import samples_of, slice_of
@@ -231,6 +233,18 @@ def test_a_slice_has_the_rows_that_differ_most() -> None:
     part, facts = slice_of(given, 64)
     assert part["input_ids"].shape == (2, 32)
     assert facts["slice"].startswith("tokens 65 to 97 of row 5")
+
+
+def test_the_kernel_of_the_loss_has_errors_that_are_eagers() -> None:
+    """In float32 those of PyTorch's cross entropy grow with the vocabulary, on one side of zero."""
+    torch.manual_seed(0)
+    logits, labels = 4 * torch.randn(1, 33, 60_000), torch.randint(60_000, (1, 33))
+    logits[0, :-1].scatter_add_(1, labels[0, 1:, None], torch.full((32, 1), 40.0))  # nearly sure
+    eager = F.cross_entropy(logits[0, :-1], labels[0, 1:])
+    exact = F.cross_entropy(logits[0, :-1].double(), labels[0, 1:])
+    ours = causal_lm(logits, labels, 60_000)
+    assert abs(float(ours - eager)) <= 2e-7 * float(eager)
+    assert abs(float(causal_lm(logits.double(), labels, 60_000) - exact)) <= 1e-12
 
 
 def test_a_part_of_a_pack_has_a_border_of_trained_samples() -> None:

@@ -24,6 +24,7 @@ from ..merge import MergeOptions, merge, new_folder
 from ..model.files import in_shards
 from ..model.load import quiet
 from ..model.tokenizer import ChatPrompt
+from ..processes.signals import Interrupts
 from ..recipe.export_formats import FORMATS, Format, format_named
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
@@ -99,8 +100,11 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
         )
     format, writer = _chosen(run, options)
     name = format.name if format else "merged"
+    if options.create:
+        ollama.require_program()
+    name = f"ollama-{name}" if options.kind == "ollama" else name
     output = (options.output or run.folder / f"export-{name}").expanduser()
-    with new_folder(output) as folder, quiet():
+    with Interrupts(), new_folder(output) as folder, quiet():
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=folder.parent))
         try:
             audit = _export(run, options, format, writer, folder, scratch, console)
@@ -250,6 +254,8 @@ def line(audit: Audit) -> str:
     facts, failed = audit.facts, [f.check for f in audit.failed]
     kept = facts["gain_kept"]
     gain = f"{kept:.1%} of what training gained survives" if kept is not None else "gain unknown"
+    if kept is not None and kept <= 0:
+        gain += ": the export is no better than the base"
     verdict = f"FAILED: {', '.join(failed)}" if failed else "every check passed"
     skipped = [f.check for f in audit.findings if f.verdict == "skipped"]
     verdict += f" (not asked: {', '.join(skipped)})" if skipped else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def _run(command: Sequence[str], target: Path, what: str) -> None:
     if ended.returncode or not target.is_file():
         lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
         last = lines[-1].strip() if lines else f"exit code {ended.returncode}"
-        raise ModelError(f"{what}: {last}{_no_room(target)}")
+        lacking = re.search(r"No module named '([\w-]+)", last)
+        hint = f": pip install {lacking[1]}" if lacking else ""
+        raise ModelError(f"{what}: {last}{hint}{_no_room(target)}")
 
 
 def _no_room(target: Path) -> str:

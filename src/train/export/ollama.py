@@ -145,14 +145,20 @@ _SETTINGS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
              "repetition_penalty": "repeat_penalty"}  # fmt: skip
 
 
-def create(folder: Path, name: str) -> None:
-    """Run ``ollama create``; raises a RecipeError if it is not installed or fails."""
+def require_program() -> str:
+    """The path of ``ollama``; raises a RecipeError if it is not installed."""
     program = shutil.which("ollama")
     if program is None:
         raise RecipeError(
             "--create: there is no ollama on PATH; install it (https://ollama.com/download), or "
             "leave the option out"
         )
+    return program
+
+
+def create(folder: Path, name: str) -> None:
+    """Run ``ollama create``; raises a RecipeError if it is not installed or fails."""
+    program = require_program()
     ended = subprocess.run([program, "create", name, "-f", "Modelfile"], cwd=folder, check=False)
     if ended.returncode:
         raise ModelError(f"ollama create {name} ended with {ended.returncode}")

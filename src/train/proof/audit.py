@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from ...auditing.audit import audit
 from ...auditing.findings import Audit
-from ...errors import DataError, ModelError, RecipeError
+from ...errors import DataError, FusewrightError, ModelError, RecipeError, first_line
 from ..consent import Consent
 from ..data import prepare
 from ..inference.load_run import load_model_of, load_tokenizer, recipe_with
@@ -65,7 +66,8 @@ def of_run(folder: Path, consent: Consent, tokens: int) -> Audit:
         batch = _batch(recipe, tokenizer)
         model = load_model_of(run)
         if run.adapter:
-            model.set_adapter(model.active_adapters)  # which makes it trainable
+            for name in model.active_adapters:
+                model.set_adapter(name)  # which makes it trainable
         model.train()
         return _audit(model, batch, recipe, tokenizer, tokens)
 
@@ -80,7 +82,16 @@ def of_function(name: str, tokens: int) -> Audit:
         DataError: it returns something else.
     """
     function = load_function(located(name, [Path.cwd()]), "audit", Consent(allow_code=True))
-    result = function()
+    try:
+        result = function()
+    except FusewrightError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(
+            f"{name} failed: {type(error).__name__}: {first_line(error)} "
+            f"({frame.filename}, line {frame.lineno})"
+        ) from error
     if not (isinstance(result, Sequence) and len(result) in (2, 3)):
         raise DataError(
             f"{name} returns {type(result).__name__}: a model and its batches, and if you like a "
