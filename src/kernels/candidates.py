@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import matmul
 from .attention.attention import attention
-from .choice import Candidate, Choice, Question, adopt, choose, is_fixed
+from .choice import Choice, Contender, Question, adopt, choose, is_fixed
 from .processor import (
     Processor,
     assume,
@@ -110,8 +110,8 @@ def products(dtype: torch.dtype, through_fp32: bool) -> Question:
     return Question(
         f"products in {_short(dtype)}",
         (
-            Candidate("through fp32", functools.partial(run, True)),
-            Candidate("direct", functools.partial(run, False)),
+            Contender("through fp32", functools.partial(run, True)),
+            Contender("direct", functools.partial(run, False)),
         ),
         inputs,
         "through fp32" if through_fp32 else "direct",
@@ -130,8 +130,8 @@ def thin_products(thin_first: bool) -> Question:
     return Question(
         "thin products in float32",
         (
-            Candidate("thin first", lambda wide, thin: torch.mm(thin.t(), wide)),
-            Candidate("wide first", lambda wide, thin: torch.mm(wide.t(), thin).t()),
+            Contender("thin first", lambda wide, thin: torch.mm(thin.t(), wide)),
+            Contender("wide first", lambda wide, thin: torch.mm(wide.t(), thin).t()),
         ),
         inputs,
         "thin first" if thin_first else "wide first",
@@ -165,7 +165,7 @@ def attention_of(known: Processor, dtype: torch.dtype) -> Question:
         return gradients(out, q, k, v, grad)
 
     fixed = "PyTorch's" if _by_record(known) else "own"
-    candidates = Candidate("own", own), Candidate("PyTorch's", plain)
+    candidates = Contender("own", own), Contender("PyTorch's", plain)
     return Question(f"attention in {_short(dtype)}", candidates, inputs, fixed)
 
 

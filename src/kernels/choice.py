@@ -53,7 +53,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Contender:
     """One form of a computation.
 
     ``run`` takes the question's inputs and returns a tensor or several. ``unavailable`` says why it
@@ -78,7 +78,7 @@ class Question:
     """
 
     name: str
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Contender, ...]
     inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
     fixed: str
 
@@ -206,7 +206,7 @@ def _race(question: Question, clock: Clock) -> Choice:
 
 
 def _timed(
-    running: Sequence[Candidate], inputs: tuple[Tensor, ...], refused: dict[str, str], clock: Clock
+    running: Sequence[Contender], inputs: tuple[Tensor, ...], refused: dict[str, str], clock: Clock
 ) -> dict[str, float]:
     """The fastest time of each candidate, in microseconds; they take turns."""
     best: dict[str, float] = {}
@@ -237,7 +237,7 @@ def _fastest(question: Question, times: dict[str, float]) -> str:
 
 
 def _results(
-    candidate: Candidate, inputs: tuple[Tensor, ...], refused: dict[str, str]
+    candidate: Contender, inputs: tuple[Tensor, ...], refused: dict[str, str]
 ) -> tuple[Tensor, ...] | None:
     """What a candidate computes; None if it fails, with the reason in ``refused``."""
     try:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.errors import FusewrightError
 from fusewright.kernels import candidates, choice, matmul
-from fusewright.kernels.choice import MARGIN, Candidate, Choice, Question, choose, race
+from fusewright.kernels.choice import MARGIN, Choice, Contender, Question, choose, race
 from fusewright.kernels.processor import KINDS, assume, measured, processor, this_machine
 
 
@@ -44,15 +44,15 @@ class Clock:
 
     def candidate(
         self, name: str, seconds: float, result: Callable[[Tensor], Any] = lambda x: 2 * x
-    ) -> Candidate:
+    ) -> Contender:
         def run(x: Tensor) -> Any:
             self.now += seconds
             return result(x)
 
-        return Candidate(name, run)
+        return Contender(name, run)
 
 
-def question(*candidates: Candidate, fixed: str = "plain") -> Question:
+def question(*candidates: Contender, fixed: str = "plain") -> Question:
     return Question(
         "doubling", candidates, lambda g: (torch.randn(8, generator=g).bfloat16(),), fixed
     )
@@ -75,7 +75,7 @@ def test_the_fastest_right_candidate_is_chosen() -> None:
             clock.candidate("nan", 0.1, lambda x: x * torch.nan),
             clock.candidate("failing", 0.1, raise_error(RuntimeError("no kernel image"))),
             clock.candidate("large", 0.1, raise_error(torch.OutOfMemoryError("out of memory"))),
-            Candidate("elsewhere", raise_error(AssertionError()), lambda: "Triton is not here"),
+            Contender("elsewhere", raise_error(AssertionError()), lambda: "Triton is not here"),
             clock.candidate("fast", 1.0),
             clock.candidate("plain", 2.0),
         ),
@@ -206,8 +206,8 @@ def test_a_run_that_is_continued_chooses_as_it_did() -> None:
 def test_nothing_is_measured_if_choices_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "fixed")
     asked = question(
-        Candidate("fast", raise_error(AssertionError())),
-        Candidate("plain", raise_error(AssertionError())),
+        Contender("fast", raise_error(AssertionError())),
+        Contender("plain", raise_error(AssertionError())),
     )
     assert choose(asked) == Choice("doubling", "plain", "fixed")
     candidates.measure(candidates.RACED)

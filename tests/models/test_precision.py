@@ -19,8 +19,6 @@ DRAWS = 12
 """Inputs that a budget is judged by: over four, one unlucky input decides (ratios to eager's error
 from 0.8 to 1.5 on one model), over twelve it does not (1.05 and 1.07)."""
 
-BF16 = processor().avx512_bf16 and not processor().amx
-
 
 @pytest.mark.long("gemma2", "phi3", "olmo2")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2"])
@@ -47,6 +45,7 @@ def test_bfloat16_with_fp32_adapters(name: str) -> None:
         limit = FACTOR * _rms(theirs[key]) + unit(torch.bfloat16)
         assert _rms(mine[key]) <= limit, key
     counts = explain(pair.ours).by_rule()
-    expected = {"attention": 2, **family.lora} if BF16 else family.lora
+    # whose attention is faster in bfloat16 was raced here when the first block was captured
+    expected = {"attention": 2, **family.lora} if processor().own_attention else family.lora
     assert counts == expected
     assert not [s for s in explain(pair.ours).sites if s.status == "refused"]
