@@ -184,9 +184,11 @@ def _race(question: Question, clock: Clock) -> Choice:
     plain = question.candidates[-1]
     refused: dict[str, str] = {}
     eager = _results(plain, inputs, refused)
-    if eager is None:  # there is nothing to compare with
+    exact = None
+    if eager is not None:
+        exact = _results(plain, tuple(_widened(t) for t in inputs), refused)
+    if eager is None or exact is None:  # there is nothing to compare with
         return Choice(question.name, question.fixed, "fixed", {}, refused)
-    exact = _results(plain, tuple(_widened(t) for t in inputs), refused)
     running = []
     for candidate in question.candidates:
         if why := candidate.unavailable():
@@ -195,7 +197,7 @@ def _race(question: Question, clock: Clock) -> Choice:
         results = eager if candidate is plain else _results(candidate, inputs, refused)
         if results is None:
             continue
-        if candidate is not plain and exact is not None:
+        if candidate is not plain:
             wrong = next(filter(None, map(exceeded, results, eager, exact)), None)
             if wrong is not None or len(results) != len(eager):
                 refused[candidate.name] = f"not as exact as eager: {wrong or 'other results'}"

@@ -118,6 +118,20 @@ def test_nothing_is_chosen_where_the_plain_form_fails() -> None:
     assert (found.candidate, found.source) == ("plain", "fixed")
 
 
+def test_nothing_is_chosen_where_the_plain_form_has_no_fp64() -> None:
+    clock = Clock()
+
+    def narrow(x: Tensor) -> Tensor:
+        if x.dtype is torch.float64:
+            raise NotImplementedError("not for double")
+        return 2 * x
+
+    found = race(
+        question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0, narrow)), clock
+    )
+    assert (found.candidate, found.source) == ("plain", "fixed")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     times=st.lists(st.floats(1e-4, 10), min_size=1, max_size=6),
