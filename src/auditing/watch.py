@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -263,6 +264,8 @@ class StepWatch:
                 meant = {*self.unasked, *(["dropout"] if self.no_dropout else [])}
                 self._add(f for f in found.findings if f.check not in meant)
                 self._add(AuditFinding(name, "skipped", w) for name, w in self.unasked.items())
+                if any(f.check == "loss-scale" for f in found.failed):
+                    self._follow_from_the_loss()
                 self._take_back(next(
                     (f.reason for f in found.findings
                      if f.check == "loss-scale" and f.verdict == "skipped"), "",
@@ -277,6 +280,15 @@ class StepWatch:
         if why:
             self._add(AuditFinding(name, "skipped", why) for name in rest)
             self._take_back(why)
+
+    def _follow_from_the_loss(self) -> None:
+        """Skip what was measured with the model's loss as a mean over tokens, which it is not."""
+        self.audit.findings = [
+            replace(f, verdict="skipped", reason="the model's own loss is no mean: see loss-scale")
+            if f.check == "accumulation-scale" and f.figures
+            else f
+            for f in self.audit.findings
+        ]
 
     def _take_back(self, why: str) -> None:
         """Skip what was taken on the model's word, if ``why`` says that the audit cannot tell."""
