@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ...errors import first_line
 from ...memory.meter import Meter
 from ..report.format import memory
 from .result import CheckResult
@@ -63,11 +64,15 @@ def _cpu(torch: Any) -> list[CheckResult]:
 
 def _raced() -> list[CheckResult]:
     """What the machine chooses by measurement, and how long each candidate took."""
-    from ...kernels import candidates, choice
+    try:
+        from ...kernels import candidates, choice
 
-    if choice.is_fixed():
-        return [CheckResult("fastest forms", "fixed", note=f"as {choice.VARIABLE}=fixed has it")]
-    candidates.measure(candidates.RACED)
+        if choice.is_fixed():
+            note = f"as {choice.VARIABLE}=fixed has it"
+            return [CheckResult("fastest forms", "fixed", note=note)]
+        candidates.measure(candidates.RACED)
+    except Exception as error:  # what PyTorch itself cannot import; another section says so
+        return [CheckResult("fastest forms", "not raced", "unused", first_line(error))]
     return [CheckResult("fastest forms", str(each)) for each in choice.choices()]
 
 
