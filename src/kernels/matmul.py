@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .launch import library_op
 from .processor import processor
 
 SLICE_ELEMENTS = 1 << 22
@@ -79,10 +80,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _product(bias: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
     """``bias + left · right``, rounded once from fp32; into ``out`` if there is one."""
     every = left.shape[0], left.shape[1], right.shape[1]
-    # a traced graph would have the loops unrolled, and its sizes may be unknown
+    # A traced graph would have the loops unrolled, and its sizes may be unknown. And Inductor
+    # leaves out a rounding between operations that it fuses: a call with gradients, which keeps
+    # the rounded product, and one without would have other results.
     if torch.compiler.is_compiling() or not all(isinstance(n, int) for n in every):
-        total = _sum(None if bias is None else bias.float(), left.float(), right.float())
-        return total.to(left.dtype) if out is None else out.copy_(total)
+        total: Tensor = _product_op(bias, left, right)
+        return total if out is None else out.copy_(total)
+    return _computed(bias, left, right, out)
+
+
+def _computed(bias: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    every = left.shape[0], left.shape[1], right.shape[1]
     out = left.new_empty(every[0], every[2]) if out is None else out
     for rows in _slices(every[0], max(every[1], every[2])):
         added = bias if bias is None or bias.dim() == 1 else bias[rows]
@@ -115,3 +123,11 @@ def _slices(length: int, other: int) -> Iterator[slice]:
     count = -(-length // most)
     step = -(-length // max(1, count))
     return (slice(start, start + step) for start in range(0, length, step or 1))
+
+
+_product_op = library_op(
+    "product_through_fp32(Tensor? bias, Tensor left, Tensor right) -> Tensor",
+    lambda bias, left, right: _computed(bias, left, right, None),
+    lambda bias, left, right: left.new_empty(left.shape[0], right.shape[1]),
+    flops=lambda bias, left, right: 2 * left.shape[0] * left.shape[1] * right.shape[1],
+)
