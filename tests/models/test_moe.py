@@ -145,7 +145,7 @@ def test_several_adapters(dtype: torch.dtype) -> None:
     model.base_model.set_adapter(["default", "other"])
     _draw(model)
     pair = _paired(model.to(dtype), "qwen3_moe")
-    _assert_equal_steps(pair, _batches(2, 13))
+    _assert_equal_steps(pair, _batches(2, 13, draws=24))  # of few, one decides
     _assert_rewritten(pair)
     torch._dynamo.reset()
 
