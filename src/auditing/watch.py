@@ -361,10 +361,7 @@ _SLICES = 512, 256, 128, 64
 """Tokens that are compared with a plain model: as many as there is memory and time for."""
 
 _SHARE = 32
-"""A token of the comparison takes about so much longer than one of a step.
-
-It runs by the audited model five times, by the plain one in a higher precision twice and its own.
-"""
+"""One token in so many of a step is compared: each runs several times, by the plain model too."""
 
 _LOOKS = 2
 """So often other tokens are looked at where a bias of the gradients is not clear."""

@@ -188,7 +188,8 @@ def _run(work: Compilation, *stages: tuple[str | None, Callable[[Compilation], N
 
 def read_as_captured(work: Compilation) -> None:
     """Ask what only the captured graph tells; the call may be refused, and made again."""
-    candidates.measure({t for n in work.graph.graph.nodes if (t := facts.dtype(n)) is not None})
+    tensors = (t for n in work.graph.graph.nodes if (t := facts.tensor(n)) is not None)
+    candidates.measure({t.dtype for t in tensors if t.device.type == "cpu"})
     state = work.session.state
     inputs = (n.meta.get("grapharg") for n in work.graph.graph.find_nodes(op="placeholder"))
     work.arguments = [argument for argument in inputs if argument is not None]

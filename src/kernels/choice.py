@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -317,5 +316,4 @@ def _agreed(key: str, mine: Choice, question: Question) -> Choice:
         return mine
     if first is None or not _is_of(first, question):
         return mine
-    same = first.candidate == mine.candidate and dist.get_rank() == 0
-    return mine if same else first
+    return mine if first.candidate == mine.candidate else first

@@ -275,10 +275,13 @@ def test_a_loss_that_calls_the_model_with_parts() -> None:
     assert failed(audit(tiny(), nothing)) == ["trained-tokens"]
 
 
-@pytest.mark.parametrize("name", ["musicgen", "xglm"])
-def test_a_healthy_model_that_was_called_wrong(name: str) -> None:
-    """Rows that are codebooks of one sample; a reference in fp32, and a gradient of rounding."""
-    row = zoo.measure(name, "plain")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("musicgen", "plain"), ("musicgen", "bf16"), ("xglm", "plain"), ("zaya", "bf16")],
+)
+def test_a_healthy_model_that_was_called_wrong(name: str, kind: str) -> None:
+    """Codebooks of one sample, no reference, one in fp32, an expert that rounding empties."""
+    row = zoo.measure(name, kind)
     assert row["passed"]
     assert row["fails"] == []
 
@@ -298,7 +301,8 @@ def test_the_command_audits_what_a_script_builds(
         "    model = tiny()\n"
         "    model.lm_head.weight.register_hook(lambda g: g * 0)\n"
         "    return model, [batch()]\n"
-        "def nothing(): return 3\n",
+        "def nothing(): return 3\n"
+        "def broken(): return [][1]\n",
         encoding="utf-8",
     )
     assert show(of_function(f"{script}:healthy", 64), as_json=True) == 0
@@ -307,6 +311,8 @@ def test_the_command_audits_what_a_script_builds(
     assert "FAIL  gradient-zero" in capsys.readouterr().out
     with pytest.raises(DataError, match="a model and its batches"):
         of_function(f"{script}:nothing", 64)
+    with pytest.raises(RecipeError, match=r"broken failed: IndexError: .*mine.py, line 8\)"):
+        of_function(f"{script}:broken", 64)
     with pytest.raises(RecipeError, match="no function"):
         of_function(f"{script}:missing", 64)
 

@@ -235,6 +235,25 @@ def test_the_scale_of_a_loss_is_unknown_without_a_plain_model() -> None:
     assert _verdicts(w.audit)["loss-scale"] == "skipped"
 
 
+def test_a_loss_that_is_a_sum_is_named_once() -> None:
+    class Summed(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = outputs.loss * (kwargs["labels"][:, 1:] != -100).sum()
+            outputs.logits = None  # as fused losses leave them out
+            return outputs
+
+    model: Any = _model()
+    model.__class__ = Summed
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    with watch(model, optimizer) as w:
+        for given in _batches(2):
+            model(**given).loss.backward()
+        optimizer.step()
+    assert _verdicts(w.audit)["loss-scale"] == "fail", w.audit
+    assert _verdicts(w.audit)["accumulation-scale"] == "skipped", w.audit
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "packing"), [("SFT", False), ("SFT", True), ("DPO", False)])
 def test_a_trainer_of_trl_passes(tmp_path: Path, kind: str, packing: bool) -> None:

@@ -66,8 +66,7 @@ def of_run(folder: Path, consent: Consent, tokens: int) -> Audit:
         batch = _batch(recipe, tokenizer)
         model = load_model_of(run)
         if run.adapter:
-            for name in model.active_adapters:
-                model.set_adapter(name)  # which makes it trainable
+            model.base_model.set_adapter(model.active_adapters)  # which makes them trainable
         model.train()
         return _audit(model, batch, recipe, tokenizer, tokens)
 

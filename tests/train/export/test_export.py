@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import (
 from fusewright.train import merge, train
 from fusewright.train.export import compressed, ollama
 from fusewright.train.export.certificate import CHECKS
+from fusewright.train.export.reading import compared
 from fusewright.train.model.rounding import roundtrip
 from fusewright.train.recipe.export_formats import FORMATS
 
@@ -263,6 +266,32 @@ def test_code_that_a_folder_names_is_not_run_unasked(adapter: Path) -> None:
     (whole / "tokenizer_config.json").write_text(json.dumps(config))
     said = refused("export", whole, "--format", "gguf", "--llama-cpp", STAND_IN)
     assert "tokenizer_config.json names Python code (auto_map)" in said
+
+
+def test_a_stopped_export_leaves_nothing(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, calls = merge.Layers.tensor, []
+
+    def stopped(self: Any, stored: str) -> Tensor:
+        calls.append(stored)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return tensor(self, stored)
+
+    monkeypatch.setattr(merge.Layers, "tensor", stopped)
+    before = snapshot(adapter)
+    done = fusewright("export", adapter, "--format", "merged")
+    assert done.exit_code == 128 + signal.SIGTERM
+    assert snapshot(adapter) == before
+    assert not [path for path in adapter.iterdir() if path.name.startswith(".")]
+
+
+def test_a_tensor_of_which_only_the_shape_is_known_is_not_judged() -> None:
+    plain, noise = torch.ones(4, 4), torch.randn(4, 4)
+    assert not compared("w", plain, {"Q4_K": None}, noise).is_judged
+    assert compared("w", plain, {"Q4_K": None}, noise, allowed=9.0).is_judged
+    assert compared("w", plain, {"Q4_K": None}, noise, allowed=1e-3).problem
+    noise[0, 0] = torch.nan
+    assert compared("w", plain, {"Q4_K": None}, noise).problem == "1 of 16 numbers are inf or nan"
 
 
 def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from fusewright.train.inference.run_folder import open_run
+from fusewright.train.merge import merged_in_memory
+
 from ..commands import fusewright, refused
 from ..conftest import make_adapter, make_model, make_tokenizer
 
@@ -137,6 +140,15 @@ def test_bf16_is_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
         unit = torch.finfo(torch.bfloat16).eps * exact[name].abs()
         assert bool(((tensor.float() - peft[name].float()).abs() <= unit + 1e-12).all()), name
+
+
+def test_a_wider_base_is_rounded_once_in_memory_too(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path, dtype=torch.float32)
+    exact = plain(adapter, dtype=torch.float32).merge_and_unload().state_dict()
+    found = merged_in_memory(open_run(adapter), torch.bfloat16, dequantize=False).state_dict()
+    assert found.keys() == exact.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
 
 
 def test_shards_have_the_size_asked_for_and_an_index(tmp_path: Path) -> None:

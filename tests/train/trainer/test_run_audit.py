@@ -12,6 +12,8 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from fusewright.train import train
+from fusewright.train.consent import Consent
+from fusewright.train.proof.audit import of_run
 from fusewright.train.trainer import engine
 
 from ..results import assert_same, curves
@@ -42,6 +44,17 @@ def test_an_audited_run_is_the_same_and_goes_on(recipe: dict[str, Any], tmp_path
         for check in ("accumulation-scale", "loss-scale", "warmup", "weights-moved", "dropout",
                       "trainable-set", "end-of-turn"):  # fmt: skip
             assert verdicts[check] == "pass", run.audit
+
+
+@pytest.mark.long
+def test_a_finished_run_is_audited_by_its_folder(recipe: dict[str, Any]) -> None:
+    folder = train({**recipe, "max_steps": 2}, console=QUIET).output_dir
+    found = of_run(folder, Consent(), tokens=64)
+    assert found.passed, found
+    answers = {f.check: f.verdict for f in found.findings}
+    assert (
+        answers["adapter-reach"] == answers["trainable-set"] == answers["gradient-value"] == "pass"
+    )
 
 
 @pytest.mark.long
