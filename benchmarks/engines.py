@@ -100,9 +100,11 @@ ENGINES: dict[str, Callable[[Any, Job], Any]] = {
 
 
 def known(name: str) -> bool:
-    """Whether ``name`` is an engine, or ``fusewright:MEMORY``."""
-    base, colon, memory = name.partition(":")
-    return base in ENGINES and (not colon or (base == "fusewright" and bool(memory)))
+    """Whether ``name`` is an engine, or one of ours with a memory setting or a candidate."""
+    plain, forces, choice = name.partition("@")
+    base, colon, memory = plain.partition(":")
+    is_whole = (not colon or bool(memory)) and (not forces or "=" in choice)
+    return base in ENGINES and (not (colon or forces) or (base == "fusewright" and is_whole))
 
 
 def is_ours(name: str) -> bool:
