@@ -104,7 +104,6 @@ def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_engine_takes_the_candidate_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import engines
-
     from fusewright.kernels import candidates, choice
     from workload import Job
 
