@@ -69,6 +69,14 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return device is not None
 
 
+def use_triton_dot(*tensors: Tensor | None) -> bool:
+    """``use_triton``, of kernels that multiply tiles: False on GPUs where libraries are to do it.
+
+    The first tensor is not None.
+    """
+    return use_triton(*tensors) and gpu_of(tensors[0]).multiplies_tiles  # type: ignore[arg-type]
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up: Triton's function of the name costs a microsecond for each call."""
     return -(-a // b)
@@ -110,6 +118,13 @@ class Gpu:
         # Those of Hopper and of Blackwell's data-centre cards do. Others take them from registers,
         # of which larger tiles then need more than there are.
         return self.generation in (9, 10) and not self.hip
+
+    @property
+    def multiplies_tiles(self) -> bool:
+        """Whether kernels may multiply tiles (``tl.dot``)."""
+        # Before Ampere (a T4 is 7.5) Triton makes scalar code of products, in any dtype: a tenth of
+        # the speed of libraries, and attention takes more than twenty minutes to compile.
+        return self.generation >= 8 or self.hip
 
 
 _ELSEWHERE = Gpu(9, 227 << 10)
