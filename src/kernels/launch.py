@@ -111,6 +111,7 @@ class Gpu:
     generation: int  # the first number of the compute capability
     shared: int  # bytes of shared memory that one block of threads may have
     hip: bool = False  # whether it is one of AMD's
+    multiprocessors: int = 2
 
     @property
     def multiplies_from_shared(self) -> bool:
@@ -143,7 +144,8 @@ def _gpu(index: int) -> Gpu:
         getattr(properties, "shared_memory_per_block_optin", 0)
         or properties.shared_memory_per_block
     )
-    return Gpu(properties.major, shared, torch.version.hip is not None)
+    hip = torch.version.hip is not None
+    return Gpu(properties.major, shared, hip, properties.multi_processor_count)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
