@@ -243,9 +243,7 @@ def small_llama(layers: int) -> Any:
     )  # fmt: skip
 
 
-def adapted_llama(
-    config: Any, quantized: bool, dtype: torch.dtype = torch.bfloat16
-) -> Any:
+def adapted_llama(config: Any, quantized: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A Llama in 16 bits with adapters in fp32, PEFT's default, over 4-bit weights or plain."""
     import transformers
     from peft import LoraConfig, get_peft_model

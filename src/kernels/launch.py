@@ -129,7 +129,7 @@ class Gpu:
 
 
 _ELSEWHERE = Gpu(9, 227 << 10)
-"""For tensors that are on no GPU, in Triton's interpreter."""
+"""For tensors that are on no GPU: in Triton's interpreter, or fake ones."""
 
 
 def gpu_of(tensor: Tensor) -> Gpu:
@@ -139,6 +139,8 @@ def gpu_of(tensor: Tensor) -> Gpu:
 
 @functools.cache
 def _gpu(index: int) -> Gpu:
+    if not torch.cuda.is_available():  # fake tensors
+        return _ELSEWHERE
     properties = torch.cuda.get_device_properties(index)
     shared = (
         getattr(properties, "shared_memory_per_block_optin", 0)

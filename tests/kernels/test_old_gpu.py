@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fusewright.kernels import launch
-from fusewright.kernels.attention import unsupported
 from fusewright.kernels.op import ExampleSizes
 from fusewright.kernels.op import Maker as Examples
 from fusewright.rewrite.op_table import OPS
@@ -87,16 +86,3 @@ def test_no_kernel_multiplies_tiles(name: str, launches: Any) -> None:
 def test_a_newer_card_multiplies_tiles(name: str, launches: Any) -> None:
     """The question that the test above asks has another answer there."""
     assert any(one.multiplies for one in _launched(launches, name, HOPPER, True, F32))
-
-
-def test_attention_is_refused_by_name() -> None:
-    assert unsupported.no_kernel(128, F16, HOPPER) == []
-    (reason,) = unsupported.no_kernel(128, F16, T4)
-    assert "compute capability 7" in reason
-    (reason,) = unsupported.no_kernel(80, F32, HOPPER)
-    assert "64 features" in reason
-    (reason,) = unsupported.no_kernel(320, F16, HOPPER)
-    assert "256 features" in reason
-    assert unsupported.no_kernel(64, F32, HOPPER) == []
-    # AMD's cards of the same number have matrix cores
-    assert launch.Gpu(7, 64 << 10, hip=True).multiplies_tiles

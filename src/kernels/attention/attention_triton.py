@@ -62,6 +62,31 @@ def plain(t: Tensor) -> Tensor:
 
 
 def mask_table(mask: Tensor) -> Tensor:
+    """The table of a mask, which is made once for all layers that read it.
+
+    It is kept on the mask's storage, and released with it; what PyTorch knows to have been written
+    to, is read again.
+    """
+    # A recorded graph is to read what will be in the mask; tensors of inference have no version.
+    if mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _table(mask)
+    stream = torch.cuda.current_stream(mask.device).cuda_stream if mask.is_cuda else 0
+    view = mask.dtype, mask.storage_offset(), mask.shape, mask.stride(), stream
+    kept = mask.untyped_storage().__dict__.setdefault(_KEPT, {})
+    version, table = kept.get(view, (None, None))
+    if table is None or version != mask._version:
+        if len(kept) >= _MOST_VIEWS:  # parts of one mask for all lengths
+            kept.clear()
+        table = _table(mask)
+        kept[view] = mask._version, table
+    return table.clone()  # compilers may write into what an op has returned
+
+
+_KEPT = "_fusewright_mask_tables"
+_MOST_VIEWS = 4
+
+
+def _table(mask: Tensor) -> Tensor:
     """See ``table_kernel``: of a mask (B, H, T or 1, S), whose table is (B, H, blocks, blocks)."""
     batch, heads, rows, keys = mask.shape
     row_blocks, blocks = -(-rows // GRAIN), -(-keys // GRAIN)

@@ -65,7 +65,9 @@ def no_kernel(width: int, dtype: torch.dtype, gpu: Gpu) -> list[str]:
     """Why there is no Triton kernel for heads of ``width`` features on a GPU."""
     reasons = []
     if not gpu.multiplies_tiles:
-        reasons.append(f"Triton has no fast products on GPUs of compute capability {gpu.generation}")
+        reasons.append(
+            f"Triton has no fast products on GPUs of compute capability {gpu.generation}"
+        )
     widest = WIDEST_SINGLE if dtype is torch.float32 else WIDEST
     if width > widest:
         reasons.append(

@@ -165,8 +165,6 @@ backward_op = library_op(
     _implementation_backward,
     _fake_backward,
     _flops_backward,
-    launches=lambda grads, picked, x, weight, bias, *rest: takes_kernels(
-        rest[-1], x, weight, bias
-    ),
+    launches=lambda grads, picked, x, weight, bias, *rest: takes_kernels(rest[-1], x, weight, bias),
     plain=differentiate,
 )

@@ -43,7 +43,9 @@ def check_parity() -> None:
         )
         _parity(x, w, b)
     for heads in (1, 2):  # parameters by blocks of columns
-        x, w, b = (torch.randn(*s, 9001, requires_grad=True) for s in ((9, heads), (heads,), (heads,)))
+        x, w, b = (
+            torch.randn(*s, 9001, requires_grad=True) for s in ((9, heads), (heads,), (heads,))
+        )
         _parity(x, w, b)
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
         x, w, b = (
