@@ -50,7 +50,9 @@ class Card:
 
 KB = 1024
 CARDS = (  # CUDA C++ Programming Guide, technical specifications per compute capability
+    Card("sm_75", GPUTarget("cuda", 75, 32), 64 * KB, 64 * KB, 1024, 16),
     Card("sm_80", GPUTarget("cuda", 80, 32), 163 * KB, 164 * KB, 2048, 32),
+    Card("sm_86", GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, 1536, 16),
     Card("sm_89", GPUTarget("cuda", 89, 32), 99 * KB, 100 * KB, 1536, 24),
     Card("sm_90", GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, 2048, 32),
     Card("sm_100", GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, 2048, 32),
@@ -59,6 +61,9 @@ CARDS = (  # CUDA C++ Programming Guide, technical specifications per compute ca
     Card("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, 2048, 32, 4 * 64 * 512),
     Card("gfx950", GPUTarget("hip", "gfx950", 64), 160 * KB, 160 * KB, 2048, 32, 4 * 64 * 512),
 )
+
+H100 = next(c for c in CARDS if c.name == "sm_90")
+T4 = CARDS[0]
 
 
 @dataclass(frozen=True)

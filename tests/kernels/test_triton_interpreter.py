@@ -14,8 +14,8 @@ from fusewright.kernels.launch import has_triton
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
 LONG = (
-    "attention", "attention_random", "linear_cross_entropy", "linear_logprob", "mlp_block", "rope",
-    "selective_scan", "ssd",
+    "attention", "attention_random", "linear_cross_entropy", "linear_logprob", "mlp_block",
+    "old_gpu", "rope", "selective_scan", "ssd",
 )  # fmt: skip
 """The longest in the interpreter: twenty seconds to minutes each."""
 OPS = [

@@ -12,7 +12,7 @@ from ..launch import library_op, use_triton
 from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
 from ..second_order import differentiable, double_backward
 
-MAX_DIM = 32768
+MAX_DIM = 16384
 """Longest row that the Triton kernels take (one program holds whole rows)."""
 
 ROUNDINGS = ("inner", "outer")

@@ -68,10 +68,11 @@ def backward_kernel(
     """Store dx = rstd · (g·w − n · mean(g·w·n)) [+ extra], and one partial dW per program.
 
     Each program takes ``tiles`` neighbouring tiles, so that dW has as many partial sums as there
-    are programs and the result does not depend on the order in which they run.
+    are programs and the result does not depend on the order in which they run. For dW alone, rows
+    may be cut into blocks of columns.
     """
     program = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_col = col < dim
     if NEED_WEIGHT:
         dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -107,6 +108,10 @@ def backward_kernel(
             tl.store(dx_ptr + row[:, None] * dx_stride + col[None, :], dx, mask=mask)
     if NEED_WEIGHT:
         tl.store(partial_ptr + program * dim + col, tl.sum(dw, axis=0), mask=in_col)
+
+
+COLUMNS = 8192
+"""Of longer rows, a program has no registers for dx and the sums of dW."""
 
 
 @functools.cache
@@ -145,7 +150,7 @@ def backward_case(
     outer: bool = False, extra: bool = False, need_x: bool = True, need_weight: bool = True,
 ) -> AotCase:  # fmt: skip
     """The backward kernel for rows of ``dim``; ``types`` of x (and its gradients) and weight."""
-    rows, block, warps = tile_of(dim)
+    rows, block, warps = tile_of(dim if need_x else min(dim, COLUMNS))
     x, w = types
     pointers = {"grad": x, "x": x, "weight": w, "rstd": "fp32", "extra": x, "dx": x}
     signature = {f"{k}_ptr": f"*{v}" for k, v in (pointers | {"partial": "fp32"}).items()}

@@ -39,7 +39,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Outputs (B, L, D) contiguous, and states (K, B, N, D) before each chunk."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    ds = (tl.program_id(0) % blocks) * D + tl.arange(0, D)
+    ds = (tl.program_id(0) % blocks).to(tl.int64) * D + tl.arange(0, D)
     ns, steps = tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
@@ -97,7 +97,8 @@ def _backward_kernel(
     block = tl.program_id(0) % blocks
     u_ptr, delta_ptr, b_ptr = u_ptr + sample * ub, delta_ptr + sample * tb, b_ptr + sample * bb
     segments_ptr += sample * length
-    ds, ns, steps = block * D + tl.arange(0, D), tl.arange(0, N), tl.arange(0, T)
+    ds = block.to(tl.int64) * D + tl.arange(0, D)
+    ns, steps = tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
     a = tile(a_ptr, ds, ns, states, 1, dn)
