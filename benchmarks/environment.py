@@ -31,6 +31,13 @@ def describe() -> dict[str, Any]:
     }
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whoever is ended while writing leaves the last one, not a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
+
+
 def _versions() -> dict[str, str | None]:
     """Python's and the libraries'; fusewright's is this checkout's, installed or not."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ SMOKE_OPS = "rms_norm,glu,lora_linear,quant_linear,linear_cross_entropy,moe_expe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages of one part; 0 when each passed, or cannot run here."""
     options = _parse(arguments)
+    # the stage that runs then is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.out.mkdir(parents=True, exist_ok=True)
     results = f"gpu-{_card(options.device)}"
     make = {"ops": ops_stages, "steps": steps_stages}[options.part]
@@ -68,11 +71,13 @@ def ops_stages(
     has = found or _has
     files = gpu_test_files()
     tests = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--strict-markers"]
-    tests += ["-m", "gpu", "-p", "no:cacheprovider"]
+    tests += ["-m", "gpu", "-p", "no:cacheprovider", "--tb", "short"]
+    tests += ["-p", "benchmarks.gpu_reports", "--reports", f"{results}-tests"]
+    tests += ["--continue-on-collection-errors"]
     if smoke:
         tests += ["-p", "no:xdist"] if has("xdist") else []
     elif has("xdist"):
-        tests += ["-n", str(WORKERS)]
+        tests += ["-n", str(WORKERS), "--max-worker-restart", "1000"]
     else:  # half of them fit into one process
         tests += ["-k", "not 2x256x2048"]
     tests += files[:1] if smoke else files

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from environment import describe
+from environment import describe, write_whole
 from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for row in measure_op(ops[op_of(name)], maker.make(name), options):
                     rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
                     print(_line(rows[-1]), flush=True)
-            if options.csv:  # after each op: a run that is cut short keeps what it has
-                write_csv(options.csv, rows, environment)
+                    if options.csv:  # a run that is cut short keeps what it has
+                        write_csv(options.csv, rows, environment)
     return 1 if any(row["error"] and not row["note"] for row in rows) else 0
 
 
@@ -239,10 +240,11 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], environment: dict[str,
     """Write the rows, each with what it was measured on."""
     full = [row | environment for row in rows]
     fields = list(dict.fromkeys(field for row in full for field in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(full)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(full)
+    write_whole(path, text.getvalue())
 
 
 def _parse(arguments: Sequence[str] | None, known: list[str]) -> argparse.Namespace:

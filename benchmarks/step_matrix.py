@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import is_ours
-from environment import describe
+from environment import describe, write_whole
 from harness import EngineError, EngineProcess, say
 from shapes import MODELS
 from train_step import DRIFT, engine_names, max_relative_difference
@@ -81,7 +81,7 @@ def main(
             rows.append(environment | row)
             say(line(rows[-1], rows))
             if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n")
+                write_whole(options.json, json.dumps(rows, indent=2) + "\n")
     print(table(rows))
     found = problems(rows)
     print("\n".join(found) or f"losses agree within {DRIFT['bfloat16']:g} (relative)")
