@@ -86,7 +86,8 @@ def _liger_rms_norm(*_: Any) -> Any:
 def _liger_glu(*_: Any) -> Any:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    return lambda gate, up, *_: LigerSiLUMulFunction.apply(gate, up)
+    # its backward writes over what it was given: the next call's inputs
+    return lambda gate, up, *_: LigerSiLUMulFunction.apply(gate.clone(), up.clone())
 
 
 def _linear_cross_entropy(*_: Any) -> Any:
@@ -151,7 +152,7 @@ RIVALS: dict[str, dict[str, Rival]] = {
     "attention": _ATTENTION,
     "attention-packed": _ATTENTION,
     "rms_norm": {"F.rms_norm": _rms_norm, "liger": _liger_rms_norm},
-    "glu": {"liger": _liger_glu},
+    "glu": {"liger, on copies": _liger_glu},
     "linear_cross_entropy": {"F.linear_cross_entropy": _linear_cross_entropy, "liger": _liger_loss},
     "quant_linear": {"bitsandbytes": _bitsandbytes},
     "moe_up": {"F.grouped_mm": _grouped_mm()},

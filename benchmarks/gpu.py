@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ BUDGET = 570.0
 """Seconds for all stages of a call."""
 
 WORKERS = 12
-"""Processes of the tests: one does not compile the kernels of 700 of them in ten minutes."""
+"""Processes of the tests, at most, since one does not compile all their kernels in ten minutes."""
+
+MEMORY_OF_A_TEST = 4
+"""GiB for each process of the tests."""
 
 SMOKE_OPS = "rms_norm,glu,lora_linear,quant_linear,linear_cross_entropy,moe_experts"
 COMPILED_OPS = "rms_norm,add_rms_norm,glu,rope,lora_linear,quant_linear,linear_cross_entropy"
@@ -79,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make = {"ops": ops_stages, "steps": steps_stages}[options.part]
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "fusewright").symlink_to(ROOT / "src")  # the package, by its folder
+        for wheel in sorted(ROOT.glob(".whl/*.whl")):  # of wheels.sh
+            zipfile.ZipFile(wheel).extractall(scratch)
+        sys.path.insert(0, scratch)
         name, about = _card(options.device)
         results = options.out / f"gpu-{name}"
         setting = Setting(results, options.device, options.smoke, *about, Path(scratch) / "cache")
@@ -101,7 +108,8 @@ def ops_stages(setting: Setting) -> list[Stage]:
     if setting.smoke:
         tests += ["-p", "no:xdist"] if has("xdist") else []
     elif has("xdist"):
-        tests += ["-n", str(WORKERS), "--max-worker-restart", "1000"]
+        workers = max(1, min(WORKERS, int(setting.memory) // MEMORY_OF_A_TEST))
+        tests += ["-n", str(workers), "--max-worker-restart", "1000"]
     else:  # half of them fit into one process
         tests += ["-k", "not 2x256x2048"]
     tests += files[:1] if setting.smoke else files

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -183,6 +185,8 @@ def test_what_is_not_installed_is_a_reason() -> None:
     assert missing(gpu.steps_stages, "peft", "bitsandbytes") == everything
     tests = stages(gpu.ops_stages)[0].command
     assert tests[tests.index("-n") + 1] == "12"
+    small = gpu.ops_stages(gpu.Setting(Path("/x"), memory=15.0, has=lambda name: True))[0].command
+    assert small[small.index("-n") + 1] == "3"
     assert "-x" not in tests
     alone = stages(gpu.ops_stages, "xdist")[0].command
     assert alone[alone.index("-k") + 1] == "not 2x256x2048"
@@ -392,12 +396,60 @@ def _smoke(part: str, out: Path) -> str:
     return done.stdout
 
 
+OPS = ("--device", "cpu", "--smallest", "--seconds", "0.01", "--providers", "reference,fusewright")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_ops_go_on_in_another_process_when_one_breaks_the_context(tmp_path: Path) -> None:
+    file = tmp_path / "ops.csv"
+    program = str(BENCHMARKS / "ops.py")
+    command = [program, *OPS, "--ops", "rms_norm,glu", "--csv", str(file)]
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import ops; "
+        f"sys.argv = {command!r}; ops.broken_context = lambda: 'CUDA error'; ops.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(sys.modules["fusewright"].__path__[0]).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["op"] for row in _rows(file)] == ["rms_norm"] * 4 + ["glu"] * 4
+    assert len(done.stdout.splitlines()) == 8  # nothing is measured twice
+
+
+@pytest.mark.long
+def test_what_is_ended_leaves_every_row_and_no_process(tmp_path: Path) -> None:
+    file = tmp_path / "gpu-cpu-ops.csv"
+    command = [str(BENCHMARKS / "gpu.sh"), "ops", "--device", "cpu", "--smoke"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, text=True,
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for _ in range(2400):
+        if file.exists() and len(_rows(file)) > 5:
+            break
+        time.sleep(0.05)
+    said = len(_rows(file))
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    rows = _rows(file)
+    assert len(rows) >= said > 5
+    assert all(row["provider"] and row["commit"] for row in rows)
+    assert (tmp_path / "gpu-cpu-tests.jsonl").exists()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            assert str(tmp_path) not in path.read_text(errors="replace")
+
+
 @pytest.mark.long
 def test_ops_on_the_cpu(tmp_path: Path) -> None:
     said = _smoke("ops", tmp_path)
     assert "ops: passed" in said
-    with (tmp_path / "gpu-cpu-ops.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
+    rows = _rows(tmp_path / "gpu-cpu-ops.csv")
     rivals = {row["provider"] for row in rows} - {"reference", "fusewright"}
     assert {"F.rms_norm", "F.linear_cross_entropy", "liger"} <= rivals
     measured = [row for row in rows if not row["error"]]
