@@ -128,7 +128,9 @@ def ops_stages(setting: Setting) -> list[Stage]:
     ]
     missing = "" if has(SANITIZER) else f"{SANITIZER} is not there"
     for tool in ("memcheck", "racecheck"):
-        watched = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
+        # of PyTorch's own blocks of memory it would not see where a tensor ends
+        watched = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+        watched += [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
         once = ops(tool, "--smallest", "--once", "--providers", "fusewright")
         stages.append(Stage(tool, (*watched, *once), 50, missing))
     compiled = ("--providers", "reference,compile,fusewright-compiled", "--within", "{seconds}")

@@ -335,6 +335,62 @@ def test_an_engine_that_ends_is_loaded_again_for_the_next_workload(
     assert all("step_s" in row for row in rows if row["engine"] == "fusewright")
 
 
+@pytest.mark.long
+def test_a_worker_whose_context_is_broken_says_so_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import step_matrix
+
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"""import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+import matrix_worker
+def fails(*_): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+matrix_worker._measured, matrix_worker.broken_context = fails, lambda: "CUDA error"
+sys.exit(matrix_worker.main(matrix_worker._serve))
+"""
+    )
+    monkeypatch.setattr(step_matrix, "WORKER", worker)
+    file = tmp_path / "rows.json"
+    given = ["--device", "cpu", "--smoke", "--engines", "hf", "--json", str(file)]
+    assert step_matrix.main(given) == 1
+    rows = json.loads(file.read_text())
+    assert ["illegal memory access" in row["error"] for row in rows] == [True, True]
+
+
+def test_packs_are_told_to_rivals_by_where_their_samples_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a stand-in for ``varlen_attn``, which is for GPUs alone."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import varlen
+
+    import competitors
+    import op_cases
+    import shapes
+    from fusewright.kernels.attention import attention
+
+    def stand_in(q: Any, k: Any, v: Any, cu: Any, *_: Any, **options: Any) -> torch.Tensor:
+        assert options["window_size"] == (-1, 0)
+        parts = []
+        for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+            rows = [t[start:end].transpose(0, 1) for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(
+                *rows, is_causal=True, scale=options["scale"], enable_gqa=True
+            )
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    shape = shapes.op_shapes("cpu", quick=True, smallest=True)["tiny-2x16"]
+    for name in ("attention", "attention-packed"):
+        case = op_cases.Maker(shape, torch.float32, "cpu", False).make(name)
+        rival = competitors.RIVALS[name]["varlen"](*case.args)
+        expected = attention.attention_reference(*case.args)
+        torch.testing.assert_close(rival(*case.args), expected)
+
+
 def test_workloads_are_known_by_their_names() -> None:
     from argparse import ArgumentTypeError
 
