@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusewright.kernels.op import Op
+from fusewright.rewrite.op_table import OPS
+
 from .calls import LAUNCHING, Call, library_calls, sized
 from .util import assert_parity
 
@@ -45,3 +48,10 @@ def test_library_ops_keep_their_contracts(name: str, train: bool) -> None:
     assert calls, "this op has Triton kernels, and none ran"
     for op, args in calls:
         torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_doctor_says_what_launches(op: Op) -> None:
+    rules = pytest.importorskip("fusewright.train.doctor.rules", reason="needs the extra `train`")
+    found, _ = rules.implementation(op, torch.bfloat16, torch.device("cuda"))
+    assert (found == "Triton") is (op in {case.op for case in LAUNCHING.values()})

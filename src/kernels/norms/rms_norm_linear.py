@@ -228,11 +228,15 @@ def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
     return m.x(m.sizes.hidden), m.weight(m.sizes.hidden), 1e-6, 0.0, "inner", weights, biases
 
 
+def _example_of_one(m: Maker) -> tuple[Any, ...]:
+    return *_example(m)[:5], [m.weight(m.sizes.inner, m.sizes.hidden)], [None]
+
+
 OP = Op(
     "rms_norm_linear",
     reference,
     rms_norm_linear,
     unsupported,
     example=_example,
-    variants={"bias": lambda m: _example(m, True)},
+    variants={"bias": lambda m: _example(m, True), "one": _example_of_one},
 )
