@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, next_power_of_2
+from ..launcher import launched
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def _rotate_heads(
             tl.store(target + rest, value.to(y.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def _rope_kernel(
     q, k, q_out, k_out, cos, sin,

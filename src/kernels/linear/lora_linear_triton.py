@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, Gpu, cdiv, dot_precision, gpu_of, next_power_of_2
+from ..launcher import launched
 
 
+@launched
 @triton.jit
 def rank_update_kernel(
     base, left, right, out, rows, columns, rank, base_stride, left_stride_n, left_stride_r,
@@ -102,6 +104,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
+@launched
 @triton.jit
 def wide_product_kernel(
     wide, narrow, out, rows, columns, inner, scale, wide_stride_m, wide_stride_k, narrow_stride_k,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..aot import AotCase
 from ..label_counts import expected
 from ..launch import FP_FUSION
+from ..launcher import launched
 from ..matmul import mm
 from .head_tiles import (
     GPU_TILE_BYTES,
@@ -80,6 +81,7 @@ def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr
     return value
 
 
+@launched
 @triton.jit
 def loss_kernel(
     logits, labels, losses, kept, first, vocabulary, room, smoothing, softcap, scale,

@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 
 from ..aot import AotCase
+from ..launcher import launched
 from .linear_cross_entropy_triton import capped_logits, capped_logits_and_slope
 
 
+@launched
 @triton.jit
 def statistics_kernel(
     logits, targets, scale, found, classes, kept, first, rows, vocabulary, room, softcap,
@@ -60,6 +62,7 @@ def statistics_kernel(
     tl.store(classes + row, best.to(tl.int64))
 
 
+@launched
 @triton.jit
 def slope_kernel(
     logits, out, targets, scale, found, weights, dfactor, kept, first, rows, vocabulary, room,

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
+from ..launcher import launched
 from .rms_norm_kernels_triton import tile_of
 from .rms_norm_triton import finish, output_like, programs_of, rows_of
 
 
+@launched
 @triton.jit
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, dim, heads, x_stride, y_stride,
@@ -45,6 +47,7 @@ def forward_kernel(
     tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
 
 
+@launched
 @triton.jit
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, rows, dim, heads,

@@ -14,8 +14,10 @@ import triton.language as tl
 
 from ..aot import AotCase
 from ..launch import next_power_of_2
+from ..launcher import launched
 
 
+@launched
 @triton.jit
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, dim, x_stride, residual_stride,
@@ -58,6 +60,7 @@ def forward_kernel(
     tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
 
 
+@launched
 @triton.jit
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, extra_ptr, dx_ptr, partial_ptr, rows, dim, tiles,
