@@ -22,7 +22,6 @@ from fusewright.kernels.op import ExampleSizes, Maker
 from fusewright.rewrite.op_table import OPS
 
 from .calls import Call
-from .stub_driver import StubDriver, stub_driver
 from .util import needs_triton
 
 if has_triton():
@@ -39,13 +38,15 @@ if has_triton():
         tl.store(y + tl.arange(0, SIZE), tl.load(x + n + count) * scale)
 
 
+ROOT = Path(__file__).parents[2]
+
 pytestmark = needs_triton
 
 
 class CompiledStub:
     """A compiled kernel of one variant."""
 
-    def __init__(self, variant: Any, driver: StubDriver) -> None:
+    def __init__(self, variant: Any, driver: Any) -> None:
         self.function = variant
         self.packed_metadata = object()
         self.metadata = mock.Mock(target=driver.target)
@@ -60,12 +61,14 @@ class CompiledStub:
 
 
 @pytest.fixture
-def gpu() -> Iterator[StubDriver]:
-    with stub_driver() as stub:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in for a driver."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    with importlib.import_module("stub_driver").stub_driver() as stub:
         yield stub
 
 
-def _compiling(kind: type[CompiledStub], gpu: StubDriver) -> Callable[..., Any]:
+def _compiling(kind: type[CompiledStub], gpu: Any) -> Callable[..., Any]:
     def compiled(self: Any, key: Any, signature: Any, device: int, *_: Any) -> Any:
         made = self.device_caches[device][0][key] = kind((device, key), gpu)
         return made
@@ -74,7 +77,7 @@ def _compiling(kind: type[CompiledStub], gpu: StubDriver) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def kernel(gpu: StubDriver, monkeypatch: pytest.MonkeyPatch) -> Any:
+def kernel(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A kernel whose variants are not compiled."""
     monkeypatch.setattr(JITFunction, "_do_compile", _compiling(CompiledStub, gpu))
     return Kernel(toy_kernel)
@@ -111,7 +114,7 @@ X = torch.zeros(64)
 OPTIONS = {"SIZE": 16, "FLAG": True, "num_warps": 4}
 
 
-def test_the_third_launch_does_not_ask_triton(kernel: Any, gpu: StubDriver, runs: Runs) -> None:
+def test_the_third_launch_does_not_ask_triton(kernel: Any, gpu: Any, runs: Runs) -> None:
     for _ in range(5):
         kernel[(3,)](X, X, 8, 5, 0.5, None, **OPTIONS)
     assert runs.count == 2  # one to compile, one to see how the compiled kernel is called
@@ -120,7 +123,7 @@ def test_the_third_launch_does_not_ask_triton(kernel: Any, gpu: StubDriver, runs
     assert gpu.noted[-1][9:] == (X, X, 8, 5, 0.5, None, 16, True)
 
 
-def test_new_values_and_streams_reach_the_kernel(kernel: Any, gpu: StubDriver, runs: Runs) -> None:
+def test_new_values_and_streams_reach_the_kernel(kernel: Any, gpu: Any, runs: Runs) -> None:
     for _ in range(3):
         kernel[(3,)](X, X, 8, 5, 0.5, None, **OPTIONS)
     gpu.noted.clear()
@@ -147,7 +150,7 @@ def _random_arguments(rng: random.Random) -> tuple[tuple[Any, ...], dict[str, An
 
 
 def test_the_variant_is_always_the_one_that_triton_chooses(
-    kernel: Any, gpu: StubDriver, runs: Runs
+    kernel: Any, gpu: Any, runs: Runs
 ) -> None:
     """Lost alignment or divisibility, ones, 64 bits, other types."""
     rng, own = random.Random(0), 0
@@ -164,7 +167,7 @@ def test_the_variant_is_always_the_one_that_triton_chooses(
     assert len(kernel.device_caches[0][0]) > 100  # variants
 
 
-def test_each_device_has_its_own_kernels(kernel: Any, gpu: StubDriver) -> None:
+def test_each_device_has_its_own_kernels(kernel: Any, gpu: Any) -> None:
     for _ in range(3):
         for device in (0, 1):
             gpu.device = device
@@ -172,13 +175,13 @@ def test_each_device_has_its_own_kernels(kernel: Any, gpu: StubDriver) -> None:
             assert gpu.noted[-1][4][0] == device
 
 
-def test_another_driver_compiles_anew(kernel: Any, gpu: StubDriver) -> None:
+def test_another_driver_compiles_anew(kernel: Any, gpu: Any) -> None:
     from triton.runtime import driver
 
     for _ in range(3):
         kernel[(2,)](X, X, 8, 5, 0.5, None, **OPTIONS)
     count = len(gpu.noted)
-    other = StubDriver()
+    other = type(gpu)()
     driver.set_active(other)  # type: ignore[arg-type]
     with mock.patch.object(JITFunction, "run") as run:
         kernel[(2,)](X, X, 8, 5, 0.5, None, **OPTIONS)
@@ -187,7 +190,7 @@ def test_another_driver_compiles_anew(kernel: Any, gpu: StubDriver) -> None:
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_hooks_see_every_launch(kernel: Any, gpu: StubDriver, runs: Runs, hook: str) -> None:
+def test_hooks_see_every_launch(kernel: Any, gpu: Any, runs: Runs, hook: str) -> None:
     for _ in range(3):
         kernel[(2,)](X, X, 8, 5, 0.5, None, **OPTIONS)
     chain, before = getattr(knobs.runtime, hook), runs.count
@@ -239,7 +242,7 @@ def test_hooks_of_a_kernel_see_every_launch(kernel: Any, runs: Runs) -> None:
 
 @pytest.mark.parametrize("change", ["other arguments", "no _run", "AMD"])
 def test_what_is_not_known_goes_through_triton(
-    gpu: StubDriver, runs: Runs, monkeypatch: pytest.MonkeyPatch, change: str
+    gpu: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """Another version of Triton may call its compiled kernels in another way."""
     from triton.backends.compiler import GPUTarget
@@ -277,7 +280,7 @@ def test_kept_launches_do_not_grow_without_end(kernel: Any) -> None:
     assert len(kernel._launches) <= 10
 
 
-def test_threads_launch_at_once(kernel: Any, gpu: StubDriver) -> None:
+def test_threads_launch_at_once(kernel: Any, gpu: Any) -> None:
     """The backward pass of a GPU runs in a thread of its own."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -323,7 +326,7 @@ def test_fewer_calls_of_python(kernel: Any) -> None:
     assert calls(ours) < triton_s
 
 
-def _launch_all(op: str, gpu: StubDriver) -> None:
+def _launch_all(op: str, gpu: Any) -> None:
     record = next(o for o in OPS if o.name == op)
     sizes = ExampleSizes(1, 32, 256, 256, 4, 2, 64, 512)
     maker = Maker(
@@ -356,9 +359,7 @@ SLOW = (
 
 
 @pytest.mark.parametrize("op", [*FAST, *(pytest.param(op, marks=pytest.mark.slow) for op in SLOW)])
-def test_launches_of_ops_reach_the_driver_as_triton_s_do(
-    op: str, gpu: StubDriver, runs: Runs
-) -> None:
+def test_launches_of_ops_reach_the_driver_as_triton_s_do(op: str, gpu: Any, runs: Runs) -> None:
     """Compiled for an H100; the launches of a third pass are those of the first, but for memory."""
     passes = []
     for _ in range(3):
@@ -380,9 +381,18 @@ def test_launches_of_ops_reach_the_driver_as_triton_s_do(
     assert [described(a) for a in first[1]] == [described(a) for a in third[1]]
 
 
+def test_other_lengths_compile_nothing_anew(gpu: Any) -> None:
+    """How many rows there are is no address: 16 or 1 of them run the same code as others."""
+    norm = importlib.import_module("fusewright.kernels.norms.rms_norm_triton")
+    for rows in (5, 16, 1, 32, 77):
+        norm.forward(torch.ones(rows, 128), torch.ones(128), 1e-6, 0.0, False)
+    assert len(norm.forward_kernel.device_caches[0][0]) == 1
+    assert len(gpu.noted) == 5
+
+
 def test_every_kernel_that_is_launched_is_one() -> None:
     """A kernel without ``@launched`` would be launched in Triton's own way, unnoticed."""
-    kernels = Path(__file__).parents[2] / "src" / "kernels"
+    kernels = ROOT / "src" / "kernels"
     found = 0
     for file in sorted(kernels.glob("*/*_triton.py")):
         module = importlib.import_module(f"fusewright.kernels.{file.parent.name}.{file.stem}")

@@ -45,7 +45,7 @@ def _rotate_heads(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def _rope_kernel(
     q, k, q_out, k_out, cos, sin,
     q_batch, q_head, q_time, k_batch, k_head, k_time,

@@ -82,7 +82,7 @@ def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def loss_kernel(
     logits, labels, losses, kept, first, vocabulary, room, smoothing, softcap, scale,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr, BLOCK_V: tl.constexpr,

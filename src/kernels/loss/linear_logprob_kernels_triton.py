@@ -11,7 +11,7 @@ from .linear_cross_entropy_triton import capped_logits, capped_logits_and_slope
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def statistics_kernel(
     logits, targets, scale, found, classes, kept, first, rows, vocabulary, room, softcap,
     temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -63,7 +63,7 @@ def statistics_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def slope_kernel(
     logits, out, targets, scale, found, weights, dfactor, kept, first, rows, vocabulary, room,
     softcap, temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, RESCALE: tl.constexpr,

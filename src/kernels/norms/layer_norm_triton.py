@@ -19,7 +19,7 @@ from .rms_norm_triton import finish, output_like, programs_of, rows_of
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, dim, heads, x_stride, y_stride,
     eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -48,7 +48,7 @@ def forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, rows, dim, heads,
     tiles, grad_stride, x_stride, dx_stride, HAS_WEIGHT: tl.constexpr, NEED_X: tl.constexpr,

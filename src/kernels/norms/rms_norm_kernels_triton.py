@@ -18,7 +18,7 @@ from ..launcher import launched
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, dim, x_stride, residual_stride,
     sum_stride, y_stride, eps, offset, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -61,7 +61,7 @@ def forward_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, extra_ptr, dx_ptr, partial_ptr, rows, dim, tiles,
     grad_stride, x_stride, extra_stride, dx_stride, offset, HAS_WEIGHT: tl.constexpr,

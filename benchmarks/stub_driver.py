@@ -11,34 +11,45 @@ from unittest import mock
 
 from fusewright.kernels import launch
 
-Noted = tuple[Any, ...]
-
 
 class StubDriver:
-    """What Triton asks of a driver. ``noted`` are the arguments of each launch."""
+    """What Triton asks of a driver; ``launch`` is called in place of each launch.
 
-    def __init__(self, target: Any = None) -> None:
+    Attributes:
+        target: as Triton calls the card.
+        device: the current one.
+        stream: the current one.
+        noted: the arguments of each launch.
+    """
+
+    def __init__(self, target: Any = None, device: int = 0) -> None:
         from triton.backends.compiler import GPUTarget
 
         self.target = target or GPUTarget("cuda", 90, 32)
-        self.device, self.stream = 0, 7
-        self.noted: list[Noted] = []
+        self.device, self.stream = device, 7
+        self.noted: list[tuple[Any, ...]] = []
         self.utils = self
+        self.launch: Callable[..., None] = lambda *args: self.noted.append(args)
         self._functions = itertools.count(1)
 
     def get_current_target(self) -> Any:
+        """The card."""
         return self.target
 
     def get_current_device(self) -> int:
+        """The card's number."""
         return self.device
 
     def get_current_stream(self, device: int) -> int:
+        """The stream."""
         return self.stream
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        """Its limits."""
         return {"max_shared_mem": 227 << 10}
 
     def load_binary(self, *args: Any) -> tuple[int, ...]:
+        """Module, function, registers, spills and threads of a compiled kernel."""
         function = next(self._functions)
         return function, function, 32, 0, 1024
 
@@ -46,7 +57,8 @@ class StubDriver:
         """There is none."""
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *args: self.noted.append(args)
+        """What launches a compiled kernel."""
+        return self.launch
 
 
 @contextmanager
