@@ -17,6 +17,7 @@ from triton.runtime.jit import MockTensor
 
 from fusewright.kernels.launch import Gpu
 from launches import Launch, _Dtype
+from stub_driver import StubDriver
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Code:
 
 def compiled(launch: Launch, card: Card) -> Any:
     """Triton's compiled kernel of a launch, specialized as the JIT specializes it."""
-    driver.set_active(_Absent(card))  # type: ignore[arg-type]
+    driver.set_active(StubDriver(card.target, CARDS.index(card)))  # type: ignore[arg-type]
     try:
         return launch.kernel.run(
             *map(_mock, launch.args), grid=launch.grid, warmup=True,
@@ -115,22 +116,6 @@ def read(made: Any, card: Card) -> Code:
         _occupancy(card, registers, shared, warps), tuple(sorted(widths.items(), reverse=True)),
         tensor_cores,
     )  # fmt: skip
-
-
-class _Absent:
-    """Stands for the driver of a card that is not there."""
-
-    def __init__(self, card: Card) -> None:
-        self._card = card
-
-    def get_current_target(self) -> GPUTarget:
-        return self._card.target
-
-    def get_current_device(self) -> int:
-        return CARDS.index(self._card)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def _mock(value: Any) -> Any:

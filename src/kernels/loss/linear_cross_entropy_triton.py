@@ -22,6 +22,7 @@ from torch import Tensor
 from ..aot import AotCase
 from ..label_counts import expected
 from ..launch import FP_FUSION, Gpu, gpu_of
+from ..launcher import launched
 from ..matmul import mm
 from .head_tiles import (
     GPU_TILE_BYTES,
@@ -80,7 +81,8 @@ def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr
     return value
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["first"])
 def loss_kernel(
     logits, labels, losses, kept, first, vocabulary, room, smoothing, softcap, scale,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, gpu_of
+from ..launcher import launched
 from .rms_norm_kernels_triton import COLUMNS, tile_of
 from .rms_norm_triton import finish, output_like, rows_of
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, dim, heads, x_stride, y_stride,
     eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,7 +47,8 @@ def forward_kernel(
     tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, rows, dim, heads,
     tiles, grad_stride, x_stride, dx_stride, HAS_WEIGHT: tl.constexpr, NEED_X: tl.constexpr,

@@ -14,9 +14,11 @@ import triton.language as tl
 
 from ..aot import AotCase
 from ..launch import next_power_of_2
+from ..launcher import launched
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, dim, x_stride, residual_stride,
     sum_stride, y_stride, eps, offset, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -58,7 +60,8 @@ def forward_kernel(
     tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, extra_ptr, dx_ptr, partial_ptr, rows, dim, tiles,
     grad_stride, x_stride, extra_stride, dx_stride, offset, HAS_WEIGHT: tl.constexpr,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, gpu_of, next_power_of_2
+from ..launcher import launched
 from .selective_scan_tiles_triton import (
     combine,
     decays,
@@ -27,6 +28,7 @@ from .selective_scan_tiles_triton import (
 )
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, segments_ptr, out_ptr,
@@ -81,6 +83,7 @@ def _forward_kernel(
         tl.store(place, y, mask=td_mask)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     grad_ptr, u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, segments_ptr,
