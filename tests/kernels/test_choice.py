@@ -27,6 +27,7 @@ def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     """Choices of each test's own, in a folder of its own."""
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     monkeypatch.setattr(choice, "_CHOICES", {})
+    monkeypatch.setattr(choice, "_spent", choice._Spent())
     monkeypatch.setattr(choice, "kept_folder", lambda: tmp_path)
     before = processor()
     yield
@@ -75,7 +76,7 @@ def test_the_fastest_right_candidate_is_chosen() -> None:
             clock.candidate("nan", 0.1, lambda x: x * torch.nan),
             clock.candidate("failing", 0.1, raise_error(RuntimeError("no kernel image"))),
             clock.candidate("large", 0.1, raise_error(torch.OutOfMemoryError("out of memory"))),
-            Contender("elsewhere", raise_error(AssertionError()), lambda: "Triton is not here"),
+            Contender("elsewhere", raise_error(AssertionError()), lambda x: "Triton is not here"),
             clock.candidate("fast", 1.0),
             clock.candidate("plain", 2.0),
         ),
