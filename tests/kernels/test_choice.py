@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +21,22 @@ from fusewright.kernels import candidates, choice, matmul
 from fusewright.kernels.choice import MARGIN, Choice, Contender, Question, choose, race
 from fusewright.kernels.processor import KINDS, assume, measured, processor, this_machine
 
+from .clocks import Clock, own_choices, raise_error
+
 
 @pytest.fixture(autouse=True)
-def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _own_choices(tmp_path: Path) -> Iterator[None]:
     """Choices of each test's own, in a folder of its own."""
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setattr(choice, "_CHOICES", {})
-    monkeypatch.setattr(choice, "_spent", choice._Spent())
-    monkeypatch.setattr(choice, "kept_folder", lambda: tmp_path)
     before = processor()
-    yield
+    with own_choices(tmp_path):
+        yield
     measured(before)
-
-
-class Clock:
-    """A clock that candidates move on."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def candidate(
-        self, name: str, seconds: float, result: Callable[[Tensor], Any] = lambda x: 2 * x
-    ) -> Contender:
-        def run(x: Tensor) -> Any:
-            self.now += seconds
-            return result(x)
-
-        return Contender(name, run)
 
 
 def question(*candidates: Contender, fixed: str = "plain") -> Question:
     return Question(
         "doubling", candidates, lambda g: (torch.randn(8, generator=g).bfloat16(),), fixed
     )
-
-
-def raise_error(error: Exception) -> Callable[[Tensor], Any]:
-    def run(x: Tensor) -> Any:
-        raise error
-
-    return run
 
 
 def test_the_fastest_right_candidate_is_chosen() -> None:
