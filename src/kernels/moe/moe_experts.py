@@ -358,7 +358,7 @@ def _why_not_torch(*tensors: Tensor) -> str:
         return "this PyTorch has none"
     if any(t.dtype is not torch.bfloat16 for t in tensors):
         return "it takes bfloat16 alone"
-    if any(n % 8 for t in tensors for n in t.shape[-2:][2 - t.dim() :]):
+    if any(n % 8 for t in tensors for n in t.shape[1:]):
         return "rows are not 16 bytes apart"
     return ""
 
