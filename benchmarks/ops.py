@@ -5,12 +5,14 @@
 Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.compile`` of that),
 ``fusewright`` (the op) and ``fusewright-compiled`` (the op traced through Inductor, as inside a
 compiled block). Samples of the providers alternate. On a GPU its own time and the host's are
-measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form.
+measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form. On a GPU
+an op's candidates are raced first: ``fusewright`` is the fastest, ``raced`` has all their times.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import statistics
 import sys
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from environment import describe
+from fusewright.kernels.choice import choices
 from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
@@ -51,13 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for label, shape in op_shapes(options.device, options.quick, options.smallest).items():
         maker = Maker(shape, dtype, options.device, options.train_weights)
         for name in options.ops:
+            op, case = ops[op_of(name)], maker.make(name)
+            about = {"op": name, "shape": label, "dtype": options.dtype}
+            about["raced"] = _raced(op, case) if "fusewright" in options.providers else ""
             with no_fallback():
-                for row in measure_op(ops[op_of(name)], maker.make(name), options):
-                    rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
+                for row in measure_op(op, case, options):
+                    rows.append(about | row)
                     print(_line(rows[-1]), flush=True)
             if options.csv:  # after each op: a run that is cut short keeps what it has
                 write_csv(options.csv, rows, environment)
     return 1 if any(row["error"] and not row["note"] for row in rows) else 0
+
+
+def _raced(op: Op, case: Case) -> str:
+    """Let the op choose among its candidates; each race, with microseconds or reasons."""
+    before = set(map(str, choices()))
+    with contextlib.suppress(Exception):  # the rows say what fails
+        outputs = _flat(op.call(*case.args))
+        if case.leaves():
+            torch.autograd.grad(outputs, case.leaves(), [torch.randn_like(t) for t in outputs])
+    new = [text for text in map(str, choices()) if text not in before]
+    for text in new:
+        print(f"  raced: {text}", flush=True)
+    return " | ".join(new)
 
 
 def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -187,9 +187,9 @@ def choose(question: Question, machine: str = "") -> Choice:
 
     ``machine``: all that the choice depends on besides versions, for the file in which it is kept.
     """
-    earlier = known(question)
-    if earlier is not None:
-        return earlier
+    before = known(question)
+    if before is not None:
+        return before
     if is_fixed():
         return Choice(question.name, question.fixed, "fixed")
     names = ",".join(c.name for c in question.candidates)
@@ -203,7 +203,7 @@ def choose(question: Question, machine: str = "") -> Choice:
     if chosen is None:
         chosen = race(question)
         if chosen.source == "raced":
-            _keep(key, chosen)
+            _keep(key, chosen, machine)
     chosen = _agreed(key, chosen, question)
     _CHOICES[question.name] = chosen
     return chosen
@@ -321,7 +321,7 @@ class _Events:
     def seconds(self) -> float:
         self._end.record()
         self._end.synchronize()
-        return self._begin.elapsed_time(self._end) / 1e3
+        return float(self._begin.elapsed_time(self._end)) / 1e3
 
 
 def _fastest(question: Question, times: dict[str, float]) -> str:
@@ -410,18 +410,30 @@ def _read(record: Any, source: str) -> Choice | None:
     return Choice(question, candidate, source, times, refused)
 
 
+def earlier(machine: str) -> list[Choice]:
+    """What processes have raced on ``machine``, with any version, by question."""
+    found = []
+    with contextlib.suppress(OSError, RuntimeError):
+        for path in kept_folder().glob("choice-*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads(path.read_text())
+                if isinstance(record, dict) and record.get("machine") == machine:
+                    found.append(_read(record, "kept"))
+    return sorted(filter(None, found), key=lambda choice: choice.question)
+
+
 def _kept(key: str) -> Choice | None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         return _read(json.loads((kept_folder() / f"choice-{key}.json").read_text()), "kept")
     return None
 
 
-def _keep(key: str, choice: Choice) -> None:
+def _keep(key: str, choice: Choice, machine: str) -> None:
     """Write a choice for later processes, of which each sees all of it or nothing."""
     with contextlib.suppress(OSError, RuntimeError):  # such as a folder that is read-only
         folder = kept_folder()
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".choice-", delete=False) as file:
-            json.dump(asdict(choice), file)
+            json.dump(asdict(choice) | {"machine": machine}, file)
         Path(file.name).replace(folder / f"choice-{key}.json")
 
 

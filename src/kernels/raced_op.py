@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from .choice import Choice, Contender, Question, choose, is_fixed, known
@@ -144,8 +145,6 @@ class RacedOp:
     # --- who runs first ---------------------------------------------------------------------------
 
     def _order(self, args: tuple[Any, ...]) -> tuple[Contender, ...]:
-        if is_strict():  # whatever the plain form is for, it is not for this
-            return tuple(c for c in self._by(None, args) if c.name != PLAIN)
         kind = self.contest.kind(*args), _kind(args)
         key = (_device(args), torch.are_deterministic_algorithms_enabled(), *kind)
         order = self._orders.get(key)
@@ -155,6 +154,8 @@ class RacedOp:
                 if len(self._orders) >= _MOST:
                     self._orders.clear()
                 self._orders[key] = order
+        if is_strict() and len(order) > 1:  # alone, the plain form stands in for no kernel
+            return order[:-1]
         return order
 
     def _decided(self, args: tuple[Any, ...]) -> tuple[tuple[Contender, ...], bool]:
@@ -164,7 +165,7 @@ class RacedOp:
         question = self.question(*args)
         choice = known(question)
         if choice is None and _may_race(args):
-            choice = choose(question, _machine(_device(args)))
+            choice = choose(question, machine(_device(args)))
         return self._by(choice, args), choice is not None
 
     def _by(self, choice: Choice | None, args: tuple[Any, ...]) -> tuple[Contender, ...]:
@@ -246,29 +247,35 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
-    return args[0].device if isinstance(args[0], Tensor) else _tensors(args)[0].device
+    first = args[0]
+    device: torch.device = first.device if type(first) is Tensor else _tensors(args)[0].device
+    return device
 
 
 def _may_race(args: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_strict() or torch.compiler.is_compiling():
         return False
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in _tensors(args)):
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if any(type(t) not in (Tensor, Parameter) for t in _tensors(args)):
         return False
     return not is_capturing()
 
 
 def _kind(args: Iterable[Any]) -> tuple[Any, ...]:
-    """Equal for calls for which one form or another is the fastest alike."""
-    return tuple(
-        [
-            (a.dtype, a.shape, a.stride())
-            if isinstance(a, Tensor)
-            else _kind(a)
-            if isinstance(a, (list, tuple))
-            else a
-            for a in args
-        ]
-    )
+    """Equal for calls that are alike in all but their values: made at each call."""
+    key: list[Any] = []
+    for a in args:
+        kind = type(a)  # Tensor's isinstance takes as long as all else here
+        if kind is Tensor or kind is Parameter:
+            key += (a.dtype, a.shape, a.stride())
+        elif kind is list or kind is tuple:
+            key.append(_kind(a))
+        elif issubclass(kind, Tensor):  # which would be kept alive
+            key += (kind, a.dtype, a.shape, a.stride())
+        else:
+            key.append(a)
+    return tuple(key)
 
 
 def _bucket(name: str, contest: Contest, args: tuple[Any, ...]) -> str:
@@ -301,7 +308,7 @@ def _layouts(args: Iterable[Any]) -> list[str]:
 
 
 @functools.cache
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
     """The GPU and what compiles for it; of a CPU nothing, which tests race on."""
     if device.type != "cuda":
         return device.type

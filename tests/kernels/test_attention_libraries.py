@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from fusewright.kernels import choice, raced_op
 from fusewright.kernels.attention import attention_libraries as libraries
-from fusewright.kernels.attention import attention_plain
+from fusewright.kernels.attention import attention_plain, unsupported
 from fusewright.kernels.attention.attention import attention, attention_reference
 from fusewright.kernels.attention.attention_libraries import CUDNN, FLASH, VARLEN, samples_of
+from fusewright.kernels.attention.unsupported import attention_unsupported
 from fusewright.kernels.choice import Choice, Question
+from fusewright.kernels.launch import Gpu
 from fusewright.kernels.raced_op import OWN, PLAIN
 
 from .attention_stand_ins import StandIns, stand_ins
@@ -276,6 +279,35 @@ def test_reasons() -> None:
         assert "deterministic" in reasons(low, *dense, name=CUDNN)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_dense_attention_is_raced_where_cudnn_has_kernels_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeTensorMode():
+        q, odd, wide = (
+            torch.empty(1, 4, 64, n, dtype=dtype, device="cuda")
+            for n, dtype in ((64, torch.bfloat16), (60, torch.bfloat16), (64, torch.float32))
+        )
+
+    def reason(q: Tensor, *options: Any) -> str:
+        return "; ".join(attention_unsupported(q, q, q, 1.0, True, *options))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(unsupported, "use_triton", lambda *tensors: True)
+    as_fast = "without a mask, PyTorch's own flash attention is as fast"
+    for generation, hip, expected in (
+        (8, False, as_fast), (9, False, ""), (10, False, ""), (12, False, as_fast),
+        (9, True, as_fast),
+    ):  # fmt: skip
+        gpu = Gpu(generation, 100 << 10, hip)
+        monkeypatch.setattr(unsupported, "gpu_of", lambda q, gpu=gpu: gpu)
+        assert reason(q) == expected
+        assert reason(q, None, 3) == ""
+        assert reason(odd) == reason(wide) == as_fast
+    monkeypatch.setattr(unsupported, "gpu_of", lambda q: Gpu(9, 200 << 10))
+    monkeypatch.setenv(choice.VARIABLE, "fixed")
+    assert reason(q) == as_fast
 
 
 def test_without_a_race_dense_attention_is_pytorch_s_and_the_rest_ours() -> None:

@@ -165,6 +165,20 @@ def test_a_choice_is_kept_for_later_processes(
         assert choose(asked).source == "raced"
 
 
+def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
+    clock = Clock()
+    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
+    choose(asked, "one")
+    choice._CHOICES.clear()
+    choose(asked, "other")
+    (tmp_path / "choice-of-somebody.json").write_text("[]")
+    (tmp_path / "choice-cut-off.json").write_text("{")
+    (found,) = choice.earlier("one")
+    assert (found.question, found.source) == ("doubling", "kept")
+    assert found.microseconds.keys() == {"fast", "plain"}
+    assert choice.earlier("a third") == []
+
+
 def test_without_a_folder_a_choice_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise PermissionError("others may write to it")

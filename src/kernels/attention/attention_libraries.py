@@ -140,7 +140,8 @@ def _in_a_row(t: Tensor) -> Tensor:
 
 
 def _in_rows(t: Tensor, like: Tensor) -> Tensor:
-    return t.unflatten(0, (like.shape[0], -1)).transpose(1, 2)
+    rows: Tensor = t.unflatten(0, (like.shape[0], -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
+    return rows
 
 
 _LATEST: dict[torch.device, tuple[StorageWeakRef, Any, Samples | None]] = {}
@@ -309,8 +310,8 @@ def _with_gradients(args: tuple[Any, ...], results: Results) -> list[Tensor]:
     out, stats = results
     generator = torch.Generator(q.device).manual_seed(1)
     grad = torch.randn(out.shape, generator=generator, device=q.device).bfloat16().to(out.dtype)
-    needs = [True, True, True, False]
-    return [out, *attention_plain.backward(grad, q, k, v, out, stats, *rest, needs)]
+    rest.append([True, True, True, False])
+    return [out, *attention_plain.backward(grad, q, k, v, out, stats, *rest)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
