@@ -5,8 +5,8 @@
 Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.compile`` of that),
 ``fusewright`` (the op) and ``fusewright-compiled`` (the op traced through Inductor, as inside a
 compiled block). Samples of the providers alternate. On a GPU its own time and the host's are
-measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form. On a GPU
-an op's candidates are raced first: ``fusewright`` is the fastest, ``raced`` has all their times.
+measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form.
+On a GPU an op's candidates are raced first: ``fusewright`` is the fastest, ``raced`` has all times.
 """
 
 from __future__ import annotations

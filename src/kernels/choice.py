@@ -214,8 +214,16 @@ def choose(question: Question, machine: str = "") -> Choice:
 
 def race(question: Question, clock: Clock = time.perf_counter) -> Choice:
     """Check and time the candidates."""
-    with _alone(question.device):
-        return _race(question, clock)
+    try:
+        with _alone(question.device):
+            return _race(question, clock)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _not_raced(question, error)
+
+
+def _not_raced(question: Question, error: Exception) -> Choice:
+    refused = {"every other": f"could not be raced: {first_line(error)}"}
+    return Choice(question.name, question.fixed, "fixed", {}, refused)
 
 
 def _race(question: Question, clock: Clock) -> Choice:
@@ -225,8 +233,7 @@ def _race(question: Question, clock: Clock) -> Choice:
     try:
         inputs = question.inputs(torch.Generator(question.device).manual_seed(0))
     except Exception as error:  # there may be no memory for them
-        refused["every other"] = f"could not be raced: {first_line(error)}"
-        return Choice(question.name, question.fixed, "fixed", {}, refused)
+        return _not_raced(question, error)
     eager = _compared(question, plain, inputs, refused)
     exact = None
     if eager is not None:
@@ -338,7 +345,13 @@ def _compared(
     question: Question, candidate: Contender, inputs: tuple[Any, ...], refused: dict[str, str]
 ) -> list[Tensor] | None:
     results = _results(candidate, inputs, refused)
-    return None if results is None else list(question.compared(inputs, results))
+    if results is None:
+        return None
+    try:
+        return list(question.compared(inputs, results))
+    except Exception as error:  # what is no result of the plain form's kind
+        refused[candidate.name] = first_line(error) or type(error).__name__
+        return None
 
 
 def _results(

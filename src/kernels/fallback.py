@@ -145,7 +145,7 @@ def is_launch_failure(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return False
     text = str(error)
-    if isinstance(error, torch.AcceleratorError) or _is_of_device(text):
+    if is_of_device(error):
         return any(part in text.lower() for part in _LAUNCHING)
     modules = set(_modules(error.__traceback__))
     kinds = {kind.__name__ for kind in type(error).__mro__}  # Triton is not imported for this
@@ -160,8 +160,11 @@ def is_launch_failure(error: Exception) -> bool:
 _NO_DRIVER = "active drivers"
 
 
-def _is_of_device(text: str) -> bool:
-    return text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
+def is_of_device(error: Exception) -> bool:
+    """Whether ``error`` is what the driver says, of this call or of an earlier one."""
+    text = str(error)
+    said = text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
+    return said or isinstance(error, torch.AcceleratorError)
 
 
 def _modules(frame: TracebackType | None) -> Iterator[str]:

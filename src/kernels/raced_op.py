@@ -26,7 +26,15 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from .choice import Choice, Contender, Question, choose, is_fixed, known
-from .fallback import UNABLE, LaunchError, attempt, is_capturing, is_launch_failure, is_strict
+from .fallback import (
+    UNABLE,
+    LaunchError,
+    attempt,
+    is_capturing,
+    is_launch_failure,
+    is_of_device,
+    is_strict,
+)
 
 OWN, PLAIN = "own", "plain"
 """The names of the op's kernel and of its plain form among the candidates."""
@@ -60,6 +68,11 @@ def like(t: Tensor) -> tuple[Tensor, list[int]]:
     """Memory in the layout of ``t``, and its shape, which is 1 where ``t`` is expanded."""
     sizes = [1 if s == 0 else n for n, s in zip(t.shape, t.stride(), strict=True)]
     return torch.empty_strided(sizes, t.stride(), dtype=t.dtype, device=t.device), sizes
+
+
+def wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """In which results of ``dtype`` are exact: GPUs for games take 64 times as long in fp64."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
 def _results_themselves(args: tuple[Any, ...], results: Results) -> Sequence[Tensor]:
@@ -119,28 +132,21 @@ class RacedOp:
 
     def __call__(self, *args: Any) -> Any:
         """The results of the first candidate that runs."""
-        order = (
-            self._order(args) if _device(args).type in self.contest.devices else _elsewhere(self)
-        )
-        for contender in order:
-            result = self._attempt(contender, args)
+        raced = _device(args).type in self.contest.devices
+        order = self._order(args) if raced else self.candidates[-2:]
+        for i, contender in enumerate(order, 1):
+            if contender.name == PLAIN:
+                return contender.run(*args)
+            if contender.name == OWN:
+                has_next = i < len(order) and order[i].name != PLAIN
+                instead = None if has_next else "plain PyTorch"
+                result = attempt(self.name, contender.run, args, is_launch_failure, instead)
+            else:
+                name = f"{self.name} by {contender.name}"
+                result = attempt(name, contender.run, args, _is_of_the_call, None)
             if result is not UNABLE:
                 return result
         raise LaunchError(f"no kernel of {self.name} could be compiled or launched")
-
-    def _attempt(self, contender: Contender, args: tuple[Any, ...]) -> Any:
-        if contender.name == PLAIN:
-            return contender.run(*args)
-        if contender.name != OWN:
-            name = f"{self.name} by {contender.name}"
-            return attempt(name, contender.run, args, _is_of_the_call, None)
-        instead = None if self._has_others(args) else "plain PyTorch"
-        return attempt(self.name, contender.run, args, is_launch_failure, instead)
-
-    def _has_others(self, args: tuple[Any, ...]) -> bool:
-        if _device(args).type not in self.contest.devices:
-            return False
-        return any(not c.unavailable(*args) for c in self.contest.contenders)
 
     # --- who runs first ---------------------------------------------------------------------------
 
@@ -218,15 +224,11 @@ class RacedOp:
         return checked
 
 
-def _elsewhere(op: RacedOp) -> tuple[Contender, ...]:
-    return op.candidates[-2:]
-
-
 def _is_of_the_call(error: Exception) -> bool:
     """Whether a library's form failed by itself, and neither memory nor the GPU is the reason."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return False
-    return not isinstance(error, torch.AcceleratorError) or is_launch_failure(error)
+    return not is_of_device(error) or is_launch_failure(error)
 
 
 # --- calls ----------------------------------------------------------------------------------------

@@ -150,6 +150,14 @@ def test_wide_product(transposed: bool, tokens_first: bool) -> None:
     assert found.refused["in three parts"] == "parts are numbers of bfloat16"
 
 
+def test_rank_update() -> None:
+    left, right = torch.randn(48, 8, dtype=BF16), torch.randn(8, 64, dtype=BF16)
+    base = torch.randn(48, 64, dtype=BF16)
+    _is_taken("lora_rank_update", "torch.addmm", base, left, right)
+    found = _raced("lora_rank_update", base, left.float(), right.float())
+    assert found.refused["torch.addmm"] == "it multiplies and adds in one dtype"
+
+
 def test_two_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = products.in_parts
 

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..choice import Contender, is_fixed
 from ..fallback import is_capturing
 from ..launch import next_power_of_2
-from ..raced_op import OWN, Contest, Results, drawn
+from ..raced_op import OWN, Contest, Results, drawn, wide_enough
 from . import attention_plain
 
 _aten = torch.ops.aten
@@ -99,7 +99,7 @@ def _unused(like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleEnds:
     """Where the samples of a batch begin and end, and how long the longest is."""
 
     ends: Tensor  # (samples + 1,), int32, from 0, on the GPU
@@ -144,11 +144,11 @@ def _in_rows(t: Tensor, like: Tensor) -> Tensor:
     return rows
 
 
-_LATEST: dict[torch.device, tuple[StorageWeakRef, Any, Samples | None]] = {}
+_LATEST: dict[torch.device, tuple[StorageWeakRef, Any, SampleEnds | None]] = {}
 """By device: the memory of the mask that was read last, what it was then, and what it says."""
 
 
-def samples_of(mask: Tensor, batch: int) -> Samples | None:
+def samples_of(mask: Tensor, batch: int) -> SampleEnds | None:
     """The samples that ``mask`` keeps apart, each causal; None where it hides anything else.
 
     Values are read, so the host waits for the GPU: once for a mask, which all layers share. While a
@@ -175,7 +175,7 @@ _AT_ONCE = 1 << 26
 """Entries of a mask that are looked at together."""
 
 
-def _read(mask: Tensor, batch: int) -> Samples | None:
+def _read(mask: Tensor, batch: int) -> SampleEnds | None:
     time = mask.shape[-1]
     order, step = torch.arange(time, device=mask.device), max(1, _AT_ONCE // mask[:, 0].numel())
     parts, is_so = [], torch.ones((), dtype=torch.bool, device=mask.device)
@@ -197,10 +197,10 @@ def _read(mask: Tensor, batch: int) -> Samples | None:
         return None
     starts = told[:-1].view(-1, time).expand(batch, -1).flatten().nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([batch * time])])
-    return Samples(ends.to(mask.device, torch.int32), int(ends.diff().max()))
+    return SampleEnds(ends.to(mask.device, torch.int32), int(ends.diff().max()))
 
 
-def _require_samples(mask: Tensor, q: Tensor) -> Samples:
+def _require_samples(mask: Tensor, q: Tensor) -> SampleEnds:
     samples = samples_of(mask, q.shape[0])
     if samples is None:
         raise RuntimeError("the mask does more than to keep samples apart")
@@ -314,11 +314,6 @@ def _with_gradients(args: tuple[Any, ...], results: Results) -> list[Tensor]:
     return [out, *attention_plain.backward(grad, q, k, v, out, stats, *rest)]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    # of 16 bits, fp32 is truth enough, and GPUs of players take 64 times as long in fp64
-    return torch.float32 if dtype.itemsize < 4 else torch.float64
-
-
 def _fixed(*args: Any) -> str:
     """As PyTorch has it without a mask, whose kernel is not ours; else our kernel."""
     q, k, v, _, _, mask, _, window, sinks, softcap = args
@@ -342,7 +337,7 @@ FORWARD = Contest(
     _sizes,
     _forward_inputs,
     _with_gradients,
-    lambda q, *_: _wide(q.dtype),
+    lambda q, *_: wide_enough(q.dtype),
     _fixed,
     _samples_or_not,
 )
@@ -354,7 +349,7 @@ BACKWARD = Contest(
     ),
     lambda grad, q, k, v, out, stats, *rest: _sizes(q, k, v, *rest),
     _backward_inputs,
-    exact=lambda grad, q, *_: _wide(q.dtype),
+    exact=lambda grad, q, *_: wide_enough(q.dtype),
     first=lambda grad, q, k, v, out, stats, *rest: _fixed(q, k, v, *rest[:-1]),
     kind=lambda grad, q, k, v, out, stats, *rest: _samples_or_not(q, k, v, *rest[:-1]),
 )

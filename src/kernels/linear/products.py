@@ -83,6 +83,20 @@ rank_update = direct(
         _rank_update_fake,
         lambda base, left, right: 2 * left.shape[0] * right.numel(),
         plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
+        contest=Contest(
+            (
+                Contender(
+                    "torch.addmm",
+                    torch.addmm,
+                    lambda base, left, right: (
+                        ""
+                        if base.dtype is left.dtype is right.dtype
+                        else "it multiplies and adds in one dtype"
+                    ),
+                ),
+            ),
+            lambda base, left, right: (base.shape[0], (left.shape[1], right.shape[1])),
+        ),
     )
 )
 

@@ -43,7 +43,7 @@ from ..choice import Contender
 from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
-from ..raced_op import Contest, drawn
+from ..raced_op import Contest, drawn, wide_enough
 from ..second_order import absent, differentiable, gradients, require_saved
 from .packed_experts import PackedExperts
 
@@ -409,6 +409,7 @@ _CONTESTS = {
         ),
         lambda *args: (_rows(*args), tuple(args[2].shape)),
         _with_idle_experts,
+        exact=lambda a, *_: wide_enough(a.dtype),
     ),
     "grouped_outer": Contest(
         (
@@ -420,6 +421,7 @@ _CONTESTS = {
         ),
         lambda *args: (_rows(*args), tuple(args[4].shape)),
         _with_idle_experts,
+        exact=lambda a, *_: wide_enough(a.dtype),
     ),
 }
 

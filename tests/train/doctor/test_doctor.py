@@ -243,12 +243,12 @@ def test_what_runs_have_raced_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path
     (result,) = _raced_on_gpus(torch)
     assert result.value == "none raced yet"
     times = {"F.rms_norm": 11.0, "own": 13.0}
-    raced = choice.Choice("rms_norm_forward of 8", "F.rms_norm", "raced", times, {"x": "no kernel"})
+    raced = choice.Choice("norm of 8", "F.rms_norm", "raced", times, {"x": "no kernel"})
     choice._keep("0", raced, "two of one kind")
     choice._keep("1", raced, "another")
     (result,) = _raced_on_gpus(torch)
     assert result.value == (
-        "rms_norm_forward of 8: F.rms_norm (kept; F.rms_norm 11 us, own 13 us; x refused: no kernel)"
+        "norm of 8: F.rms_norm (kept; F.rms_norm 11 us, own 13 us; x refused: no kernel)"
     )
     monkeypatch.setenv(choice.VARIABLE, "fixed")
     assert _raced_on_gpus(torch) == []
