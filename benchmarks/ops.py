@@ -7,11 +7,13 @@ Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.comp
 compiled block) and ``rivals`` (what libraries have for the call: ``competitors.py``). Samples of
 the providers alternate. On a GPU its own time and the host's are
 measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form.
+On a GPU an op's candidates are raced first: ``fusewright`` is the fastest, ``raced`` has all times.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from competitors import RIVALS
 from environment import describe, write_whole
+from fusewright.kernels.choice import choices
 from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
@@ -63,9 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.ops:
             if (label, name) in done or time.monotonic() > end:
                 continue
+            op, case = ops[op_of(name)], maker.make(name)
+            about = {"op": name, "shape": label, "dtype": options.dtype}
+            about["raced"] = _raced(op, case) if "fusewright" in options.providers else ""
             with no_fallback():
-                for row in measure_op(ops[op_of(name)], name, maker.make(name), options):
-                    rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
+                for row in measure_op(op, name, case, options):
+                    rows.append(about | row)
                     print(_line(rows[-1]), flush=True)
                     if options.csv:  # a run that is cut short keeps what it has
                         write_csv(options.csv, rows, environment)
@@ -74,6 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 os.execv(sys.executable, [sys.executable, *sys.argv, *rest])
     ours = (row for row in rows if row["provider"] in PROVIDERS)
     return 1 if any(row["error"] and not row["note"] for row in ours) else 0
+
+
+def _raced(op: Op, case: Case) -> str:
+    """Let the op choose among its candidates; each race, with microseconds or reasons."""
+    before = set(map(str, choices()))
+    with contextlib.suppress(Exception):  # the rows say what fails
+        outputs = _flat(op.call(*case.args))
+        if case.leaves():
+            torch.autograd.grad(outputs, case.leaves(), [torch.randn_like(t) for t in outputs])
+    new = [text for text in map(str, choices()) if text not in before]
+    for text in new:
+        print(f"  raced: {text}", flush=True)
+    return " | ".join(new)
 
 
 def measure_op(

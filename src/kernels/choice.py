@@ -6,14 +6,16 @@ is left out with the reason; the others take turns under the clock, and the fast
 the one that the project's own measurements name (``fixed``) unless another is faster by more than
 ``MARGIN``. A choice is made once for a machine: it is kept in the folder of compiled kernels, and
 the ranks of a job take the one that was published first. ``FUSEWRIGHT_CHOICES=fixed`` measures
-nothing.
+nothing, and when the races of a process have taken ``ALLOWANCE``, no more begin.
 
-The rule by which candidates are found right is that of rewrites (``tolerance.py``).
+What is asked of a CPU is in ``candidates.py``, of the calls of ops in ``raced_op.py``. The rule by
+which candidates are found right is that of rewrites (``tolerance.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
@@ -48,20 +51,30 @@ ROUNDS = 5
 BUDGET = 2.0
 """Seconds that one race may take: then no more rounds begin, and one is enough."""
 
+ALLOWANCE = 60.0
+"""Seconds that all races of a process may take; what the fixed candidate needs to compile, which a
+run pays anyway, is not counted."""
+
 Clock = Callable[[], float]
+
+_CPU = torch.device("cpu")
+
+
+def _itself(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return results
 
 
 @dataclass(frozen=True)
 class Contender:
     """One form of a computation.
 
-    ``run`` takes the question's inputs and returns a tensor or several. ``unavailable`` says why it
-    cannot run on this machine; empty if it can.
+    ``run`` takes the question's inputs and returns a tensor or several. ``unavailable`` is given
+    them, too, and says why they cannot be taken here; empty if they can.
     """
 
     name: str
-    run: Callable[..., Tensor | Sequence[Tensor]]
-    unavailable: Callable[[], str] = lambda: ""
+    run: Callable[..., Any]
+    unavailable: Callable[..., str] = lambda *_: ""
 
 
 @dataclass(frozen=True)
@@ -72,14 +85,20 @@ class Question:
         name: as it is kept and shown, with what the choice depends on besides the machine, such as
             ``"products in bfloat16"``.
         candidates: of which the last is the plain form, as PyTorch computes it.
-        inputs: makes the tensors that they run on, from a generator.
+        inputs: makes what they run on, from a generator of ``device``: tensors and constants.
         fixed: the name of the candidate that is taken where nothing is measured.
+        device: where they run.
+        exact: the dtype in which the plain form's results count as the truth.
+        compared: what of the inputs and a candidate's results is compared, by default the results.
     """
 
     name: str
     candidates: tuple[Contender, ...]
-    inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
+    inputs: Callable[[torch.Generator], tuple[Any, ...]]
     fixed: str
+    device: torch.device = _CPU
+    exact: torch.dtype = torch.float64
+    compared: Callable[[tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor]] = _itself
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ class Choice:
         question: its name.
         candidate: the name of the chosen one.
         source: ``raced``, ``fixed``, ``kept`` (raced by an earlier process), ``shared`` (by another
-            rank) or ``resumed`` (by the run that is continued).
+            rank), ``resumed`` (by the run that is continued) or ``LATE`` (no race began any more).
         microseconds: of each candidate that was timed, its fastest.
         refused: why others were not, by name.
     """
@@ -111,6 +130,18 @@ class Choice:
 
 _CHOICES: dict[str, Choice] = {}
 """By question: what this process has chosen."""
+
+LATE = f"fixed: races have had their {ALLOWANCE:.0f} s"
+"""The source of what was chosen after the races' time."""
+
+
+class _Spent:
+    """What the races of this process have taken."""
+
+    seconds = 0.0
+
+
+_spent = _Spent()
 
 
 def choices() -> list[Choice]:
@@ -145,14 +176,20 @@ def records() -> list[dict[str, Any]]:
     return [asdict(choice) for choice in _CHOICES.values()]
 
 
+def known(question: Question) -> Choice | None:
+    """What this process has chosen; None if it has not, or by candidates that are not there."""
+    choice = _CHOICES.get(question.name)
+    return choice if choice is not None and _is_of(choice, question) else None
+
+
 def choose(question: Question, machine: str = "") -> Choice:
     """The choice for ``question``; at the first call in a process it may be raced.
 
     ``machine``: all that the choice depends on besides versions, for the file in which it is kept.
     """
-    known = _CHOICES.get(question.name)
-    if known is not None and _is_of(known, question):
-        return known
+    before = known(question)
+    if before is not None:
+        return before
     if is_fixed():
         return Choice(question.name, question.fixed, "fixed")
     names = ",".join(c.name for c in question.candidates)
@@ -161,9 +198,12 @@ def choose(question: Question, machine: str = "") -> Choice:
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     kept = _kept(key)
     chosen = kept if kept is not None and _is_of(kept, question) else None
+    if chosen is None and _spent.seconds > ALLOWANCE:
+        chosen = Choice(question.name, question.fixed, LATE)
     if chosen is None:
         chosen = race(question)
-        _keep(key, chosen)
+        if chosen.source == "raced":
+            _keep(key, chosen, machine)
     chosen = _agreed(key, chosen, question)
     _CHOICES[question.name] = chosen
     return chosen
@@ -174,57 +214,121 @@ def choose(question: Question, machine: str = "") -> Choice:
 
 def race(question: Question, clock: Clock = time.perf_counter) -> Choice:
     """Check and time the candidates."""
-    with _alone():
-        return _race(question, clock)
+    try:
+        with _alone(question.device):
+            return _race(question, clock)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _not_raced(question, error)
+
+
+def _not_raced(question: Question, error: Exception) -> Choice:
+    refused = {"every other": f"could not be raced: {first_line(error)}"}
+    return Choice(question.name, question.fixed, "fixed", {}, refused)
 
 
 def _race(question: Question, clock: Clock) -> Choice:
-    inputs = question.inputs(torch.Generator().manual_seed(0))
+    begun = clock()
     plain = question.candidates[-1]
     refused: dict[str, str] = {}
-    eager = _results(plain, inputs, refused)
+    try:
+        inputs = question.inputs(torch.Generator(question.device).manual_seed(0))
+    except Exception as error:  # there may be no memory for them
+        return _not_raced(question, error)
+    eager = _compared(question, plain, inputs, refused)
     exact = None
     if eager is not None:
-        exact = _results(plain, tuple(_widened(t) for t in inputs), refused)
+        with _full_precision(question.device):
+            wide = tree_map_only(Tensor, functools.partial(_widened, question.exact), inputs)
+            exact = _compared(question, plain, wide, refused)
+        del wide
     if eager is None or exact is None:  # there is nothing to compare with
         return Choice(question.name, question.fixed, "fixed", {}, refused)
     running = []
     for candidate in question.candidates:
-        if why := candidate.unavailable():
-            refused[candidate.name] = why
-            continue
-        results = eager if candidate is plain else _results(candidate, inputs, refused)
-        if results is None:
-            continue
-        if candidate is not plain:
-            wrong = next(filter(None, map(exceeded, results, eager, exact)), None)
-            if wrong is not None or len(results) != len(eager):
-                refused[candidate.name] = f"not as exact as eager: {wrong or 'other results'}"
-                continue
-        running.append(candidate)
-    times = _timed(running, inputs, refused, clock)
+        start = clock()
+        if candidate is plain or _is_right(question, candidate, inputs, eager, exact, refused):
+            running.append(candidate)
+        if candidate.name == question.fixed:  # which is compiled for the run in any case
+            begun += clock() - start
+    del eager, exact
+    times = _timed(question, running, inputs, refused, clock)
+    _spent.seconds += clock() - begun
     return Choice(question.name, _fastest(question, times), "raced", times, refused)
 
 
+def _is_right(
+    question: Question, candidate: Contender, inputs: tuple[Any, ...], eager: Sequence[Tensor],
+    exact: Sequence[Tensor], refused: dict[str, str],
+) -> bool:  # fmt: skip
+    """Whether a candidate takes the inputs and is as exact as the plain form; why not is noted."""
+    if why := candidate.unavailable(*inputs):
+        refused[candidate.name] = why
+        return False
+    results = _compared(question, candidate, inputs, refused)
+    if results is None:
+        return False
+    wrong = next(filter(None, map(exceeded, results, eager, exact)), None)
+    if wrong is None and len(results) == len(eager):
+        return True
+    refused[candidate.name] = f"not as exact as eager: {wrong or 'other results'}"
+    return False
+
+
 def _timed(
-    running: Sequence[Contender], inputs: tuple[Tensor, ...], refused: dict[str, str], clock: Clock
-) -> dict[str, float]:
+    question: Question, running: Sequence[Contender], inputs: tuple[Any, ...],
+    refused: dict[str, str], clock: Clock,
+) -> dict[str, float]:  # fmt: skip
     """The fastest time of each candidate, in microseconds; they take turns."""
     best: dict[str, float] = {}
     begun = clock()
+    stopwatch = _Events(question.device) if question.device.type == "cuda" else _Wall(clock)
     for number in range(ROUNDS):
         if number and clock() - begun > BUDGET:
             break
         for candidate in running:
             if candidate.name in refused:
                 continue
-            start = clock()
+            stopwatch.start()
             if _results(candidate, inputs, refused) is None:
                 best.pop(candidate.name, None)
                 continue
-            taken = 1e6 * (clock() - start)
+            taken = 1e6 * stopwatch.seconds()
             best[candidate.name] = min(best.get(candidate.name, taken), taken)
     return best
+
+
+class _Wall:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def start(self) -> None:
+        self._begun = self._clock()
+
+    def seconds(self) -> float:
+        return self._clock() - self._begun
+
+
+class _Events:
+    """The time that a GPU takes, with nothing of earlier calls in its cache."""
+
+    # The host, which is slower than small kernels, gets ahead while the GPU sleeps: what is timed
+    # is the GPU, also where a step waits for its host. CUDA graphs are for that.
+    CYCLES = 1_000_000
+
+    def __init__(self, device: torch.device) -> None:
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
+        self._flushed = torch.empty(2 * cache, dtype=torch.int8, device=device)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        self._flushed.zero_()
+        torch.cuda._sleep(self.CYCLES)
+        self._begin.record()
+
+    def seconds(self) -> float:
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1e3
 
 
 def _fastest(question: Question, times: dict[str, float]) -> str:
@@ -237,30 +341,62 @@ def _fastest(question: Question, times: dict[str, float]) -> str:
     return next(c.name for c in question.candidates if times.get(c.name, limit + 1) <= limit)
 
 
+def _compared(
+    question: Question, candidate: Contender, inputs: tuple[Any, ...], refused: dict[str, str]
+) -> list[Tensor] | None:
+    results = _results(candidate, inputs, refused)
+    if results is None:
+        return None
+    try:
+        return list(question.compared(inputs, results))
+    except Exception as error:  # what is no result of the plain form's kind
+        refused[candidate.name] = first_line(error) or type(error).__name__
+        return None
+
+
 def _results(
-    candidate: Contender, inputs: tuple[Tensor, ...], refused: dict[str, str]
+    candidate: Contender, inputs: tuple[Any, ...], refused: dict[str, str]
 ) -> tuple[Tensor, ...] | None:
     """What a candidate computes; None if it fails, with the reason in ``refused``."""
     try:
         results = candidate.run(*inputs)
-    except (RuntimeError, NotImplementedError, MemoryError, ImportError) as error:
-        # out of memory is one of the first
+    except Exception as error:  # also of a library's or of Triton's own kind, or out of memory
         refused[candidate.name] = first_line(error) or type(error).__name__
         return None
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
-def _widened(t: Tensor) -> Tensor:
+def _widened(dtype: torch.dtype, t: Tensor) -> Tensor:
     if not t.is_floating_point():
         return t
-    return t.detach().double().requires_grad_(t.requires_grad)
+    return t.detach().to(dtype).requires_grad_(t.requires_grad)
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Without tf32 in products of fp32: what is computed is the truth."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
     """Without the modes, the autocast and the gradient mode of whoever asks, who may be tracing."""
     state = torch.random.get_rng_state()
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.random.fork_rng([device]))
         try:
             yield
         finally:
@@ -287,18 +423,30 @@ def _read(record: Any, source: str) -> Choice | None:
     return Choice(question, candidate, source, times, refused)
 
 
+def earlier(machine: str) -> list[Choice]:
+    """What processes have raced on ``machine``, with any version, by question."""
+    found = []
+    with contextlib.suppress(OSError, RuntimeError):
+        for path in kept_folder().glob("choice-*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads(path.read_text())
+                if isinstance(record, dict) and record.get("machine") == machine:
+                    found.append(_read(record, "kept"))
+    return sorted(filter(None, found), key=lambda choice: choice.question)
+
+
 def _kept(key: str) -> Choice | None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         return _read(json.loads((kept_folder() / f"choice-{key}.json").read_text()), "kept")
     return None
 
 
-def _keep(key: str, choice: Choice) -> None:
+def _keep(key: str, choice: Choice, machine: str) -> None:
     """Write a choice for later processes, of which each sees all of it or nothing."""
     with contextlib.suppress(OSError, RuntimeError):  # such as a folder that is read-only
         folder = kept_folder()
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".choice-", delete=False) as file:
-            json.dump(asdict(choice), file)
+            json.dump(asdict(choice) | {"machine": machine}, file)
         Path(file.name).replace(folder / f"choice-{key}.json")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -63,35 +63,59 @@ def with_plain_form(
 
     @functools.wraps(run)
     def guarded(*args: Any) -> Any:
-        if name not in FAILED:
-            try:
-                return run(*args)
-            except Exception as error:
-                if not is_launch_failure(error) or _is_capturing():
-                    raise
-                reason = _described(error)
-                if _no_fallback:
-                    raise LaunchError(_message(name, reason)) from error
-                _give_up(name, reason)
-            # the error is gone here, and with it what its frames held of the GPU's memory
-        elif _no_fallback:
-            raise LaunchError(_message(name, FAILED[name]))
-        return plain(*args)
+        result = attempt(name, run, args)
+        return plain(*args) if result is UNABLE else result
 
     return guarded
 
 
-def _give_up(name: str, reason: str) -> None:
+UNABLE = object()
+"""What ``attempt`` returns in place of a result."""
+
+
+def attempt(
+    name: str, run: Callable[..., Any], args: Sequence[Any],
+    is_failure: Callable[[Exception], bool] | None = None, instead: str | None = "plain PyTorch",
+) -> Any:  # fmt: skip
+    """``run(*args)``; ``UNABLE`` if that fails as ``is_failure`` has it, or has done so before.
+
+    By default those are failures to compile or to launch. ``instead`` is what runs from now on,
+    None if it is another kernel: then this is no end of the matter for ``no_fallback``, either.
+    """
+    if name in FAILED:
+        if _no_fallback and instead is not None:
+            raise LaunchError(_message(name, FAILED[name]))
+        return UNABLE
+    try:
+        return run(*args)
+    except Exception as error:
+        if not (is_failure or is_launch_failure)(error) or is_capturing():
+            raise
+        reason = _described(error)
+        if _no_fallback and instead is not None:
+            raise LaunchError(_message(name, reason)) from error
+        if not _no_fallback:
+            _give_up(name, reason, instead or "another form")
+    # the error is gone here, and with it what its frames held of the GPU's memory
+    return UNABLE
+
+
+def is_strict() -> bool:
+    """Whether no plain form may take the place of a kernel."""
+    return _no_fallback > 0
+
+
+def _give_up(name: str, reason: str, instead: str) -> None:
     if FAILED.setdefault(name, reason) is reason:
-        text = f"{_message(name, reason)}. It runs in plain PyTorch from now on."
-        warnings.warn(text, stacklevel=3)
+        text = f"{_message(name, reason)}. It runs in {instead} from now on."
+        warnings.warn(text, stacklevel=4)
 
 
 def _message(name: str, reason: str) -> str:
     return f"the kernel of {name} could not be compiled or launched: {reason}"
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
     """Whether a CUDA graph is captured, which would record the plain form."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -121,7 +145,7 @@ def is_launch_failure(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return False
     text = str(error)
-    if isinstance(error, torch.AcceleratorError) or _is_of_device(text):
+    if is_of_device(error):
         return any(part in text.lower() for part in _LAUNCHING)
     modules = set(_modules(error.__traceback__))
     kinds = {kind.__name__ for kind in type(error).__mro__}  # Triton is not imported for this
@@ -136,8 +160,11 @@ def is_launch_failure(error: Exception) -> bool:
 _NO_DRIVER = "active drivers"
 
 
-def _is_of_device(text: str) -> bool:
-    return text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
+def is_of_device(error: Exception) -> bool:
+    """Whether ``error`` is what the driver says, of this call or of an earlier one."""
+    text = str(error)
+    said = text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
+    return said or isinstance(error, torch.AcceleratorError)
 
 
 def _modules(frame: TracebackType | None) -> Iterator[str]:

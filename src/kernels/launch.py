@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
+from .choice import Contender
 from .fallback import with_plain_form
+from .raced_op import Contest, RacedOp
 
 _LIBRARY = torch.library.Library("fusewright", "DEF")
 
@@ -172,6 +174,7 @@ def library_op(
     temporary: Callable[..., int] | None = None,
     launches: Callable[..., bool] | None = None,
     plain: Callable[..., Any] | None = None,
+    contest: Contest | None = None,
 ) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule.
 
@@ -190,6 +193,7 @@ def library_op(
         launches: same signature; whether a function that is given as ``implementation`` launches
             Triton kernels itself, not by way of other library ops.
         plain: same signature and results; computes calls whose kernel fails (``fallback.py``).
+        contest: with whom a kernel that has a plain form is raced (``raced_op.py``).
 
     Returns:
         The callable op (``torch.ops.fusewright.NAME.default``).
@@ -203,7 +207,12 @@ def library_op(
     else:
         run = implementation if launches is None else on_device(implementation)
     if plain is not None:
-        run = with_plain_form(name, run, _like_launched(plain, fake))
+        plain = _like_launched(plain, fake)
+        if contest is None:
+            run = with_plain_form(name, run, plain)
+        else:
+            contest = replace(contest, contenders=tuple(map(_fresh_results, contest.contenders)))
+            run = RacedOp(name, run, plain, contest, functools.partial(_declared, fake)).__call__
     # 2026-11-24: torch.library is not typed
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -261,19 +270,26 @@ def _triton(launcher: str) -> Callable[..., Any]:
         if launch is None:
             module = importlib.import_module(f".{module_name}_triton", __package__)
             launch = on_device(getattr(module, function_name))
-        result = launch(*args)
-        if isinstance(result, Tensor):
-            return without_base(result) if result._is_view() else result
-        return type(result)([without_base(t) for t in result])
+        return _fresh(launch(*args))
 
     return implementation
+
+
+def _fresh(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return without_base(result) if result._is_view() else result
+    return type(result)([without_base(t) for t in result])
+
+
+def _fresh_results(contender: Contender) -> Contender:
+    return replace(contender, run=lambda *args: _fresh(contender.run(*args)))
 
 
 def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     # A compiler has planned for results as ``fake`` declares them. What ``fake`` makes empty,
     # ``plain`` may return as None.
     def run(*args: Any) -> Any:
-        declared = fake(*tree_map_only(Tensor, _on_meta, args))
+        declared = _declared(fake, *args)
         device = next(_tensors(args)).device
         # a kernel knows nothing of autograd and autocast
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -284,6 +300,10 @@ def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Calla
         return type(declared)([_like(t, as_declared, device) for t, as_declared in pairs])
 
     return run
+
+
+def _declared(fake: Callable[..., Any], *args: Any) -> Any:
+    return fake(*tree_map_only(Tensor, _on_meta, args))
 
 
 def _on_meta(t: Tensor) -> Tensor:

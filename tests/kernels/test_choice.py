@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +21,22 @@ from fusewright.kernels import candidates, choice, matmul
 from fusewright.kernels.choice import MARGIN, Choice, Contender, Question, choose, race
 from fusewright.kernels.processor import KINDS, assume, measured, processor, this_machine
 
+from .clocks import Clock, own_choices, raise_error
+
 
 @pytest.fixture(autouse=True)
-def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _own_choices(tmp_path: Path) -> Iterator[None]:
     """Choices of each test's own, in a folder of its own."""
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setattr(choice, "_CHOICES", {})
-    monkeypatch.setattr(choice, "kept_folder", lambda: tmp_path)
     before = processor()
-    yield
+    with own_choices(tmp_path):
+        yield
     measured(before)
-
-
-class Clock:
-    """A clock that candidates move on."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def candidate(
-        self, name: str, seconds: float, result: Callable[[Tensor], Any] = lambda x: 2 * x
-    ) -> Contender:
-        def run(x: Tensor) -> Any:
-            self.now += seconds
-            return result(x)
-
-        return Contender(name, run)
 
 
 def question(*candidates: Contender, fixed: str = "plain") -> Question:
     return Question(
         "doubling", candidates, lambda g: (torch.randn(8, generator=g).bfloat16(),), fixed
     )
-
-
-def raise_error(error: Exception) -> Callable[[Tensor], Any]:
-    def run(x: Tensor) -> Any:
-        raise error
-
-    return run
 
 
 def test_the_fastest_right_candidate_is_chosen() -> None:
@@ -75,7 +49,7 @@ def test_the_fastest_right_candidate_is_chosen() -> None:
             clock.candidate("nan", 0.1, lambda x: x * torch.nan),
             clock.candidate("failing", 0.1, raise_error(RuntimeError("no kernel image"))),
             clock.candidate("large", 0.1, raise_error(torch.OutOfMemoryError("out of memory"))),
-            Contender("elsewhere", raise_error(AssertionError()), lambda: "Triton is not here"),
+            Contender("elsewhere", raise_error(AssertionError()), lambda x: "Triton is not here"),
             clock.candidate("fast", 1.0),
             clock.candidate("plain", 2.0),
         ),
@@ -189,6 +163,20 @@ def test_a_choice_is_kept_for_later_processes(
         for path in tmp_path.glob("choice-*.json"):
             path.write_text(damaged)
         assert choose(asked).source == "raced"
+
+
+def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
+    clock = Clock()
+    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
+    choose(asked, "one")
+    choice._CHOICES.clear()
+    choose(asked, "other")
+    (tmp_path / "choice-of-somebody.json").write_text("[]")
+    (tmp_path / "choice-cut-off.json").write_text("{")
+    (found,) = choice.earlier("one")
+    assert (found.question, found.source) == ("doubling", "kept")
+    assert found.microseconds.keys() == {"fast", "plain"}
+    assert choice.earlier("a third") == []
 
 
 def test_without_a_folder_a_choice_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from ..native import attention as native
 from ..native.library import are_real
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
-from . import attention_plain
+from . import attention_libraries, attention_plain
 from .sizes import (
     backward_flops,
     fake_backward,
@@ -283,6 +283,7 @@ _triton_forward_op = library_op(
     fake_triton_forward,
     triton_forward_flops,
     plain=attention_plain.forward,
+    contest=attention_libraries.FORWARD,
 )
 _triton_backward_op = library_op(
     "attention_triton_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -292,6 +293,7 @@ _triton_backward_op = library_op(
     triton_backward_flops,
     triton_temporary,
     plain=attention_plain.backward,
+    contest=attention_libraries.BACKWARD,
 )
 
 

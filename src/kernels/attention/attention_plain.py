@@ -48,7 +48,7 @@ def forward(
     """Output and row statistics, as ``attention_triton.forward`` returns them."""
     outs, stats = [], []
     values = _grouped(v, 1)
-    column = None if sinks is None else (sinks.float() * _LOG2E).view(values.shape[1], -1, 1, 1)
+    column = None if sinks is None else (_wide(sinks) * _LOG2E).view(values.shape[1], -1, 1, 1)
     for _, scores, _ in _scores(q, k, scale, causal, mask, window, softcap):
         most = scores.amax(-1, keepdim=True)
         most = most if column is None else torch.maximum(most, column)
@@ -70,31 +70,35 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """The needed gradients, as ``attention_triton.backward`` returns them."""
     share = q.shape[1] // k.shape[1]
-    keys, values = (_grouped(t, 1).float() for t in (k, v))
+    keys, values = (_wide(_grouped(t, 1)) for t in (k, v))
     queries, upstream, saved = (_grouped(t, share) for t in (q, grad, stats))
     dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
     for rows, scores, bend in _scores(q, k, scale, causal, mask, window, softcap):
         most, inverse = saved[..., rows, :].split(1, -1)
         p = (scores - most).exp2_() * inverse
-        do = upstream[..., rows, :].float()
+        do = _wide(upstream[..., rows, :])
         dv += (p.mT @ do).sum(2, keepdim=True)
         ds = do @ values.mT
         ds = p * (ds - (p * ds).sum(-1, keepdim=True)) * scale
         ds = ds if bend is None else ds * bend
         dq.append((ds @ keys).flatten(1, 2))
-        dk += (ds.mT @ queries[..., rows, :].float()).sum(2, keepdim=True)
+        dk += (ds.mT @ _wide(queries[..., rows, :])).sum(2, keepdim=True)
     every = torch.cat(dq, 2), dk.squeeze(2), dv.squeeze(2)
     grads = [d.to(q.dtype) for d, needed in zip(every, needs[:3], strict=True) if needed]
     if sinks is not None and needs[3]:
-        grads.append(of_sinks(sinks, stats, (grad.float() * out.float()).sum(-1)))
+        grads.append(of_sinks(sinks, stats, (_wide(grad) * _wide(out)).sum(-1)))
     return grads
 
 
 def of_sinks(sinks: Tensor, stats: Tensor, delta: Tensor) -> Tensor:
     """The gradient of sinks, from the statistics and the sums of ``grad * out`` of rows."""
     most, inverse = stats.unbind(-1)
-    p = (sinks.float()[:, None] * _LOG2E - most).exp2_() * inverse
+    p = (_wide(sinks)[:, None] * _LOG2E - most).exp2_() * inverse
     return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _grouped(t: Tensor, share: int) -> Tensor:
@@ -108,11 +112,11 @@ def _scores(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:  # fmt: skip
     """Positions, their scores in base 2 (B, groups, heads, positions, S), the softcap's slope."""
     share, time = q.shape[1] // k.shape[1], q.shape[2]
-    keys, queries = _grouped(k, 1).float().mT, _grouped(q, share)
+    keys, queries = _wide(_grouped(k, 1)).mT, _grouped(q, share)
     step = max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     for start in range(0, time, step):
         rows = slice(start, min(start + step, time))
-        scores, bend = queries[..., rows, :].float() @ keys * (scale * _LOG2E), None
+        scores, bend = _wide(queries[..., rows, :]) @ keys * (scale * _LOG2E), None
         if softcap is not None:
             tanh = scores.div_(softcap * _LOG2E).tanh_()
             scores, bend = tanh * (softcap * _LOG2E), 1 - tanh * tanh

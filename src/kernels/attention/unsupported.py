@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..choice import is_fixed
 from ..launch import Gpu, gpu_of, use_triton
 from ..matmul import through_fp32
 from ..processor import processor
@@ -86,7 +87,7 @@ def attention_unsupported(
     if sinks is not None or softcap is not None:
         return reasons  # PyTorch has no kernel for these
     if q.device.type != "cpu" or use_triton(q, k, v):
-        if mask is None and window is None:
+        if mask is None and window is None and not _is_raced(q, v):
             reasons.append("without a mask, PyTorch's own flash attention is as fast")
         return reasons
     if q.dtype is torch.bfloat16 and processor().own_attention is not None:
@@ -98,6 +99,16 @@ def attention_unsupported(
     if q.dtype is torch.bfloat16 and (why := why_not_bfloat16()):
         reasons.append(why)
     return reasons
+
+
+def _is_raced(q: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's own choice of a kernel may be the slower one of two that it has."""
+    # It takes FlashAttention 2 before cuDNN, whose kernels for Hopper and later cards are others.
+    if not q.is_cuda or not torch.cuda.is_available() or is_fixed():
+        return False
+    has_both = q.dtype.itemsize == 2 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    gpu = gpu_of(q)
+    return has_both and gpu.generation in (9, 10) and not gpu.hip
 
 
 def why_not_bfloat16() -> str:

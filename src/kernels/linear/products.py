@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..choice import Contender
 from ..direct import direct
 from ..launch import library_op, use_triton_dot, without_base
 from ..matmul import addmm, addmm_, mm
 from ..native import low_rank as native
 from ..processor import processor
+from ..raced_op import Contest
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -81,6 +83,20 @@ rank_update = direct(
         _rank_update_fake,
         lambda base, left, right: 2 * left.shape[0] * right.numel(),
         plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
+        contest=Contest(
+            (
+                Contender(
+                    "torch.addmm",
+                    torch.addmm,
+                    lambda base, left, right: (
+                        ""
+                        if base.dtype is left.dtype is right.dtype
+                        else "it multiplies and adds in one dtype"
+                    ),
+                ),
+            ),
+            lambda base, left, right: (base.shape[0], (left.shape[1], right.shape[1])),
+        ),
     )
 )
 
@@ -121,6 +137,38 @@ def _wide_product_plain(wide: Tensor, narrow: Tensor, scale: float, transposed: 
     return result.t() if transposed else result
 
 
+def in_parts(narrow: Tensor, dtype: torch.dtype) -> Tensor:
+    """``narrow`` (K, r) as three parts (K, 3 r) in ``dtype``, whose sum it is: the smallest first.
+
+    Each part is what is left of the number after those before: 8 bits each in bf16, which are the
+    24 of an fp32 number together (Ootomo & Yokota 2022).
+    """
+    high = narrow.to(dtype)
+    rest = narrow - high
+    middle = rest.to(dtype)
+    return torch.cat([(rest - middle).to(dtype), middle, high], 1)
+
+
+def product_of_parts(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
+    """``wide_product`` by one product of the library, which adds up in fp32 and returns it."""
+    parts = _mm_in_fp32(wide, in_parts(narrow, wide.dtype)).unflatten(1, (3, -1))
+    result = torch.add(parts[:, 0], parts[:, 1]).add_(parts[:, 2]).mul_(scale)
+    return result.t().contiguous() if transposed else result
+
+
+def _mm_in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _sizes(
+    wide: Tensor, narrow: Tensor, scale: float, transposed: bool
+) -> tuple[int, tuple[int, ...]]:
+    # rows are tokens in a product with a factor, and features in a factor's gradient
+    rows, inner = wide.shape
+    tokens, other = (rows, inner) if wide.stride(1) == 1 else (inner, rows)
+    return tokens, (other, narrow.shape[1])
+
+
 _wide_product_op = direct(
     library_op(
         "lora_wide_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
@@ -128,6 +176,18 @@ _wide_product_op = direct(
         _wide_product_fake,
         lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
         plain=_wide_product_plain,
+        contest=Contest(
+            (
+                Contender(
+                    "in three parts",
+                    product_of_parts,
+                    lambda wide, *_: (
+                        "" if wide.dtype is torch.bfloat16 else "parts are numbers of bfloat16"
+                    ),
+                ),
+            ),
+            _sizes,
+        ),
     )
 )
 

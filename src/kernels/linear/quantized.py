@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..choice import Contender
 from ..direct import direct
 from ..launch import library_op, use_triton, use_triton_dot
 from ..matmul import addmm, mm
 from ..op import Maker
+from ..raced_op import Contest
 from .products import plus_products, rank_update
 
 NF4 = (
@@ -415,6 +417,31 @@ def _dequantize_plain(
     return _four_bits_reference(Quantized(tensors, (out, into), blocksize, kind), dtype)
 
 
+def _why_not_bitsandbytes(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
+    dtype: torch.dtype,
+) -> str:  # fmt: skip
+    if not hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
+        return "it is not loaded"
+    return "" if packed.is_contiguous() else "the codes are not contiguous"
+
+
+def _dequantize_by_bitsandbytes(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    library, scale = torch.ops.bitsandbytes, absmax
+    if absmax_8bit is not None:
+        inner = absmax_8bit, absmax, absmax_code
+        scale = library.dequantize_blockwise.default(*inner, NESTED, torch.float32) + absmax_offset
+    result: Tensor = library.dequantize_4bit.default(
+        packed, scale, blocksize, kind, [out, into], dtype
+    )
+    return result
+
+
 _dequantize = library_op(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? absmax_code,"
     " Tensor? absmax_offset, int out, int into, int blocksize, str kind, ScalarType dtype)"
@@ -422,6 +449,11 @@ _dequantize = library_op(
     "linear.quant_linear:dequantize",
     _dequantize_fake,
     plain=_dequantize_plain,
+    contest=Contest(
+        (Contender("bitsandbytes", _dequantize_by_bitsandbytes, _why_not_bitsandbytes),),
+        lambda *args: (1, tuple(args[5:8])),
+        lambda args, generator: args,  # the scales and codes of a weight, which are never zeros
+    ),
 )
 _direct_dequantize = direct(_dequantize)
 

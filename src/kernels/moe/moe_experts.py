@@ -39,9 +39,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..choice import Contender
 from ..launch import library_op, use_triton, use_triton_dot
 from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
+from ..raced_op import Contest, drawn, wide_enough
 from ..second_order import absent, differentiable, gradients, require_saved
 from .packed_experts import PackedExperts
 
@@ -350,10 +352,86 @@ _FLOPS: dict[str, Callable[..., int]] = {
 }
 
 
+# -- PyTorch's own products of groups --------------------------------------------------------------
+def _why_not_torch(*tensors: Tensor) -> str:
+    if not hasattr(F, "grouped_mm"):
+        return "this PyTorch has none"
+    if any(t.dtype is not torch.bfloat16 for t in tensors):
+        return "it takes bfloat16 alone"
+    if any(n % 8 for t in tensors for n in t.shape[1:]):
+        return "rows are not 16 bytes apart"
+    return ""
+
+
+def _torch_mm(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    a = a if rows is None else a.index_select(0, rows)
+    out = F.grouped_mm(a, weight, offs=offsets)
+    # it leaves what is after the last end as the memory was, and the host does not know the end
+    place = torch.arange(out.shape[0], device=out.device)
+    return out.masked_fill_((place >= offsets[-1:]).unsqueeze(1), 0)
+
+
+def _torch_outer(
+    a: Tensor, rows: Tensor | None, b: Tensor, offsets: Tensor, like: Tensor
+) -> Tensor:
+    a = a if rows is None else a.index_select(0, rows)
+    if like.stride(1) < like.stride(2):
+        return F.grouped_mm(b.t(), a, offs=offsets).mT
+    return F.grouped_mm(a.t(), b, offs=offsets)
+
+
+def _with_idle_experts(args: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
+    """Of several experts the first has no place, and the last place is nobody's."""
+    made = drawn(args, generator)
+    offsets = made[3]
+    if len(offsets) > 1:
+        offsets[0] = 0
+        offsets.clamp_(max=max(0, _rows(*args) - 1))
+    return made
+
+
+def _rows(a: Tensor, rows: Tensor | None, *_: Any) -> int:
+    return a.shape[0] if rows is None else rows.shape[0]
+
+
+_CONTESTS = {
+    "grouped_mm": Contest(
+        (
+            Contender(
+                "F.grouped_mm",
+                _torch_mm,
+                lambda a, rows, weight, offsets, bias: (
+                    "it adds no bias" if bias is not None else _why_not_torch(a, weight)
+                ),
+            ),
+        ),
+        lambda *args: (_rows(*args), tuple(args[2].shape)),
+        _with_idle_experts,
+        exact=lambda a, *_: wide_enough(a.dtype),
+    ),
+    "grouped_outer": Contest(
+        (
+            Contender(
+                "F.grouped_mm",
+                _torch_outer,
+                lambda a, rows, b, offsets, like: _why_not_torch(a, b, like),
+            ),
+        ),
+        lambda *args: (_rows(*args), tuple(args[4].shape)),
+        _with_idle_experts,
+        exact=lambda a, *_: wide_enough(a.dtype),
+    ),
+}
+
+
 def _op(name: str, suffix: str, implementation: Callable[..., Any] | str) -> Callable[..., Any]:
-    schema = f"moe_{name}{suffix}{_SCHEMAS[name]}"
-    plain = _CPU[name] if isinstance(implementation, str) else None
-    return library_op(schema, implementation, _FAKES[name], _FLOPS.get(name), plain=plain)
+    schema, fake, flops = f"moe_{name}{suffix}{_SCHEMAS[name]}", _FAKES[name], _FLOPS.get(name)
+    if not isinstance(implementation, str):
+        return library_op(schema, implementation, fake, flops)
+    contest = _CONTESTS.get(name)
+    return library_op(schema, implementation, fake, flops, plain=_CPU[name], contest=contest)
 
 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}

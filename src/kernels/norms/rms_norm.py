@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choice import Contender
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
+from ..raced_op import Contest, drawn
 from ..second_order import differentiable, double_backward
 
 MAX_DIM = 16384
@@ -124,12 +126,60 @@ def _backward_fake(
     return d_x, x.new_empty(0)
 
 
+def _why_not_torch(
+    x: Tensor, weight: Tensor | None, offset: float, extra: Tensor | None = None
+) -> str:
+    if weight is None or offset or weight.dtype is not x.dtype:
+        return "it multiplies by a weight in the dtype of x, as it is"
+    if extra is not None:
+        return "it adds no other gradient"
+    return "" if hasattr(torch.ops.aten, "_fused_rms_norm") else "this PyTorch has none"
+
+
+def _torch_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float, outer: bool
+) -> tuple[Tensor, Tensor]:
+    y, rstd = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+    return y, rstd
+
+
+def _torch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, extra: Tensor | None, offset: float,
+    outer: bool, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    needs = [need_x, need_weight]
+    grads = torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], rstd, weight, needs)
+    return grads[0] if need_x else x.new_empty(0, x.shape[-1]), (
+        grads[1] if need_weight else x.new_empty(0)
+    )
+
+
+def _with_rstd(args: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
+    grad, x, weight, rstd, *rest = drawn(args, generator)
+    rstd.copy_(x.float().square().mean(-1, keepdim=True).add_(1e-6).rsqrt_())
+    return grad, x, weight, rstd, *rest
+
+
+def _size(x: Tensor, *_: Any) -> tuple[int, tuple[int, ...]]:
+    return x.numel() // max(1, x.shape[-1]), (x.shape[-1],)
+
+
 _forward_op = library_op(
     "rms_norm_forward(Tensor x, Tensor? weight, float eps, float offset, bool outer)"
     " -> (Tensor, Tensor)",
     "norms.rms_norm:forward",
     _forward_fake,
     plain=_forward,
+    contest=Contest(
+        (
+            Contender(
+                "F.rms_norm",
+                _torch_forward,
+                lambda x, weight, eps, offset, outer: _why_not_torch(x, weight, offset),
+            ),
+        ),
+        _size,
+    ),
 )
 _backward_op = library_op(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? extra,"
@@ -137,6 +187,19 @@ _backward_op = library_op(
     "norms.rms_norm:backward",
     _backward_fake,
     plain=_backward,
+    contest=Contest(
+        (
+            Contender(
+                "F.rms_norm",
+                _torch_backward,
+                lambda grad, x, weight, rstd, extra, offset, *_: _why_not_torch(
+                    x, weight, offset, extra
+                ),
+            ),
+        ),
+        _size,
+        _with_rstd,
+    ),
 )
 _launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)
 

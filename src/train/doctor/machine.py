@@ -31,7 +31,22 @@ def _gpus(torch: Any) -> list[CheckResult]:
         results.append(
             CheckResult(f"GPU {i}", f"{about.name}, {sizes}", note=f"sm_{about.major}{about.minor}")
         )
-    return results
+    return [*results, *_raced_on_gpus(torch)]
+
+
+def _raced_on_gpus(torch: Any) -> list[CheckResult]:
+    """What runs have raced on each kind of GPU: whose kernels are the fastest for which sizes."""
+    from ...kernels import choice, raced_op
+
+    if choice.is_fixed():
+        return []  # as the line for the CPU says
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    machines = dict.fromkeys(map(raced_op.machine, devices))
+    found = [each for machine in machines for each in choice.earlier(machine)]
+    if not found:
+        note = "each op's kernels are raced with libraries' in the first step that calls it"
+        return [CheckResult("fastest kernels", "none raced yet", note=note)]
+    return [CheckResult("fastest kernels", str(each)) for each in found]
 
 
 def _no_gpu(torch: Any) -> CheckResult:
