@@ -17,11 +17,9 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
-from .native.build import kept_folder
+from .native.build import kept_folder, write_whole
 from .tolerance import exceeded
 
 VARIABLE = "FUSEWRIGHT_CHOICES"
@@ -113,6 +111,15 @@ _CHOICES: dict[str, Choice] = {}
 """By question: what this process has chosen."""
 
 
+_KEPT: dict[str, Choice] = {}
+"""By the name of its file: of those, what is kept for the machine."""
+
+
+def files() -> dict[str, str]:
+    """What this process has chosen and keeps for the machine, as files: name and content."""
+    return {name: json.dumps(asdict(choice)) for name, choice in _KEPT.items()}
+
+
 def choices() -> list[Choice]:
     """What this process has chosen so far."""
     return list(_CHOICES.values())
@@ -166,6 +173,7 @@ def choose(question: Question, machine: str = "") -> Choice:
         _keep(key, chosen)
     chosen = _agreed(key, chosen, question)
     _CHOICES[question.name] = chosen
+    _KEPT[_file(key)] = chosen
     return chosen
 
 
@@ -287,19 +295,20 @@ def _read(record: Any, source: str) -> Choice | None:
     return Choice(question, candidate, source, times, refused)
 
 
+def _file(key: str) -> str:
+    return f"choice-{key}.json"
+
+
 def _kept(key: str) -> Choice | None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        return _read(json.loads((kept_folder() / f"choice-{key}.json").read_text()), "kept")
+        return _read(json.loads((kept_folder() / _file(key)).read_text()), "kept")
     return None
 
 
 def _keep(key: str, choice: Choice) -> None:
     """Write a choice for later processes, of which each sees all of it or nothing."""
     with contextlib.suppress(OSError, RuntimeError):  # such as a folder that is read-only
-        folder = kept_folder()
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".choice-", delete=False) as file:
-            json.dump(asdict(choice), file)
-        Path(file.name).replace(folder / f"choice-{key}.json")
+        write_whole(kept_folder() / _file(key), json.dumps(asdict(choice)).encode())
 
 
 def _agreed(key: str, mine: Choice, question: Question) -> Choice:
