@@ -2,9 +2,10 @@
 
 It holds PyTorch's artifacts (``torch.compiler.save_cache_artifacts``), the C++ kernels of Inductor
 and of this package, the verdicts on rewrites, and what was raced. The last two are JSON; the others
-are machine code and pickles, which later compilations run. So such a file is code: whoever calls
-``load_compiled`` trusts it. Reading alone runs nothing: the whole file is checked, then its parts
-are written to the folders of caches, each of which other processes see whole or not at all.
+are pickles and machine code: such a file is code, and ``load_compiled`` is called by who trusts it.
+All of it is checked, for damage and for what this machine lacks, before anything is unpickled or
+written; then its parts go to the folders of caches, where other processes see each whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..kernels.launch import has_triton
 from ..kernels.native import build
 from ..kernels.native import library as native
 from ..kernels.processor import instruction_set, model_name
+from .codegen.cpp_compiler import proof
 from .ranks import verdicts
 
 _FORMAT = "fusewright compiled 1"
@@ -86,8 +88,8 @@ def save_compiled(path: str | os.PathLike[str]) -> Compiled:
 def load_compiled(path: str | os.PathLike[str]) -> Compiled:
     """Put what ``save_compiled`` wrote into the folders where compilations look for it.
 
-    Such a file is code, which those compilations run: load only what you, or someone whom you would
-    let log in as you, have made.
+    Such a file is code, which PyTorch runs: load only what was made by you, or by somebody whom you
+    would let log in as you.
 
     Raises FusewrightError if the file is damaged, or was made on a machine of another kind or with
     other versions: the message says what differs.
@@ -148,6 +150,8 @@ def _place(files: dict[str, bytes]) -> None:
     # last: with them a graph counts as compiled, and its kernels are looked for
     if _ARTIFACTS in files and torch.compiler.load_cache_artifacts(files[_ARTIFACTS]) is None:
         raise RuntimeError("PyTorch cannot read its artifacts")
+    if any(name.startswith("inductor/") for name in files):
+        proof().touch(mode=0o600)  # to the compiler there
 
 
 def _contents(files: dict[str, bytes]) -> Compiled:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from ...kernels.native import build
 from ...kernels.native import library as native
 
 
@@ -50,9 +52,9 @@ if hasattr(os, "register_at_fork"):
 
 def _prepare() -> None:
     with _preparing, contextlib.suppress(Exception):  # it fails again in use, with its message
-        if _has_compiled():
-            _take_vector_instructions()
-        elif not _headers_prove_instructions():
+        if _is_proven() and _take_vector_instructions():
+            return
+        if not _headers_prove_instructions():
             _find_vector_instructions()
             _compile_headers()
 
@@ -94,13 +96,24 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         setattr(owner, name, original)
 
 
-def _has_compiled() -> bool:
-    """Whether Inductor has compiled graphs for this user: most likely those that are asked for."""
-    from torch._inductor import config
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+def proof() -> Path:
+    """The file that is there once the compiler was seen to know the CPU's vector instructions.
 
-    reads = config.fx_graph_cache and not config.force_disable_caches
-    return reads and Path(cache_dir(), "fxgraph").is_dir()
+    Raises OSError or RuntimeError where no such file can be kept.
+    """
+    name = build.compiler_name(torch.__version__, torch.version.git_version or "")
+    return build.kept_folder() / f"instructions-{name}"
+
+
+def _is_proven() -> bool:
+    """Whether no header need be compiled before the first kernel is."""
+    from torch._inductor import config
+
+    if not getattr(config, "cpp_cache_precompile_headers", False):
+        return False
+    with contextlib.suppress(OSError, RuntimeError):
+        return proof().exists()
+    return False
 
 
 def _headers_prove_instructions() -> bool:
@@ -120,6 +133,8 @@ def _headers_prove_instructions() -> bool:
     except Exception:
         _forget_vector_instructions()
         return False
+    with contextlib.suppress(OSError, RuntimeError):
+        proof().touch(mode=0o600)
     return True
 
 

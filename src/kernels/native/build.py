@@ -41,7 +41,7 @@ def built() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(missing_compiler())
-    path = place / _name(_identity(compiler))
+    path = place / f"kernels-{_hash(_identity(compiler), source(), *FLAGS, *NATIVE)}.so"
     if not path.exists():
         compile_kernels(compiler, source(), path, NATIVE)
     return path
@@ -49,13 +49,18 @@ def built() -> Path:
 
 def carried_name() -> str:
     """The name of a library that another machine of the kind has compiled, with any compiler."""
-    return _name("carried")
+    return f"kernels-{_hash(source(), *FLAGS, *NATIVE)}.so"
 
 
-def _name(compiler: str) -> str:
+def compiler_name(*what: str) -> str:
+    """A name for what this machine's compiler, if any, makes of ``what`` for this processor."""
+    compiler = find_compiler()
+    return _hash("" if compiler is None else _identity(compiler), *what)
+
+
+def _hash(*what: str) -> str:
     # several machines may share the folder
-    what = "\0".join((source(), compiler, *FLAGS, *NATIVE, instruction_set()))
-    return f"kernels-{hashlib.sha256(what.encode()).hexdigest()[:32]}.so"
+    return hashlib.sha256("\0".join((*what, instruction_set())).encode()).hexdigest()[:32]
 
 
 def find_compiler() -> str | None:
