@@ -55,23 +55,30 @@ class Environment:
         fuel: ``FUSEWRIGHT_FUEL``: how many rewrites one ``optimize`` call may make; for bisecting.
         disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
         traceback: ``FUSEWRIGHT_TRACEBACK``: commands print the traceback of every error.
+        keeps_verdicts: ``FUSEWRIGHT_VERDICTS``: ``fresh``: each process verifies rewrites itself;
+            ``kept``, the default: not those that an earlier one has found right.
     """
 
     dump: str | None
     fuel: int | None
     disable: frozenset[str]
     traceback: bool = False
+    keeps_verdicts: bool = True
 
     @classmethod
     def read(cls) -> Environment:
-        """Read the variables as they are now; ValueError for a fuel that is not a number."""
+        """Read the variables as they are now; ValueError for a value that one cannot have."""
         fuel = os.environ.get("FUSEWRIGHT_FUEL")
         if fuel and not fuel.isdecimal():
             raise ValueError(f"FUSEWRIGHT_FUEL={fuel!r}: the number of rewrites allowed, as in 12")
+        verdicts = os.environ.get("FUSEWRIGHT_VERDICTS") or "kept"
+        if verdicts not in ("kept", "fresh"):
+            raise ValueError(f"FUSEWRIGHT_VERDICTS={verdicts!r} is neither kept nor fresh")
         names = os.environ.get("FUSEWRIGHT_DISABLE", "").split(",")
         return cls(
             dump=os.environ.get("FUSEWRIGHT_DUMP") or None,
             fuel=int(fuel) if fuel else None,
             disable=frozenset(n.strip() for n in names if n.strip()),
             traceback=os.environ.get("FUSEWRIGHT_TRACEBACK", "0") not in ("", "0"),
+            keeps_verdicts=verdicts == "kept",
         )

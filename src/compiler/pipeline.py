@@ -152,7 +152,11 @@ def _choices(
         options,
         environment,
         codegen,
-        Verifier(options.verify == "always", codegen[0] == "inductor", SharedVerdicts()),
+        Verifier(
+            options.verify == "always",
+            codegen[0] == "inductor",
+            SharedVerdicts(keeps=environment.keeps_verdicts),
+        ),
         Fuel(environment.fuel),
         _planner(model, blocks, options.memory, codegen[0]),
         split=split,

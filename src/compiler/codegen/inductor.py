@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -15,8 +16,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from ...graph.effects import Effects
 from ...graph.run import without_advice
+from ...kernels.processor import processor
 from ..ranks.compile_lock import first_one_compiles
-from .cpp_compiler import kernels_awaited_last
+from ..ranks.verdicts import environment
+from .cpp_compiler import headers_for_new_kernels, kernels_awaited_last
 
 
 def _disable_donation() -> None:
@@ -66,6 +69,28 @@ def _patches(module: fx.GraphModule) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _as_in_every_process(module: fx.GraphModule) -> Iterator[None]:
+    """While it lasts, a graph has the key in AOTAutograd's cache that it has in other processes."""
+    # PyTorch leaves what is one process's own out of the key, but of the outermost graph alone,
+    # and with a checkpoint around the block the captured graph is a nested one. And the key knows
+    # our ops, which are traced through, by their names: what they do depends on ``environment``.
+    inner = [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
+    before = [(m, {n: vars(m)[n] for n in _OF_ONE_PROCESS if n in vars(m)}) for m in inner]
+    for m, fields in before:
+        kept = {n: v for n, v in m.meta.items() if n in ("_checkpoint_context_fn",)}
+        vars(m).update(dict.fromkeys(fields), meta=kept)
+    vars(module)["environment"] = (*environment(), processor(), torch.get_num_threads())
+    try:
+        yield
+    finally:
+        for m, fields in before:
+            vars(m).update(fields)
+
+
+_OF_ONE_PROCESS = ("meta", "compile_subgraph_reason", "_param_name_to_source", "_backend_id")
+
+
 def inductor(
     module: fx.GraphModule,
     examples: Sequence[Any],
@@ -90,7 +115,9 @@ def inductor(
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with (
         functorch_config.patch(donated_buffer=False),
+        _as_in_every_process(module),
         without_advice(),
+        headers_for_new_kernels(),
         nullcontext() if preparation is None else kernels_awaited_last(),
     ):
         compiled = compile_fx(
