@@ -135,7 +135,7 @@ class Interpreted:
     """In the place of what Inductor compiles of a graph: runs it node by node."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        self.calls = 0
+        self.graph, self.calls = graph, 0
         self._boxed_call = True  # it takes its arguments in a list
 
         def run(args: list[Any]) -> Any:

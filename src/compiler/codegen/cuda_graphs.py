@@ -24,12 +24,13 @@ blocks are compiled one by one: a model that keeps hidden states would raise an 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -143,9 +144,10 @@ class BlockGraphs:
         self._graphed: list[Graphed] = []
 
     def around_code(self, code: Any, unfit: str, is_backward: bool) -> None:
-        """Let what was compiled of one direction run by graphs, or not, for the reason ``unfit``."""
+        """Let what was compiled of one direction run by graphs; ``unfit``: why not."""
         run = getattr(code, "current_callable", None)
-        if run is not None:  # else there is nothing to be launched
+        trees = torch._inductor.config.triton.cudagraphs  # the user's choice
+        if run is not None and not trees:  # without: there is nothing to be launched
             name = "backward" if is_backward else "forward"
             graphed = Graphed(self._owner, run, name, self._weights, unfit)
             self._graphed.append(graphed)
@@ -346,8 +348,8 @@ class Graphed:
         except Unfit as error:
             self._refuse(state, str(error))
             warnings.warn(
-                f"a CUDA graph of a block's {self._name} gave other values than before, perhaps in "
-                f"the last {graph.replays} calls, and is not used any more: {error}. Please report it; "
+                f"a CUDA graph of a block's {self._name} gives other values than its code, perhaps "
+                f"since {graph.replays} calls, and is no longer used: {error}. Please report it; "
                 "optimize(model, cuda_graphs='off') does without",
                 stacklevel=2,
             )
@@ -392,18 +394,21 @@ def _timed(times: tuple[float, float] | None) -> str:
 
 
 def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest error of a result, of its own size; 0 where all bits are the same."""
+    """The largest error of a result, relative to its size; 0 where all are the same."""
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if not isinstance(b, Tensor):
-            worst = worst if a == b else float("inf")
-        elif a.shape != b.shape or a.dtype != b.dtype or a.stride() != b.stride():
-            return float("inf")
-        elif not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b))):
+            worst = worst if a == b else math.inf
+        elif (a.shape, a.stride(), a.dtype) != (b.shape, b.stride(), b.dtype):
+            return math.inf
+        elif not torch.equal(a, b):
             if not b.is_floating_point():
-                return float("inf")
-            off = (a.float() - b.float()).norm() / b.float().norm()
-            worst = max(worst, float(off.nan_to_num(float("inf"), float("inf"))))
+                return math.inf
+            same = (a == b) | (a.isnan() & b.isnan())
+            off = float((a.float() - b.float()).masked_fill(same, 0).norm())
+            size = float(b.float().nan_to_num(0).norm())
+            if off:  # or one is not a number, and the other is
+                worst = max(worst, off / size if size and not math.isnan(off) else math.inf)
     return worst
 
 
@@ -431,12 +436,14 @@ class _Memory:
             self._last = stream
             yield
 
-    def buffer(self, dtype: torch.dtype, length: int, number: int) -> Tensor:
-        """The buffer of that ``number`` among those of a type and length; graphs share them."""
+    def buffer(self, dtype: torch.dtype, length: int, taken: Sequence[Tensor]) -> Tensor:
+        """A buffer that is none of ``taken``; graphs share them."""
         buffers = self._buffers.setdefault((dtype, length), [])
-        while len(buffers) <= number:
-            buffers.append(torch.empty(length, dtype=dtype, device=self.device))
-        return buffers[number]
+        free = next((b for b in buffers if all(b is not t for t in taken)), None)
+        if free is None:
+            free = torch.empty(length, dtype=dtype, device=self.device)
+            buffers.append(free)
+        return free
 
     def capture(self, run: Callable[[], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
         """What ``run`` launches, as a graph, and what it returns."""
@@ -473,7 +480,7 @@ class _Memory:
         """After a capture that failed: the generator and the allocator still wait for its end."""
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-        if self.device.type == "cuda":
+        with contextlib.suppress(Exception):
             generator = torch.cuda.default_generators[self.device.index]
             generator.graphsafe_set_state(generator.clone_state())
 
@@ -484,139 +491,122 @@ class _Graph:
     def __init__(
         self, run: Run, args: Sequence[Any], fixed: Sequence[bool], memory: _Memory, watched: bool
     ) -> None:
-        self.device, self.replays = memory.device, 0
-        self._memory = memory
-        inputs, numbers = list(args), Counter[tuple[torch.dtype, int]]()
-        copied: dict[torch.dtype, list[tuple[int, Tensor, int]]] = {}
-        for i, a in enumerate(args):
-            if not isinstance(a, Tensor):
-                continue
-            if is_traceable_wrapper_subclass(a) or a.device != self.device:
-                raise Unfit("it is given what is no plain tensor of one device")
-            if fixed[i] or not a.numel():
-                continue
-            length = _length(a)
-            buffer = memory.buffer(a.dtype, length, numbers[a.dtype, length])
-            numbers[a.dtype, length] += 1
-            inputs[i] = buffer.as_strided(a.shape, a.stride())
-            copied.setdefault(a.dtype, []).append((i, buffer, length))
-        self._copied = [tuple(zip(*group, strict=True)) for group in copied.values()]
-
-        def zeros() -> None:
-            # twice: a buffer's count of writes tells what is kept of its values that they changed
-            for _, buffers, _ in self._copied:
-                for buffer in buffers:
-                    buffer.zero_()
-
+        self.device, self.replays, self._memory = memory.device, 0, memory
+        inputs, buffers = list(args), dict[int, Tensor]()
         with memory.turn(), torch.inference_mode(False), torch.no_grad():
-            zeros()
+            for i, a in enumerate(args):
+                if not isinstance(a, Tensor):
+                    continue
+                if is_traceable_wrapper_subclass(a) or a.device != self.device:
+                    raise Unfit("it is given what is no plain tensor of one device")
+                if not fixed[i] and a.numel():
+                    # all that lies between its first and its last element
+                    buffers[i] = memory.buffer(a.dtype, _length(a), list(buffers.values()))
+                    inputs[i] = buffers[i].as_strided(a.shape, a.stride())
+            self._buffers = _by_type(buffers)
+            _empty(buffers.values())
             memory.warm_up(lambda: run(list(inputs)), watched)
-            zeros()
+            _empty(buffers.values())
             self._graph, results = memory.capture(lambda: run(list(inputs)))
             self._plan(results, inputs)
 
     def _plan(self, results: Sequence[Any], inputs: Sequence[Any]) -> None:
-        """Note how each result is made; nothing is kept of the graph's memory but its address."""
-        given: dict[int, list[int]] = {}  # the places of arguments, by their storages
-        for i, t in enumerate(inputs):
-            if isinstance(t, Tensor) and t.numel():
-                given.setdefault(_storage(t), []).append(i)
-        made: dict[tuple[int, torch.dtype], int] = {}  # the numbers of what is made new
-        self._results: list[Callable[[dict[int, Any], list[Tensor]], Any]] = []
-        used, lengths, pointers = set(), [], []
+        """Note how each result is made; nothing is kept of the graph's memory but addresses."""
+        # numbers from 0 on are those of arguments, those below of what is made at each replay
+        self._results: list[tuple[int, Any, int]] = []  # a number, a layout in it, and an offset
+        self._values: dict[int, Any] = {}
+        storages: dict[tuple[int, torch.dtype], tuple[int, Any]] = {}
+        lengths: Counter[int] = Counter()
         for t in results:
+            number = ~(len(storages) + len(self._values))
             if not isinstance(t, Tensor):
-                self._results.append(lambda args, new, value=t: value)
+                self._values[number] = t
+                self._results.append((number, None, 0))
                 continue
             if t.device != self.device:
                 raise Unfit("a result of it is on another device")
-            layout, offset = (t.shape, t.stride()), t.storage_offset()
-            of = (i for i in given.get(_storage(t), ()) if _is_part(t, inputs[i]))
-            i = next(of, None)
-            if i is not None:
-                used.add(i)
-                offset -= inputs[i].storage_offset()
-                is_whole = not offset and layout == (inputs[i].shape, inputs[i].stride())
-                self._results.append(_argument(i) if is_whole else _view_of(i, layout, offset))
+            place = next((i for i, a in enumerate(inputs) if _is_part(t, a)), None)
+            if place is not None:
+                layout: Any = (t.shape, t.stride())
+                offset = t.storage_offset() - inputs[place].storage_offset()
+                if not offset and layout == (inputs[place].shape, inputs[place].stride()):
+                    layout = None  # the argument itself
+                self._results.append((place, layout, offset))
                 continue
-            number = made.setdefault((_storage(t), t.dtype), len(lengths))
-            if number == len(lengths):
-                lengths.append(0)
-                pointers.append((t.untyped_storage(), t.dtype))
-            lengths[number] = max(lengths[number], offset + _length(t))
-            self._results.append(_new(number, layout, offset))
-        self._used = sorted(used)
-        self._made = [(n, dtype) for n, (_, dtype) in zip(lengths, pointers, strict=True)]
-        by_type: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
-        for number, (n, (storage, dtype)) in enumerate(zip(lengths, pointers, strict=True)):
-            if n:
-                numbers, sources = by_type.setdefault(dtype, ([], []))
-                numbers.append(number)
-                sources.append(_unowned(storage, dtype, n, self.device))
-        self._sources = list(by_type.values())
+            storage = t.untyped_storage()
+            number, _ = storages.setdefault((storage.data_ptr(), t.dtype), (number, storage))
+            lengths[number] = max(lengths[number], t.storage_offset() + _length(t))
+            self._results.append((number, (t.shape, t.stride()), t.storage_offset()))
+        self._used = {number for number, _, _ in self._results if number >= 0}
+        self._made = {n: (lengths[n], dtype) for (_, dtype), (n, _) in storages.items()}
+        self._sources = _by_type(
+            {
+                n: _unowned(s, *self._made[n], self.device)
+                for n, s in storages.values()
+                if lengths[n]
+            }
+        )
 
     def replay(self, args: list[Any]) -> list[Any]:
         """The results for ``args``, which is emptied."""
         with self._memory.turn(), torch._C._AutoDispatchBelowAutograd():
-            for places, buffers, lengths in self._copied:
-                torch._foreach_copy_(
-                    buffers, [_flat(args[i], n) for i, n in zip(places, lengths, strict=True)]
-                )
-            used = {i: args[i] for i in self._used}
+            for places, buffers in self._buffers:
+                flat = [args[i].as_strided(b.shape, (1,)) for i, b in zip(places, buffers)]  # noqa: B905
+                torch._foreach_copy_(buffers, flat)
+            memory = self._values | {i: args[i] for i in self._used}
             args.clear()
             self._graph.replay()
-            new = [torch.empty(n, dtype=dtype, device=self.device) for n, dtype in self._made]
+            for number, (length, dtype) in self._made.items():
+                memory[number] = torch.empty(length, dtype=dtype, device=self.device)
             for numbers, sources in self._sources:
-                torch._foreach_copy_([new[i] for i in numbers], sources)
-            return [result(used, new) for result in self._results]
+                torch._foreach_copy_([memory[n] for n in numbers], sources)
+            return [
+                memory[n] if layout is None else _view(memory[n], layout, offset)
+                for n, layout, offset in self._results
+            ]
 
 
-def _flat(t: Tensor, length: int) -> Tensor:
-    """All that lies between the first and the last element of ``t``, in the order of memory."""
-    return t.as_strided((length,), (1,))
+def _by_type(tensors: dict[int, Tensor]) -> list[tuple[list[int], list[Tensor]]]:
+    """Numbers and tensors, those of one type together: they are copied by one launch."""
+    groups: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+    for number, t in tensors.items():
+        numbers, alike = groups.setdefault(t.dtype, ([], []))
+        numbers.append(number)
+        alike.append(t)
+    return list(groups.values())
+
+
+def _empty(buffers: Iterable[Tensor]) -> None:
+    for buffer in buffers:
+        buffer.zero_()
+        # an op may keep what it made of a tensor that nobody has written to since
+        torch.autograd.graph.increment_version(buffer)
 
 
 def _length(t: Tensor) -> int:
-    """The number of elements that lie there, those of gaps included."""
+    """The elements between the first and the last one of ``t``, those of gaps included."""
     if not t.numel():
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def _is_part(t: Tensor, of: Tensor) -> bool:
-    """Whether ``t``, which has the same storage, lies within ``of``."""
+def _is_part(t: Tensor, of: Any) -> bool:
+    """Whether ``t`` lies within ``of``."""
+    if not isinstance(of, Tensor) or t.dtype is not of.dtype or not t.numel():
+        return False
     start = t.storage_offset() - of.storage_offset()
-    return t.dtype is of.dtype and start >= 0 and start + _length(t) <= _length(of)
+    is_same = t.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+    return is_same and start >= 0 and start + _length(t) <= _length(of)
 
 
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
-
-
-def _unowned(storage: Any, dtype: torch.dtype, length: int, device: torch.device) -> Tensor:
+def _unowned(storage: Any, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The beginning of ``storage``, which may be freed: a graph's pool gives it away again."""
     size = length * dtype.itemsize
     same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), device, size)
     return torch.empty(0, dtype=dtype, device=device).set_(same, 0, (length,), (1,))
 
 
-def _argument(i: int) -> Callable[[dict[int, Any], list[Tensor]], Any]:
-    return lambda args, new: args[i]
-
-
-def _view_of(
-    i: int, layout: tuple[Any, Any], offset: int
-) -> Callable[[dict[int, Any], list[Tensor]], Any]:
-    return lambda args, new: _view(args[i], layout, args[i].storage_offset() + offset)
-
-
-def _new(
-    number: int, layout: tuple[Any, Any], offset: int
-) -> Callable[[dict[int, Any], list[Tensor]], Any]:
-    return lambda args, new: _view(new[number], layout, offset)
-
-
 def _view(t: Tensor, layout: tuple[Any, Any], offset: int) -> Tensor:
     # not as autograd knows views: these are results of their own
-    result: Tensor = t.new_empty(0).set_(t.untyped_storage(), offset, *layout)
+    result: Tensor = t.new_empty(0).set_(t.untyped_storage(), t.storage_offset() + offset, *layout)
     return result
