@@ -63,6 +63,9 @@ _NOISE = 4.0  # errors allowed, in those of a second call of code that is not de
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
+# as Inductor's code does it: by size, strides and offset, and no view as autograd knows them
+_VIEW: Any = torch._C._dynamo.guards._reinterpret_tensor  # 2026-12-01: torch does not type it
+
 
 class Unfit(Exception):
     """Code that is not captured, or a graph that is not used, and why."""
@@ -561,7 +564,7 @@ class _Graph:
             for numbers, sources in self._sources:
                 torch._foreach_copy_([memory[n] for n in numbers], sources)
             return [
-                memory[n] if layout is None else _view(memory[n], layout, offset)
+                memory[n] if layout is None else _VIEW(memory[n], *layout, offset)
                 for n, layout, offset in self._results
             ]
 
@@ -604,9 +607,3 @@ def _unowned(storage: Any, length: int, dtype: torch.dtype, device: torch.device
     size = length * dtype.itemsize
     same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), device, size)
     return torch.empty(0, dtype=dtype, device=device).set_(same, 0, (length,), (1,))
-
-
-def _view(t: Tensor, layout: tuple[Any, Any], offset: int) -> Tensor:
-    # not as autograd knows views: these are results of their own
-    result: Tensor = t.new_empty(0).set_(t.untyped_storage(), t.storage_offset() + offset, *layout)
-    return result
