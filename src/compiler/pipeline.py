@@ -267,8 +267,8 @@ def explain(model: nn.Module) -> Report:
     reads = log.reads.describe()
     return Report(
         tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, memory, reads,
-        tuple(starmap(Fallback, FAILED.items())),
-        (*map(str, raced()), *session.choices.graphs.describe()),
+        tuple(starmap(Fallback, FAILED.items())), tuple(map(str, raced())),
+        tuple(session.choices.graphs.describe()),
     )  # fmt: skip
 
 
