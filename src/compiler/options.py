@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..memory.budget import Budget
+from .codegen.cuda_graphs import Mode as CudaGraphs
 
 Codegen = Literal["auto", "eager", "inductor"]
 Logits = Literal["lazy", "always"]
@@ -26,6 +27,8 @@ class Options:
         strict: raise when a site is refused or missed.
         compile_no_grad: whether ``codegen`` also runs blocks that are called without gradients.
         packs: whether rows are several samples wherever their positions say so.
+        cuda_graphs: ``"auto"`` runs blocks by CUDA graphs where that is faster, ``"on"`` wherever
+            they can be captured.
     """
 
     passes: tuple[Any, ...]
@@ -36,9 +39,13 @@ class Options:
     strict: bool = False
     compile_no_grad: bool = False
     packs: bool = False
+    cuda_graphs: CudaGraphs = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("codegen", Codegen), ("logits", Logits), ("verify", Verify)):
+        for name, allowed in (
+            ("codegen", Codegen), ("logits", Logits), ("verify", Verify),
+            ("cuda_graphs", CudaGraphs),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in get_args(allowed):
                 choices = ", ".join(repr(c) for c in get_args(allowed))

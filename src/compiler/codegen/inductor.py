@@ -20,6 +20,7 @@ from ...kernels.processor import processor
 from ..ranks.compile_lock import first_one_compiles
 from ..ranks.verdicts import environment
 from .cpp_compiler import headers_for_new_kernels, kernels_awaited_last
+from .cuda_graphs import BlockGraphs, why_unfit
 
 
 def _disable_donation() -> None:
@@ -96,11 +97,12 @@ def inductor(
     examples: Sequence[Any],
     preparation: threading.Thread | None = None,
     absent: AbsentGradients | None = None,
+    graphs: BlockGraphs | None = None,
 ) -> Callable[..., Any]:
     """Compile the graph with Inductor; our ops are traced through or called as they are.
 
     ``preparation``, from ``cpp_compiler.prepare``, is waited for as late as possible; ``absent``
-    finds the gradients that eager mode does not have.
+    finds the gradients that eager mode does not have; ``graphs`` run what is compiled.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -109,8 +111,13 @@ def inductor(
         if preparation is not None:
             preparation.join()
         _disable_donation()
+        # Inductor's passes change it
+        reason = "" if graphs is None else why_unfit(args[0])
         with first_one_compiles(*args[:2]):
-            return compile_fx_inner(*args, **kwargs)
+            code = compile_fx_inner(*args, **kwargs)
+        if graphs is not None:
+            graphs.around_code(code, reason, bool(kwargs.get("is_backward")))
+        return code
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with (
@@ -126,9 +133,10 @@ def inductor(
             inner_compile=compile_prepared,
             config_patches=_patches(module),
         )
-    return _with_checked_backward(
-        cast("Callable[..., Any]", compiled), absent or AbsentGradients(None)
-    )
+    run = cast("Callable[..., Any]", compiled)
+    if graphs is not None:
+        run = graphs.around_block(run)
+    return _with_checked_backward(run, absent or AbsentGradients(None))
 
 
 def _with_checked_backward(
