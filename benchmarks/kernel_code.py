@@ -56,12 +56,18 @@ KNOWN = {
     "linear_cross_entropy_matmul.matmul": "of the rows that nobody expects to count",
     "lora_linear.wide_product": "as many columns as an adapter has ranks",
     "rms_norm_linear.matmul": "of few features, as keys and values have",
+    "quant_linear.few": "made for few tokens",
+    "selective_scan.backward": "time is in order, and channels share B and C",
+    "selective_scan.forward": "time is in order, and channels share B and C",
     "ssd.output": "chunks and states of the model's sizes",
     "ssd.scan": "chunks and states of the model's sizes",
     "ssd_backward.backward": "chunks and states of the model's sizes",
     "ssd_backward.shared": "chunks and states of the model's sizes",
 }
 """Kernel -> why it has few programs at 2,048 tokens, or narrow products."""
+
+_LARGE = 3584
+"""Features of a model whose launches are to fill a card."""
 
 FEW = OpShape(1, 8, MODELS["llama-8b"])
 """As few tokens as dequantization is inside the product for."""
@@ -81,7 +87,7 @@ class Variant:
         ops: which ops make it.
         sizes: at which sizes.
         code: by card that it is launched on.
-        programs: by card, of the smallest launch.
+        programs: by card, of the smallest launch for many tokens of a large model.
     """
 
     launch: Launch
@@ -139,7 +145,9 @@ def variants(
         for maker in makers:
             for launches in _aligned(op, maker, cards):
                 code = {card.name: _code(launch, card) for card, launch in launches.items()}
-                programs = {c.name: math.prod(one.grid) for c, one in launches.items()}
+                programs = {}
+                if maker.shape.model.hidden >= _LARGE and maker.shape.seq > FEW.seq:
+                    programs = {c.name: math.prod(one.grid) for c, one in launches.items()}
                 key = tuple((name, c.key) for name, c in code.items())
                 first = next(iter(launches.values()))
                 known = made.get(key) or Variant(first, (), (), code, programs)
@@ -147,7 +155,8 @@ def variants(
                     known,
                     ops=tuple(dict.fromkeys((*known.ops, op))),
                     sizes=tuple(dict.fromkeys((*known.sizes, size))),
-                    programs={n: min(p, known.programs[n]) for n, p in programs.items()},
+                    programs=known.programs
+                    | {n: min(p, known.programs.get(n, p)) for n, p in programs.items()},
                 )
     return sorted(made.values(), key=lambda v: (v.name, v.sizes))
 
@@ -222,12 +231,13 @@ def problems(found: Iterable[Variant], cards: Sequence[Card]) -> Iterator[str]:
                 yield f"{where}: {code.spills} instructions move registers to or from memory"
             if code.shared > card.shared:
                 yield f"{where}: {code.shared} bytes of shared memory, of {card.shared}"
-            if v.name in KNOWN or v.sizes == ("few tokens",):
+            if v.name in KNOWN:
                 continue
             if 0 < code.narrowest < 32:
                 yield f"{where}: products of {code.narrowest} columns"
-            if v.programs[card.name] < card.multiprocessors:
-                yield f"{where}: {v.programs[card.name]} programs for {card.multiprocessors} multiprocessors"
+            programs = v.programs.get(card.name)
+            if programs is not None and programs < card.multiprocessors:
+                yield f"{where}: {programs} programs for {card.multiprocessors} multiprocessors"
 
 
 def tables(found: Sequence[Variant], cards: Sequence[Card]) -> Iterator[str]:
