@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -155,4 +155,9 @@ class _Launchers(TorchDispatchMode):
         if opaque or (launches is not None and launches(*args)):
             run = launch.RUNS[func]
         with self if run is not func else contextlib.nullcontext():
-            return run(*args, **kwargs)
+            try:
+                return run(*args, **kwargs)
+            except DataDependentOutputException:
+                if not opaque:
+                    raise
+        return func(*args, **kwargs)  # PyTorch's operators by what is in an input

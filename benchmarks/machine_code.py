@@ -30,6 +30,7 @@ class Card:
         shared: bytes of shared memory that one block of threads may have.
         shared_of_all: bytes that those on one multiprocessor have together.
         threads: of one multiprocessor.
+        multiprocessors: of the largest card of the architecture that the project names.
         blocks: of one multiprocessor.
         registers: of one multiprocessor, 32 bits each.
     """
@@ -40,27 +41,29 @@ class Card:
     shared_of_all: int
     threads: int
     blocks: int
+    multiprocessors: int
     registers: int = 1 << 16
 
     @property
     def gpu(self) -> Gpu:
         """What configurations of kernels depend on."""
         hip = self.target.backend == "hip"
-        return Gpu(9 if hip else self.target.arch // 10, self.shared, hip)
+        generation = 9 if hip else self.target.arch // 10
+        return Gpu(generation, self.shared, hip, self.multiprocessors)
 
 
 KB = 1024
 CARDS = (  # CUDA C++ Programming Guide, technical specifications per compute capability
-    Card("sm_75", GPUTarget("cuda", 75, 32), 64 * KB, 64 * KB, 1024, 16),
-    Card("sm_80", GPUTarget("cuda", 80, 32), 163 * KB, 164 * KB, 2048, 32),
-    Card("sm_86", GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, 1536, 16),
-    Card("sm_89", GPUTarget("cuda", 89, 32), 99 * KB, 100 * KB, 1536, 24),
-    Card("sm_90", GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, 2048, 32),
-    Card("sm_100", GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, 2048, 32),
-    Card("sm_120", GPUTarget("cuda", 120, 32), 99 * KB, 100 * KB, 1536, 32),
+    Card("sm_75", GPUTarget("cuda", 75, 32), 64 * KB, 64 * KB, 1024, 16, 40),
+    Card("sm_80", GPUTarget("cuda", 80, 32), 163 * KB, 164 * KB, 2048, 32, 108),
+    Card("sm_86", GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, 1536, 16, 82),
+    Card("sm_89", GPUTarget("cuda", 89, 32), 99 * KB, 100 * KB, 1536, 24, 128),
+    Card("sm_90", GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, 2048, 32, 132),
+    Card("sm_100", GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, 2048, 32, 148),
+    Card("sm_120", GPUTarget("cuda", 120, 32), 99 * KB, 100 * KB, 1536, 32, 170),
     # CDNA 3 and 4: 64 and 160 KB of LDS; waves of 64, 512 vector registers for each lane
-    Card("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, 2048, 32, 4 * 64 * 512),
-    Card("gfx950", GPUTarget("hip", "gfx950", 64), 160 * KB, 160 * KB, 2048, 32, 4 * 64 * 512),
+    Card("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, 2048, 32, 304, 4 * 64 * 512),
+    Card("gfx950", GPUTarget("hip", "gfx950", 64), 160 * KB, 160 * KB, 2048, 32, 256, 4 * 64 * 512),
 )
 
 H100 = next(c for c in CARDS if c.name == "sm_90")
@@ -81,6 +84,7 @@ class Code:
         occupancy: share of a multiprocessor's threads that run at once.
         widths: bits of an access to global memory -> how many such instructions.
         tensor_cores: instructions of tensor cores.
+        narrowest: columns of the narrowest product of Hopper's tensor cores; 0 where there is none.
     """
 
     key: str
@@ -92,6 +96,7 @@ class Code:
     occupancy: float
     widths: tuple[tuple[int, int], ...]
     tensor_cores: int
+    narrowest: int = 0
 
 
 def compiled(launch: Launch, card: Card) -> Any:
@@ -109,12 +114,12 @@ def compiled(launch: Launch, card: Card) -> Any:
 def read(made: Any, card: Card) -> Code:
     """Read the machine code that ``compiled`` returned."""
     found = _read_cuda(made) if card.target.backend == "cuda" else _read_hip(made)
-    registers, spills, stack, shared, widths, tensor_cores = found
+    registers, spills, stack, shared, widths, tensor_cores, narrowest = found
     warps = made.metadata.num_warps
     return Code(
         made.hash, registers, spills, stack, shared, warps,
         _occupancy(card, registers, shared, warps), tuple(sorted(widths.items(), reverse=True)),
-        tensor_cores,
+        tensor_cores, narrowest,
     )  # fmt: skip
 
 
@@ -122,14 +127,15 @@ def _mock(value: Any) -> Any:
     return MockTensor(value.dtype) if isinstance(value, _Dtype) else value
 
 
-_Found = tuple[int, int, int, int, Counter[int], int]
+_Found = tuple[int, int, int, int, Counter[int], int, int]
 _GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|RED|ATOMG)\.E\S*")
 _BITS = re.compile(r"\.(32|64|128|U8|S8|U16|S16)(?:\.|$)")
+_HGMMA = re.compile(r"\bHGMMA\.64x(\d+)x")
 _TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|IMMA|QMMA|UTC\w*MMA)\b")
 
 
 def _read_cuda(made: Any) -> _Found:
-    """Registers, spills, stack, shared memory, widths of access, tensor-core instructions."""
+    """As ``Code`` has them: registers, spills, stack, shared memory, widths, products."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -142,7 +148,9 @@ def _read_cuda(made: Any) -> _Found:
         width = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}.get(bits[-1]) if bits else 32
         widths[width or int(bits[-1])] += 1
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return registers, spills, stack, made.metadata.shared, widths, len(_TENSOR_CORES.findall(code))
+    narrowest = min(map(int, _HGMMA.findall(code)), default=0)
+    products = len(_TENSOR_CORES.findall(code))
+    return registers, spills, stack, made.metadata.shared, widths, products, narrowest
 
 
 def _run(option: str, file: str) -> str:
@@ -177,7 +185,7 @@ def _read_hip(made: Any) -> _Found:
     spills = len(_HIP_SPILL.findall(code))
     stack = of("private_segment_fixed_size")
     tensor_cores = len(re.findall(r"\bv_mfma_", code))
-    return of("vgpr_count"), spills, stack, made.metadata.shared, widths, tensor_cores
+    return of("vgpr_count"), spills, stack, made.metadata.shared, widths, tensor_cores, 0
 
 
 def _occupancy(card: Card, registers: int, shared: int, warps: int) -> float:

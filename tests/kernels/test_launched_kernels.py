@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "kernels.md"
 CARDS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
+F32 = torch.float32
+
 pytestmark = needs_triton
 
 
@@ -110,6 +112,67 @@ def test_a_spill_is_what_goes_to_memory(kernels: Any) -> None:
 @pytest.mark.slow
 def test_code_of_every_op_on_every_card(kernels: Any) -> None:
     _check(kernels, (), CARDS)
+
+
+def _of_the_matrix(
+    kernels: Any, op: str, shape: str, dtype: torch.dtype, card: str
+) -> tuple[list[Any], list[str]]:
+    """The variants of an op, and what is wrong with them."""
+    chosen = [c for c in kernels.CARDS if c.name == card]
+    made = kernels.variants(chosen, (op,), {shape: kernels.MATRIX[shape]}, (dtype,))
+    return made, list(kernels.problems(made, chosen))
+
+
+def test_a_sample_of_the_matrix(kernels: Any) -> None:
+    made, wrong = _of_the_matrix(kernels, "glu", "rows of 16,384", torch.float16, "sm_75")
+    assert {v.launch.name for v in made} == {"forward", "backward"}
+    assert wrong == []
+    made, wrong = _of_the_matrix(kernels, "attention-packed", "heads of 64", F32, "sm_86")
+    assert {v.launch.name for v in made} == {"table", "forward", "queries", "keys"}
+    assert wrong == []
+
+
+def test_what_is_refused_by_name_is_not_launched(kernels: Any) -> None:
+    for dtype, card in ((F32, "sm_90"), (torch.float16, "sm_75")):
+        made, _ = _of_the_matrix(kernels, "attention-packed", "heads of 128", dtype, card)
+        assert made == []
+
+
+def test_what_must_not_be_is_said(kernels: Any) -> None:
+    made, wrong = _of_the_matrix(kernels, "glu", "heads of 64", torch.bfloat16, "sm_90")
+    assert wrong == []
+    code = replace(made[0].code["sm_90"], spills=3, shared=1 << 20, narrowest=16)
+    bad = replace(made[0], code={"sm_90": code}, programs={"sm_90": 131})
+    hopper = [c for c in kernels.CARDS if c.name == "sm_90"]
+    wrong = list(kernels.problems([bad], hopper))
+    assert [line.split(": ", 1)[1] for line in wrong] == [
+        "3 instructions move registers to or from memory",
+        "1048576 bytes of shared memory, of 232448",
+        "products of 16 columns",
+        "131 programs for 132 multiprocessors",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("card", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+def test_the_whole_matrix(card: str, dtype: torch.dtype, kernels: Any) -> None:
+    chosen = [c for c in kernels.CARDS if c.name == card]
+    made = kernels.variants(chosen, (), kernels.MATRIX, (dtype,))
+    assert list(kernels.problems(made, chosen)) == []
+
+
+@pytest.mark.long
+def test_what_a_t4_launches(kernels: Any) -> None:
+    """All of it compiles in seconds, multiplies no tiles, and is on the page."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    budget = importlib.import_module("layer_budget")
+    made = budget.on_a_t4()
+    assert not [k.name for k in made if k.multiplies or k.spills]
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = (page.index(f"<!-- t4:{which} -->") for which in ("start", "end"))
+    rows = re.findall(r"^\| `(\S+)` \| ([^|]+) \|", page[begin:end], re.M)
+    assert {name: setups for name, setups in rows} == {k.name: ", ".join(k.setups) for k in made}
 
 
 @pytest.mark.long("lora, autocast-90", "lora-80", "qlora, autocast-100")

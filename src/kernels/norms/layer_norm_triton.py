@@ -61,7 +61,9 @@ def backward_kernel(
     columns.
     """
     program, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    col = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.arange(0, BLOCK)
+    if not NEED_X:
+        col += tl.program_id(2) * BLOCK
     in_col = col < dim
     if NEED_WEIGHT:
         dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)

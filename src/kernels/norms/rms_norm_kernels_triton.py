@@ -75,7 +75,9 @@ def backward_kernel(
     may be cut into blocks of columns.
     """
     program = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.arange(0, BLOCK)
+    if not NEED_X:
+        col += tl.program_id(1) * BLOCK
     in_col = col < dim
     if NEED_WEIGHT:
         dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)

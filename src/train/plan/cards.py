@@ -42,7 +42,7 @@ def _card(
 CARDS = {
     card.name: card
     for card in (
-        _card("T4", 16, 65, 320, 12, 3),
+        _card("T4", 15, 65, 320, 12, 3),  # sold as 16, of which a part is for correcting errors
         _card("V100", 32, 125, 900, 150, 12),
         _card("A10", 24, 125, 600, 25, 12),
         _card("L4", 24, 121, 300, 25, 12),
