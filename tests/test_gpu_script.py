@@ -212,6 +212,29 @@ def test_the_files_with_gpu_tests_are_found() -> None:
     assert all((ROOT / name).exists() for name in found)
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("echo 580.82.07, 1980, 1980, 2619, 700.00, 34, 80000, 81559", {
+            "driver_version": "580.82.07", "clocks.sm": "1980", "memory.free": "80000",
+            "memory.total": "81559",
+        }),
+        ("exit 9", {"nvidia_smi": "CalledProcessError"}),
+    ],
+)  # fmt: skip
+def test_the_state_of_the_card_is_written_down(
+    line: str, found: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import environment
+
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{line}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    said = environment._of_card()
+    assert {name: said[name].partition(":")[0] for name in found} == found
+
+
 def test_gaps_are_when_nothing_runs() -> None:
     from idle_gaps import Span, idle_gaps
 
