@@ -170,6 +170,9 @@ _WIDE_TILES_IN_REGISTERS = {
 _PROGRAMS = 256
 """Two for each multiprocessor of a large card: one alone waits for memory, and at barriers."""
 
+_STEPS = 16
+"""A sum of so few blocks is not shared: to add up the shares is a launch that takes as long."""
+
 
 @functools.lru_cache(4096)
 def _wide_config(
@@ -185,11 +188,12 @@ def _wide_config(
     config = tiles[block_m, block_r]
     programs = cdiv(rows, block_m) * cdiv(columns, block_r)
     steps = cdiv(inner, config["BLOCK_K"])
-    shares = 1 if 4 * programs >= 3 * _PROGRAMS else min(steps, cdiv(_PROGRAMS, programs))
-    steps_of_share = cdiv(steps, max(shares, 1))
-    share = max(steps_of_share, 1) * config["BLOCK_K"]
+    shares = 1
+    if steps > _STEPS and 4 * programs < 3 * _PROGRAMS:
+        shares = cdiv(steps, cdiv(steps, cdiv(_PROGRAMS, programs)))
+    share = cdiv(max(steps, 1), shares) * config["BLOCK_K"]
     tile = {"BLOCK_M": block_m, "BLOCK_R": block_r} | config
-    return (programs, max(cdiv(inner, share), 1)), share, tile
+    return (programs, cdiv(max(inner, 1), share)), share, tile
 
 
 def wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
