@@ -136,11 +136,7 @@ _TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|IMMA|QMMA|UTC\w*MMA)\b")
 
 def _read_cuda(made: Any) -> _Found:
     """As ``Code`` has them: registers, spills, stack, shared memory, widths, products."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        usage = _run("-res-usage", file.name)
-        code = _run("-sass", file.name)
+    usage, code = _dumped(made, "-res-usage"), _dumped(made, "-sass")
     registers, stack = (int(re.findall(rf"{k}:(\d+)", usage)[-1]) for k in ("REG", "STACK"))
     widths: Counter[int] = Counter()
     for access in _GLOBAL.findall(code):
@@ -153,10 +149,29 @@ def _read_cuda(made: Any) -> _Found:
     return registers, spills, stack, made.metadata.shared, widths, products, narrowest
 
 
-def _run(option: str, file: str) -> str:
+def _dumped(made: Any, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, option, file], capture_output=True, text=True, check=True)
-    return done.stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+_JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+
+
+def instructions(made: Any) -> tuple[int, tuple[int, ...]]:
+    """Those of a warp outside of loops, and those of an iteration of each loop, for NVIDIA's."""
+    found = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(_dumped(made, "-sass"))]
+    found = [(at, text) for at, text in found if "NOP" not in text]
+    loops = []
+    for end, text in found:
+        jump = _JUMP.search(text)
+        if jump and (begin := int(jump[1], 16)) < end:
+            loops.append(sum(begin <= at <= end for at, _ in found))
+    return len(found) - sum(loops), tuple(loops)
 
 
 _HIP_ACCESS = re.compile(

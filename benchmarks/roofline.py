@@ -4,9 +4,10 @@
 
 Nothing here is measured on a GPU. Decoder layers of Llama 3.1 8B with LoRA on all linears run one
 step of 2,048 tokens on the CPU, where ops choose as they do on a GPU (``layer_budget.py``). Each
-kernel that a GPU would launch takes the longer of two times: for the bytes of the tensors that it
-is given and returns, and for its floating-point operations. The step is 32 times what a second
-layer adds, and once what the model has besides: embedding, head and loss.
+kernel that a GPU would launch takes the longest of its times: for the bytes of the tensors that it
+is given and returns, for its floating-point operations, and, of Triton's, for the issue of its
+instructions (``issue.py``). The step is 32 times what a second layer adds, and once what the model
+has besides: embedding, head and loss.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import issue
 from fusewright.kernels.cost import _formula
 from kernel_code import put
 from launches import bytes_of
@@ -128,20 +130,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the table into this file")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-8b")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a step")
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=SETUPS)
+    parser.add_argument("--optimized", action="store_true", help="not as transformers runs it")
     options = parser.parse_args(arguments)
-    text = "\n".join(table(options.model, options.tokens))
+    engines = (True,) if options.optimized else (False, True)
+    text = "\n".join(table(options.model, options.tokens, options.setups, engines))
     print(text)
     if options.write:
         put(options.write, "roofline", text)
     return 0
 
 
-def table(model: str, tokens: int) -> Iterator[str]:
+def table(model: str, tokens: int, setups: Sequence[str], engines: Sequence[bool]) -> Iterator[str]:
     """Markdown: what a step takes in each set-up."""
     yield "| | launches / layer | GB / layer | ms / layer | besides, ms | step, ms |"
     yield "|---|---|---|---|---|---|"
-    for setup in SETUPS:
-        for optimized in (False, True):
+    for setup in setups:
+        for optimized in engines:
             layer, rest = parts(model, setup, optimized, tokens)
             whole = _BESIDES + rest.plus(layer, MODELS[model].layers).seconds
             yield (
@@ -165,7 +170,8 @@ def _of_a_model(model: str, setup: str, optimized: bool, tokens: int, layers: in
     ids = torch.arange(tokens)[None]
     launches = step(made, ids, times, optimized, autocast="autocast" in setup)
     for one in launches:
-        times.total = times.total.plus(Time(one.bytes / _BYTES, one.bytes, 1))
+        seconds = max(one.bytes / _BYTES, issue.seconds(one))
+        times.total = times.total.plus(Time(seconds, one.bytes, 1))
     return times.total
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .util import needs_triton
 
@@ -221,3 +223,61 @@ def test_the_model_of_a_step_knows_the_products_inside_of_ops(kernels: Any) -> N
     assert ours.bytes < eager.bytes
     assert ours.seconds < eager.seconds
     assert our_rest.bytes < rest.bytes  # no logits
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [(2048, 4096, 16), (2048, 4096, 48), (2048, 14336, 16), (4096, 2048, 16), (1024, 2048, 16)],
+)
+def test_wide_products_have_two_programs_for_each_multiprocessor(
+    rows: int, inner: int, columns: int, kernels: Any
+) -> None:
+    """Of an 8B layer at 2,048 tokens; one alone would wait for its own results."""
+    triton_twin = importlib.import_module("fusewright.kernels.linear.lora_linear_triton")
+    for card in kernels.CARDS[:5]:
+        grid, share, config = triton_twin._wide_config(rows, columns, inner, card.gpu)
+        assert grid[0] * grid[1] >= 2 * 128
+        assert share % config["BLOCK_K"] == 0
+        assert share * (grid[1] - 1) < inner <= share * grid[1]
+        long, _, _ = triton_twin._wide_config(1 << 14, columns, inner, card.gpu)
+        assert long == (256, 1)  # enough by themselves: nothing to add up
+
+
+def test_wide_products_issue_fewer_instructions_than_they_wait_for_bytes(kernels: Any) -> None:
+    issue, launches = (importlib.import_module(n) for n in ("issue", "launches"))
+    twin = importlib.import_module("fusewright.kernels.linear.lora_linear_triton")
+    hopper = next(c for c in kernels.CARDS if c.name == "sm_90")
+    for inner in (4096, 14336):
+        with launches.as_on_a_gpu(hopper.gpu) as found, FakeTensorMode():
+            wide = torch.empty(2048, inner, dtype=torch.bfloat16)
+            twin.wide_product(wide, torch.empty(inner, 16), 1.0, False)
+        _, (loop,), warps, resident = issue._code(issue._Once(found[0]))
+        assert warps * loop <= 130 * 64 * 64 * 2 / 1024  # of a KiB of the wide factor
+        assert warps * resident >= 16
+        assert issue.seconds(found[0]) < 0.6 * wide.nbytes / 2.55e12
+        few = replace(found[0], grid=(32, 1), args=_with(found[0], share=inner))
+        assert issue.seconds(few) > 3 * issue.seconds(found[0])
+
+
+def _with(launch: Any, **values: int) -> tuple[Any, ...]:
+    names = launch.kernel.arg_names
+    return tuple(values.get(name, a) for name, a in zip(names, launch.args, strict=False))
+
+
+def test_issue_is_that_of_the_fullest_multiprocessor(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issue = importlib.import_module("issue")
+    monkeypatch.setattr(issue, "_code", lambda once: (100, (10, 7), 8, 2))
+    launch = mock.Mock(
+        args=(64, 16), options={"HEADS": 8}, grid=(1,),
+        kernel=mock.Mock(arg_names=["q_heads", "k_heads", "HEADS"]),
+    )  # fmt: skip
+    launch.name = "rope"
+    of_warp = 100 + 8 * 10 + 2 * 7
+    assert issue.cycles(launch, 132) == of_warp * 2.5  # two warps a scheduler hide less
+    assert issue.cycles(launch, 264) == of_warp * 4  # two programs at once
+    assert issue.cycles(launch, 265) == of_warp * (4 + 2.5)  # and a third after them
+    launch.name = "unknown"
+    with pytest.raises(ValueError, match="2 loops, and 0 are known"):
+        issue.cycles(launch, 1)

@@ -107,31 +107,36 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
 @launched
 @triton.jit
 def wide_product_kernel(
-    wide, narrow, out, rows, columns, inner, scale, wide_stride_m, wide_stride_k, narrow_stride_k,
-    narrow_stride_r, out_stride_m, out_stride_r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    wide, narrow, out, rows, columns, inner, share, scale, wide_stride_m, wide_stride_k,
+    narrow_stride_k, narrow_stride_r, out_stride_m, out_stride_r, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out (rows, columns) = scale · wide · narrow``: one (BLOCK_M, BLOCK_R) tile per program.
 
     ``narrow`` is split on load into three parts of the dtype of ``wide``, each what is left of the
     number after those before: 8 bits each in bf16, the 24 of an fp32 number together (Ootomo &
     Yokota 2022). A part times a number of ``wide`` is exact in fp32; the smallest are added first.
+
+    Of a sum, a program adds up ``share`` terms, a multiple of BLOCK_K. Where those are not all
+    ``inner``, ``out`` is (shares, rows, columns) without gaps, and holds sums of shares.
     """
     # the block of columns varies fastest: neighbouring programs share the rows of ``wide``
     blocks_r = tl.cdiv(columns, BLOCK_R)
     pid = tl.program_id(0)
+    first_k = tl.program_id(1).to(tl.int64) * share
     first_m, first_r = (pid // blocks_r) * BLOCK_M, (pid % blocks_r) * BLOCK_R
     m, r, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     m_in, r_in = (first_m + m < rows)[:, None], (first_r + r < columns)[None, :]
     # where the tiles begin may be out of reach of 32 bits, places within them are not
-    wide += first_m.to(tl.int64) * wide_stride_m
-    narrow += first_r * narrow_stride_r
+    wide += first_m.to(tl.int64) * wide_stride_m + first_k * wide_stride_k
+    narrow += first_r * narrow_stride_r + first_k * narrow_stride_k
     at_a = m[:, None] * wide_stride_m + k[None, :] * wide_stride_k
     at_b = k[:, None] * narrow_stride_k + r[None, :] * narrow_stride_r
     dtype = wide.dtype.element_ty
     product = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        k_in = start + k < inner
+    left = (inner - first_k).to(tl.int32)
+    for start in range(0, tl.minimum(share, left), BLOCK_K):
+        k_in = start + k < left
         from_k = tl.full((), start, tl.int64)
         a = tl.load(wide + from_k * wide_stride_k + at_a, mask=m_in & k_in[None, :], other=0.0)
         b = tl.load(narrow + from_k * narrow_stride_k + at_b, mask=k_in[:, None] & r_in, other=0.0)
@@ -142,37 +147,53 @@ def wide_product_kernel(
         # tensor cores cut off what a sum cannot hold: many terms are added up outside, rounded
         part = tl.dot(a, middle, tl.dot(a, low))
         product += tl.dot(a, high, part)
+    out += tl.program_id(1).to(tl.int64) * rows * columns
     out += first_m.to(tl.int64) * out_stride_m + first_r.to(tl.int64) * out_stride_r
     at_out = m[:, None] * out_stride_m + r[None, :] * out_stride_r
     tl.store(out + at_out, product * scale, mask=m_in & r_in)
 
 
 _WIDE_TILES = {
-    (16, 16): {"BLOCK_K": 32, "num_warps": 2, "num_stages": 6},
     (64, 16): {"BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-    (64, 64): {"BLOCK_K": 32, "num_warps": 8, "num_stages": 4},
+    (64, 32): {"BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+    (64, 64): {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
 }
 """What goes with a wide product's tile of so many rows and columns."""
 
-_PROGRAMS = 128
-"""About as many multiprocessors as a card has."""
+# There each warp holds, and splits, all of a tile's columns: twice as many need twice the registers
+_WIDE_TILES_IN_REGISTERS = {
+    (64, 16): {"BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
+    (64, 64): {"BLOCK_K": 32, "num_warps": 8, "num_stages": 4},
+}
+"""The same, for tensor cores that take their operands from registers."""
+
+_PROGRAMS = 256
+"""Two for each multiprocessor of a large card: one alone waits for memory, and at barriers."""
+
+_STEPS = 16
+"""A sum of so few blocks is not shared: to add up the shares is a launch that takes as long."""
 
 
 @functools.lru_cache(4096)
-def _wide_config(rows: int, columns: int, by_columns: bool) -> tuple[int, dict[str, int]]:
-    """The programs, and their tile for which a multiprocessor reads least: of bf16 and of fp32.
+def _wide_config(
+    rows: int, columns: int, inner: int, gpu: Gpu
+) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """The grid, the terms of a sum that a program adds up, and its tile.
 
-    ``by_columns`` says that ``wide`` lies in memory column by column: runs of less than 128 bytes
-    are slow to read.
+    Few tiles share their sums among programs: at 2,048 tokens there are 32 tiles, and matrices of
+    4,096 to 14,336 columns to read. Each share costs a result that is written and read again.
     """
-
-    def read(tile: tuple[int, int]) -> int:
-        programs = cdiv(rows, tile[0]) * cdiv(columns, tile[1])
-        return int(cdiv(programs, _PROGRAMS) * (2 * tile[0] + 4 * tile[1]))
-
-    block_m, block_r = min(list(_WIDE_TILES)[by_columns:], key=read)
+    tiles = _WIDE_TILES if gpu.multiplies_from_shared else _WIDE_TILES_IN_REGISTERS
+    block_m, block_r = next((t for t in tiles if t[1] >= columns), max(tiles))
+    config = tiles[block_m, block_r]
     programs = cdiv(rows, block_m) * cdiv(columns, block_r)
-    return programs, {"BLOCK_M": block_m, "BLOCK_R": block_r} | _WIDE_TILES[block_m, block_r]
+    steps = cdiv(inner, config["BLOCK_K"])
+    shares = 1
+    if steps > _STEPS and 4 * programs < 3 * _PROGRAMS:
+        shares = cdiv(steps, cdiv(steps, cdiv(_PROGRAMS, programs)))
+    share = cdiv(max(steps, 1), shares) * config["BLOCK_K"]
+    tile = {"BLOCK_M": block_m, "BLOCK_R": block_r} | config
+    return (programs, cdiv(max(inner, 1), share)), share, tile
 
 
 def wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
@@ -186,26 +207,28 @@ def wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -
     """
     rows, inner = wide.shape
     columns = narrow.shape[1]
-    out = narrow.new_empty((columns, rows) if transposed else (rows, columns))
+    shape = (columns, rows) if transposed else (rows, columns)
     if not rows or not columns:
-        return out
-    strides = wide.stride()
-    programs, config = _wide_config(rows, columns, strides[0] == 1)
-    wide_product_kernel[(programs,)](
+        return narrow.new_empty(shape)
+    grid, share, config = _wide_config(rows, columns, inner, gpu_of(wide))
+    sums = narrow.new_empty((grid[1], *shape))
+    wide_product_kernel[grid](
         wide,
         narrow,
-        out,
+        sums,
         rows,
         columns,
         inner,
+        share,
         scale,
-        *strides,
+        *wide.stride(),
         *narrow.stride(),
         *((1, rows) if transposed else (columns, 1)),
         **config,
         enable_fp_fusion=FP_FUSION,
     )
-    return out
+    # the same order each time: whichever program ends first
+    return sums.view(shape) if grid[1] == 1 else sums.sum(0)
 
 
 def _aot(base: str, factor: str, rank: int, precision: str) -> AotCase:
@@ -222,13 +245,15 @@ def _aot(base: str, factor: str, rank: int, precision: str) -> AotCase:
     )
 
 
-def _aot_wide(tile: tuple[int, int], by_columns: bool) -> AotCase:
-    config = _WIDE_TILES[tile]
-    integers = ("rows", "columns", "inner", "wide_stride_m", "wide_stride_k")
+def _aot_wide(
+    tile: tuple[int, int], by_columns: bool, tiles: dict[tuple[int, int], dict[str, int]]
+) -> AotCase:
+    config = tiles[tile]
+    integers = ("rows", "columns", "inner", "share", "wide_stride_m", "wide_stride_k")
     others = ("narrow_stride_k", "narrow_stride_r", "out_stride_m", "out_stride_r")
     unit = ("wide_stride_m", "out_stride_m") if by_columns else ("wide_stride_k", "out_stride_r")
     return AotCase(
-        name=f"wide_product-{tile[0]}x{tile[1]}-by_columns{by_columns:d}",
+        name=f"wide_product-{tile[0]}x{tile[1]}x{config['BLOCK_K']}-by_columns{by_columns:d}",
         kernel=wide_product_kernel,
         signature={"wide": "*bf16", "narrow": "*fp32", "out": "*fp32", "scale": "fp32"}
         | dict.fromkeys((*integers, *others), "i32"),
@@ -246,7 +271,10 @@ AOT = (
     _aot("fp16", "fp32", 64, "ieee"),
     _aot("fp32", "fp32", 16, "ieee"),
     _aot("fp32", "fp32", 64, "tf32"),
-    _aot_wide((16, 16), False),
-    _aot_wide((64, 16), True),
-    _aot_wide((64, 64), False),
+    *(_aot_wide(tile, by, _WIDE_TILES) for tile in _WIDE_TILES for by in (False, True)),
+    *(
+        _aot_wide(tile, by, _WIDE_TILES_IN_REGISTERS)
+        for tile in _WIDE_TILES_IN_REGISTERS
+        for by in (False, True)
+    ),
 )

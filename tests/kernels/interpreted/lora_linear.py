@@ -9,9 +9,12 @@ from unittest import mock
 
 import torch
 
+from fusewright.kernels import launch
+from fusewright.kernels.launch import Gpu
 from fusewright.kernels.linear import lora_linear_triton
 from fusewright.kernels.linear.lora_linear_triton import (
     _WIDE_TILES,
+    _WIDE_TILES_IN_REGISTERS,
     _wide_config,
     rank_update,
     wide_product,
@@ -45,44 +48,49 @@ def check_kernel() -> int:
     return checks
 
 
+CARDS = {"hopper": Gpu(9, 227 << 10), "ada": Gpu(8, 99 << 10)}
+"""Whose tensor cores take their operands from shared memory, or from registers."""
+
+
 @contextlib.contextmanager
-def _small_card() -> Iterator[None]:
-    """Choose tiles as on a card of few multiprocessors: the largest ones for a few rows, too."""
-    with mock.patch.object(lora_linear_triton, "_PROGRAMS", 4):
+def _on(gpu: Gpu, programs: int) -> Iterator[None]:
+    """Choose tiles as on a card for which so many programs are enough."""
+    with (
+        mock.patch.object(lora_linear_triton, "_PROGRAMS", programs),
+        mock.patch.object(launch, "_ELSEWHERE", gpu),
+    ):
         _wide_config.cache_clear()
         yield
     _wide_config.cache_clear()
 
 
-def check_each_tile_is_chosen() -> int:
-    """On a card as they are."""
-    sizes = ((9, 5), (65, 17), (130, 48), (8192, 61))
-    chosen = [_wide_config(*size, by)[1] for size in sizes for by in (False, True)]
-    assert {(c["BLOCK_M"], c["BLOCK_R"]) for c in chosen} == set(_WIDE_TILES)
-    return 1
-
-
-@_small_card()
 def check_wide_product() -> int:
-    """Each tile against fp64: edges, strides, and fp32 results of bf16 rows."""
-    checks, tiles = 0, set()
-    sizes = ((9, 40, 5), (65, 33, 17), (17, 70, 100), (130, 64, 48))
-    for (m, k, r), by_columns, scale in itertools.product(sizes, (False, True), (1.0, 0.37)):
-        wide = (torch.randn(k, m).t() if by_columns else torch.randn(m, k)).bfloat16()
-        factor = torch.randn(k, r + 3)
-        for narrow in (factor[:, :r], factor[:, :r].t().contiguous().t()):
-            eager = wide.float() @ narrow * scale
-            exact = wide.double() @ narrow.double() * scale
-            _, config = _wide_config(m, r, by_columns)
-            tiles.add((config["BLOCK_M"], config["BLOCK_R"]))
-            made = wide_product(wide, narrow, scale, False)
-            problem = exceeded(made, eager, exact)
-            assert problem is None, (m, k, r, by_columns, scale, problem)
-            turned = wide_product(wide, narrow, scale, True)
-            assert turned.is_contiguous()
-            assert torch.equal(turned.t(), made)
-            checks += 1
-    assert tiles == set(_WIDE_TILES), "a tile goes untested"
+    """Each tile against fp64: edges, strides, shares of sums, and fp32 results of bf16 rows."""
+    checks = 0
+    sizes = ((9, 40, 5), (65, 33, 17), (17, 70, 100), (130, 200, 48), (20, 0, 3), (64, 1300, 16))
+    for card, programs in (("hopper", 1), ("hopper", 256), ("ada", 7)):
+        tiles, shares, gpu = set(), set(), CARDS[card]
+        with _on(gpu, programs):
+            for (m, k, r), by_columns in itertools.product(sizes, (False, True)):
+                wide = (torch.randn(k, m).t() if by_columns else torch.randn(m, k)).bfloat16()
+                factor, scale = torch.randn(k, r + 3), 0.37 if by_columns else 1.0
+                for narrow in (factor[:, :r], factor[:, :r].t().contiguous().t()):
+                    eager = wide.float() @ narrow * scale
+                    exact = wide.double() @ narrow.double() * scale
+                    grid, share, config = _wide_config(m, r, k, gpu)
+                    tiles.add((config["BLOCK_M"], config["BLOCK_R"]))
+                    shares.add(grid[1])
+                    assert share * grid[1] >= k > share * (grid[1] - 1) or k == 0
+                    made = wide_product(wide, narrow, scale, False)
+                    problem = exceeded(made, eager, exact)
+                    assert problem is None, (card, programs, m, k, r, by_columns, problem)
+                    turned = wide_product(wide, narrow, scale, True)
+                    assert turned.is_contiguous()
+                    assert torch.equal(turned.t(), made)
+                    checks += 1
+        known = _WIDE_TILES if card == "hopper" else _WIDE_TILES_IN_REGISTERS
+        assert tiles == set(known), "a tile goes untested"
+        assert (max(shares) > 1) == (programs > 1)
     assert wide_product(torch.randn(0, 4).bfloat16(), torch.randn(4, 2), 1.0, True).shape == (2, 0)
     return checks
 
@@ -106,7 +114,7 @@ def check_op() -> int:
 
 def main() -> None:
     torch.manual_seed(0)
-    checks = check_kernel() + check_each_tile_is_chosen() + check_wide_product() + check_op()
+    checks = check_kernel() + check_wide_product() + check_op()
     empty = torch.randn(0, 8)
     assert rank_update(empty, torch.randn(0, 2), torch.randn(2, 8)).shape == (0, 8)
     print(f"{checks + 1} checks passed")
