@@ -296,8 +296,8 @@ def _wrong_in_several(question: Question, candidate: Contender) -> str:
             return f"in {DRAWS} draws of inputs, {'; '.join(failed.values())}"
         runs.append([results for results in run if results is not None])
     kinds = [[torch.stack(t) for t in zip(*kind, strict=True)] for kind in zip(*runs, strict=True)]
-    triples = zip(*kinds, strict=True)
-    return next(filter(None, (exceeded(*each, draws=DRAWS) for each in triples)), "")
+    judge = functools.partial(exceeded, draws=DRAWS)
+    return next(filter(None, map(judge, *kinds)), "")
 
 
 def _timed(

@@ -28,9 +28,9 @@ from fusewright.kernels.choice import Choice, Question
 from fusewright.kernels.launch import Gpu
 from fusewright.kernels.raced_op import OWN, PLAIN
 
-from .attention_stand_ins import StandIns, stand_ins
 from .clocks import own_choices
 from .failing_launches import ERRORS, as_on_a_gpu
+from .stand_ins import StandIns, stand_ins
 from .util import assert_parity, needs_triton
 
 pytestmark = needs_triton
