@@ -133,6 +133,14 @@ def test_calls_of_one_bucket_share_a_race() -> None:
     assert len({each.question for each in choice.choices()}) == 5
 
 
+def test_a_call_of_a_known_kind_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial({"library": 1, OWN: 2, PLAIN: 3})
+    assert trial(4, 4) == "library"
+    monkeypatch.setattr(trial.op, "question", raise_error(AssertionError("asked again")))
+    monkeypatch.setattr(raced_op, "is_fixed", raise_error(AssertionError("read again")))
+    assert trial(4, 4) == "library"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.floats(1e-3, 10), min_size=4, max_size=4), min_size=2, max_size=2))
 def test_no_bucket_runs_a_slower_form(tables: list[list[float]]) -> None:
