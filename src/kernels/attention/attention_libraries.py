@@ -193,8 +193,8 @@ def _read(mask: Tensor, batch: int) -> SampleEnds | None:
     # a sample begins where a position sees no other one, but in windows of one position
     window = (order - first).max() + 1
     begins = (first == order) & ((window > 1) | (order == 0))
-    start = torch.where(begins, order, 0).cummax(-1).values
-    is_so &= (torch.maximum(start, order - window + 1) == first).all()
+    sample = torch.where(begins, order, 0).cummax(-1).values
+    is_so &= (torch.maximum(sample, order - window + 1) == first).all()
     told = torch.cat([begins.flatten(), is_so.view(1), window.view(1)]).cpu()
     if not told[-2]:
         return None
