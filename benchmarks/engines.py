@@ -3,7 +3,8 @@
 An engine is a function from the model, as Transformers and PEFT built it, and the job to what is
 called in the training loop: ``trained(input_ids=ids, labels=ids).loss``. Its imports and its own
 preparation count towards the first step. ``fusewright:MEMORY`` is ``fusewright`` with a memory
-setting of its own, so that several can run side by side.
+setting of its own, so that several can run side by side; ``fusewright@QUESTION=CANDIDATE`` takes
+that candidate, whatever a race would say.
 """
 
 from __future__ import annotations
@@ -99,17 +100,31 @@ ENGINES: dict[str, Callable[[Any, Job], Any]] = {
 
 
 def known(name: str) -> bool:
-    """Whether ``name`` is an engine, or ``fusewright:MEMORY``."""
-    base, colon, memory = name.partition(":")
-    return base in ENGINES and (not colon or (base == "fusewright" and bool(memory)))
+    """Whether ``name`` is an engine, or one of ours with a memory setting or a candidate."""
+    plain, forces, choice = name.partition("@")
+    base, colon, memory = plain.partition(":")
+    is_whole = (not colon or bool(memory)) and (not forces or "=" in choice)
+    return base in ENGINES and (not (colon or forces) or (base == "fusewright" and is_whole))
 
 
 def is_ours(name: str) -> bool:
     """Whether ``name`` is one of fusewright's own."""
-    return name.partition(":")[0] == "fusewright"
+    return name.partition(":")[0].partition("@")[0] == "fusewright"
+
+
+def forcing(question: str, candidate: str) -> str:
+    """The name of our engine that answers a question of ``kernels/choice.py`` by ``candidate``."""
+    return f"fusewright@{question}={candidate}"
 
 
 def prepare(model: Any, job: Job) -> Any:
     """Make ``model`` train the way of the job's engine."""
-    base, _, memory = job.engine.partition(":")
+    name, _, forced = job.engine.partition("@")
+    if forced:
+        from fusewright.kernels import choice
+
+        question, _, candidate = forced.partition("=")
+        record = {"question": question, "candidate": candidate}
+        choice.adopt([record | {"microseconds": {}, "refused": {}}])
+    base, _, memory = name.partition(":")
     return ENGINES[base](model, dataclasses.replace(job, memory=memory or job.memory))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = "torch transformers peft triton trl liger-kernel bitsandbytes unsloth"
 
 
 def describe() -> dict[str, Any]:
@@ -28,15 +29,36 @@ def describe() -> dict[str, Any]:
         "card": card,
         "threads": torch.get_num_threads(),
         "versions": _versions(),
-    }
+    } | (_of_card() if card else {})
+
+
+def _of_card() -> dict[str, Any]:
+    """The card's driver, clocks in MHz, power limit in W and memory in MiB, as it is now."""
+    import torch
+
+    found: dict[str, Any] = {"cuda": torch.version.cuda}
+    names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    names += ",memory.free,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return found | {"nvidia_smi": f"{type(error).__name__}: {error}"}
+    return found | dict(zip(names.split(","), map(str.strip, said.stdout.split(",")), strict=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whoever is ended while writing leaves the last one, not a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
 
 
 def _versions() -> dict[str, str | None]:
     """Python's and the libraries'; fusewright's is this checkout's, installed or not."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     found = {"python": platform.python_version(), "fusewright": project["version"]}
-    names = ("torch", "transformers", "peft", "triton", "trl", "liger-kernel")
-    for name in names:
+    for name in _PACKAGES.split():
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -71,16 +71,17 @@ class EngineProcess:
     Args:
         job: what it shall do, as the worker's command line has it.
         worker: its program.
+        cache: a folder of compiled code that it shares with others; else its own, which is empty.
     """
 
-    def __init__(self, job: Any, worker: Path = WORKER) -> None:
+    def __init__(self, job: Any, worker: Path = WORKER, cache: Path | None = None) -> None:
         self.run = Run(job)
         self._cache = tempfile.TemporaryDirectory(
             prefix="fusewright-bench-", ignore_cleanup_errors=True
         )
         environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": f"{self._cache.name}/inductor",
-            "TRITON_CACHE_DIR": f"{self._cache.name}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache or self._cache.name}/inductor",
+            "TRITON_CACHE_DIR": f"{cache or self._cache.name}/triton",
         }
         self._process = subprocess.Popen(
             [sys.executable, str(worker), json.dumps(dataclasses.asdict(job))],

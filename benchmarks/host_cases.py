@@ -17,10 +17,11 @@ from fusewright.rewrite.op_table import OPS
 from layer_budget import gpu_forms
 from op_cases import CASES, Maker, op_of
 from shapes import ModelShape, OpShape
+from stub_driver import stub_driver
 
-_AUTOCAST = {"block": False, "block under autocast": True}
-"""Case -> whether the block runs under autocast."""
-_EAGER = "eager "
+_BLOCK = ("block", "block under autocast")
+_ENGINES = {"eager ": None, "": "eager", "inductor ": "inductor"}
+"""Before the name of a block -> what runs the leftover operators; None: no rule runs."""
 _NO_KERNELS = (
     "attention", "decode_attention", "dora", "dora_row_norms", "moe_experts",
     "segment_attention",
@@ -47,26 +48,20 @@ class Call:
 
 @contextlib.contextmanager
 def launching_nothing() -> Iterator[None]:
-    """Let ops on CPU tensors do as they do on a GPU, up to the launch of a kernel."""
-    from triton.runtime.jit import JITFunction
-
-    own = JITFunction.run, launch._INTERPRETING
-    JITFunction.run, launch._INTERPRETING = (lambda *_, **__: None), True
-    try:
-        with gpu_forms():
-            yield
-    finally:
-        JITFunction.run, launch._INTERPRETING = own
+    """Let ops on CPU tensors do as they do on a GPU, up to the driver's launch of a kernel."""
+    with stub_driver() as stub, gpu_forms():
+        stub.launch = lambda *_: None
+        yield
 
 
 def cases(only: Sequence[str]) -> Iterator[tuple[str, Call]]:
     """The cases of these names, or all of them."""
     shape = OpShape(1, _TOKENS, ModelShape(1, _WIDTH, 4, 2, _WIDTH, 512, _WIDTH // 4))
     maker = Maker(shape, torch.bfloat16, "cpu", False, torch.float32)
-    for case, autocast in _AUTOCAST.items():
-        for name in (case, _EAGER + case):
-            if not only or name in only:
-                yield name, _block(autocast, not name.startswith(_EAGER))
+    for case in _BLOCK:
+        for before, codegen in _ENGINES.items():
+            if not only or before + case in only:
+                yield before + case, _block("autocast" in case, codegen)
     for op in CASES:
         if op in _NO_KERNELS or (only and op not in only):
             continue
@@ -85,7 +80,7 @@ def cases(only: Sequence[str]) -> Iterator[tuple[str, Call]]:
         yield op, Call(forward, backward if upstream else None)
 
 
-def _block(autocast: bool, optimized: bool) -> Call:
+def _block(autocast: bool, codegen: str | None) -> Call:
     """The blocks of a Llama in turn, with adapters on all linears."""
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -101,9 +96,9 @@ def _block(autocast: bool, optimized: bool) -> Call:
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(plain, lora).train()
-    if optimized:  # attention stays PyTorch's, as on a GPU
+    if codegen is not None:  # attention stays PyTorch's, as on a GPU
         rules = [rule for rule in PIPELINE if rule.name != "attention"]
-        optimize(model, codegen="eager", verify="off", memory="speed", passes=rules)
+        optimize(model, codegen=codegen, verify="off", memory="speed", passes=rules)
     blocks, given = list(plain.model.layers), []
     hook = blocks[1].register_forward_pre_hook(lambda _, *a: given.append(a), with_kwargs=True)
     trained = [p for p in model.parameters() if p.requires_grad]

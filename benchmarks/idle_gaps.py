@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +53,17 @@ def idle_gaps(spans: Sequence[Span], most: int = 5) -> dict[str, Any]:
     }
 
 
+def by_name(spans: Sequence[Span], most: int = 80) -> list[dict[str, Any]]:
+    """The kernels that take the longest: ``name``, ``count`` and ``us``, of all calls together."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for span in spans:
+        found[span.name[:160]].append(span.end - span.start)
+    rows = [{"name": k, "count": len(v), "us": round(sum(v), 1)} for k, v in found.items()]
+    return sorted(rows, key=lambda row: -row["us"])[:most]
+
+
 def profile(call: Callable[[], Any], device: str, trace: Path | None = None) -> dict[str, Any]:
-    """``idle_gaps`` of ``call``, which waits for its work; on a CPU, of the operators.
+    """``idle_gaps`` and ``by_name`` of ``call``, which waits for its work; on a CPU, of operators.
 
     Args:
         call: what to profile.
@@ -68,10 +78,9 @@ def profile(call: Callable[[], Any], device: str, trace: Path | None = None) -> 
     if trace is not None:
         found.export_chrome_trace(str(trace))
     wanted = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
-    return idle_gaps(
-        [
-            Span(e.time_range.start, e.time_range.end, e.name)
-            for e in found.events()
-            if e.device_type == wanted
-        ]
-    )
+    spans = [
+        Span(e.time_range.start, e.time_range.end, e.name)
+        for e in found.events()
+        if e.device_type == wanted
+    ]
+    return idle_gaps(spans) | {"by_name": by_name(spans)}

@@ -54,8 +54,7 @@ class Variant:
     @property
     def name(self) -> str:
         """Of the kernel, with its direction where it has two."""
-        module = self.launch.kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
-        return f"{module}.{self.launch.name}"
+        return self.launch.full_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

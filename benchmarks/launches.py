@@ -7,6 +7,7 @@ dtypes. Each launch is noted where Triton's ``JITFunction`` would make it.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -48,6 +49,31 @@ class Launch:
     def name(self) -> str:
         """The kernel's name without what all have in common."""
         return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+
+    @property
+    def full_name(self) -> str:
+        """The name, after that of the kernel's file."""
+        file = self.kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
+        return f"{file}.{self.name}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies tiles, itself or in a function that it calls."""
+        return "tl.dot(" in _source(self.kernel)
+
+
+def _source(kernel: Any) -> str:
+    """The source of a kernel and of the functions that it calls."""
+    from triton.runtime.jit import JITFunction
+
+    found, left = {kernel}, [kernel]
+    while left:
+        caller = left.pop()
+        others = (f for f in caller.fn.__globals__.values() if isinstance(f, JITFunction))
+        called = {f for f in others if re.search(rf"\b{f.__name__}\(", caller.src)}
+        left += called - found
+        found |= called
+    return "\n".join(f.src for f in found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from triton.runtime.jit import MockTensor
 
 from fusewright.kernels.launch import Gpu
 from launches import Launch, _Dtype
+from stub_driver import StubDriver
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Card:
 
 KB = 1024
 CARDS = (  # CUDA C++ Programming Guide, technical specifications per compute capability
+    Card("sm_75", GPUTarget("cuda", 75, 32), 64 * KB, 64 * KB, 1024, 16),
     Card("sm_80", GPUTarget("cuda", 80, 32), 163 * KB, 164 * KB, 2048, 32),
+    Card("sm_86", GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, 1536, 16),
     Card("sm_89", GPUTarget("cuda", 89, 32), 99 * KB, 100 * KB, 1536, 24),
     Card("sm_90", GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, 2048, 32),
     Card("sm_100", GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, 2048, 32),
@@ -59,6 +62,9 @@ CARDS = (  # CUDA C++ Programming Guide, technical specifications per compute ca
     Card("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, 2048, 32, 4 * 64 * 512),
     Card("gfx950", GPUTarget("hip", "gfx950", 64), 160 * KB, 160 * KB, 2048, 32, 4 * 64 * 512),
 )
+
+H100 = next(c for c in CARDS if c.name == "sm_90")
+T4 = CARDS[0]
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Code:
 
 def compiled(launch: Launch, card: Card) -> Any:
     """Triton's compiled kernel of a launch, specialized as the JIT specializes it."""
-    driver.set_active(_Absent(card))  # type: ignore[arg-type]
+    driver.set_active(StubDriver(card.target, CARDS.index(card)))  # type: ignore[arg-type]
     try:
         return launch.kernel.run(
             *map(_mock, launch.args), grid=launch.grid, warmup=True,
@@ -110,22 +116,6 @@ def read(made: Any, card: Card) -> Code:
         _occupancy(card, registers, shared, warps), tuple(sorted(widths.items(), reverse=True)),
         tensor_cores,
     )  # fmt: skip
-
-
-class _Absent:
-    """Stands for the driver of a card that is not there."""
-
-    def __init__(self, card: Card) -> None:
-        self._card = card
-
-    def get_current_target(self) -> GPUTarget:
-        return self._card.target
-
-    def get_current_device(self) -> int:
-        return CARDS.index(self._card)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def _mock(value: Any) -> Any:

@@ -3,8 +3,9 @@
     python benchmarks/ops.py --device cpu --ops rms_norm,glu --csv FILE
 
 Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.compile`` of that),
-``fusewright`` (the op) and ``fusewright-compiled`` (the op traced through Inductor, as inside a
-compiled block). Samples of the providers alternate. On a GPU its own time and the host's are
+``fusewright`` (the op), ``fusewright-compiled`` (the op traced through Inductor, as inside a
+compiled block) and ``rivals`` (what libraries have for the call: ``competitors.py``). Samples of
+the providers alternate. On a GPU its own time and the host's are
 measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form.
 On a GPU an op's candidates are raced first: ``fusewright`` is the fastest, ``raced`` has all times.
 """
@@ -14,6 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
+import io
+import math
+import os
 import statistics
 import sys
 import time
@@ -24,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from environment import describe
+from competitors import RIVALS
+from environment import describe, write_whole
 from fusewright.kernels.choice import choices
 from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
@@ -33,8 +39,10 @@ from fusewright.kernels.tolerance import errors
 from fusewright.rewrite.op_table import OPS
 from op_cases import CASES, Case, Maker, op_of
 from shapes import op_shapes
+from sticky import broken_context
 
 MB = 1 << 20
+RIVALS_TOO = "rivals"
 PROVIDERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
     "reference": lambda op: op.reference,
     "compile": lambda op: torch.compile(op.reference, dynamic=False),
@@ -50,20 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     environment = describe()
     environment |= {f"{name}_version": v for name, v in environment.pop("versions").items()}
-    rows: list[dict[str, Any]] = []
+    rows = read_csv(options.csv) if options.resume else []
+    done = {(row["shape"], row["op"]) for row in rows}
+    end = time.monotonic() + options.within
     for label, shape in op_shapes(options.device, options.quick, options.smallest).items():
         maker = Maker(shape, dtype, options.device, options.train_weights)
         for name in options.ops:
+            if (label, name) in done or time.monotonic() > end:
+                continue
             op, case = ops[op_of(name)], maker.make(name)
             about = {"op": name, "shape": label, "dtype": options.dtype}
             about["raced"] = _raced(op, case) if "fusewright" in options.providers else ""
             with no_fallback():
-                for row in measure_op(op, case, options):
+                for row in measure_op(op, name, case, options):
                     rows.append(about | row)
                     print(_line(rows[-1]), flush=True)
-            if options.csv:  # after each op: a run that is cut short keeps what it has
-                write_csv(options.csv, rows, environment)
-    return 1 if any(row["error"] and not row["note"] for row in rows) else 0
+                    if options.csv:  # a run that is cut short keeps what it has
+                        write_csv(options.csv, rows, environment)
+            if options.csv and broken_context():  # no later call of this process runs
+                rest = ["--resume", "--within", str(end - time.monotonic())]
+                os.execv(sys.executable, [sys.executable, *sys.argv, *rest])
+    ours = (row for row in rows if row["provider"] in PROVIDERS)
+    return 1 if any(row["error"] and not row["note"] for row in ours) else 0
 
 
 def _raced(op: Op, case: Case) -> str:
@@ -79,36 +95,58 @@ def _raced(op: Op, case: Case) -> str:
     return " | ".join(new)
 
 
-def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_op(
+    op: Op, name: str, case: Case, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Measure one op on one case, all providers.
 
     Yields:
         One row per direction (``forward``, ``forward+backward``) and provider; forward alone where
-        nothing wants a gradient.
+        nothing wants a gradient, and one row per provider where each is called ``--once``.
     """
     torch._dynamo.reset()
     with torch.no_grad():
         expected = _flat(op.reference(*case.args))
     upstream = [torch.randn_like(t) for t in expected]
     slow, cost = "; ".join(op.unsupported(*case.args)), op.cost(*case.args)
-    functions, facts = {}, {}
+    providers: dict[str, Callable[[], Callable[..., Any]]] = {}
     for provider in options.providers:
-        function = PROVIDERS[provider](op)
+        if provider == RIVALS_TOO:
+            for rival, prepare in RIVALS.get(name, {}).items():
+                providers[rival] = functools.partial(prepare, *case.args)
+        else:
+            providers[provider] = functools.partial(PROVIDERS[provider], op)
+    functions, facts = {}, {}
+    for provider, make in providers.items():
         try:
+            function = make()
             facts[provider] = _check(function, case, expected, upstream) | {"error": ""}
             functions[provider] = function
         except Exception as error:
-            facts[provider] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            facts[provider] = {"error": _said(error)}
         facts[provider]["note"] = slow if provider.startswith("fusewright") else ""
+    if options.once:
+        yield from (
+            {"direction": "once", "provider": name} | found for name, found in facts.items()
+        )
+        return
     for direction in ("forward", "forward+backward")[: 1 + bool(case.leaves())]:
         backward = upstream if direction != "forward" else None
         calls = {name: _bind(fn, case, backward) for name, fn in functions.items()}
-        samples = sample(calls, options.device, options.seconds)
-        for provider in options.providers:
+        try:
+            samples = sample(calls, options.device, options.seconds)
+        except Exception as error:  # of one of them, and most often the end of this process' GPU
+            facts = {provider: found | {"error": _said(error)} for provider, found in facts.items()}
+            samples = {}
+        for provider in providers:
             timing = summary(samples[provider]) if provider in samples else {}
             if timing and direction == "forward":
                 timing |= rates(cost, timing["median_ms"])
             yield {"direction": direction, "provider": provider} | timing | facts[provider]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def rates(cost: Cost, milliseconds: float) -> dict[str, float]:
@@ -244,8 +282,8 @@ def _flat(outputs: Any) -> list[Tensor]:
 
 def _line(row: dict[str, Any]) -> str:
     start = f"{row['op']:<22}{row['shape']:<18}{row['direction']:<18}{row['provider']:<21}"
-    if row["error"]:
-        return start + row["error"]
+    if row["error"] or "median_ms" not in row:
+        return start + (row["error"] or f"off by {row['difference']:.2g}")
     reached = ""
     if "gb_per_s" in row:
         reached = f"{row['gflop_per_s']:>9.1f} GFLOP/s{row['gb_per_s']:>8.1f} GB/s  "
@@ -258,10 +296,17 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], environment: dict[str,
     """Write the rows, each with what it was measured on."""
     full = [row | environment for row in rows]
     fields = list(dict.fromkeys(field for row in full for field in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(full)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(full)
+    write_whole(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier part of this run."""
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 def _parse(arguments: Sequence[str] | None, known: list[str]) -> argparse.Namespace:
@@ -279,10 +324,14 @@ def _parse(arguments: Sequence[str] | None, known: list[str]) -> argparse.Namesp
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--ops", type=subset(known), default=known)
-    parser.add_argument("--providers", type=subset(list(PROVIDERS)), default=list(PROVIDERS))
+    providers = [*PROVIDERS, RIVALS_TOO]
+    parser.add_argument("--providers", type=subset(providers), default=list(PROVIDERS))
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--smallest", action="store_true", help="one shape that takes no time")
     parser.add_argument("--seconds", type=float, default=0.2, help="sampling per median")
+    parser.add_argument("--once", action="store_true", help="call each once, and time nothing")
+    parser.add_argument("--within", type=float, default=math.inf, help="begin no op after seconds")
+    parser.add_argument("--resume", action="store_true", help="leave what --csv has as it is")
     parser.add_argument("--train-weights", action="store_true", help="weights want gradients too")
     parser.add_argument("--csv", type=Path, help="file for the figures")
     return parser.parse_args(arguments)

@@ -47,7 +47,7 @@ class ModelShape:
             intermediate_size=self.ffn,
             vocab_size=self.vocab,
             tie_word_embeddings=self.tied,
-            max_position_embeddings=8192,
+            max_position_embeddings=16384,
             rope_theta=500000.0,
         )
 
@@ -55,6 +55,7 @@ class ModelShape:
 MODELS: dict[str, ModelShape] = {
     "tiny-llama": ModelShape(2, 64, 4, 2, 176, 512, 16),
     "smollm2-shape": ModelShape(30, 576, 9, 3, 1536, 49152, 64, tied=True),
+    "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 3072, 151936, 128, tied=True),
     "llama-1b": ModelShape(16, 2048, 32, 8, 8192, 128256, 64, tied=True),
     "llama-8b-4layers": ModelShape(4, 4096, 32, 8, 14336, 128256, 128),
     "llama-8b": ModelShape(32, 4096, 32, 8, 14336, 128256, 128),

@@ -25,7 +25,7 @@ TIMED_OUT = 124
 """The status of a command that its limit has ended, as ``timeout`` has it."""
 
 GRACE = 10.0
-"""Seconds between asking a command to end and ending it."""
+"""Seconds in which an interrupted command may say what it has."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,16 @@ def _copy(source: IO[str], log: IO[str]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End what is left of the command's process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End what is left of the command's process group: pytest, interrupted, prints its failures."""
+    running = process.poll() is None
+    for number, seconds in ((signal.SIGINT, GRACE), (signal.SIGTERM, 3), (signal.SIGKILL, 3)):
+        if number == signal.SIGINT and not running:
+            continue
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         try:
-            process.wait(GRACE)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue

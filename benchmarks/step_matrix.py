@@ -4,8 +4,9 @@
 
 What ``gpu.sh steps`` runs. Unlike ``train_step.py``, whose engines take steps in turn, one engine
 has the GPU at a time: two copies of such a model and what their steps keep do not fit. Engines are
-taken in the order of ``--engines``, workloads in that of ``WORKLOADS``; what ``--seconds`` does not
-suffice for is skipped, and the file has whatever was measured by then.
+taken in the order of ``--engines``, workloads in that of ``--workloads``; what ``--seconds`` does
+not suffice for is skipped, and the file has whatever was measured by then. An engine whose process
+a workload has ended is loaded again for the next one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import statistics
 import sys
 import time
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import is_ours
-from environment import describe
+from environment import describe, write_whole
 from harness import EngineError, EngineProcess, say
 from shapes import MODELS
 from train_step import DRIFT, engine_names, max_relative_difference
@@ -54,17 +56,22 @@ class Workload:
     autocast: str | None = None
 
 
-def workloads(smoke: bool) -> list[Workload]:
-    """The workloads, what matters most first."""
-    sizes = [("1x2048", 1, 2048, 0), ("pack-4096", 1, 4096, 512), ("2x2048", 2, 2048, 0)]
-    sizes.append(("pack-8192", 1, 8192, 512))
-    if smoke:
-        return [Workload("1x32-autocast", 1, 32, 0, "bfloat16"), Workload("pack-48", 1, 48, 16)]
-    return [
-        Workload(f"{name}-autocast" if autocast else name, *size, autocast)
-        for name, *size in sizes
-        for autocast in ("bfloat16", None)
-    ]
+def workload(name: str) -> Workload:
+    """By name: ``1x2048``, or ``pack-8192`` (of samples of 512); with autocast ``-autocast``."""
+    match = re.fullmatch(r"(?:(\d+)x|pack-)(\d+)(-autocast)?", name)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is no workload: 1x2048 or pack-8192-autocast")
+    batch, seq, autocast = match.groups()
+    length = int(seq)
+    sample = 0 if batch else min(512, max(length // 3, 1))
+    return Workload(name, int(batch or 1), length, sample, "bfloat16" if autocast else None)
+
+
+def _workloads(text: str) -> list[Workload]:
+    return [workload(name) for name in text.split(",")]
+
+
+SMOKE = "1x32-autocast,pack-48"
 
 
 def main(
@@ -81,7 +88,7 @@ def main(
             rows.append(environment | row)
             say(line(rows[-1], rows))
             if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n")
+                write_whole(options.json, json.dumps(rows, indent=2) + "\n")
     print(table(rows))
     found = problems(rows)
     print("\n".join(found) or f"losses agree within {DRIFT['bfloat16']:g} (relative)")
@@ -117,7 +124,7 @@ def measure(
         "engine": engine, "method": options.method, "model": options.model, "dtype": options.dtype,
         "device": options.device,
     }  # fmt: skip
-    wanted = workloads(options.smoke)
+    wanted = options.workloads
     if reason := _missing(engine) or ("no time left" if clock() >= end else ""):
         yield from (common | {"workload": w.name, "skipped": reason} for w in wanted)
         return
@@ -126,30 +133,34 @@ def measure(
         method=options.method, adapter_dtype="auto", checkpointing=False, device=options.device,
         steps=1,
     )  # fmt: skip
-    say(f"{engine}: loading {job.model}")
-    with EngineProcess(job, WORKER) as process:
-        begun, error = clock(), ""
-        try:
-            process.load()
-        except EngineError as failure:
-            error = str(failure)
-            say(f"{engine}: failed: {failure}\n{failure.details}")
-        common |= {"load_s": clock() - begun, **process.run.setting}
-        for number, workload in enumerate(wanted):
-            row = common | {"workload": workload.name, "autocast": workload.autocast}
-            if "EngineUnavailableError" in error:
-                yield row | {"skipped": error}
-            elif error:
-                yield row | {"error": error}
-            elif clock() >= end:
-                yield row | {"skipped": "no time left"}
-            else:
-                try:
-                    reply = process.ask(_request(workload, number, engine, options))
-                    yield row | figures(reply, workload, options.device)
-                except EngineError as failure:
-                    error = str(failure)
+    left = list(enumerate(wanted))
+    while left:  # again, in a process of its own, where a workload has ended the last one
+        say(f"{engine}: loading {job.model}")
+        with EngineProcess(job, WORKER, options.cache) as process:
+            begun, error = clock(), ""
+            try:
+                process.load()
+            except EngineError as failure:
+                error = str(failure)
+                say(f"{engine}: failed: {failure}\n{failure.details}")
+            common |= {"load_s": clock() - begun, **process.run.setting}
+            ended = False
+            while left and not ended:
+                number, wanted_now = left.pop(0)
+                row = common | {"workload": wanted_now.name, "autocast": wanted_now.autocast}
+                if "EngineUnavailableError" in error:
+                    yield row | {"skipped": error}
+                elif error:
                     yield row | {"error": error}
+                elif clock() >= end:
+                    yield row | {"skipped": "no time left"}
+                else:
+                    try:
+                        reply = process.ask(_request(wanted_now, number, engine, options))
+                    except EngineError as failure:
+                        reply = {"failed": str(failure), "fallbacks": {}, "ended": True}
+                    yield row | figures(reply, wanted_now, options.device)
+                    ended = bool(reply.get("ended"))
 
 
 def _request(workload: Workload, number: int, engine: str, options: argparse.Namespace) -> str:
@@ -177,7 +188,7 @@ def figures(reply: dict[str, Any], workload: Workload, device: str) -> dict[str,
         "growth_mb": reply["steady_peak"][kind] - loaded,
         "first_step_growth_mb": reply["first_peak"][kind] - loaded,
         **{k: reply[k] for k in ("first_step_s", "all_step_s", "losses", "fallbacks")},
-        "profile": reply.get("profile"),
+        **{k: reply.get(k) for k in ("free_step_s", "planned", "profile")},
     }
 
 
@@ -191,6 +202,10 @@ def line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     text = f"{start}{row['tokens_per_s']:>10.1f} tokens/s{base['step_s'] / row['step_s']:>7.2f}x"
     text += f"{row['growth_mb']:>10.0f} MB over {row['loaded_mb']:.0f}"
     text += f", first step {row['first_step_s']:.1f} s and {row['first_step_growth_mb']:.0f} MB"
+    if row["free_step_s"]:
+        text += f"; running freely {row['free_step_s'] * 1e3:.1f} ms a step"
+    if planned := row["planned"]:
+        text += f"; planned {planned['predicted_mb']:.0f} MB, took {planned['measured_mb']:.0f}"
     if found := row["profile"]:
         text += f"; idle {found['idle_ms']:.1f} of {found['idle_ms'] + found['busy_ms']:.1f} ms"
         text += f" in {found['gaps']} gaps between {found['kernels']} kernels"
@@ -241,6 +256,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--engines", type=engine_names, default="hf,fusewright,hf+gc,liger,unsloth",
         help="the first one is the base of the ratios",
     )  # fmt: skip
+    parser.add_argument(
+        "--workloads", type=_workloads, default="1x2048-autocast,pack-8192-autocast,1x2048",
+        help="what matters most first; autocast is to bf16, or to fp16 where --dtype is",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=Path, help="folder of compiled code, shared by all engines")
     parser.add_argument("--warmup", type=int, default=1, help="steps after the first one")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5)")
     parser.add_argument("--seconds", type=float, default=300, help="for everything")
@@ -253,7 +273,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.smoke:
         options.model, options.steps, options.spare = "tiny-llama", 2, 0.0
+        options.workloads = _workloads(SMOKE)
         options.engines = [e for e in options.engines if e != "hf+gc"]
+    if options.dtype == "float16":
+        options.workloads = [
+            dataclasses.replace(w, autocast=w.autocast and options.dtype) for w in options.workloads
+        ]
     return options
 
 

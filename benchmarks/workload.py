@@ -120,14 +120,22 @@ def step(
     model: Any, optimizer: torch.optim.Optimizer, batch: Batch, autocast: str | None = None
 ) -> float:
     """One full training step on ``batch``; returns the loss, all work finished."""
+    loss = launch_step(model, optimizer, batch, autocast)
+    value = float(loss)
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    return value
+
+
+def launch_step(
+    model: Any, optimizer: torch.optim.Optimizer, batch: Batch, autocast: str | None = None
+) -> Tensor:
+    """The same, without waiting for the GPU."""
     loss = forward(model, batch, autocast)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    value = float(loss.detach())
-    if loss.is_cuda:
-        torch.cuda.synchronize()
-    return value
+    return loss.detach()
 
 
 def packed(ids: Tensor, sample: int) -> dict[str, Tensor]:

@@ -107,6 +107,7 @@ class Report:
         logits: what was computed of the logits in tiles, without making them, and how often.
         fallbacks: ops of this process that run in plain PyTorch, because their kernel failed.
         choices: what was raced on this machine, with the winner and the times.
+        cuda_graphs: which calls of blocks run by CUDA graphs, and why others do not.
     """
 
     sites: tuple[Site, ...]
@@ -119,6 +120,7 @@ class Report:
     logits: str = ""
     fallbacks: tuple[Fallback, ...] = ()
     choices: tuple[str, ...] = ()
+    cuda_graphs: tuple[str, ...] = ()
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -146,10 +148,8 @@ class Report:
             Fallback(str(f.get("op", "")), str(f.get("reason", "")))
             for f in data.get("fallbacks") or ()
         )
-        choices = tuple(map(str, data.get("choices") or ()))
-        lists = {
-            "sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, "choices": choices,
-        }  # fmt: skip
+        texts = {name: tuple(map(str, data.get(name) or ())) for name in ("choices", "cuda_graphs")}
+        lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, **texts}
         return cls(**{**_known(cls, data), **lists})
 
     def seconds_saved(self) -> float | None:
@@ -210,6 +210,7 @@ class Report:
         if self.logits:
             lines.append(f"  logits {self.logits}")
         lines += [f"  raced: {choice}" for choice in self.choices]
+        lines += [f"  {line}" for line in self.cuda_graphs]
         for status, rule, text in self.remarks():
             lines.append(f"  {status}: {rule} in {text}" if rule else f"  {status}: {text}")
         return "\n".join(lines)

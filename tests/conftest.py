@@ -6,10 +6,12 @@ import contextlib
 import gc
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["FUSEWRIGHT_VERDICTS"] = "fresh"  # faults are planted here; also in other processes
 
 import pytest
 import torch
@@ -38,6 +40,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for name in unmet.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=unmet[name]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file or folder of tests that imports what an extra of this package would bring is skipped.
+
+    An error of collection would keep all other tests from running.
+    """
+    report = yield
+    said = report.longreprtext if report.failed else ""
+    missing = re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", said, re.M)
+    if missing and missing[1] in OF_EXTRAS:
+        report.outcome = "skipped"
+        report.longrepr = (report.nodeid, 1, f"Skipped: {missing[1]} is not installed")
+    return report
+
+
+OF_EXTRAS = {
+    "bitsandbytes", "compressed_tensors", "datasets", "gguf", "jinja2", "matplotlib", "psutil",
+    "pydantic", "rich", "trl", "typer", "yaml",
+}  # fmt: skip
+"""What the package works without, as far as a test needs it: modules of its extras."""
 
 
 @pytest.fixture(autouse=True)

@@ -101,6 +101,26 @@ def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None
         unsloth(torch.nn.Linear(2, 2), None)  # type: ignore[arg-type]
 
 
+def test_an_engine_takes_the_candidate_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import engines
+    from fusewright.kernels import candidates, choice
+    from workload import Job
+
+    monkeypatch.setattr(choice, "_CHOICES", {})
+    monkeypatch.setitem(
+        engines.ENGINES, "fusewright", lambda _, job: choice.choose(candidates.thin_products(True))
+    )
+    for candidate in ("wide first", "thin first"):
+        name = engines.forcing("thin products in float32", candidate)
+        assert engines.known(name)
+        assert engines.is_ours(name)
+        job = Job(name, "tiny-llama", "float32", 1, 8, "lora", "auto", False, "cpu", 1)
+        assert engines.prepare(None, job).candidate == candidate
+    assert not engines.known("eager@a=b")
+    assert not engines.known("fusewright@a")
+
+
 @pytest.mark.long
 def test_engines_of_ours_differ_by_memory(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["fusewright"]["memory"] == "speed"

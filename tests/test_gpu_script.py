@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -146,34 +148,60 @@ def test_the_stages_fit_into_the_budget_and_know_their_programs(part: str, smoke
     import step_matrix
 
     make = {"ops": gpu.ops_stages, "steps": gpu.steps_stages}[part]
-    stages = make("cuda", smoke, Path("/x/gpu-card"), lambda package: True)
+    setting = gpu.Setting(
+        Path("/x/gpu-card"), smoke=smoke, cache=Path("/x/cache"), has=lambda name: True
+    )
+    stages = make(setting)
     assert sum(s.limit for s in stages) <= gpu.BUDGET < 600
     parsers: dict[str, Callable[[Sequence[str]], Any]] = {
         "benchmarks/ops.py": lambda a: ops._parse(a, sorted(ops.CASES)),
         "benchmarks/step_matrix.py": step_matrix._parse,
     }
+    known = set()
     for stage in stages:
         assert stage.missing == ""
-        program, *arguments = [c.replace("{seconds}", "9") for c in stage.command[1:]]
-        if program in parsers:
-            parsers[program](arguments)
+        command = [c.replace("{seconds}", "9") for c in stage.command]
+        for program in parsers.keys() & set(command):
+            parsers[program](command[command.index(program) + 1 :])
+            known.add(stage.name)
+    assert known == {stage.name for stage in stages} - {"tests"}
 
 
 def test_what_is_not_installed_is_a_reason() -> None:
     import gpu
 
+    def stages(make: Any, *absent: str) -> list[Any]:
+        made: list[Any] = make(gpu.Setting(Path("/x"), has=lambda name: name not in absent))
+        return made
+
     def missing(make: Any, *absent: str) -> dict[str, str]:
-        stages = make("cuda", False, Path("/x"), lambda package: package not in absent)
-        return {s.name: s.missing for s in stages if s.missing}
+        return {s.name: s.missing for s in stages(make, *absent) if s.missing}
 
     assert missing(gpu.ops_stages, "pytest", "xdist") == {"tests": "pytest is not installed"}
+    watched = dict.fromkeys(("memcheck", "racecheck"), "compute-sanitizer is not there")
+    assert missing(gpu.ops_stages, "compute-sanitizer") == watched
     assert missing(gpu.steps_stages, "bitsandbytes") == {"qlora": "bitsandbytes is not installed"}
-    both = dict.fromkeys(("lora", "qlora"), "PEFT is not installed")
-    assert missing(gpu.steps_stages, "peft", "bitsandbytes") == both
-    tests = gpu.ops_stages("cuda", False, Path("/x"), lambda package: True)[0].command
+    everything = dict.fromkeys(("lora", "small", "qlora", "long"), "PEFT is not installed")
+    assert missing(gpu.steps_stages, "peft", "bitsandbytes") == everything
+    tests = stages(gpu.ops_stages)[0].command
     assert tests[tests.index("-n") + 1] == "12"
-    alone = gpu.ops_stages("cuda", False, Path("/x"), lambda package: package != "xdist")[0].command
+    small = gpu.ops_stages(gpu.Setting(Path("/x"), memory=15.0, has=lambda name: True))[0].command
+    assert small[small.index("-n") + 1] == "3"
+    assert "-x" not in tests
+    alone = stages(gpu.ops_stages, "xdist")[0].command
     assert alone[alone.index("-k") + 1] == "not 2x256x2048"
+
+
+def test_the_models_are_of_the_card() -> None:
+    import gpu
+
+    def options(name: str, **card: Any) -> set[str]:
+        stages = gpu.steps_stages(gpu.Setting(Path("/x"), has=lambda package: True, **card))
+        return set(next(s for s in stages if s.name == name).command)
+
+    assert {"llama-8b", "bfloat16"} <= options("lora", memory=80.0)
+    assert {"llama-8b-4layers", "float16"} <= options("lora", memory=15.0, bf16=False)
+    assert "1x16384-autocast" in options("long")
 
 
 def test_the_files_with_gpu_tests_are_found() -> None:
@@ -199,6 +227,16 @@ def test_gaps_are_when_nothing_runs() -> None:
     assert idle_gaps([])["gaps"] == 0
 
 
+def test_kernels_are_summed_by_name() -> None:
+    from idle_gaps import Span, by_name
+
+    spans = [Span(0, 5, "a"), Span(5, 6, "b"), Span(7, 10, "a")]
+    assert by_name(spans) == [
+        {"name": "a", "count": 2, "us": 8}, {"name": "b", "count": 1, "us": 1},
+    ]  # fmt: skip
+    assert len(by_name(spans, most=1)) == 1
+
+
 def _matrix(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], replies: dict[str, dict[str, Any]]
 ) -> Callable[..., tuple[int, list[dict[str, Any]]]]:
@@ -206,12 +244,13 @@ def _matrix(
     import harness
     import step_matrix
 
-    now = [0.0]
+    now, loads = [0.0], list[str]()
     peaks = {"rss_mb": 150.0, "gpu_mb": 90.0}
 
     class Process:
-        def __init__(self, job: Any, worker: Path) -> None:
+        def __init__(self, job: Any, worker: Path, cache: Path | None) -> None:
             self.job, self.run = job, SimpleNamespace(setting={})
+            loads.append(job.engine)
 
         def __enter__(self) -> Process:
             return self
@@ -225,20 +264,26 @@ def _matrix(
 
         def ask(self, text: str) -> dict[str, Any]:
             now[0] += seconds[self.job.engine]
+            reply = replies.get(self.job.engine, {})
+            if "died" in reply:
+                raise harness.EngineError(reply["died"])
             return {
                 "losses": [3.0, 2.0], "first_step_s": 1.0, "all_step_s": [0.5, 0.25, 0.5],
                 "loaded": {"rss_mb": 100.0, "gpu_mb": 50.0}, "first_peak": peaks,
-                "steady_peak": peaks, "fallbacks": {},
-            } | replies.get(self.job.engine, {})  # fmt: skip
+                "steady_peak": peaks, "fallbacks": {}, "free_step_s": 0.125,
+                "planned": {"predicted_mb": 70.0, "measured_mb": 90.0},
+            } | reply  # fmt: skip
 
     monkeypatch.setattr(step_matrix, "EngineProcess", Process)
 
     def run(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        loads.clear()
         file = tmp_path / "rows.json"
         given = ["--device", "cpu", "--json", str(file), *arguments]
         status = step_matrix.main(given, lambda: now[0])
         return status, json.loads(file.read_text())
 
+    run.loads = loads  # type: ignore[attr-defined]
     return run
 
 
@@ -252,8 +297,10 @@ def test_the_matrix_writes_figures_for_each_engine_and_batch(
     run = _matrix(monkeypatch, {"hf": 0.1, "fusewright": 0.1}, {})
     status, rows = run(tmp_path, "--engines", "hf,fusewright,unsloth")
     assert status == 0
-    assert len(rows) == 24
+    assert len(rows) == 9
     first = rows[0]
+    assert first["free_step_s"] == 0.125
+    assert first["planned"] == {"predicted_mb": 70.0, "measured_mb": 90.0}
     assert (first["workload"], first["tokens_per_s"]) == ("1x2048-autocast", 4096)
     assert (first["loaded_mb"], first["growth_mb"], first["step_s"]) == (100, 50, 0.5)
     assert {"commit", "card", "versions", "first_step_growth_mb"} <= set(first)
@@ -266,11 +313,99 @@ def test_the_matrix_skips_what_it_has_no_time_for(
 ) -> None:
     """Every engine has its share of the time, ours twice; the rest of one is the next one's."""
     run = _matrix(monkeypatch, {"hf": 10, "fusewright": 10}, {})
-    status, rows = run(tmp_path, "--engines", "hf,fusewright", "--seconds", "105")
+    names = ",".join(f"1x{n}" for n in range(1, 9))
+    given = ("--engines", "hf,fusewright", "--seconds", "105", "--workloads", names)
+    status, rows = run(tmp_path, *given)
     assert status == 0
     done = {e: sum("step_s" in r for r in rows if r["engine"] == e) for e in ("hf", "fusewright")}
     assert done == {"hf": 2, "fusewright": 5}
     assert ("no time left",) in _of(rows, "hf", "skipped")
+
+
+@pytest.mark.parametrize(
+    "reply", [{"died": "status -6"}, {"failed": "CUDA error: illegal access", "ended": True}]
+)
+def test_an_engine_that_ends_is_loaded_again_for_the_next_workload(
+    reply: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = _matrix(monkeypatch, {"hf": 0.1, "fusewright": 0.1}, {"hf": reply})
+    _, rows = run(tmp_path, "--engines", "hf,fusewright")
+    assert run.loads == ["hf"] * 3 + ["fusewright"]  # type: ignore[attr-defined]
+    assert len(_of(rows, "hf", "error")) == 3
+    assert all("step_s" in row for row in rows if row["engine"] == "fusewright")
+
+
+@pytest.mark.long
+def test_a_worker_whose_context_is_broken_says_so_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import step_matrix
+
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"""import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+import matrix_worker
+def fails(*_): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+matrix_worker._measured, matrix_worker.broken_context = fails, lambda: "CUDA error"
+sys.exit(matrix_worker.main(matrix_worker._serve))
+"""
+    )
+    monkeypatch.setattr(step_matrix, "WORKER", worker)
+    file = tmp_path / "rows.json"
+    given = ["--device", "cpu", "--smoke", "--engines", "hf", "--json", str(file)]
+    assert step_matrix.main(given) == 1
+    rows = json.loads(file.read_text())
+    assert ["illegal memory access" in row["error"] for row in rows] == [True, True]
+
+
+def test_packs_are_told_to_rivals_by_where_their_samples_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a stand-in for ``varlen_attn``, which is for GPUs alone."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import varlen
+
+    import competitors
+    import op_cases
+    import shapes
+    from fusewright.kernels.attention import attention
+
+    def stand_in(q: Any, k: Any, v: Any, cu: Any, *_: Any, **options: Any) -> torch.Tensor:
+        assert options["window_size"] == (-1, 0)
+        parts = []
+        for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+            rows = [t[start:end].transpose(0, 1) for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(
+                *rows, is_causal=True, scale=options["scale"], enable_gqa=True
+            )
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    shape = shapes.op_shapes("cpu", quick=True, smallest=True)["tiny-2x16"]
+    for name in ("attention", "attention-packed"):
+        case = op_cases.Maker(shape, torch.float32, "cpu", False).make(name)
+        rival = competitors.RIVALS[name]["varlen"](*case.args)
+        expected = attention.attention_reference(*case.args)
+        torch.testing.assert_close(rival(*case.args), expected)
+
+
+def test_workloads_are_known_by_their_names() -> None:
+    from argparse import ArgumentTypeError
+
+    from step_matrix import workload
+
+    def sizes(name: str) -> tuple[int, int, int, str | None]:
+        w = workload(name)
+        return w.batch, w.seq, w.sample, w.autocast
+
+    assert sizes("2x2048") == (2, 2048, 0, None)
+    assert sizes("pack-8192-autocast") == (1, 8192, 512, "bfloat16")
+    assert sizes("pack-48") == (1, 48, 16, None)
+    for name in ("2048", "packs-48", "1x2-auto"):
+        with pytest.raises(ArgumentTypeError, match="is no workload"):
+            workload(name)
 
 
 @pytest.mark.parametrize(
@@ -317,14 +452,66 @@ def _smoke(part: str, out: Path) -> str:
     return done.stdout
 
 
+OPS = ("--device", "cpu", "--smallest", "--seconds", "0.01", "--providers", "reference,fusewright")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_ops_go_on_in_another_process_when_one_breaks_the_context(tmp_path: Path) -> None:
+    file = tmp_path / "ops.csv"
+    program = str(BENCHMARKS / "ops.py")
+    command = [program, *OPS, "--ops", "rms_norm,glu", "--csv", str(file)]
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import ops; "
+        f"sys.argv = {command!r}; ops.broken_context = lambda: 'CUDA error'; ops.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(sys.modules["fusewright"].__path__[0]).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["op"] for row in _rows(file)] == ["rms_norm"] * 4 + ["glu"] * 4
+    assert len(done.stdout.splitlines()) == 8  # nothing is measured twice
+
+
+@pytest.mark.long
+def test_what_is_ended_leaves_every_row_and_no_process(tmp_path: Path) -> None:
+    file = tmp_path / "gpu-cpu-ops.csv"
+    command = [str(BENCHMARKS / "gpu.sh"), "ops", "--device", "cpu", "--smoke"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, text=True,
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for _ in range(2400):
+        if file.exists() and len(_rows(file)) > 5:
+            break
+        time.sleep(0.05)
+    said = len(_rows(file))
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    rows = _rows(file)
+    assert len(rows) >= said > 5
+    assert all(row["provider"] and row["commit"] for row in rows)
+    assert (tmp_path / "gpu-cpu-tests.jsonl").exists()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            assert str(tmp_path) not in path.read_text(errors="replace")
+
+
 @pytest.mark.long
 def test_ops_on_the_cpu(tmp_path: Path) -> None:
     said = _smoke("ops", tmp_path)
     assert "ops: passed" in said
-    with (tmp_path / "gpu-cpu-ops.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
-    assert {row["provider"] for row in rows} == {"reference", "fusewright"}
-    assert all(row["error"] == "" and float(row["median_ms"]) > 0 for row in rows)
+    rows = _rows(tmp_path / "gpu-cpu-ops.csv")
+    rivals = {row["provider"] for row in rows} - {"reference", "fusewright"}
+    assert {"F.rms_norm", "F.linear_cross_entropy", "liger"} <= rivals
+    measured = [row for row in rows if not row["error"]]
+    assert all(float(row["median_ms"]) > 0 for row in measured)
+    assert all(float(row["difference"]) < 0.05 for row in measured)
+    assert all(row["provider"] in rivals for row in rows if row["error"])
     assert {"host_median_ms", "gb_per_s", "gflop_per_s"} <= set(rows[0])
 
 
@@ -339,5 +526,7 @@ def test_steps_on_the_cpu(tmp_path: Path) -> None:
         assert [r["workload"] for r in own] == ["1x32-autocast", "pack-48"]
         assert all(r["tokens_per_s"] > 0 and r["growth_mb"] >= 0 for r in own)
         assert own[0]["profile"]["kernels"] > 10
+        assert own[0]["profile"]["by_name"][0]["us"] > 0
+        assert all(r["free_step_s"] > 0 for r in own)
         assert (tmp_path / f"gpu-cpu-trace-{engine}.json.gz").stat().st_size > 1000
     assert "qlora: passed" in said or "qlora: skipped, bitsandbytes" in said

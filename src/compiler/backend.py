@@ -340,7 +340,9 @@ def generate_code(work: Compilation) -> None:
         for i in work.copied:  # whose copies have other strides, if they are no dense memory
             t: Any = facts.tensor(placeholders[i])
             inputs[i] = t.detach().clone().requires_grad_(inputs[i].requires_grad)
-        run = inductor(work.graph, inputs, session.state.preparation, work.absent)
+        held = [i for i, n in enumerate(placeholders) if not facts.is_argument(n)]
+        graphs = session.choices.graphs.of_block(held, work.examples)
+        run = inductor(work.graph, inputs, session.state.preparation, work.absent, graphs)
         run = _of_frozen(with_changed_inputs(run, work.idle, Tensor.detach), work.examples)
     else:
         run = eager(work.graph)

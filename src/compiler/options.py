@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..memory.budget import Budget
+from .codegen.cuda_graphs import Mode as CudaGraphs
 
 Codegen = Literal["auto", "eager", "inductor"]
 Logits = Literal["lazy", "always"]
@@ -26,6 +27,8 @@ class Options:
         strict: raise when a site is refused or missed.
         compile_no_grad: whether ``codegen`` also runs blocks that are called without gradients.
         packs: whether rows are several samples wherever their positions say so.
+        cuda_graphs: ``"auto"`` runs blocks by CUDA graphs where that is faster, ``"on"`` wherever
+            they can be captured.
     """
 
     passes: tuple[Any, ...]
@@ -36,9 +39,13 @@ class Options:
     strict: bool = False
     compile_no_grad: bool = False
     packs: bool = False
+    cuda_graphs: CudaGraphs = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("codegen", Codegen), ("logits", Logits), ("verify", Verify)):
+        for name, allowed in (
+            ("codegen", Codegen), ("logits", Logits), ("verify", Verify),
+            ("cuda_graphs", CudaGraphs),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in get_args(allowed):
                 choices = ", ".join(repr(c) for c in get_args(allowed))
@@ -55,23 +62,30 @@ class Environment:
         fuel: ``FUSEWRIGHT_FUEL``: how many rewrites one ``optimize`` call may make; for bisecting.
         disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
         traceback: ``FUSEWRIGHT_TRACEBACK``: commands print the traceback of every error.
+        keeps_verdicts: ``FUSEWRIGHT_VERDICTS``: ``fresh``: each process verifies rewrites itself;
+            ``kept``, the default: not those that an earlier one has found right.
     """
 
     dump: str | None
     fuel: int | None
     disable: frozenset[str]
     traceback: bool = False
+    keeps_verdicts: bool = True
 
     @classmethod
     def read(cls) -> Environment:
-        """Read the variables as they are now; ValueError for a fuel that is not a number."""
+        """Read the variables as they are now; ValueError for a value that one cannot have."""
         fuel = os.environ.get("FUSEWRIGHT_FUEL")
         if fuel and not fuel.isdecimal():
             raise ValueError(f"FUSEWRIGHT_FUEL={fuel!r}: the number of rewrites allowed, as in 12")
+        verdicts = os.environ.get("FUSEWRIGHT_VERDICTS") or "kept"
+        if verdicts not in ("kept", "fresh"):
+            raise ValueError(f"FUSEWRIGHT_VERDICTS={verdicts!r} is neither kept nor fresh")
         names = os.environ.get("FUSEWRIGHT_DISABLE", "").split(",")
         return cls(
             dump=os.environ.get("FUSEWRIGHT_DUMP") or None,
             fuel=int(fuel) if fuel else None,
             disable=frozenset(n.strip() for n in names if n.strip()),
             traceback=os.environ.get("FUSEWRIGHT_TRACEBACK", "0") not in ("", "0"),
+            keeps_verdicts=verdicts == "kept",
         )

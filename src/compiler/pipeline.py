@@ -37,6 +37,8 @@ from ..sharding import collectives_of
 from . import regions
 from .calls.forwards import OUTER_COMPILE
 from .codegen.choice import choose
+from .codegen.cuda_graphs import CudaGraphs
+from .codegen.cuda_graphs import Mode as CudaGraphsMode
 from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
@@ -57,6 +59,7 @@ def optimize(
     strict: bool = False,
     compile_no_grad: bool = False,
     packs: bool = False,
+    cuda_graphs: CudaGraphsMode = "auto",
 ) -> Any:
     """Make a model's training step faster and leaner, in place, without changing its results.
 
@@ -86,6 +89,9 @@ def optimize(
             (RWKV, MiniMax, RecurrentGemma): what these are is found by a few calls with some
             tokens, and they run over the samples as rows of a batch. Without it only models with
             recurrent layers that are known by how these are called do so.
+        cuda_graphs: on an NVIDIA GPU, compiled blocks (``codegen``) can be launched as CUDA graphs,
+            one call in place of one for each kernel: ``"auto"`` where that is faster, which is
+            measured, ``"on"`` wherever they can be captured, ``"off"`` nowhere.
 
     Returns:
         The same object.
@@ -100,7 +106,7 @@ def optimize(
         raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
     _require_rules(passes)
     options = Options(
-        tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad, packs
+        tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad, packs, cuda_graphs
     )
     environment = Environment.read()
     restore(model)
@@ -148,16 +154,24 @@ def _choices(
 ) -> Choices:
     blocks = [r.module for r in found if r.kind == "block"]
     codegen = choose(options.codegen, blocks)
+    planner = _planner(model, blocks, options.memory, codegen[0])
+    graphs = CudaGraphs(options.cuda_graphs, lambda: len(planner.blocks))
+    planner.pooled = graphs.may_serve(planner.meter.device, codegen[0])
     return Choices(
         options,
         environment,
         codegen,
-        Verifier(options.verify == "always", codegen[0] == "inductor", SharedVerdicts()),
+        Verifier(
+            options.verify == "always",
+            codegen[0] == "inductor",
+            SharedVerdicts(keeps=environment.keeps_verdicts),
+        ),
         Fuel(environment.fuel),
-        _planner(model, blocks, options.memory, codegen[0]),
+        planner,
         split=split,
         fake=any(isinstance(p, FakeTensor) for p in model.parameters()),
         decoding=_decoding(options, environment),
+        graphs=graphs,
     )
 
 
@@ -194,6 +208,9 @@ def restore(model: nn.Module) -> Any:
     A model that was not optimized is left as it is.
     """
     for module in model.modules():
+        record = active(module)
+        if record is not None:
+            record.session.choices.graphs.release()
         uninstall(module)
     return model
 
@@ -255,6 +272,7 @@ def explain(model: nn.Module) -> Report:
     return Report(
         tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, memory, reads,
         tuple(starmap(Fallback, FAILED.items())), tuple(map(str, raced())),
+        tuple(session.choices.graphs.describe()),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ..memory.random_state import RandomState
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
 from .codegen.cpp_compiler import prepare
+from .codegen.cuda_graphs import CudaGraphs
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
@@ -87,6 +88,7 @@ class Choices:
     fake: bool = False
     decoding: Decoding = field(default_factory=Decoding)
     by_rows: ByRows = field(default_factory=ByRows)
+    graphs: CudaGraphs = field(default_factory=CudaGraphs)
 
     @property
     def rules(self) -> list[Any]:

@@ -19,11 +19,9 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
-from .native.build import kept_folder
+from .native.build import kept_folder, write_whole
 from .tolerance import EXCEEDS, PEAK, exceeded
 
 VARIABLE = "FUSEWRIGHT_CHOICES"
@@ -147,6 +145,15 @@ class _Spent:
 _spent = _Spent()
 
 
+_KEPT: dict[str, dict[str, Any]] = {}
+"""By the name of its file: of those, what is kept for the machine."""
+
+
+def files() -> dict[str, str]:
+    """What this process has chosen and keeps for the machine, as files: name and content."""
+    return {name: json.dumps(record) for name, record in _KEPT.items()}
+
+
 def choices() -> list[Choice]:
     """What this process has chosen so far."""
     return list(_CHOICES.values())
@@ -209,6 +216,8 @@ def choose(question: Question, machine: str = "") -> Choice:
             _keep(key, chosen, machine)
     chosen = _agreed(key, chosen, question)
     _CHOICES[question.name] = chosen
+    if chosen.source not in ("fixed", LATE):  # those were not raced
+        _KEPT[_file(key)] = _record(chosen, machine)
     return chosen
 
 
@@ -461,19 +470,25 @@ def earlier(machine: str) -> list[Choice]:
     return sorted(filter(None, found), key=lambda choice: choice.question)
 
 
+def _record(choice: Choice, machine: str) -> dict[str, Any]:
+    return asdict(choice) | {"machine": machine}
+
+
+def _file(key: str) -> str:
+    return f"choice-{key}.json"
+
+
 def _kept(key: str) -> Choice | None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        return _read(json.loads((kept_folder() / f"choice-{key}.json").read_text()), "kept")
+        return _read(json.loads((kept_folder() / _file(key)).read_text()), "kept")
     return None
 
 
 def _keep(key: str, choice: Choice, machine: str) -> None:
     """Write a choice for later processes, of which each sees all of it or nothing."""
     with contextlib.suppress(OSError, RuntimeError):  # such as a folder that is read-only
-        folder = kept_folder()
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".choice-", delete=False) as file:
-            json.dump(asdict(choice) | {"machine": machine}, file)
-        Path(file.name).replace(folder / f"choice-{key}.json")
+        text = json.dumps(_record(choice, machine))
+        write_whole(kept_folder() / _file(key), text.encode())
 
 
 def _agreed(key: str, mine: Choice, question: Question) -> Choice:

@@ -71,6 +71,14 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return device is not None
 
 
+def use_triton_dot(*tensors: Tensor | None) -> bool:
+    """``use_triton``, of kernels that multiply tiles: False on GPUs where libraries are to do it.
+
+    The first tensor is not None.
+    """
+    return use_triton(*tensors) and gpu_of(tensors[0]).multiplies_tiles  # type: ignore[arg-type]
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up: Triton's function of the name costs a microsecond for each call."""
     return -(-a // b)
@@ -105,6 +113,7 @@ class Gpu:
     generation: int  # the first number of the compute capability
     shared: int  # bytes of shared memory that one block of threads may have
     hip: bool = False  # whether it is one of AMD's
+    multiprocessors: int = 2
 
     @property
     def multiplies_from_shared(self) -> bool:
@@ -113,9 +122,16 @@ class Gpu:
         # of which larger tiles then need more than there are.
         return self.generation in (9, 10) and not self.hip
 
+    @property
+    def multiplies_tiles(self) -> bool:
+        """Whether kernels may multiply tiles (``tl.dot``)."""
+        # Before Ampere (a T4 is 7.5) Triton makes scalar code of products, in any dtype: a tenth of
+        # the speed of libraries, and attention takes more than twenty minutes to compile.
+        return self.generation >= 8 or self.hip
+
 
 _ELSEWHERE = Gpu(9, 227 << 10)
-"""For tensors that are on no GPU, in Triton's interpreter."""
+"""For tensors that are on no GPU: in Triton's interpreter, or fake ones."""
 
 
 def gpu_of(tensor: Tensor) -> Gpu:
@@ -125,12 +141,15 @@ def gpu_of(tensor: Tensor) -> Gpu:
 
 @functools.cache
 def _gpu(index: int) -> Gpu:
+    if not torch.cuda.is_available():  # fake tensors
+        return _ELSEWHERE
     properties = torch.cuda.get_device_properties(index)
     shared = (
         getattr(properties, "shared_memory_per_block_optin", 0)
         or properties.shared_memory_per_block
     )
-    return Gpu(properties.major, shared, torch.version.hip is not None)
+    hip = torch.version.hip is not None
+    return Gpu(properties.major, shared, hip, properties.multi_processor_count)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -66,9 +66,9 @@ def keep(module: fx.GraphModule, level: Level, choice: str = "eager") -> fx.Grap
     if level == "tiles":
         _in_tiles(module)
     if level == "products":
-        module.meta["_checkpoint_context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _keeps_products
-        )
+        contexts: Any = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
+        contexts.cache_hash = level  # without one, AOTAutograd's cache is not asked
+        module.meta["_checkpoint_context_fn"] = contexts
     graph, env = fx.Graph(), {}
     for node in module.graph.nodes:
         if node.op == "placeholder":

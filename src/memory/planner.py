@@ -49,6 +49,7 @@ class Planner:
     # runs the blocks whose input the plan keeps there
     offload: Offload = field(default_factory=Offload)
     first: Level | None = None  # the level of the block that the plan was made at
+    pooled: bool = False  # the blocks may run by CUDA graphs, which have memory of their own
     notes: list[str] = field(default_factory=list)  # what was decided, and why, for the report
     has_stepped: bool = False  # an optimizer step has been made; no plan is too large from then on
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(

@@ -148,7 +148,9 @@ def setting(
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
     slack = _SLACK if on_cpu else 0.0
     tiles = most_logits(on_cpu)
-    return PlanInputs(base, training, head, limit, levels, host, logits, slack, tiles)
+    return PlanInputs(
+        base, training, head, limit, levels, host, logits, slack, tiles, planner.pooled
+    )
 
 
 def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:

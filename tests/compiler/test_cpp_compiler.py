@@ -58,7 +58,7 @@ def test_what_comes_after_one_that_works_is_not_tried(
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_headers_that_compile_prove_the_instructions(
-    refused: bool, monkeypatch: pytest.MonkeyPatch
+    refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     done: list[Any] = []
 
@@ -78,6 +78,7 @@ def test_headers_that_compile_prove_the_instructions(
     programs: list[str] = []
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda isa, code: programs.append(code))
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", pick)
+    monkeypatch.setattr(cpp_compiler, "proof", lambda: tmp_path / "proof")
     monkeypatch.setattr(cpp_compiler, "_compile_headers", compile_headers)
     monkeypatch.setattr(cpp_compiler, "_forget_vector_instructions", lambda: done.append("forgot"))
     monkeypatch.setattr(cpp_compiler, "_find_vector_instructions", lambda: done.append("tried"))
@@ -86,8 +87,13 @@ def test_headers_that_compile_prove_the_instructions(
     rest = ["forgot", "tried", "headers"] if refused else []
     assert done == [True, "headers", *rest]
     assert programs == ["another"]
+    assert (tmp_path / "proof").exists() is not refused
+    with config.patch({"cpp.vec_isa_ok": None, "cpp_cache_precompile_headers": True}):
+        cpp_compiler._prepare()  # of a later process
+    assert done[2 + len(rest) :] == [True, *["headers"] * refused]
+    programs.clear()
     cpu_vec_isa.VecAVX512().check_build("later")
-    assert programs == ["another", "later"]
+    assert programs == ["later"]
 
 
 def test_what_was_taken_to_work_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

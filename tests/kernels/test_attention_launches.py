@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.kernels import launch
+from fusewright.kernels.attention import unsupported
 from fusewright.kernels.attention.attention import OP, attention
 from fusewright.kernels.launch import Gpu
 
@@ -63,6 +66,43 @@ def test_four_launches_a_layer(launches: Any) -> None:
         assert [t.shape[-1] for t in tensors] == [48, 64, 64, 48]
         found, _, _ = _run(launches, None, *qkv)
         assert [one.name for one in found] == ["forward", "queries", "keys"]
+
+
+def test_a_mask_is_read_once_for_all_layers(launches: Any) -> None:
+    with FakeTensorMode(), launches.as_on_a_gpu(HOPPER) as found:
+        mask = _mask(2, 1, 200, 200)
+        q, k, v = (_heads(n).detach() for n in (4, 2, 2))
+
+        def layers() -> list[str]:
+            found.clear()
+            for _ in range(3):
+                attention(q, k, v, None, False, mask)
+                attention(q, k, v, None, False, mask.expand(2, 1, 200, 200).detach())
+            return [one.name for one in found if one.name == "table"]
+
+        assert layers() == ["table"]
+        assert layers() == []
+        mask.logical_not_()
+        assert layers() == ["table"]
+        mask.detach().fill_(True)
+        assert layers() == ["table"]
+        mask = mask.clone()
+        assert layers() == ["table"]
+
+
+def test_the_table_of_a_mask_ends_with_it(launches: Any) -> None:
+    with FakeTensorMode(), launches.as_on_a_gpu(HOPPER):
+        mask = _mask(1, 1, 400, 400)
+        q, k, v = (_heads(n, 64).detach() for n in (4, 2, 2))
+        for time in range(40, 64):  # parts of one mask
+            part = mask[:, :, :64, :time]
+            attention(q, k[:, :, :time], v[:, :, :time], None, False, part)
+        tables = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.dtype is torch.int8]
+        assert 0 < len(tables) <= 4
+        kept = [weakref.ref(t) for t in tables]
+        del tables, mask, part
+        gc.collect()
+        assert not [t for t in kept if t() is not None]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +171,9 @@ def test_what_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons(False, window=5) == []
     assert "16 or 32 bits" in reasons(True, torch.float64)[0]
     assert "256 features" in reasons(True, dim=264)[0]
+    assert "64 features" in reasons(True, torch.float32, dim=72)[0]
+    monkeypatch.setattr(unsupported, "gpu_of", lambda _: Gpu(7, 64 << 10))
+    assert "compute capability 7" in reasons(True, torch.float16)[0]
     monkeypatch.setattr(launch, "_INSTALLED", False)
     assert "with Triton" in reasons(True)[0]
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fusewright.kernels import choice, raced_op
+from fusewright.kernels.op import Op
+from fusewright.rewrite.op_table import OPS
 
 from .calls import LAUNCHING, Call, library_calls, sized
 from .util import assert_parity
@@ -64,3 +66,10 @@ def test_whatever_takes_a_call_is_right(name: str, dtype: torch.dtype) -> None:
         print(found)
         assert raced_op.OWN in found.microseconds, str(found)
         assert not [why for why in found.refused.values() if "exact" in why], str(found)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_doctor_says_what_launches(op: Op) -> None:
+    rules = pytest.importorskip("fusewright.train.doctor.rules", reason="needs the extra `train`")
+    found, _ = rules.implementation(op, torch.bfloat16, torch.device("cuda"))
+    assert (found == "Triton") is (op in {case.op for case in LAUNCHING.values()})

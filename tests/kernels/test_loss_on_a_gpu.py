@@ -169,7 +169,7 @@ def _step(modules: Any, rows: int, guess: int, monkeypatch: Any) -> tuple[list[A
 
     launches, machine_code = modules
     monkeypatch.setattr(kernels, "expected", lambda *given: guess)
-    with FakeTensorMode(), launches.as_on_a_gpu(machine_code.CARDS[2].gpu) as found:
+    with FakeTensorMode(), launches.as_on_a_gpu(machine_code.H100.gpu) as found:
         x = torch.empty(rows, HIDDEN, dtype=BF16)
         weight = torch.empty(VOCABULARY, HIDDEN, dtype=BF16)
         labels = torch.empty(rows, dtype=torch.int64)

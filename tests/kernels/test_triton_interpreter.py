@@ -14,8 +14,8 @@ from fusewright.kernels.launch import has_triton
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
 LONG = (
-    "attention", "attention_random", "linear_cross_entropy", "linear_logprob", "mlp_block", "rope",
-    "selective_scan", "ssd",
+    "attention", "attention_random", "linear_cross_entropy", "linear_logprob", "mlp_block",
+    "old_gpu", "rope", "selective_scan", "ssd",
 )  # fmt: skip
 """The longest in the interpreter: twenty seconds to minutes each."""
 OPS = [
@@ -41,14 +41,26 @@ OPS = [
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_under_the_interpreter(op: str) -> None:
+    _run(op, expected=" checks passed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_no_kernel_leaves_its_tensors_or_races(dtype: str) -> None:
+    """Every launched kernel; a few of them are in ``interpreted/sanitizer.py``'s checks."""
+    _run("sanitizer", dtype, expected="\n0 problems")
+
+
+def _run(module: str, *arguments: str, expected: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.interpreted.{op}"],
+        [sys.executable, "-m", f"tests.kernels.interpreted.{module}", *arguments],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     output = f"{result.stdout}\n{result.stderr}"
     assert result.returncode == 0, output
-    assert " checks passed" in result.stdout, output
+    assert expected in result.stdout, output

@@ -10,13 +10,21 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fusewright.train import train
-from fusewright.train.processes.signals import Stopped
-from fusewright.train.recipe.recipe import Recipe
+from ..conftest import OF_EXTRAS
+
+try:
+    from rich.console import Console
+
+    from fusewright.train import train
+    from fusewright.train.processes.signals import Stopped
+    from fusewright.train.recipe.recipe import Recipe
+except ModuleNotFoundError as error:
+    if error.name not in OF_EXTRAS:
+        raise
+    pytest.skip(f"{error.name} is not installed", allow_module_level=True)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

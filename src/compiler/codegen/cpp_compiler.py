@@ -8,10 +8,13 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from ...kernels.native import build
 from ...kernels.native import library as native
 
 
@@ -49,6 +52,8 @@ if hasattr(os, "register_at_fork"):
 
 def _prepare() -> None:
     with _preparing, contextlib.suppress(Exception):  # it fails again in use, with its message
+        if _is_proven() and _take_vector_instructions():
+            return
         if not _headers_prove_instructions():
             _find_vector_instructions()
             _compile_headers()
@@ -91,27 +96,59 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         setattr(owner, name, original)
 
 
+def proof() -> Path:
+    """The file that is there once the compiler was seen to know the CPU's vector instructions.
+
+    Raises OSError or RuntimeError where no such file can be kept.
+    """
+    name = build.compiler_name(torch.__version__, torch.version.git_version or "")
+    return build.kept_folder() / f"instructions-{name}"
+
+
+def _is_proven() -> bool:
+    """Whether no header need be compiled before the first kernel is."""
+    from torch._inductor import config
+
+    if not getattr(config, "cpp_cache_precompile_headers", False):
+        return False
+    with contextlib.suppress(OSError, RuntimeError):
+        return proof().exists()
+    return False
+
+
 def _headers_prove_instructions() -> bool:
     """Compile the headers for the CPU's vector instructions; whether that succeeded."""
     # They have the options of the programs by which Inductor finds out, in four seconds, whether
     # the compiler knows these instructions. So the programs are compiled only if the headers are
     # refused. An assembler that is older than its compiler shows at the first kernel: the block
     # then runs as it was, with the reason.
+    from torch._inductor import config
+
+    if not getattr(config, "cpp_cache_precompile_headers", False):
+        return False
+    if not _take_vector_instructions():
+        return False
+    try:
+        _compile_headers()
+    except Exception:
+        _forget_vector_instructions()
+        return False
+    with contextlib.suppress(OSError, RuntimeError):
+        proof().touch(mode=0o600)
+    return True
+
+
+def _take_vector_instructions() -> bool:
+    """Let Inductor use all vector instructions of the CPU; whether that was left open."""
     from torch._inductor import config, cpu_vec_isa
 
-    headers = getattr(config, "cpp_cache_precompile_headers", False)
-    if not headers or config.cpp.vec_isa_ok is not None or not cpu_vec_isa.x86_isa_checker():
+    if config.cpp.vec_isa_ok is not None or not cpu_vec_isa.x86_isa_checker():
         return False
     with (
         config.patch({"cpp.vec_isa_ok": True}),
         _replaced(cpu_vec_isa.VecISA, "check_build", lambda check, isa, code: True),
     ):
         cpu_vec_isa.pick_vec_isa()
-    try:
-        _compile_headers()
-    except Exception:
-        _forget_vector_instructions()
-        return False
     return True
 
 
@@ -158,3 +195,30 @@ def kernels_awaited_last() -> Iterator[None]:
         yield
     for wait in postponed:
         wait()
+
+
+@contextlib.contextmanager
+def headers_for_new_kernels() -> Iterator[None]:
+    """While a graph is compiled or read, compile no headers for kernels that are there."""
+    # Inductor has its headers compiled, for ten seconds of the C++ compiler, before it looks
+    # whether there is anything to compile.
+    from torch._inductor import codecache
+
+    source = ""
+
+    def note(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal source
+        written = write(*args, **kwargs)
+        source = written[1]
+        return written
+
+    def precompile(compile_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if source and Path(source).with_suffix(".so").exists():
+            return ""
+        return compile_(*args, **kwargs)
+
+    with (
+        _replaced(codecache, "write", note),
+        _replaced(codecache, "_precompile_header", precompile),
+    ):
+        yield

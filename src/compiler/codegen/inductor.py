@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -15,8 +16,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from ...graph.effects import Effects
 from ...graph.run import without_advice
+from ...kernels.processor import processor
 from ..ranks.compile_lock import first_one_compiles
-from .cpp_compiler import kernels_awaited_last
+from ..ranks.verdicts import environment
+from .cpp_compiler import headers_for_new_kernels, kernels_awaited_last
+from .cuda_graphs import BlockGraphs, why_unfit
 
 
 def _disable_donation() -> None:
@@ -66,16 +70,39 @@ def _patches(module: fx.GraphModule) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _as_in_every_process(module: fx.GraphModule) -> Iterator[None]:
+    """While it lasts, a graph has the key in AOTAutograd's cache that it has in other processes."""
+    # PyTorch leaves what is one process's own out of the key, but of the outermost graph alone,
+    # and with a checkpoint around the block the captured graph is a nested one. And the key knows
+    # our ops, which are traced through, by their names: what they do depends on ``environment``.
+    inner = [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
+    before = [(m, {n: vars(m)[n] for n in _OF_ONE_PROCESS if n in vars(m)}) for m in inner]
+    for m, fields in before:
+        kept = {n: v for n, v in m.meta.items() if n in ("_checkpoint_context_fn",)}
+        vars(m).update(dict.fromkeys(fields), meta=kept)
+    vars(module)["environment"] = (*environment(), processor(), torch.get_num_threads())
+    try:
+        yield
+    finally:
+        for m, fields in before:
+            vars(m).update(fields)
+
+
+_OF_ONE_PROCESS = ("meta", "compile_subgraph_reason", "_param_name_to_source", "_backend_id")
+
+
 def inductor(
     module: fx.GraphModule,
     examples: Sequence[Any],
     preparation: threading.Thread | None = None,
     absent: AbsentGradients | None = None,
+    graphs: BlockGraphs | None = None,
 ) -> Callable[..., Any]:
     """Compile the graph with Inductor; our ops are traced through or called as they are.
 
     ``preparation``, from ``cpp_compiler.prepare``, is waited for as late as possible; ``absent``
-    finds the gradients that eager mode does not have.
+    finds the gradients that eager mode does not have; ``graphs`` run what is compiled.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -84,13 +111,20 @@ def inductor(
         if preparation is not None:
             preparation.join()
         _disable_donation()
+        # Inductor's passes change it
+        reason = "" if graphs is None else why_unfit(args[0])
         with first_one_compiles(*args[:2]):
-            return compile_fx_inner(*args, **kwargs)
+            code = compile_fx_inner(*args, **kwargs)
+        if graphs is not None:
+            graphs.around_code(code, reason, bool(kwargs.get("is_backward")))
+        return code
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with (
         functorch_config.patch(donated_buffer=False),
+        _as_in_every_process(module),
         without_advice(),
+        headers_for_new_kernels(),
         nullcontext() if preparation is None else kernels_awaited_last(),
     ):
         compiled = compile_fx(
@@ -99,9 +133,10 @@ def inductor(
             inner_compile=compile_prepared,
             config_patches=_patches(module),
         )
-    return _with_checked_backward(
-        cast("Callable[..., Any]", compiled), absent or AbsentGradients(None)
-    )
+    run = cast("Callable[..., Any]", compiled)
+    if graphs is not None:
+        run = graphs.around_block(run)
+    return _with_checked_backward(run, absent or AbsentGradients(None))
 
 
 def _with_checked_backward(

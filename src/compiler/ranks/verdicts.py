@@ -1,23 +1,29 @@
 """One verdict for all ranks: the first to reach a site verifies it, the others read the result.
 
-Verdicts pass through the key-value store of the process group, as JSON; nothing is written to disk
-and nothing is unpickled. This is no collective: a rank that never reaches the site is not awaited,
-and one that waits in vain verifies by itself. Whatever happens, the ranks agree: who verifies a
-site that has a valid verdict by then takes that one instead. It works wherever
-``torch.distributed`` has several ranks: in ``fusewright train`` as in a script of the user's own.
+Verdicts pass through the key-value store of the process group, as JSON; nothing is unpickled. This
+is no collective: a rank that never reaches the site is not awaited, and one that waits in vain
+verifies by itself. Whatever happens, the ranks agree: who verifies a site that has a valid verdict
+by then takes that one instead. It works wherever ``torch.distributed`` has several ranks: in
+``fusewright train`` as in a script of the user's own.
+
+That a rewrite is right is also kept for later processes, in the folder of compiled kernels, unless
+``FUSEWRIGHT_VERDICTS=fresh``. That it is not is found out anew: there may have been no memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import platform
 import re
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ from torch import fx
 
 from ...graph import facts
 from ...kernels.native import library as native
+from ...kernels.native.build import kept_folder, write_whole
 from ...kernels.processor import processor
 from ...report import Figures
 from ...rewrite.engine import Candidate, Verdict
@@ -56,17 +63,23 @@ class SharedVerdicts:
     patience: float = field(default_factory=lambda: PATIENCE)
     silent: set[int] = field(default_factory=set)
     is_lost: bool = False
+    keeps: bool = False
 
     def __call__(
         self, candidate: Candidate, traced: bool, verify: Callable[[], Verdict]
     ) -> Verdict:
-        """The verdict on ``candidate``: another rank's, or that of ``verify``."""
+        """The verdict on ``candidate``: another process's, or that of ``verify``."""
         store = None if self.is_lost else job_store()
         try:
-            key = None if store is None else site_key(candidate, traced)
+            key = site_key(candidate, traced) if self.keeps or store is not None else None
+            others = packages(candidate) if self.keeps and key is not None else None
         except Exception:  # of a rule of the user's, most likely: verification says why
-            key = None
-        return verify() if key is None else self.decide(store, dist.get_rank(), key, verify)
+            key = others = None
+        if key is None:
+            return verify()
+        if others is not None:
+            verify = functools.partial(_kept, f"{key} {others}", verify)
+        return verify() if store is None else self.decide(store, dist.get_rank(), key, verify)
 
     def decide(self, store: Any, rank: int, key: str, verify: Callable[[], Verdict]) -> Verdict:
         """The verdict under ``key`` in ``store``; that of ``verify`` where there is none."""
@@ -156,6 +169,77 @@ def _parsed(text: str, key: str) -> Verdict | None:
         and all(n is None or isinstance(n, float | int) for n in numbers)
     )
     return Verdict(reason, Figures(**figures)) if valid else None
+
+
+# --- what is kept for later processes -------------------------------------------------------------
+
+PREFIX = "verdict-"
+"""Of the files of verdicts, in the folder of compiled kernels."""
+
+_used: dict[str, str] = {}
+"""By the name of its file: each verdict of this process that may be kept."""
+
+
+def used() -> dict[str, str]:
+    """The verdicts that this process has kept or read, as files: name and content."""
+    return dict(_used)
+
+
+def _kept(key: str, verify: Callable[[], Verdict]) -> Verdict:
+    """The verdict under ``key`` of an earlier process; that of ``verify`` where there is none."""
+    name = f"{PREFIX}{entry_name(key)}.json"
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        text = (kept_folder() / name).read_text()
+        verdict = _parsed(text, key)
+        if verdict is not None and verdict.reason is None:
+            _used[name] = text
+            return verdict
+    verdict = verify()
+    if verdict.reason is None:
+        _used[name] = _text(verdict, key)
+        with contextlib.suppress(OSError, RuntimeError):  # such as a folder that is read-only
+            write_whole(kept_folder() / name, _used[name].encode())
+    return verdict
+
+
+_IN_KEY = ("fusewright", "torch", "builtins", "operator", "_operator", "math")
+"""Packages whose version, or source, is a part of every key."""
+
+
+def packages(candidate: Candidate) -> str | None:
+    """The versions of other packages whose functions a formula calls; None if one has none.
+
+    Code that is no installed package may change from one process to the next, and its verdicts are
+    not kept: a rule of the user's own, or a model's remote code.
+    """
+    nodes = [*candidate.replacement().nodes, *candidate.interior]
+    for body in filter(None, map(facts.body, candidate.interior)):
+        nodes += [n for inner in facts.nested(body) for n in inner.graph.nodes]
+    roots = {_root(n.target) for n in nodes if n.op == "call_function"}
+    roots.add(_root(type(candidate.rule)))
+    versions = {root: _version(root) for root in sorted(roots - set(_IN_KEY))}
+    return None if None in versions.values() else str(versions)
+
+
+def _root(target: Any) -> str:
+    """The package of a function in a graph."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        name = str(target).partition(".")[0]
+        return name if name in sys.modules else "torch"  # as its own namespaces: aten, prims
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "torch"
+    return str(getattr(target, "__module__", None) or type(target).__module__).partition(".")[0]
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    """The version of an installed package; None if it is none, or its source is worked on."""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    if not file.startswith((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))):
+        return None
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 # --- the key of a verdict: what two processes must have in common to share it ---------------------

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..direct import is_traced_here
-from ..launch import library_op, use_triton, without_base
+from ..launch import library_op, use_triton_dot, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
 from ..native.library import are_real
@@ -318,7 +318,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = scale, causal, window, softcap
         out: Tensor
-        if use_triton(q, k, v):
+        if use_triton_dot(q, k, v):
             table = None if mask is None else _table_op(mask)
             out, stats = _triton_forward_op(
                 q, k, v, scale, causal, mask, table, window, sinks, softcap

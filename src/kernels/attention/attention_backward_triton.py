@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..launcher import launched
 from .attention_tiles_triton import capped, hide, positions_of, rows_of, span, store_rows
 
 
@@ -35,6 +36,7 @@ def _bent(ds, bounded, cap, CAPPED: tl.constexpr):
     return ds
 
 
+@launched
 @triton.jit
 def queries_kernel(
     q, k, v, mask, table, grad, out, stats, delta, dq,
@@ -92,6 +94,7 @@ def queries_kernel(
         store_rows(dq, total * factor, row, rows, dims, dq_row, time, DIM)
 
 
+@launched
 @triton.jit
 def keys_kernel(
     q, k, v, mask, table, grad, stats, delta, dk, dv,

@@ -15,9 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..launcher import launched
 from .attention_tiles_triton import LOG2E, capped, hide, positions_of, rows_of, span, store_rows
 
 
+@launched
 @triton.jit
 def forward_kernel(
     q, k, v, mask, table, out, stats, sinks,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..launcher import launched
+
 STEP = 256
 """Keys that a program of ``table_kernel`` reads at once."""
 
@@ -19,6 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
+@launched
 @triton.jit
 def table_kernel(
     mask, table, rows, keys, blocks, heads, mask_batch, mask_head, mask_row, mask_key, smallest,

@@ -35,7 +35,7 @@ def _config(
         # four waves have 512 registers a thread
         m, n, warps, stages = 32, 32, 4, 1
     elif dtype is torch.float32:  # the operands of these products are in registers
-        m, n, warps, stages = _SINGLE[wide > 64]
+        m, n, warps, stages = 32, 32, 4 if kernel == "forward" else 8, 2
     elif wide > 128:
         m, n, warps, stages = _WIDE[kernel]
     elif kernel == "forward":
@@ -52,9 +52,6 @@ def _config(
     }  # fmt: skip
 
 
-_SINGLE = ((32, 32, 4, 2), (32, 32, 8, 1))
-"""Positions, keys, warps and stages in fp32: of heads of up to 64 features, and of wider ones."""
-
 _WIDE = {"forward": (64, 32, 8, 2), "queries": (32, 32, 8, 2), "keys": (32, 32, 8, 1)}
 """The same for heads of 256 features in 16 bits."""
 
@@ -65,6 +62,31 @@ def plain(t: Tensor) -> Tensor:
 
 
 def mask_table(mask: Tensor) -> Tensor:
+    """The table of a mask, which is made once for all layers that read it.
+
+    It is kept on the mask's storage, and released with it; what PyTorch knows to have been written
+    to, is read again.
+    """
+    # A recorded graph is to read what will be in the mask; tensors of inference have no version.
+    if mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _table(mask)
+    stream = torch.cuda.current_stream(mask.device).cuda_stream if mask.is_cuda else 0
+    view = mask.dtype, mask.storage_offset(), mask.shape, mask.stride(), stream
+    kept = mask.untyped_storage().__dict__.setdefault(_KEPT, {})
+    version, table = kept.get(view, (None, None))
+    if table is None or version != mask._version:
+        if len(kept) >= _MOST_VIEWS:  # parts of one mask for all lengths
+            kept.clear()
+        table = _table(mask)
+        kept[view] = mask._version, table
+    return table.clone()  # compilers may write into what an op has returned
+
+
+_KEPT = "_fusewright_mask_tables"
+_MOST_VIEWS = 4
+
+
+def _table(mask: Tensor) -> Tensor:
     """See ``table_kernel``: of a mask (B, H, T or 1, S), whose table is (B, H, blocks, blocks)."""
     batch, heads, rows, keys = mask.shape
     row_blocks, blocks = -(-rows // GRAIN), -(-keys // GRAIN)
@@ -249,7 +271,7 @@ def _cases() -> tuple[AotCase, ...]:
     kernels = ("forward", forward_kernel), ("queries", queries_kernel), ("keys", keys_kernel)
     for dtype, mask, dim, value_dim in (
         ("bf16", "u8", 64, 64), ("bf16", "bf16", 128, 128), ("bf16", "u8", 192, 128),
-        ("fp16", "u8", 80, 80), ("fp32", "fp32", 64, 64), ("fp32", "causal", 128, 128),
+        ("fp16", "u8", 80, 80), ("fp32", "fp32", 64, 64), ("fp32", "causal", 40, 40),
     ):  # fmt: skip
         cases += (_case(k, name, dtype, mask, dim, value_dim) for name, k in kernels)
     return tuple(cases)

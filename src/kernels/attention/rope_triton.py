@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, next_power_of_2
+from ..launcher import launched
 
 
 @triton.jit
@@ -43,7 +44,8 @@ def _rotate_heads(
             tl.store(target + rest, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["time"])
 def _rope_kernel(
     q, k, q_out, k_out, cos, sin,
     q_batch, q_head, q_time, k_batch, k_head, k_time,

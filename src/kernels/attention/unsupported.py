@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from ..choice import is_fixed
-from ..launch import gpu_of, use_triton
+from ..launch import Gpu, gpu_of, use_triton
 from ..matmul import through_fp32
 from ..processor import processor
 
 WIDEST = 256
-"""Features of a head that the Triton kernels take."""
+"""Features of a head that the Triton kernels take in 16 bits."""
+
+WIDEST_SINGLE = 64
+"""In fp32, whose products have their operands in registers: of wider heads these are too few."""
 
 
 def impossible(
@@ -56,9 +59,22 @@ def impossible(
 def _impossible_on_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if not (q.is_cuda and use_triton(q, k, v)):
         return ["the tensors are not all on the CPU or, with Triton, on one GPU in 16 or 32 bits"]
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return [f"heads of more than {WIDEST} features do not fit into a GPU's registers"]
-    return []
+    return no_kernel(max(q.shape[-1], v.shape[-1]), q.dtype, gpu_of(q))
+
+
+def no_kernel(width: int, dtype: torch.dtype, gpu: Gpu) -> list[str]:
+    """Why there is no Triton kernel for heads of ``width`` features on a GPU."""
+    reasons = []
+    if not gpu.multiplies_tiles:
+        reasons.append(
+            f"Triton has no fast products on GPUs of compute capability {gpu.generation}"
+        )
+    widest = WIDEST_SINGLE if dtype is torch.float32 else WIDEST
+    if width > widest:
+        reasons.append(
+            f"heads of more than {widest} features do not fit into a GPU's registers in {dtype}"
+        )
+    return reasons
 
 
 def attention_unsupported(

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, Gpu, cdiv, dot_precision, gpu_of, next_power_of_2
+from ..launcher import launched
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def rank_update_kernel(
     base, left, right, out, rows, columns, rank, base_stride, left_stride_n, left_stride_r,
     right_stride_r, right_stride_m, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -102,6 +104,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
+@launched
 @triton.jit
 def wide_product_kernel(
     wide, narrow, out, rows, columns, inner, scale, wide_stride_m, wide_stride_k, narrow_stride_k,

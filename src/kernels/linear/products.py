@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..choice import Contender
 from ..direct import direct
-from ..launch import library_op, use_triton, without_base
+from ..launch import library_op, use_triton_dot, without_base
 from ..matmul import addmm, addmm_, mm
 from ..native import low_rank as native
 from ..processor import processor
@@ -120,7 +120,7 @@ def adapted_product(
 
     ``dtype`` is that of the sum: x's, unless it is to be wider.
     """
-    if use_triton(x, weight, left, right) and dtype in (None, x.dtype):
+    if use_triton_dot(x, weight, left, right) and dtype in (None, x.dtype):
         base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
         updated: Tensor = rank_update(base, left, right)
         return updated
@@ -209,7 +209,7 @@ _native_product_op = direct(
 
 
 def _wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
-    op = _wide_product_op if use_triton(wide, narrow) else _native_product_op
+    op = _wide_product_op if use_triton_dot(wide, narrow) else _native_product_op
     result: Tensor = op(wide, narrow, scale, transposed)
     return result
 
@@ -221,7 +221,7 @@ def multiplies_as_is(wide: Tensor, narrow: Tensor) -> bool:
     # 65,504. On a CPU with a C++ compiler the kernel multiplies in fp32.
     if wide.dtype is not torch.bfloat16 or narrow.dtype is not torch.float32:
         return False
-    return use_triton(wide, narrow) or native.available(wide, narrow)
+    return use_triton_dot(wide, narrow) or native.available(wide, narrow)
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..direct import direct
-from ..launch import library_op, use_triton
+from ..launch import library_op, use_triton_dot
 from ..matmul import linear, mm
 from .products import (
     Rows,
@@ -497,7 +497,7 @@ def gradient_of_input(
             if update is None
             else adapted_product(dy, weight, None, *update, dtype)
         )
-    fast = dy.dtype is dtype and use_triton(*chain.from_iterable((*pairs, *updates)))
+    fast = dy.dtype is dtype and use_triton_dot(*chain.from_iterable((*pairs, *updates)))
     lefts, rights = map(list, zip(*(pairs if fast else [*pairs, *updates]), strict=True))
     dx = sum_of_products(None, lefts, rights, dtype)
     for update in updates if fast else ():

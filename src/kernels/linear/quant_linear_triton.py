@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import cdiv, dot_precision
+from ..launcher import launched
 from .quantized import NESTED as PER_OUTER
 from .quantized import table
 
@@ -31,6 +32,7 @@ def _scale(
     return tl.load(absmax + block, mask=mask, other=0.0)
 
 
+@launched
 @triton.jit
 def dequantize_kernel(
     packed, absmax, absmax_8bit, code, offset, values, out, size, size_packed,
@@ -57,6 +59,7 @@ def dequantize_kernel(
     tl.store(out + start * 2 + at, both, mask=at < left)
 
 
+@launched
 @triton.jit
 def few_kernel(
     x, packed, absmax, absmax_8bit, code, offset, values, bias, out, rows, columns, into,

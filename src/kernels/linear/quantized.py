@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..choice import Contender
 from ..direct import direct
-from ..launch import library_op, use_triton
+from ..launch import library_op, use_triton, use_triton_dot
 from ..matmul import addmm, mm
 from ..op import Maker
 from ..raced_op import Contest
@@ -221,7 +221,7 @@ def _part_of_products(
         total = mm(x, matrix(0)) if bias is None else addmm(bias, x, matrix(0))
     # one copy of full precision at a time
     others = ((xs[i], matrix(i)) for i in range(1, len(xs)))
-    if not use_triton(total, *(t for pair in updates for t in pair)):
+    if not use_triton_dot(total, *(t for pair in updates for t in pair)):
         return plus_products(total, chain(others, updates), dtype)
     total = plus_products(total, others, dtype)
     for left, right in updates:
@@ -483,7 +483,7 @@ _FEW = 16
 def _few_product(x: Tensor, w: Quantized, bias: Tensor | None) -> Tensor | None:
     is_for_few = x.shape[0] <= _FEW and w.shape[1] % w.blocksize == 0
     tensors = FourBits(*w.tensors)  # type: ignore[arg-type]
-    if not is_for_few or not use_triton(x, tensors.absmax):
+    if not is_for_few or not use_triton_dot(x, tensors.absmax):
         return None
     result: Tensor = _direct_few(x, *tensors, *w.shape, w.blocksize, w.kind, bias)
     return result

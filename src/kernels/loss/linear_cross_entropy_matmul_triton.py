@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, Gpu, cdiv, dot_precision, gpu_of
+from ..launcher import launched
 
 
+@launched
 @triton.jit
 def matmul_kernel(
     a, b, bias, c, kept, first, rows, columns, inner, rows_a, inner_b, columns_b, stride_am,

@@ -9,9 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import library_op, use_triton
+from ..launch import library_op, use_triton, use_triton_dot
 from .head_tiles import empty_updates
 from .linear_cross_entropy_tiles import compute
+
+
+def takes_kernels(wanted: Sequence[bool], *tensors: Tensor | None) -> bool:
+    """Whether Triton's kernels compute a call that wants these gradients, of x first."""
+    # with those of a head that is trained, sums of products go on from tile to tile
+    return (use_triton_dot if any(wanted[1:3]) else use_triton)(*tensors)
 
 
 def _implementation(
@@ -19,7 +25,7 @@ def _implementation(
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
     narrow: Tensor | None = None, lora_b: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if use_triton(x, weight, bias, narrow, lora_b):
+    if takes_kernels(wanted, x, weight, bias, narrow, lora_b):
         from .linear_cross_entropy_triton import compute as run
     else:
         run = compute
@@ -66,7 +72,7 @@ _forward = library_op(
     _implementation,
     _fake,
     _flops,
-    launches=lambda x, weight, bias, *rest, **more: use_triton(x, weight, bias),
+    launches=lambda x, weight, bias, *rest, **more: takes_kernels(rest[5], x, weight, bias),
     plain=compute,
 )
 

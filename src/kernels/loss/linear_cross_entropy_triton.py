@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..label_counts import expected
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, Gpu, gpu_of
+from ..launcher import launched
 from ..matmul import mm
 from .head_tiles import (
     GPU_TILE_BYTES,
@@ -80,7 +81,8 @@ def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr
     return value
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["first"])
 def loss_kernel(
     logits, labels, losses, kept, first, vocabulary, room, smoothing, softcap, scale,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -136,8 +138,10 @@ def _loss_config(vocabulary: int) -> dict[str, int]:
     return {"BLOCK_V": 4096 if wide else 1024, "num_warps": 8 if wide else 4}
 
 
-def known_rows(rows: int, ignore_index: int) -> int:
+def known_rows(rows: int, ignore_index: int, gpu: Gpu) -> int:
     """How many rows the library multiplies: all of them where few do not count."""
+    if not gpu.multiplies_tiles:
+        return rows
     found = min(rows, expected(rows, ignore_index))
     return rows if found > 0 and rows - found <= rows // 8 else found
 
@@ -159,7 +163,7 @@ def compute(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Same arguments and results as ``linear_cross_entropy_tiles.compute``."""
     n, (vocabulary, hidden) = labels.numel(), weight.shape
-    known = known_rows(n, ignore_index)
+    known = known_rows(n, ignore_index, gpu_of(x))
     keep = labels != ignore_index
     kept = keep.sum(dtype=torch.int32)
     order = torch.argsort(keep.logical_not().to(torch.uint8), stable=True)

@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from ..aot import AotCase
+from ..launcher import launched
 from .linear_cross_entropy_triton import capped_logits, capped_logits_and_slope
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["first", "rows"])
 def statistics_kernel(
     logits, targets, scale, found, classes, kept, first, rows, vocabulary, room, softcap,
     temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -60,7 +62,8 @@ def statistics_kernel(
     tl.store(classes + row, best.to(tl.int64))
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["first", "rows"])
 def slope_kernel(
     logits, out, targets, scale, found, weights, dfactor, kept, first, rows, vocabulary, room,
     softcap, temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, RESCALE: tl.constexpr,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op, use_triton
-from .linear_cross_entropy_parts import require_softcap
+from .linear_cross_entropy_parts import require_softcap, takes_kernels
 from .linear_logprob_strips import INTEGERS
 from .linear_logprob_tiles import compute, differentiate
 
@@ -131,7 +131,7 @@ forward_op = library_op(
 def _implementation_backward(
     grads: list[Tensor | None], picked: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
 ) -> list[Tensor]:
-    if use_triton(x, weight, rest[0]):
+    if takes_kernels(rest[-1], x, weight, rest[0]):
         from .linear_logprob_triton import differentiate as run
     else:
         run = differentiate
@@ -165,6 +165,6 @@ backward_op = library_op(
     _implementation_backward,
     _fake_backward,
     _flops_backward,
-    launches=lambda grads, picked, x, weight, bias, *rest: use_triton(x, weight, bias),
+    launches=lambda grads, picked, x, weight, bias, *rest: takes_kernels(rest[-1], x, weight, bias),
     plain=differentiate,
 )

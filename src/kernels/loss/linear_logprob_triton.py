@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, gpu_of
 from ..matmul import mm
 from .head_tiles import project
 from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
@@ -41,7 +41,7 @@ class _Tiles:
         if targets is not None:
             keep = targets != ignore_index
         self.keep = keep
-        self.known = n if targets is None else known_rows(n, ignore_index)
+        self.known = n if targets is None else known_rows(n, ignore_index, gpu_of(x))
         self.kept = keep.sum(dtype=torch.int32)
         self.order = torch.argsort(keep.logical_not().to(torch.uint8), stable=True)
         self.targets = None if targets is None else targets.index_select(0, self.order)

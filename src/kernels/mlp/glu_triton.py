@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
+from ..launcher import launched
 
 BLOCK = 1024  # 8 elements per thread: one 16-byte access each in 16-bit dtypes
 
@@ -54,6 +55,7 @@ def _columns(columns, blocks_per_row, BLOCK: tl.constexpr):
     return row, column, column < columns
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     gate, up, out, gate_stride, up_stride, columns, blocks_per_row,
@@ -67,6 +69,7 @@ def _forward_kernel(
     tl.store(out + row * columns + column, y, mask=mask)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     grad, gate, up, grad_gate, grad_up,

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..choice import Contender
-from ..launch import library_op, use_triton
+from ..launch import library_op, use_triton, use_triton_dot
 from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..raced_op import Contest, drawn, wide_enough
@@ -499,7 +499,7 @@ def grouped_mm(
     """
     if isinstance(weight, PackedExperts):
         return _packed(a, rows, weight, offsets, bias, None)[0]
-    run = (_triton if use_triton(a, weight, bias) else _plain)["grouped_mm"]
+    run = (_triton if use_triton_dot(a, weight, bias) else _plain)["grouped_mm"]
     result: Tensor = run(a, rows, weight, offsets, bias)
     return result
 
@@ -515,7 +515,8 @@ def grouped_lora(
     """
     if isinstance(weight, PackedExperts):
         return _packed(a, rows, weight, offsets, bias, update)
-    run = (_triton if use_triton(a, weight, bias, update.a, update.b) else _plain)["grouped_lora"]
+    fast = use_triton_dot(a, weight, bias, update.a, update.b)
+    run = (_triton if fast else _plain)["grouped_lora"]
     result: tuple[Tensor, Tensor] = run(a, rows, weight, offsets, bias, *update)
     return result
 
@@ -528,7 +529,7 @@ def grouped_outer(
     ``a`` (R, K), ``rows`` and ``offsets`` are as in ``grouped_mm``, ``b`` is (S, N); ``like`` (E,
     K, N) has the dtype and layout of the result.
     """
-    run = (_triton if use_triton(a, b, like) else _plain)["grouped_outer"]
+    run = (_triton if use_triton_dot(a, b, like) else _plain)["grouped_outer"]
     result: Tensor = run(a, rows, b, offsets, like)
     return result
 

@@ -34,17 +34,33 @@ def built() -> Path:
     """
     if sys.platform != "linux" or sys.byteorder != "little":
         raise RuntimeError("they are compiled on Linux only, for little-endian processors")
+    place = folder()
+    carried = place / carried_name()
+    if carried.exists():
+        return carried
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(missing_compiler())
-    text = source()
-    # several machines may share the folder
-    what = (text, _identity(compiler), *FLAGS, *NATIVE, instruction_set())
-    name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
-    path = folder() / f"kernels-{name}.so"
+    path = place / f"kernels-{_hash(_identity(compiler), source(), *FLAGS, *NATIVE)}.so"
     if not path.exists():
-        compile_kernels(compiler, text, path, NATIVE)
+        compile_kernels(compiler, source(), path, NATIVE)
     return path
+
+
+def carried_name() -> str:
+    """The name of a library that another machine of the kind has compiled, with any compiler."""
+    return f"kernels-{_hash(source(), *FLAGS, *NATIVE)}.so"
+
+
+def compiler_name(*what: str) -> str:
+    """A name for what this machine's compiler, if any, makes of ``what`` for this processor."""
+    compiler = find_compiler()
+    return _hash("" if compiler is None else _identity(compiler), *what)
+
+
+def _hash(*what: str) -> str:
+    # several machines may share the folder
+    return hashlib.sha256("\0".join((*what, instruction_set())).encode()).hexdigest()[:32]
 
 
 def find_compiler() -> str | None:
@@ -107,6 +123,13 @@ def kept_folder() -> Path:
         if not _is_private(part):
             raise PermissionError(f"others may write to {part}")
     return place
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of which other processes see all or nothing."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        file.write(content)
+    Path(file.name).replace(path)
 
 
 def is_temporary(path: Path) -> bool:

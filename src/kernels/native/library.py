@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Loading:
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
+        self.file: Path | None = None  # where it is kept
         self.problem: str | None = None
         self.thread = threading.Thread(target=self._run, name="fusewright kernels", daemon=True)
         self.thread.start()
@@ -38,6 +40,8 @@ class Loading:
             self.library = ctypes.CDLL(str(path))
             if is_temporary(path):
                 shutil.rmtree(path.parent, ignore_errors=True)
+            else:
+                self.file = path
         except Exception as error:  # whatever it is, ops have another form
             self.problem = FAILED["kernels in C++"] = _reason(error)
 
@@ -89,6 +93,13 @@ def library() -> ctypes.CDLL | None:
     if loading.thread.is_alive():
         loading.thread.join()
     return loading.library
+
+
+def kept_file() -> bytes | None:
+    """The library's file, if this process has loaded one and it is still there."""
+    if library() is None or (file := start().file) is None or not file.exists():
+        return None
+    return file.read_bytes()
 
 
 def problem() -> str | None:

@@ -13,7 +13,7 @@ from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
 from ..second_order import differentiable, double_backward
 from .rms_norm import work_dtype
 
-MAX_DIM = 32768
+MAX_DIM = 16384
 """Longest row that the Triton kernels take (one program holds whole rows)."""
 
 

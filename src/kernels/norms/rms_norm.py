@@ -14,7 +14,7 @@ from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
 from ..raced_op import Contest, drawn
 from ..second_order import differentiable, double_backward
 
-MAX_DIM = 32768
+MAX_DIM = 16384
 """Longest row that the Triton kernels take (one program holds whole rows)."""
 
 ROUNDINGS = ("inner", "outer")

@@ -14,9 +14,11 @@ import triton.language as tl
 
 from ..aot import AotCase
 from ..launch import next_power_of_2
+from ..launcher import launched
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, dim, x_stride, residual_stride,
     sum_stride, y_stride, eps, offset, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -58,7 +60,8 @@ def forward_kernel(
     tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
 
 
-@triton.jit
+@launched
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, extra_ptr, dx_ptr, partial_ptr, rows, dim, tiles,
     grad_stride, x_stride, extra_stride, dx_stride, offset, HAS_WEIGHT: tl.constexpr,
@@ -68,10 +71,11 @@ def backward_kernel(
     """Store dx = rstd · (g·w − n · mean(g·w·n)) [+ extra], and one partial dW per program.
 
     Each program takes ``tiles`` neighbouring tiles, so that dW has as many partial sums as there
-    are programs and the result does not depend on the order in which they run.
+    are programs and the result does not depend on the order in which they run. For dW alone, rows
+    may be cut into blocks of columns.
     """
     program = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_col = col < dim
     if NEED_WEIGHT:
         dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -107,6 +111,10 @@ def backward_kernel(
             tl.store(dx_ptr + row[:, None] * dx_stride + col[None, :], dx, mask=mask)
     if NEED_WEIGHT:
         tl.store(partial_ptr + program * dim + col, tl.sum(dw, axis=0), mask=in_col)
+
+
+COLUMNS = 8192
+"""Of longer rows, a program has no registers for dx and the sums of dW."""
 
 
 @functools.cache
@@ -145,7 +153,7 @@ def backward_case(
     outer: bool = False, extra: bool = False, need_x: bool = True, need_weight: bool = True,
 ) -> AotCase:  # fmt: skip
     """The backward kernel for rows of ``dim``; ``types`` of x (and its gradients) and weight."""
-    rows, block, warps = tile_of(dim)
+    rows, block, warps = tile_of(dim if need_x else min(dim, COLUMNS))
     x, w = types
     pointers = {"grad": x, "x": x, "weight": w, "rstd": "fp32", "extra": x, "dx": x}
     signature = {f"{k}_ptr": f"*{v}" for k, v in (pointers | {"partial": "fp32"}).items()}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import library_op, use_triton
+from ..launch import library_op, use_triton_dot
 from ..linear.products import shaped
 from ..matmul import addmm_, linear, mm
 from ..op import Maker, Op, away_from, not_floating
@@ -131,7 +131,7 @@ class _RMSNormLinear(torch.autograd.Function):
         count = len(tensors) // 2
         weights = [w for w in tensors[:count] if w is not None]
         biases = tensors[count:]
-        fast = use_triton(x, norm_weight, *tensors) and x.shape[-1] <= norm.MAX_DIM
+        fast = use_triton_dot(x, norm_weight, *tensors) and x.shape[-1] <= norm.MAX_DIM
         run = _forward_op if fast else _forward
         *outs, rstd = run(x, norm_weight, eps, offset, outer, weights, biases, cast)
         ctx.save_for_backward(x, norm_weight, rstd, *weights)
@@ -228,11 +228,15 @@ def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
     return m.x(m.sizes.hidden), m.weight(m.sizes.hidden), 1e-6, 0.0, "inner", weights, biases
 
 
+def _example_of_one(m: Maker) -> tuple[Any, ...]:
+    return *_example(m)[:5], [m.weight(m.sizes.inner, m.sizes.hidden)], [None]
+
+
 OP = Op(
     "rms_norm_linear",
     reference,
     rms_norm_linear,
     unsupported,
     example=_example,
-    variants={"bias": lambda m: _example(m, True)},
+    variants={"bias": lambda m: _example(m, True), "one": _example_of_one},
 )

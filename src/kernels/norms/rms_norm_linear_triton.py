@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
+from ..launcher import launched
 from .rms_norm_triton import forward as norm_forward
 from .rms_norm_triton import rows_of
 
@@ -30,6 +31,7 @@ TRITON_LAUNCH, LIBRARY_LAUNCH = 10e-6, 5e-6
 """Host time of one launch, seconds."""
 
 
+@launched
 @triton.jit
 def matmul_kernel(
     x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, out_ptr, rstd_ptr, rows, features, dim, x_stride,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ..launch import FP_FUSION, cdiv
+from ..launch import FP_FUSION, cdiv, gpu_of
 from .rms_norm_kernels_triton import (
+    COLUMNS,
     backward_case,
     backward_kernel,
     forward_case,
@@ -48,18 +47,6 @@ def finish(out: Tensor, rows: Tensor) -> Tensor:
     if rows is not out:
         out.copy_(rows.view(out.shape))
     return out
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def programs_of(device: torch.device) -> int:
-    """How many programs share the rows when dW is wanted: two for each multiprocessor."""
-    if device.type != "cuda":
-        return 4
-    return 2 * _multiprocessors(torch.cuda.current_device())
 
 
 def launch_forward(
@@ -144,38 +131,48 @@ def backward(
     extra_rows, extra_stride = (grad_rows, grad_stride) if extra is None else rows_of(extra)
     dim = x.shape[-1]
     rows = x.numel() // dim
-    tile, block, warps = tile_of(dim)
-    count = cdiv(rows, tile)
-    tiles = cdiv(count, programs_of(x.device)) if need_weight else 1
-    programs = cdiv(count, tiles)
-    partial = rstd.new_empty((programs, dim) if need_weight else 0)
-    backward_kernel[(programs,)](
-        grad_rows,
-        x_rows,
-        None if weight is None else weight.contiguous(),
-        rstd.contiguous(),
-        extra_rows,
-        dx_rows,
-        partial,
-        rows,
-        dim,
-        tiles,
-        grad_stride,
-        x_stride,
-        extra_stride,
-        dim,
-        offset,
-        HAS_WEIGHT=weight is not None,
-        HAS_OFFSET=offset != 0.0,
-        OUTER=outer,
-        HAS_EXTRA=extra is not None,
-        NEED_X=need_x,
-        NEED_WEIGHT=need_weight,
-        ROWS=tile,
-        BLOCK=block,
-        num_warps=warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+
+    def launch(need_x: bool, need_weight: bool) -> Tensor:
+        width = dim if need_x else min(dim, COLUMNS)
+        tile, block, warps = tile_of(width)
+        count = cdiv(rows, tile)
+        tiles = cdiv(count, 2 * gpu_of(x).multiprocessors) if need_weight else 1
+        programs = cdiv(count, tiles)
+        partial = rstd.new_empty((programs, dim) if need_weight else 0)
+        backward_kernel[(programs, cdiv(dim, width))](
+            grad_rows,
+            x_rows,
+            None if weight is None else weight.contiguous(),
+            rstd.contiguous(),
+            extra_rows,
+            dx_rows,
+            partial,
+            rows,
+            dim,
+            tiles,
+            grad_stride,
+            x_stride,
+            extra_stride,
+            dim,
+            offset,
+            HAS_WEIGHT=weight is not None,
+            HAS_OFFSET=offset != 0.0,
+            OUTER=outer,
+            HAS_EXTRA=extra is not None,
+            NEED_X=need_x,
+            NEED_WEIGHT=need_weight,
+            ROWS=tile,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
+        )
+        return partial
+
+    if need_x and need_weight and dim > COLUMNS:
+        launch(True, False)
+        partial = launch(False, True)
+    else:
+        partial = launch(need_x, need_weight)
     return finish(dx, dx_rows), partial.sum(0).to(weight.dtype) if need_weight else x.new_empty(0)
 
 
@@ -188,14 +185,14 @@ AOT = (
     forward_case("D=8192 fp16", 8192, ("fp16", "fp16", "fp16")),
     forward_case("D=16384 no weight", 16384, ("fp32", "fp32", "fp32"), weight=False),
     forward_case("D=64 only a factor", 64, _BF16, weight=False, offset=True, outer=True),
-    forward_case("D=32768", 32768, _BF16),
     backward_case("D=128", 128, _BF16[:2]),
     backward_case("D=507 fp32 weight", 507, ("bf16", "fp32")),
     backward_case("D=2048 offset", 2048, _BF16[:2], offset=True, outer=True),
     backward_case("D=4096 frozen, inner offset", 4096, _BF16[:2], offset=True, need_weight=False),
     backward_case("D=8192 fp16, only dW", 8192, ("fp16", "fp16"), need_x=False),
-    backward_case("D=16384", 16384, _BF16[:2]),
+    backward_case("D=16384, frozen", 16384, _BF16[:2], need_weight=False),
+    backward_case("D=16384, only dW", 16384, _BF16[:2], need_x=False),
     backward_case("D=64 factor", 64, _BF16[:2], weight=False, offset=True, need_weight=False),
-    backward_case("D=32768 no weight", 32768, ("fp32", "fp32"), weight=False, need_weight=False),
+    backward_case("D=16384 no weight", 16384, ("fp32", "fp32"), weight=False, need_weight=False),
 )
 """Every tile shape, each with another mix of the branches; one odd size."""

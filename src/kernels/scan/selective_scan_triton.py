@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, gpu_of, next_power_of_2
+from ..launcher import launched
 from .selective_scan_tiles_triton import (
     combine,
     decays,
@@ -27,6 +28,7 @@ from .selective_scan_tiles_triton import (
 )
 
 
+@launched
 @triton.jit
 def _forward_kernel(
     u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, segments_ptr, out_ptr,
@@ -39,7 +41,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Outputs (B, L, D) contiguous, and states (K, B, N, D) before each chunk."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    ds = (tl.program_id(0) % blocks) * D + tl.arange(0, D)
+    ds = (tl.program_id(0) % blocks).to(tl.int64) * D + tl.arange(0, D)
     ns, steps = tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
@@ -81,6 +83,7 @@ def _forward_kernel(
         tl.store(place, y, mask=td_mask)
 
 
+@launched
 @triton.jit
 def _backward_kernel(
     grad_ptr, u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, segments_ptr,
@@ -97,7 +100,8 @@ def _backward_kernel(
     block = tl.program_id(0) % blocks
     u_ptr, delta_ptr, b_ptr = u_ptr + sample * ub, delta_ptr + sample * tb, b_ptr + sample * bb
     segments_ptr += sample * length
-    ds, ns, steps = block * D + tl.arange(0, D), tl.arange(0, N), tl.arange(0, T)
+    ds = block.to(tl.int64) * D + tl.arange(0, D)
+    ns, steps = tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
     a = tile(a_ptr, ds, ns, states, 1, dn)

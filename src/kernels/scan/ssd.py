@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..launch import library_op, use_triton
+from ..launch import library_op, use_triton_dot
 from ..op import Maker, Op, misshapen
 from ..second_order import differentiable, double_backward
 from . import ssd_chunks
@@ -227,7 +227,7 @@ class _SSD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, a, b, c, d, bias)
         ctx.options = softplus, low, high, segments
-        ctx.triton = use_triton(x, dt, a, b, c, d, bias)
+        ctx.triton = use_triton_dot(x, dt, a, b, c, d, bias)
         run = _triton_forward if ctx.triton else _forward_op
         out: Tensor = run(x, dt, a, b, c, d, bias, *ctx.options)
         return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..launcher import launched
 from .ssd_tiles_triton import decays, tile, within
 
 
@@ -57,6 +58,7 @@ def _with_states(
     return handed, read, passed
 
 
+@launched
 @triton.jit
 def backward_kernel(
     grad_ptr, x_ptr, step_ptr, sums_ptr, segments_ptr, b_ptr, c_ptr, d_ptr, before_ptr, after_ptr,
@@ -130,6 +132,7 @@ def backward_kernel(
     tl.store(dd_ptr + flat, dd, mask=rows < length)
 
 
+@launched
 @triton.jit
 def shared_kernel(
     grad_ptr, x_ptr, step_ptr, sums_ptr, segments_ptr, other_ptr, states_ptr, out_ptr,

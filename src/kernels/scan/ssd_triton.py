@@ -33,6 +33,7 @@ from ..launch import (
     next_power_of_2,
     wide_dot_precision,
 )
+from ..launcher import launched
 from . import ssd_chunks
 from .ssd_backward_triton import backward_kernel, shared_kernel
 from .ssd_tiles_triton import decays, tile, within
@@ -52,6 +53,7 @@ registers: wider tiles, or fewer warps, spill them."""
 WARPS = 8
 
 
+@launched
 @triton.jit
 def scan_kernel(
     left_ptr, right_ptr, step_ptr, sums_ptr, segments_ptr, out_ptr,
@@ -94,6 +96,7 @@ def scan_kernel(
         )  # fmt: skip
 
 
+@launched
 @triton.jit
 def output_kernel(
     x_ptr, step_ptr, sums_ptr, segments_ptr, b_ptr, c_ptr, d_ptr, before_ptr, out_ptr,

@@ -91,5 +91,5 @@ def optimize_model(model: Any, recipe: Recipe) -> None:
     compared = settings is not None and settings.reference and not settings.generates
     optimize(
         model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict,
-        compile_no_grad=compared, packs=_packs(recipe),
+        compile_no_grad=compared, packs=_packs(recipe), cuda_graphs=recipe.cuda_graphs,
     )  # fmt: skip

@@ -18,7 +18,8 @@ from fusewright.rewrite.op_table import TABLE
 from ...rewrite.faults import FORMULAS, given, graph_of
 
 
-def _candidates(op: str, *inputs: Any) -> list[Candidate]:
+def candidates(op: str, *inputs: Any) -> list[Candidate]:
+    """What the rules find in the formula of an op."""
     from ...capturing import capture
 
     found: list[Candidate] = []
@@ -34,23 +35,23 @@ def _candidates(op: str, *inputs: Any) -> list[Candidate]:
 
 @pytest.mark.parametrize("op", sorted(FORMULAS))
 def test_every_formula_has_a_key_of_its_own(op: str) -> None:
-    keys = [site_key(c, False) for c in _candidates(op)]
+    keys = [site_key(c, False) for c in candidates(op)]
     assert keys
     assert all(keys), "a name that only this process knows"
-    assert keys == [site_key(c, False) for c in _candidates(op)]
+    assert keys == [site_key(c, False) for c in candidates(op)]
 
 
 def test_what_the_key_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def key(candidates: list[Candidate], traced: bool = False) -> str | None:
         return site_key(candidates[0], traced)
 
-    glu = _candidates("glu")
+    glu = candidates("glu")
     keys = [
         key(glu),
         key(glu, traced=True),
-        key(_candidates("glu", *given("glu", torch.bfloat16))),
-        key(_candidates("glu", *(t.detach() for t in given("glu")))),
-        key(_candidates("rms_norm")),
+        key(candidates("glu", *given("glu", torch.bfloat16))),
+        key(candidates("glu", *(t.detach() for t in given("glu")))),
+        key(candidates("rms_norm")),
     ]
     with torch.autocast("cpu", torch.bfloat16):
         keys.append(key(glu))
@@ -82,7 +83,7 @@ def test_a_function_that_others_cannot_import_is_not_taken_for_its_namesake() ->
 
 
 def test_a_formula_with_such_a_function_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    glu = _candidates("glu")[0]
+    glu = candidates("glu")[0]
     monkeypatch.setattr(module, "portable_name", lambda target: f"<function f at 0x{id(glu):x}>")
     assert site_key(glu, False) is None
 
@@ -97,7 +98,7 @@ def test_devices_are_numbered_as_they_are_met() -> None:
 
 
 def test_kernels_that_another_rank_lacks_make_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    (candidate, *_) = _candidates("glu")
+    (candidate, *_) = candidates("glu")
     monkeypatch.setattr(module.native, "has_started", lambda: False)
     keys = {site_key(candidate, False)}
     monkeypatch.setattr(module.native, "has_started", lambda: True)

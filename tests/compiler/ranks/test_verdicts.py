@@ -6,14 +6,20 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from torch.distributed import HashStore
 
-from fusewright.compiler.ranks.verdicts import SharedVerdicts, entry_name
+from fusewright.compiler.ranks import verdicts as module
+from fusewright.compiler.ranks.verdicts import SharedVerdicts, entry_name, packages
 from fusewright.report import Figures
-from fusewright.rewrite.engine import Verdict
+from fusewright.rewrite.engine import Candidate, Verdict
+
+from .test_site_key import candidates
 
 INSTALLED = Verdict(None, Figures(error=1 / 3, grad_error=2e-7, saved_before=0.1))
 REFUSED = Verdict("output 0: peak error 2 exceeds 1")
@@ -152,3 +158,84 @@ def test_without_its_store_each_rank_verifies() -> None:
     for verdict in (INSTALLED, REFUSED):
         assert shared.decide(store, 0, "key", _is(verdict)) == verdict
     assert store.calls == 1
+
+
+# --- verdicts of earlier processes ----------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of kept verdicts, empty."""
+    monkeypatch.setattr(module, "kept_folder", lambda: tmp_path)
+    monkeypatch.setattr(module, "_used", {})
+    return tmp_path
+
+
+def _decided(
+    candidate: Candidate, verify: Callable[[], Verdict], keeps: bool = True, traced: bool = False
+) -> Verdict:
+    """The verdict in a new process."""
+    return SharedVerdicts(keeps=keeps)(candidate, traced, verify)
+
+
+def test_a_rewrite_that_was_found_right_is_not_verified_again(kept: Path) -> None:
+    (glu, *_), (norm, *_) = candidates("glu"), candidates("rms_norm")
+    assert _decided(glu, _is(INSTALLED)) == INSTALLED
+    assert _decided(candidates("glu")[0], _never) == INSTALLED
+    assert {p.name: p.read_text() for p in kept.iterdir()} == module.used()
+    with pytest.raises(AssertionError, match="verified here"):
+        _decided(norm, _never)
+    with pytest.raises(AssertionError, match="verified here"):
+        _decided(glu, _never, traced=True)
+    with pytest.raises(AssertionError, match="verified here"):
+        _decided(glu, _never, keeps=False)
+
+
+def test_a_refusal_is_not_kept(kept: Path) -> None:
+    glu = candidates("glu")[0]
+    assert _decided(glu, _is(REFUSED)) == REFUSED
+    assert list(kept.iterdir()) == []
+    assert _decided(glu, _is(INSTALLED)) == INSTALLED
+
+
+@pytest.mark.parametrize("text", [*DAMAGED.values(), json.dumps({**VALID, "reason": "refused"})])
+def test_a_damaged_file_is_not_believed(text: str, kept: Path) -> None:
+    glu = candidates("glu")[0]
+    _decided(glu, _is(INSTALLED))
+    (file,) = kept.iterdir()
+    file.write_text(text)
+    assert _decided(glu, _is(Verdict())) == Verdict()
+    assert json.loads(file.read_text())["key"].startswith("((")
+
+
+def test_other_sources_are_verified(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    glu = candidates("glu")[0]
+    _decided(glu, _is(INSTALLED))
+    monkeypatch.setattr(module, "environment", lambda: ("fusewright of tomorrow",))
+    assert _decided(glu, _is(Verdict())) == Verdict()
+
+
+def test_a_folder_that_cannot_be_used(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise PermissionError("others may write to it")
+
+    monkeypatch.setattr(module, "kept_folder", refuse)
+    assert _decided(candidates("glu")[0], _is(INSTALLED)) == INSTALLED
+    assert len(module.used()) == 1
+
+
+def test_code_that_is_no_installed_package_is_not_kept(kept: Path) -> None:
+    glu = candidates("glu")[0]
+    assert packages(glu) == "{}"
+
+    class Mine(type(glu.rule)):  # type: ignore[misc]
+        """A rule of a user's own, in a module that may change."""
+
+    assert packages(replace(glu, rule=Mine())) is None
+    _decided(replace(glu, rule=Mine()), _is(INSTALLED))
+    assert list(kept.iterdir()) == []
+    node = next(n for n in glu.interior if n.op == "call_function")
+    node.target = hypothesis.given
+    assert packages(glu) == f"{{'hypothesis': '{hypothesis.__version__}'}}"
+    node.target = _is  # of these tests
+    assert packages(glu) is None

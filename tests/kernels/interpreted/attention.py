@@ -284,6 +284,23 @@ def check_library_ops_keep_their_contracts() -> None:
                 torch.library.opcheck(backward, args, test_utils=tests)
 
 
+def check_a_table_is_of_what_is_in_the_mask() -> None:
+    q, k, v = (t.detach() for t in draw(1, 2, 1, 70, 70, 16, 16, FP32))
+    mask = packed(1, 70)
+    for change in (None, Tensor.logical_not_, lambda m: m.fill_(True), None):
+        if change is not None:
+            change(mask)
+        check(mask, lambda: (q, k, v))
+        view = mask[:, :, :, :40]
+        check(view, lambda: (q, k[:, :, :40], v[:, :, :40]))
+    with torch.inference_mode():
+        mask = packed(1, 70)
+        for _ in range(2):
+            expected = OP.reference(q, k, v, None, False, mask)
+            torch.testing.assert_close(attention(q, k, v, None, False, mask), expected)
+            mask.fill_(True)
+
+
 def check_empty_inputs() -> None:
     for batch, time, keys in ((0, 4, 4), (1, 0, 4), (1, 4, 0)):
         q, k, v = draw(batch, 2, 1, time, keys, 8, 8, FP32)
@@ -308,5 +325,6 @@ if __name__ == "__main__":
         check_only_needed_gradients,
         check_second_derivatives,
         check_library_ops_keep_their_contracts,
+        check_a_table_is_of_what_is_in_the_mask,
         check_empty_inputs,
     )

@@ -42,6 +42,11 @@ def check_parity() -> None:
             for wanted in next(variants)
         )
         _parity(x, w, b)
+    for heads in (1, 2):  # parameters by blocks of columns
+        x, w, b = (
+            torch.randn(*s, 9001, requires_grad=True) for s in ((9, heads), (heads,), (heads,))
+        )
+        _parity(x, w, b)
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
         x, w, b = (
             torch.randn(*s, requires_grad=n)

@@ -37,6 +37,8 @@ def check_parity() -> None:
         x = torch.randn(9, 123, requires_grad=x_needs)
         w = torch.randn(123, requires_grad=w_needs)
         _parity(x, w, 0.0, "inner")
+    wide, w = torch.randn(9, 9001, requires_grad=True), torch.randn(9001, requires_grad=True)
+    _parity(wide, w, 1.0, "outer")  # dW by blocks of columns
     _parity(torch.randn(9, 123, dtype=torch.bfloat16, requires_grad=True), None, 0.0, "inner")
     _parity(torch.randn(9, 123, dtype=torch.float16, requires_grad=True), None, 0.25, "outer")
 
