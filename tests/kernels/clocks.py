@@ -39,6 +39,7 @@ def own_choices(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(choice.VARIABLE, raising=False)
         patch.setattr(choice, "_CHOICES", {})
+        patch.setattr(choice, "_KEPT", {})
         patch.setattr(choice, "_spent", choice._Spent())
         patch.setattr(choice, "kept_folder", lambda: folder)
         yield

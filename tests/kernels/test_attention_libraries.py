@@ -28,9 +28,9 @@ from fusewright.kernels.choice import Choice, Question
 from fusewright.kernels.launch import Gpu
 from fusewright.kernels.raced_op import OWN, PLAIN
 
-from .attention_stand_ins import StandIns, stand_ins
 from .clocks import own_choices
 from .failing_launches import ERRORS, as_on_a_gpu
+from .stand_ins import StandIns, stand_ins
 from .util import assert_parity, needs_triton
 
 pytestmark = needs_triton
@@ -73,6 +73,11 @@ def _packs(*rows: tuple[int, ...]) -> Tensor:
     return (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[:, None]
 
 
+def _in_windows(mask: Tensor, window: int) -> Tensor:
+    order = torch.arange(mask.shape[-1])
+    return mask & (order > order[:, None] - window)
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -84,6 +89,7 @@ CASES: dict[str, tuple[str, bool, Tensor | None, int | None]] = {
     "cudnn": (CUDNN, True, None, None),
     "cudnn, not causal": (CUDNN, False, None, None),
     "packs": (VARLEN, False, _packs((7, 1, 15), (20, 3)), None),
+    "packs in windows": (VARLEN, False, _in_windows(_packs((7, 1, 15), (20, 3)), 6), None),
     "one pack for all": (VARLEN, False, _packs((7, 1, 15)), None),
 }
 
@@ -182,7 +188,7 @@ def test_our_call_is_that_of_varlen_attn(forms: StandIns) -> None:
     samples = samples_of(mask, 2)
     assert samples is not None
     assert samples.ends.tolist() == [0, 7, 8, 23, 43, 46]
-    assert samples.longest == 20
+    assert (samples.longest, samples.window) == (20, None)
     out, _ = libraries.varlen_forward(q, k, v, 0.25, False, mask, None, None, None, None)
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
     theirs = varlen_attn(
@@ -206,12 +212,27 @@ def test_only_masks_of_causal_samples_are_taken_for_such() -> None:
     nothing[..., 2, :] = False
     for mask in (holes, early, nothing, torch.ones_like(pack), pack.flip(-1)):
         assert samples_of(mask, 1) is None
-    window = pack & ~torch.ones(9, 9, dtype=torch.bool).tril(-3)
-    assert samples_of(window, 1) is None
+    bands = pack.clone()  # of two windows
+    bands[..., 4, :2] = bands[..., 8, 5] = False
+    assert samples_of(bands, 1) is None
     biased = _additive(pack, torch.bfloat16)
     assert samples_of(biased, 1) is not None
     biased[..., 3, 1] = -2
     assert samples_of(biased, 1) is None
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6, 9, 12])
+def test_windows_are_read_from_masks(window: int) -> None:
+    for rows in (((9,), (9,)), ((5, 4), (2, 7)), ((1, 8), (4, 5))):
+        samples = samples_of(_in_windows(_packs(*rows), window), 2)
+        assert samples is not None
+        longest = max(map(max, rows))
+        if window == 1:  # samples of one position each, or one: the same
+            assert samples.window == 1 or samples.longest == 1
+            continue
+        ends = torch.tensor([0, *rows[0], *rows[1]]).cumsum(0)
+        assert samples.ends.tolist() == ends.tolist()
+        assert samples.window == (window if window < longest else None)
 
 
 def test_a_mask_is_read_once_and_again_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +247,20 @@ def test_a_mask_is_read_once_and_again_when_it_has_changed(monkeypatch: pytest.M
         assert samples is not None
         assert samples.ends.tolist() == [0, 5, 9], layer
     assert len(read) == 1
+    band = _in_windows(mask, 3)
+    for _ in range(3):  # layers of two kinds
+        for each, window in ((mask, None), (band, 3)):
+            samples = samples_of(each, 1)
+            assert samples is not None
+            assert samples.window == window
+    assert len(read) == 2
     mask.copy_(_packs((2, 7)))
     samples = samples_of(mask, 1)
     assert samples is not None
     assert samples.ends.tolist() == [0, 2, 9]
     monkeypatch.setattr(libraries, "is_capturing", lambda: True)
     assert samples_of(mask, 1) is None
-    assert len(read) == 2
+    assert len(read) == 3
 
 
 def test_another_mask_of_the_same_shape_is_computed_by_another_form(
@@ -271,7 +299,7 @@ def test_reasons() -> None:
     assert "sinks" in reasons(low, True, None, None, torch.zeros(2), None)
     assert "mask" in reasons(low, False, _packs((4,)), None, None, None)
     assert "window" in reasons(low, True, None, 2, None, None, name=CUDNN)
-    assert "more than keep" in reasons(
+    assert "more than samples" in reasons(
         low, False, torch.ones(1, 1, 4, 4, dtype=torch.bool), None, None, None, name=VARLEN
     )
     torch.use_deterministic_algorithms(True)

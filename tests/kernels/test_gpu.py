@@ -1,4 +1,7 @@
-"""On a real GPU: every op's Triton path against its reference, and its library ops' contracts."""
+"""On a real GPU: every op's Triton path against its reference, and its library ops' contracts.
+
+Nothing is raced but in the test that says so: it is our kernels that are tested.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusewright.kernels import choice, raced_op
 from fusewright.kernels.op import Op
 from fusewright.rewrite.op_table import OPS
 
@@ -48,6 +52,20 @@ def test_library_ops_keep_their_contracts(name: str, train: bool) -> None:
     assert calls, "this op has Triton kernels, and none ran"
     for op, args in calls:
         torch.library.opcheck(op, args)
+
+
+@each_call
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_whatever_takes_a_call_is_right(name: str, dtype: torch.dtype) -> None:
+    """Our kernels and libraries', as raced; what is not fit for a call has another reason."""
+    for op, args in library_calls(make(name, (2, 256, 1024), dtype, train=True)):
+        contest = raced_op.CONTESTS.get(op._schema.name.partition("::")[2])
+        if contest is None:
+            continue
+        found = choice.race(contest.question(*args))
+        print(found)
+        assert raced_op.OWN in found.microseconds, str(found)
+        assert not [why for why in found.refused.values() if "exact" in why], str(found)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -24,6 +24,7 @@ from fusewright.kernels.raced_op import OWN
 
 from .clocks import own_choices
 from .failing_launches import ERRORS, as_on_a_gpu
+from .stand_ins import norms
 from .util import assert_parity, bound, needs_triton
 
 pytestmark = needs_triton
@@ -37,22 +38,8 @@ def _as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         monkeypatch.setattr(op, "contest", replace(op.contest, devices=("cpu",)))
         monkeypatch.setattr(op, "_orders", {})
     monkeypatch.setattr(products, "_mm_in_fp32", lambda a, b: torch.mm(a.float(), b.float()))
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_fused_rms_norm_backward", _norm_backward, "CPU")
-    with own_choices(tmp_path), as_on_a_gpu(ERRORS["driver"]):
+    with own_choices(tmp_path), as_on_a_gpu(ERRORS["driver"]), norms():
         yield
-    library._destroy()
-
-
-def _norm_backward(
-    grad: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """As PyTorch's for CUDA: in fp32."""
-    assert list(x.shape[-1:]) == shape
-    n, g = x.float() * rstd, grad.float()
-    scaled = g * weight.float()
-    dx = (scaled - n * (scaled * n).mean(-1, keepdim=True)) * rstd
-    return dx.to(x.dtype), (g * n).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 def _raced(name: str, *args: Any) -> Choice:

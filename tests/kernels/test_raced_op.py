@@ -20,7 +20,7 @@ from fusewright.kernels import choice, fallback, launch, raced_op
 from fusewright.kernels.choice import LATE, MARGIN, Choice, Contender, Question
 from fusewright.kernels.fallback import LaunchError, no_fallback
 from fusewright.kernels.launch import library_op
-from fusewright.kernels.raced_op import OWN, PLAIN, Contest, RacedOp, drawn
+from fusewright.kernels.raced_op import OWN, PLAIN, Contest, RacedOp, drawn, our_kernels
 
 from .clocks import Clock, own_choices, raise_error
 from .failing_launches import clean
@@ -133,6 +133,14 @@ def test_calls_of_one_bucket_share_a_race() -> None:
     assert len({each.question for each in choice.choices()}) == 5
 
 
+def test_a_call_of_a_known_kind_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial({"library": 1, OWN: 2, PLAIN: 3})
+    assert trial(4, 4) == "library"
+    monkeypatch.setattr(trial.op, "question", raise_error(AssertionError("asked again")))
+    monkeypatch.setattr(raced_op, "is_fixed", raise_error(AssertionError("read again")))
+    assert trial(4, 4) == "library"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.floats(1e-3, 10), min_size=4, max_size=4), min_size=2, max_size=2))
 def test_no_bucket_runs_a_slower_form(tables: list[list[float]]) -> None:
@@ -218,6 +226,16 @@ def test_checks_of_rewrites_race_nothing_and_take_no_plain_form() -> None:
             trial.op(x)
     assert fallback.FAILED == {}
     assert choice.choices() == []
+
+
+def test_our_kernels_run_where_they_are_tested() -> None:
+    trial = Trial({"library": 1, OWN: 2, PLAIN: 3}, first=lambda x: "library")
+    assert trial(4, 4) == "library"
+    with our_kernels():
+        assert trial(4, 4) == OWN
+        trial.results[OWN] = raise_error(_NO_DRIVER)
+        with no_fallback(), pytest.raises(LaunchError, match="doubling could not be compiled"):
+            trial.op(torch.randn(4, 4))
 
 
 def test_fixed_choices_are_as_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ it in its place, and cuDNN's kernels. What ours keep of a row, the maximum of it
 reciprocal of the sum in base 2, and the logarithm of the sum, which theirs keep, are the same
 number: forward by one and backward by another is right.
 
-Samples that share a row, and so have a mask, are FlashAttention's sequences of several lengths, as
-``torch.nn.attention.varlen.varlen_attn`` has them. Their lengths are read from the mask, once for
-all layers.
+Samples that share a row, and windows, come as masks. To FlashAttention they are sequences of
+several lengths, with a window, as ``torch.nn.attention.varlen.varlen_attn`` has them. What a mask
+says of them is read once for all layers.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ def _unused(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SampleEnds:
-    """Where the samples of a batch begin and end, and how long the longest is."""
+    """Where the samples of a batch begin and end, how long the longest is, and what it sees."""
 
     ends: Tensor  # (samples + 1,), int32, from 0, on the GPU
     longest: int
+    window: int | None  # the last positions, where not all before
 
 
 def varlen_forward(
@@ -114,7 +115,7 @@ def varlen_forward(
     samples = _require_samples(mask, q)
     out, sums, *_ = _aten._flash_attention_forward(
         *map(_in_a_row, (q, k, v)), samples.ends, samples.ends, samples.longest, samples.longest,
-        0.0, True, False, scale=scale,
+        0.0, True, False, scale=scale, **_window(samples.window),
     )  # fmt: skip
     return _in_rows(out, q), stats_of(sums.unflatten(1, (q.shape[0], -1)).transpose(0, 1))
 
@@ -129,7 +130,7 @@ def varlen_backward(
     sums = sums_of(stats).transpose(0, 1).flatten(1).contiguous()
     grads = _aten._flash_attention_backward(
         *map(_in_a_row, (grad, q, k, v, out)), sums, samples.ends, samples.ends, samples.longest,
-        samples.longest, 0.0, True, unused, unused, scale=scale,
+        samples.longest, 0.0, True, unused, unused, scale=scale, **_window(samples.window),
     )  # fmt: skip
     return _needed([_in_rows(g, like) for g, like in zip(grads, (q, k, v), strict=True)], needs)
 
@@ -144,30 +145,29 @@ def _in_rows(t: Tensor, like: Tensor) -> Tensor:
     return rows
 
 
-_LATEST: dict[torch.device, tuple[StorageWeakRef, Any, SampleEnds | None]] = {}
-"""By device: the memory of the mask that was read last, what it was then, and what it says."""
+_READ: list[tuple[StorageWeakRef, Any, SampleEnds | None]] = []
+"""The memory of the masks that were read last, what they were then, and what they say."""
+
+_MASKS = 4
+"""So many are remembered: layers with a window and layers without one have their own."""
 
 
 def samples_of(mask: Tensor, batch: int) -> SampleEnds | None:
     """The samples that ``mask`` keeps apart, each causal; None where it hides anything else.
 
-    Values are read, so the host waits for the GPU: once for a mask, which all layers share. While a
+    Values are read, so the host waits for the GPU: once for a mask, which layers share. While a
     CUDA graph is captured nothing is read: its replays have other masks.
     """
     if mask.is_inference() or is_capturing():
         return None
     storage = StorageWeakRef(mask.untyped_storage())
-    what = mask.data_ptr(), mask._version, mask.shape, mask.stride(), mask.dtype, batch
-    latest = _LATEST.get(mask.device)
-    if (
-        latest is not None
-        and latest[0] == storage
-        and not latest[0].expired()
-        and latest[1] == what
-    ):
-        return latest[2]
+    what = mask.device, mask.data_ptr(), mask._version, mask.shape, mask.stride(), mask.dtype, batch
+    for memory, then, samples in _READ:
+        if then == what and memory == storage and not memory.expired():
+            return samples
     samples = _read(mask[:, 0], batch)
-    _LATEST[mask.device] = storage, what, samples
+    _READ.insert(0, (storage, what, samples))
+    del _READ[_MASKS:]
     return samples
 
 
@@ -186,24 +186,29 @@ def _read(mask: Tensor, batch: int) -> SampleEnds | None:
             visible = part == 0
             is_so &= (visible | (part <= torch.finfo(part.dtype).min / 2)).all()
         first = visible.view(torch.uint8).argmax(-1)
-        apart = (order >= first[..., None]) & (order <= positions)
-        is_so &= (apart == visible).all()
+        seen = (order >= first[..., None]) & (order <= positions)
+        is_so &= (seen == visible).all()
         parts.append(first)
     first = torch.cat(parts, 1)
-    begins = first == order
-    is_so &= (torch.where(begins, order, 0).cummax(-1).values == first).all()
-    told = torch.cat([begins.flatten(), is_so.view(1)]).cpu()
-    if not told[-1]:
+    # a sample begins where a position sees no other one, but in windows of one position
+    window = (order - first).max() + 1
+    begins = (first == order) & ((window > 1) | (order == 0))
+    sample = torch.where(begins, order, 0).cummax(-1).values
+    is_so &= (torch.maximum(sample, order - window + 1) == first).all()
+    told = torch.cat([begins.flatten(), is_so.view(1), window.view(1)]).cpu()
+    if not told[-2]:
         return None
-    starts = told[:-1].view(-1, time).expand(batch, -1).flatten().nonzero().flatten()
+    starts = told[:-2].view(-1, time).expand(batch, -1).flatten().nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([batch * time])])
-    return SampleEnds(ends.to(mask.device, torch.int32), int(ends.diff().max()))
+    longest, width = int(ends.diff().max()), int(told[-1])
+    within = None if width == longest else width
+    return SampleEnds(ends.to(mask.device, torch.int32), longest, within)
 
 
 def _require_samples(mask: Tensor, q: Tensor) -> SampleEnds:
     samples = samples_of(mask, q.shape[0])
     if samples is None:
-        raise RuntimeError("the mask does more than to keep samples apart")
+        raise RuntimeError("the mask is of more than samples and windows")
     return samples
 
 
@@ -260,7 +265,9 @@ def _why_not(kind: str, args: tuple[Any, ...]) -> str:
             return "all samples have rows of their own"
         if mask.shape[1:] != (1, q.shape[2], q.shape[2]) or k.shape[2] != q.shape[2]:
             return "the mask is not one of all heads"
-        return "" if samples_of(mask, q.shape[0]) else "the mask does more than keep samples apart"
+        return (
+            "" if samples_of(mask, q.shape[0]) else "the mask is of more than samples and windows"
+        )
     if mask is not None:
         return "it takes no mask"
     if kind == CUDNN and window is not None:
@@ -321,11 +328,14 @@ def _fixed(*args: Any) -> str:
     return FLASH if dense else OWN
 
 
-def _samples_or_not(*args: Any) -> str:
-    """Whether the mask keeps samples apart and does nothing else, where that makes a difference."""
-    if args[5] is None or is_fixed():  # there is no mask, or nobody asks
+def _of_samples(*args: Any) -> str:
+    """What the mask says of samples and windows, if it says nothing else and that matters."""
+    mask = args[5]
+    if mask is None or is_fixed() or _why_not(VARLEN, args):
         return ""
-    return "" if _why_not(VARLEN, args) else "samples"
+    samples = samples_of(mask, args[0].shape[0])
+    window = None if samples is None else samples.window
+    return "samples" if window is None else f"samples in windows of {window:,}"
 
 
 FORWARD = Contest(
@@ -339,7 +349,7 @@ FORWARD = Contest(
     _with_gradients,
     lambda q, *_: wide_enough(q.dtype),
     _fixed,
-    _samples_or_not,
+    _of_samples,
 )
 BACKWARD = Contest(
     (
@@ -351,5 +361,5 @@ BACKWARD = Contest(
     _backward_inputs,
     exact=lambda grad, q, *_: wide_enough(q.dtype),
     first=lambda grad, q, k, v, out, stats, *rest: _fixed(q, k, v, *rest[:-1]),
-    kind=lambda grad, q, k, v, out, stats, *rest: _samples_or_not(q, k, v, *rest[:-1]),
+    kind=lambda grad, q, k, v, out, stats, *rest: _of_samples(q, k, v, *rest[:-1]),
 )

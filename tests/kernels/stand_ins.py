@@ -1,9 +1,9 @@
-"""FlashAttention's and cuDNN's operators on a CPU, by their schemas: in fp32, rounded once."""
+"""PyTorch's operators that are there for GPUs alone, on a CPU: in fp32, rounded once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,15 +153,38 @@ class StandIns:
 def stand_ins() -> Iterator[StandIns]:
     """Let PyTorch's operators for FlashAttention and cuDNN run on a CPU, through its dispatcher."""
     forms = StandIns()
+    with _on_a_cpu(
+        _flash_attention_forward=forms.flash_forward,
+        _flash_attention_backward=forms.flash_backward,
+        _scaled_dot_product_cudnn_attention=forms.cudnn_forward,
+        _scaled_dot_product_cudnn_attention_backward=forms.cudnn_backward,
+    ):
+        yield forms
+
+
+@contextmanager
+def _on_a_cpu(**forms: Callable[..., Any]) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
-    for name, form in {
-        "_flash_attention_forward": forms.flash_forward,
-        "_flash_attention_backward": forms.flash_backward,
-        "_scaled_dot_product_cudnn_attention": forms.cudnn_forward,
-        "_scaled_dot_product_cudnn_attention_backward": forms.cudnn_backward,
-    }.items():
+    for name, form in forms.items():
         library.impl(name, form, "CPU")
     try:
-        yield forms
+        yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def norms() -> Iterator[None]:
+    """The same for the backward pass of ``F.rms_norm``, whose forward pass is there."""
+    with _on_a_cpu(_fused_rms_norm_backward=_norm_backward):
+        yield
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    assert list(x.shape[-1:]) == shape
+    n, g = x.float() * rstd, grad.float()
+    scaled = g * weight.float()
+    dx = (scaled - n * (scaled * n).mean(-1, keepdim=True)) * rstd
+    return dx.to(x.dtype), (g * n).flatten(0, -2).sum(0).to(weight.dtype)
