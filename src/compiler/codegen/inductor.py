@@ -21,7 +21,7 @@ from ...kernels.processor import processor
 from ...rewrite.conditions import settings_around
 from ..ranks.compile_lock import first_one_compiles
 from ..ranks.verdicts import called, environment, has_native_kernels, versions
-from .cpp_compiler import headers_for_new_kernels, kernels_awaited_last
+from .cpp_compiler import headers_for_new_kernels, is_proven, kernels_awaited_last
 
 
 def _disable_donation() -> None:
@@ -117,6 +117,8 @@ def inductor(
         with first_one_compiles(*args[:2]):
             return compile_fx_inner(*args, **kwargs)
 
+    if preparation is not None and is_proven():
+        preparation.join()  # soon; what it finds loads kernels that are there
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with (
         _functorch.patch(donated_buffer=False),
