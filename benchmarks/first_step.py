@@ -2,11 +2,15 @@
 
     python benchmarks/first_step.py --ranks 1,4 --codegen eager
     python benchmarks/first_step.py --ranks 1,4 --codegen inductor --model smollm2
+    python benchmarks/first_step.py --ranks 1 --codegen inductor --model smollm2 --again
 
-Every count of ranks starts with an empty cache of Inductor. The ranks have one thread each and wait
-for each other before and after the step. The seconds of the processor are those of all ranks,
-without the C++ compiler, and say most where the machine is shared; the parts, by the clock, are
-those of the rank that took longest:
+Every count of ranks starts with an empty cache. With ``--again``, it starts twice more: with the
+cache that it has filled, and with an empty one into which the file of ``save_compiled`` is loaded
+(the headers of Inductor, which PyTorch keeps elsewhere, are there from the first time).
+
+The ranks have one thread each and wait for each other before and after the step. The seconds of the
+processor are those of all ranks, and of the compilers that they have started, and say most where
+the machine is shared; the parts, by the clock, are those of the rank that took longest:
 
 - verification, with what it waited for other ranks' verdicts;
 - Inductor, with the C++ compiler and what it waited for other ranks' compilations;
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -48,56 +53,74 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="tiny")
     parser.add_argument("--codegen", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--ranks", default="1,4", help="how many processes, by commas")
+    parser.add_argument("--again", action="store_true", help="with a filled cache, too")
     parser.add_argument("--rank-of", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--save", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--load", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank_of:
-        _rank(given.model, given.codegen, given.rank_of)
+        _rank(given)
         return
-    print("| ranks | first step, s | CPU s, all ranks | verification | sites verified | Inductor |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| ranks | cache | first step, s | CPU s, all ranks | of compilers | verification "
+        "| sites verified | Inductor |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for count in map(int, given.ranks.split(",")):
-        found = _start(given, count)
-        last = max(found, key=lambda r: r["seconds"])
-        cpu = sum(r["cpu"] for r in found)
-        verified = "+".join(str(r["verified"]) for r in found)
-        print(
-            f"| {count} | {last['seconds']:.2f} | {cpu:.2f} | {last['verification']:.2f} "
-            f"| {verified} | {last['inductor']:.2f} |",
-            flush=True,
-        )
+        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as other:
+            file = str(Path(first, "first_step.compiled"))
+            starts = [("empty", first, ["--save", file])]
+            if given.again:
+                starts += [("filled", first, []), ("loaded", other, ["--load", file])]
+            for name, cache, options in starts:
+                _print(count, name, _start(given, count, cache, options))
 
 
-def _start(given: argparse.Namespace, count: int) -> list[dict[str, Any]]:
+def _print(count: int, cache: str, found: list[dict[str, Any]]) -> None:
+    """One row of the table."""
+    last = max(found, key=lambda r: r["seconds"])
+    cpu, compilers = (sum(r[name] for r in found) for name in ("cpu", "compilers"))
+    verified = "+".join(str(r["verified"]) for r in found)
+    print(
+        f"| {count} | {cache} | {last['seconds']:.2f} | {cpu:.2f} | {compilers:.2f} "
+        f"| {last['verification']:.2f} | {verified} | {last['inductor']:.2f} |",
+        flush=True,
+    )
+
+
+def _start(
+    given: argparse.Namespace, count: int, cache: str, options: list[str]
+) -> list[dict[str, Any]]:
     """Run ``count`` ranks; what each of them has printed."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = [sys.executable, str(Path(__file__).resolve()), "--model", given.model]
-    words += ["--codegen", given.codegen, "--rank-of", str(count)]
-    with tempfile.TemporaryDirectory() as cache:
-        environ = {
-            **os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }  # fmt: skip
-        started = [
-            subprocess.Popen(
-                words, env={**environ, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-            )
-            for rank in range(count)
-        ]
-        said = [process.communicate()[0] for process in started]
+    words += ["--codegen", given.codegen, "--rank-of", str(count), *options]
+    environ = {
+        **os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            words, env={**environ, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(count)
+    ]
+    said = [process.communicate()[0] for process in started]
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def _rank(size: str, codegen: str, count: int) -> None:
+def _rank(given: argparse.Namespace) -> None:
     """One process: print what its first step took, as JSON."""
+    size, codegen, count = given.model, given.codegen, given.rank_of
     import torch
     import torch.distributed as dist
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fusewright import optimize
+    from fusewright import load_compiled, optimize, save_compiled
     from fusewright.compiler import backend
     from fusewright.rewrite import verify
 
@@ -112,6 +135,9 @@ def _rank(size: str, codegen: str, count: int) -> None:
     verified = _timed(verify, "_judge", {})
     _timed(verify.Verifier, "__call__", spent, "verification")
     _timed(backend, "inductor", spent, "inductor")
+    if given.load:
+        load_compiled(given.load)
+    before = _children()
     optimize(model, codegen=codegen)
     call = torch.nn.parallel.DistributedDataParallel(model) if count > 1 else model
     ids = (torch.arange(128).reshape(2, 64) + dist.get_rank()) % 1000
@@ -121,10 +147,19 @@ def _rank(size: str, codegen: str, count: int) -> None:
     dist.barrier()
     found = {
         "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu,
+        "compilers": _children() - before,
         "verified": len(verified), "verification": 0.0, "inductor": 0.0, **spent,
     }  # fmt: skip
     print(json.dumps(found), flush=True)
+    if given.save and dist.get_rank() == 0:
+        save_compiled(given.save)
     dist.destroy_process_group()
+
+
+def _children() -> float:
+    """Processor seconds of the processes that this one has started, and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _timed(owner: Any, name: str, spent: dict[str, float], part: str = "") -> list[None]:

@@ -29,6 +29,37 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.parametrize(
+    ("times", "verdict"), [(1.2, "gains"), (0.9, "loses"), (1.015, "noise"), (0.985, "noise")]
+)
+def test_a_rule_that_costs_more_than_noise_loses(
+    times: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import rules
+
+    rounds = [1.0, 2.0, 3.0]  # of a machine that grows slower
+    taken = {rules.ALL: rounds, rules.AGAIN: [1.01 * t for t in rounds]}
+    row = rules.rows({**taken, "glu": [times * t for t in rounds]})[-1]
+    assert row["ratio"] == pytest.approx(times)
+    assert row["noise"] == pytest.approx(0.02)
+    assert row["verdict"] == verdict
+
+
+@pytest.mark.long
+def test_rules_are_switched_off_one_by_one(tmp_path: Path) -> None:
+    file = tmp_path / "rules.json"
+    options = ("--model", "tiny-llama", "--batch", "2", "--seq", "16", "--rounds", "1")
+    one = ("--workloads", "lora-float32", "--codegen", "eager", "--json", file)
+    done = run("rules.py", *options, *one)
+    assert done.returncode in (0, 1), done.stderr
+    rows = {row["off"]: row for row in json.loads(file.read_text())}
+    assert rows["lora_linear"]["sites"] == 14
+    assert rows["all rules"]["ratio"] == 1
+    assert {"eager", "all rules, again", "mlp_block", "linear_cross_entropy"} <= set(rows)
+    assert "| mlp_block | 2 |" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The objects that one run of several engines writes, the first of which cannot run here."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as _functorch
 from torch import fx
 
 import fusewright
@@ -236,6 +237,14 @@ def test_a_graph_has_the_key_that_it_has_in_other_processes() -> None:
     assert inner.meta == {"backend_id": "of this process", "_checkpoint_context_fn": len}
     assert environments[0] == environments[2] != environments[1]
     assert compiled_file.verdicts.environment()[0] in environments[0]
+    body = fx.Graph()
+    body.call_function(_flip, (0.5,))  # of a module without a version
+    before = _functorch.enable_autograd_cache
+    for function, looks in ((_flip, False), (torch.neg, before)):
+        next(iter(body.nodes)).target = function
+        with _as_in_every_process(fx.GraphModule({"body": fx.GraphModule({}, body)}, graph)):
+            assert _functorch.enable_autograd_cache is looks
+    assert _functorch.enable_autograd_cache is before
 
 
 # --- two processes --------------------------------------------------------------------------------

@@ -213,6 +213,25 @@ def test_a_compiler_that_refuses_the_instructions_is_used_without_them(tmp_path:
     assert "could not be captured" not in done.stdout
 
 
+def test_headers_are_compiled_for_kernels_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled: list[str] = []
+    precompile = lambda header, *args, **kwargs: compiled.append(header) or "header.h"  # noqa: E731
+    monkeypatch.setattr(codecache, "_precompile_header", precompile)
+    there, missing = tmp_path / "there.main.cpp", tmp_path / "missing.main.cpp"
+    there.with_suffix(".so").touch()
+    monkeypatch.setattr(codecache, "write", lambda code, *args, **kwargs: ("key", str(code)))
+    with cpp_compiler.headers_for_new_kernels():
+        assert codecache._precompile_header("before any kernel") == "header.h"
+        assert codecache.write(there, "main.cpp", extra="") == ("key", str(there))
+        assert codecache._precompile_header("of one that is there", "flags") == ""
+        codecache.write(missing, "main.cpp")
+        assert codecache._precompile_header("of a new one", "flags") == "header.h"
+    assert compiled == ["before any kernel", "of a new one"]
+    assert codecache._precompile_header is precompile
+
+
 def test_kernels_are_awaited_at_the_end_and_only_in_this_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

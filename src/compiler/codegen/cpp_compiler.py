@@ -52,7 +52,7 @@ if hasattr(os, "register_at_fork"):
 
 def _prepare() -> None:
     with _preparing, contextlib.suppress(Exception):  # it fails again in use, with its message
-        if _is_proven() and _take_vector_instructions():
+        if is_proven() and _take_vector_instructions():
             return
         if not _headers_prove_instructions():
             _find_vector_instructions()
@@ -105,7 +105,7 @@ def proof() -> Path:
     return build.kept_folder() / f"instructions-{name}"
 
 
-def _is_proven() -> bool:
+def is_proven() -> bool:
     """Whether no header need be compiled before the first kernel is."""
     from torch._inductor import config
 

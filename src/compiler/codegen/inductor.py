@@ -11,15 +11,17 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+import torch._functorch.config as _functorch
 from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 
 from ...graph.effects import Effects
 from ...graph.run import without_advice
 from ...kernels.processor import processor
+from ...rewrite.conditions import settings_around
 from ..ranks.compile_lock import first_one_compiles
-from ..ranks.verdicts import environment
-from .cpp_compiler import headers_for_new_kernels, kernels_awaited_last
+from ..ranks.verdicts import called, environment, has_native_kernels, versions
+from .cpp_compiler import headers_for_new_kernels, is_proven, kernels_awaited_last
 from .cuda_graphs import BlockGraphs, why_unfit
 
 
@@ -74,16 +76,20 @@ def _patches(module: fx.GraphModule) -> dict[str, Any]:
 def _as_in_every_process(module: fx.GraphModule) -> Iterator[None]:
     """While it lasts, a graph has the key in AOTAutograd's cache that it has in other processes."""
     # PyTorch leaves what is one process's own out of the key, but of the outermost graph alone,
-    # and with a checkpoint around the block the captured graph is a nested one. And the key knows
-    # our ops, which are traced through, by their names: what they do depends on ``environment``.
+    # and with a checkpoint around the block the captured graph is a nested one. Nor does it look at
+    # the functions that a nested one calls: it has their names. What ours do when they are traced
+    # depends on sources and settings, and what has no version is not looked for.
     inner = [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
+    others = versions(called(n for m in inner for n in m.graph.nodes))
+    about = environment(), processor(), torch.get_num_threads(), has_native_kernels(), others
     before = [(m, {n: vars(m)[n] for n in _OF_ONE_PROCESS if n in vars(m)}) for m in inner]
     for m, fields in before:
-        kept = {n: v for n, v in m.meta.items() if n in ("_checkpoint_context_fn",)}
+        kept = {n: v for n, v in m.meta.items() if n == "_checkpoint_context_fn"}
         vars(m).update(dict.fromkeys(fields), meta=kept)
-    vars(module)["environment"] = (*environment(), processor(), torch.get_num_threads())
+    vars(module)["environment"] = f"{about} {settings_around()}"
     try:
-        yield
+        with nullcontext() if others is not None else _functorch.patch(enable_autograd_cache=False):
+            yield
     finally:
         for m, fields in before:
             vars(m).update(fields)
@@ -104,7 +110,6 @@ def inductor(
     ``preparation``, from ``cpp_compiler.prepare``, is waited for as late as possible; ``absent``
     finds the gradients that eager mode does not have; ``graphs`` run what is compiled.
     """
-    import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def compile_prepared(*args: Any, **kwargs: Any) -> Any:
@@ -119,9 +124,11 @@ def inductor(
             graphs.around_code(code, reason, bool(kwargs.get("is_backward")))
         return code
 
+    if preparation is not None and is_proven():
+        preparation.join()  # soon; what it finds loads kernels that are there
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with (
-        functorch_config.patch(donated_buffer=False),
+        _functorch.patch(donated_buffer=False),
         _as_in_every_process(module),
         without_advice(),
         headers_for_new_kernels(),

@@ -21,7 +21,7 @@ import re
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -215,10 +215,22 @@ def packages(candidate: Candidate) -> str | None:
     nodes = [*candidate.replacement().nodes, *candidate.interior]
     for body in filter(None, map(facts.body, candidate.interior)):
         nodes += [n for inner in facts.nested(body) for n in inner.graph.nodes]
-    roots = {_root(n.target) for n in nodes if n.op == "call_function"}
-    roots.add(_root(type(candidate.rule)))
-    versions = {root: _version(root) for root in sorted(roots - set(_IN_KEY))}
-    return None if None in versions.values() else str(versions)
+    return versions([type(candidate.rule), *called(nodes)])
+
+
+def called(nodes: Iterable[fx.Node]) -> list[Any]:
+    """The functions that nodes call."""
+    return [n.target for n in nodes if n.op == "call_function"]
+
+
+def versions(functions: Iterable[Any]) -> str | None:
+    """The versions of the packages of ``functions``; None if the code of one has no version.
+
+    PyTorch's and this package's are in ``environment``.
+    """
+    roots = {_root(function) for function in functions} - set(_IN_KEY)
+    found = {root: _version(root) for root in sorted(roots)}
+    return None if None in found.values() else str(found)
 
 
 def _root(target: Any) -> str:
@@ -274,7 +286,7 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
             replacement,
             traced,
             _devices(candidate),
-            _has_native_kernels(),
+            has_native_kernels(),
             environment(),
             processor(),
         )
@@ -304,9 +316,9 @@ def _imported(name: str) -> Any:
 
 @functools.cache
 def environment() -> tuple[str, ...]:
-    """The versions, the sources of the ops and of the verification, and the architecture."""
+    """The versions, the sources of all that changes a graph or judges it, and the architecture."""
     root, sources = Path(__file__).parents[2], hashlib.sha256()
-    for room in ("graph", "kernels", "passes", "rewrite"):
+    for room in ("compiler", "graph", "kernels", "memory", "passes", "rewrite"):
         for path in sorted((root / room).rglob("*.*")):
             if path.suffix in (".py", ".cpp", ".h"):
                 sources.update(path.read_bytes())
@@ -318,7 +330,7 @@ def environment() -> tuple[str, ...]:
     )
 
 
-def _has_native_kernels() -> bool | None:
+def has_native_kernels() -> bool | None:
     """Whether ops in bf16 on the CPU run their kernels in C++; None where nobody has asked."""
     if not (native.has_started() or torch.is_autocast_enabled("cpu")):
         return None
