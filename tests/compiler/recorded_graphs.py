@@ -129,6 +129,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         "set_sync_debug_mode": _set_debug,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
 
 class Interpreted:

@@ -94,9 +94,11 @@ def inductor(
             graphs.around_code(code, reason, bool(kwargs.get("is_backward")))
         return code
 
-    # donated buffers would forbid a second backward over a retained graph, which eager allows
+    # Donated buffers would forbid a second backward over a retained graph, which eager allows.
+    # AOTAutograd's cache would give code without asking for it; Inductor's remains.
+    cache = functorch_config.enable_autograd_cache and graphs is None
     with (
-        functorch_config.patch(donated_buffer=False),
+        functorch_config.patch(donated_buffer=False, enable_autograd_cache=cache),
         without_advice(),
         nullcontext() if preparation is None else kernels_awaited_last(),
     ):
