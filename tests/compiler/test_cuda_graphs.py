@@ -474,6 +474,23 @@ def test_a_race_draws_no_numbers() -> None:
     both([ours, plain], trained)
 
 
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_generators_among_the_arguments_go_on_as_without(mode: str) -> None:
+    def run(args: list[Any]) -> Any:
+        return (args[0] + torch.rand(3, generator=args[1]) + torch.rand(3),)
+
+    code, owner = _code(run, mode=mode, clock=iter(range(10**6)).__next__)
+    ours, plain = (torch.Generator().manual_seed(0) for _ in range(2))
+    for i in range(8):
+        x = torch.full((3,), float(i))
+        torch.manual_seed(i)
+        (found,) = code([x, ours])
+        torch.manual_seed(i)
+        assert torch.equal(found, run([x, plain])[0])
+    # in a race that nobody wins, it is the code
+    assert ("1 captured" in owner.describe()[0]) == (mode == "on")
+
+
 def test_streams_take_turns() -> None:
     code, _ = _code(lambda args: (args[0] + 1,))
     _calls(code, 4)
@@ -601,7 +618,9 @@ def test_what_inductor_compiles_runs_by_graphs(
     monkeypatch.undo()  # the stand-ins
     stand_in(monkeypatch)
 
-    def capture(memory: Any, run: Callable[[], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
+    def capture(
+        memory: Any, run: Callable[[], Sequence[Any]], generators: Any
+    ) -> tuple[Any, Sequence[Any]]:
         graph = _Repeated(run)
         return graph, graph.results
 

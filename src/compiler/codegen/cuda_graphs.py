@@ -30,7 +30,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -317,9 +317,9 @@ class Graphed:
         if device is None:
             return self._run(args)
         memory = self._owner.memory(device)
-        before = RandomState.now(device)
+        before = _Random(device, args)
         expected = self._run(list(args))
-        after = RandomState.now(device)
+        after = _Random(device, args)
         try:
             graph = _Graph(self._run, args, self._fixed, memory, state.times is None)
             self._require_same(graph, args, expected, before)
@@ -346,9 +346,9 @@ class Graphed:
 
     def _compared(self, args: list[Any], state: _Shape, graph: _Graph) -> Sequence[Any]:
         """What the code gives, and a check that ``graph`` gives the same."""
-        before = RandomState.now(graph.device)
+        before = _Random(graph.device, args)
         expected = self._run(list(args))
-        after = RandomState.now(graph.device)
+        after = _Random(graph.device, args)
         try:
             self._require_same(graph, args, expected, before)
         except Unfit as error:
@@ -364,7 +364,7 @@ class Graphed:
         return expected
 
     def _require_same(
-        self, graph: _Graph, args: list[Any], expected: Sequence[Any], before: RandomState
+        self, graph: _Graph, args: list[Any], expected: Sequence[Any], before: _Random
     ) -> None:
         before.restore()
         found = graph.replay(list(args))
@@ -418,6 +418,24 @@ def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
     return worst
 
 
+def _generators(args: Iterable[Any]) -> list[torch.Generator]:
+    # AOTAutograd gives code its own, where a checkpoint draws numbers again
+    return [a for a in args if isinstance(a, torch.Generator)]
+
+
+class _Random:
+    """The present state of what some code draws from."""
+
+    def __init__(self, device: torch.device, args: Iterable[Any]) -> None:
+        self._state = RandomState.now(device)
+        self._others = [(g, g.get_state()) for g in _generators(args)]
+
+    def restore(self) -> None:
+        self._state.restore()
+        for generator, state in self._others:
+            generator.set_state(state)
+
+
 # --- one graph, and the memory that it shares -----------------------------------------------------
 
 
@@ -451,11 +469,15 @@ class _Memory:
             buffers.append(free)
         return free
 
-    def capture(self, run: Callable[[], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
-        """What ``run`` launches, as a graph, and what it returns."""
+    def capture(
+        self, run: Callable[[], Sequence[Any]], generators: Iterable[torch.Generator]
+    ) -> tuple[Any, Sequence[Any]]:
+        """What ``run``, which draws from ``generators``, launches, as a graph; and its results."""
         from torch._inductor.cudagraph_trees import clear_cublas_manager
 
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:  # besides the device's own
+            graph.register_generator_state(generator)
         torch.cuda.synchronize(self.device)
         # the workspace of cuBLAS, which others may free, is to lie in the pool
         with clear_cublas_manager(), torch.cuda.stream(self.stream):
@@ -517,7 +539,7 @@ class _Graph:
             memory.warm_up(lambda: run(list(inputs)), watched)
             # an op may keep what it made of a tensor that nobody has written to since
             torch.autograd.graph.increment_version(tuple(buffers.values()))
-            self._graph, results = memory.capture(lambda: run(list(inputs)))
+            self._graph, results = memory.capture(lambda: run(list(inputs)), _generators(args))
             self._plan(results, inputs)
 
     def _plan(self, results: Sequence[Any], inputs: Sequence[Any]) -> None:
