@@ -148,9 +148,7 @@ class Report:
             Fallback(str(f.get("op", "")), str(f.get("reason", "")))
             for f in data.get("fallbacks") or ()
         )
-        texts = {
-            name: tuple(map(str, data.get(name) or ())) for name in ("choices", "cuda_graphs")
-        }
+        texts = {name: tuple(map(str, data.get(name) or ())) for name in ("choices", "cuda_graphs")}
         lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, **texts}
         return cls(**{**_known(cls, data), **lists})
 

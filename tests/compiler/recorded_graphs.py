@@ -63,9 +63,13 @@ class RecordedGraph:
 
     def __init__(self) -> None:
         self.operations: list[Any] = []
+        self.generators = [torch.default_generator]
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
 
     def capture_begin(self, pool: Pool, capture_error_mode: str) -> None:
-        self.shared, self._random = pool, torch.get_rng_state()
+        self.shared, self._random = pool, [g.get_state() for g in self.generators]
         Cuda.capturing = True
         self._recorder = Recorder(self)
         self._recorder.__enter__()
@@ -73,7 +77,8 @@ class RecordedGraph:
     def capture_end(self) -> None:
         self._recorder.__exit__(None, None, None)
         Cuda.capturing = False
-        torch.set_rng_state(self._random)
+        for generator, state in zip(self.generators, self._random, strict=True):
+            generator.set_state(state)
         self.shared.spoil()
 
     def replay(self) -> None:
@@ -129,6 +134,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         "set_sync_debug_mode": _set_debug,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
 
 class Interpreted:

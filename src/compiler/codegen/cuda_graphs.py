@@ -58,13 +58,14 @@ MARGIN = 0.05
 _SEEN = 64  # shapes whose calls are counted
 _MOVES = 3  # addresses of weights for one shape, for each block of the model
 _ROUNDS, _CALLS = 3, 5  # how often both sides of a race take turns, and the calls of a turn
-_CHECKED = frozenset({2, 16, 256})  # replays of a graph that are compared with the code again
+_CHECKED = frozenset({1, 2, 16, 256})  # replays of a graph that are compared with the code again
 _NOISE = 4.0  # errors allowed, in those of a second call of code that is not deterministic
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
 # as Inductor's code does it: by size, strides and offset, and no view as autograd knows them
-_VIEW: Any = torch._C._dynamo.guards._reinterpret_tensor  # 2026-12-01: torch does not type it
+_GUARDS: Any = torch._C._dynamo.guards  # 2026-12-01: torch does not type all of it
+_VIEW = _GUARDS._reinterpret_tensor
 
 
 class Unfit(Exception):
@@ -201,11 +202,11 @@ class _Shape:
 class Graphed:
     """Code that runs by a CUDA graph, where calls are alike: shapes, sizes, addresses of weights.
 
-    After ``WARMUP`` such calls a graph is captured, of buffers full of zeros: what it would take
-    along from the call at hand would be wrong. Its replay must give what the code gives for the
-    same arguments and random numbers: the same bits, or where the code itself does not repeat
-    them, no larger differences. Later replays are compared as well. Other calls, and those where a
-    capture or a dispatch mode is active, run the code.
+    After ``WARMUP`` such calls a graph is captured. Its replay must give what the code gives for
+    the same arguments and random numbers: the same bits, or where the code itself does not repeat
+    them, no larger differences. The next calls, with other arguments, and some later ones are
+    compared, too, and get what the code gives. Other calls, and those where a capture or a dispatch
+    mode is active, run the code.
     """
 
     def __init__(
@@ -312,11 +313,13 @@ class Graphed:
         self, args: list[Any], state: _Shape, weights: tuple[int, ...], blocks: int
     ) -> Sequence[Any]:
         """What the code gives; from now on, a graph may give it."""
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        device = next((a.device for a in args if isinstance(a, Tensor)), None)
+        if device is None:
+            return self._run(args)
         memory = self._owner.memory(device)
-        before = RandomState.now(device)
+        before = _Random(device, args)
         expected = self._run(list(args))
-        after = RandomState.now(device)
+        after = _Random(device, args)
         try:
             graph = _Graph(self._run, args, self._fixed, memory, state.times is None)
             self._require_same(graph, args, expected, before)
@@ -343,9 +346,9 @@ class Graphed:
 
     def _compared(self, args: list[Any], state: _Shape, graph: _Graph) -> Sequence[Any]:
         """What the code gives, and a check that ``graph`` gives the same."""
-        before = RandomState.now(graph.device)
+        before = _Random(graph.device, args)
         expected = self._run(list(args))
-        after = RandomState.now(graph.device)
+        after = _Random(graph.device, args)
         try:
             self._require_same(graph, args, expected, before)
         except Unfit as error:
@@ -361,7 +364,7 @@ class Graphed:
         return expected
 
     def _require_same(
-        self, graph: _Graph, args: list[Any], expected: Sequence[Any], before: RandomState
+        self, graph: _Graph, args: list[Any], expected: Sequence[Any], before: _Random
     ) -> None:
         before.restore()
         found = graph.replay(list(args))
@@ -415,6 +418,24 @@ def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
     return worst
 
 
+def _generators(args: Iterable[Any]) -> list[torch.Generator]:
+    # AOTAutograd gives code its own, where a checkpoint draws numbers again
+    return [a for a in args if isinstance(a, torch.Generator)]
+
+
+class _Random:
+    """The present state of what some code draws from."""
+
+    def __init__(self, device: torch.device, args: Iterable[Any]) -> None:
+        self._state = RandomState.now(device)
+        self._others = [(g, g.get_state()) for g in _generators(args)]
+
+    def restore(self) -> None:
+        self._state.restore()
+        for generator, state in self._others:
+            generator.set_state(state)
+
+
 # --- one graph, and the memory that it shares -----------------------------------------------------
 
 
@@ -448,11 +469,18 @@ class _Memory:
             buffers.append(free)
         return free
 
-    def capture(self, run: Callable[[], Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
-        """What ``run`` launches, as a graph, and what it returns."""
+    def capture(
+        self, run: Callable[[], Sequence[Any]], generators: Iterable[torch.Generator]
+    ) -> tuple[Any, Sequence[Any]]:
+        """What ``run``, which draws from ``generators``, launches, as a graph; and its results."""
+        from torch._inductor.cudagraph_trees import clear_cublas_manager
+
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:  # besides the device's own
+            graph.register_generator_state(generator)
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self.stream):
+        # the workspace of cuBLAS, which others may free, is to lie in the pool
+        with clear_cublas_manager(), torch.cuda.stream(self.stream):
             # other threads may do what a capture forbids, such as pinning memory
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
@@ -507,10 +535,11 @@ class _Graph:
                     buffers[i] = memory.buffer(a.dtype, _length(a), list(buffers.values()))
                     inputs[i] = buffers[i].as_strided(a.shape, a.stride())
             self._buffers = _by_type(buffers)
-            _empty(buffers.values())
+            self._fill(args)
             memory.warm_up(lambda: run(list(inputs)), watched)
-            _empty(buffers.values())
-            self._graph, results = memory.capture(lambda: run(list(inputs)))
+            # an op may keep what it made of a tensor that nobody has written to since
+            torch.autograd.graph.increment_version(tuple(buffers.values()))
+            self._graph, results = memory.capture(lambda: run(list(inputs)), _generators(args))
             self._plan(results, inputs)
 
     def _plan(self, results: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -531,7 +560,7 @@ class _Graph:
             place = next((i for i, a in enumerate(inputs) if _is_part(t, a)), None)
             if place is not None:
                 layout: Any = (t.shape, t.stride())
-                offset = t.storage_offset() - inputs[place].storage_offset()
+                offset = int(t.storage_offset() - inputs[place].storage_offset())
                 if not offset and layout == (inputs[place].shape, inputs[place].stride()):
                     layout = None  # the argument itself
                 self._results.append((place, layout, offset))
@@ -539,7 +568,7 @@ class _Graph:
             storage = t.untyped_storage()
             number, _ = storages.setdefault((storage.data_ptr(), t.dtype), (number, storage))
             lengths[number] = max(lengths[number], t.storage_offset() + _length(t))
-            self._results.append((number, (t.shape, t.stride()), t.storage_offset()))
+            self._results.append((number, (t.shape, t.stride()), int(t.storage_offset())))
         self._used = {number for number, _, _ in self._results if number >= 0}
         self._made = {n: (lengths[n], dtype) for (_, dtype), (n, _) in storages.items()}
         self._sources = _by_type(
@@ -550,12 +579,15 @@ class _Graph:
             }
         )
 
+    def _fill(self, args: Sequence[Any]) -> None:
+        for places, buffers in self._buffers:
+            pairs = zip(places, buffers, strict=True)
+            torch._foreach_copy_(buffers, [args[i].as_strided(b.shape, (1,)) for i, b in pairs])
+
     def replay(self, args: list[Any]) -> list[Any]:
         """The results for ``args``, which is emptied."""
         with self._memory.turn(), torch._C._AutoDispatchBelowAutograd():
-            for places, buffers in self._buffers:
-                flat = [args[i].as_strided(b.shape, (1,)) for i, b in zip(places, buffers)]  # noqa: B905
-                torch._foreach_copy_(buffers, flat)
+            self._fill(args)
             memory = self._values | {i: args[i] for i in self._used}
             args.clear()
             self._graph.replay()
@@ -577,13 +609,6 @@ def _by_type(tensors: dict[int, Tensor]) -> list[tuple[list[int], list[Tensor]]]
         numbers.append(number)
         alike.append(t)
     return list(groups.values())
-
-
-def _empty(buffers: Iterable[Tensor]) -> None:
-    for buffer in buffers:
-        buffer.zero_()
-        # an op may keep what it made of a tensor that nobody has written to since
-        torch.autograd.graph.increment_version(buffer)
 
 
 def _length(t: Tensor) -> int:

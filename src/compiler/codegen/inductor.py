@@ -126,9 +126,11 @@ def inductor(
 
     if preparation is not None and is_proven():
         preparation.join()  # soon; what it finds loads kernels that are there
-    # donated buffers would forbid a second backward over a retained graph, which eager allows
+    # Donated buffers would forbid a second backward over a retained graph, which eager allows.
+    # AOTAutograd's cache would give code without asking for it; Inductor's remains.
+    cache = _functorch.enable_autograd_cache and graphs is None
     with (
-        _functorch.patch(donated_buffer=False),
+        _functorch.patch(donated_buffer=False, enable_autograd_cache=cache),
         _as_in_every_process(module),
         without_advice(),
         headers_for_new_kernels(),
