@@ -59,7 +59,6 @@ MODELS: dict[str, ModelShape] = {
     "llama-1b": ModelShape(16, 2048, 32, 8, 8192, 128256, 64, tied=True),
     "llama-8b-4layers": ModelShape(4, 4096, 32, 8, 14336, 128256, 128),
     "llama-8b": ModelShape(32, 4096, 32, 8, 14336, 128256, 128),
-    "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 3072, 151936, 128, tied=True),
     "qwen3-8b": ModelShape(36, 4096, 32, 8, 12288, 151936, 128),
     "gemma-2-9b": ModelShape(42, 3584, 16, 8, 14336, 256000, 256, tied=True),
     "gpt2-vocabulary": ModelShape(12, 768, 12, 12, 3072, 50257, 64, tied=True),

@@ -567,7 +567,7 @@ class _Graph:
                 continue
             storage = t.untyped_storage()
             number, _ = storages.setdefault((storage.data_ptr(), t.dtype), (number, storage))
-            lengths[number] = max(lengths[number], t.storage_offset() + _length(t))
+            lengths[number] = max(lengths[number], int(t.storage_offset()) + _length(t))
             self._results.append((number, (t.shape, t.stride()), int(t.storage_offset())))
         self._used = {number for number, _, _ in self._results if number >= 0}
         self._made = {n: (lengths[n], dtype) for (_, dtype), (n, _) in storages.items()}
