@@ -276,7 +276,14 @@ def _may_race(args: tuple[Any, ...]) -> bool:
         return False
     if any(type(t) not in (Tensor, Parameter) for t in _tensors(args)):
         return False
-    return not is_capturing()
+    return may_wait(_device(args))
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether the host may wait for a device here: not for a CUDA graph, or where it is watched."""
+    if device.type != "cuda":
+        return not is_capturing()
+    return not torch.cuda.get_sync_debug_mode() and not is_capturing()
 
 
 def _kind(args: Iterable[Any]) -> tuple[Any, ...]:

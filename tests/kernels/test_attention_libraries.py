@@ -45,6 +45,7 @@ def forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]
         op = raced_op.CONTESTS[name]
         monkeypatch.setattr(op, "contest", replace(op.contest, devices=("cpu",)))
         monkeypatch.setattr(op, "_orders", {})
+    monkeypatch.setattr(libraries, "LONG", 1)
     with own_choices(tmp_path), as_on_a_gpu(ERRORS["driver"]), stand_ins() as these:
         yield these
 
@@ -258,7 +259,7 @@ def test_a_mask_is_read_once_and_again_when_it_has_changed(monkeypatch: pytest.M
     samples = samples_of(mask, 1)
     assert samples is not None
     assert samples.ends.tolist() == [0, 2, 9]
-    monkeypatch.setattr(libraries, "is_capturing", lambda: True)
+    monkeypatch.setattr(libraries, "may_wait", lambda device: False)
     assert samples_of(mask, 1) is None
     assert len(read) == 3
 
@@ -282,7 +283,7 @@ def test_another_mask_of_the_same_shape_is_computed_by_another_form(
 # --- who takes what -------------------------------------------------------------------------------
 
 
-def test_reasons() -> None:
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def reasons(q: Tensor, *options: Any, v: Tensor | None = None, name: str = FLASH) -> str:
         causal, mask, window, sinks, softcap = options
         args = q, q, q if v is None else v, 1.0, causal, mask, None, window, sinks, softcap
@@ -299,6 +300,8 @@ def test_reasons() -> None:
     assert "sinks" in reasons(low, True, None, None, torch.zeros(2), None)
     assert "mask" in reasons(low, False, _packs((4,)), None, None, None)
     assert "window" in reasons(low, True, None, 2, None, None, name=CUDNN)
+    assert "shorter than 4,096" in reasons(low, False, _packs((4,)), *[None] * 3, name=VARLEN)
+    monkeypatch.setattr(libraries, "LONG", 4)
     assert "more than samples" in reasons(
         low, False, torch.ones(1, 1, 4, 4, dtype=torch.bool), None, None, None, name=VARLEN
     )

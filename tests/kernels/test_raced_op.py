@@ -341,6 +341,18 @@ def test_nothing_is_raced_where_no_call_is_real(monkeypatch: pytest.MonkeyPatch)
     assert len(choice.choices()) == 1
 
 
+def test_nothing_waits_for_a_gpu_where_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a block is made ready for a CUDA graph, which may not wait either."""
+    mode, capturing, gpu = [0], [False], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(raced_op, "is_capturing", lambda: capturing[0])
+    assert raced_op.may_wait(gpu)
+    for mode[0], capturing[0] in ((1, False), (2, False), (0, True)):
+        assert not raced_op.may_wait(gpu)
+    mode[0], capturing[0] = 2, False
+    assert raced_op.may_wait(torch.device("cpu"))
+
+
 def test_a_view_that_a_library_returns_is_none_to_autograd() -> None:
     op, trial = _opaque()
     trial.results["library"] = lambda x: (2 * x).view(-1).view(4, 4)

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..choice import Contender, is_fixed
-from ..fallback import is_capturing
 from ..launch import next_power_of_2
-from ..raced_op import OWN, Contest, Results, drawn, wide_enough
+from ..raced_op import OWN, Contest, Results, drawn, may_wait, wide_enough
 from . import attention_plain
 
 _aten = torch.ops.aten
@@ -98,6 +97,14 @@ def _unused(like: Tensor) -> Tensor:
 # --- samples that share a row ---------------------------------------------------------------------
 
 
+LONG = 4096
+"""Positions of a row from which a mask is read.
+
+A block whose attention depends on values cannot be a CUDA graph, which shorter rows gain more by:
+there attention is a small part of a step, and the host the slowest part.
+"""
+
+
 @dataclass(frozen=True)
 class SampleEnds:
     """Where the samples of a batch begin and end, how long the longest is, and what it sees."""
@@ -155,10 +162,10 @@ _MASKS = 4
 def samples_of(mask: Tensor, batch: int) -> SampleEnds | None:
     """The samples that ``mask`` keeps apart, each causal; None where it hides anything else.
 
-    Values are read, so the host waits for the GPU: once for a mask, which layers share. While a
-    CUDA graph is captured nothing is read: its replays have other masks.
+    Values are read, so the host waits for the GPU: once for a mask, which layers share. For a CUDA
+    graph nothing is read: its replays have other masks.
     """
-    if mask.is_inference() or is_capturing():
+    if mask.is_inference() or not may_wait(mask.device):
         return None
     storage = StorageWeakRef(mask.untyped_storage())
     what = mask.device, mask.data_ptr(), mask._version, mask.shape, mask.stride(), mask.dtype, batch
@@ -263,6 +270,8 @@ def _why_not(kind: str, args: tuple[Any, ...]) -> str:
     if kind == VARLEN:
         if mask is None:
             return "all samples have rows of their own"
+        if q.shape[2] < LONG:
+            return f"rows are shorter than {LONG:,}: to read masks would cost the CUDA graphs"
         if mask.shape[1:] != (1, q.shape[2], q.shape[2]) or k.shape[2] != q.shape[2]:
             return "the mask is not one of all heads"
         return (
