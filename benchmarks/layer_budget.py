@@ -186,7 +186,7 @@ def t4_table(found: Sequence[T4Kernel]) -> Iterator[str]:
     yield "| Triton kernel | in | seconds to compile |"
     yield "|---|---|---|"
     for k in found:
-        yield f"| `{k.name}` | {', '.join(k.setups)} | {k.seconds:.1f} |"
+        yield f"| `{k.name}` | {'; '.join(k.setups)} | {k.seconds:.1f} |"
 
 
 def step(

@@ -72,9 +72,9 @@ def mask_table(mask: Tensor) -> Tensor:
         return _table(mask)
     stream = torch.cuda.current_stream(mask.device).cuda_stream if mask.is_cuda else 0
     view = mask.dtype, mask.storage_offset(), mask.shape, mask.stride(), stream
-    kept: dict[Any, tuple[int, Tensor]] = vars(mask.untyped_storage()).setdefault(_KEPT, {})
-    version, table = kept.get(view, (None, None))
-    if table is None or version != mask._version:
+    kept: dict[Any, tuple[int, Tensor]] = mask.untyped_storage().__dict__.setdefault(_KEPT, {})
+    version, table = kept.get(view, (-1, mask))
+    if version != mask._version:
         if len(kept) >= _MOST_VIEWS:  # parts of one mask for all lengths
             kept.clear()
         table = _table(mask)

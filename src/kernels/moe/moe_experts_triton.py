@@ -142,10 +142,11 @@ def _combine_kernel(
 
 
 def _config(dtype: torch.dtype, places: int, experts: int) -> dict[str, int]:
-    """Tiles by what an expert has on average; fp32 tiles are half as deep."""
+    """Tiles by what an expert has on average; fp32 tiles are half as deep, and of 64 rows at most."""
+    single = dtype is torch.float32  # whose operands are in registers
     block_m = 128 if places >= 96 * experts else 64 if places >= 48 * experts else 32
-    block_k = 32 if dtype is torch.float32 else 64
-    warps = 8 if block_m == 128 else 4
+    block_m, block_k = (min(block_m, 64), 32) if single else (block_m, 64)
+    warps = 8 if block_m == 128 or (single and block_m == 64) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": warps,
             "num_stages": 3}  # fmt: skip
 
