@@ -21,7 +21,7 @@ from ..launcher import launched
 
 
 @launched
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def rank_update_kernel(
     base, left, right, out, rows, columns, rank, base_stride, left_stride_n, left_stride_r,
     right_stride_r, right_stride_m, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
