@@ -53,6 +53,8 @@ def cycles(launch: Launch, programs: int) -> float:
     """Cycles of the multiprocessor that has most of so many programs."""
     outside, loops, warps, resident = _code(_Once(launch))
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
+    if arguments.get("CLEAR"):  # a loop for rows that do not count: it stores, and no more
+        loops = tuple(n for n in loops if n != min(loops))
     counts = [count(arguments) for count in _ITERATIONS.get(launch.name, ())] if loops else []
     if len(counts) != len(loops):
         raise ValueError(f"{launch.name} has {len(loops)} loops, and {len(counts)} are known")

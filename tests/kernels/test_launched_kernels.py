@@ -239,8 +239,9 @@ def test_wide_products_have_two_programs_for_each_multiprocessor(
         assert grid[0] * grid[1] >= 2 * 128
         assert share % config["BLOCK_K"] == 0
         assert share * (grid[1] - 1) < inner <= share * grid[1]
-        long, _, _ = triton_twin._wide_config(1 << 14, columns, inner, card.gpu)
-        assert long == (256, 1)  # enough by themselves: nothing to add up
+        (tiles, shares), _, _ = triton_twin._wide_config(1 << 14, columns, inner, card.gpu)
+        assert tiles >= 256
+        assert shares == 1  # nothing to add up
 
 
 def test_wide_products_issue_fewer_instructions_than_they_wait_for_bytes(kernels: Any) -> None:
