@@ -75,6 +75,23 @@ def test_all_parts_are_placed_as_they_were(file: Path, folders: dict[str, Path])
     assert [p for p in file.parent.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_file_that_cannot_be_finished_leaves_nothing(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = file.read_bytes()
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    listed = set(tmp_path.iterdir())
+    with pytest.raises(FusewrightError, match="cannot be written: No space left"):
+        save_compiled(file)
+    assert set(tmp_path.iterdir()) == listed
+    assert file.read_bytes() == before
+
+
 def test_what_is_there_already_is_left_alone(file: Path, folders: dict[str, Path]) -> None:
     mine = folders["kernels"] / "verdict-0a.json"
     mine.write_text("mine")

@@ -127,9 +127,11 @@ def kept_folder() -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file of which other processes see all or nothing."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        file.write(content)
-    Path(file.name).replace(path)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as scratch:
+        file = Path(scratch, path.name)
+        file.write_bytes(content)
+        file.chmod(0o600)
+        file.replace(path)
 
 
 def is_temporary(path: Path) -> bool:
