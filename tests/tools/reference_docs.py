@@ -157,7 +157,8 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   Towers are frozen, as with `freeze_mm_modules`, and `language_model_only` does not load them. Rows
   with images are refused.
 - `optimize`, `codegen`, `memory`, `cuda_graphs`, `strict`, `verbose`, `sample_prompt` and a
-  dataset's `builder` are fusewright's own. `strict` means that every known formula must be rewritten.
+  dataset's `builder` are fusewright's own. `strict` means that every known formula must be
+  rewritten.
 
 There are {number} keys, including those of datasets.
 """
