@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..memory.budget import Budget
-from .codegen.cuda_graphs import Mode as CudaGraphs
 
 Codegen = Literal["auto", "eager", "inductor"]
+CudaGraphs = Literal["auto", "on", "off"]
 Logits = Literal["lazy", "always"]
 Verify = Literal["first", "always", "off"]
 

@@ -38,11 +38,11 @@ from . import regions
 from .calls.forwards import OUTER_COMPILE
 from .codegen.choice import choose
 from .codegen.cuda_graphs import CudaGraphs
-from .codegen.cuda_graphs import Mode as CudaGraphsMode
 from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
+from .options import CudaGraphs as CudaGraphsMode
 from .packs import ByRowsOnTrial
 from .ranks.verdicts import SharedVerdicts
 from .session import Choices, Session

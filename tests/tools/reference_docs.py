@@ -156,8 +156,9 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   layers only; regular expressions in `lora_target_modules` mean them in whatever class's names.
   Towers are frozen, as with `freeze_mm_modules`, and `language_model_only` does not load them. Rows
   with images are refused.
-- `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
-  are fusewright's own. `strict` means that every known formula must be rewritten.
+- `optimize`, `codegen`, `memory`, `cuda_graphs`, `strict`, `verbose`, `sample_prompt` and a
+  dataset's `builder` are fusewright's own. `strict` means that every known formula must be
+  rewritten.
 
 There are {number} keys, including those of datasets.
 """

@@ -32,7 +32,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,8 +42,8 @@ from torch.utils._pytree import tree_leaves
 from ...errors import first_line
 from ...memory.oom_retry import is_out_of_memory
 from ...memory.random_state import RandomState
+from ..options import CudaGraphs as Mode
 
-Mode = Literal["auto", "on", "off"]
 DEVICE = "cuda"
 
 WARMUP = 2
@@ -567,8 +567,9 @@ class _Graph:
                 continue
             storage = t.untyped_storage()
             number, _ = storages.setdefault((storage.data_ptr(), t.dtype), (number, storage))
-            lengths[number] = max(lengths[number], int(t.storage_offset()) + _length(t))
-            self._results.append((number, (t.shape, t.stride()), int(t.storage_offset())))
+            start = int(t.storage_offset())
+            lengths[number] = max(lengths[number], start + _length(t))
+            self._results.append((number, (t.shape, t.stride()), start))
         self._used = {number for number, _, _ in self._results if number >= 0}
         self._made = {n: (lengths[n], dtype) for (_, dtype), (n, _) in storages.items()}
         self._sources = _by_type(
