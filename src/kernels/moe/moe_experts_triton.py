@@ -138,7 +138,7 @@ def _combine_kernel(
 
 
 def _config(dtype: torch.dtype, places: int, experts: int) -> dict[str, int]:
-    """Tiles by what an expert has on average; fp32 tiles are half as deep, and of 64 rows at most."""
+    """Tiles by what an expert has on average; in fp32 half as deep, and of 64 rows at most."""
     single = dtype is torch.float32  # whose operands are in registers
     block_m = 128 if places >= 96 * experts else 64 if places >= 48 * experts else 32
     block_m, block_k = (min(block_m, 64), 32) if single else (block_m, 64)
