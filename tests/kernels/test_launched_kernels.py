@@ -39,7 +39,7 @@ def kernels() -> Iterator[Any]:
 
 def _page() -> tuple[str, dict[str, dict[str, set[str]]]]:
     """The version of Triton, and for each kernel and card the cells of the table."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8").partition("<!-- kernels:end -->")[0]
     version = re.search(r"Triton (\S+), ", text)
     assert version is not None
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, dot_precision, next_power_of_2
-from ..launcher import launched
 
 
-@launched
 @triton.jit
 def _grouped_mm_kernel(
     a, rows, weight, bias, out, block_expert, block_start, offsets,
@@ -81,7 +79,6 @@ def _grouped_mm_kernel(
     )
 
 
-@launched
 @triton.jit
 def _grouped_outer_kernel(
     a, rows, b, out, offsets,
@@ -119,7 +116,6 @@ def _grouped_outer_kernel(
     )
 
 
-@launched
 @triton.jit
 def _combine_kernel(
     y, where, weights, out, columns, active, y_stride,
@@ -142,7 +138,7 @@ def _combine_kernel(
 
 
 def _config(dtype: torch.dtype, places: int, experts: int) -> dict[str, int]:
-    """Tiles by what an expert has on average; fp32 ones are half as deep, and 64 rows at most."""
+    """Tiles by what an expert has on average; in fp32 half as deep, and of 64 rows at most."""
     single = dtype is torch.float32  # whose operands are in registers
     block_m = 128 if places >= 96 * experts else 64 if places >= 48 * experts else 32
     block_m, block_k = (min(block_m, 64), 32) if single else (block_m, 64)
