@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError, first_line
 from ..kernels.tolerance import unit
@@ -339,8 +340,12 @@ class PlainModel:
             if precision == "exact":
                 leaf = leaf.to(self.exact)
             self.leaves[precision][id(parameter)] = leaf.requires_grad_()
+        wide = precision == "exact" and self.is_wide
         try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            with (
+                torch.autograd.graph.saved_tensors_hooks(pack, unpack),
+                _StaysWide() if wide else contextlib.nullcontext(),
+            ):
                 yield
         finally:
             self.is_running = False
@@ -417,6 +422,30 @@ class PlainModel:
         autocasting = _autocast(batch, autocast)
         with _as_model_error(), self._running(precision), torch.no_grad(), autocasting:
             return self.model(**self._inputs(batch))
+
+
+class _StaysWide(TorchDispatchMode):
+    """Keeps in fp64 what a model's code casts to fp32.
+
+    Models compute recurrences, routers and norms in fp32 whatever their dtype is. A reference that
+    did so would make the rounding errors of eager mode, and a form that is more exact than both
+    would look wrong. Random draws stay as they are, and so do integers that become fp32: the angles
+    of rotary embeddings are no rounding error of a kernel.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32 and _narrows(func, args):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _narrows(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a result in fp32 would be met by what is in fp64."""
+    if torch.Tag.nondeterministic_seeded in func.tags or func._schema.name == "aten::arange":
+        return False
+    first = args[0] if args else None
+    return not isinstance(first, Tensor) or first.dtype is torch.float64
 
 
 _CASTS = 8

@@ -39,7 +39,7 @@ class Options:
     strict: bool = False
     compile_no_grad: bool = False
     packs: bool = False
-    cuda_graphs: CudaGraphs = "auto"
+    cuda_graphs: CudaGraphs = "off"
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -59,7 +59,7 @@ def optimize(
     strict: bool = False,
     compile_no_grad: bool = False,
     packs: bool = False,
-    cuda_graphs: CudaGraphsMode = "auto",
+    cuda_graphs: CudaGraphsMode = "off",
 ) -> Any:
     """Make a model's training step faster and leaner, in place, without changing its results.
 
@@ -91,7 +91,8 @@ def optimize(
             recurrent layers that are known by how these are called do so.
         cuda_graphs: on an NVIDIA GPU, compiled blocks (``codegen``) can be launched as CUDA graphs,
             one call in place of one for each kernel: ``"auto"`` where that is faster, which is
-            measured, ``"on"`` wherever they can be captured, ``"off"`` nowhere.
+            measured, ``"on"`` wherever they can be captured, ``"off"`` nowhere: the default until they
+            have run on a card.
 
     Returns:
         The same object.

@@ -18,6 +18,7 @@ from fusewright import audit
 from fusewright.auditing.by_hand import causal_lm
 from fusewright.auditing.checks import CHECKS
 from fusewright.auditing.fresh import exchanged_names, fresh_sources
+from fusewright.auditing.reference import _StaysWide
 from fusewright.auditing.slices import samples_of, slice_of
 
 from . import zoo
@@ -321,3 +322,31 @@ def test_the_docs_list_every_check() -> None:
     page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
     for check in CHECKS.values():
         assert f"| `{check.name}` | {check.question} | {check.advice} |" in page
+
+
+def test_a_reference_in_fp64_stays_there_where_code_casts_to_fp32() -> None:
+    x = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
+
+    def in_fp32(t: Tensor) -> Tensor:
+        state = torch.zeros(7, 1, dtype=torch.float32)
+        scores = F.softmax(t.float() / 3, dim=-1, dtype=torch.float32)
+        return (scores[None] @ (state + t.to(torch.float32)[:, None])).square().sum()
+
+    with _StaysWide():
+        value = in_fp32(x)
+        (gradient,) = torch.autograd.grad(value, x)
+        assert torch.arange(3).float().dtype is torch.float32
+        torch.manual_seed(0)
+        drawn = torch.rand(3, dtype=torch.float32)
+    truth = (F.softmax(x / 3, -1) @ x).square()
+    assert value.dtype is gradient.dtype is torch.float64
+    assert torch.allclose(value, truth, rtol=1e-14, atol=0)
+    assert torch.allclose(gradient, torch.autograd.grad(truth, x)[0], rtol=1e-13, atol=1e-16)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.long
+def test_a_form_more_exact_than_eager_mode_is_no_fault() -> None:
+    """The gradients of strong decays: eager mode, and its code in fp64, round their sums in fp32."""
+    assert zoo.measure("qwen3_5_text", "optimized")["fails"] == []

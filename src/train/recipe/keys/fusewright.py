@@ -34,7 +34,7 @@ class FusewrightKeys(Keys):
     """What blocks keep for backward: ``auto`` as much as the device has memory for, ``speed``
     everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``."""
 
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    cuda_graphs: Literal["auto", "on", "off"] = "off"
     """Launch compiled blocks as CUDA graphs: ``auto`` where that is faster, ``on`` wherever they
     can be captured."""
 
