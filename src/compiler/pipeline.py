@@ -91,8 +91,8 @@ def optimize(
             recurrent layers that are known by how these are called do so.
         cuda_graphs: on an NVIDIA GPU, compiled blocks (``codegen``) can be launched as CUDA graphs,
             one call in place of one for each kernel: ``"auto"`` where that is faster, which is
-            measured, ``"on"`` wherever they can be captured, ``"off"`` nowhere: the default until they
-            have run on a card.
+            measured, ``"on"`` wherever they can be captured, ``"off"`` nowhere; off until they have
+            run on a card.
 
     Returns:
         The same object.

@@ -348,5 +348,5 @@ def test_a_reference_in_fp64_stays_there_where_code_casts_to_fp32() -> None:
 
 @pytest.mark.long
 def test_a_form_more_exact_than_eager_mode_is_no_fault() -> None:
-    """The gradients of strong decays: eager mode, and its code in fp64, round their sums in fp32."""
+    """Of strong decays: eager mode, and its code in fp64, round sums of gradients in fp32."""
     assert zoo.measure("qwen3_5_text", "optimized")["fails"] == []
