@@ -433,6 +433,9 @@ class _StaysWide(TorchDispatchMode):
     of rotary embeddings are no rounding error of a kernel.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("dtype") is torch.float32 and _narrows(func, args):
