@@ -81,12 +81,12 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, choose_for: Callable[[str], None])
     choose_for("avx512_bf16")  # the CPU's products stand for those of the GPU's libraries
     mode = _NoWideCopies(70 * 8)
 
-    def use_triton(*given: Tensor) -> bool:
+    def use_triton_dot(*given: Tensor) -> bool:
         return all(t.dtype is not F64 for t in given)
 
     for module in (products, projections):
         monkeypatch.setattr(module, "on_cpu", lambda t: False)
-        monkeypatch.setattr(module, "use_triton", use_triton)
+        monkeypatch.setattr(module, "use_triton_dot", use_triton_dot)
         monkeypatch.setattr(module, "rank_update", mode.inside("rank_update", _rank_update))
     monkeypatch.setattr(products, "_wide_product_op", mode.inside("wide_product", _wide_product))
     monkeypatch.setattr(projections, "one_by_one", lambda device: False)

@@ -142,7 +142,7 @@ def test_a_compiler_that_fails(
     assert {"kernels in C++": loading.problem} == fallback.FAILED
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "FAILED", failed := {})
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
@@ -154,7 +154,9 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("named", ["/bin/false", "/nowhere/g++", "ccache g++", ""])
-def test_a_compiler_that_does_not_run(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_does_not_run(
+    named: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inductor takes no other one then, and neither do the kernels; blocks run in eager code."""
     monkeypatch.setenv("CXX", named)
     says = f"the C++ compiler that the variable CXX names, {named!r}, does not run"
