@@ -138,7 +138,8 @@ def test_it_resumes_bit_by_bit(recipe: dict[str, Any], step: int, optimizer: str
 
 @pytest.mark.long
 def test_it_is_optimized_like_any_adapter(recipe: dict[str, Any], tmp_path: Path) -> None:
-    keys = {**recipe, **KEYS, "codegen": "eager", "logging_steps": 1}
+    # gradients that are zero but for rounding would else make whole steps after a restart
+    keys = {**recipe, **KEYS, "codegen": "eager", "logging_steps": 1, "adam_epsilon": 1e-3}
     plain = train(keys, console=QUIET)
     optimized = train({**keys, "optimize": True, "output_dir": str(tmp_path / "o")}, console=QUIET)
     losses = [[e["loss"] for e in run.history if "loss" in e] for run in (plain, optimized)]
