@@ -209,8 +209,11 @@ def test_tensors_that_multiply_by_themselves(sharp, lora):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", STACKS)
-def test_experts_are_unpacked_one_at_a_time(name, lora, monkeypatch):
+def test_experts_are_unpacked_one_at_a_time(name, lora, monkeypatch, choose_for):
     """Values and gradients are as exact as eager's; experts without tokens are never unpacked."""
+    # where bf16 is multiplied as it is, inner products of adapters are rounded, as eager mode's are
+    # not that adds A B to the weight: of so few tokens, verification then refuses the rewrite
+    choose_for("avx512")
     torch.manual_seed(0)
     experts, hidden, inner, tokens = 6, 64, 32, 24
     layer = StoredExperts(name, experts, hidden, inner, BF16)
