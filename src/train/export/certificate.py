@@ -197,7 +197,9 @@ def _base(subject: Subject, tokenizer: Any) -> _Base | None:
 
 def _load(run: RunFolder) -> Any:
     """The model of a folder with its weights as they are, computing in float32."""
-    return nn.Module.float(load_model_of(run)).eval()
+    unknown = run.adapter and not run.recipe  # what it was trained in: nothing is rounded then
+    dtype = torch.float32 if unknown else None
+    return nn.Module.float(load_model_of(run, dtype=dtype)).eval()
 
 
 def _results(subject: Subject, base: _Base | None, rows: HeldOut) -> dict[str, Scores]:

@@ -147,8 +147,6 @@ def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
     requested = None if dtype is None else str(dtype).removeprefix("torch.")
     if not run.adapter and not run.recipe:
         requested = requested or stored_dtype(run.folder)
-    if run.adapter and not run.recipe and _is_stored_in_float32(Path(run.base_model)):
-        requested = requested or "float32"  # else a processor with bfloat16 would round it
     if requested is None and _validated(run, keys).precision() == "float16" and not _has_gpu():
         requested = "float32"
     if requested is not None:
@@ -156,10 +154,6 @@ def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
             keys.pop(name, None)
         keys["bf16"] = requested == "bfloat16"
     return _validated(run, keys)
-
-
-def _is_stored_in_float32(base: Path) -> bool:
-    return (base / "config.json").is_file() and stored_dtype(base) == "float32"
 
 
 def recipe_with(run: RunFolder, changes: Mapping[str, Any]) -> Recipe:
