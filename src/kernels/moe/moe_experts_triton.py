@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, dot_precision, next_power_of_2
+from ..launcher import launched
 
 
+@launched
 @triton.jit
 def _grouped_mm_kernel(
     a, rows, weight, bias, out, block_expert, block_start, offsets,
@@ -79,6 +81,7 @@ def _grouped_mm_kernel(
     )
 
 
+@launched
 @triton.jit
 def _grouped_outer_kernel(
     a, rows, b, out, offsets,
@@ -116,6 +119,7 @@ def _grouped_outer_kernel(
     )
 
 
+@launched
 @triton.jit
 def _combine_kernel(
     y, where, weights, out, columns, active, y_stride,
