@@ -19,7 +19,9 @@ from itertools import groupby
 from typing import Any
 
 from ....errors import DataError, RecipeError
-from ..sample import Tokens
+from ..images.expansion import Expanded, Expander
+from ..images.features import written
+from ..sample import Tokens, without
 from .lost_features import THOUGHTS, Features
 from .mask import Masker, Placed, Rules
 from .probe import Analysis, Turn
@@ -34,6 +36,7 @@ class ChatEncoder:
         source: the chat template; None for the tokenizer's own.
         variables: what the template may read besides the messages and the special tokens.
         day: the date for a template that asks for it; None: today's.
+        expander: places pictures; None: there may be none.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer has no offsets, or one of
@@ -46,6 +49,7 @@ class ChatEncoder:
     variables: Mapping[str, Any] = field(default_factory=dict)
     day: str | None = None
     thinking: str = THOUGHTS[0]
+    expander: Expander | None = None
 
     def __post_init__(self) -> None:
         source = self.source or getattr(self.tokenizer, "chat_template", None)
@@ -88,11 +92,26 @@ class ChatEncoder:
             more, places_of = self._rendered(list(group))
             texts += more
             turns += places_of
-        encodings = tokenize(self.tokenizer, texts)
-        return [
-            self._flagged(chat, self.masker.mask(chat, text, places, encoding))
-            for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
-        ]
+        shown = [self._expanded(chat, text) for chat, text in zip(chats, texts, strict=True)]
+        full = [text if e is None else e.text for e, text in zip(shown, texts, strict=True)]
+        samples = []
+        for k, encoding in enumerate(tokenize(self.tokenizer, full)):
+            chat, expanded, places = chats[k], shown[k], turns[k]
+            if expanded is not None:
+                places = [(i, turn and _moved(turn, expanded)) for i, turn in places]
+            tokens = self._flagged(chat, self.masker.mask(chat, full[k], places, encoding))
+            if expanded is not None:
+                extra = written(texts[k], chat.pictures, chat.where)
+                spans = without(tokens.spans, _standing_for(expanded, encoding))
+                tokens = replace(tokens, spans=spans, extra=extra, whole=True)
+            samples.append(tokens)
+        return samples
+
+    def _expanded(self, chat: Chat, text: str) -> Expanded | None:
+        """The text with its placeholders of pictures replaced; None: it has no pictures."""
+        if self.expander is None or not chat.pictures:
+            return None
+        return self.expander.expand(text, chat.pictures, chat.where)
 
     def question(self, chat: Chat) -> list[int]:
         """The tokens of a conversation, up to where the assistant's next answer begins.
@@ -148,6 +167,22 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     encodings: list[Any] = batch.encodings
     return encodings
+
+
+def _moved(turn: Turn, expanded: Expanded) -> Turn:
+    """A turn's place in the expanded text."""
+    content = turn.content and (expanded.place(turn.content[0]), expanded.place(turn.content[1]))
+    return Turn(expanded.place(turn.begin), expanded.place(turn.end), content)
+
+
+def _standing_for(expanded: Expanded, encoding: Any) -> list[Span]:
+    """The tokens that stand for pictures, and those that have a character in common with one."""
+    spans = []
+    for begin, end in expanded.spans:
+        tokens = [encoding.char_to_token(at) for at in range(begin, end)]
+        known = [token for token in tokens if token is not None]
+        spans.append((min(known), max(known) + 1))
+    return spans
 
 
 def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:

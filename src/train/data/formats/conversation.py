@@ -9,7 +9,8 @@ from ....errors import DataError
 from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
-from .fields import fields_of, kind, need
+from ..images.picture import Gallery, Picture
+from .fields import IMAGE_FIELDS, fields_of, kind, need
 
 ROLES = {
     "user": ("human", "user"),
@@ -18,6 +19,12 @@ ROLES = {
     "tool": ("tool", "observation", "function_response"),
 }
 """The roles, and their names in rows."""
+
+IMAGE_MARK = "<image>"
+"""Stands in a text for a picture of the row's list, in ShareGPT's rows and LLaMA-Factory's."""
+
+_OF_PART = ("image", "image_url", "path", "url", "base64", "bytes")
+"""Fields of a part that name or hold its picture; the first two are types of parts, too."""
 
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("role", "content"), ("from", "value"))
@@ -35,11 +42,17 @@ class Conversation:
     Args:
         template: the chat template; roles that it names need no mapping.
         default_system: the system message of conversations that have none, or None.
+        gallery: where pictures are; None: rows with pictures are refused.
     """
 
     def __init__(
-        self, dataset: Dataset, template: str = "", default_system: str | None = None
+        self,
+        dataset: Dataset,
+        template: str = "",
+        default_system: str | None = None,
+        gallery: Gallery | None = None,
     ) -> None:
+        self.gallery = gallery
         self.dataset, self.template, self.default_system = dataset, template, default_system
         mapping = dataset.roles or ROLES
         self.roles: dict[str, str] = {role: role for role in (*ROLES, *mapping)}
@@ -58,7 +71,8 @@ class Conversation:
 
     def read(self, row: Any, where: str) -> Chat:
         """The conversation of a row; raises a DataError if it is missing or a message is wrong."""
-        field = self._field(fields_of(row, where, self.dataset.field_messages))
+        media = IMAGE_FIELDS if self.gallery else ()
+        field = self._field(fields_of(row, where, self.dataset.field_messages, media))
         turns = need(row, field, where)
         if not isinstance(turns, list | tuple) or not turns:
             raise DataError(f"{where}: the field {field!r} must be a list of messages")
@@ -74,12 +88,14 @@ class Conversation:
     def chat(self, turns: list[Any], row: Mapping[str, Any], where: str) -> Chat:
         """Make a conversation of a row's messages."""
         messages = self.messages(turns, where)
+        pictures = self._pictures(messages, row, where)
         train: list[bool | list[Detail] | None] = [None] * len(messages)
         if any(self._flags):
             train = [self._training(t, i, where) for i, t in enumerate(turns, start=1)]
         self._system(messages, train, row, where)
         flagged = any(flag is not None for flag in train)
-        return Chat(where, messages, self._tools(row, where), train if flagged else None)
+        tools = self._tools(row, where)
+        return Chat(where, messages, tools, train if flagged else None, pictures)
 
     def messages(self, turns: list[Any], where: str) -> list[dict[str, Any]]:
         """Messages with the templates' names of roles; raises a DataError for a wrong one."""
@@ -111,7 +127,7 @@ class Conversation:
         used = {*pair, *self.mappings.values()}
         message: dict[str, Any] = {"role": self._role(turn, i, where, pair[0])}
         rest = {k: v for k, v in turn.items() if v is not None and k not in used | set(self._flags)}
-        content = _text(content, f"{where}: message {i}", pair[1])
+        content = _content(content, f"{where}: message {i}", pair[1], self.gallery is not None)
         if content is None and not (rest.get("tool_calls") or rest.get("function_call")):
             raise DataError(f"{where}: message {i} needs the field {pair[1]!r}, with text in it")
         if content is not None:
@@ -209,6 +225,48 @@ class Conversation:
                 function["parameters"] = _json(function["parameters"], place)
         return _without_nulls(tools)
 
+    def _pictures(
+        self, messages: list[dict[str, Any]], row: Mapping[str, Any], where: str
+    ) -> tuple[Picture, ...]:
+        """The pictures of a row, in the order of the parts that they belong to.
+
+        A part names its own, or takes the next one of the row's list; ``<image>`` in a text is such
+        a part. The messages are left with parts that name none, as templates expect them.
+        """
+        if self.gallery is None:
+            return ()
+        held = next((row[name] for name in IMAGE_FIELDS if row.get(name)), [])
+        waiting = list(held) if isinstance(held, list | tuple) else [held]
+        count = len(waiting)
+        pictures: list[Picture] = []
+        wanted = 0
+        for message in messages:
+            content = message.get("content")
+            if waiting and isinstance(content, str) and IMAGE_MARK in content:
+                content = _marked_parts(content)
+            if not isinstance(content, list):
+                continue
+            parts = []
+            for part in content:
+                if part["type"] == "text":
+                    parts.append(part)
+                    continue
+                value = next((part[k] for k in _OF_PART if part.get(k) is not None), None)
+                if value is None:
+                    wanted += 1
+                    value = waiting.pop(0) if waiting else None
+                if value is not None:
+                    at = f"{where}: picture {len(pictures) + 1}"
+                    pictures.append(self.gallery.picture(value, at))
+                parts.append({"type": "image"})
+            message["content"] = parts
+        if wanted != count:
+            raise DataError(
+                f"{where}: the row has {count} pictures, and its messages have {wanted} places for "
+                f"them (parts of type image without a path, or {IMAGE_MARK} in a text)"
+            )
+        return tuple(pictures)
+
     def _split(self, message: dict[str, Any]) -> None:
         """Move marked thoughts out of an answer."""
         content = message.get("content") or ""
@@ -224,21 +282,45 @@ class Conversation:
             return
 
 
-def _text(value: Any, place: str, field: str) -> str | None:
-    """A content as text; parts of text are joined."""
+def _content(value: Any, place: str, field: str, pictures: bool) -> str | list[Any] | None:
+    """A content as text, where it is nothing else (parts of text are joined), or as parts."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
-        kinds = [p.get("type", "text") for p in value]
-        others = [k for k in kinds if k != "text"]
-        if others:
+        parts = [_part(p) for p in value]
+        kinds = {p["type"] for p in parts}
+        if odd := sorted(map(str, kinds - {"text", "image"})):
             raise DataError(
-                f"{place} has a part of type {others[0]!r} in {field!r}; only text is trained: "
-                "leave such rows out"
+                f"{place} has a part of type {odd[0]!r} in {field!r}; only text and images are "
+                "trained: leave such rows out, or make pictures of frames"
             )
-        if all(isinstance(p.get("text"), str) for p in value):
-            return "".join(p["text"] for p in value)
+        if "image" in kinds and not pictures:
+            raise DataError(
+                f"{place} has a picture in {field!r}, and base_model reads text only: leave such "
+                "rows out, or train a model that reads images"
+            )
+        if all(isinstance(p.get("text"), str) for p in parts if p["type"] == "text"):
+            return parts if "image" in kinds else "".join(p["text"] for p in parts)
     raise DataError(f"{place} needs the field {field!r}, with text in it, not {kind(value)}")
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part without the nulls that tables fill in, its type as ``text``, ``image`` or another."""
+    plain = {k: v for k, v in part.items() if v is not None}
+    guess = next((name for name in _OF_PART if name in plain), "text")
+    named = plain.get("type", "text" if "text" in plain else guess)
+    return {**plain, "type": "image" if named in _OF_PART else named}
+
+
+def _marked_parts(text: str) -> list[dict[str, Any]]:
+    """The parts of a text in which ``<image>`` stands for a picture."""
+    parts: list[dict[str, Any]] = []
+    for k, piece in enumerate(text.split(IMAGE_MARK)):
+        if k:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def _calls(calls: Any, place: str) -> list[Any]:

@@ -140,7 +140,7 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
                 raise DataError(
                     f"{row.where}: {length} tokens, and sequence_len is {limits.longest}"
                 )
-            if limits.excess == "drop":
+            if limits.excess == "drop" or row.whole:
                 continue
             length = limits.longest
         if length < limits.shortest:
@@ -169,5 +169,5 @@ def _laid_out(
         ends |= row.ends if length == len(row.ids) else frozenset()  # else it may be cut off
         begin += length
     trained = {token for token in ends | watched if bool((labels == token).any())}
-    extra = [row.extra for row, _ in pairs if row.extra]
+    extra = [row.extra for row, _ in pairs] if any(row.extra for row, _ in pairs) else []
     return Part(ids, labels, lengths, counts, ends, trained, extra)

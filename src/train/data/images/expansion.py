@@ -1,0 +1,134 @@
+"""What the checkpoint's processor makes of the placeholders of pictures, with every token explained.
+
+A chat template writes a placeholder for each picture, and the processor replaces it by as many
+tokens as the model has features for: a number that depends on the picture's size, with marks around
+it and between its rows. The text is expanded here as the processor does it
+(``return_text_replacement_offsets``, transformers 5.17), so that it is known which characters stand
+for a picture, and only the others can be trained. When a batch is made, the processor tokenizes the
+same text together with the pictures, and must come to the same tokens (``features.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ....errors import DataError, RecipeError, first_line
+from ..chat.template import Span
+from .picture import Picture
+
+_MOST = 65_536
+"""Sizes of pictures that are remembered."""
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A text in which placeholders have been replaced.
+
+    Attributes:
+        spans: by picture, the characters that stand for it.
+        moves: by placeholder, its end in the text before, and how far what follows has moved.
+    """
+
+    text: str
+    spans: list[Span]
+    moves: list[tuple[int, int]]
+
+    def place(self, at: int) -> int:
+        """Where a character of the text before is now."""
+        moved = 0
+        for end, by in self.moves:
+            if at < end:
+                break
+            moved = by
+        return at + moved
+
+
+@dataclass
+class Expander:
+    """Replaces placeholders in rendered texts.
+
+    Args:
+        processor: of the checkpoint; its ``image_token`` is the placeholder.
+        options: arguments for its image processor, such as limits of sizes.
+
+    Raises:
+        RecipeError: the processor has no placeholder, or does not say what it replaces.
+    """
+
+    processor: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    _known: dict[tuple[int, int], str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        token = getattr(self.processor, "image_token", None)
+        name = type(self.processor).__name__
+        if not isinstance(token, str) or not token:
+            raise RecipeError(
+                f"base_model: its {name} names no placeholder for pictures (image_token): such "
+                "models are trained on text only"
+            )
+        self.token = token
+        self._pattern = re.compile(re.escape(token))
+        try:
+            self._replacement((64, 64))
+        except DataError as error:
+            raise RecipeError(f"base_model: {error}") from None
+
+    def expand(self, text: str, pictures: Sequence[Picture], where: str) -> Expanded:
+        """Replace the placeholders of ``pictures``, in order.
+
+        Raises a DataError that begins with ``where`` if there are more or fewer, or the processor
+        refuses a size.
+        """
+        places = [match.span() for match in self._pattern.finditer(text)]
+        if len(places) != len(pictures):
+            raise DataError(
+                f"{where}: {_number(len(pictures), 'picture')}, and {self.token!r} is "
+                f"{_number(len(places), 'time')} in the conversation as the chat template writes "
+                "it: each picture needs one"
+            )
+        pieces: list[str] = []
+        spans: list[Span] = []
+        moves: list[tuple[int, int]] = []
+        at = moved = 0
+        for (begin, end), picture in zip(places, pictures, strict=True):
+            try:
+                new = self._replacement(picture.size)
+            except DataError as error:
+                raise DataError(f"{where}: {picture.path}: {error}") from None
+            pieces += [text[at:begin], new]
+            spans.append((begin + moved, begin + moved + len(new)))
+            moved += len(new) - (end - begin)
+            moves.append((end, moved))
+            at = end
+        return Expanded("".join([*pieces, text[at:]]), spans, moves)
+
+    def _replacement(self, size: tuple[int, int]) -> str:
+        """What stands for a picture of a size, whatever is on it."""
+        from PIL import Image
+
+        if size not in self._known:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            blank = Image.new("RGB", size)
+            try:
+                result = self.processor(
+                    text=[self.token], images=[[blank]], return_text_replacement_offsets=True,
+                    **self.options,
+                )  # fmt: skip
+                ((only,),) = result["text_replacement_offsets"]
+                self._known[size] = only["replacement"]
+            except Exception as error:  # a processor's code raises anything
+                name = type(self.processor).__name__
+                raise DataError(
+                    f"{name} cannot place a picture of {size[0]} x {size[1]} pixels: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from None
+        return self._known[size]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'s' * (count != 1)}"

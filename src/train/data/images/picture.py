@@ -1,0 +1,239 @@
+"""Pictures that rows name: where each is, whether it can be read, and its pixels.
+
+A picture is a file, or encoded bytes that a row holds (base64, a column of a table), of which the
+prepared rows keep one copy, named by its hash. Pixels are made when a batch is (``opened``), and
+are never stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+import urllib.request
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....errors import DataError, first_line
+from ...consent import Consent
+
+_DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w=.-]+)*;base64,", re.ASCII)
+_WEB_URL = re.compile(r"https?://", re.IGNORECASE)
+
+MOST_PIXELS = 100_000_000
+"""A picture with more is taken for a mistake, or for an attack: 300 MB as RGB."""
+
+_MOST_BYTES = 100_000_000
+"""Of a picture that is downloaded."""
+
+_SECONDS = 30
+"""For a server's answer."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a row.
+
+    Attributes:
+        path: its file, absolute.
+        digest: of the file's bytes (SHA-256).
+        size: width and height, as it is shown (after the rotation that its EXIF data says).
+    """
+
+    path: str
+    digest: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Finds the pictures of one dataset.
+
+    Attributes:
+        folder: relative paths begin here, and none may lead out of it.
+        copies: where the bytes are kept that rows hold.
+        consent: whether pictures may be downloaded.
+    """
+
+    folder: Path
+    copies: Path
+    consent: Consent
+
+    def picture(self, value: Any, where: str) -> Picture:
+        """The picture that ``value`` names or holds.
+
+        Args:
+            value: a path, a data URL, bytes, a PIL image, or an object with one of these.
+            where: file and line, for messages.
+
+        Raises:
+            DataError: it is not there, cannot be read, or may not be.
+        """
+        source = self._source(value, where)
+        if isinstance(source, Path):
+            try:
+                content = source.read_bytes()
+            except OSError as error:
+                reason = error.strerror or first_line(error)
+                raise DataError(f"{where}: {source}: cannot be read: {reason}") from None
+            name = str(source)
+        else:
+            content, name = source, "the picture in the row"
+        size = opened(content, f"{where}: {name}").size
+        digest = hashlib.sha256(content).hexdigest()
+        path = source if isinstance(source, Path) else self._kept(content, digest)
+        return Picture(str(path), digest, size)
+
+    def _source(self, value: Any, where: str) -> Path | bytes:
+        if isinstance(value, Mapping):
+            return self._of_mapping(value, where)
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, str):
+            return self._of_text(value, where)
+        if hasattr(value, "save") and hasattr(value, "mode"):  # PIL's; the class is not imported
+            buffer = io.BytesIO()
+            value.save(buffer, "PNG")
+            return buffer.getvalue()
+        raise DataError(
+            f"{where}: a picture must be a path, base64 text, or an object with 'path', 'bytes', "
+            f"'base64' or 'url', not a {type(value).__name__}"
+        )
+
+    def _of_mapping(self, value: Mapping[str, Any], where: str) -> Path | bytes:
+        for key in ("bytes", "base64", "path", "url", "image", "image_url"):
+            inner = value.get(key)
+            if inner is None:
+                continue
+            if key == "base64" and isinstance(inner, str):
+                return _decoded(inner.rpartition(",")[2], where)
+            if key == "bytes" and isinstance(inner, str):
+                return _decoded(inner, where)
+            return self._source(inner, where)
+        raise DataError(
+            f"{where}: this picture has none of the fields 'path', 'bytes', 'base64', 'url': "
+            f"{', '.join(map(repr, value)) or 'it is empty'}"
+        )
+
+    def _of_text(self, text: str, where: str) -> Path | bytes:
+        if match := _DATA_URL.match(text):
+            return _decoded(text[match.end() :], where)
+        if _WEB_URL.match(text):
+            return self._downloaded(text, where)
+        if not text.strip():
+            raise DataError(f"{where}: the path of a picture is empty")
+        path = Path(text.removeprefix("file://"))
+        inside = path if path.is_absolute() else self.folder / path
+        resolved, root = inside.resolve(), self.folder.resolve()
+        if not resolved.is_relative_to(root):
+            raise DataError(
+                f"{where}: {text}: leads out of {root}: rows may name pictures in the folder of "
+                "their dataset only; name another one with images_dir"
+            )
+        if not resolved.is_file():
+            reason = "is a folder" if resolved.is_dir() else "file not found"
+            raise DataError(f"{where}: {resolved}: {reason}")
+        return resolved
+
+    def _downloaded(self, url: str, where: str) -> bytes:
+        if not self.consent.allow_image_urls:
+            raise DataError(
+                f"{where}: {url[:80]}: pictures are not downloaded unless you say "
+                "--allow-image-urls; or save them beside the dataset and name their paths"
+            )
+        try:
+            with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+                content: bytes = answer.read(_MOST_BYTES + 1)
+        except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
+            raise DataError(f"{where}: {url[:80]}: cannot be downloaded: {error}") from None
+        if len(content) > _MOST_BYTES:
+            raise DataError(f"{where}: {url[:80]}: is larger than {_MOST_BYTES // 10**6} MB")
+        return content
+
+    def _kept(self, content: bytes, digest: str) -> Path:
+        """The copy of bytes that a row holds; raises an OSError if it cannot be written."""
+        path = self.copies / digest
+        if not path.exists():
+            self.copies.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_bytes(content)
+            part.replace(path)
+        return path
+
+
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{where}: the picture is not base64: {first_line(error)}") from None
+
+
+def load(picture: Picture, where: str) -> Any:
+    """A picture's pixels, as it was when its row was prepared; raises a DataError if it changed."""
+    try:
+        content = Path(picture.path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise DataError(f"{where}: {picture.path}: cannot be read: {reason}") from None
+    if hashlib.sha256(content).hexdigest() != picture.digest:
+        raise DataError(
+            f"{where}: {picture.path}: has changed since its row was prepared: prepare the rows "
+            "anew (delete dataset_prepared_path)"
+        )
+    return opened(content, f"{where}: {picture.path}")
+
+
+def opened(content: bytes, place: str) -> Any:
+    """A picture as a PIL image in RGB, turned as its EXIF data says.
+
+    That is how transformers loads one; what it would load without a word as something else is
+    refused. Raises a DataError that begins with ``place``.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not content:
+        raise DataError(f"{place}: is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes and metadata: the first is asked for below
+            image = Image.open(io.BytesIO(content))
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise DataError(
+                    f"{place}: has {width} x {height} pixels, more than "
+                    f"{MOST_PIXELS // 10**6} million: make it smaller"
+                )
+            _require_plain(image, place)
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise DataError(f"{place}: is not a picture that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{place}: {first_line(error)}") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:  # Pillow's decoders
+        raise DataError(f"{place}: is damaged or cut off: {first_line(error)}") from None
+
+
+def _require_plain(image: Any, place: str) -> None:
+    """Raise a DataError for what ``convert("RGB")`` would change without a word."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise DataError(f"{place}: is animated ({frames} frames): save the one that is meant")
+    if image.mode == "CMYK":
+        raise DataError(
+            f"{place}: has the colours of print (CMYK), which change without their profile: "
+            "convert it to RGB"
+        )
+    if image.mode.startswith("I") or image.mode == "F":
+        raise DataError(
+            f"{place}: has more than 8 bits a pixel (mode {image.mode}), which would be cut off: "
+            "scale it to 8 bits"
+        )
