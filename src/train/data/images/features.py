@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ....errors import DataError, first_line
 from ..sample import Sample
-from .picture import Picture, load
+from .picture import Picture, Resizing, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,8 @@ class Featurizer:
     """
 
     processor: Any
-    options: dict[str, Any]
+    resizing: Resizing = Resizing()
+    options: dict[str, Any] = field(default_factory=dict)
 
     def features(
         self, packs: Iterable[Sequence[Sample]], width: int
@@ -105,7 +106,7 @@ class Featurizer:
         return result
 
     def _processed(self, illustrated: Sequence[Illustrated]) -> Any:
-        images = [[load(p, i.where) for p in i.pictures] for i in illustrated]
+        images = [[load(p, self.resizing, i.where) for p in i.pictures] for i in illustrated]
         try:
             return self.processor(
                 text=[i.text for i in illustrated], images=images, padding=True,

@@ -11,6 +11,7 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import os
 import re
 import urllib.request
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import DataError, first_line
-from ...consent import Consent
+from ...consent import URL_SWITCH
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w=.-]+)*;base64,", re.ASCII)
 _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
@@ -43,12 +44,56 @@ class Picture:
     Attributes:
         path: its file, absolute.
         digest: of the file's bytes (SHA-256).
-        size: width and height, as it is shown (after the rotation that its EXIF data says).
+        size: width and height, turned as its EXIF data says, and resized.
     """
 
     path: str
     digest: str
     size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """What is done to the size of each picture before the checkpoint's processor has it.
+
+    Attributes:
+        size: width and height; one number: a square, with black bars where the picture has none.
+        most: more pixels than that are reduced, with the same proportions.
+        least: fewer are enlarged.
+        algorithm: Pillow's name of a filter, in lower case.
+    """
+
+    size: int | tuple[int, int] | None = None
+    most: int | None = None
+    least: int | None = None
+    algorithm: str = "bilinear"
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """The new size of a picture of a size."""
+        if self.size is not None:
+            return (self.size, self.size) if isinstance(self.size, int) else self.size
+        pixels = width * height
+        factor = 1.0
+        if self.most is not None and pixels > self.most:
+            factor = math.sqrt(self.most / pixels)
+        elif self.least is not None and pixels < self.least:
+            factor = math.sqrt(self.least / pixels)
+        if factor == 1.0:
+            return width, height
+        fit = math.floor if factor < 1 else math.ceil  # on the right side of the limit
+        return max(1, fit(width * factor)), max(1, fit(height * factor))
+
+    def resized(self, image: Any) -> Any:
+        """A PIL image of the new size."""
+        from PIL import Image, ImageOps
+
+        size = self.size_of(*image.size)
+        if size == image.size:
+            return image
+        filter = Image.Resampling[self.algorithm.upper()]
+        if isinstance(self.size, int):
+            return ImageOps.pad(image, size, filter)
+        return image.resize(size, filter)
 
 
 @dataclass(frozen=True)
@@ -58,12 +103,13 @@ class Gallery:
     Attributes:
         folder: relative paths begin here, and none may lead out of it.
         copies: where the bytes are kept that rows hold.
-        consent: whether pictures may be downloaded.
+        may_download: whether addresses of the web are asked.
     """
 
     folder: Path
     copies: Path
-    consent: Consent
+    resizing: Resizing = Resizing()
+    may_download: bool = False
 
     def picture(self, value: Any, where: str) -> Picture:
         """The picture that ``value`` names or holds.
@@ -85,7 +131,7 @@ class Gallery:
             name = str(source)
         else:
             content, name = source, "the picture in the row"
-        size = opened(content, f"{where}: {name}").size
+        size = self.resizing.size_of(*opened(content, f"{where}: {name}").size)
         digest = hashlib.sha256(content).hexdigest()
         path = source if isinstance(source, Path) else self._kept(content, digest)
         return Picture(str(path), digest, size)
@@ -144,10 +190,10 @@ class Gallery:
         return resolved
 
     def _downloaded(self, url: str, where: str) -> bytes:
-        if not self.consent.allow_image_urls:
+        if not self.may_download:
             raise DataError(
-                f"{where}: {url[:80]}: pictures are not downloaded unless you say "
-                "--allow-image-urls; or save them beside the dataset and name their paths"
+                f"{where}: {url[:80]}: pictures are downloaded only with your permission: pass "
+                f"{URL_SWITCH}, or save them beside the dataset and name their paths"
             )
         try:
             with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
@@ -176,8 +222,8 @@ def _decoded(text: str, where: str) -> bytes:
         raise DataError(f"{where}: the picture is not base64: {first_line(error)}") from None
 
 
-def load(picture: Picture, where: str) -> Any:
-    """A picture's pixels, as it was when its row was prepared; raises a DataError if it changed."""
+def load(picture: Picture, resizing: Resizing, where: str) -> Any:
+    """A picture as a PIL image, resized; raises a DataError if it changed since it was prepared."""
     try:
         content = Path(picture.path).read_bytes()
     except OSError as error:
@@ -188,7 +234,7 @@ def load(picture: Picture, where: str) -> Any:
             f"{where}: {picture.path}: has changed since its row was prepared: prepare the rows "
             "anew (delete dataset_prepared_path)"
         )
-    return opened(content, f"{where}: {picture.path}")
+    return resizing.resized(opened(content, f"{where}: {picture.path}"))
 
 
 def opened(content: bytes, place: str) -> Any:
