@@ -199,6 +199,11 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
     if dataset.data_files is not None and local is None:  # else they are inside the folder
         files = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
         update["data_files"] = [str(find_file(file, folders) or file) for file in files]
+    if dataset.images_dir is not None:
+        images = find_file(dataset.images_dir, folders)
+        if images is None or not images.is_dir():
+            problems.append(((*loc, "images_dir"), _nowhere(dataset.images_dir, folders)))
+        update["images_dir"] = str(images)
     if dataset.chat_template_jinja is not None:
         template = dataset.chat_template_jinja
         update["chat_template_jinja"] = _template(template, folders, loc, problems)

@@ -20,6 +20,7 @@ from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
 from .keys.distillation import DistillationKeys
 from .keys.distributed import DistributedKeys
 from .keys.fusewright import FusewrightKeys
+from .keys.images import ImageKeys
 from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
@@ -31,7 +32,7 @@ from .strategy import Strategy, strategy_of
 __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
-    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys, OutputKeys,
     TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
     MethodKeys, PluginKeys, CloudKeys,
 )  # fmt: skip
@@ -39,7 +40,7 @@ GROUPS: tuple[type[Keys], ...] = (
 
 
 class Recipe(
-    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys, OutputKeys,
     TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
     MethodKeys, PluginKeys, CloudKeys,
 ):  # fmt: skip
