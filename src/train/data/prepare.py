@@ -107,7 +107,8 @@ def prepare(
     }
     day = day or today()
     work = {
-        key: [_work(s.dataset, recipe, tokenizer, key, day) for s in f] for key, f in inputs.items()
+        key: [_work(s.dataset, recipe, tokenizer, key, day, processor) for s in f]
+        for key, f in inputs.items()
     }
     has_function = any(one.encoder.settings.get("function") for w in work.values() for one in w)
     root = _root(recipe, keep, fresh=has_function and not shared)

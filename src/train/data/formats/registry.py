@@ -15,6 +15,8 @@ from ..chat.encoder import ChatEncoder
 from ..chat.lost_features import THOUGHTS
 from ..chat.mask import Rules
 from ..chat.template import Chat
+from ..images.expansion import Expander, Images
+from ..images.picture import Gallery
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
@@ -131,6 +133,7 @@ class Encoder:
         tokenizer: a fast tokenizer; it can be pickled together with this.
         longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
         day: the date for a chat template that asks for it; None: today's.
+        images: finds and places images; None: there may be none.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
@@ -143,17 +146,21 @@ class Encoder:
         tokenizer: Any,
         longest: int | None = None,
         day: str | None = None,
+        images: Images | None = None,
     ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
         source = template_of(dataset, recipe, tokenizer)
-        self.format = format_of(dataset, recipe, source, len(tokenizer))
+        gallery = images and images.gallery
+        self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
             rules = _rules(dataset, recipe, everything)
-            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day)
+            self.chats = chat_encoder(
+                dataset, recipe, tokenizer, source, rules, day, images and images.expander
+            )
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
@@ -167,6 +174,7 @@ class Encoder:
             "everything": everything,
             "prepared": recipe.skip_prepare_dataset,
             "day": day if writes_day(self.chats) else None,
+            "images": None if images is None else images.settings,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
@@ -208,12 +216,13 @@ def template_of(dataset: Dataset, recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def chat_encoder(
-    dataset: Dataset, recipe: Recipe, tokenizer: Any, source: Any, rules: Rules, day: str
-) -> ChatEncoder:
+    dataset: Dataset, recipe: Recipe, tokenizer: Any, source: Any, rules: Rules, day: str,
+    expander: Expander | None = None,
+) -> ChatEncoder:  # fmt: skip
     """The renderer, tokenizer and masker of a dataset's conversations."""
     return ChatEncoder(
         tokenizer, source, rules, recipe.chat_template_kwargs or {}, day,
-        dataset.template_thinking_key or THOUGHTS[0],
+        dataset.template_thinking_key or THOUGHTS[0], expander,
     )  # fmt: skip
 
 
@@ -223,7 +232,9 @@ def writes_day(chats: ChatEncoder | None) -> bool:
     return any(asks_for_day(template.source) for template in templates)
 
 
-def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> RowReader:
+def format_of(
+    dataset: Dataset, recipe: Recipe, template: Any, size: int, gallery: Gallery | None = None
+) -> RowReader:
     """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 
     The roles that the chat template names need no mapping; ``size`` is that of the vocabulary.
@@ -237,7 +248,7 @@ def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Row
     if name not in ROW_TYPES:
         raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
     text = template if isinstance(template, str) else str(template or "")
-    conversation = Conversation(dataset, text, recipe.default_system_message)
+    conversation = Conversation(dataset, text, recipe.default_system_message, gallery)
     return READERS[ROW_TYPES[name].reader](ROW_TYPES[name], dataset, conversation)
 
 
