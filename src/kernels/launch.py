@@ -37,6 +37,9 @@ RUNS: dict[Any, Callable[..., Any]] = {}
 LAUNCHES: dict[Any, Callable[..., bool]] = {}
 """Library op -> whether a call launches a Triton kernel, of ops that launch them themselves."""
 
+READ_ONCE: set[Any] = set()
+"""Library ops that know again what a ``mask`` says, until PyTorch notes that it is written to."""
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
