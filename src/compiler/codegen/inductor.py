@@ -111,8 +111,8 @@ def _makes_masks(graph: fx.GraphModule) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    returned = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return bool(returned) and returned[0].alias_info is not None
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 def _masks_in_own_memory() -> Any:
