@@ -26,7 +26,6 @@ import torch
 
 from ..errors import FusewrightError, first_line
 from ..kernels import choice
-from ..kernels.launch import has_triton
 from ..kernels.native import build
 from ..kernels.native import library as native
 from ..kernels.processor import instruction_set, model_name
@@ -196,18 +195,13 @@ def _inductor_kernels() -> dict[str, bytes]:
 
 def _machine() -> dict[str, str]:
     """What must be equal where compiled code is run again."""
-    sources, pytorch, python, _ = verdicts.environment()
+    sources, pytorch, python, *_ = verdicts.environment()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    triton = "none"
-    if has_triton():
-        import triton as package
-
-        triton = package.__version__
     return {
         "fusewright": sources.split()[-1][:16],
         "PyTorch": pytorch.removeprefix("torch "),
         "Python": python.removeprefix("python "),
-        "Triton": triton,
+        "Triton": choice.triton_version() or "none",
         "C library": " ".join(platform.libc_ver()),
         "processor": model_name(),
         "instructions": instruction_set(),

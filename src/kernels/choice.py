@@ -17,11 +17,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
-from .native.build import kept_folder, write_whole
+from .native.build import kept_folder, sources, write_whole
 from .tolerance import EXCEEDS, PEAK, exceeded
 
 VARIABLE = "FUSEWRIGHT_CHOICES"
@@ -129,8 +132,24 @@ class Choice:
         return text + (f"; {timed}" if timed else "") + (f"; {why}" if why else "") + ")"
 
 
-_CHOICES: dict[str, Choice] = {}
-"""By question: what this process has chosen."""
+_CHOICES: dict[tuple[str | None, str], Choice] = {}
+"""By machine and question: what this process has chosen; None: the machine of an earlier run."""
+
+_choosing = threading.RLock()
+"""Held while one thread chooses: races side by side would time each other."""
+
+
+def _forget_holder() -> None:
+    """In a forked process: the thread that holds the lock is not there."""
+    global _choosing
+    _choosing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_holder)
+
+NO_MEMORY = "out of memory"
+"""Why a candidate is refused for which there was none; there may be in the next process."""
 
 LATE = f"fixed: races have had their {ALLOWANCE:.0f} s"
 """The source of what was chosen after the races' time."""
@@ -178,7 +197,9 @@ def adopt(earlier: Iterable[dict[str, Any]]) -> None:
     for record in earlier:
         choice = _read(record, "resumed")
         if choice is not None:
-            _CHOICES[choice.question] = choice
+            for key in [key for key in _CHOICES if key[1] == choice.question]:
+                del _CHOICES[key]
+            _CHOICES[None, choice.question] = choice
 
 
 def records() -> list[dict[str, Any]]:
@@ -186,10 +207,10 @@ def records() -> list[dict[str, Any]]:
     return [asdict(choice) for choice in _CHOICES.values()]
 
 
-def known(question: Question) -> Choice | None:
+def known(question: Question, machine: str = "") -> Choice | None:
     """What this process has chosen; None if it has not, or by candidates that are not there."""
-    choice = _CHOICES.get(question.name)
-    return choice if choice is not None and _is_of(choice, question) else None
+    found = (_CHOICES.get((on, question.name)) for on in (None, machine))
+    return next((c for c in found if c is not None and _is_of(c, question)), None)
 
 
 def choose(question: Question, machine: str = "") -> Choice:
@@ -197,13 +218,15 @@ def choose(question: Question, machine: str = "") -> Choice:
 
     ``machine``: all that the choice depends on besides versions, for the file in which it is kept.
     """
-    before = known(question)
-    if before is not None:
-        return before
     if is_fixed():
-        return Choice(question.name, question.fixed, "fixed")
+        return known(question, machine) or Choice(question.name, question.fixed, "fixed")
+    with _choosing:
+        return known(question, machine) or _chosen(question, machine)
+
+
+def _chosen(question: Question, machine: str) -> Choice:
     names = ",".join(c.name for c in question.candidates)
-    version = f"{torch.__version__} {torch.version.git_version}"
+    version = f"{torch.__version__} {torch.version.git_version} {_sources()}"
     text = "\0".join((question.name, names, machine, version))
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     kept = _kept(key)
@@ -212,13 +235,33 @@ def choose(question: Question, machine: str = "") -> Choice:
         chosen = Choice(question.name, question.fixed, LATE)
     if chosen is None:
         chosen = race(question)
-        if chosen.source == "raced":
+        if _is_lasting(chosen):
             _keep(key, chosen, machine)
     chosen = _agreed(key, chosen, question)
-    _CHOICES[question.name] = chosen
-    if chosen.source not in ("fixed", LATE):  # those were not raced
+    _CHOICES[machine, question.name] = chosen
+    if _is_lasting(chosen):
         _KEPT[_file(key)] = _record(chosen, machine)
     return chosen
+
+
+def _is_lasting(choice: Choice) -> bool:
+    """Whether all that could be raced was raced: another process would find the same."""
+    is_raced = choice.source not in ("fixed", LATE)
+    return is_raced and not any(NO_MEMORY in why for why in choice.refused.values())
+
+
+@functools.cache
+def triton_version() -> str:
+    """The version of Triton, which is not imported; empty without one."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
+@functools.cache
+def _sources() -> str:
+    return sources(Path(__file__).parent)
 
 
 # --- the race -------------------------------------------------------------------------------------
@@ -395,7 +438,10 @@ def _results(
     """What a candidate computes; None if it fails, with the reason in ``refused``."""
     try:
         results = candidate.run(*inputs)
-    except Exception as error:  # also of a library's or of Triton's own kind, or out of memory
+    except (torch.OutOfMemoryError, MemoryError):
+        refused[candidate.name] = NO_MEMORY
+        return None
+    except Exception as error:  # also of a library's or of Triton's own kind
         refused[candidate.name] = first_line(error) or type(error).__name__
         return None
     return (results,) if isinstance(results, Tensor) else tuple(results)
@@ -432,6 +478,7 @@ def _alone(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if device.type == "cuda":
             stack.enter_context(torch.random.fork_rng([device]))
+            stack.enter_context(torch.cuda.device(device))  # whose stream is timed
         try:
             yield
         finally:

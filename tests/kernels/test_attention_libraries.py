@@ -264,6 +264,18 @@ def test_a_mask_is_read_once_and_again_when_it_has_changed(monkeypatch: pytest.M
     assert len(read) == 3
 
 
+def test_another_flash_attention_is_another_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of PyTorch's under the same name, and nobody has checked or timed it."""
+    heads = _heads(1, 2, 2, 9, 8, torch.bfloat16)
+    kinds = {libraries._kind(*heads, 0.3, True, None, None, None, None, None)}
+    for name in ("FA3", "FA4"):
+        monkeypatch.setattr(
+            torch.nn.attention, "current_flash_attention_impl", lambda name=name: name
+        )
+        kinds.add(libraries._kind(*heads, 0.3, True, None, None, None, None, None))
+    assert kinds == {"", "FA3", "FA4"}
+
+
 def test_another_mask_of_the_same_shape_is_computed_by_another_form(
     forms: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:

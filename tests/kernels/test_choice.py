@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -206,6 +207,33 @@ def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
     assert (found.question, found.source) == ("doubling", "kept")
     assert found.microseconds.keys() == {"fast", "plain"}
     assert choice.earlier("a third") == []
+
+
+def test_two_machines_in_one_process_have_their_own_choices() -> None:
+    """As two GPUs of different kinds are."""
+    clock = Clock()
+    slow = question(clock.candidate("fast", 2.0), clock.candidate("plain", 1.0))
+    assert choose(question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0)), "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice.race, "__defaults__", (clock,))
+        assert choose(slow, "other").candidate == "plain"
+    assert [each.source for each in choice.choices()] == ["raced", "raced"]
+
+
+def test_a_race_runs_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are of the current one, whose tensors others may be."""
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def device(which: Any) -> Iterator[None]:
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    second = torch.device("cuda", 1)
+    with choice._alone(second):
+        assert entered == [second]
 
 
 def test_without_a_folder_a_choice_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

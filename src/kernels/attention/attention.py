@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..direct import is_traced_here
-from ..launch import library_op, use_triton_dot, without_base
+from ..launch import READ_ONCE, library_op, use_triton_dot, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
 from ..native.library import are_real
@@ -295,6 +295,9 @@ _triton_backward_op = library_op(
     plain=attention_plain.backward,
     contest=attention_libraries.BACKWARD,
 )
+
+
+READ_ONCE.update((_table_op, _triton_forward_op, _triton_backward_op))
 
 
 # -- autograd --------------------------------------------------------------------------------------

@@ -337,6 +337,12 @@ def _fixed(*args: Any) -> str:
     return FLASH if dense else OWN
 
 
+def _kind(*args: Any) -> str:
+    """Which FlashAttention there is, where it is not PyTorch's, and what the mask says."""
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return ", ".join(filter(None, [active, _of_samples(*args)]))
+
+
 def _of_samples(*args: Any) -> str:
     """What the mask says of samples and windows, if it says nothing else and that matters."""
     mask = args[5]
@@ -358,7 +364,7 @@ FORWARD = Contest(
     _with_gradients,
     lambda q, *_: wide_enough(q.dtype),
     _fixed,
-    _of_samples,
+    _kind,
 )
 BACKWARD = Contest(
     (
@@ -370,5 +376,5 @@ BACKWARD = Contest(
     _backward_inputs,
     exact=lambda grad, q, *_: wide_enough(q.dtype),
     first=lambda grad, q, k, v, out, stats, *rest: _fixed(q, k, v, *rest[:-1]),
-    kind=lambda grad, q, k, v, out, stats, *rest: _of_samples(q, k, v, *rest[:-1]),
+    kind=lambda grad, q, k, v, out, stats, *rest: _kind(q, k, v, *rest[:-1]),
 )

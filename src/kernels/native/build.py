@@ -151,6 +151,16 @@ def source() -> str:
     return "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
 
 
+def sources(*folders: Path) -> str:
+    """A hash of the sources in these folders."""
+    texts = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                texts.update(path.read_bytes())
+    return texts.hexdigest()
+
+
 def compile_kernels(compiler: str, text: str, path: Path, flags: tuple[str, ...]) -> None:
     """Compile ``text`` into the library ``path``, of which others see all or nothing.
 

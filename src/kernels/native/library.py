@@ -97,7 +97,9 @@ def library() -> ctypes.CDLL | None:
 
 def kept_file() -> bytes | None:
     """The library's file, if this process has loaded one and it is still there."""
-    if library() is None or (file := start().file) is None or not file.exists():
+    if not has_started() or library() is None:
+        return None
+    if (file := start().file) is None or not file.exists():
         return None
     return file.read_bytes()
 

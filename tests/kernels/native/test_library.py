@@ -45,6 +45,16 @@ def test_it_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
+def test_a_library_that_nobody_needed_is_not_compiled_to_be_carried(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    monkeypatch.setattr(library, "_loading", None)
+    assert library.kept_file() is None
+    assert not library.has_started()
+    assert not (tmp_path / "compiler.calls").exists()
+
+
 @pytest.mark.parametrize("what", ["instruction_set", "source"])
 def test_another_processor_or_source_has_another_library(
     what: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
