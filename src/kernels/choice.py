@@ -132,8 +132,8 @@ class Choice:
         return text + (f"; {timed}" if timed else "") + (f"; {why}" if why else "") + ")"
 
 
-_CHOICES: dict[tuple[str | None, str], Choice] = {}
-"""By machine and question: what this process has chosen; None: the machine of an earlier run."""
+_CHOICES: dict[tuple[str, str], Choice] = {}
+"""By machine and question: what this process has chosen, or a run that it continues."""
 
 _choosing = threading.RLock()
 """Held while one thread chooses: races side by side would time each other."""
@@ -192,25 +192,24 @@ def is_fixed() -> bool:
 def adopt(earlier: Iterable[dict[str, Any]]) -> None:
     """Choose as the run that is continued did, so that it continues bit for bit.
 
+    On another machine its choices are neither right nor fast by what is known, and it races anew.
     What is not the record of a choice is left out: it was written by another version.
     """
     for record in earlier:
         choice = _read(record, "resumed")
-        if choice is not None:
-            for key in [key for key in _CHOICES if key[1] == choice.question]:
-                del _CHOICES[key]
-            _CHOICES[None, choice.question] = choice
+        if choice is not None and isinstance(record.get("machine"), str):
+            _CHOICES[record["machine"], choice.question] = choice
 
 
 def records() -> list[dict[str, Any]]:
     """What ``adopt`` takes, for a run's files."""
-    return [asdict(choice) for choice in _CHOICES.values()]
+    return [_record(choice, machine) for (machine, _), choice in _CHOICES.items()]
 
 
 def known(question: Question, machine: str = "") -> Choice | None:
     """What this process has chosen; None if it has not, or by candidates that are not there."""
-    found = (_CHOICES.get((on, question.name)) for on in (None, machine))
-    return next((c for c in found if c is not None and _is_of(c, question)), None)
+    found = _CHOICES.get((machine, question.name))
+    return found if found is not None and _is_of(found, question) else None
 
 
 def choose(question: Question, machine: str = "") -> Choice:

@@ -251,15 +251,27 @@ def test_a_run_that_is_continued_chooses_as_it_did() -> None:
     asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
     earlier: list[Any] = [
         {"question": "doubling", "candidate": "plain", "source": "raced",
-         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}},
+         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}, "machine": "A"},
         {"question": 1}, "x",
     ]  # fmt: skip
     choice.adopt(earlier)
-    found = choose(asked)
+    found = choose(asked, "A")
     assert (found.candidate, found.source) == ("plain", "resumed")
     assert choice.records()[0]["candidate"] == "plain"
     choice.adopt([{**choice.records()[0], "candidate": "of another version"}])
-    assert choose(asked).candidate in ("fast", "plain")
+    assert choose(asked, "A").candidate in ("fast", "plain")
+
+
+def test_what_another_machine_chose_is_not_taken_over() -> None:
+    clock = Clock()
+    asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
+    assert choose(asked, "A").candidate == "fast"
+    saved = [{**record, "candidate": "plain"} for record in choice.records()]
+    choice._CHOICES.clear()
+    choice.adopt(saved)
+    assert choose(asked, "A") == Choice(**{k: v for k, v in saved[0].items() if k != "machine"}
+                                        | {"source": "resumed"})  # fmt: skip
+    assert choose(asked, "B").candidate == "fast"
 
 
 def test_nothing_is_measured_if_choices_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
