@@ -147,8 +147,8 @@ def spans_kernel(
     """Write down which tiles each program would visit."""
     start = tl.program_id(0) * OWN
     first, free, free_end, end = span(
-        table, row_blocks, key_blocks, start, time, keys, time + keys, MODE, BY_KEY, OWN, TILE,
-        GRAIN, CHUNK,
+        table, table, row_blocks, key_blocks, start, time, keys, time + keys, 1, MODE, BY_KEY,
+        OWN, TILE, GRAIN, CHUNK,
     )  # fmt: skip
     spans += tl.program_id(0) * 4
     tl.store(spans, first)
