@@ -448,8 +448,9 @@ def _packed_example(m: Maker) -> tuple[Any, ...]:
 
 
 def _samples_example(m: Maker) -> tuple[Any, ...]:
-    positions = torch.arange(m.sizes.seq, device=m.device) % max(1, m.sizes.seq // 3)
-    return *_example(m)[:4], False, first_keys(positions.expand(m.sizes.batch, -1), 7)
+    order = torch.arange(m.sizes.seq, dtype=torch.int32, device=m.device)
+    starts = order - order % max(1, m.sizes.seq // 3)
+    return *_example(m)[:4], False, first_keys(starts.expand(m.sizes.batch, -1), 7)
 
 
 def _capped_example(m: Maker) -> tuple[Any, ...]:

@@ -13,21 +13,18 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ..op import sample_starts
-
 
 def is_first_keys(mask: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a mask is one of first keys."""
     return mask is not None and mask.dtype is torch.int32
 
 
-def first_keys(positions: Tensor, window: int | None = None) -> Tensor:
-    """Those of rows whose tokens have such positions (B, T) in their samples."""
-    first = sample_starts(positions)
+def first_keys(starts: Tensor, window: int | None = None) -> Tensor:
+    """Those of rows whose positions (B, T), int32, are in samples that begin at ``starts``."""
     if window is not None:
-        order = torch.arange(first.shape[1], dtype=torch.int32, device=first.device)
-        first = torch.maximum(first, order - (window - 1))
-    return first[:, None, :, None]
+        order = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
+        starts = torch.maximum(starts, order - (window - 1))
+    return starts[:, None, :, None]
 
 
 def last_positions(first: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""Masks of samples that share a row, which nobody makes where attention does not read them.
+
+Transformers makes a mask of all pairs of tokens in the forward of a backbone, and gives it to each
+layer. Of several samples in a row all that it says is which key each position sees first
+(``kernels/attention/first_keys.py``), so a ``SampleMask`` takes its place: a tensor that has no
+values until something reads them. A block is captured with the first keys, of which a node of its
+graph makes the mask; where rules have left nothing that reads that node, the mask is never made.
+All else (other blocks, hooks, a model's own code) finds the values that transformers would have
+made, made once.
+
+What a library's function makes is not assumed: it is called for two small rows, and what it returns
+is compared (``SampleMaskKinds``). Where it says anything else, as masks in chunks do, it is left to
+make its mask.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map_only
+
+from ..kernels.attention.first_keys import first_keys, sample_mask
+from ..kernels.op import sample_starts
+
+
+@dataclass
+class _Values:
+    """The values of a mask and of what shares memory with it."""
+
+    whole: Tensor | None = None
+    version: int = 0
+
+
+class SampleMask(Tensor):
+    """A mask (B, 1, T, T) whose values are made at the first use of them."""
+
+    _first: Tensor
+    _values: _Values
+
+    @staticmethod
+    def __new__(
+        cls, first: Tensor, dtype: torch.dtype, values: _Values | None = None
+    ) -> SampleMask:
+        """Make that of first keys (B, 1, T, 1)."""
+        batch, _, time, _ = first.shape
+        result: SampleMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, (batch, 1, time, time), dtype=dtype, device=first.device
+        )
+        result._first, result._values = first, values or _Values()
+        return result
+
+    def first(self) -> Tensor | None:
+        """The first keys; None where somebody may have written to the values."""
+        whole = self._values.whole
+        return self._first if whole is None or whole._version == self._values.version else None
+
+    def whole(self) -> Tensor:
+        """The mask as an ordinary tensor."""
+        values = self._values
+        if values.whole is None:
+            with torch.inference_mode(False), torch.no_grad():
+                values.whole = sample_mask(self._first, self.dtype)
+            values.version = values.whole._version
+        return values.whole
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Those that read memory, and not by way of an operator, get the values."""
+        if getattr(function, "__name__", "") in _READ_MEMORY:
+            args, kwargs = _made((args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Operators get the values."""
+        if function is torch.ops.aten.detach.default:
+            mask = args[0]
+            return SampleMask(mask._first, mask.dtype, mask._values)
+        args, kwargs = _made((args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+_READ_MEMORY = {
+    "numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage",
+    "__deepcopy__", "__reduce_ex__", "__repr__", "__format__",
+}  # fmt: skip
+
+
+def _made(values: Any) -> Any:
+    return tree_map_only(SampleMask, SampleMask.whole, values)
+
+
+# --- arguments of blocks --------------------------------------------------------------------------
+
+Places = tuple[tuple[int | str, torch.dtype], ...]
+"""Which arguments are masks, by number or name, and their dtypes."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """In place of the code of a region: it is called with first keys, and captured apart."""
+
+    code: Hashable
+    places: Places
+
+
+def with_whole_masks(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with masks as they would have been."""
+    if not tree_any(lambda value: isinstance(value, SampleMask), (args, kwargs)):
+        return args, kwargs
+    made: tuple[tuple[Any, ...], dict[str, Any]] = _made((args, kwargs))
+    return made
+
+
+def with_first_keys(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Places]:
+    """The arguments of a call, with first keys in place of masks, and where these are."""
+    named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    masks = {place: v for place, v in named.items() if isinstance(v, SampleMask)}
+    first = {place: mask.first() for place, mask in masks.items()}
+    known = {place: keys for place, keys in first.items() if keys is not None}
+    if not known:
+        return args, kwargs, ()
+    args = tuple(known.get(i, a) for i, a in enumerate(args))
+    kwargs = {name: known.get(name, value) for name, value in kwargs.items()}
+    return args, kwargs, tuple((place, masks[place].dtype) for place in known)
+
+
+def making_masks(function: Callable[..., Any], places: Places) -> Callable[..., Any]:
+    """``function``, a forward, called with first keys of which it makes its masks."""
+
+    @functools.wraps(function)
+    def forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        values = list(args)
+        for place, dtype in places:
+            if isinstance(place, int):
+                values[place] = sample_mask(values[place], dtype)
+            else:
+                kwargs[place] = sample_mask(kwargs[place], dtype)
+        return function(module, *values, **kwargs)
+
+    return forward
+
+
+# --- what functions make ---------------------------------------------------------------------------
+
+_TIME, _WINDOW = 11, 3
+"""Positions of the rows that are tried, and their window, where there is one."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    dtype: torch.dtype
+    slides: bool
+
+
+@dataclass
+class SampleMaskKinds:
+    """What functions that make masks have made of samples."""
+
+    _kinds: dict[Hashable, _Kind | None] = field(default_factory=dict)
+
+    def mask(
+        self, function: Callable[..., Any], kwargs: Mapping[str, Any], starts: Tensor
+    ) -> SampleMask | None:
+        """What a call returns whose samples begin at ``starts`` (B, T), int32; None if unknown."""
+        config, inputs = kwargs["config"], kwargs["inputs_embeds"]
+        if any(value is not None for name, value in kwargs.items() if name not in _READ):
+            return None
+        if torch._C._are_functorch_transforms_active():
+            return None
+        settings = {k: v for k, v in vars(config).items() if isinstance(v, (bool, int, str))}
+        window = settings.pop(_SLIDES, None)
+        key = function, type(config), inputs.dtype, window is None, *settings.items()
+        if key not in self._kinds:
+            self._kinds[key] = _kind(function, config, inputs.dtype, window)
+        kind = self._kinds[key]
+        if kind is None:
+            return None
+        return SampleMask(first_keys(starts, window if kind.slides else None), kind.dtype)
+
+
+_READ, _SLIDES = ("config", "inputs_embeds", "position_ids"), "sliding_window"
+
+
+@functools.lru_cache(maxsize=256)
+def makes_masks(function: Callable[..., Any]) -> bool:
+    """Whether a function makes masks that may be told of positions."""
+    parameters = inspect.signature(function).parameters
+    return {"config", "inputs_embeds", "attention_mask", "position_ids"} <= set(parameters)
+
+
+def _kind(
+    function: Callable[..., Any], config: Any, dtype: torch.dtype, window: int | None
+) -> _Kind | None:
+    """What ``function`` makes of two rows of samples, in windows of three where it has any."""
+    order = torch.arange(_TIME)
+    positions = torch.stack([order % 7, (order + 5) % 9 % 6])  # the second begins midway
+    starts, config = sample_starts(positions), copy.copy(config)
+    arguments = dict.fromkeys(inspect.signature(function).parameters)
+    arguments = {n: None for n in ("attention_mask", "cache", "past_key_values") if n in arguments}
+    try:
+        if window is not None:
+            setattr(config, _SLIDES, _WINDOW)
+        with torch.no_grad():
+            inputs = torch.zeros(2, _TIME, 1, dtype=dtype)
+            mask = function(
+                config=config, inputs_embeds=inputs, position_ids=positions, **arguments
+            )
+    except Exception:  # whatever it wants: it is left to make its masks
+        return None
+    if not isinstance(mask, Tensor):
+        return None
+    for slides in (False, True) if window is not None else (False,):
+        expected = sample_mask(first_keys(starts, _WINDOW if slides else None), mask.dtype)
+        if mask.shape == expected.shape and torch.equal(mask, expected):
+            return _Kind(mask.dtype, slides)
+    return None
