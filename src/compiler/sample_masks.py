@@ -146,13 +146,12 @@ def making_masks(function: Callable[..., Any], places: Places) -> Callable[..., 
 
     @functools.wraps(function)
     def forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-        values = list(args)
+        # not in place: TorchDynamo would return what it finds in the arguments of the call
+        values = {**dict(enumerate(args)), **kwargs}
         for place, dtype in places:
-            if isinstance(place, int):
-                values[place] = sample_mask(values[place], dtype)
-            else:
-                kwargs[place] = sample_mask(kwargs[place], dtype)
-        return function(module, *values, **kwargs)
+            values[place] = sample_mask(values[place], dtype)
+        positional = [values.pop(i) for i in range(len(args))]
+        return function(module, *positional, **values)
 
     return forward
 
