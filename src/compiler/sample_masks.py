@@ -42,7 +42,7 @@ class SampleMask(Tensor):
     """A mask (B, 1, T, T) whose values are made at the first use of them."""
 
     _first: Tensor
-    _values: _Values
+    _made: _Values
 
     @staticmethod
     def __new__(
@@ -53,17 +53,17 @@ class SampleMask(Tensor):
         result: SampleMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, (batch, 1, time, time), dtype=dtype, device=first.device
         )
-        result._first, result._values = first, values or _Values()
+        result._first, result._made = first, values or _Values()
         return result
 
     def first(self) -> Tensor | None:
         """The first keys; None where somebody may have written to the values."""
-        whole = self._values.whole
-        return self._first if whole is None or whole._version == self._values.version else None
+        whole = self._made.whole
+        return self._first if whole is None or whole._version == self._made.version else None
 
     def whole(self) -> Tensor:
         """The mask as an ordinary tensor."""
-        values = self._values
+        values = self._made
         if values.whole is None:
             with torch.inference_mode(False), torch.no_grad():
                 values.whole = sample_mask(self._first, self.dtype)
@@ -76,19 +76,19 @@ class SampleMask(Tensor):
     ) -> Any:
         """Those that read memory, and not by way of an operator, get the values."""
         if getattr(function, "__name__", "") in _READ_MEMORY:
-            args, kwargs = _made((args, kwargs or {}))
+            args, kwargs = _whole((args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # 2026-12-01: torch types it as a function
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Operators get the values."""
         if function is torch.ops.aten.detach.default:
             mask = args[0]
-            return SampleMask(mask._first, mask.dtype, mask._values)
-        args, kwargs = _made((args, kwargs or {}))
+            return SampleMask(mask._first, mask.dtype, mask._made)
+        args, kwargs = _whole((args, kwargs or {}))
         return function(*args, **kwargs)
 
 
@@ -98,7 +98,7 @@ _READ_MEMORY = {
 }  # fmt: skip
 
 
-def _made(values: Any) -> Any:
+def _whole(values: Any) -> Any:
     return tree_map_only(SampleMask, SampleMask.whole, values)
 
 
@@ -122,7 +122,7 @@ def with_whole_masks(
     """The arguments of a call, with masks as they would have been."""
     if not tree_any(lambda value: isinstance(value, SampleMask), (args, kwargs)):
         return args, kwargs
-    made: tuple[tuple[Any, ...], dict[str, Any]] = _made((args, kwargs))
+    made: tuple[tuple[Any, ...], dict[str, Any]] = _whole((args, kwargs))
     return made
 
 
@@ -130,7 +130,7 @@ def with_first_keys(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Places]:
     """The arguments of a call, with first keys in place of masks, and where these are."""
-    named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    named: dict[Any, Any] = {**_numbered(args), **kwargs}
     masks = {place: v for place, v in named.items() if isinstance(v, SampleMask)}
     first = {place: mask.first() for place, mask in masks.items()}
     known = {place: keys for place, keys in first.items() if keys is not None}
@@ -141,13 +141,17 @@ def with_first_keys(
     return args, kwargs, tuple((place, masks[place].dtype) for place in known)
 
 
+def _numbered(args: tuple[Any, ...]) -> dict[Any, Any]:
+    return dict(enumerate(args))
+
+
 def making_masks(function: Callable[..., Any], places: Places) -> Callable[..., Any]:
     """``function``, a forward, called with first keys of which it makes its masks."""
 
     @functools.wraps(function)
     def forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
         # not in place: TorchDynamo would return what it finds in the arguments of the call
-        values = {**dict(enumerate(args)), **kwargs}
+        values: dict[Any, Any] = {**_numbered(args), **kwargs}
         for place, dtype in places:
             values[place] = sample_mask(values[place], dtype)
         positional = [values.pop(i) for i in range(len(args))]
@@ -156,7 +160,7 @@ def making_masks(function: Callable[..., Any], places: Places) -> Callable[..., 
     return forward
 
 
-# --- what functions make ---------------------------------------------------------------------------
+# --- what functions make --------------------------------------------------------------------------
 
 _TIME, _WINDOW = 11, 3
 """Positions of the rows that are tried, and their window, where there is one."""
@@ -184,7 +188,8 @@ class SampleMaskKinds:
         if torch._C._are_functorch_transforms_active():
             return None
         settings = {k: v for k, v in vars(config).items() if isinstance(v, (bool, int, str))}
-        window = settings.pop(_SLIDES, None)
+        settings.pop(_SLIDES, None)
+        window = getattr(config, _SLIDES, None)
         key = function, type(config), inputs.dtype, window is None, *settings.items()
         if key not in self._kinds:
             self._kinds[key] = _kind(function, config, inputs.dtype, window)

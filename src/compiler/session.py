@@ -249,6 +249,7 @@ class Session:
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
             goes_around = state.watches.goes_around(module, error)
+            reads_mask = isinstance(cause or error, WholeMask)
         finally:
             (
                 state.region, state.function, state.mark, state.no_gradient, state.first_input,
@@ -257,7 +258,7 @@ class Session:
         if goes_around:
             self.log.note(module, f"a part of it runs as it was: {text}")
             return self.call(module, capture, original, context, no_gradient, plain)
-        if plain is not None and isinstance(cause or error, WholeMask):
+        if plain is not None and reads_mask:
             state.as_given.add(type(module))
             return self.call(module, plain(), original, context, no_gradient)
         if no_gradient is not None:

@@ -542,7 +542,9 @@ def _causal(start: int, stop: int, low: int, window: int | None) -> Tensor:
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def _of_samples(first: Tensor, start: int) -> tuple[int, int, Tensor, None]:
+def _of_samples(
+    first: Tensor, start: int
+) -> tuple[int, int, Tensor | None, Tensor | None]:  # fmt: skip
     # ``_masked`` of the first keys (positions, 1) of positions from ``start`` on.
     low, high = int(first[0]), start + len(first)
     part = start if int(first[-1]) == low else low  # what all see has nothing to be hidden

@@ -217,7 +217,7 @@ def _of_first(first: Tensor, batch: int, is_so: Tensor | None = None) -> SampleE
     ends = torch.cat([starts, starts.new_tensor([batch * time])])
     longest, width = int(ends.diff().max()), int(told[-1])
     within = None if width == longest else width
-    return SampleEnds(ends.to(mask.device, torch.int32), longest, within)
+    return SampleEnds(ends.to(first.device, torch.int32), longest, within)
 
 
 def _require_samples(mask: Tensor, q: Tensor) -> SampleEnds:

@@ -22,7 +22,7 @@ _LOG2E = math.log2(math.e)
 
 
 def mask_table(mask: Tensor) -> Tensor:
-    """The table that ``attention_tiles_triton.table_kernel`` makes; last positions of first keys."""
+    """The table that ``attention_triton.mask_table`` makes."""
     if is_first_keys(mask):
         return last_positions(mask)
     rows, keys = mask.shape[2:]

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..attention.first_keys import is_first_keys
 from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 3
@@ -82,7 +81,9 @@ def _run(
     q, v = (cast("Tensor", operands[key]) for key in ("q", "v"))
     (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
     sizes = batch, heads, groups, time, keys, dim, value_dim
-    call = _Call(*sizes, causal, window or keys + time, is_first_keys(operands["mask"]))
+    mask = operands["mask"]
+    is_first_keys = mask is not None and mask.dtype is torch.int32
+    call = _Call(*sizes, causal, window or keys + time, is_first_keys)
     for key, t in operands.items():
         if t is not None:  # a dimension of size 1 is the same element for all
             strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
