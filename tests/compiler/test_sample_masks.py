@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -138,6 +139,12 @@ def _arguments(implementation: str, **options: Any) -> tuple[dict[str, Any], Ten
     return {**arguments, "attention_mask": None, "cache": None}, sample_starts(positions)
 
 
+@pytest.fixture
+def _none_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_masks, "SHORT", 1)
+
+
+@pytest.mark.usefixtures("_none_is_short")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["create_causal_mask", "create_sliding_window_causal_mask"])
 def test_values_are_transformers(name: str, implementation: str) -> None:
@@ -150,7 +157,8 @@ def test_values_are_transformers(name: str, implementation: str) -> None:
     assert torch.equal(mask + 0, expected + 0)
 
 
-def test_other_masks_are_left_alone() -> None:
+@pytest.mark.usefixtures("_none_is_short")
+def test_other_masks_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds, (arguments, starts) = SampleMaskKinds(), _arguments("sdpa", attention_chunk_size=20)
 
     def also(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -162,15 +170,22 @@ def test_other_masks_are_left_alone() -> None:
         given = config, inputs_embeds, attention_mask, cache, position_ids
         return masking_utils.create_causal_mask(*given).roll(1, -1)
 
-    causal = masking_utils.create_causal_mask
+    causal, shifted.__module__ = masking_utils.create_causal_mask, masking_utils.__name__
     assert kinds.mask(causal, {**arguments, "and_mask_function": also}, starts) is None
     assert kinds.mask(causal, {**arguments, "attention_mask": starts > -1}, starts) is None
     assert kinds.mask(masking_utils.create_chunked_causal_mask, arguments, starts) is None
     assert kinds.mask(masking_utils.create_bidirectional_mask, arguments, starts) is None
     assert kinds.mask(shifted, arguments, starts) is None
+    other = functools.wraps(causal)(lambda **kwargs: causal(**kwargs))
+    assert kinds.mask(other, arguments, starts) is not None
+    other.__module__ = "remote_code"  # it may have numbers of its own
+    assert kinds.mask(other, arguments, starts) is None
     arguments["config"]._attn_implementation = "flash_attention_2"
     assert kinds.mask(causal, arguments, starts) is None
-    assert kinds.mask(causal, _arguments("sdpa")[0], starts) is not None
+    arguments, starts = _arguments("sdpa")
+    assert kinds.mask(causal, arguments, starts) is not None
+    monkeypatch.setattr(sample_masks, "SHORT", 97)
+    assert kinds.mask(causal, arguments, starts) is None
 
 
 @pytest.fixture
@@ -181,15 +196,16 @@ def keys() -> Tensor:
 def test_readers_find_values(keys: Tensor) -> None:
     mask, values = SampleMask(keys, torch.bool), sample_mask(keys)
     assert isinstance(mask.detach(), SampleMask)
-    assert mask.tolist() == values.tolist()
-    assert (mask.numpy() == values.numpy()).all()
-    assert repr(mask) == repr(values)
-    assert torch.equal(copy.deepcopy(mask), values)
     assert torch.equal(~mask, ~values)
     assert torch.equal(torch.cat([mask, mask]), torch.cat([values, values]))
     assert mask.to("cpu") is mask
     assert mask.first() is keys
     assert mask.whole() is mask.whole()
+    assert mask.tolist() == values.tolist()
+    assert repr(mask) == repr(values)
+    assert torch.equal(copy.deepcopy(mask), values)
+    assert (mask.numpy() == values.numpy()).all()
+    assert mask.first() is None  # an array may be written to
 
 
 def test_a_written_mask_is_what_was_written(keys: Tensor) -> None:
