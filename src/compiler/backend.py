@@ -244,7 +244,7 @@ def recognise_and_fuse(work: Compilation) -> None:
     close_weights(opened)
     pack_stacks(work.graph)
     if any(True for _ in masks_left(work.graph)):
-        raise WholeMask("something reads the mask of samples that share a row as a whole")
+        raise WholeMask("something reads the mask of samples that share a row")
 
 
 def defer(work: Compilation) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..kernels.attention.first_keys import first_keys, sample_mask
 from ..kernels.op import sample_starts
@@ -129,16 +129,26 @@ def with_whole_masks(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call, with masks as they would have been."""
-    if not tree_any(lambda value: isinstance(value, SampleMask), (args, kwargs)):
+    if not _has_masks((args, kwargs)):
         return args, kwargs
     made: tuple[tuple[Any, ...], dict[str, Any]] = _whole((args, kwargs))
     return made
+
+
+def _has_masks(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_masks, value))
+    if isinstance(value, dict):
+        return any(map(_has_masks, value.values()))
+    return type(value) is SampleMask
 
 
 def with_first_keys(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Places]:
     """The arguments of a call, with first keys in place of masks, and where these are."""
+    if not any(type(v) is SampleMask for v in (*args, *kwargs.values())):
+        return args, kwargs, ()
     named: dict[Any, Any] = {**_numbered(args), **kwargs}
     masks = {place: v for place, v in named.items() if isinstance(v, SampleMask)}
     first = {place: mask.first() for place, mask in masks.items()}

@@ -259,6 +259,7 @@ class Session:
             self.log.note(module, f"a part of it runs as it was: {text}")
             return self.call(module, capture, original, context, no_gradient, plain)
         if plain is not None and reads_mask:
+            self.log.note(module, _READS_MASK)
             state.as_given.add(type(module))
             return self.call(module, plain(), original, context, no_gradient)
         if no_gradient is not None:
@@ -384,5 +385,7 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
         if varying:
             _config.allow_unspec_int_on_nn_module = integers
 
+
+_READS_MASK = "its mask of samples that share a row is made: not only attention that is fused reads it"
 
 _WEAK = "invalidate_compile_context_weakrefs"

@@ -115,6 +115,8 @@ def test_what_else_reads_a_mask_finds_it() -> None:
     optimize(model, codegen="eager")
     with mock.patch.object(sample_masks, "sample_mask", wraps=sample_mask) as made:
         _assert_close(_step(model, batch), expected)
+        notes = [b.reason for b in explain(model).bypasses]
+        assert any("mask of samples" in reason for reason in notes)
         kept, count = active(model.model.layers[0]), made.call_count
         assert kept is not None
         assert kept.session.state.as_given == {type(model.model.layers[0])}
