@@ -214,8 +214,6 @@ class SampleMaskKinds:
             return None
         if starts.shape[1] < SHORT or function.__module__ != _LIBRARY:
             return None
-        if torch._C._are_functorch_transforms_active():
-            return None
         settings = {k: v for k, v in vars(config).items() if isinstance(v, (bool, int, str))}
         window = getattr(config, _SLIDES, None)
         key = function, type(config), inputs.dtype, *settings.items()

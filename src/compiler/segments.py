@@ -89,7 +89,8 @@ class ModelStep:
 def _is_same(one: Any, other: Tensor) -> bool:
     """Whether two tensors are the same elements."""
     # models take the positions in the text from those of several axes
-    return isinstance(one, Tensor) and (
+    is_plain = isinstance(one, Tensor) and not torch._C._are_functorch_transforms_active()
+    return is_plain and (
         one is other
         or (one.data_ptr(), one.shape, one.stride(), one.dtype)
         == (other.data_ptr(), other.shape, other.stride(), other.dtype)

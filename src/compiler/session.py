@@ -386,6 +386,6 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
             _config.allow_unspec_int_on_nn_module = integers
 
 
-_READS_MASK = "its mask of samples that share a row is made: not only attention that is fused reads it"
+_READS_MASK = "its mask of samples that share a row is made: not only fused attention reads it"
 
 _WEAK = "invalidate_compile_context_weakrefs"
