@@ -237,8 +237,8 @@ def test_arguments(keys: Tensor) -> None:
     assert torch.equal(kwargs["all"]["full"], sample_mask(keys))
     assert type(kwargs["all"]["full"]) is Tensor
 
-    def forward(module: Any, x: Tensor, mask: Tensor, **others: Any) -> Any:
-        return module, x, mask, others
+    def forward(module: Any, x: Tensor, other: Tensor, **rest: Any) -> Any:
+        return module, x, other, rest
 
     made = sample_masks.making_masks(forward, places)("block", *args, **kwargs)
     assert made[:2] == ("block", x)
