@@ -133,10 +133,7 @@ def check_first_keys() -> None:
         last = mask_table(first)
         whole = sample_mask(first)
         assert torch.equal(last[:, 0, :, 0], time - 1 - whole[:, 0].flip(1).int().argmax(1).int())
-        for own, tile, by_key in ((128, 32, False), (32, 64, True), (64, 64, False)):
-            table = mask_table(whole[:1])
-            tiles = spans(whole[:1], table, own, tile, by_key)
-            assert spans(first[:1], last[:1], own, tile, by_key) == tiles, (own, tile, by_key)
+        check_spans_of(first[:1], last[:1], whole[0, 0], whole[0, 0], str(window))
 
 
 def check_rows_that_see_nothing() -> None:
@@ -210,18 +207,23 @@ def check_spans() -> None:
             table = mask_table(mask)
             seen = mask if mask.dtype is torch.bool else mask > -torch.inf
             whole = mask if mask.dtype is torch.bool else mask == 0
-            for own, tile, by_key in ((128, 32, False), (32, 64, True), (64, 64, False)):
-                some, every = (t[0, 0].T if by_key else t[0, 0] for t in (seen, whole))
-                found = spans(mask, table, own, tile, by_key)
-                for i, (first, free, free_end, end) in enumerate(found):
-                    part = some[i * own : (i + 1) * own]
-                    assert first <= free <= free_end <= end, name
-                    assert not part[:, : first * tile].any(), name
-                    assert not part[:, end * tile :].any(), name
-                    assert every[i * own : (i + 1) * own, free * tile : free_end * tile].all()
-                    if first < end:  # both ends touch what is seen
-                        assert part[:, first * tile : (first + 1) * tile].any(), name
-                        assert part[:, (end - 1) * tile : end * tile].any(), name
+            check_spans_of(mask, table, seen[0, 0], whole[0, 0], name)
+
+
+def check_spans_of(mask: Tensor, table: Tensor, seen: Tensor, whole: Tensor, name: str) -> None:
+    """``seen`` and ``whole`` are where a mask (1, 1, T, S) shows a key, and adds nothing to it."""
+    for own, tile, by_key in ((128, 32, False), (32, 64, True), (64, 64, False)):
+        some, every = (t.T if by_key else t for t in (seen, whole))
+        found = spans(mask, table, own, tile, by_key)
+        for i, (first, free, free_end, end) in enumerate(found):
+            part = some[i * own : (i + 1) * own]
+            assert first <= free <= free_end <= end, name
+            assert not part[:, : first * tile].any(), name
+            assert not part[:, end * tile :].any(), name
+            assert every[i * own : (i + 1) * own, free * tile : free_end * tile].all(), name
+            if first < end:  # both ends touch what is seen
+                assert part[:, first * tile : (first + 1) * tile].any(), name
+                assert part[:, (end - 1) * tile : end * tile].any(), name
 
 
 def check_work_grows_with_the_squares_of_the_lengths() -> None:
