@@ -26,7 +26,7 @@ CHUNK = 128
 
 
 def _config(
-    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu
+    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu, mode: str
 ) -> dict[str, int]:  # fmt: skip
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
     d, e = (max(16, next_power_of_2(n)) for n in (dim, value_dim))
@@ -40,7 +40,9 @@ def _config(
     elif wide > 128:
         m, n, warps, stages = _WIDE[kernel]
     elif kernel == "forward":
-        m, n, warps, stages = 128, 64, 8, 2
+        # with first keys, wide tiles spill registers on Blackwell's cards for games
+        narrow = mode == "samples" and wide > 64 and gpu.generation == 12
+        m, n, warps, stages = 128, 32 if narrow else 64, 8, 2
     elif kernel == "queries":
         m, n, warps, stages = (128, 32, 8, 2) if wide <= 64 or strong else (64, 32, 4, 2)
     elif wide > 64:  # on Blackwell's data-centre cards, a second stage spills registers
@@ -156,7 +158,7 @@ class _Call:
     def config(self, kernel: str) -> dict[str, Any]:
         """The constants and options of a launch."""
         dims = self.q.shape[3], self.v.shape[3]
-        chosen = _config(kernel, *dims, self.q.dtype, gpu_of(self.q))
+        chosen = _config(kernel, *dims, self.q.dtype, gpu_of(self.q), self.flags["MODE"])
         return self.flags | chosen | {"enable_fp_fusion": FP_FUSION}
 
 
@@ -240,10 +242,11 @@ def _of_keys(
 def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: int) -> AotCase:
     """A kernel in the arithmetic of ``dtype``, with a mask of ``mask`` or without one."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    config = _config(name, dim, value_dim, torch_dtype, gpu_of(torch.empty(0)))
     modes = {"u8": "boolean", "causal": "causal", "i32": "samples"}
+    mode = modes.get(mask, "additive")
+    config = _config(name, dim, value_dim, torch_dtype, gpu_of(torch.empty(0)), mode)
     constants = {k: v for k, v in config.items() if k.isupper()} | {
-        "MODE": modes.get(mask, "additive"), "PRECISION": "ieee", "HALF": dtype == "fp16",
+        "MODE": mode, "PRECISION": "ieee", "HALF": dtype == "fp16",
         "DIM": dim, "VALUE_DIM": value_dim, "HEADS": HEADS, "PER_HEAD": mask == dtype,
         "GRADS": "both", "NEEDS_DQ": True, "mask_key": 1, "SINKS": mask != "u8",
         "CAPPED": mask == dtype,
