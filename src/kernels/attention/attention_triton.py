@@ -40,8 +40,8 @@ def _config(
     elif wide > 128:
         m, n, warps, stages = _WIDE[kernel]
     elif kernel == "forward":
-        # with first keys, wide tiles spill registers on Blackwell's cards for games
-        narrow = mode == "samples" and wide > 64 and gpu.generation == 12
+        # with first keys, wider tiles spill registers where these hold a product's operands
+        narrow = mode == "samples" and wide > 64 and not (strong or gpu.hip)
         m, n, warps, stages = 128, 32 if narrow else 64, 8, 2
     elif kernel == "queries":
         m, n, warps, stages = (128, 32, 8, 2) if wide <= 64 or strong else (64, 32, 4, 2)
