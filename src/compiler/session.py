@@ -27,7 +27,14 @@ from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
 from .segments import ByRows, StepSegments
-from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
+from .sharing import (
+    CaptureError,
+    InputGradient,
+    SharedFunction,
+    Stage,
+    WholeMask,
+    require_no_hooks,
+)
 from .units import Units
 from .watch import Watches
 from .withheld import WithheldCache
@@ -117,7 +124,8 @@ class CallState:
     no_gradient: Tensor | None = None
     first_input: Tensor | None = None  # of the call at hand
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
-    without_boundaries: set[type] = field(default_factory=set)  # and those with ``Boundaries``
+    # those that are given boundaries and masks as they are
+    as_given: set[type] = field(default_factory=set)
     has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
     # what Inductor needs first, found in the background since the first call
@@ -140,6 +148,20 @@ class CallState:
         """Raise ``InputGradient``, with the reason, if the graph of this call gets a leaf."""
         if self.no_gradient is not None:
             raise InputGradient(reason)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A call of a region by its captured graph.
+
+    ``compiled`` makes, or finds, what runs the graph. ``mark`` is called before a capture: it tells
+    TorchDynamo which sizes vary.
+    """
+
+    compiled: Callable[[], Callable[..., Any]]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mark: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,26 +201,23 @@ class Session:
     def call(
         self,
         module: nn.Module,
-        compiled: Callable[[], Callable[..., Any]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        capture: Capture,
         original: Callable[[], Any],
         context: Callable[[Any], AbstractContextManager[None]] = nullcontext,
-        mark: Callable[[], None] | None = None,
         no_gradient: Tensor | None = None,
-        plain: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+        plain: Callable[[], Capture] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
         In a block or norm nothing has run when capture fails; what has in a head is replayed. An
         error of the model's own code comes out of ``original`` again, as it would have without us.
 
-        ``compiled`` makes, or finds, what runs the graph; ``original`` is the same call of the
-        original forward. ``context`` makes what surrounds the captured call, and only that, of
-        ``no_gradient``, an input in whose place a leaf is tried first. ``mark`` is called before a
-        capture: it tells TorchDynamo which sizes vary. ``plain`` are the arguments, where some of
-        ``args`` and ``kwargs`` are shown as something else.
+        ``original`` is the same call of the original forward. ``context`` makes what surrounds the
+        captured call, and only that, of ``no_gradient``, an input in whose place a leaf is tried
+        first. ``plain`` makes the same call with its own arguments, where some of those of
+        ``capture`` are shown as something else.
         """
+        args, kwargs = capture.args, capture.kwargs
         state = self.state
         if not state.started:
             self._start(module)
@@ -206,12 +225,12 @@ class Session:
             state.region, state.function, state.mark, state.no_gradient, state.first_input,
             state.has_run,
         )  # fmt: skip
-        state.region, state.mark, state.no_gradient = module, mark, no_gradient
+        state.region, state.mark, state.no_gradient = module, capture.mark, no_gradient
         state.first_input = first_tensor(args, kwargs)
         # where a graph is left midway, the original code draws the same numbers, and counts once
         before = _Before(module, state.watches) if state.watches.parts else None
         try:
-            run = compiled()
+            run = capture.compiled()
             with context(no_gradient):
                 return run(module, *args, **kwargs)
         except PartChanged as error:
@@ -230,6 +249,7 @@ class Session:
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
             goes_around = state.watches.goes_around(module, error)
+            reads_mask = isinstance(cause or error, WholeMask)
         finally:
             (
                 state.region, state.function, state.mark, state.no_gradient, state.first_input,
@@ -237,15 +257,17 @@ class Session:
             ) = outer  # fmt: skip
         if goes_around:
             self.log.note(module, f"a part of it runs as it was: {text}")
-            return self.call(
-                module, compiled, args, kwargs, original, context, mark, no_gradient, plain
-            )
+            return self.call(module, capture, original, context, no_gradient, plain)
+        if plain is not None and reads_mask:
+            self.log.note(module, _READS_MASK)
+            state.as_given.add(type(module))
+            return self.call(module, plain(), original, context, no_gradient)
         if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return self.call(module, compiled, args, kwargs, original, context, mark, plain=plain)
+            return self.call(module, capture, original, context, plain=plain)
         if plain is not None:
-            state.without_boundaries.add(type(module))
-            return self.call(module, compiled, *plain, original, context, mark)
+            state.as_given.add(type(module))
+            return self.call(module, plain(), original, context)
         undo_split = self.choices.split(module, self)
         try:
             result = original()
@@ -363,5 +385,7 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
         if varying:
             _config.allow_unspec_int_on_nn_module = integers
 
+
+_READS_MASK = "its mask of samples that share a row is made: not only fused attention reads it"
 
 _WEAK = "invalidate_compile_context_weakrefs"

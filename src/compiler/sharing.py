@@ -88,6 +88,10 @@ class UnfrozenWeight(TorchDynamoException):
     """A weight needs a gradient that needed none when its block was compiled."""
 
 
+class WholeMask(TorchDynamoException):
+    """A block that was given first keys reads the mask that is made of them."""
+
+
 class HooksOnParameters(TorchDynamoException):
     """Hooks on parameters would be called fewer times than in eager mode."""
 
