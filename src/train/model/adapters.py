@@ -15,6 +15,7 @@ from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
 from .multimodal import freeze, is_in, language_path, tower_pattern, towers
+from .precision import computes_in
 from .quantize import head_modules
 
 Say = Callable[[str], None]
@@ -37,7 +38,26 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
     freeze(model.get_base_model(), places)
+    _require_wide_gradients(model, recipe)
     return model
+
+
+def _require_wide_gradients(model: Any, recipe: Recipe) -> None:
+    """Raise a RecipeError where gradients would be float16, which no scaler can check and unscale.
+
+    DeepSpeed has its own.
+    """
+    if computes_in(recipe.precision()) != "float16" or recipe.strategy().deepspeed is not None:
+        return
+    named = model.named_parameters()
+    narrow = [name for name, p in named if p.requires_grad and p.dtype is torch.float16]
+    if narrow:
+        more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
+        raise RecipeError(
+            f"fp16: {narrow[0]}{more} would be trained in float16, and scaled losses need gradients "
+            "of float32: leave out lora_modules_to_save, peft_autocast_adapter_dtype: false or what "
+            "else trains it, or set float32: true"
+        )
 
 
 def _with_adapter(model: Any, recipe: Recipe, say: Say | None) -> Any:
