@@ -54,9 +54,9 @@ def _require_wide_gradients(model: Any, recipe: Recipe) -> None:
     if narrow:
         more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
         raise RecipeError(
-            f"fp16: {narrow[0]}{more} would be trained in float16, and scaled losses need gradients "
-            "of float32: leave out lora_modules_to_save, peft_autocast_adapter_dtype: false or what "
-            "else trains it, or set float32: true"
+            f"fp16: {narrow[0]}{more} would be trained in float16, and a scaled loss needs "
+            "gradients of float32: leave out what trains it (lora_modules_to_save, "
+            "peft_autocast_adapter_dtype: false), or set float32: true"
         )
 
 
