@@ -38,25 +38,30 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
     freeze(model.get_base_model(), places)
-    _require_wide_gradients(model, recipe)
+    if computes_in(recipe.precision()) == "float16" and recipe.strategy().deepspeed is None:
+        _widen_gradients(model)  # DeepSpeed has a scaler of its own
     return model
 
 
-def _require_wide_gradients(model: Any, recipe: Recipe) -> None:
-    """Raise a RecipeError where gradients would be float16, which no scaler can check and unscale.
+def _widen_gradients(model: Any) -> None:
+    """Let gradients be float32: PyTorch's scaler unscales no others.
 
-    DeepSpeed has its own.
+    Whole modules that are trained get weights in float32, which autocast computes with. Raises a
+    RecipeError if anything else would be trained in float16.
     """
-    if computes_in(recipe.precision()) != "float16" or recipe.strategy().deepspeed is not None:
-        return
-    named = model.named_parameters()
-    narrow = [name for name, p in named if p.requires_grad and p.dtype is torch.float16]
+    narrow = []
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype is torch.float16:
+            if ".modules_to_save." in name:
+                p.data = p.data.float()
+            else:
+                narrow.append(name)
     if narrow:
         more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
         raise RecipeError(
             f"fp16: {narrow[0]}{more} would be trained in float16, and a scaled loss needs "
-            "gradients of float32: leave out what trains it (lora_modules_to_save, "
-            "peft_autocast_adapter_dtype: false), or set float32: true"
+            "gradients of float32: leave out what trains it "
+            "(peft_autocast_adapter_dtype: false), or set float32: true"
         )
 
 
