@@ -106,8 +106,10 @@ class BlockRaces:
         # without gradients a block runs as it does with them
         if reason is None and torch.is_grad_enabled() and _may_race(module, args, kwargs, x):
             race = _Race(self, planner, module, run, failure, _Copies(args, kwargs, x))
-            with _untouched(module):
+            try:
                 chosen = choose(race.question(key), _machine(x.device, module))
+            finally:
+                race.state.restore()
             reason = self._reasons[key] = _as_reason(chosen, tokens)
         if not reason:
             self._winners.add(make)
@@ -148,6 +150,7 @@ class _Race:
     copies: _Copies
 
     def __post_init__(self) -> None:
+        self.state = _State(self.module)
         # a race is made without the casts of the call at hand
         devices = dict.fromkeys(("cpu", self.copies.first.device.type))
         self._casts = [
@@ -190,6 +193,11 @@ class _Race:
     def _called(self, _: torch.Generator) -> tuple[Any, ...]:
         """Call both forms once: ours is captured and compiled, and the memory of both is known."""
         self._require_memory()
+        if self.state.has_changed():  # not at the first call alone: each may need its own graph
+            then = _State(self.module)
+            self.step(EAGER)
+            if then.has_changed():
+                raise Unraced("it changes attributes of its modules in each call")
         self.step(OURS)
         if (why := self.failure(self.module)) is not None:
             raise Unraced(why)
@@ -276,21 +284,29 @@ def _may_race(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return not gathers(module) and collectives_of(module) is None
 
 
-@contextlib.contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Put back afterwards what calls of ``module`` change in it, and Python's random numbers."""
-    # PyTorch's are put back by the race
-    state, buffers = random.getstate(), BufferState(module)
-    before = [(vars(m), dict(vars(m))) for m in module.modules()]
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        buffers.restore()
-        for attributes, values in before:
-            for name, value in values.items():
-                if isinstance(value, _VALUES) and attributes.get(name) is not value:
-                    attributes[name] = value
+class _State:
+    """What calls of a block may change in it, and of Python's random numbers."""
+
+    # PyTorch's random numbers are put back by the race
+    def __init__(self, module: nn.Module) -> None:
+        self._random, self._buffers = random.getstate(), BufferState(module)
+        self._attributes = [
+            (vars(m), {n: v for n, v in vars(m).items() if isinstance(v, _VALUES)})
+            for m in module.modules()
+        ]
+
+    def has_changed(self) -> bool:
+        """Whether a module has other values as attributes now."""
+        return any(
+            now.get(n) is not v for now, before in self._attributes for n, v in before.items()
+        )
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        random.setstate(self._random)
+        self._buffers.restore()
+        for now, before in self._attributes:
+            now.update(before)
         torch.clear_autocast_cache()  # of casts for gradients that nobody asks for
 
 
