@@ -49,12 +49,22 @@ class Block(nn.Module):
         return x + nn.functional.dropout(self.linear(h), self.p, self.training)
 
 
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(32)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
 class Model(nn.Module):
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(64, 32)
         self.layers = nn.ModuleList([Block() for _ in range(layers)])
         self.reentrant: bool | None = None
+        self.norm: nn.Module = nn.Sequential()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor]:
         x, positions = self.embedding(input_ids), kwargs.get("position_ids")
@@ -63,7 +73,7 @@ class Model(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=self.reentrant)
             else:
                 x = layer(x, position_ids=positions)
-        return (x,)
+        return (self.norm(x),)
 
 
 @pytest.fixture(autouse=True)
@@ -233,6 +243,15 @@ def test_blocks_of_other_kinds_are_raced_apart() -> None:
     with taking(SLOW, FAST):
         train(ours)
     assert len(raced()) == 2
+
+
+def test_norms_outside_blocks_are_raced_too() -> None:
+    plain = model()
+    plain.norm = Norm()
+    with taking(SLOW, FAST):
+        train(fused(plain))
+    assert [c.candidate for c in raced("Norm")] == [EAGER]
+    assert len(as_they_were(plain)) == 1  # as it says the same of both
 
 
 def test_evaluation_follows_training() -> None:

@@ -104,7 +104,7 @@ def block_forward(
                 session.leave(self, reason)
             return _bypassed(session, reason, original, self, args, kwargs, packs)
         sizes = leading_sizes(args, kwargs)
-        if kind == "block" and not units and (packs is None or packs.segments is None):
+        if not units and (packs is None or packs.segments is None):
             x = first_tensor(args, kwargs)
             lost = races.reason(self, watch, args, kwargs, x, sizes, run, session.failure)
             if lost is not None:
