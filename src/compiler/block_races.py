@@ -152,7 +152,7 @@ class _Race:
 
     def __post_init__(self) -> None:
         self.state = _State(self.module)
-        # a race is made without the casts of the call at hand
+        # the race itself is made without the casts of the call at hand
         devices = dict.fromkeys(("cpu", self.copies.first.device.type))
         self._casts = [
             (d, torch.get_autocast_dtype(d), True, torch.is_autocast_cache_enabled())
@@ -179,6 +179,9 @@ class _Race:
             with contextlib.ExitStack() as casts:
                 for cast in self._casts:
                     casts.enter_context(torch.autocast(*cast))
+                    # a step casts each weight once: no call is to find the casts of another one
+                    torch.clear_autocast_cache()
+                    casts.callback(torch.clear_autocast_cache)
                 args, kwargs = self.copies.of_a_call()
                 results = self.run(self.module, *args, **kwargs)
             outputs = [t for t in tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
@@ -308,7 +311,6 @@ class _State:
         self._buffers.restore()
         for now, before in self._attributes:
             now.update(before)
-        torch.clear_autocast_cache()  # of casts for gradients that nobody asks for
 
 
 _VALUES = (bool, int, float, str, tuple, Tensor, type(None))
