@@ -339,10 +339,11 @@ def _machine(device: torch.device, module: nn.Module) -> str:
 
 
 def _as_reason(chosen: Choice, tokens: int) -> str:
-    times = chosen.microseconds
-    if chosen.candidate != EAGER or times.keys() != {OURS, EAGER}:
+    """Why calls run the original code; empty: they do not."""
+    if chosen.candidate != EAGER or OURS in chosen.refused:
         return ""
+    times = chosen.microseconds
+    said = [f"{form} {times[form]:,.0f} us" for form in (EAGER, OURS) if form in times]
     return (
-        f"it is faster so: eager {times[EAGER]:,.0f} us, ours {times[OURS]:,.0f} us, forward and "
-        f"backward for up to {tokens:,} tokens"
+        f"it is faster so: {', '.join([*said, 'forward and backward'])} for up to {tokens:,} tokens"
     )
