@@ -390,7 +390,7 @@ class _Events:
     CYCLES = 8_000_000
 
     def __init__(self, device: torch.device, with_host: bool = False) -> None:
-        self._sleeps = not with_host
+        self._device, self._sleeps = device, not with_host
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
         self._flushed = torch.empty(2 * cache, dtype=torch.int8, device=device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -400,7 +400,7 @@ class _Events:
         if self._sleeps:
             torch.cuda._sleep(self.CYCLES)
         else:  # nor is the GPU to be busy with what was before
-            torch.cuda.synchronize(self._flushed.device)
+            torch.cuda.synchronize(self._device)
         self._begin.record()
 
     def seconds(self) -> float:
