@@ -21,6 +21,7 @@ from ..memory.planner import Planner
 from ..memory.random_state import RandomState
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
+from .block_races import BlockRaces
 from .codegen.cpp_compiler import prepare
 from .codegen.cuda_graphs import CudaGraphs
 from .copies.decoding import Decoding
@@ -34,6 +35,7 @@ from .sharing import (
     Stage,
     WholeMask,
     require_no_hooks,
+    structure,
 )
 from .units import Units
 from .watch import Watches
@@ -96,6 +98,7 @@ class Choices:
     decoding: Decoding = field(default_factory=Decoding)
     by_rows: ByRows = field(default_factory=ByRows)
     graphs: CudaGraphs = field(default_factory=CudaGraphs)
+    races: BlockRaces = field(default_factory=BlockRaces)
 
     @property
     def rules(self) -> list[Any]:
@@ -275,7 +278,7 @@ class Session:
             undo_split()
             raise
         if not one_off:
-            self.log.failed_structures[_structure(module)] = f"a block that is made alike {reason}"
+            self.log.failed_structures[structure(module)] = f"a block that is made alike {reason}"
         self.log.fail(module, reason)
         return result
 
@@ -297,7 +300,7 @@ class Session:
         log = self.log
         reason = log.failed.get(module)
         if reason is None and log.failed_structures and module not in log.graphs:
-            reason = log.failed_structures.get(_structure(module))
+            reason = log.failed_structures.get(structure(module))
             if reason is not None:
                 self.choices.split(module, self)
                 log.fail(module, reason)
@@ -338,15 +341,6 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     if isinstance(x, Tensor):
         return x
     return next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-
-
-def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What tells layers that run different code apart: their parts, switches and kinds."""
-    # numbers are left out: each layer has its own index
-    return tuple(
-        (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
-        for name, m in module.named_modules()
-    )
 
 
 class TooManyGraphs(TorchDynamoException):

@@ -80,11 +80,12 @@ def _learnt(known: Processor, dtype: torch.dtype) -> Processor:
 
 
 def _asked(question: Question) -> Choice:
-    return choose(question, _machine())
+    return choose(question, machine())
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
+    """What a choice on the CPU depends on besides versions."""
     return f"{instruction_set()}\0{torch.get_num_threads()}"
 
 

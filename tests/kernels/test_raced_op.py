@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusewright.kernels import candidates, choice, fallback, launch, raced_op
-from fusewright.kernels.choice import LATE, MARGIN, Choice, Contender, Question
+from fusewright.kernels.choice import LATE, MARGIN, Choice, Contender, Question, Timing
 from fusewright.kernels.fallback import LaunchError, no_fallback
 from fusewright.kernels.launch import library_op
 from fusewright.kernels.raced_op import OWN, PLAIN, Contest, RacedOp, drawn, our_kernels
@@ -444,7 +444,10 @@ def test_draws_have_the_layout_and_the_whole_numbers_of_the_call() -> None:
 # --- the clock of a GPU ---------------------------------------------------------------------------
 
 
-def test_a_gpu_is_timed_by_events_with_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_host", [False, True])
+def test_a_gpu_is_timed_by_events_with_an_empty_cache(
+    with_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log: list[str] = []
 
     class Event:
@@ -473,9 +476,13 @@ def test_a_gpu_is_timed_by_events_with_an_empty_cache(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("idle"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
     monkeypatch.setattr(torch, "empty", empty)
-    asked = Question("on a GPU", (), lambda g: (), "plain", torch.device("cuda", 0))
+    asked = Question(
+        "on a GPU", (), lambda g: (), "plain", torch.device("cuda", 0),
+        timing=Timing(rounds=2, with_host=with_host),
+    )  # fmt: skip
 
     def run() -> list[Tensor]:
         log.append("run")
@@ -483,5 +490,7 @@ def test_a_gpu_is_timed_by_events_with_an_empty_cache(monkeypatch: pytest.Monkey
 
     form = Contender("plain", run)
     times = choice._timed(asked, [form], (), {}, lambda: 0.0)
-    assert times == {"plain": pytest.approx(250)}
-    assert log == ["flush", "sleep", "record", "run", "record", "wait"] * choice.ROUNDS
+    assert times == {"plain": [pytest.approx(250)] * 2}
+    # the host gets ahead while the GPU sleeps, or starts when it has nothing to do
+    before = "idle" if with_host else "sleep"
+    assert log == ["flush", before, "record", "run", "record", "wait"] * 2

@@ -73,6 +73,7 @@ def block_forward(
     """The forward of a block, or of a module outside (``kind``); a ``compiled`` form per level."""
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     is_inactive, segments = inactive_check(session), session.state.segments
+    races = session.choices.races
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
@@ -103,6 +104,14 @@ def block_forward(
             if reason is UNSETTLED or (hooks.divided and kind == "block"):
                 session.leave(self, reason)
             return _bypassed(session, reason, original, self, args, kwargs, packs)
+        sizes = leading_sizes(args, kwargs)
+        if not units and (packs is None or packs.segments is None):
+            x = first_tensor(args, kwargs)
+            lost = races.reason(self, watch, args, kwargs, x, sizes, run, session.failure)
+            if lost is not None:
+                if lost:
+                    session.log.lose(self, lost, races.has_lost(watch))
+                return _run_original(session, original, self, args, kwargs, packs)
         if units:
             args, kwargs = gathered(units, args, kwargs)
         if watch.packed:
@@ -110,7 +119,6 @@ def block_forward(
         x = None
         if inductor and torch.is_grad_enabled() and type(self) not in session.state.without_leaf:
             x = input_without_gradient(self, args, kwargs)
-        sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(
             _run_original, session, original, self, args, kwargs, packs
