@@ -107,12 +107,16 @@ CASES: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 
 
+@pytest.mark.long(*(f"{kind}-[0.3, 0.3]-torch.float32" for kind in ("avx2", "amx")))
 @pytest.mark.parametrize(
-    ("scales", "dtype"),
-    [([2.0], torch.bfloat16), ([2.0, 0.5], torch.float32), ([0.3, 0.3], torch.float32)],
+    ("kind", "scales", "dtype"),
+    [
+        (None, [2.0], torch.bfloat16),
+        (None, [2.0, 0.5], torch.float32),
+        *((kind, [0.3, 0.3], torch.float32) for kind in (None, *KINDS)),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [None, *KINDS])
 def test_stacks_with_updates(
     scales: list[float], dtype: torch.dtype, kind: str | None, choose_for: Callable[[str], None]
 ) -> None:
