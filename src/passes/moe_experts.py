@@ -206,9 +206,9 @@ def _joined(m: Match, name: str, ops: Emit) -> tuple[Any, Update | None]:
         return ops.method("transpose", t, -2, -1) if m.captures[f"{name}_is_turned"] else t
 
     scales = {float(s) for _, _, s in updates}
-    dtype = facts.dtype(weight)
-    factors = [facts.dtype(t) for left, right, _ in updates for t in (left, right)]
-    if any(torch.promote_types(t, dtype) is not dtype for t in factors):
+    dtype: Any = facts.dtype(weight)
+    dtypes: list[Any] = [facts.dtype(t) for left, right, _ in updates for t in (left, right)]
+    if any(torch.promote_types(t, dtype) is not dtype for t in dtypes):
         # wider ones stay so: rounded factors would get gradients that are rounded more than eager's
         dtype = torch.promote_types(dtype, torch.float32)
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -219,10 +219,11 @@ def _joined(m: Match, name: str, ops: Emit) -> tuple[Any, Update | None]:
             b = ops.computed(operator.mul, b, float(s))
         into.append(ops.as_dtype(laid_out(a), dtype))
         out.append(ops.as_dtype(laid_out(b), dtype))
-    low, high = (
+    factors: Any = (
         parts[0] if len(parts) == 1 else ops.computed(torch.cat, parts, dim)
         for parts, dim in ((into, 2), (out, 1))
     )
+    low, high = factors
     return laid_out(weight), Update(low, high, scale)
 
 

@@ -259,7 +259,8 @@ def test_experts_are_unpacked_one_at_a_time(name, lora, kind, monkeypatch, choos
             results.append([y, *torch.autograd.grad(y, given, upstream.to(y.dtype))])
         draws.append(results)
     for each in zip(*(zip(*results, strict=True) for results in draws), strict=True):
-        assert exceeded(*(torch.stack(t) for t in zip(*each, strict=True)), draws=len(draws)) is None
+        stacked = (torch.stack(t) for t in zip(*each, strict=True))
+        assert exceeded(*stacked, draws=len(draws)) is None
 
 
 def _in_fp64(unpack: Any, parts: Any, dtype: torch.dtype) -> Tensor:

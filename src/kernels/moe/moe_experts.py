@@ -649,11 +649,12 @@ def _forward(
     return grouped_lora(x, rows, weight, offsets, bias, update)
 
 
-def _low(
-    rows: Tensor, at: Tensor | None, factor: Tensor, offsets: Tensor, scale: float
-) -> Tensor:
+def _low(rows: Tensor, at: Tensor | None, factor: Tensor, offsets: Tensor, scale: float) -> Tensor:
     """``scale · rows[at] · factor[e]`` (S, r) alone, as ``grouped_lora`` returns it."""
-    nothing = rows.new_empty(*factor.shape[:2], 0), factor.new_empty(len(factor), factor.shape[2], 0)
+    nothing = (
+        rows.new_empty(*factor.shape[:2], 0),
+        factor.new_empty(len(factor), factor.shape[2], 0),
+    )
     return grouped_lora(rows, at, nothing[0], offsets, None, Update(factor, nothing[1], scale))[1]
 
 
@@ -880,8 +881,8 @@ def _unsupported(
     tensors = [t for t in (rows, weight, bias) if t is not None]
     if len({t.dtype for t in tensors}) > 1:
         reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in tensors)}")
-    return reasons + not_16_bits(rows) + on_several_devices(
-        *tensors, *factors, order, where, offsets
+    return (
+        reasons + not_16_bits(rows) + on_several_devices(*tensors, *factors, order, where, offsets)
     )
 
 

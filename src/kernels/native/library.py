@@ -1,6 +1,6 @@
 """The C++ kernels of this folder, loaded: compiled in the background, when they are first needed.
 
-They are libraries by the names of ``build.SOURCES``; without a name, what most models need is meant.
+They are libraries, by the names of ``build.SOURCES``; ``"kernels"`` is what most models need.
 
 Where there is a C++ compiler the kernels take its seconds once (``build.py``). Where there is none,
 or it fails, ops run their forms in plain PyTorch: ``problem`` and ``explain`` say why.
