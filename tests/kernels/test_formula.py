@@ -249,7 +249,7 @@ def test_experts_are_unpacked_one_at_a_time(name, lora, kind, monkeypatch, choos
         return moe_experts(x, index, weights, *_exact_stacks(layer, factors), _silu_gate)
 
     unpack, draws = layer.unpack, []
-    for _ in range(8):  # of one, the error of so few numbers would be a matter of luck
+    for _ in range(32):  # of one, the error of so few numbers would be a matter of luck
         inputs, upstream = drawn(), torch.randn(tokens, hidden).to(BF16)
         wide = [t.detach().double().requires_grad_() for t in inputs]
         results = []

@@ -107,7 +107,6 @@ CASES: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 
 
-@pytest.mark.long(*(f"{kind}-[0.3, 0.3]-torch.float32" for kind in ("avx2", "amx")))
 @pytest.mark.parametrize(
     ("kind", "scales", "dtype"),
     [
