@@ -37,7 +37,9 @@ _MANIFEST, _ARTIFACTS = "manifest.json", "torch"
 
 _NAMES = {
     "inductor": re.compile(r"\w\w/\w+(\.\w+)*\.so"),
-    "kernels": re.compile(r"(choice|verdict)-[0-9a-f]+\.json|kernels-[0-9a-f]+\.so"),
+    "kernels": re.compile(
+        rf"(choice|verdict)-[0-9a-f]+\.json|({'|'.join(build.SOURCES)})-[0-9a-f]+\.so"
+    ),
 }
 """What may be written, by the folder of the file: nothing outside of the folders of caches."""
 
@@ -66,9 +68,8 @@ def save_compiled(path: str | os.PathLike[str]) -> Compiled:
     saved = torch.compiler.save_cache_artifacts()
     files = {_ARTIFACTS: saved[0]} if saved is not None else {}
     files |= {f"inductor/{name}": content for name, content in _inductor_kernels().items()}
-    own = native.kept_file()
-    if own is not None:
-        files[f"kernels/{build.carried_name()}"] = own
+    own = native.kept_files()
+    files |= {f"kernels/{build.carried_name(name)}": content for name, content in own.items()}
     texts = verdicts.used() | choice.files()
     files |= {f"kernels/{name}": text.encode() for name, text in texts.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
