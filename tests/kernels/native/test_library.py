@@ -64,7 +64,7 @@ def test_a_library_that_nobody_needed_is_not_compiled_to_be_carried(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _compiler(tmp_path, _MAKES, monkeypatch)
-    monkeypatch.setattr(library, "_loading", None)
+    monkeypatch.setattr(library, "_loading", {})
     assert library.kept_files() == {}
     assert not library.has_started()
     assert not (tmp_path / "compiler.calls").exists()
