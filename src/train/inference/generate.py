@@ -23,6 +23,7 @@ from ...errors import DataError, ModelError, RecipeError
 from ..data.chat.stops import render_chat, stop_tokens
 from ..json_text import BadJsonError, parse_json
 from ..model.load import quiet
+from ..model.precision import computes_in
 from ..model.tokenizer import ChatPrompt, Message, pad_token, with_system
 from ..printable import odd_character, shown, shown_json
 from ..recipe.recipe import Recipe
@@ -278,8 +279,11 @@ def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
     generator = TextGenerator(model, tokenizer, sampling, prompt.variables)
     training = model.training
     model.eval()
+    # in float16, whole modules that are trained are in float32 among others
+    half = computes_in(recipe.precision()) == "float16"
     try:
-        return generator.answers([generator.prompt(prompt.question(question))])[0].text
+        with torch.autocast(model.device.type, torch.float16, enabled=half):
+            return generator.answers([generator.prompt(prompt.question(question))])[0].text
     finally:
         model.train(training)
 
