@@ -25,7 +25,7 @@ from .model.adapters import parameters
 from .model.load import quiet
 from .model.positions import require_reach
 from .model.precision import precision_warning
-from .model.tokenizer import load_tokenizer
+from .model.processor import load_processing
 from .preflight import require_startable
 from .processes.mesh import is_sharded, processes_message
 from .processes.signals import Interrupts, Stopped

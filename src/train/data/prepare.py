@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -20,11 +21,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, RecipeError
 from ..processes.world import World
+from ..recipe.keys.row_types import is_function_type
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .formats.teacher import encoder_of
+from .images.reading import reader_of, tokenizer_and_processor
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
@@ -71,7 +74,7 @@ class PreparedData:
 
 def prepare(
     recipe: Recipe,
-    tokenizer: Any,
+    processing: Any,
     console: Console | None = None,
     keep: bool = False,
     limit: int | None = None,
@@ -85,7 +88,8 @@ def prepare(
 
     Args:
         recipe: checked, with absolute paths.
-        tokenizer: a fast tokenizer, set up as the recipe says.
+        processing: a fast tokenizer, set up as the recipe says; or a processor with one, for rows
+            with images.
         console: where to show progress, if it is a terminal; None: nowhere.
         keep: store the rows for later runs even if the recipe names no folder for that.
         limit: take only so many rows of each dataset; None: all.
@@ -106,12 +110,13 @@ def prepare(
         for key in keys
     }
     day = day or today()
-    work = {
-        key: [_work(s.dataset, recipe, tokenizer, key, day, processor) for s in f]
-        for key, f in inputs.items()
-    }
-    has_function = any(one.encoder.settings.get("function") for w in work.values() for one in w)
+    tokenizer, _ = tokenizer_and_processor(processing)
+    has_function = _has_function(recipe)
     root = _root(recipe, keep, fresh=has_function and not shared)
+    make = functools.partial(
+        _work, recipe=recipe, processing=processing, day=day, copies=root[0] / _IMAGES
+    )
+    work = {key: [make(s.dataset, key=key) for s in f] for key, f in inputs.items()}
     ready = _load(recipe, tokenizer, inputs, work, console, root) if any(inputs.values()) else None
     if has_function and ready is not None:
         assert isinstance(ready.train, Samples)
@@ -121,18 +126,18 @@ def prepare(
         assert ready is not None  # a recipe has datasets, or it streams
         return ready
 
-    train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets", day))
+    train = stream(recipe, functools.partial(make, key="datasets"))
     if ready is None:
         return PreparedData(train)
     return replace(ready, train=train)
 
 
-def require_encoders(recipe: Recipe, tokenizer: Any) -> None:
+def require_encoders(recipe: Recipe, processing: Any) -> None:
     """Raise a RecipeError unless tokenizer and chat template suit each dataset; reads no row."""
     trained = recipe.pretraining_dataset or recipe.datasets
     for key, datasets in (("datasets", trained), ("test_datasets", recipe.test_datasets)):
         for dataset in datasets:
-            _work(dataset, recipe, tokenizer, key, today())
+            _work(dataset, key, recipe, processing, today(), Path(_IMAGES))
 
 
 def _load(
@@ -164,14 +169,30 @@ def _load(
     return _split(cache.folder, about, recipe, fingerprint, lease)
 
 
-def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) -> Work:
+_IMAGES = "images"
+"""The folder of copies of images that rows hold, beside the prepared rows."""
+
+
+def _has_function(recipe: Recipe) -> bool:
+    """Whether functions of the recipe make rows."""
+    rows = rows_of(recipe)
+    each = (*recipe.datasets, *recipe.test_datasets)
+    types = [dataset.type for dataset in each if isinstance(dataset.type, str)]
+    return rows is not None and any(is_function_type(name, rows) for name in types)
+
+
+def _work(
+    dataset: Dataset, key: str, recipe: Recipe, processing: Any, day: str, copies: Path
+) -> Work:
+    tokenizer, processor = tokenizer_and_processor(processing)
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
     encoder: RowEncoder
     rows = rows_of(recipe)
     if rows is None:
-        encoder = encoder_of(dataset, recipe, tokenizer, longest, day)
+        images = reader_of(recipe, dataset, processor, copies)
+        encoder = encoder_of(dataset, recipe, tokenizer, longest, day, images)
     else:
         encoder = PreferenceEncoder(dataset, recipe, tokenizer, day)
     shortest = recipe.min_sample_len or (1 if rows == "prompts" else 2)
@@ -204,7 +225,9 @@ def _store(
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
         sizes: list[int] = []
-        files, extra = ["train.arrow"], recipe.kd_trainer or rows_of(recipe) == "prompts"
+        with_images = any(one.encoder.settings.get("images") for one in sum(work.values(), []))
+        extra = recipe.kd_trainer or rows_of(recipe) == "prompts" or with_images
+        files = ["train.arrow"]
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
             with ArrowWriter(folder / "train.arrow", extra) as writer:
@@ -614,7 +637,7 @@ class Duplicates:
 
 
 def prepare_once(
-    recipe: Recipe, tokenizer: Any, console: Console | None, day: str, world: World
+    recipe: Recipe, processing: Any, console: Console | None, day: str, world: World
 ) -> PreparedData:
     """Let rank 0 prepare the rows of a recipe, and the other processes read them from its cache.
 
@@ -625,7 +648,7 @@ def prepare_once(
     mine: list[PreparedData] = []
 
     def first() -> str:
-        mine.append(prepare(recipe, tokenizer, console, day=day))
+        mine.append(prepare(recipe, processing, console, day=day))
         return str(_cache(mine[0]) or "")
 
     root = world.share(first)
@@ -634,7 +657,7 @@ def prepare_once(
         same = recipe.model_copy(update=overrides)
         shared = bool(root)
         world.one_per_machine(
-            lambda: mine.append(prepare(same, tokenizer, None, day=day, shared=shared))
+            lambda: mine.append(prepare(same, processing, None, day=day, shared=shared))
         )
     return mine[0]
 

@@ -15,8 +15,9 @@ from ..chat.encoder import ChatEncoder
 from ..chat.lost_features import THOUGHTS
 from ..chat.mask import Rules
 from ..chat.template import Chat
-from ..images.expansion import Expander, Images
+from ..images.expansion import Expander
 from ..images.picture import Gallery
+from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
@@ -146,7 +147,7 @@ class Encoder:
         tokenizer: Any,
         longest: int | None = None,
         day: str | None = None,
-        images: Images | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:

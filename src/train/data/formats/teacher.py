@@ -12,6 +12,7 @@ from ...recipe.recipe import Dataset, Recipe
 from ..sample import Tokens
 from ..teacher import TopTokens
 from .fields import kind
+from ..images.reading import ImageReader
 from .registry import Encoder, Row
 
 Entry = tuple[list[int], list[float]]
@@ -28,10 +29,14 @@ _FORMS = (
 )
 
 
-def encoder_of(dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str) -> Encoder:
-    """The encoder for rows of supervised training, or of distillation."""
-    encoder = TaughtEncoder if recipe.kd_trainer else Encoder
-    return encoder(dataset, recipe, tokenizer, longest, day)
+def encoder_of(
+    dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str,
+    images: ImageReader | None = None,
+) -> Encoder:  # fmt: skip
+    """The encoder for rows of supervised training, or of distillation, which is of text alone."""
+    if recipe.kd_trainer:
+        return TaughtEncoder(dataset, recipe, tokenizer, longest, day)
+    return Encoder(dataset, recipe, tokenizer, longest, day, images)
 
 
 class TaughtEncoder(Encoder):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ....errors import DataError, RecipeError, first_line
 from ..chat.template import Span
-from .picture import Gallery, Picture
+from .picture import Picture
 
 _MOST = 65_536
 """Sizes of pictures that are remembered."""
@@ -132,16 +132,3 @@ class Expander:
 
 def _number(count: int, noun: str) -> str:
     return f"{count or 'no'} {noun}{'s' * (count != 1)}"
-
-
-@dataclass(frozen=True)
-class Images:
-    """What reads the images of one dataset's rows.
-
-    Attributes:
-        settings: what their tokens depend on.
-    """
-
-    gallery: Gallery
-    expander: Expander
-    settings: dict[str, Any]
