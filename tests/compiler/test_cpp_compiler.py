@@ -314,8 +314,7 @@ def test_graphs_that_make_masks_are_known(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.long
 def test_no_mask_is_written_into_the_memory_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "READ_ONCE", {count})
-    monkeypatch.setattr(config, "force_disable_caches", True)
     torch._dynamo.reset()
     compiled = torch.compile(_two_masks, backend=lambda *args: inductor.inductor(*args))
-    with torch.no_grad():
+    with torch.no_grad(), config.patch(force_disable_caches=True):
         assert [int(t) for t in compiled(torch.tensor([[1.0, -9, -9], [2, 3, -9]]))] == [3, 1]
