@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +87,11 @@ def _block(autocast: bool, codegen: str | None) -> Call:
     from peft import LoraConfig, get_peft_model
 
     from fusewright import optimize
+    from fusewright.kernels import choice
     from fusewright.passes import PIPELINE
 
+    if hasattr(choice, "are_blocks_raced"):  # as in no earlier version
+        os.environ["FUSEWRIGHT_CHOICES"] = "ops"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=128, hidden_size=_WIDTH, intermediate_size=_WIDTH, num_attention_heads=4,

@@ -244,12 +244,20 @@ def small_llama(layers: int) -> Any:
 
 
 def adapted_llama(config: Any, quantized: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A Llama in 16 bits with adapters in fp32, PEFT's default, over 4-bit weights or plain."""
+    """A Llama in 16 bits with adapters in fp32, PEFT's default, over 4-bit weights or plain.
+
+    All rows of its own weights are the same, which takes no time to draw: nothing that is counted
+    depends on them.
+    """
     import transformers
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device="cpu").tie_weights()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.copy_(torch.randn(tensor.shape[-1]))
     if quantized:
         _quantize(model, dtype)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

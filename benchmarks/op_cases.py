@@ -13,7 +13,7 @@ from fusewright.kernels import op as records
 from fusewright.rewrite.op_table import OPS
 from shapes import OpShape
 
-_VARIANTS = ("attention-packed", "lora_linear-quantized")
+_VARIANTS = ("attention-packed", "attention-samples", "lora_linear-quantized")
 """What is measured beside the examples: on a GPU, our attention is for masks."""
 
 CASES: dict[str, records.Example] = {

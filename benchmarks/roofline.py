@@ -134,10 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--optimized", action="store_true", help="not as transformers runs it")
     options = parser.parse_args(arguments)
     engines = (True,) if options.optimized else (False, True)
-    text = "\n".join(table(options.model, options.tokens, options.setups, engines))
-    print(text)
+    lines = []
+    for line in table(options.model, options.tokens, options.setups, engines):
+        print(line, flush=True)  # a row takes minutes
+        lines.append(line)
     if options.write:
-        put(options.write, "roofline", text)
+        put(options.write, "roofline", "\n".join(lines))
     return 0
 
 

@@ -18,6 +18,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import random
 import statistics
 import sys
@@ -61,6 +62,7 @@ def measure(workload: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     from fusewright import explain, optimize
     from fusewright.passes import PIPELINE
 
+    os.environ.setdefault("FUSEWRIGHT_CHOICES", "ops")  # a block that loses would have no rules
     method, dtype = workload.split("-")
     name = options.model
     if options.layers:

@@ -155,7 +155,7 @@ def _compare(
 def _behind_adapters(finding: AuditFinding) -> AuditFinding:
     if finding.verdict != "fail" or finding.check not in ("gradient-value", "loss-value"):
         return finding
-    reason = "adapters take no part in the forward, from which it may follow: see adapter-reach"
+    reason = f"{finding.reason}; it may follow from adapter-reach: audit again when that is right"
     return replace(finding, verdict="skipped", reason=reason)
 
 

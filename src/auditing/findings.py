@@ -97,7 +97,7 @@ class Audit:
             f"Audit of {self.model}: "
             + (f"{len(failed)} of {asked} checks failed" if failed
                else f"{asked} checks found no fault")
-            + f", {rest} could not be asked" * (rest > 0)
+            + f", {rest} could not be answered" * (rest > 0)
         ]  # fmt: skip
         for finding in failed:
             lines += ["", f"FAIL  {finding.check}: {finding.reason}"]
@@ -106,7 +106,7 @@ class Audit:
                 shown = ", ".join(finding.subjects[:_SHOWN])
                 lines.append(f"      in    {shown}" + (f" and {more} more" if more > 0 else ""))
             lines.append(f"      do    {finding.advice or CHECKS[finding.check].advice}")
-        for verdict, words in (("pass", "passed"), ("skipped", "not asked, and why")):
+        for verdict, words in (("pass", "passed"), ("skipped", "not answered, and why")):
             here = [f for f in self.findings if f.verdict == verdict]
             if here:
                 width = max(len(f.check) for f in here)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -203,7 +203,11 @@ def findings(
     for check in GRADIENT_CHECKS:
         here = [fault for fault in first if fault.check == check]
         if here:
-            yield _failed(check, here, number, order, where)
+            finding = _failed(check, here, number, order, where)
+            if check == "gradient-value" and follow:
+                more = f"{len(follow)} more differ behind {first[0].name}"
+                finding = replace(finding, reason=f"{finding.reason}; {more}")
+            yield finding
         elif check == "gradient-value" and follow:
             yield AuditFinding(
                 check, "skipped",
@@ -213,7 +217,8 @@ def findings(
             )  # fmt: skip
         else:
             right = number - len(faults)
-            text = f"{number} tensors" if not faults else f"the other {right} of {number} tensors"
+            text = f"the other {right} of {number} tensors" if faults else f"{number} tensors"
+            text = text if right else f"each of {number} tensors differs in another way"
             yield AuditFinding(check, "pass" if right else "skipped", text, figures=dict(figures))
 
 
@@ -234,10 +239,14 @@ def _advice(check: str, faults: Sequence[Fault], number: int, order: Sequence[st
         # in backward, others come after the first of them, and are right
         first = next((at for at, name in enumerate(order) if name in names), len(order))
         if check == "gradient-scale":
+            name = order[first] if first < len(order) else "the first"
+            # all that reaches the first matrix of an adapter comes through the second one
+            behind = name.replace("lora_B", "lora_A")
+            alone = behind != name and behind in order and behind not in names
+            after = "" if alone else ", or of what comes after it in forward,"
             return (
-                "not all have it, so that it is not the number of tokens: look at the backward "
-                f"pass of {order[first] if first < len(order) else 'the first'}, or of what comes "
-                "after it in forward, for a gradient that is added twice or has a factor"
+                "others do not have it, so that the number of tokens is right: look at the "
+                f"backward pass of {name}{after} for a gradient that is added twice or has a factor"
             )
         if not names.issuperset(order[first:]):
             return (

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,9 +147,25 @@ def inert_adapters(
             suspects[path] = list(own.values())
     if suspects and not _has_effect(bench, batch, [p for ps in suspects.values() for p in ps]):
         for path in suspects:
-            inert[path] = "the patched forward leaves them out"
+            patch = _patch_around(unwrapped(bench.model), path)
+            inert[path] = f"the patched forward{patch and f' ({patch})'} leaves them out"
             tensors |= tensors_of(path, unwrapped(bench.model).get_submodule(path)).keys()
     return inert, tensors
+
+
+def _patch_around(model: nn.Module, path: str) -> str:
+    """What replaces the forward of a module, or of one around it; empty: nothing that is known."""
+    names = path.split(".")
+    for end in range(len(names), -1, -1):
+        module = model.get_submodule(".".join(names[:end]))
+        owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        function = vars(module).get("forward", vars(owner)["forward"])
+        if "forward" not in vars(module) and function.__module__ == owner.__module__:
+            continue
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+        if code is not None:
+            return f"{code.co_qualname}, {Path(code.co_filename).name}:{code.co_firstlineno}"
+    return ""
 
 
 def _some(gradient: Tensor | None) -> bool:
@@ -197,8 +214,8 @@ def adapter_reach(model: nn.Module, inert: Mapping[str, str]) -> AuditFinding:
         advice = "name them in target_parameters, such as " + re.sub(r"^.*\.\d+\.", "", named[0])
     elif inert:
         advice = (
-            "leave these layers out of target_modules, or train without the patch whose forward "
-            "leaves the adapters out"
+            "call these layers in the forward that leaves them out, train without the patch, or "
+            "leave them out of target_modules"
         )
     if named:
         clauses.append(

@@ -24,6 +24,7 @@ from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.packed_stacks import pack_stacks
 from ..graph.run import eager
+from ..graph.sample_masks import masks_left, sink_masks
 from ..graph.segments import join_segments
 from ..graph.subclasses import close_weights, open_weights
 from ..kernels import candidates
@@ -45,7 +46,7 @@ from .codegen.inductor import AbsentGradients, inductor
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import NodesBefore, copy_if_loss, defer_logits
 from .session import Session
-from .sharing import CaptureError, UnfrozenWeight
+from .sharing import CaptureError, UnfrozenWeight, WholeMask
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
@@ -220,6 +221,7 @@ def functionalize(work: Compilation) -> None:
     """Turn writes into values, and pieces into rows, so that patterns see them."""
     remove_writes(work.graph)
     join_segments(work.graph)
+    sink_masks(work.graph)
 
 
 def clean(work: Compilation) -> None:
@@ -241,6 +243,8 @@ def recognise_and_fuse(work: Compilation) -> None:
         work.findings = apply(work.graph, choices.rules, TABLE, verify, choices.fuel)
     close_weights(opened)
     pack_stacks(work.graph)
+    if any(True for _ in masks_left(work.graph)):
+        raise WholeMask("something reads the mask of samples that share a row")
 
 
 def defer(work: Compilation) -> None:

@@ -26,7 +26,6 @@ import torch
 
 from ..errors import FusewrightError, first_line
 from ..kernels import choice
-from ..kernels.launch import has_triton
 from ..kernels.native import build
 from ..kernels.native import library as native
 from ..kernels.processor import instruction_set, model_name
@@ -38,7 +37,9 @@ _MANIFEST, _ARTIFACTS = "manifest.json", "torch"
 
 _NAMES = {
     "inductor": re.compile(r"\w\w/\w+(\.\w+)*\.so"),
-    "kernels": re.compile(r"(choice|verdict)-[0-9a-f]+\.json|kernels-[0-9a-f]+\.so"),
+    "kernels": re.compile(
+        rf"(choice|verdict)-[0-9a-f]+\.json|({'|'.join(build.SOURCES)})-[0-9a-f]+\.so"
+    ),
 }
 """What may be written, by the folder of the file: nothing outside of the folders of caches."""
 
@@ -67,9 +68,8 @@ def save_compiled(path: str | os.PathLike[str]) -> Compiled:
     saved = torch.compiler.save_cache_artifacts()
     files = {_ARTIFACTS: saved[0]} if saved is not None else {}
     files |= {f"inductor/{name}": content for name, content in _inductor_kernels().items()}
-    own = native.kept_file()
-    if own is not None:
-        files[f"kernels/{build.carried_name()}"] = own
+    own = native.kept_files()
+    files |= {f"kernels/{build.carried_name(name)}": content for name, content in own.items()}
     texts = verdicts.used() | choice.files()
     files |= {f"kernels/{name}": text.encode() for name, text in texts.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -196,18 +196,13 @@ def _inductor_kernels() -> dict[str, bytes]:
 
 def _machine() -> dict[str, str]:
     """What must be equal where compiled code is run again."""
-    sources, pytorch, python, _ = verdicts.environment()
+    sources, pytorch, python, *_ = verdicts.environment()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    triton = "none"
-    if has_triton():
-        import triton as package
-
-        triton = package.__version__
     return {
         "fusewright": sources.split()[-1][:16],
         "PyTorch": pytorch.removeprefix("torch "),
         "Python": python.removeprefix("python "),
-        "Triton": triton,
+        "Triton": choice.triton_version() or "none",
         "C library": " ".join(platform.libc_ver()),
         "processor": model_name(),
         "instructions": instruction_set(),

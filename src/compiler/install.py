@@ -25,6 +25,7 @@ from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, is_training_watch, replaced_forward, watch_training
 from .copies.forward_copies import cell_contents, clone_function
 from .regions import Region, undivided_parts
+from .sample_masks import Masked, making_masks
 from .segments import Segmented
 from .session import Session
 
@@ -209,11 +210,14 @@ def _install_forward(
     def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
         function = original.function(self)
         watches = session.state.watches
-        copies = watches.segmented if isinstance(code, Segmented) else watches.opaque
+        masks = code.places if isinstance(code, Masked) else ()
+        is_segmented = isinstance(code.code if isinstance(code, Masked) else code, Segmented)
+        copies = watches.segmented if is_segmented else watches.opaque
         source = (copies.of(function) or function) if original.is_method else original
 
         def build() -> Callable[..., Any]:
-            target = _with_own_code(source) if original.is_method else original.__call__
+            whole = making_masks(source, masks) if masks else source
+            target = _with_own_code(whole) if original.is_method else original.__call__
             return captured(target, session, kind)
 
         return session.compiled(self, (source, code, variant), kind, build)

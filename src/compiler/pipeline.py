@@ -35,6 +35,7 @@ from ..rewrite.rule import Rule
 from ..rewrite.verify import Verifier, quiet_randomness
 from ..sharding import collectives_of
 from . import regions
+from .block_races import BlockRaces
 from .calls.forwards import OUTER_COMPILE
 from .codegen.choice import choose
 from .codegen.cuda_graphs import CudaGraphs
@@ -158,6 +159,9 @@ def _choices(
     planner = _planner(model, blocks, options.memory, codegen[0])
     graphs = CudaGraphs(options.cuda_graphs, lambda: len(planner.blocks))
     planner.pooled = graphs.may_serve(planner.meter.device, codegen[0])
+    fake = any(isinstance(p, FakeTensor) for p in model.parameters())
+    rules = [r.name for r in options.passes if r.name not in environment.disable]
+    about = codegen[0], rules, options.memory, options.verify, options.cuda_graphs, environment.fuel
     return Choices(
         options,
         environment,
@@ -170,9 +174,10 @@ def _choices(
         Fuel(environment.fuel),
         planner,
         split=split,
-        fake=any(isinstance(p, FakeTensor) for p in model.parameters()),
+        fake=fake,
         decoding=_decoding(options, environment),
         graphs=graphs,
+        races=BlockRaces(None if fake else planner, about),
     )
 
 
@@ -237,7 +242,8 @@ def explain(model: nn.Module) -> Report:
     bypasses: list[Bypass] = []
 
     if not log.outer_compile and not any(log.has_run(m) for _, m, _ in places):
-        bypasses += _captured(model, lambda: _heads_wait(places, log))
+        with session.choices.races.suspended():
+            bypasses += _captured(model, lambda: _heads_wait(places, log))
     if log.outer_compile:
         bypasses.append(Bypass("", OUTER_COMPILE))
     if session.choices.by_rows.problem:

@@ -35,6 +35,7 @@ from ..kernels.op import sample_starts
 from ..memory.apply_plan import in_backward, inside_checkpoint
 from .bypass import CACHE_ARGUMENTS
 from .copies.forward_copies import FunctionCopies
+from .sample_masks import SampleMaskKinds, makes_masks
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, in modules that call it
 _OTHERWISE = ("attention_mask", *CACHE_ARGUMENTS)
@@ -83,6 +84,17 @@ class ModelStep:
         if key not in self._segments:
             self._segments[key] = _segments(positions, batch, device)
         return self._segments[key]
+
+
+def _is_same(one: Any, other: Tensor) -> bool:
+    """Whether two tensors are the same elements."""
+    # models take the positions in the text from those of several axes
+    is_plain = isinstance(one, Tensor) and not torch._C._are_functorch_transforms_active()
+    return is_plain and (
+        one is other
+        or (one.data_ptr(), one.shape, one.stride(), one.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
 
 
 def _version(t: Tensor | None) -> int | None:
@@ -250,6 +262,8 @@ class StepSegments:
         # by the input of a block, for when a checkpoint runs it again
         self._steps: MutableMapping[Tensor, ModelStep] = WeakTensorKeyDictionary()
         self._masks = FunctionCopies(self._mask_of, live=True)
+        self._kinds = SampleMaskKinds()
+        self._tells = False
 
     def entering(self, forward: Callable[..., Any], original: Callable[..., Any]) -> Any:
         """``forward`` of a head or a backbone, whose calls are steps."""
@@ -274,30 +288,44 @@ class StepSegments:
         return self._step is not None and self._step.has_several()
 
     def run_backbone(
-        self, original: Callable[..., Any], function: Any, module: nn.Module, args: Any, kwargs: Any
-    ) -> Any:
-        """Call a backbone, whose masks are told of the positions of the step."""
+        self, original: Callable[..., Any], function: Any, module: nn.Module, args: Any,
+        kwargs: Any, tells: bool,
+    ) -> Any:  # fmt: skip
+        """Call a backbone, whose masks of samples are made when they are read.
+
+        With ``tells`` they are told of the positions of the step.
+        """
         if self._step is not None and self._step.has_positions:
             copy = self._masks.of(function)
             if copy is not None:
-                return copy(module, *args, **kwargs)
+                outer, self._tells = self._tells, tells
+                try:
+                    return copy(module, *args, **kwargs)
+                finally:
+                    self._tells = outer
         return original(module, *args, **kwargs)
 
     def _mask_of(self, value: Any, names: set[str]) -> Any:
         """In place of a function that makes a mask, and may be told of positions, one that is."""
-        # transformers' Granite 4 makes them without (5.24): samples in a row would be one
-        if not isinstance(value, types.FunctionType) or not _makes_masks(value):
+        if not isinstance(value, types.FunctionType) or not makes_masks(value):
             return None
 
         @functools.wraps(value)
         def mask(*args: Any, **kwargs: Any) -> Any:
-            positions = None if self._step is None else self._step.positions
-            if positions is None or args or kwargs.get("position_ids") is not None:
+            step = self._step
+            if step is None or step.positions is None or args:
                 return value(*args, **kwargs)
-            (batch, length), sizes = kwargs["inputs_embeds"].shape[:2], positions.shape
-            if sizes[1] == length and sizes[0] in (1, batch):
-                kwargs["position_ids"] = positions
-            return value(**kwargs)
+            (batch, length), sizes = kwargs["inputs_embeds"].shape[:2], step.positions.shape
+            if sizes[1] != length or sizes[0] not in (1, batch):
+                return value(**kwargs)
+            # transformers' Granite 4 makes them without (5.24): samples in a row would be one
+            if kwargs.get("position_ids") is None and self._tells:
+                kwargs["position_ids"] = step.positions
+            lazy = None
+            if _is_same(kwargs.get("position_ids"), step.positions):
+                starts = step.of(kwargs["inputs_embeds"])
+                lazy = None if starts is None else self._kinds.mask(value, kwargs, starts)
+            return value(**kwargs) if lazy is None else lazy
 
         return mask
 
@@ -395,12 +423,6 @@ _UNKNOWN = (
     "which of its calls that is: use use_reentrant=False, without hooks that move what a "
     "checkpoint keeps; or do not pack"
 )
-
-
-@functools.lru_cache(maxsize=256)
-def _makes_masks(function: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(function).parameters
-    return {"config", "inputs_embeds", "attention_mask", "position_ids"} <= set(parameters)
 
 
 @functools.lru_cache(maxsize=256)

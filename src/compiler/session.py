@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -21,13 +22,22 @@ from ..memory.planner import Planner
 from ..memory.random_state import RandomState
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
+from .block_races import BlockRaces
 from .codegen.cpp_compiler import prepare
 from .codegen.cuda_graphs import CudaGraphs
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
 from .segments import ByRows, StepSegments
-from .sharing import CaptureError, InputGradient, SharedFunction, Stage, require_no_hooks
+from .sharing import (
+    CaptureError,
+    InputGradient,
+    SharedFunction,
+    Stage,
+    WholeMask,
+    require_no_hooks,
+    structure,
+)
 from .units import Units
 from .watch import Watches
 from .withheld import WithheldCache
@@ -89,6 +99,7 @@ class Choices:
     decoding: Decoding = field(default_factory=Decoding)
     by_rows: ByRows = field(default_factory=ByRows)
     graphs: CudaGraphs = field(default_factory=CudaGraphs)
+    races: BlockRaces = field(default_factory=BlockRaces)
 
     @property
     def rules(self) -> list[Any]:
@@ -117,7 +128,8 @@ class CallState:
     no_gradient: Tensor | None = None
     first_input: Tensor | None = None  # of the call at hand
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
-    without_boundaries: set[type] = field(default_factory=set)  # and those with ``Boundaries``
+    # those that are given boundaries and masks as they are
+    as_given: set[type] = field(default_factory=set)
     has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
     # what Inductor needs first, found in the background since the first call
@@ -140,6 +152,20 @@ class CallState:
         """Raise ``InputGradient``, with the reason, if the graph of this call gets a leaf."""
         if self.no_gradient is not None:
             raise InputGradient(reason)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A call of a region by its captured graph.
+
+    ``compiled`` makes, or finds, what runs the graph. ``mark`` is called before a capture: it tells
+    TorchDynamo which sizes vary.
+    """
+
+    compiled: Callable[[], Callable[..., Any]]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mark: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,26 +205,23 @@ class Session:
     def call(
         self,
         module: nn.Module,
-        compiled: Callable[[], Callable[..., Any]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        capture: Capture,
         original: Callable[[], Any],
         context: Callable[[Any], AbstractContextManager[None]] = nullcontext,
-        mark: Callable[[], None] | None = None,
         no_gradient: Tensor | None = None,
-        plain: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+        plain: Callable[[], Capture] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
         In a block or norm nothing has run when capture fails; what has in a head is replayed. An
         error of the model's own code comes out of ``original`` again, as it would have without us.
 
-        ``compiled`` makes, or finds, what runs the graph; ``original`` is the same call of the
-        original forward. ``context`` makes what surrounds the captured call, and only that, of
-        ``no_gradient``, an input in whose place a leaf is tried first. ``mark`` is called before a
-        capture: it tells TorchDynamo which sizes vary. ``plain`` are the arguments, where some of
-        ``args`` and ``kwargs`` are shown as something else.
+        ``original`` is the same call of the original forward. ``context`` makes what surrounds the
+        captured call, and only that, of ``no_gradient``, an input in whose place a leaf is tried
+        first. ``plain`` makes the same call with its own arguments, where some of those of
+        ``capture`` are shown as something else.
         """
+        args, kwargs = capture.args, capture.kwargs
         state = self.state
         if not state.started:
             self._start(module)
@@ -206,12 +229,12 @@ class Session:
             state.region, state.function, state.mark, state.no_gradient, state.first_input,
             state.has_run,
         )  # fmt: skip
-        state.region, state.mark, state.no_gradient = module, mark, no_gradient
+        state.region, state.mark, state.no_gradient = module, capture.mark, no_gradient
         state.first_input = first_tensor(args, kwargs)
         # where a graph is left midway, the original code draws the same numbers, and counts once
         before = _Before(module, state.watches) if state.watches.parts else None
         try:
-            run = compiled()
+            run = capture.compiled()
             with context(no_gradient):
                 return run(module, *args, **kwargs)
         except PartChanged as error:
@@ -230,6 +253,7 @@ class Session:
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
             goes_around = state.watches.goes_around(module, error)
+            reads_mask = isinstance(cause or error, WholeMask)
         finally:
             (
                 state.region, state.function, state.mark, state.no_gradient, state.first_input,
@@ -237,15 +261,17 @@ class Session:
             ) = outer  # fmt: skip
         if goes_around:
             self.log.note(module, f"a part of it runs as it was: {text}")
-            return self.call(
-                module, compiled, args, kwargs, original, context, mark, no_gradient, plain
-            )
+            return self.call(module, capture, original, context, no_gradient, plain)
+        if plain is not None and reads_mask:
+            self.log.note(module, _READS_MASK)
+            state.as_given.add(type(module))
+            return self.call(module, plain(), original, context, no_gradient)
         if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return self.call(module, compiled, args, kwargs, original, context, mark, plain=plain)
+            return self.call(module, capture, original, context, plain=plain)
         if plain is not None:
-            state.without_boundaries.add(type(module))
-            return self.call(module, compiled, *plain, original, context, mark)
+            state.as_given.add(type(module))
+            return self.call(module, plain(), original, context)
         undo_split = self.choices.split(module, self)
         try:
             result = original()
@@ -253,7 +279,7 @@ class Session:
             undo_split()
             raise
         if not one_off:
-            self.log.failed_structures[_structure(module)] = f"a block that is made alike {reason}"
+            self.log.failed_structures[structure(module)] = f"a block that is made alike {reason}"
         self.log.fail(module, reason)
         return result
 
@@ -275,7 +301,7 @@ class Session:
         log = self.log
         reason = log.failed.get(module)
         if reason is None and log.failed_structures and module not in log.graphs:
-            reason = log.failed_structures.get(_structure(module))
+            reason = log.failed_structures.get(structure(module))
             if reason is not None:
                 self.choices.split(module, self)
                 log.fail(module, reason)
@@ -318,15 +344,6 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     return next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
 
 
-def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What tells layers that run different code apart: their parts, switches and kinds."""
-    # numbers are left out: each layer has its own index
-    return tuple(
-        (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
-        for name, m in module.named_modules()
-    )
-
-
 class TooManyGraphs(TorchDynamoException):
     """A module that needs a new graph for each call."""
 
@@ -354,7 +371,8 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
     if keeps is None:
         setattr(_config, _WEAK, True)
     try:
-        yield
+        with _without_names():
+            yield
     finally:
         if keeps is None:
             setattr(_config, _WEAK, None)
@@ -364,4 +382,43 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
             _config.allow_unspec_int_on_nn_module = integers
 
 
+_READS_MASK = "its mask of samples that share a row is made: not only fused attention reads it"
+
 _WEAK = "invalidate_compile_context_weakrefs"
+
+
+@contextmanager
+def _without_names() -> Iterator[None]:
+    """While TorchDynamo captures in this thread, let it find no names that nothing reads."""
+    # Of each module that it meets, the whole model for one, it lists all parameters for the sake of
+    # ``torch.export``; and it tokenizes whole source files for lines of a log that is off. Together
+    # a sixth of a first step whose code is found in the caches (2026-12-01, torch 2.13).
+    logs, this_thread = torch._logging._internal.log_state, threading.get_ident()
+    is_logged = any(map(logs.is_artifact_enabled, ("trace_call", "trace_source")))
+    finders = _finders_of_names()[: 1 if is_logged else None]
+
+    def in_other_threads(find: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return None if threading.get_ident() == this_thread else find(*args, **kwargs)
+
+        return run
+
+    for owner, name, find in finders:
+        setattr(owner, name, in_other_threads(find))
+    try:
+        yield
+    finally:
+        for owner, name, find in finders:
+            setattr(owner, name, find)
+
+
+@functools.cache
+def _finders_of_names() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """The owner and the name of each function, and itself, as PyTorch has it."""
+    from torch._dynamo import output_graph, symbolic_convert
+
+    places = (
+        (output_graph.OutputGraph, "add_fqn_info_for_inlined_modules"),
+        (symbolic_convert, "get_funcname"),
+    )
+    return [(o, name, vars(o)[name]) for o, name in places if name in vars(o)]

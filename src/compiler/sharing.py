@@ -72,6 +72,15 @@ class SharedFunctions:
         return self._own.setdefault(module, {}).setdefault(key, SharedFunction(Stage.OWN))
 
 
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """What tells layers that run different code apart: their parts, switches and kinds."""
+    # numbers are left out: each layer has its own index
+    return tuple(
+        (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
+        for name, m in module.named_modules()
+    )
+
+
 class CaptureError(TorchDynamoException):
     """Something else was raised, ``error``, while TorchDynamo captured."""
 
@@ -86,6 +95,10 @@ class InputGradient(TorchDynamoException):
 
 class UnfrozenWeight(TorchDynamoException):
     """A weight needs a gradient that needed none when its block was compiled."""
+
+
+class WholeMask(TorchDynamoException):
+    """A block that was given first keys reads the mask that is made of them."""
 
 
 class HooksOnParameters(TorchDynamoException):

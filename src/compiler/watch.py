@@ -281,6 +281,11 @@ class Watch:
             and type(module) is self.classes[0]
         )
 
+    def trained(self, module: nn.Module) -> bytes:
+        """Which parameters of the region and of the modules below need a gradient now."""
+        held = (d["_parameters"].values() for d in (module.__dict__, *self._dicts))
+        return bytes([p.requires_grad for p in chain.from_iterable(held) if p is not None])
+
     def find_hooks(self, module: nn.Module) -> Hooks:
         """The hooks below the region (``bypass.find_hooks``), looked for only if there are any."""
         hooks = _NONE

@@ -28,6 +28,7 @@ from .processor import (
     processor,
     this_machine,
 )
+from .raced_op import CONTESTS
 
 RACED = torch.float32, torch.bfloat16, torch.float16
 """The dtypes that processors differ in."""
@@ -57,6 +58,8 @@ def measure(dtypes: Iterable[torch.dtype]) -> None:
 def resume(records: Iterable[dict[str, Any]]) -> None:
     """Choose as a run did that is continued, whose ``choice.records`` these are."""
     adopt(records)
+    for op in CONTESTS.values():
+        op.forget()
     if is_of_this_machine():
         measured(this_machine())
 
@@ -77,11 +80,12 @@ def _learnt(known: Processor, dtype: torch.dtype) -> Processor:
 
 
 def _asked(question: Question) -> Choice:
-    return choose(question, _machine())
+    return choose(question, machine())
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
+    """What a choice on the CPU depends on besides versions."""
     return f"{instruction_set()}\0{torch.get_num_threads()}"
 
 

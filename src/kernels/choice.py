@@ -8,8 +8,9 @@ the one that the project's own measurements name (``fixed``) unless another is f
 the ranks of a job take the one that was published first. ``FUSEWRIGHT_CHOICES=fixed`` measures
 nothing, and when the races of a process have taken ``ALLOWANCE``, no more begin.
 
-What is asked of a CPU is in ``candidates.py``, of the calls of ops in ``raced_op.py``. The rule by
-which candidates are found right is that of rewrites (``tolerance.py``).
+What is asked of a CPU is in ``candidates.py``, of the calls of ops in ``raced_op.py``, of whole
+blocks in ``compiler/block_races.py``. The rule by which candidates are found right is that of
+rewrites (``tolerance.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +35,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
-from .native.build import kept_folder, write_whole
+from .native.build import kept_folder, sources, write_whole
 from .tolerance import EXCEEDS, PEAK, exceeded
 
 VARIABLE = "FUSEWRIGHT_CHOICES"
-"""``fixed``: nothing is measured; ``raced``, the default."""
+"""``fixed``: nothing is measured; ``ops``: all but whole blocks; ``raced``, the default: all."""
 
 MARGIN = 0.03
 """So much faster a candidate must be than the fixed one, or than an earlier one, to take its place.
@@ -57,6 +61,27 @@ ALLOWANCE = 60.0
 run pays anyway, is not counted."""
 
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How candidates are timed.
+
+    Attributes:
+        rounds: so often each of them is, in turns; its fastest time counts.
+        least: rounds that are made however long they take.
+        seconds: after which no more rounds begin.
+        margin: so much faster another one must be than the fixed one.
+        with_host: on a GPU, the time until its host has launched everything counts. That is noisy:
+            another one must also be faster by more than the fastest times of each form differ.
+    """
+
+    rounds: int = ROUNDS
+    least: int = 1
+    seconds: float = BUDGET
+    margin: float = MARGIN
+    with_host: bool = False
+
 
 _CPU = torch.device("cpu")
 
@@ -89,8 +114,10 @@ class Question:
         inputs: makes what they run on, from a generator of ``device``: tensors and constants.
         fixed: the name of the candidate that is taken where nothing is measured.
         device: where they run.
-        exact: the dtype in which the plain form's results count as the truth.
+        exact: the dtype in which the plain form's results count as the truth; None where all
+            candidates are known to be right, and ``inputs`` has called them.
         compared: what of the inputs and a candidate's results is compared, by default the results.
+        timing: how they are timed.
     """
 
     name: str
@@ -98,8 +125,9 @@ class Question:
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
     fixed: str
     device: torch.device = _CPU
-    exact: torch.dtype = torch.float64
+    exact: torch.dtype | None = torch.float64
     compared: Callable[[tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor]] = _itself
+    timing: Timing = Timing()
 
 
 @dataclass(frozen=True)
@@ -129,8 +157,27 @@ class Choice:
         return text + (f"; {timed}" if timed else "") + (f"; {why}" if why else "") + ")"
 
 
-_CHOICES: dict[str, Choice] = {}
-"""By question: what this process has chosen."""
+_CHOICES: dict[tuple[str, str], Choice] = {}
+"""By hash of the machine, and question: what this process chose, or a run that it continues."""
+
+ANY = "any"
+"""The machine of a choice that ``adopt`` takes on every one: benchmarks force them."""
+
+_choosing = threading.RLock()
+"""Held while one thread chooses: races side by side would time each other."""
+
+
+def _forget_holder() -> None:
+    """In a forked process: the thread that holds the lock is not there."""
+    global _choosing
+    _choosing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_holder)
+
+NO_MEMORY = "out of memory"
+"""Why a candidate is refused for which there was none; there may be in the next process."""
 
 LATE = f"fixed: races have had their {ALLOWANCE:.0f} s"
 """The source of what was chosen after the races' time."""
@@ -162,34 +209,44 @@ def choices() -> list[Choice]:
 def is_fixed() -> bool:
     """Whether nothing may be measured.
 
-    Raises FusewrightError if the variable has another value than the two that it knows.
+    Raises FusewrightError if the variable has another value than those that it knows.
     """
+    return _raced() == "fixed"
+
+
+def are_blocks_raced() -> bool:
+    """Whether whole blocks may be measured; raises as ``is_fixed``."""
+    return _raced() == "raced"
+
+
+def _raced() -> str:
     value = os.environ.get(VARIABLE, "raced")
-    if value not in ("raced", "fixed"):
-        raise FusewrightError(f"{VARIABLE}={value!r} is neither raced nor fixed")
-    return value == "fixed"
+    if value not in ("raced", "ops", "fixed"):
+        raise FusewrightError(f"{VARIABLE}={value!r} is neither raced nor ops nor fixed")
+    return value
 
 
 def adopt(earlier: Iterable[dict[str, Any]]) -> None:
     """Choose as the run that is continued did, so that it continues bit for bit.
 
+    On another machine its choices are neither right nor fast by what is known, and it races anew.
     What is not the record of a choice is left out: it was written by another version.
     """
     for record in earlier:
         choice = _read(record, "resumed")
-        if choice is not None:
-            _CHOICES[choice.question] = choice
+        if choice is not None and isinstance(record.get("machine"), str):
+            _CHOICES[record["machine"], choice.question] = choice
 
 
 def records() -> list[dict[str, Any]]:
     """What ``adopt`` takes, for a run's files."""
-    return [asdict(choice) for choice in _CHOICES.values()]
+    return [asdict(choice) | {"machine": machine} for (machine, _), choice in _CHOICES.items()]
 
 
-def known(question: Question) -> Choice | None:
+def known(question: Question, machine: str = "") -> Choice | None:
     """What this process has chosen; None if it has not, or by candidates that are not there."""
-    choice = _CHOICES.get(question.name)
-    return choice if choice is not None and _is_of(choice, question) else None
+    found = (_CHOICES.get((on, question.name)) for on in (ANY, _hash(machine)))
+    return next((c for c in found if c is not None and _is_of(c, question)), None)
 
 
 def choose(question: Question, machine: str = "") -> Choice:
@@ -197,28 +254,55 @@ def choose(question: Question, machine: str = "") -> Choice:
 
     ``machine``: all that the choice depends on besides versions, for the file in which it is kept.
     """
-    before = known(question)
-    if before is not None:
-        return before
     if is_fixed():
-        return Choice(question.name, question.fixed, "fixed")
+        return known(question, machine) or Choice(question.name, question.fixed, "fixed")
+    with _choosing:
+        return known(question, machine) or _chosen(question, machine)
+
+
+def _chosen(question: Question, machine: str) -> Choice:
     names = ",".join(c.name for c in question.candidates)
-    version = f"{torch.__version__} {torch.version.git_version}"
+    version = f"{torch.__version__} {torch.version.git_version} {_sources()}"
     text = "\0".join((question.name, names, machine, version))
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = _hash(text)
     kept = _kept(key)
     chosen = kept if kept is not None and _is_of(kept, question) else None
     if chosen is None and _spent.seconds > ALLOWANCE:
         chosen = Choice(question.name, question.fixed, LATE)
     if chosen is None:
         chosen = race(question)
-        if chosen.source == "raced":
+        if _is_lasting(chosen):
             _keep(key, chosen, machine)
     chosen = _agreed(key, chosen, question)
-    _CHOICES[question.name] = chosen
-    if chosen.source not in ("fixed", LATE):  # those were not raced
+    _CHOICES[_hash(machine), question.name] = chosen
+    if _is_lasting(chosen):
         _KEPT[_file(key)] = _record(chosen, machine)
     return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _is_lasting(choice: Choice) -> bool:
+    """Whether all that could be raced was raced: another process would find the same."""
+    is_raced = choice.source not in ("fixed", LATE)
+    return is_raced and not any(NO_MEMORY in why for why in choice.refused.values())
+
+
+@functools.cache
+def triton_version() -> str:
+    """The version of Triton, which is not imported; empty without one."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
+@functools.cache
+def _sources() -> str:
+    return sources(Path(__file__).parent)
 
 
 # --- the race -------------------------------------------------------------------------------------
@@ -239,28 +323,31 @@ def _not_raced(question: Question, error: Exception) -> Choice:
 
 
 def _race(question: Question, clock: Clock) -> Choice:
-    begun = clock()
     plain = question.candidates[-1]
     refused: dict[str, str] = {}
     try:
         inputs = question.inputs(torch.Generator(question.device).manual_seed(0))
     except Exception as error:  # there may be no memory for them
         return _not_raced(question, error)
-    eager = _compared(question, plain, inputs, refused)
-    exact = None if eager is None else _exact(question, inputs, refused)
-    if eager is None or exact is None:  # there is nothing to compare with
-        return Choice(question.name, question.fixed, "fixed", {}, refused)
-    running = []
-    for candidate in question.candidates:
-        start = clock()
-        if candidate is plain or _is_right(question, candidate, inputs, eager, exact, refused):
-            running.append(candidate)
-        if candidate.name == question.fixed:  # which is compiled for the run in any case
-            begun += clock() - start
-    del eager, exact
+    begun = clock()
+    running = list(question.candidates)
+    if question.exact is not None:
+        eager = _compared(question, plain, inputs, refused)
+        exact = None if eager is None else _exact(question, inputs, refused)
+        if eager is None or exact is None:  # there is nothing to compare with
+            return Choice(question.name, question.fixed, "fixed", {}, refused)
+        running.clear()
+        for candidate in question.candidates:
+            start = clock()
+            if candidate is plain or _is_right(question, candidate, inputs, eager, exact, refused):
+                running.append(candidate)
+            if candidate.name == question.fixed:  # which is compiled for the run in any case
+                begun += clock() - start
+        del eager, exact
     times = _timed(question, running, inputs, refused, clock)
     _spent.seconds += clock() - begun
-    return Choice(question.name, _fastest(question, times), "raced", times, refused)
+    best = {name: min(taken) for name, taken in times.items()}
+    return Choice(question.name, _fastest(question, times), "raced", best, refused)
 
 
 def _is_right(
@@ -289,6 +376,7 @@ def _exact(
     question: Question, inputs: tuple[Any, ...], refused: dict[str, str]
 ) -> list[Tensor] | None:
     with _full_precision(question.device):
+        assert question.exact is not None
         wide = tree_map_only(Tensor, functools.partial(_widened, question.exact), inputs)
         return _compared(question, question.candidates[-1], wide, refused)
 
@@ -312,24 +400,24 @@ def _wrong_in_several(question: Question, candidate: Contender) -> str:
 def _timed(
     question: Question, running: Sequence[Contender], inputs: tuple[Any, ...],
     refused: dict[str, str], clock: Clock,
-) -> dict[str, float]:  # fmt: skip
-    """The fastest time of each candidate, in microseconds; they take turns."""
-    best: dict[str, float] = {}
-    begun = clock()
-    stopwatch = _Events(question.device) if question.device.type == "cuda" else _Wall(clock)
-    for number in range(ROUNDS):
-        if number and clock() - begun > BUDGET:
+) -> dict[str, list[float]]:  # fmt: skip
+    """The times of each candidate, in microseconds; they take turns."""
+    times: dict[str, list[float]] = {}
+    begun, timing = clock(), question.timing
+    on_gpu = question.device.type == "cuda"
+    stopwatch = _Events(question.device, timing.with_host) if on_gpu else _Wall(clock)
+    for number in range(timing.rounds):
+        if number >= timing.least and clock() - begun > timing.seconds:
             break
         for candidate in running:
             if candidate.name in refused:
                 continue
             stopwatch.start()
             if _results(candidate, inputs, refused) is None:
-                best.pop(candidate.name, None)
+                times.pop(candidate.name, None)
                 continue
-            taken = 1e6 * stopwatch.seconds()
-            best[candidate.name] = min(best.get(candidate.name, taken), taken)
-    return best
+            times.setdefault(candidate.name, []).append(1e6 * stopwatch.seconds())
+    return times
 
 
 class _Wall:
@@ -348,16 +436,21 @@ class _Events:
 
     # The host, which is slower than small kernels, gets ahead while the GPU sleeps (about 4 ms):
     # what is timed is the GPU, also where a step waits for its host. CUDA graphs are for that.
+    # Without the sleep, all that the GPU waits for its host is in the time.
     CYCLES = 8_000_000
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, with_host: bool = False) -> None:
+        self._device, self._sleeps = device, not with_host
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
         self._flushed = torch.empty(2 * cache, dtype=torch.int8, device=device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def start(self) -> None:
         self._flushed.zero_()
-        torch.cuda._sleep(self.CYCLES)
+        if self._sleeps:
+            torch.cuda._sleep(self.CYCLES)
+        else:  # nor is the GPU to be busy with what was before
+            torch.cuda.synchronize(self._device)
         self._begin.record()
 
     def seconds(self) -> float:
@@ -366,14 +459,23 @@ class _Events:
         return float(self._begin.elapsed_time(self._end)) / 1e3
 
 
-def _fastest(question: Question, times: dict[str, float]) -> str:
+def _fastest(question: Question, times: dict[str, list[float]]) -> str:
     """The name of the fastest; of those that are as fast, the fixed one, or the earliest."""
     if not times:
         return question.fixed
-    limit = min(times.values()) * (1 + MARGIN)
-    if times.get(question.fixed, limit + 1) <= limit:
+    margin, best = question.timing.margin, {name: min(taken) for name, taken in times.items()}
+    if question.timing.with_host:
+        margin = max(margin, *map(_noise, times.values()))
+    limit = min(best.values()) * (1 + margin)
+    if best.get(question.fixed, limit + 1) <= limit:
         return question.fixed
-    return next(c.name for c in question.candidates if times.get(c.name, limit + 1) <= limit)
+    return next(c.name for c in question.candidates if best.get(c.name, limit + 1) <= limit)
+
+
+def _noise(taken: Sequence[float]) -> float:
+    """By how much of it the fastest time is faster than the second one."""
+    first, second = sorted(taken)[:2] if len(taken) > 1 else (1.0, 1.0)
+    return second / first - 1
 
 
 def _compared(
@@ -395,7 +497,10 @@ def _results(
     """What a candidate computes; None if it fails, with the reason in ``refused``."""
     try:
         results = candidate.run(*inputs)
-    except Exception as error:  # also of a library's or of Triton's own kind, or out of memory
+    except (torch.OutOfMemoryError, MemoryError):
+        refused[candidate.name] = NO_MEMORY
+        return None
+    except Exception as error:  # also of a library's or of Triton's own kind
         refused[candidate.name] = first_line(error) or type(error).__name__
         return None
     return (results,) if isinstance(results, Tensor) else tuple(results)
@@ -432,6 +537,7 @@ def _alone(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if device.type == "cuda":
             stack.enter_context(torch.random.fork_rng([device]))
+            stack.enter_context(torch.cuda.device(device))  # whose stream is timed
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ Nothing here imports Triton before a tensor asks for it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -35,6 +36,9 @@ RUNS: dict[Any, Callable[..., Any]] = {}
 
 LAUNCHES: dict[Any, Callable[..., bool]] = {}
 """Library op -> whether a call launches a Triton kernel, of ops that launch them themselves."""
+
+READ_ONCE: set[Any] = set()
+"""Library ops that know again what a ``mask`` says, until PyTorch notes that it is written to."""
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -211,7 +215,7 @@ def library_op(
         if contest is None:
             run = with_plain_form(name, run, plain)
         else:
-            contest = replace(contest, contenders=tuple(map(_fresh_results, contest.contenders)))
+            contest = replace(contest, contenders=tuple(map(_as_a_kernel, contest.contenders)))
             run = RacedOp(name, run, plain, contest, functools.partial(_declared, fake)).__call__
     # 2026-11-24: torch.library is not typed
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
@@ -281,8 +285,22 @@ def _fresh(result: Any) -> Any:
     return type(result)([without_base(t) for t in result])
 
 
-def _fresh_results(contender: Contender) -> Contender:
-    return replace(contender, run=lambda *args: _fresh(contender.run(*args)))
+def _as_a_kernel(contender: Contender) -> Contender:
+    def run(*args: Any) -> Any:
+        device = next(_tensors(args)).device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+            with _without_modes(device):
+                return _fresh(contender.run(*args))
+        return _fresh(contender.run(*args))
+
+    return replace(contender, run=run)
+
+
+@contextlib.contextmanager
+def _without_modes(device: str) -> Iterator[None]:
+    # a kernel knows nothing of autograd and autocast
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
 
 
 def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,8 +309,7 @@ def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Calla
     def run(*args: Any) -> Any:
         declared = _declared(fake, *args)
         device = next(_tensors(args)).device
-        # a kernel knows nothing of autograd and autocast
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with _without_modes(device.type):
             result = plain(*args)
         if isinstance(declared, Tensor):
             return _like(result, declared, device)

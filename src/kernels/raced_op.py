@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from .choice import Choice, Contender, Question, choose, is_fixed, known
+from .choice import Choice, Contender, Question, choose, is_fixed, known, triton_version
 from .fallback import (
     UNABLE,
     LaunchError,
@@ -184,9 +183,10 @@ class RacedOp:
         if is_fixed():
             return self._by(None, args), True
         question = self.question(*args)
-        choice = known(question)
+        here = machine(_device(args))
+        choice = known(question, here)
         if choice is None and _may_race(args):
-            choice = choose(question, machine(_device(args)))
+            choice = choose(question, here)
         return self._by(choice, args), choice is not None
 
     def _by(self, choice: Choice | None, args: tuple[Any, ...]) -> tuple[Contender, ...]:
@@ -202,6 +202,10 @@ class RacedOp:
         able.sort(key=lambda c: leading.index(c.name) if c.name in leading else len(leading))
         names = [c.name for c in able]
         return tuple(able[: names.index(PLAIN) + 1])  # which never fails
+
+    def forget(self) -> None:
+        """Ask again who runs first: choices have been adopted."""
+        self._orders.clear()
 
     def question(self, *args: Any) -> Question:
         """Which candidate is the fastest for calls like this one?"""
@@ -337,9 +341,6 @@ def machine(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = ""
-    versions = torch.version.cuda, torch.version.hip, triton
+    cudnn = torch.backends.cudnn.version()
+    versions = torch.version.cuda, torch.version.hip, cudnn, triton_version()
     return f"{properties.name}\0{properties.major}.{properties.minor}\0{versions}"

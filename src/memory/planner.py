@@ -70,11 +70,18 @@ class Planner:
         if self.budget.mode == "min":
             return "input"
         if self.budget.mode == "speed":
-            return next(v for v in self.allowed if v != "weights" or self.unpacks)
+            return self._fastest()
         planned = self.levels.get(module)
         if planned is not None or not self.levels:
             return planned
         return Counter(self.levels.values()).most_common(1)[0][0]
+
+    def is_fastest(self, module: nn.Module) -> bool:
+        """Whether ``module`` keeps what makes the step fastest, and no less for lack of memory."""
+        return self.level(module) in (None, self._fastest())
+
+    def _fastest(self) -> Level:
+        return next(v for v in self.allowed if v != "weights" or self.unpacks)
 
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters of the model, each once."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
+from ..kernels.op import starts_of
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
@@ -21,15 +22,16 @@ class Attention(Rule):
 
     def patterns(
         self, p: Builder, q: Pattern, k: Pattern, v: Pattern, mask: Pattern, causal: Pattern,
-        scale: Pattern, gqa: Pattern,
+        scale: Pattern, gqa: Pattern, first: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
         """Transformers repeats heads by unsqueeze, expand, reshape; others pass enable_gqa."""
+        seen = p.either(p.sample_mask(first, p.anything), mask)
 
         def repeated(x: Any) -> Any:
             return p.reshape(p.expand(p.unsqueeze(x, -3), p.anything), p.anything)
 
-        yield "repeated", p.sdpa(q, repeated(k), repeated(v), mask, 0.0, causal, scale, gqa)
-        yield "plain", p.sdpa(q, k, v, mask, 0.0, causal, scale, gqa)
+        yield "repeated", p.sdpa(q, repeated(k), repeated(v), seen, 0.0, causal, scale, gqa)
+        yield "plain", p.sdpa(q, k, v, seen, 0.0, causal, scale, gqa)
 
     def check(self, m: Match) -> None:
         """Four dimensions, constant settings."""
@@ -41,8 +43,20 @@ class Attention(Rule):
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op over the heads as they were projected, cast as autocast casts them."""
         scale, kind = None if m.scale is None else float(m.scale), facts.dtype(m.root)
-        q, k, v, mask = (ops.as_dtype(n, kind) for n in (m.q, m.k, m.v, m.mask))
-        return ops.attention(q, k, v, scale, m.causal, mask)
+        q, k, v, mask = (ops.as_dtype(n, kind) for n in (m.q, m.k, m.v, m.get("mask")))
+        return ops.attention(q, k, v, scale, m.causal, m.get("first", mask))
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """First keys of samples."""
+        return _first_keys(generator, shape) if node is m.get("first") else None
+
+
+def _first_keys(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Those (B, 1, T, 1) of samples that begin anywhere."""
+    begins = torch.rand(shape, generator=generator) < 0.3
+    return starts_of(begins.flatten(1)).view(shape)
 
 
 class WrittenOutAttention(Rule):
@@ -57,7 +71,7 @@ class WrittenOutAttention(Rule):
 
     def patterns(
         self, p: Builder, q: Pattern, k: Pattern, v: Pattern, mask: Pattern, scale: Pattern,
-        softcap: Pattern, sinks: Pattern, stop: Pattern,
+        softcap: Pattern, sinks: Pattern, stop: Pattern, first: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
         """As transformers' eager functions and their like have it."""
 
@@ -71,7 +85,8 @@ class WrittenOutAttention(Rule):
         product = p.matmul(p.maybe_cast(q), p.transpose(p.maybe_cast(repeated(k)), -2, -1))
         scaled = p.either(product * scale, product)
         bounded = p.either(p.tanh(scaled / softcap) * softcap, scaled)
-        scores = p.either(bounded + mask, bounded)
+        seen = p.either(p.sample_mask(first, p.anything), mask)
+        scores = p.either(bounded + seen, bounded)
         logits = p.capture("logits", p.reshape(sinks, p.anything))
         joined = p.maybe_cast(p.cat((scores, p.expand(logits, p.anything)), -1))
 
@@ -104,13 +119,15 @@ class WrittenOutAttention(Rule):
         kind, softcap = facts.dtype(m.root), m.get("softcap")
         q, k, v = (ops.as_dtype(n, kind) for n in (m.q, m.k, m.v))
         softcap = None if softcap is None else float(softcap)
-        options = m.get("mask"), None, m.get("sinks"), softcap
+        options = m.get("first", m.get("mask")), None, m.get("sinks"), softcap
         return ops.attention(q, k, v, float(m.get("scale", 1.0)), False, *options)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
     ) -> Tensor | None:
         """A mask that hides keys, as masks do."""
+        if node is m.get("first"):
+            return _first_keys(generator, shape)
         if node is not m.get("mask"):
             return None
         hidden = torch.rand(shape, generator=generator) < 0.3

@@ -205,7 +205,12 @@ def _joined(m: Match, name: str, ops: Emit) -> tuple[Any, Update | None]:
     def laid_out(t: Any) -> Any:
         return ops.method("transpose", t, -2, -1) if m.captures[f"{name}_is_turned"] else t
 
-    dtype, scales = facts.dtype(weight), {float(s) for _, _, s in updates}
+    scales = {float(s) for _, _, s in updates}
+    dtype: Any = facts.dtype(weight)
+    dtypes: list[Any] = [facts.dtype(t) for left, right, _ in updates for t in (left, right)]
+    if any(torch.promote_types(t, dtype) is not dtype for t in dtypes):
+        # wider ones stay so: rounded factors would get gradients that are rounded more than eager's
+        dtype = torch.promote_types(dtype, torch.float32)
     scale = scales.pop() if len(scales) == 1 else 1.0
     into, out = [], []
     for left, right, s in updates:

@@ -149,8 +149,9 @@ def _examine_alone(trainer: EngineMixin, result: RunResult, run_log: RunLog) -> 
         with run_log.guarded("adapter check"):
             run_log.say("checking the saved adapter")
             model, check = save_model.check_adapter(
-                model, recipe, result.output_dir, trainer.objective.probe()
-            )
+                model, recipe, result.output_dir, trainer.objective.probe(),
+                trainer.accelerator.autocast(),
+            )  # fmt: skip
             result.adapter_check = asdict(check)
     if result.sample:
         with run_log.guarded("answer after"):

@@ -66,14 +66,20 @@ def encoding_obstacles(recipe: Recipe) -> Iterator[str]:
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
-    if recipe.precision() != "float16":
+    precision, divides = recipe.precision(), recipe.strategy().tensor > 1
+    if precision != "float16" and not (precision == "auto" and divides):
         return
-    from .model.precision import dtype_for_training
+    from .model.precision import computes_in, dtype_for_training
 
     try:
-        dtype_for_training("float16")
+        dtype_for_training(precision)
     except RecipeError as error:
         yield str(error)
+    if divides and computes_in(precision) == "float16":
+        yield (
+            "tensor_parallel_size: not in float16, where Trainer clips the gradients of divided "
+            "layers while they are scaled: set float32: true, or use FSDP or DDP"
+        )
 
 
 def _attention(recipe: Recipe) -> Iterator[str]:

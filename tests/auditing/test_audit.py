@@ -141,7 +141,7 @@ def test_says_where_a_fault_begins_and_what_may_follow_from_it() -> None:
     text = str(result)
     assert text.index("FAIL  gradient-scale") < text.index("passed")
     assert "model.layers.1.mlp.down_proj.weight" in text
-    assert "do    not all have it, so that it is not the number of tokens" in text
+    assert "do    others do not have it, so that the number of tokens is right" in text
 
 
 def test_a_loss_over_other_tokens_is_named() -> None:
@@ -182,6 +182,28 @@ def test_adapters_that_the_forward_leaves_out_are_named() -> None:
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.forward = layer.base_layer.forward
     assert failed(audit(model, batch())) == ["adapter-reach"]
+
+
+def test_a_patch_is_named_and_what_it_hides_is_not_called_right() -> None:
+    def fast_mlp(x: Tensor) -> Tensor:
+        up = F.linear(x, mlp.up_proj.base_layer.weight)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up)  # type: ignore[no-any-return]
+
+    model = tiny(lora=True)
+    decoder = model.base_model.model.model
+    mlp = decoder.layers[1].mlp
+    mlp.forward = fast_mlp
+    doubled = decoder.layers[1].self_attn.v_proj.lora_B["default"].weight
+    doubled.register_hook(lambda g: 2 * g)
+    result = audit(model, batch())
+    assert failed(result) == ["adapter-reach", "gradient-scale"]
+    text = str(result)
+    line = fast_mlp.__code__.co_firstlineno
+    assert f"fast_mlp, test_audit.py:{line}) leaves them out" in text
+    backward = "the backward pass of base_model.model.model.layers.1.self_attn.v_proj.lora_B"
+    assert f"{backward}.default.weight for a gradient that" in text
+    assert "audit again when that is right" in text
+    assert "the other 0" not in text
 
 
 def test_the_trainable_set_is_the_configured_one() -> None:

@@ -39,7 +39,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Empty folders of caches for loading, and a process that has made something to save."""
     monkeypatch.setattr(compiled_file.verdicts, "used", lambda: dict(VERDICTS))
     monkeypatch.setattr(choice, "files", lambda: dict(CHOICES))
-    monkeypatch.setattr(library, "kept_file", lambda: LIBRARY)
+    monkeypatch.setattr(library, "kept_files", lambda: dict.fromkeys(build.SOURCES, LIBRARY))
     monkeypatch.setattr(compiled_file, "_inductor_kernels", lambda: {"ab/cabc.main.so": b"kernel"})
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
     places = {"kernels": tmp_path / "kernels", "inductor": tmp_path / "inductor"}
@@ -53,7 +53,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 def file(folders: dict[str, Path], tmp_path: Path) -> Path:
     path = tmp_path / "run.compiled"
     assert str(save_compiled(path)) == (
-        "0 compiled graphs, 2 libraries of C++ kernels, 2 verified rewrites, 1 raced choices"
+        "0 compiled graphs, 3 libraries of C++ kernels, 2 verified rewrites, 1 raced choices"
     )
     return path
 
@@ -67,7 +67,7 @@ def test_all_parts_are_placed_as_they_were(file: Path, folders: dict[str, Path])
     load_compiled(file)
     texts = {name: text.encode() for name, text in (VERDICTS | CHOICES).items()}
     kernels = {
-        build.carried_name(): LIBRARY,
+        **{build.carried_name(name): LIBRARY for name in build.SOURCES},
         "cabc.main.so": b"kernel",
         cpp_compiler.proof().name: b"",
     }

@@ -37,7 +37,7 @@ class Clock:
 def own_choices(folder: Path) -> Iterator[None]:
     """Choices that nobody has made before, and that nobody sees later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(choice.VARIABLE, raising=False)
+        patch.setenv(choice.VARIABLE, "ops")
         patch.setattr(choice, "_CHOICES", {})
         patch.setattr(choice, "_KEPT", {})
         patch.setattr(choice, "_spent", choice._Spent())

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusewright.kernels.attention import attention as attention_tiles
 from fusewright.kernels.attention.attention import OP, attention
+from fusewright.kernels.attention.first_keys import first_keys, sample_mask
+from fusewright.kernels.op import starts_of
 
 from .util import Watch, assert_parity, assert_parity_of_draws, saved_tensors
 
@@ -114,6 +116,42 @@ def test_small_budgets_cut_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(list(attention_tiles.tiles(q, k, part is None, part, None))) > 6
         ours = attention(q, k, v, None, part is None, part)
         torch.testing.assert_close(ours, OP.reference(q, k, v, None, part is None, part))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    heads=st.sampled_from(((3, 3), (6, 2), (9, 3))),
+    time=st.sampled_from((1, 33, 200, 300)),
+    often=st.sampled_from((0.0, 0.02, 0.5)),
+    window=st.sampled_from((None, 1, 40)),
+    dtype=st.sampled_from((B16, F32, F64)),
+    options=st.sampled_from(((False, None), (True, 2.0))),
+)
+def test_first_keys_are_a_mask(
+    heads: tuple[int, int], time: int, often: float, window: int | None, dtype: torch.dtype,
+    options: tuple[bool, float | None],
+) -> None:  # fmt: skip
+    """What is computed is the same, bit for bit, as with the mask that is made of them."""
+    begins = torch.rand(2, time, generator=torch.Generator().manual_seed(time)) < often
+    first = first_keys(starts_of(begins), window)
+    qkv = _qkv(2, *heads, time, time, 16, 16, dtype)
+    sinks = torch.linspace(-1, 1, heads[0]).requires_grad_() if options[0] else None
+    found = []
+    for mask in (first, sample_mask(first)):
+        out = attention(*qkv, 0.3, False, mask, None, sinks, options[1])
+        needed = [*qkv, *([] if sinks is None else [sinks])]
+        found.append((out, *torch.autograd.grad(out.square().sum(), needed)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_first_keys_that_do_not_fit() -> None:
+    q, k, v = _qkv(2, 2, 1, 8, 8, 16, 16, F32)
+    first = first_keys(torch.zeros(2, 8, dtype=torch.int32))
+    for bad in (first[:, :, :7], first.expand(-1, 2, -1, -1), first.expand(-1, -1, -1, 8)):
+        with pytest.raises(ValueError, match="first keys"):
+            attention(q, k, v, None, False, bad)
+    with pytest.raises(ValueError, match="first keys"):
+        attention(q, k[:, :, :5], v[:, :, :5], None, False, first)
 
 
 @settings(max_examples=30, deadline=None)

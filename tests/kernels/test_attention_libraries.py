@@ -23,6 +23,7 @@ from fusewright.kernels.attention import attention_libraries as libraries
 from fusewright.kernels.attention import attention_plain, unsupported
 from fusewright.kernels.attention.attention import attention, attention_reference
 from fusewright.kernels.attention.attention_libraries import CUDNN, FLASH, VARLEN, samples_of
+from fusewright.kernels.attention.first_keys import first_keys, sample_mask
 from fusewright.kernels.attention.unsupported import attention_unsupported
 from fusewright.kernels.choice import Choice, Question
 from fusewright.kernels.launch import Gpu
@@ -83,6 +84,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+FIRST = first_keys(torch.tensor([[0] * 7 + [7] + [8] * 15, [0] * 20 + [20] * 3]).int(), 6)
+
 CASES: dict[str, tuple[str, bool, Tensor | None, int | None]] = {
     "dense": (FLASH, True, None, None),
     "not causal": (FLASH, False, None, None),
@@ -92,6 +95,7 @@ CASES: dict[str, tuple[str, bool, Tensor | None, int | None]] = {
     "packs": (VARLEN, False, _packs((7, 1, 15), (20, 3)), None),
     "packs in windows": (VARLEN, False, _in_windows(_packs((7, 1, 15), (20, 3)), 6), None),
     "one pack for all": (VARLEN, False, _packs((7, 1, 15)), None),
+    "first keys": (VARLEN, False, FIRST, None),
 }
 
 
@@ -102,12 +106,13 @@ def test_each_form_is_the_reference(
     name: str, dtype: torch.dtype, pair: str, forms: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, causal, mask, window = CASES[name]
-    if mask is not None and dtype is torch.float16:
+    if mask is not None and mask.dtype is torch.bool and dtype is torch.float16:
         mask = _additive(mask, dtype)
     _chosen(monkeypatch, *(kind if pair in (p, "both") else PLAIN for p in ("forward", "backward")))
 
     def options(q: Tensor) -> tuple[Any, ...]:
-        fitting = mask if mask is None or mask.dtype is torch.bool else mask.to(q.dtype)
+        is_bias = mask is not None and mask.is_floating_point()
+        fitting = mask.to(q.dtype) if is_bias else mask
         return 0.3, causal, fitting, window
 
     assert_parity(
@@ -119,6 +124,22 @@ def test_each_form_is_the_reference(
     assert ran == {"both": {False, True}, "forward": {False}, "backward": {True}}[pair]
     if kind == VARLEN:
         assert {count for _, count in forms.calls} == {6 if name == "one pack for all" else 5}
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+def test_first_keys_are_of_the_same_samples(window: int | None) -> None:
+    rows = (7, 1, 15), (20, 3)
+    starts = torch.stack(
+        [torch.tensor([sum(row[:i]) for i, n in enumerate(row) for _ in range(n)]) for row in rows]
+    )
+    first = first_keys(starts.int(), window)
+    mask = _packs(*rows) if window is None else _in_windows(_packs(*rows), window)
+    assert torch.equal(sample_mask(first), mask)
+    ours, theirs = samples_of(first, 2), samples_of(mask, 2)
+    assert ours is not None
+    assert theirs is not None
+    assert torch.equal(ours.ends, theirs.ends)
+    assert (ours.longest, ours.window) == (theirs.longest, theirs.window)
 
 
 def test_what_wins_the_race_is_the_reference(forms: StandIns) -> None:
@@ -262,6 +283,18 @@ def test_a_mask_is_read_once_and_again_when_it_has_changed(monkeypatch: pytest.M
     monkeypatch.setattr(libraries, "may_wait", lambda device: False)
     assert samples_of(mask, 1) is None
     assert len(read) == 3
+
+
+def test_another_flash_attention_is_another_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of PyTorch's under the same name, and nobody has checked or timed it."""
+    heads = _heads(1, 2, 2, 9, 8, torch.bfloat16)
+    kinds = {libraries._kind(*heads, 0.3, True, None, None, None, None, None)}
+    for name in ("FA3", "FA4"):
+        monkeypatch.setattr(
+            torch.nn.attention, "current_flash_attention_impl", lambda name=name: name
+        )
+        kinds.add(libraries._kind(*heads, 0.3, True, None, None, None, None, None))
+    assert kinds == {"", "FA3", "FA4"}
 
 
 def test_another_mask_of_the_same_shape_is_computed_by_another_form(

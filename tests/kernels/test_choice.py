@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -208,6 +209,33 @@ def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
     assert choice.earlier("a third") == []
 
 
+def test_two_machines_in_one_process_have_their_own_choices() -> None:
+    """As two GPUs of different kinds are."""
+    clock = Clock()
+    slow = question(clock.candidate("fast", 2.0), clock.candidate("plain", 1.0))
+    assert choose(question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0)), "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice.race, "__defaults__", (clock,))
+        assert choose(slow, "other").candidate == "plain"
+    assert [each.source for each in choice.choices()] == ["raced", "raced"]
+
+
+def test_a_race_runs_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are of the current one, whose tensors others may be."""
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def device(which: Any) -> Iterator[None]:
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    second = torch.device("cuda", 1)
+    with choice._alone(second):
+        assert entered == [second]
+
+
 def test_without_a_folder_a_choice_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise PermissionError("others may write to it")
@@ -223,15 +251,27 @@ def test_a_run_that_is_continued_chooses_as_it_did() -> None:
     asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
     earlier: list[Any] = [
         {"question": "doubling", "candidate": "plain", "source": "raced",
-         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}},
+         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}, "machine": choice._hash("A")},
         {"question": 1}, "x",
     ]  # fmt: skip
     choice.adopt(earlier)
-    found = choose(asked)
+    found = choose(asked, "A")
     assert (found.candidate, found.source) == ("plain", "resumed")
     assert choice.records()[0]["candidate"] == "plain"
     choice.adopt([{**choice.records()[0], "candidate": "of another version"}])
-    assert choose(asked).candidate in ("fast", "plain")
+    assert choose(asked, "A").candidate in ("fast", "plain")
+
+
+def test_what_another_machine_chose_is_not_taken_over() -> None:
+    clock = Clock()
+    asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
+    choose(asked, "A")
+    saved = [{**record, "candidate": "fast"} for record in choice.records()]
+    choice._CHOICES.clear()
+    choice.adopt(saved)
+    found = choose(asked, "A")
+    assert (found.candidate, found.source) == ("fast", "resumed")
+    assert choose(asked, "B").source == "raced"
 
 
 def test_nothing_is_measured_if_choices_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_all_forms_are_as_exact(form: str, tmp_path: Path, monkeypatch: pytest.M
         vectors = ("AVX2", "AVX512") if flags.endswith("3") else ("AVX512",)
         if this_machine().vectors not in vectors:
             pytest.skip(f"this CPU has no {vectors[0]}")
-        libraries.use(monkeypatch, libraries.compiled(tmp_path, flags))
+        libraries.use(monkeypatch, libraries.compiled(tmp_path, flags, name="delta_rule"))
     torch.manual_seed(0)
     for length, dtype, strided, l2norm, from_state in (
         (3, torch.float32, False, True, True), (137, torch.float32, True, False, True),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusewright.kernels import choice, fallback, launch, raced_op
-from fusewright.kernels.choice import LATE, MARGIN, Choice, Contender, Question
+from fusewright.kernels import candidates, choice, fallback, launch, raced_op
+from fusewright.kernels.choice import LATE, MARGIN, Choice, Contender, Question, Timing
 from fusewright.kernels.fallback import LaunchError, no_fallback
 from fusewright.kernels.launch import library_op
 from fusewright.kernels.raced_op import OWN, PLAIN, Contest, RacedOp, drawn, our_kernels
@@ -178,6 +180,45 @@ def test_a_run_that_is_continued_runs_the_same_forms() -> None:
     assert [later(n, 4) for n in (4, 8, 16)] == chosen
     assert later.races == []
     assert {each.source for each in choice.choices()} == {"resumed"}
+
+
+def test_a_run_that_is_continued_in_the_same_process_runs_its_own_forms() -> None:
+    trial = Trial({"library": 1, OWN: 2, PLAIN: 3})
+    assert trial(4, 4) == "library"
+    saved = [{**record, "candidate": OWN} for record in choice.records()]
+    candidates.resume(saved)
+    assert trial(4, 4) == OWN
+    assert [each.source for each in choice.choices()] == ["resumed"]
+
+
+def test_that_there_was_no_memory_is_found_out_anew() -> None:
+    trial = Trial({OWN: 1, PLAIN: 3}, {OWN: raise_error(torch.OutOfMemoryError("CUDA error"))})
+    assert trial(4, 4) == PLAIN
+    assert "own refused: out of memory" in trial.explained()
+    assert choice.files() == {}
+    choice._CHOICES.clear()
+    assert Trial({OWN: 1, PLAIN: 3})(4, 4) == OWN
+
+
+def test_threads_share_a_race() -> None:
+    trial, races, begun = Trial({"library": 1, OWN: 2, PLAIN: 3}), list[Choice](), threading.Event()
+    before = choice.race
+
+    def race(question: Question) -> Choice:
+        begun.set()
+        time.sleep(0.1)
+        races.append(before(question, trial.clock))
+        return races[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "race", race)
+        threads = [threading.Thread(target=trial.op, args=(torch.ones(4, 4),)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            assert begun.wait(10)
+        for thread in threads:
+            thread.join()
+    assert len(races) == 1
 
 
 def test_the_next_form_computes_what_the_chosen_one_fails_with() -> None:
@@ -353,6 +394,21 @@ def test_nothing_waits_for_a_gpu_where_that_is_watched(monkeypatch: pytest.Monke
     assert raced_op.may_wait(torch.device("cpu"))
 
 
+def test_a_library_s_form_knows_neither_autograd_nor_autocast() -> None:
+    op, trial = _opaque()
+    trial.results["library"] = lambda x: torch.mm(x, 2 * torch.eye(4))
+    x = torch.ones(4, 4, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice.race, "__defaults__", (trial.clock,))
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                result = op(x)
+            assert trial.ran[-1] == "library"
+            assert result.dtype is torch.float32
+            run = launch.RUNS[op](x)  # as ``direct`` calls it
+            assert run.grad_fn is None
+
+
 def test_a_view_that_a_library_returns_is_none_to_autograd() -> None:
     op, trial = _opaque()
     trial.results["library"] = lambda x: (2 * x).view(-1).view(4, 4)
@@ -388,7 +444,10 @@ def test_draws_have_the_layout_and_the_whole_numbers_of_the_call() -> None:
 # --- the clock of a GPU ---------------------------------------------------------------------------
 
 
-def test_a_gpu_is_timed_by_events_with_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_host", [False, True])
+def test_a_gpu_is_timed_by_events_with_an_empty_cache(
+    with_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log: list[str] = []
 
     class Event:
@@ -417,9 +476,13 @@ def test_a_gpu_is_timed_by_events_with_an_empty_cache(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("idle"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
     monkeypatch.setattr(torch, "empty", empty)
-    asked = Question("on a GPU", (), lambda g: (), "plain", torch.device("cuda", 0))
+    asked = Question(
+        "on a GPU", (), lambda g: (), "plain", torch.device("cuda", 0),
+        timing=Timing(rounds=2, with_host=with_host),
+    )  # fmt: skip
 
     def run() -> list[Tensor]:
         log.append("run")
@@ -427,5 +490,7 @@ def test_a_gpu_is_timed_by_events_with_an_empty_cache(monkeypatch: pytest.Monkey
 
     form = Contender("plain", run)
     times = choice._timed(asked, [form], (), {}, lambda: 0.0)
-    assert times == {"plain": pytest.approx(250)}
-    assert log == ["flush", "sleep", "record", "run", "record", "wait"] * choice.ROUNDS
+    assert times == {"plain": [pytest.approx(250)] * 2}
+    # the host gets ahead while the GPU sleeps, or starts when it has nothing to do
+    before = "idle" if with_host else "sleep"
+    assert log == ["flush", before, "record", "run", "record", "wait"] * 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusewright.graph.canon import canonical
 from fusewright.graph.opaque.stacks import updated_stack
+from fusewright.kernels.processor import KINDS
 from fusewright.rewrite.findings import Finding
 
 from ..capturing import capture, rewrite
@@ -107,16 +108,20 @@ CASES: dict[str, tuple[Callable[..., Any], bool]] = {
 
 
 @pytest.mark.parametrize(
-    ("scales", "dtype"),
-    [([2.0], torch.bfloat16), ([2.0, 0.5], torch.float32), ([0.3, 0.3], torch.float32)],
+    ("kind", "scales", "dtype"),
+    [
+        (None, [2.0], torch.bfloat16),
+        (None, [2.0, 0.5], torch.float32),
+        *((kind, [0.3, 0.3], torch.float32) for kind in (None, *KINDS)),
+    ],
     ids=str,
 )
 def test_stacks_with_updates(
-    scales: list[float], dtype: torch.dtype, choose_for: Callable[[str], None]
+    scales: list[float], dtype: torch.dtype, kind: str | None, choose_for: Callable[[str], None]
 ) -> None:
-    # where bf16 is multiplied as it is, fp32 factors get gradients of inner products in bf16, which
-    # verification refuses for inputs far below zero
-    choose_for("avx512")
+    """On the processor that is there, and as chosen for others."""
+    if kind is not None:
+        choose_for(kind)
 
     def fn(x: Tensor, i: Tensor, w: Tensor, u: Tensor, d: Tensor, *factors: Tensor) -> Any:
         up, down = (

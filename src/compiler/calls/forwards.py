@@ -7,7 +7,7 @@ import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from math import prod
 from typing import Any
 
@@ -22,8 +22,9 @@ from ...memory.apply_plan import in_backward, inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache
 from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic, unmark
+from ..sample_masks import Masked, Places, with_first_keys, with_whole_masks
 from ..segments import BlockSegments, Segmented, binding_checkpoints
-from ..session import Session, first_tensor
+from ..session import Capture, Session, first_tensor
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
 from .input_gradients import input_without_gradient, shown_with_gradient
@@ -72,6 +73,7 @@ def block_forward(
     """The forward of a block, or of a module outside (``kind``); a ``compiled`` form per level."""
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     is_inactive, segments = inactive_check(session), session.state.segments
+    races = session.choices.races
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
@@ -102,6 +104,14 @@ def block_forward(
             if reason is UNSETTLED or (hooks.divided and kind == "block"):
                 session.leave(self, reason)
             return _bypassed(session, reason, original, self, args, kwargs, packs)
+        sizes = leading_sizes(args, kwargs)
+        if not units and (packs is None or packs.segments is None):
+            x = first_tensor(args, kwargs)
+            lost = races.reason(self, watch, args, kwargs, x, sizes, run, session.failure)
+            if lost is not None:
+                if lost:
+                    session.log.lose(self, lost, races.has_lost(watch))
+                return _run_original(session, original, self, args, kwargs, packs)
         if units:
             args, kwargs = gathered(units, args, kwargs)
         if watch.packed:
@@ -109,22 +119,28 @@ def block_forward(
         x = None
         if inductor and torch.is_grad_enabled() and type(self) not in session.state.without_leaf:
             x = input_without_gradient(self, args, kwargs)
-        sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(
             _run_original, session, original, self, args, kwargs, packs
         )
-        code, plain = watch.code, None
+        code = watch.code
         if packs is not None and packs.segments is not None:
             code = Segmented(code)
-        if watch.splits and type(self) not in session.state.without_boundaries:
-            plain = args, kwargs
-            args, kwargs = with_boundaries(args, kwargs)
 
-        def find_compiled() -> Any:
-            return compiled(self, level(), code)
+        def prepared(args: Any, kwargs: Any, code: Hashable) -> Capture:
+            """What a call is captured by, and with."""
+            mark = functools.partial(
+                _mark, args, kwargs, sizes if kind != "projector" else None, packs
+            )
+            return Capture(lambda: compiled(self, level(), code), args, kwargs, mark)
 
-        mark = functools.partial(_mark, args, kwargs, sizes if kind != "projector" else None, packs)
+        def plain() -> Capture:
+            return prepared(*with_whole_masks(args, kwargs), code)
+
+        shown = None
+        if type(self) not in session.state.as_given:
+            shown = _shown(original, watch, args, kwargs, code)
+        capture = plain() if shown is None else prepared(*shown)
         context = functools.partial(_around, session, self, watch, packs)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
@@ -132,11 +148,25 @@ def block_forward(
             segments.given(packs) if packs is not None else _NO_CONTEXT,
         ):
             results = session.call(
-                self, find_compiled, args, kwargs, run_original, context, mark, x, plain
+                self, capture, run_original, context, x, None if shown is None else plain
             )
         return units.after(results) if units.is_open else results
 
     return forward
+
+
+def _shown(
+    original: Original, watch: Watch, args: Any, kwargs: Any, code: Hashable
+) -> tuple[Any, Any, Hashable] | None:
+    """Arguments, some of which are shown as something else, and the code; None where none is."""
+    if watch.splits:
+        args, kwargs = with_boundaries(args, kwargs)
+    masks: Places = ()
+    if original.is_method:
+        args, kwargs, masks = with_first_keys(args, kwargs)
+    if not watch.splits and not masks:
+        return None
+    return *with_whole_masks(args, kwargs), Masked(code, masks) if masks else code
 
 
 def _given(
@@ -169,6 +199,7 @@ def _run_original(
     packs: BlockSegments | None,
 ) -> Any:
     """The original code, but for what takes segments."""
+    args, kwargs = with_whole_masks(args, kwargs)
     if packs is None:
         return original(module, *args, **kwargs)
     copies = session.state.watches.segmented if packs.segments is not None else None

@@ -22,7 +22,7 @@ from ..bypass import CACHE_ARGUMENTS, Hooks, hidden_hooks, transform_reason
 from ..logits.deferred import another_awaits
 from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
-from ..session import CallState, Replay, Session
+from ..session import CallState, Capture, Replay, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
 from .default_cache import DefaultCache, SharedCacheIndices
@@ -211,7 +211,7 @@ def _run(
             calling(head),
             _logging_ignored(),
         ):
-            outputs = session.call(head, find_compiled, (), kwargs, run_original)
+            outputs = session.call(head, Capture(find_compiled, (), kwargs), run_original)
     finally:
         label_counts.forget()  # its loss has been computed: nothing is kept until the next
         for state, before in zip(states, outer, strict=True):
@@ -288,9 +288,7 @@ def backbone_forward(
     def run_in_step(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         function = original.function(self) if original.is_method else None
         packs = session.choices.options.packs or session.state.watches.has_mixers(self, function)
-        if not packs:
-            return original(self, *args, **kwargs)
-        return session.state.segments.run_backbone(original, function, self, args, kwargs)
+        return session.state.segments.run_backbone(original, function, self, args, kwargs, packs)
 
     run = DefaultCache(session, original, run_in_step)
 

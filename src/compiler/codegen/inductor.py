@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ...graph.effects import Effects
 from ...graph.run import without_advice
+from ...kernels.launch import READ_ONCE
 from ...kernels.processor import processor
 from ...rewrite.conditions import settings_around
 from ..ranks.compile_lock import first_one_compiles
@@ -95,6 +96,31 @@ def _as_in_every_process(module: fx.GraphModule) -> Iterator[None]:
             vars(m).update(fields)
 
 
+def _makes_masks(graph: fx.GraphModule) -> bool:
+    """Whether a mask that an op reads once is made in the graph."""
+    for node in graph.graph.nodes:
+        if node.target not in READ_ONCE:
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        mask = node.args[names.index("mask")]
+        while isinstance(mask, fx.Node) and _is_view(mask):
+            mask = mask.args[0]
+        if isinstance(mask, fx.Node) and mask.op != "placeholder":
+            return True
+    return False
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def _masks_in_own_memory() -> Any:
+    # Inductor writes other masks into the memory of those that are no longer needed, and PyTorch
+    # does not note it
+    return torch._inductor.config.patch(allow_buffer_reuse=False, inplace_buffers=False)
+
+
 _OF_ONE_PROCESS = ("meta", "compile_subgraph_reason", "_param_name_to_source", "_backend_id")
 
 
@@ -118,7 +144,8 @@ def inductor(
         _disable_donation()
         # Inductor's passes change it
         reason = "" if graphs is None else why_unfit(args[0])
-        with first_one_compiles(*args[:2]):
+        masks = _masks_in_own_memory() if _makes_masks(args[0]) else nullcontext()
+        with masks, first_one_compiles(*args[:2]):
             code = compile_fx_inner(*args, **kwargs)
         if graphs is not None:
             graphs.around_code(code, reason, bool(kwargs.get("is_backward")))

@@ -32,8 +32,10 @@ import torch.distributed as dist
 from torch import fx
 
 from ...graph import facts
+from ...kernels.choice import triton_version
+from ...kernels.launch import interpreting
 from ...kernels.native import library as native
-from ...kernels.native.build import kept_folder, write_whole
+from ...kernels.native.build import kept_folder, sources, write_whole
 from ...kernels.processor import processor
 from ...report import Figures
 from ...rewrite.engine import Candidate, Verdict
@@ -317,16 +319,14 @@ def _imported(name: str) -> Any:
 @functools.cache
 def environment() -> tuple[str, ...]:
     """The versions, the sources of all that changes a graph or judges it, and the architecture."""
-    root, sources = Path(__file__).parents[2], hashlib.sha256()
-    for room in ("compiler", "graph", "kernels", "memory", "passes", "rewrite"):
-        for path in sorted((root / room).rglob("*.*")):
-            if path.suffix in (".py", ".cpp", ".h"):
-                sources.update(path.read_bytes())
+    root = Path(__file__).parents[2]
+    rooms = ("compiler", "graph", "kernels", "memory", "passes", "rewrite")
     return (
-        f"fusewright {sources.hexdigest()}",
+        f"fusewright {sources(*(root / room for room in rooms))}",
         f"torch {torch.__version__} {torch.version.git_version}",
         f"python {platform.python_version()}",
         platform.machine(),
+        f"triton {triton_version()}{', interpreted' * interpreting()}",
     )
 
 

@@ -34,13 +34,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..direct import is_traced_here
-from ..launch import library_op, use_triton_dot, without_base
+from ..launch import READ_ONCE, library_op, use_triton_dot, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
 from ..native.library import are_real
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from . import attention_libraries, attention_plain
+from .first_keys import first_keys, is_first_keys, sample_mask, seen_keys
 from .sizes import (
     backward_flops,
     fake_backward,
@@ -71,6 +72,8 @@ def attention_reference(
         order = torch.arange(q.shape[2], device=q.device)
         distance = order[:, None] - order[None, :]
         mask, causal = (distance >= 0) & (distance < window), False
+    if is_first_keys(mask):
+        mask = sample_mask(mask)
     if sinks is not None or softcap is not None:
         dead = _dead(mask, sinks)
         if mask is not None and dead is not None:
@@ -84,7 +87,7 @@ def attention_reference(
 
 def _dead(mask: Tensor | None, sinks: Tensor | None) -> Tensor | None:
     """The rows (..., T or 1, 1) that see nothing, not even a sink; None where there can be none."""
-    if mask is None or sinks is not None:
+    if mask is None or sinks is not None or is_first_keys(mask):
         return None
     hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
     return hidden.all(-1, keepdim=True)
@@ -110,6 +113,8 @@ def _written_out(
         scores = torch.tanh(scores) * softcap
     if causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if is_first_keys(mask):
+        mask = sample_mask(mask)
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=wide).masked_fill(~mask, -torch.inf)
     if mask is not None:
@@ -297,6 +302,9 @@ _triton_backward_op = library_op(
 )
 
 
+READ_ONCE.update((_table_op, _triton_forward_op, _triton_backward_op))
+
+
 # -- autograd --------------------------------------------------------------------------------------
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *inputs, mask = ctx.saved_tensors[:5]
@@ -373,7 +381,7 @@ def _is_small(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
 
 def _boolean(mask: Tensor | None, q: Tensor, sinks: Tensor | None) -> Tensor | None:
     """An additive mask that only hides as a boolean one, which the kernel in C++ takes."""
-    if mask is None or mask.dtype is torch.bool or q.dtype is not torch.bfloat16:
+    if mask is None or not mask.is_floating_point() or q.dtype is not torch.bfloat16:
         return mask
     rows = mask[:, :, :1] if mask.stride(2) == 0 else mask
     hidden = rows < torch.finfo(mask.dtype).min / 2
@@ -403,7 +411,8 @@ def attention(
         scale: of the scores; None is ``1 / sqrt(D)``.
         causal: position t sees keys up to t; T must equal S, and no mask may be given.
         mask: (B or 1, H or 1, T or 1, S), boolean (True is seen) or additive, without gradient. A
-            position that sees nothing gets zeros, as in PyTorch.
+            position that sees nothing gets zeros, as in PyTorch. Or (B or 1, 1, T, 1) in int32: the
+            first key that each position sees, up to its own (``first_keys.py``); T equals S.
         window: with ``causal``, position t sees only the last ``window`` keys, its own included.
         sinks: (H,), a logit of each query head that joins the softmax, without a value.
         softcap: bounds the scaled scores before the mask: ``softcap * tanh(scores / softcap)``.
@@ -417,7 +426,7 @@ def attention(
     reasons = impossible(q, k, v, causal, mask, window, sinks, softcap)
     if reasons:
         raise ValueError("; ".join(reasons))
-    if mask is not None:
+    if mask is not None and not is_first_keys(mask):
         mask = mask.expand(-1, -1, -1, k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
@@ -441,6 +450,12 @@ def _packed_example(m: Maker) -> tuple[Any, ...]:
     return *_example(m)[:4], False, mask[None, None]
 
 
+def _samples_example(m: Maker) -> tuple[Any, ...]:
+    order = torch.arange(m.sizes.seq, dtype=torch.int32, device=m.device)
+    starts = order - order % max(1, m.sizes.seq // 3)
+    return *_example(m)[:4], False, first_keys(starts.expand(m.sizes.batch, -1), 7)
+
+
 def _capped_example(m: Maker) -> tuple[Any, ...]:
     return *_packed_example(m), None, m.weight(m.sizes.heads), 2.0
 
@@ -454,6 +469,7 @@ OP = Op(
     example=_example,
     variants={
         "packed": _packed_example,
+        "samples": _samples_example,
         "window": lambda m: _example(m, 5),
         "sinks": lambda m: (*_example(m, 5), m.weight(m.sizes.heads)),
         "softcap": _capped_example,
@@ -500,7 +516,10 @@ def tiles(
             stop = min(time, start + step)
             if mask is not None:
                 part = mask[min(sample, mask.shape[0] - 1), :, start:stop]
-                low, high, bias, dead = _masked(part, groups)
+                if is_first_keys(mask):
+                    low, high, bias, dead = _of_samples(part[0], start)
+                else:
+                    low, high, bias, dead = _masked(part, groups)
             elif causal:
                 low = 0 if window is None else max(0, start - window + 1)
                 high, dead = stop, None
@@ -524,6 +543,16 @@ def _causal(start: int, stop: int, low: int, window: int | None) -> Tensor:
     distance = torch.arange(start, stop)[:, None] - torch.arange(low, stop)[None, :]
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
+
+
+def _of_samples(
+    first: Tensor, start: int
+) -> tuple[int, int, Tensor | None, Tensor | None]:  # fmt: skip
+    # ``_masked`` of the first keys (positions, 1) of positions from ``start`` on.
+    low, high = int(first[0]), start + len(first)
+    part = start if int(first[-1]) == low else low  # what all see has nothing to be hidden
+    seen = seen_keys(first, start, part, high)
+    return low, high, torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None], None
 
 
 def _masked(part: Tensor, groups: int) -> tuple[int, int, Tensor | None, Tensor | None]:

@@ -66,8 +66,8 @@ def queries_kernel(
         v += sample * v_batch + group * v_head
         mask += sample * mask_batch + head * mask_head
         first, free, free_end, end = span(
-            table + sample * table_batch + head * table_head, row_blocks, key_blocks,
-            row, time, keys, window, MODE, False, M, N, GRAIN, CHUNK,
+            mask, table + sample * table_batch + head * table_head, row_blocks, key_blocks,
+            row, time, keys, window, mask_row, MODE, False, M, N, GRAIN, CHUNK,
         )  # fmt: skip
         q_tile = rows_of(q, row, rows, dims, q_row, time, DIM, D)
         stats += (outer.to(tl.int64) * time + row + rows) * 2
@@ -123,15 +123,16 @@ def keys_kernel(
     total_k, total_v = tl.zeros((N, D), tl.float32), tl.zeros((N, E), tl.float32)
     table += sample * table_batch
     first, free, free_end, end = span(
-        table, row_blocks, key_blocks, key, time, keys, window, MODE, True, N, M, GRAIN, CHUNK
-    )
+        mask, table, row_blocks, key_blocks, key, time, keys, window, mask_row, MODE, True,
+        N, M, GRAIN, CHUNK,
+    )  # fmt: skip
     last = tl.minimum(share, (split + 1) * HEADS)
     for index in range(split * HEADS, last):
         head = group * share + index
         if PER_HEAD:
             first, free, free_end, end = span(
-                table + head * table_head, row_blocks, key_blocks, key, time, keys, window,
-                MODE, True, N, M, GRAIN, CHUNK,
+                mask, table + head * table_head, row_blocks, key_blocks, key, time, keys, window,
+                mask_row, MODE, True, N, M, GRAIN, CHUNK,
             )  # fmt: skip
         q_of_head = q + sample * q_batch + head * q_head
         grad_of_head = grad + sample * grad_batch + head * grad_head

@@ -44,8 +44,8 @@ def forward_kernel(
     v += sample * v_batch + group * v_head
     mask += sample * mask_batch + head * mask_head
     first, free, free_end, end = span(
-        table + sample * table_batch + head * table_head, row_blocks, key_blocks,
-        row, time, keys, window, MODE, False, M, N, GRAIN, CHUNK,
+        mask, table + sample * table_batch + head * table_head, row_blocks, key_blocks,
+        row, time, keys, window, mask_row, MODE, False, M, N, GRAIN, CHUNK,
     )  # fmt: skip
     q_tile = rows_of(q, row, rows, dims, q_row, time, DIM, D)
     total = tl.zeros((M, E), tl.float32)

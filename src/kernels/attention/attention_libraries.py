@@ -24,6 +24,7 @@ from ..choice import Contender, is_fixed
 from ..launch import next_power_of_2
 from ..raced_op import OWN, Contest, Results, drawn, may_wait, wide_enough
 from . import attention_plain
+from .first_keys import is_first_keys
 
 _aten = torch.ops.aten
 _LOG2E = math.log2(math.e)
@@ -172,7 +173,7 @@ def samples_of(mask: Tensor, batch: int) -> SampleEnds | None:
     for memory, then, samples in _READ:
         if then == what and memory == storage and not memory.expired():
             return samples
-    samples = _read(mask[:, 0], batch)
+    samples = _of_first(mask.flatten(1), batch) if is_first_keys(mask) else _read(mask[:, 0], batch)
     _READ.insert(0, (storage, what, samples))
     del _READ[_MASKS:]
     return samples
@@ -196,12 +197,19 @@ def _read(mask: Tensor, batch: int) -> SampleEnds | None:
         seen = (order >= first[..., None]) & (order <= positions)
         is_so &= (seen == visible).all()
         parts.append(first)
-    first = torch.cat(parts, 1)
+    return _of_first(torch.cat(parts, 1), batch, is_so)
+
+
+def _of_first(first: Tensor, batch: int, is_so: Tensor | None = None) -> SampleEnds | None:
+    """The samples of first keys (B or 1, T), which a mask ``is_so`` of."""
+    time = first.shape[1]
+    order = torch.arange(time, device=first.device)
+    is_so = torch.ones((), dtype=torch.bool, device=first.device) if is_so is None else is_so
     # a sample begins where a position sees no other one, but in windows of one position
     window = (order - first).max() + 1
     begins = (first == order) & ((window > 1) | (order == 0))
     sample = torch.where(begins, order, 0).cummax(-1).values
-    is_so &= (torch.maximum(sample, order - window + 1) == first).all()
+    is_so = is_so & (torch.maximum(sample, order - window + 1) == first).all()
     told = torch.cat([begins.flatten(), is_so.view(1), window.view(1)]).cpu()
     if not told[-2]:
         return None
@@ -209,7 +217,7 @@ def _read(mask: Tensor, batch: int) -> SampleEnds | None:
     ends = torch.cat([starts, starts.new_tensor([batch * time])])
     longest, width = int(ends.diff().max()), int(told[-1])
     within = None if width == longest else width
-    return SampleEnds(ends.to(mask.device, torch.int32), longest, within)
+    return SampleEnds(ends.to(first.device, torch.int32), longest, within)
 
 
 def _require_samples(mask: Tensor, q: Tensor) -> SampleEnds:
@@ -272,7 +280,8 @@ def _why_not(kind: str, args: tuple[Any, ...]) -> str:
             return "all samples have rows of their own"
         if q.shape[2] < LONG:
             return f"rows are shorter than {LONG:,}: to read masks would cost the CUDA graphs"
-        if mask.shape[1:] != (1, q.shape[2], q.shape[2]) or k.shape[2] != q.shape[2]:
+        width = 1 if is_first_keys(mask) else q.shape[2]
+        if mask.shape[1:] != (1, q.shape[2], width) or k.shape[2] != q.shape[2]:
             return "the mask is not one of all heads"
         return (
             "" if samples_of(mask, q.shape[0]) else "the mask is of more than samples and windows"
@@ -337,6 +346,12 @@ def _fixed(*args: Any) -> str:
     return FLASH if dense else OWN
 
 
+def _kind(*args: Any) -> str:
+    """Which FlashAttention there is, where it is not PyTorch's, and what the mask says."""
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return ", ".join(filter(None, [active, _of_samples(*args)]))
+
+
 def _of_samples(*args: Any) -> str:
     """What the mask says of samples and windows, if it says nothing else and that matters."""
     mask = args[5]
@@ -358,7 +373,7 @@ FORWARD = Contest(
     _with_gradients,
     lambda q, *_: wide_enough(q.dtype),
     _fixed,
-    _of_samples,
+    _kind,
 )
 BACKWARD = Contest(
     (
@@ -370,5 +385,5 @@ BACKWARD = Contest(
     _backward_inputs,
     exact=lambda grad, q, *_: wide_enough(q.dtype),
     first=lambda grad, q, k, v, out, stats, *rest: _fixed(q, k, v, *rest[:-1]),
-    kind=lambda grad, q, k, v, out, stats, *rest: _of_samples(q, k, v, *rest[:-1]),
+    kind=lambda grad, q, k, v, out, stats, *rest: _kind(q, k, v, *rest[:-1]),
 )

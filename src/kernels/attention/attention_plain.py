@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .first_keys import is_first_keys, last_positions, seen_keys
 from .sizes import GRAIN
 
 _SCORES = 1 << 26
@@ -21,7 +22,9 @@ _LOG2E = math.log2(math.e)
 
 
 def mask_table(mask: Tensor) -> Tensor:
-    """The table that ``attention_tiles_triton.table_kernel`` makes."""
+    """The table that ``attention_triton.mask_table`` makes."""
+    if is_first_keys(mask):
+        return last_positions(mask)
     rows, keys = mask.shape[2:]
     over = (0, -keys % GRAIN, 0, -rows % GRAIN)
     if mask.dtype is torch.bool:
@@ -127,6 +130,8 @@ def _scores(
             scores.masked_fill_(hidden, -math.inf)
         if mask is not None:
             part = mask.expand(-1, q.shape[1], time, -1)[:, :, rows].unflatten(1, (-1, share))
+            if is_first_keys(part):
+                part = seen_keys(part, start, 0, time)
             if part.dtype is torch.bool:
                 scores.masked_fill_(~part, -math.inf)
             else:  # the smallest number stays one: where it hides all keys, they are equal

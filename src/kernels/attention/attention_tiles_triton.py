@@ -4,6 +4,9 @@ A mask is read once for a table of its tiles of GRAIN x GRAIN: nothing is seen, 
 everything is and nothing is added. A kernel looks up which of its tiles there are between the
 first and the last that are not hidden, visits these alone, and reads the mask where it must. So
 the work grows with what is seen, and for a pack with the squares of its samples' lengths.
+
+Of first keys (``first_keys.py``) nothing needs to be looked up: they never fall, so the first and
+the last position of a tile say what it sees.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def _of_table(
 
 @triton.jit
 def span(
-    table, row_blocks, key_blocks, start, time, keys, window,
+    mask, table, row_blocks, key_blocks, start, time, keys, window, mask_row,
     MODE: tl.constexpr, BY_KEY: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -125,6 +128,17 @@ def span(
             free_end = end
         else:
             end, free_end = tl.cdiv(keys, TILE), keys // TILE
+    elif MODE == "samples":
+        if BY_KEY:  # the table has the last position that sees each key
+            last = tl.load(table + tl.minimum(start + COUNT, keys) - 1)
+            first, end = start // TILE, tl.cdiv(last + 1, TILE)
+            free, free_end = tl.cdiv(start + COUNT - 1, TILE), (tl.load(table + start) + 1) // TILE
+        else:  # the mask has the first key that each position sees
+            last = tl.minimum(start + COUNT, time) - 1
+            first = tl.load(mask + start.to(tl.int64) * mask_row) // TILE
+            end = tl.cdiv(last + 1, TILE)
+            free = tl.cdiv(tl.load(mask + last.to(tl.int64) * mask_row), TILE)
+            free_end = (start + 1) // TILE
     elif BY_KEY:
         first, end, free, free_end = _of_table(
             table, row_blocks, key_blocks, start, time,
@@ -160,6 +174,12 @@ def hide(
     if MODE == "causal":
         distance = row - key + (rows - columns)
         return tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
+    if MODE == "samples":
+        # beyond the last position nothing is seen
+        place = mask + row.to(tl.int64) * mask_row + rows * mask_row
+        first = tl.load(place, mask=rows < time - row, other=FAR)
+        seen = (key + columns >= first) & (row - key + (rows - columns) >= 0)
+        return tl.where(seen, scores, float("-inf"))
     inside = (rows < time - row) & (columns < keys - key)
     if MODE == "none":
         return tl.where(inside, scores, float("-inf"))

@@ -18,6 +18,7 @@ from .attention_backward_triton import keys_kernel, queries_kernel
 from .attention_forward_triton import forward_kernel
 from .attention_plain import of_sinks
 from .attention_tiles_triton import STEP, table_kernel
+from .first_keys import is_first_keys, last_positions
 from .sizes import GRAIN, HEADS
 
 CHUNK = 128
@@ -25,7 +26,7 @@ CHUNK = 128
 
 
 def _config(
-    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu
+    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu, mode: str
 ) -> dict[str, int]:  # fmt: skip
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
     d, e = (max(16, next_power_of_2(n)) for n in (dim, value_dim))
@@ -39,7 +40,9 @@ def _config(
     elif wide > 128:
         m, n, warps, stages = _WIDE[kernel]
     elif kernel == "forward":
-        m, n, warps, stages = 128, 64, 8, 2
+        # with first keys, wider tiles spill registers where these hold a product's operands
+        narrow = mode == "samples" and wide > 64 and not (strong or gpu.hip)
+        m, n, warps, stages = 128, 32 if narrow else 64, 8, 2
     elif kernel == "queries":
         m, n, warps, stages = (128, 32, 8, 2) if wide <= 64 or strong else (64, 32, 4, 2)
     elif wide > 64:  # on Blackwell's data-centre cards, a second stage spills registers
@@ -87,7 +90,12 @@ _MOST_VIEWS = 4
 
 
 def _table(mask: Tensor) -> Tensor:
-    """See ``table_kernel``: of a mask (B, H, T or 1, S), whose table is (B, H, blocks, blocks)."""
+    """See ``table_kernel``: of a mask (B, H, T or 1, S), whose table is (B, H, blocks, blocks).
+
+    Of first keys, the last position that sees each key.
+    """
+    if is_first_keys(mask):
+        return last_positions(mask)
     batch, heads, rows, keys = mask.shape
     row_blocks, blocks = -(-rows // GRAIN), -(-keys // GRAIN)
     table = torch.empty(
@@ -127,6 +135,7 @@ class _Call:
         mode, self.of_mask = "causal" if causal else "none", [0] * 8
         if mask is not None and table is not None:
             mode = "boolean" if mask.dtype is torch.bool else "additive"
+            mode = "samples" if is_first_keys(mask) else mode
             mask = mask.view(torch.uint8) if mode == "boolean" else mask
             if max(mask.stride()[2:]) >= 1 << 23:
                 mask = mask.contiguous()
@@ -149,7 +158,7 @@ class _Call:
     def config(self, kernel: str) -> dict[str, Any]:
         """The constants and options of a launch."""
         dims = self.q.shape[3], self.v.shape[3]
-        chosen = _config(kernel, *dims, self.q.dtype, gpu_of(self.q))
+        chosen = _config(kernel, *dims, self.q.dtype, gpu_of(self.q), self.flags["MODE"])
         return self.flags | chosen | {"enable_fp_fusion": FP_FUSION}
 
 
@@ -233,17 +242,19 @@ def _of_keys(
 def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: int) -> AotCase:
     """A kernel in the arithmetic of ``dtype``, with a mask of ``mask`` or without one."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    config = _config(name, dim, value_dim, torch_dtype, gpu_of(torch.empty(0)))
-    modes = {"u8": "boolean", "causal": "causal"}
+    modes = {"u8": "boolean", "causal": "causal", "i32": "samples"}
+    mode = modes.get(mask, "additive")
+    config = _config(name, dim, value_dim, torch_dtype, gpu_of(torch.empty(0)), mode)
     constants = {k: v for k, v in config.items() if k.isupper()} | {
-        "MODE": modes.get(mask, "additive"), "PRECISION": "ieee", "HALF": dtype == "fp16",
+        "MODE": mode, "PRECISION": "ieee", "HALF": dtype == "fp16",
         "DIM": dim, "VALUE_DIM": value_dim, "HEADS": HEADS, "PER_HEAD": mask == dtype,
         "GRADS": "both", "NEEDS_DQ": True, "mask_key": 1, "SINKS": mask != "u8",
         "CAPPED": mask == dtype,
     }  # fmt: skip
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     pointers = dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), f"*{dtype}")
-    pointers |= dict.fromkeys(("stats", "delta", "sinks"), "*fp32") | {"table": "*i8"}
+    pointers |= dict.fromkeys(("stats", "delta", "sinks"), "*fp32")
+    pointers |= {"table": "*i32" if mask == "i32" else "*i8"}
     pointers |= {"mask": f"*{dtype if mask == 'causal' else mask}"}
     types = pointers | dict.fromkeys(("scale", "cap", "factor"), "fp32")
     rows = [a for a in kernel.arg_names if a.endswith("_row") and a != "mask_row"]
@@ -272,6 +283,7 @@ def _cases() -> tuple[AotCase, ...]:
     for dtype, mask, dim, value_dim in (
         ("bf16", "u8", 64, 64), ("bf16", "bf16", 128, 128), ("bf16", "u8", 192, 128),
         ("fp16", "u8", 80, 80), ("fp32", "fp32", 64, 64), ("fp32", "causal", 40, 40),
+        ("bf16", "i32", 64, 64),
     ):  # fmt: skip
         cases += (_case(k, name, dtype, mask, dim, value_dim) for name, k in kernels)
     return tuple(cases)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .first_keys import is_first_keys
+
 GRAIN = 32
 """Positions and keys of a tile of a mask's table (``attention_tiles_triton.py``)."""
 
@@ -38,6 +40,8 @@ def fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> 
 
 def fake_table(mask: Tensor) -> Tensor:
     """The table of a mask."""
+    if is_first_keys(mask):
+        return mask.new_empty(mask.shape)
     batch, heads, rows, keys = mask.shape
     shape = batch, heads, -(-rows // GRAIN), -(-keys // GRAIN) + 1
     return mask.new_empty(shape, dtype=torch.int8)

@@ -9,6 +9,7 @@ from ..choice import is_fixed
 from ..launch import Gpu, gpu_of, use_triton
 from ..matmul import through_fp32
 from ..processor import processor
+from .first_keys import is_first_keys
 
 WIDEST = 256
 """Features of a head that the Triton kernels take in 16 bits."""
@@ -41,11 +42,16 @@ def impossible(
         reasons.append(f"the mask is on {mask.device}, the rest on {q.device}")
     if mask is not None and (mask.ndim != 4 or mask.requires_grad):
         reasons.append("the mask has not 4 dimensions, or requires a gradient")
-    if mask is not None and mask.ndim == 4:
+    if is_first_keys(mask):
+        fits = mask.shape[0] in (1, q.shape[0]) and mask.shape[1:] == (1, q.shape[2], 1)
+        if not fits or q.shape[2] != k.shape[2]:
+            reasons.append(f"first keys of {tuple(mask.shape)} do not fit {tuple(q.shape)}")
+    elif mask is not None and mask.ndim == 4:
         fits = mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
         if not fits:
             reasons.append(f"a mask of {tuple(mask.shape)} does not fit {tuple(q.shape)}")
-    if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
+    is_number = mask is not None and (mask.is_floating_point() or is_first_keys(mask))
+    if mask is not None and mask.dtype is not torch.bool and not is_number:
         reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
     if sinks is not None and (tuple(sinks.shape) != q.shape[1:2] or sinks.device != q.device):
         reasons.append(f"sinks of {tuple(sinks.shape)} on {sinks.device} are not one of each head")
@@ -84,7 +90,7 @@ def attention_unsupported(
 ) -> list[str]:  # fmt: skip
     """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
     reasons = impossible(q, k, v, causal, mask, window, sinks, softcap)
-    if sinks is not None or softcap is not None:
+    if sinks is not None or softcap is not None or is_first_keys(mask):
         return reasons  # PyTorch has no kernel for these
     if q.device.type != "cpu" or use_triton(q, k, v):
         if mask is None and window is None and not _is_raced(q, v):

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from ..choice import Contender
 from ..launch import library_op, use_triton, use_triton_dot
+from ..linear.products import beside, gradient_of_a, scaled_mm
 from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..raced_op import Contest, drawn, wide_enough
@@ -49,7 +50,7 @@ from .packed_experts import PackedExperts
 
 
 class Update(NamedTuple):
-    """A low-rank update of a stack (E, K, N): ``scale · a · b``, in the dtype of the stack."""
+    """A low-rank update of a stack (E, K, N): ``scale · a · b``, in its dtype or both in fp32."""
 
     a: Tensor  # (E, K, r), any strides
     b: Tensor  # (E, r, N), any strides
@@ -98,7 +99,8 @@ def down_reference(
 def _updated(weight: Tensor, update: Update | None) -> Tensor:
     if update is None:
         return weight
-    return torch.baddbmm(weight, update.a, update.b, alpha=update.scale)
+    a, b = update.a.to(weight.dtype), update.b.to(weight.dtype)
+    return torch.baddbmm(weight, a, b, alpha=update.scale)
 
 
 def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ class _Work:
         self, x: Tensor, matrix: Tensor, bias: Tensor | None, thin: Any, out: Tensor, low: Tensor
     ) -> None:
         """``out = x · matrix + bias + low · b``; ``low = scale · x · a``; thin: (a, b, scale)."""
-        x = self.wide(x, "x")
+        rows, x = x, self.wide(x, "x")
         total = self.room("out", out.shape) if self.widens else out
         if bias is not None and self.dtype.itemsize == 2:
             addmm(bias, x, self.wide(matrix, "matrix"), out=total)
@@ -210,10 +212,12 @@ class _Work:
                 total.add_(bias)
         if thin is not None:
             a, b, scale = thin
-            thin_product = _in_parts if low.dtype is out.dtype else mm
-            narrow = thin_product(x, self.wide(a, "a")).mul_(scale)
-            low.copy_(narrow)
-            addmm_(total, narrow, self.wide(b, "b"))
+            if low.dtype is out.dtype:
+                low.copy_(_in_parts(x, a).mul_(scale))
+            else:  # 16-bit sums would be rounded, and what a thin row has lost is in all of these
+                a = a.to(low.dtype)
+                low.copy_(scaled_mm(x if self.widens else beside(rows, a), a, scale))
+            addmm_(total, low.to(total.dtype), self.wide(b, "b").to(total.dtype))
         if self.widens:
             out.copy_(total)
 
@@ -233,8 +237,7 @@ class _Work:
 
 
 def _in_parts(x: Tensor, matrix: Tensor) -> Tensor:
-    # What a thin row (N, r) has lost is in all that is made of it. Added up one by one, as MKL does
-    # for few columns, its sums lose twice as much as in parts.
+    # Added up one by one, as MKL does for few columns, the sums lose twice as much as in parts.
     size = x.shape[1] // _PARTS
     whole = size * _PARTS
     left = x[:, :whole].unflatten(1, (_PARTS, size)).transpose(0, 1)
@@ -261,7 +264,7 @@ def _usual_count(count: int, dtype: torch.dtype) -> int:
 def _grouped_outer_cpu(
     a: Tensor, rows: Tensor | None, b: Tensor, offsets: Tensor, like: Tensor
 ) -> Tensor:
-    out, work = _in_huge_pages(torch.empty_like(like)), _Work(a)
+    out, work = _in_huge_pages(torch.empty_like(like)), _Work(min(a, b, key=Tensor.element_size))
     # a gradient in the layout of its parameter becomes its ``.grad`` without a copy
     turned = out.stride(1) < out.stride(2)
     start = 0
@@ -273,6 +276,12 @@ def _grouped_outer_cpu(
                 out[e].zero_()
                 continue
             x = a[place] if rows is None else a.index_select(0, rows[place])
+            if a.dtype is not b.dtype and not work.widens:  # thin rows of fp32, as ``low`` is
+                left_is_thin = a.element_size() > b.element_size()
+                thin, wide = (x, b[place]) if left_is_thin else (b[place], x)
+                product = gradient_of_a(wide, thin)
+                out[e].copy_(product if left_is_thin else product.t())
+                continue
             pair = work.wide(x, "x"), work.wide(b[place], "b")
             left, right, target = (*pair[::-1], out[e].t()) if turned else (*pair, out[e])
             total = work.room("out", target.shape) if work.widens else target
@@ -527,9 +536,11 @@ def grouped_outer(
     """``out[e] = sum over the places s of e of a[rows[s]]ᵀ b[s]``; zero without places.
 
     ``a`` (R, K), ``rows`` and ``offsets`` are as in ``grouped_mm``, ``b`` is (S, N); ``like`` (E,
-    K, N) has the dtype and layout of the result.
+    K, N) has the dtype and layout of the result. Beside rows of 16 bits, thin ones may be in fp32.
     """
-    run = (_triton if use_triton_dot(a, b, like) else _plain)["grouped_outer"]
+    run = _plain["grouped_outer"]
+    if use_triton_dot(a, b, like):  # a kernel multiplies numbers of one dtype
+        run, a, b = _triton["grouped_outer"], a.to(like.dtype), b.to(like.dtype)
     result: Tensor = run(a, rows, b, offsets, like)
     return result
 
@@ -593,7 +604,8 @@ def _with_update(rows: Tensor, weight: Tensor, bias: Any, offsets: Tensor, updat
     a, b, scale = update
     if a is None:
         return y
-    return y + _grouped(_grouped(rows, a, None, offsets) * scale, b, None, offsets)
+    low = _grouped(rows.to(a.dtype), a, None, offsets) * scale
+    return y + _grouped(low, b, None, offsets).to(y.dtype)
 
 
 def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -637,11 +649,22 @@ def _forward(
     return grouped_lora(x, rows, weight, offsets, bias, update)
 
 
-def _factors(update: Update | None) -> tuple[Any, Any, float]:
+def _low(rows: Tensor, at: Tensor | None, factor: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """``scale · rows[at] · factor[e]`` (S, r) alone, as ``grouped_lora`` returns it."""
+    nothing = (
+        rows.new_empty(*factor.shape[:2], 0),
+        factor.new_empty(len(factor), factor.shape[2], 0),
+    )
+    return grouped_lora(rows, at, nothing[0], offsets, None, Update(factor, nothing[1], scale))[1]
+
+
+def _factors(update: Update | None, weight: Tensor) -> tuple[Any, Any, float]:
     if update is None:
         return None, None, 1.0
     # matrices whose rows and columns both lie apart would be copied by each product
     a, b = (t if 1 in t.stride()[1:] else t.contiguous() for t in update[:2])
+    if use_triton_dot(weight, a, b):  # a kernel multiplies numbers of one dtype
+        a, b = a.to(weight.dtype), b.to(weight.dtype)
     return a, b, update.scale
 
 
@@ -682,15 +705,15 @@ class _Up(torch.autograd.Function):
             rows, dlow = _forward(grad, None, weight.mT, None, offsets, update)
             dx = combine(rows, where, None, ctx.active)
         elif w_a:
-            dlow = grouped_mm(grad, None, b.mT, offsets, None) * ctx.scale
+            dlow = _low(grad, None, b.mT, offsets, ctx.scale)
         if w_weight:
             dweight = grouped_outer(x, tokens, grad, offsets, weight)
         if w_bias:
             dbias = segment_sum(grad, offsets).to(ctx.bias)
         if w_a and dlow is not None:
-            da = grouped_outer(x, tokens, dlow.to(x.dtype), offsets, a)
+            da = grouped_outer(x, tokens, dlow, offsets, a)
         if w_b:
-            db = grouped_outer(low.to(grad.dtype), None, grad, offsets, b)
+            db = grouped_outer(low, None, grad, offsets, b)
         return dx, dweight, dbias, None, None, None, None, da, db, None
 
 
@@ -726,7 +749,7 @@ class _Down(torch.autograd.Function):
         by_place = weights.index_select(0, order).unsqueeze(1)
 
         def weighted(rows: Any) -> Any:
-            return (rows * by_place).to(grad.dtype)
+            return (rows * by_place).to(rows.dtype)
 
         # The weight of a pair is a factor of its row. It goes onto the narrower operand of each
         # product, and then the wide ones, dout, need not be gathered.
@@ -742,7 +765,7 @@ class _Down(torch.autograd.Function):
             update = _transposed(_update(a, b, ctx.scale))
             rows, dlow = _forward(source, at, weight.mT, None, offsets, update)
         elif w_a:
-            dlow = grouped_mm(source, at, b.mT, offsets, None) * ctx.scale
+            dlow = _low(source, at, b.mT, offsets, ctx.scale)
         if w_weights and y is None:  # y · dout = h · (D · dout)
             dweights = (rows.to(wide) * h).sum(1)
             if bias is not None:
@@ -752,9 +775,9 @@ class _Down(torch.autograd.Function):
         if w_weight:
             dweight = grouped_outer(source, at, factor(h), offsets, weight.mT).mT
         if w_a and dlow is not None:
-            da = grouped_outer(h, None, factor(dlow).to(grad.dtype), offsets, a)
+            da = grouped_outer(h, None, factor(dlow), offsets, a)
         if w_b:
-            db = grouped_outer(source, at, factor(low).to(grad.dtype), offsets, b.mT).mT
+            db = grouped_outer(source, at, factor(low), offsets, b.mT).mT
         if w_bias:
             gathered = source if at is None else weighted(source.index_select(0, at))
             dbias = segment_sum(gathered, offsets).to(ctx.bias)
@@ -774,7 +797,7 @@ def moe_up(
     ``active`` is the number K of experts of a token, ``update`` is added to the weight. The result
     (S, F), S = T·K, is in the order of ``order``.
     """
-    factors = _factors(update)
+    factors = _factors(update, weight)
     return _Up.apply(x, weight, bias, order, where, offsets, active, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -788,7 +811,7 @@ def moe_down(
     (E, F, H) in h's dtype, any strides; bias (E, H) or None; the rest as in ``moe_up``. The result
     (T, H) is summed in fp32, and in h's dtype.
     """
-    factors = _factors(update)
+    factors = _factors(update, weight)
     return _Down.apply(h, weights, weight, bias, order, where, offsets, active, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -851,10 +874,16 @@ def _unsupported(
     factors = () if update is None else update[:2]
     if update is not None and (*update.a.shape[:2], update.b.shape[2]) != tuple(weight.shape):
         reasons.append("the update is not one for each matrix")
-    tensors = [t for t in (rows, weight, bias, *factors) if t is not None]
+    if len({t.dtype for t in factors}) > 1 or any(
+        t.dtype not in (weight.dtype, _wide(weight.dtype)) for t in factors
+    ):
+        reasons.append("the update is neither in the dtype of the weights nor in fp32")
+    tensors = [t for t in (rows, weight, bias) if t is not None]
     if len({t.dtype for t in tensors}) > 1:
         reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in tensors)}")
-    return reasons + not_16_bits(rows) + on_several_devices(*tensors, order, where, offsets)
+    return (
+        reasons + not_16_bits(rows) + on_several_devices(*tensors, *factors, order, where, offsets)
+    )
 
 
 def _down_unsupported(
@@ -875,7 +904,7 @@ def _example(m: Maker, bias: bool = False, lora: bool = False) -> tuple[Any, ...
         return x, index, weights, up.mT, down.mT, F.silu, *biases, None, None
     sizes = (hidden, inner), (inner, hidden)
     updates = (
-        Update(m.weight(experts, 4, k).mT, m.weight(n, 4, experts).permute(2, 1, 0), 0.5)
+        Update(m.adapter(experts, 4, k).mT, m.adapter(n, 4, experts).permute(2, 1, 0), 0.5)
         for k, n in sizes
     )
     return x, index, weights, up.detach().mT, down.detach().mT, F.silu, *biases, *updates

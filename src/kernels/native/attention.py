@@ -20,7 +20,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "time", "keys")),
-        *((name, ctypes.c_int64) for name in ("dim", "value_dim", "causal", "window")),
+        *((name, ctypes.c_int64) for name in ("dim", "value_dim", "causal", "window", "samples")),
         *((name, _Strides) for name in ("q", "k", "v", "mask", "out", "grad", "dq", "dk", "dv")),
     )
 
@@ -32,12 +32,12 @@ def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel is made for such a call."""
-    # a mask is (B or 1, H or 1, T, S)
+    # a mask is (B or 1, H or 1, T, S), or first keys
     every = q, k, v
     return (
         all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in every)
         and all(t.shape[-1] % 16 == 0 and t.numel() > 0 for t in every)
-        and (mask is None or mask.dtype is torch.bool)
+        and (mask is None or mask.dtype in (torch.bool, torch.int32))
     )
 
 
@@ -80,7 +80,10 @@ def _run(
     """Call a function of the library: the tensors are in the order of its arguments."""
     q, v = (cast("Tensor", operands[key]) for key in ("q", "v"))
     (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
-    call = _Call(batch, heads, groups, time, keys, dim, value_dim, causal, window or keys + time)
+    sizes = batch, heads, groups, time, keys, dim, value_dim
+    mask = operands["mask"]
+    is_first_keys = mask is not None and mask.dtype is torch.int32
+    call = _Call(*sizes, causal, window or keys + time, is_first_keys)
     for key, t in operands.items():
         if t is not None:  # a dimension of size 1 is the same element for all
             strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))

@@ -3,6 +3,7 @@
 struct Attention {
   int64_t batch, heads, groups, time, keys, dim, value_dim;
   int64_t causal, window;  // window: how many keys a position sees at most, itself included
+  int64_t samples;  // whether the mask is the first key that each position sees, up to its own
   // strides of samples, heads and positions
   int64_t q[3], k[3], v[3], mask[3], out[3], grad[3], dq[3], dk[3], dv[3];
 };
@@ -20,13 +21,16 @@ struct Range {
 struct Plan {
   const Attention& a;
   const uint8_t* mask;
-  const float* sinks;  // of query heads, or nullptr
+  const int32_t* first;  // of the positions of samples, or nullptr
+  const float* sinks;    // of query heads, or nullptr
   float softcap;       // 0 where there is none
   int64_t pairs, share, padded, positions, blocks, rows, widest;
   Memory<Range> ranges;  // the keys that a block sees, from a multiple of 16 on
 
   Plan(const Attention& a, const uint8_t* mask, const float* sinks, float softcap)
-      : a(a), mask(mask), sinks(sinks), softcap(softcap) {
+      : a(a), mask(a.samples ? nullptr : mask),
+        first(a.samples ? reinterpret_cast<const int32_t*>(mask) : nullptr), sinks(sinks),
+        softcap(softcap) {
     pairs = a.batch * a.groups;
     share = a.heads / a.groups;
     padded = rounded_up(a.keys, 16);
@@ -42,8 +46,9 @@ struct Plan {
     for (int64_t pair = 0; pair < pairs; pair++)
       for (int64_t block = 0; block < blocks; block++) {
         int64_t i = pair * blocks + block;
-        bool known = !mask ? pair > 0 : pair % a.groups > 0 && !a.mask[1];
-        ranges[i] = known ? ranges[mask ? i - blocks : block] : keys_of(pair, block);
+        bool varies = mask || first;
+        bool known = !varies ? pair > 0 : pair % a.groups > 0 && !a.mask[1];
+        ranges[i] = known ? ranges[varies ? i - blocks : block] : keys_of(pair, block);
         int64_t width = width_of(i);
         if (width > widest) widest = width;
       }
@@ -52,7 +57,8 @@ struct Plan {
 
   int64_t width_of(int64_t i) const { return rounded_up(ranges[i].last - ranges[i].first, 16); }
 
-  Range seen_by(int64_t t) const {
+  Range seen_by(int64_t sample, int64_t t) const {
+    if (first) return {first[sample * a.mask[0] + t * a.mask[2]], t + 1};
     if (!a.causal) return {0, a.keys};
     return {t + 1 > a.window ? t + 1 - a.window : 0, t + 1};
   }
@@ -64,13 +70,14 @@ struct Plan {
   Range keys_of(int64_t pair, int64_t block) const {
     int64_t start = block * positions, stop = start + positions;
     if (stop > a.time) stop = a.time;
-    Range range{seen_by(start).first, seen_by(stop - 1).last};
+    int64_t sample = pair / a.groups;
+    Range range{seen_by(sample, start).first, seen_by(sample, stop - 1).last};
     if (mask) {
       range = {a.keys, 0};
       int64_t head = pair % a.groups * share;
       for (int64_t h = head; h < (a.mask[1] ? head + share : head + 1); h++)
         for (int64_t t = start; t < (a.mask[2] ? stop : start + 1); t++)
-          widen(range, mask_row(pair / a.groups, h, t));
+          widen(range, mask_row(sample, h, t));
       if (range.first > range.last) range.first = range.last;
     }
     range.first = range.first / 16 * 16;
@@ -136,7 +143,7 @@ struct Block {
     multiply(queries.data, a.dim, keys, scores.data);
     int64_t r = 0;
     for (int64_t t = start; t < stop; t++) {
-      Range seen = plan.seen_by(t);
+      Range seen = plan.seen_by(sample, t);
       for (int64_t h = 0; h < plan.share; h++, r++) {
         const uint8_t* row = plan.mask ? plan.mask_row(sample, head + h, t) + low : nullptr;
         inverses[r] = softmax(r, {seen.first - low, seen.last - low}, row, scale,

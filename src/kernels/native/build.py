@@ -1,7 +1,7 @@
-"""The file of the C++ kernels: compiled for this machine's processor, kept for later processes.
+"""The files of the C++ kernels: compiled for this machine's processor, kept for later processes.
 
-It is made anew for other sources, another compiler or another processor, and kept in a folder that
-only its user can write to: what is in it is executed.
+They are made anew for other sources, another compiler or another processor, and kept in a folder
+that only its user can write to: what is in it is executed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from pathlib import Path
 
 from ..processor import instruction_set
 
-SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "low_rank.cpp", "delta_rule.cpp")
+SOURCES = {
+    "kernels": ("vectors.h", "attention_plan.h", "attention.cpp", "low_rank.cpp"),
+    "delta_rule": ("vectors.h", "delta_rule.cpp"),
+}
+"""The sources of each library. What few models need is one of its own: it takes the compiler twice
+as long as all else, and is compiled for these models alone."""
+
 # 2026-11-28: sums of products are fused by default in GNU C++, as in Clang
 FLAGS = ("-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared")
 NATIVE = ("-march=native",)
@@ -26,8 +32,8 @@ SECONDS = 120
 """How long the compiler may take."""
 
 
-def built() -> Path:
-    """The library's file; compiled unless it is there.
+def built(name: str = "kernels") -> Path:
+    """The file of a library of ``SOURCES``; compiled unless it is there.
 
     Raises RuntimeError where this machine has no compiler for it or the compiler fails, and
     ``subprocess.TimeoutExpired`` where it takes too long.
@@ -35,21 +41,22 @@ def built() -> Path:
     if sys.platform != "linux" or sys.byteorder != "little":
         raise RuntimeError("they are compiled on Linux only, for little-endian processors")
     place = folder()
-    carried = place / carried_name()
+    carried = place / carried_name(name)
     if carried.exists():
         return carried
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(missing_compiler())
-    path = place / f"kernels-{_hash(_identity(compiler), source(), *FLAGS, *NATIVE)}.so"
+    text = source(name)
+    path = place / f"{name}-{_hash(_identity(compiler), text, *FLAGS, *NATIVE)}.so"
     if not path.exists():
-        compile_kernels(compiler, source(), path, NATIVE)
+        compile_kernels(compiler, text, path, NATIVE)
     return path
 
 
-def carried_name() -> str:
-    """The name of a library that another machine of the kind has compiled, with any compiler."""
-    return f"kernels-{_hash(source(), *FLAGS, *NATIVE)}.so"
+def carried_name(name: str = "kernels") -> str:
+    """The file name of a library that another machine of the kind has compiled, by any compiler."""
+    return f"{name}-{_hash(source(name), *FLAGS, *NATIVE)}.so"
 
 
 def compiler_name(*what: str) -> str:
@@ -146,9 +153,19 @@ def _is_private(part: Path) -> bool:
     return status.st_uid in (0, os.getuid()) and not writable
 
 
-def source() -> str:
-    """All kernels, as one file."""
-    return "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
+def source(name: str = "kernels") -> str:
+    """All kernels of a library, as one file."""
+    return "".join((Path(__file__).parent / file).read_text() for file in SOURCES[name])
+
+
+def sources(*folders: Path) -> str:
+    """A hash of the sources in these folders."""
+    texts = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                texts.update(path.read_bytes())
+    return texts.hexdigest()
 
 
 def compile_kernels(compiler: str, text: str, path: Path, flags: tuple[str, ...]) -> None:

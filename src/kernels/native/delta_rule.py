@@ -45,7 +45,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
         and q.device.type == "cpu"
         and v.numel() > 0 < q.numel()
         and are_real(q, k, v, g)
-        and library() is not None
+        and library("delta_rule") is not None
     )
 
 
@@ -78,7 +78,7 @@ def backward(
 
 
 def _run(name: str, arguments: tuple[Any, ...], q: Tensor, held: Any) -> None:
-    kernels = library()
+    kernels = library("delta_rule")
     if kernels is None:
         raise RuntimeError("there are no kernels: takes() has not been asked")
     threads = max(1, min(torch.get_num_threads(), q.shape[0] * q.shape[2]))

@@ -1,5 +1,7 @@
 """The C++ kernels of this folder, loaded: compiled in the background, when they are first needed.
 
+They are libraries, by the names of ``build.SOURCES``; ``"kernels"`` is what most models need.
+
 Where there is a C++ compiler the kernels take its seconds once (``build.py``). Where there is none,
 or it fails, ops run their forms in plain PyTorch: ``problem`` and ``explain`` say why.
 
@@ -25,9 +27,10 @@ from .build import SECONDS, built, is_temporary
 
 
 class Loading:
-    """The library of this process, loaded by a thread, or the ``problem`` why there is none."""
+    """A library of this process, loaded by a thread, or the ``problem`` why there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "kernels") -> None:
+        self.name = name
         self.library: ctypes.CDLL | None = None
         self.file: Path | None = None  # where it is kept
         self.problem: str | None = None
@@ -36,7 +39,7 @@ class Loading:
 
     def _run(self) -> None:
         try:
-            path = built()
+            path = built(self.name)
             self.library = ctypes.CDLL(str(path))
             if is_temporary(path):
                 shutil.rmtree(path.parent, ignore_errors=True)
@@ -53,28 +56,28 @@ def _reason(error: Exception) -> str:
 
 
 _lock = threading.Lock()
-_loading: Loading | None = None
+_loading: dict[str, Loading] = {}
 
 
-def start() -> Loading:
-    """Compile or find the library in the background, unless that was begun before."""
-    global _loading
+def start(name: str = "kernels") -> Loading:
+    """Compile or find a library in the background, unless that was begun before."""
     with _lock:
-        if _loading is None:
-            _loading = Loading()
-        return _loading
+        if name not in _loading:
+            _loading[name] = Loading(name)
+        return _loading[name]
 
 
 def has_started() -> bool:
     """Whether the kernels have been needed so far."""
-    return _loading is not None
+    return bool(_loading)
 
 
 def _forget_unfinished() -> None:
-    global _lock, _loading
+    global _lock
     _lock = threading.Lock()
-    if _loading is not None and _loading.library is None and _loading.problem is None:
-        _loading = None
+    for name, loading in list(_loading.items()):
+        if loading.library is None and loading.problem is None:
+            del _loading[name]
 
 
 if hasattr(os, "register_at_fork"):
@@ -87,19 +90,21 @@ def start_for(tensors: Iterable[Tensor]) -> None:
         start()
 
 
-def library() -> ctypes.CDLL | None:
+def library(name: str = "kernels") -> ctypes.CDLL | None:
     """The kernels, or None where they cannot be had; waits for the compiler."""
-    loading = start()
+    loading = start(name)
     if loading.thread.is_alive():
         loading.thread.join()
     return loading.library
 
 
-def kept_file() -> bytes | None:
-    """The library's file, if this process has loaded one and it is still there."""
-    if library() is None or (file := start().file) is None or not file.exists():
-        return None
-    return file.read_bytes()
+def kept_files() -> dict[str, bytes]:
+    """The files of the libraries that this process has needed, as far as they are still there."""
+    kept = {}
+    for name in list(_loading):
+        if library(name) is not None and (file := start(name).file) is not None and file.exists():
+            kept[name] = file.read_bytes()
+    return kept
 
 
 def problem() -> str | None:

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, cdiv, gpu_of
+from ..launch import FP_FUSION, cdiv
 from ..launcher import launched
-from .rms_norm_kernels_triton import COLUMNS, tile_of
+from .rms_norm_kernels_triton import COLUMNS, backward_tiles, sums_apart, tile_of
 from .rms_norm_triton import finish, output_like, rows_of
 
 
@@ -174,15 +174,10 @@ def backward(
     rows = x.numel() // dim
 
     def launch(need_x: bool, need_weight: bool, need_bias: bool) -> list[Tensor]:
-        width = dim if need_x else min(dim, COLUMNS)
-        tile, block, warps = tile_of(width)
-        count = cdiv(rows // heads, tile)
-        shared = max(1, 2 * gpu_of(x).multiprocessors // heads)
-        tiles = cdiv(count, shared) if need_weight or need_bias else 1
-        programs = cdiv(count, tiles)
-        partial = [rstd.new_empty((programs, heads * dim) if need else 0)
+        of = backward_tiles(x, rows, need_x, need_weight or need_bias, heads)
+        partial = [rstd.new_empty((of.programs, heads * dim) if need else 0)
                    for need in (need_weight, need_bias)]  # fmt: skip
-        backward_kernel[(programs, heads, cdiv(dim, width))](
+        backward_kernel[(of.programs, heads, of.blocks)](
             grad_rows,
             x_rows,
             None if weight is None else weight.contiguous(),
@@ -193,7 +188,7 @@ def backward(
             rows,
             dim,
             heads,
-            tiles,
+            of.tiles,
             grad_stride,
             x_stride,
             dim,
@@ -201,14 +196,14 @@ def backward(
             NEED_X=need_x,
             NEED_WEIGHT=need_weight,
             NEED_BIAS=need_bias,
-            ROWS=tile,
-            BLOCK=block,
-            num_warps=warps,
+            ROWS=of.rows,
+            BLOCK=of.block,
+            num_warps=of.warps,
             enable_fp_fusion=FP_FUSION,
         )
         return partial
 
-    if need_x and (need_weight or need_bias) and dim > COLUMNS:
+    if sums_apart(dim, need_x, need_weight or need_bias):
         launch(True, False, False)
         partial = launch(False, need_weight, need_bias)
     else:

@@ -160,6 +160,10 @@ def _with_rstd(args: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, 
     return grad, x, weight, rstd, *rest
 
 
+def _with_offset(offset: float) -> str:
+    return "offset" if offset else ""
+
+
 def _size(x: Tensor, *_: Any) -> tuple[int, tuple[int, ...]]:
     return x.numel() // max(1, x.shape[-1]), (x.shape[-1],)
 
@@ -179,6 +183,7 @@ _forward_op = library_op(
             ),
         ),
         _size,
+        kind=lambda x, weight, eps, offset, outer: _with_offset(offset),
     ),
 )
 _backward_op = library_op(
@@ -199,6 +204,7 @@ _backward_op = library_op(
         ),
         _size,
         _with_rstd,
+        kind=lambda grad, x, weight, rstd, extra, offset, *_: _with_offset(offset),
     ),
 )
 _launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)

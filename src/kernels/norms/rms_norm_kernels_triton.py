@@ -7,13 +7,15 @@ residual add of ``add_rms_norm`` is a branch of the same kernels.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import next_power_of_2
+from ..launch import cdiv, gpu_of, next_power_of_2
 from ..launcher import launched
 
 
@@ -129,6 +131,39 @@ def tile_of(dim: int) -> tuple[int, int, int]:
     rows = max(1, min(16, 1024 // block))
     warps = max(1, min(16, rows * block // 256))
     return rows, block, 32 if block > 8192 and torch.version.hip is None else warps
+
+
+class BackwardTiles(NamedTuple):
+    """How a launch of a norm's backward kernel divides its rows: ``backward_tiles``."""
+
+    programs: int  # over the rows, of each head
+    blocks: int  # over the columns
+    tiles: int  # of a program, one after another
+    rows: int  # of a tile
+    block: int
+    warps: int
+
+
+def backward_tiles(
+    x: Tensor, rows: int, need_x: bool, need_sums: bool, heads: int = 1
+) -> BackwardTiles:
+    """The tiles of ``rows`` of x (..., D), or of every ``heads``-th of them.
+
+    With ``need_sums``, of dW or db, there are as many programs as keep the card busy: each stores
+    the sums of its tiles.
+    """
+    dim = x.shape[-1]
+    width = dim if need_x else min(dim, COLUMNS)
+    tile, block, warps = tile_of(width)
+    count = cdiv(rows // heads, tile)
+    most = max(1, 2 * gpu_of(x).multiprocessors // heads)
+    tiles = cdiv(count, most) if need_sums else 1
+    return BackwardTiles(cdiv(count, tiles), cdiv(dim, width), tiles, tile, block, warps)
+
+
+def sums_apart(dim: int, need_x: bool, need_sums: bool) -> bool:
+    """Whether dx and the sums of a backward pass take a launch each."""
+    return need_x and need_sums and dim > COLUMNS
 
 
 def forward_case(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import FP_FUSION, cdiv, gpu_of
+from ..launch import FP_FUSION, cdiv
 from .rms_norm_kernels_triton import (
-    COLUMNS,
     backward_case,
     backward_kernel,
+    backward_tiles,
     forward_case,
     forward_kernel,
+    sums_apart,
     tile_of,
 )
 
@@ -133,13 +134,9 @@ def backward(
     rows = x.numel() // dim
 
     def launch(need_x: bool, need_weight: bool) -> Tensor:
-        width = dim if need_x else min(dim, COLUMNS)
-        tile, block, warps = tile_of(width)
-        count = cdiv(rows, tile)
-        tiles = cdiv(count, 2 * gpu_of(x).multiprocessors) if need_weight else 1
-        programs = cdiv(count, tiles)
-        partial = rstd.new_empty((programs, dim) if need_weight else 0)
-        backward_kernel[(programs, cdiv(dim, width))](
+        of = backward_tiles(x, rows, need_x, need_weight)
+        partial = rstd.new_empty((of.programs, dim) if need_weight else 0)
+        backward_kernel[(of.programs, of.blocks)](
             grad_rows,
             x_rows,
             None if weight is None else weight.contiguous(),
@@ -149,7 +146,7 @@ def backward(
             partial,
             rows,
             dim,
-            tiles,
+            of.tiles,
             grad_stride,
             x_stride,
             extra_stride,
@@ -161,14 +158,14 @@ def backward(
             HAS_EXTRA=extra is not None,
             NEED_X=need_x,
             NEED_WEIGHT=need_weight,
-            ROWS=tile,
-            BLOCK=block,
-            num_warps=warps,
+            ROWS=of.rows,
+            BLOCK=of.block,
+            num_warps=of.warps,
             enable_fp_fusion=FP_FUSION,
         )
         return partial
 
-    if need_x and need_weight and dim > COLUMNS:
+    if sums_apart(dim, need_x, need_weight):
         launch(True, False)
         partial = launch(False, True)
     else:

@@ -145,13 +145,15 @@ def uncheckable(model: Any) -> str | None:
 
 @torch.no_grad()
 def check_adapter(
-    model: Any, recipe: Recipe, folder: Path, batch: dict[str, Any]
-) -> tuple[Any, AdapterCheck]:
+    model: Any, recipe: Recipe, folder: Path, batch: dict[str, Any],
+    autocast: contextlib.AbstractContextManager[Any],
+) -> tuple[Any, AdapterCheck]:  # fmt: skip
     """Load the saved adapter from ``folder`` with plain PEFT, and compare.
 
     ``model`` is the trained PEFT model; it is restored, and stripped of its adapters. The recipe
     says whether it is optimized, and in which dtype adapters are loaded. Of ``batch``, which is one
-    of the trainer's, only what the model reads is used.
+    of the trainer's, only what the model reads is used. ``autocast`` is what the trainer computes
+    in: accelerate has put it into ``model.forward``, which then returns float32.
 
     Returns:
         The plain base model with the adapter from ``folder``, and the comparison.
@@ -176,7 +178,8 @@ def check_adapter(
     plain = PeftModel.from_pretrained(
         model.unload(), folder, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
     ).eval()
-    saved = plain(**inputs).logits
+    with autocast:
+        saved = plain(**inputs).logits.to(trained.dtype)
     difference = (before.float() - saved.float()).abs().max() / saved.float().abs().max()
     return plain, AdapterCheck(torch.equal(trained, saved), float(difference))
 

@@ -74,7 +74,7 @@ def _cpu(torch: Any) -> list[CheckResult]:
     has = ", ".join(processor().instructions()) or "none of AVX2, AVX-512, AMX"
     narrowed = f"as {' and '.join(limits())} has it" if limits() else ""
     result = CheckResult("instructions", has, note=narrowed)
-    return [CheckResult("CPU", model_name(), note=cores), result, *_raced()]
+    return [CheckResult("CPU", model_name(), note=cores), result, *_raced(), *_kept()]
 
 
 def _raced() -> list[CheckResult]:
@@ -89,6 +89,24 @@ def _raced() -> list[CheckResult]:
     except Exception as error:  # what PyTorch itself cannot import; another section says so
         return [CheckResult("fastest forms", "not raced", "unused", first_line(error))]
     return [CheckResult("fastest forms", str(each)) for each in choice.choices()]
+
+
+def _kept() -> list[CheckResult]:
+    """What later processes need not compile, verify or race again; nothing where none is kept."""
+    from ...kernels.native.build import kept_folder
+
+    try:
+        folder = kept_folder()
+        names = [path.name for path in folder.iterdir()]
+    except (OSError, RuntimeError):  # the compiler's line says why
+        return []
+    counts = (
+        (sum(name.endswith(".so") for name in names), "libraries"),
+        (sum(name.startswith("verdict-") for name in names), "verdicts"),
+        (sum(name.startswith("choice-") for name in names), "choices"),
+    )
+    value = ", ".join(f"{number} {what}" for number, what in counts)
+    return [CheckResult("kept for later processes", value, note=str(folder))]
 
 
 def _memory(torch: Any) -> CheckResult:

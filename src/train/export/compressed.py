@@ -242,7 +242,8 @@ class CompressedWriter:
         written = CompressedFiles(folder, self.format)
         largest = _Largest(files, self.selection) if shares_scale(self.format) else None
         for key, shape in files.shapes.items():
-            plain, kind = files.read(key), "as it is"
+            plain, why = files.read(key), self.selection.left.get(key)
+            kind = f"as it is ({why})" if why else "as it is"
             rounded = plain
             if key in chosen:
                 kind = self.format.name

@@ -141,13 +141,21 @@ def _quantize(tools: LlamaCpp, plain: Path, target: Path, format: Format) -> Non
         _run([tools.quantizer, str(plain), str(target), format.name.upper()], target, what)
         return
     import gguf
-    import llama_cpp
 
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = gguf.LlamaFileType[f"MOSTLY_{format.name.upper()}"].value
-    code = llama_cpp.llama_model_quantize(str(plain).encode(), str(target).encode(), parameters)
-    if code or not target.is_file():
-        raise ModelError(f"{what}: it returned {code}{_no_room(target)}")
+    type = gguf.LlamaFileType[f"MOSTLY_{format.name.upper()}"].value
+    # in a process of its own: the library writes a thousand lines to standard error
+    _run([sys.executable, "-c", _QUANTIZE, str(plain), str(target), str(type)], target, what)
+
+
+_QUANTIZE = """
+import sys
+import llama_cpp
+
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype = int(sys.argv[3])
+source, target = (name.encode() for name in sys.argv[1:3])
+sys.exit(llama_cpp.llama_model_quantize(source, target, parameters))
+"""
 
 
 def _run(command: Sequence[str], target: Path, what: str) -> None:

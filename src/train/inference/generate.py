@@ -23,6 +23,7 @@ from ...errors import DataError, ModelError, RecipeError
 from ..data.chat.stops import render_chat, stop_tokens
 from ..json_text import BadJsonError, parse_json
 from ..model.load import quiet
+from ..model.precision import half_autocast
 from ..model.tokenizer import ChatPrompt, Message, pad_token, with_system
 from ..printable import odd_character, shown, shown_json
 from ..recipe.recipe import Recipe
@@ -279,7 +280,8 @@ def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
     training = model.training
     model.eval()
     try:
-        return generator.answers([generator.prompt(prompt.question(question))])[0].text
+        with half_autocast(recipe.precision(), model.device):
+            return generator.answers([generator.prompt(prompt.question(question))])[0].text
     finally:
         model.train(training)
 

@@ -147,8 +147,10 @@ def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
     requested = None if dtype is None else str(dtype).removeprefix("torch.")
     if not run.adapter and not run.recipe:
         requested = requested or stored_dtype(run.folder)
-    if requested is None and _validated(run, keys).precision() == "float16" and not _has_gpu():
-        requested = "float32"
+    if requested is None and _validated(run, keys).precision() == "float16":
+        from ..model.precision import scales_losses
+
+        requested = None if scales_losses() else "float32"
     if requested is not None:
         for name in _PRECISION:
             keys.pop(name, None)
@@ -196,12 +198,6 @@ def _require_same_code(run: RunFolder) -> None:
     if "auto_map" in config:
         what = f"{run.folder}: its run was trained with the code that comes with {run.base_model}"
         raise ModelError(why_not_run(what, CODE_SWITCH))
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, Any]:

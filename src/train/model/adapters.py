@@ -15,6 +15,7 @@ from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
 from .multimodal import freeze, is_in, language_path, tower_pattern, towers
+from .precision import computes_in
 from .quantize import head_modules
 
 Say = Callable[[str], None]
@@ -37,7 +38,31 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
     freeze(model.get_base_model(), places)
+    if computes_in(recipe.precision()) == "float16" and recipe.strategy().deepspeed is None:
+        _widen_gradients(model)  # DeepSpeed has a scaler of its own
     return model
+
+
+def _widen_gradients(model: Any) -> None:
+    """Let gradients be float32: PyTorch's scaler unscales no others.
+
+    Whole modules that are trained get weights in float32, which autocast computes with. Raises a
+    RecipeError if anything else would be trained in float16.
+    """
+    narrow = []
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype is torch.float16:
+            if ".modules_to_save." in name:
+                p.data = p.data.float()
+            else:
+                narrow.append(name)
+    if narrow:
+        more = f" and {len(narrow) - 1} more" if narrow[1:] else ""
+        raise RecipeError(
+            f"fp16: {narrow[0]}{more} would be trained in float16, and a scaled loss needs "
+            "gradients of float32: leave out what trains it "
+            "(peft_autocast_adapter_dtype: false), or set float32: true"
+        )
 
 
 def _with_adapter(model: Any, recipe: Recipe, say: Say | None) -> Any:

@@ -26,19 +26,49 @@ def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
     ``precision`` is the result of ``Recipe.precision()``; with ``adapters`` only these are trained,
     in their own dtype. Raises a RecipeError if the device cannot compute in it.
     """
-    gpu = torch.cuda.is_available()
-    if precision == "auto":
-        return torch.bfloat16 if has_bfloat16() else torch.float32
-    if precision == "bfloat16":
-        if gpu and not torch.cuda.is_bf16_supported():
+    kind = computes_in(precision)
+    if kind == "bfloat16":
+        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise RecipeError("bf16: this GPU has no bfloat16; set bf16: auto, or fp16: true")
         return torch.bfloat16
-    if precision == "float16":
-        if not gpu:
+    if kind == "float16":
+        if not scales_losses():
             raise RecipeError("fp16: needs a GPU; set bf16: auto, which works on this machine")
-        # a scaled loss needs gradients of float32: weights that are trained themselves stay so
-        return torch.float16 if adapters else torch.float32
+        return float16_weights(adapters)
     return torch.float32
+
+
+def computes_in(precision: str) -> str:
+    """``precision``, a result of ``Recipe.precision()``; in place of ``auto``, what the device has.
+
+    A GPU without instructions for bfloat16 multiplies float16 several times as fast as float32.
+    """
+    if precision != "auto":
+        return precision
+    if has_bfloat16():
+        return "bfloat16"
+    return "float16" if scales_losses() else "float32"
+
+
+def float16_weights(adapters: bool) -> torch.dtype:
+    """The dtype of weights where products are in float16.
+
+    A scaled loss needs gradients of float32: weights that are trained themselves stay so.
+    """
+    return torch.float16 if adapters else torch.float32
+
+
+def half_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What a run in float16 computes in before the trainer has put it into the model.
+
+    There, whole modules that are trained are in float32 among others.
+    """
+    return torch.autocast(device.type, torch.float16, enabled=computes_in(precision) == "float16")
+
+
+def scales_losses() -> bool:
+    """Whether accelerate trains in float16, with scaled losses: it does on no CPU."""
+    return torch.cuda.is_available()
 
 
 def has_bfloat16() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recipe.export_formats import Format
+from ..recipe.export_formats import FORMATS, Format
 from .multimodal import is_in, towers
 from .quantize import head_modules
 
@@ -53,7 +53,15 @@ def misfit(format: Format, shape: Shape) -> str | None:
         return _indivisible(shape, _block(format.type)) if format.type else None
     weights = scheme(format).weights
     block = weights.block_structure
-    return _indivisible(shape, block[1] if block else weights.group_size or 1)
+    reason = _indivisible(shape, block[1] if block else weights.group_size or 1)
+    if reason is None:
+        return None
+    others = [
+        other.name
+        for other in FORMATS.values()
+        if other.scheme == format.scheme and other.group and shape[-1] % other.group == 0
+    ]
+    return f"{reason}: {others[0]} fits" if others else reason
 
 
 def _indivisible(shape: Sequence[int], size: int) -> str | None:

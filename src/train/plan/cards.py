@@ -22,6 +22,7 @@ class Card:
         link: to the other cards of a machine, in bytes per second and direction.
         network: to other machines, for each card, in bytes per second and direction.
         assumed: whether the name is unknown, so that only the memory is known.
+        bfloat16: whether it has instructions for it.
     """
 
     name: str
@@ -31,19 +32,23 @@ class Card:
     link: float
     network: float
     assumed: bool = False
+    bfloat16: bool = True
 
 
 def _card(
-    name: str, memory: int, tflops: float, bandwidth: float, link: float, network: float = 50
-) -> Card:
-    return Card(name, memory * GIB, tflops * 1e12, bandwidth * GB, link * GB, network * GB)
+    name: str, memory: int, tflops: float, bandwidth: float, link: float, network: float = 50,
+    bfloat16: bool = True,
+) -> Card:  # fmt: skip
+    per_second = bandwidth * GB, link * GB, network * GB
+    return Card(name, memory * GIB, tflops * 1e12, *per_second, bfloat16=bfloat16)
 
 
 CARDS = {
     card.name: card
     for card in (
-        _card("T4", 15, 65, 320, 12, 3),  # sold as 16, of which a part is for correcting errors
-        _card("V100", 32, 125, 900, 150, 12),
+        # sold as 16, of which a part is for correcting errors
+        _card("T4", 15, 65, 320, 12, 3, bfloat16=False),
+        _card("V100", 32, 125, 900, 150, 12, bfloat16=False),
         _card("A10", 24, 125, 600, 25, 12),
         _card("L4", 24, 121, 300, 25, 12),
         _card("RTX3090", 24, 71, 936, 25, 3),
@@ -116,7 +121,7 @@ def of_size(memory: int, name: str) -> Card:
     """A card of which only the memory is known: as fast as the slowest that has as much."""
     enough = [c for c in CARDS.values() if c.memory >= memory] or list(CARDS.values())
     like = min(enough, key=lambda c: (c.memory, c.flops))
-    return replace(like, name=name, memory=memory, assumed=True)
+    return replace(like, name=name, memory=memory, assumed=True, bfloat16=True)
 
 
 _FIELDS = ("name", "memory", "tflops", "bandwidth", "link", "network")

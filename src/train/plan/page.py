@@ -196,7 +196,7 @@ def assumptions(plan: RunPlan) -> str:
     if plan.devices.count > 1:
         link = card.link if plan.devices.count <= 8 else card.network
         between = f", {link / 1e9:,.0f} GB/s between cards"
-    peak = f"{card.flops / 1e12:,.0f} TFLOP/s in bf16"
+    peak = f"{card.flops / 1e12:,.0f} TFLOP/s in {'bf16' if card.bfloat16 else 'fp16'}"
     return f"assumed: {data}; 45% of the peak{like} ({peak}){between}"
 
 

@@ -19,11 +19,11 @@ from ...errors import RecipeError
 from ...kernels.processor import KINDS, assume
 from ...memory.predict import compilation_bytes
 from ..model.positions import positions
-from ..model.precision import dtype_for_training
+from ..model.precision import dtype_for_training, float16_weights
 from ..recipe.preferences import PreferenceSettings, preference_settings
 from ..recipe.recipe import Recipe
 from ..report.throughput import layer_configs
-from .cards import Devices
+from .cards import Card, Devices
 from .count.blueprint import Blueprint, draw
 from .count.layout import ProcessLayout, layout_of, model_states
 from .count.network import Traffic, traffic
@@ -123,7 +123,7 @@ def make_plan(
         ModelError: the model cannot be planned.
     """
     _require_known(recipe)
-    dtype = _dtype(recipe, elsewhere=devices is not None)
+    dtype = _dtype(recipe, None if devices is None else devices.card)
     target = devices or devices_here(dtype, processes or recipe.strategy().world())
     layout = layout_of(recipe, target.count)
     make = functools.partial(make_job, dtype=dtype, on_cpu=target.card.name == CPU)
@@ -237,12 +237,12 @@ def _codegen(recipe: Recipe, blueprint: Blueprint, device: str) -> Codegen:
     return "inductor" if choose(recipe.codegen, whole, device)[0] == "inductor" else "eager"
 
 
-def _dtype(recipe: Recipe, elsewhere: bool) -> torch.dtype:
+def _dtype(recipe: Recipe, card: Card | None) -> torch.dtype:
     precision, adapters = recipe.precision(), recipe.adapter is not None
-    if not elsewhere:
+    if card is None:  # the device here
         return dtype_for_training(precision, adapters)
-    if precision == "float16":  # weights that are trained themselves stay in 32 bits
-        return torch.float16 if adapters else torch.float32
+    if precision == "float16" or (precision == "auto" and not card.bfloat16):
+        return float16_weights(adapters)
     return torch.float32 if precision == "float32" else torch.bfloat16
 
 

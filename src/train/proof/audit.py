@@ -19,6 +19,7 @@ from ..inference.load_run import load_model_of, load_tokenizer, recipe_with
 from ..inference.run_folder import open_run
 from ..methods.task import task_of
 from ..model.load import quiet
+from ..model.precision import computes_in
 from ..model.tokenizer import load_tokenizer as tokenizer_of
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
@@ -137,7 +138,7 @@ def _audit(
 ) -> Audit:
     device = next(p.device for p in model.parameters())
     there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    half = recipe.precision() == "float16"
+    half = computes_in(recipe.precision()) == "float16"
     return audit(
         model, there, tokenizer=tokenizer, autocast=torch.float16 if half else None,
         checkpointing=recipe.checkpointing() or None, tokens=tokens,

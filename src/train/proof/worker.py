@@ -24,6 +24,7 @@ from ...rewrite.verify_exact import Wide
 from ..consent import Consent
 from ..data import Packs, Sample
 from ..model.load import quiet
+from ..model.precision import computes_in
 from ..model.quantize import dequantize_linears
 from ..model.tokenizer import load_tokenizer
 from ..output_files import write_atomically
@@ -133,7 +134,7 @@ def _train(
     strategy.require_world(world.size)
     tokenizer = load_tokenizer(recipe)
     model = ready_model(recipe, tokenizer, _ignore, on_cpu=is_sharded(strategy, world))
-    dtype = torch.float16 if recipe.precision() == "float16" else model.dtype
+    dtype = torch.float16 if computes_in(recipe.precision()) == "float16" else model.dtype
     masks = without_dropout(model)
     fill_zeros(model, recipe.seed)
     if job.exact:

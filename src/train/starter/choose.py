@@ -285,9 +285,10 @@ def _rate(adapter: Values, pairs: bool) -> tuple[float, str]:
 
 
 def _precision_why() -> str:
-    from ..model.precision import has_bfloat16
+    from ..model.precision import computes_in
 
-    has = "is the case here" if has_bfloat16() else "is not the case here: float32"
+    here = computes_in("auto")
+    has = "is the case here" if here == "bfloat16" else f"is not the case here: {here}"
     return f"bfloat16 where the hardware supports it, which {has}"
 
 

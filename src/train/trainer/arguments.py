@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from ...errors import RecipeError
-from ..model.precision import dtype_for_training
+from ..model.precision import computes_in, dtype_for_training
 from ..processes.world import World
 from ..processes.wrapping import check_deepspeed, deepspeed_config, deepspeed_state
 from ..recipe.keys.optimization import OWN_OPTIMIZERS
@@ -225,7 +225,7 @@ def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
         "max_grad_norm": recipe.max_grad_norm,
         "label_smoothing_factor": recipe.label_smoothing_factor,
         "neftune_noise_alpha": recipe.neftune_noise_alpha,
-        "fp16": recipe.precision() == "float16",
+        "fp16": computes_in(recipe.precision()) == "float16",
     }
     if recipe.tf32 not in (None, "auto") and torch.cuda.is_available():
         arguments["tf32"] = recipe.tf32

@@ -296,9 +296,9 @@ class EngineMixin(_Trainer):
         """The norm of the gradients, which Trainer has clipped; checked before the update."""
         clipped: Any = super()._get_grad_norm
         norm = clipped(model, grad_norm)
-        if self.accelerator.scaler is not None:  # it skips such steps by itself, at first often
-            return norm
         logs = self._logs_at(self.state.global_step + 1)
+        if (scaler := self.accelerator.scaler) is not None:
+            return self.guard.judge_scaled(norm, scaler, logs)
         return self.guard.judge(norm, self.sharding.optimizer, logs)
 
     def _logs_at(self, step: int) -> bool:

@@ -97,16 +97,25 @@ class NonFiniteStepError(Exception):
         step: its number, from 1.
         what: ``"loss"`` or ``"gradient norm"``.
         batches: the inputs of the step's forward passes.
+        scale: of the loss in float16, which has fallen too low; None: the loss is not scaled.
     """
 
     def __init__(self, step: int, what: str, value: float, seen: _Seen) -> None:
-        super().__init__(f"step {step}: the {what} is {value}")
+        text = f"step {step}: the {what} is {value}"
+        if seen.scale is not None:
+            text += (
+                f", and a scale of {seen.scale:g} does not help: the model leaves the range of "
+                "float16 (set bf16: true where there is bfloat16, else float32: true)"
+            )
+        super().__init__(text)
         self.step, self.what, self.value = step, what, value
         self.batches, self.losses = seen.batches, [float(loss) for loss in seen.losses]
+        self.scale = seen.scale
 
     def __reduce__(self) -> tuple[Any, ...]:
         batches = [{name: value.cpu() for name, value in b.items()} for b in self.batches]
-        seen = _Seen(self.step, batches, [torch.tensor(loss) for loss in self.losses])
+        losses = [torch.tensor(loss) for loss in self.losses]
+        seen = _Seen(self.step, batches, losses, scale=self.scale)
         return type(self), (self.step, self.what, self.value, seen)
 
     def of_all(self, world: World) -> NonFiniteStepError:
@@ -143,12 +152,17 @@ class NonFiniteStepError(Exception):
 
 @dataclass
 class _Seen:
-    """A step's inputs, its losses, and the norm of its gradient."""
+    """A step's inputs, its losses, the norm of its gradient, and the scale of its loss."""
 
     step: int
     batches: list[dict[str, Tensor]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     norm: Tensor | None = None
+    scale: float | None = None
+
+
+_LEAST_SCALE = 1.0
+"""Of the loss in float16. It begins at 65,536, and halves with each step that is not finite."""
 
 
 class NonFiniteGuard:
@@ -172,8 +186,8 @@ class NonFiniteGuard:
     def judge(self, norm: Any, optimizer: Any, logged: bool) -> Any:
         """Check the norm of the gradient, a tensor or a number, before the optimizer's step.
 
-        Not to be called where a loss scaler skips steps with infinite gradients by itself. Returns
-        ``norm``, as a number where it was read.
+        Not to be called where a loss scaler skips such steps by itself: see ``judge_scaled``.
+        Returns ``norm``, as a number where it was read.
 
         Raises:
             NonFiniteStepError: it is not finite, or the loss is not.
@@ -186,6 +200,22 @@ class NonFiniteGuard:
             return norm
         self.look()
         return float(norm)
+
+    def judge_scaled(self, norm: Any, scaler: Any, logged: bool) -> Any:
+        """Check a step of a scaled loss, which is skipped where it is not finite; returns ``norm``.
+
+        At first that happens often. It goes on for ever, and nothing is trained, where the forward
+        pass leaves the range of float16: its scale then falls below any that is of use.
+
+        Raises:
+            NonFiniteStepError: such a step, when the trainer logs.
+        """
+        seen, self._steps = self._steps[-1], []
+        if logged and (scale := scaler.get_scale()) < _LEAST_SCALE:
+            seen.norm = norm if torch.is_tensor(norm) else torch.tensor(float(norm))
+            seen.scale, self._steps = scale, [seen]
+            self.look()
+        return norm
 
     def look(self) -> None:
         """Raise NonFiniteStepError for the first step since the last call that is not finite."""

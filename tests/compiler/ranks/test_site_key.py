@@ -61,6 +61,15 @@ def test_what_the_key_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(keys)) == len(keys)
 
 
+def test_another_triton_makes_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles what was verified, and PyTorch's version does not say which it is."""
+    found = set()
+    for version in ("3.6.0", "3.9.0", ""):
+        monkeypatch.setattr(module, "triton_version", lambda version=version: version)
+        found.add(module.environment.__wrapped__())
+    assert len(found) == 3
+
+
 def _same_name() -> Any:
     def inner(x: Any) -> Any:
         return x

@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusewright.kernels.attention.attention import OP, attention
 from fusewright.kernels.attention.attention_tiles_triton import span
 from fusewright.kernels.attention.attention_triton import CHUNK, mask_table
+from fusewright.kernels.attention.first_keys import first_keys, is_first_keys, sample_mask
 from fusewright.kernels.attention.sizes import GRAIN
+from fusewright.kernels.op import starts_of
 from tests.kernels.attention_masks import MASKS, additive, packed
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity_of_draws
@@ -42,7 +44,8 @@ def check(
     causal = mask is None and q.shape[2] == k.shape[2]
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given = mask if mask is None or mask.dtype is torch.bool else mask.to(q.dtype)
+        is_bias = mask is not None and mask.is_floating_point()
+        given = mask.to(q.dtype) if is_bias else mask
         # PyTorch's flash kernel has wrong gradients in rows where a finite mask hides every key
         with sdpa_kernel(SDPBackend.MATH):
             return OP.reference(q, k, v, None, causal, given, window)
@@ -111,6 +114,28 @@ def check_masks() -> None:
             check(additive(mask, torch.finfo(FP16).min, FP16), make)
 
 
+def check_first_keys() -> None:
+    """As the masks that are made of them, of which no more tiles are visited."""
+    torch.manual_seed(0)
+    for dtype, batch, heads, time, window in (
+        (FP16, 2, (4, 2), 140, None), (FP32, 2, (2, 2), 137, 20), (FP16, 1, (18, 1), 70, 1),
+    ):  # fmt: skip
+        starts = starts_of(torch.rand(batch, time) < 0.04)
+        first = first_keys(starts, window)
+        make = functools.partial(draw, batch, *heads, time, time, 24, 8, dtype)
+        check(first, make)
+        qkv = make()
+        found = []
+        for mask in (first, sample_mask(first)):
+            out = attention(*qkv, None, False, mask)
+            found.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        last = mask_table(first)
+        whole = sample_mask(first)
+        assert torch.equal(last[:, 0, :, 0], time - 1 - whole[:, 0].flip(1).int().argmax(1).int())
+        check_spans_of(first[:1], last[:1], whole[0, 0], whole[0, 0], str(window))
+
+
 def check_rows_that_see_nothing() -> None:
     q, k, v = draw(1, 2, 1, 140, 140, 16, 16, FP32)
     mask = packed(1, 140)
@@ -140,15 +165,15 @@ def check_hidden_tiles_are_not_read() -> None:
 
 @triton.jit
 def spans_kernel(
-    table, spans, time, keys, key_blocks, row_blocks,
+    mask, table, spans, time, keys, key_blocks, row_blocks,
     MODE: tl.constexpr, BY_KEY: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write down which tiles each program would visit."""
     start = tl.program_id(0) * OWN
     first, free, free_end, end = span(
-        table, row_blocks, key_blocks, start, time, keys, time + keys, MODE, BY_KEY, OWN, TILE,
-        GRAIN, CHUNK,
+        mask, table, row_blocks, key_blocks, start, time, keys, time + keys, 1, MODE, BY_KEY,
+        OWN, TILE, GRAIN, CHUNK,
     )  # fmt: skip
     spans += tl.program_id(0) * 4
     tl.store(spans, first)
@@ -160,14 +185,16 @@ def spans_kernel(
 def spans(
     mask: Tensor, table: Tensor, own: int, tile: int, by_key: bool
 ) -> list[list[int]]:  # fmt: skip
-    """(first, free, free end, end) of each program, for a mask (1, 1, T, S)."""
-    time, keys = mask.shape[2:]
+    """(first, free, free end, end) of each program, for a mask (1, 1, T, S) or first keys."""
+    time = mask.shape[2]
+    keys = time if is_first_keys(mask) else mask.shape[3]
+    mode = "boolean" if mask.dtype is torch.bool else "additive"
+    mode = "samples" if is_first_keys(mask) else mode
     count = -(-(keys if by_key else time) // own)
     out = torch.zeros(count, 4, dtype=torch.int32)
     spans_kernel[(count,)](
-        table, out, time, keys, table.shape[3] - 1, table.shape[2],
-        MODE="boolean" if mask.dtype is torch.bool else "additive", BY_KEY=by_key, OWN=own,
-        TILE=tile, GRAIN=GRAIN, CHUNK=CHUNK,
+        mask, table, out, time, keys, table.shape[3] - 1, table.shape[2], MODE=mode, BY_KEY=by_key,
+        OWN=own, TILE=tile, GRAIN=GRAIN, CHUNK=CHUNK,
     )  # fmt: skip
     return out.tolist()
 
@@ -180,18 +207,23 @@ def check_spans() -> None:
             table = mask_table(mask)
             seen = mask if mask.dtype is torch.bool else mask > -torch.inf
             whole = mask if mask.dtype is torch.bool else mask == 0
-            for own, tile, by_key in ((128, 32, False), (32, 64, True), (64, 64, False)):
-                some, every = (t[0, 0].T if by_key else t[0, 0] for t in (seen, whole))
-                found = spans(mask, table, own, tile, by_key)
-                for i, (first, free, free_end, end) in enumerate(found):
-                    part = some[i * own : (i + 1) * own]
-                    assert first <= free <= free_end <= end, name
-                    assert not part[:, : first * tile].any(), name
-                    assert not part[:, end * tile :].any(), name
-                    assert every[i * own : (i + 1) * own, free * tile : free_end * tile].all()
-                    if first < end:  # both ends touch what is seen
-                        assert part[:, first * tile : (first + 1) * tile].any(), name
-                        assert part[:, (end - 1) * tile : end * tile].any(), name
+            check_spans_of(mask, table, seen[0, 0], whole[0, 0], name)
+
+
+def check_spans_of(mask: Tensor, table: Tensor, seen: Tensor, whole: Tensor, name: str) -> None:
+    """``seen`` and ``whole`` are where a mask (1, 1, T, S) shows a key, and adds nothing to it."""
+    for own, tile, by_key in ((128, 32, False), (32, 64, True), (64, 64, False)):
+        some, every = (t.T if by_key else t for t in (seen, whole))
+        found = spans(mask, table, own, tile, by_key)
+        for i, (first, free, free_end, end) in enumerate(found):
+            part = some[i * own : (i + 1) * own]
+            assert first <= free <= free_end <= end, name
+            assert not part[:, : first * tile].any(), name
+            assert not part[:, end * tile :].any(), name
+            assert every[i * own : (i + 1) * own, free * tile : free_end * tile].all(), name
+            if first < end:  # both ends touch what is seen
+                assert part[:, first * tile : (first + 1) * tile].any(), name
+                assert part[:, (end - 1) * tile : end * tile].any(), name
 
 
 def check_work_grows_with_the_squares_of_the_lengths() -> None:
@@ -317,6 +349,7 @@ if __name__ == "__main__":
         check_parity,
         check_sinks_and_softcaps,
         check_masks,
+        check_first_keys,
         check_rows_that_see_nothing,
         check_hidden_tiles_are_not_read,
         check_spans,

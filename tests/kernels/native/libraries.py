@@ -16,16 +16,16 @@ def use(monkeypatch: pytest.MonkeyPatch, found: ctypes.CDLL | None) -> None:
     """Let ops find this library, or none."""
     problem = None if found else "a test"
     loading = SimpleNamespace(library=found, problem=problem, thread=threading.Thread())
-    monkeypatch.setattr(library, "start", lambda: loading)
+    monkeypatch.setattr(library, "start", lambda name="": loading)
 
 
-def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
-    """The kernels, compiled with these flags in place of ``-march=native``."""
+def compiled(folder: Path, *flags: str, name: str = "kernels") -> ctypes.CDLL:
+    """A library, compiled with these flags in place of ``-march=native``."""
     compiler = build.find_compiler()
     if compiler is None:
         pytest.skip(build.missing_compiler())
     path = folder / "kernels.so"
-    build.compile_kernels(compiler, build.source(), path, flags)
+    build.compile_kernels(compiler, build.source(name), path, flags)
     return ctypes.CDLL(str(path))
 
 

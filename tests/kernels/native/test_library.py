@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.compiler.codegen.choice import choose
 from fusewright.kernels import fallback
-from fusewright.kernels.native import attention, build, library, low_rank
+from fusewright.kernels.native import attention, build, delta_rule, library, low_rank
 
 
 @pytest.fixture
@@ -36,6 +36,21 @@ def _compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Non
 _MAKES = 'echo once >> "$0.calls"; while [ "$1" != -o ]; do shift; done; echo library > "$2"'
 
 
+def test_each_library_is_compiled_when_it_is_needed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What few models need costs the others no compiler's time."""
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    monkeypatch.setattr(library, "_loading", {})
+    monkeypatch.setattr(library, "FAILED", {})
+    bf16 = torch.zeros(1, 8, 2, 16, dtype=torch.bfloat16)
+    library.start_for([bf16])
+    assert not attention.takes(bf16, bf16, bf16, None)  # what this compiler makes is no library
+    assert [p.name.split("-")[0] for p in cache.iterdir()] == ["kernels"]
+    assert not delta_rule.takes(bf16, bf16, bf16, bf16[..., 0])
+    assert {p.name.split("-")[0] for p in cache.iterdir()} == {"kernels", "delta_rule"}
+
+
 def test_it_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _compiler(tmp_path, _MAKES, monkeypatch)
     path = build.built()
@@ -45,13 +60,23 @@ def test_it_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
+def test_a_library_that_nobody_needed_is_not_compiled_to_be_carried(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    monkeypatch.setattr(library, "_loading", {})
+    assert library.kept_files() == {}
+    assert not library.has_started()
+    assert not (tmp_path / "compiler.calls").exists()
+
+
 @pytest.mark.parametrize("what", ["instruction_set", "source"])
 def test_another_processor_or_source_has_another_library(
     what: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _compiler(tmp_path, _MAKES, monkeypatch)
     path = build.built()
-    monkeypatch.setattr(build, what, lambda: "other")
+    monkeypatch.setattr(build, what, lambda *_: "other")
     assert build.built() != path
 
 
@@ -105,9 +130,9 @@ def test_a_process_that_is_forked_while_they_are_compiled_compiles_them_itself(
 ) -> None:
     unfinished, done = (mock.Mock(library=None, problem=p) for p in (None, "none"))
     for loading, left in ((unfinished, None), (done, done)):
-        monkeypatch.setattr(library, "_loading", loading)
+        monkeypatch.setattr(library, "_loading", {"kernels": loading})
         library._forget_unfinished()
-        assert library._loading is left
+        assert library._loading.get("kernels") is left
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +205,11 @@ def test_fake_tensors_have_no_memory_to_be_given() -> None:
     assert not attention.takes(heads, heads, heads, None)
 
 
+@pytest.mark.parametrize("name", build.SOURCES)
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
-def test_no_warnings(compiler: str, tmp_path: Path) -> None:
+def test_no_warnings(compiler: str, name: str, tmp_path: Path) -> None:
     source = tmp_path / "kernels.cpp"
-    source.write_text(build.source())
+    source.write_text(build.source(name))
     command = [
         compiler,
         *build.FLAGS,

@@ -20,9 +20,10 @@ import torch
 
 from fusewright.kernels import choice, raced_op
 from fusewright.kernels.launch import has_triton
+from fusewright.kernels.native import build
 from fusewright.passes import PIPELINE
 from fusewright.rewrite.op_table import OPS
-from fusewright.train.doctor.machine import _raced_on_gpus
+from fusewright.train.doctor.machine import _kept, _raced_on_gpus
 from fusewright.train.doctor.rules import ops_of_rules
 
 SOURCE = Path(sys.modules["fusewright"].__path__[0]).parent
@@ -226,6 +227,21 @@ def test_what_triton_runs(tmp_path: Path) -> None:
     assert code == 0
     assert "runs a kernel" in found["Triton"][0]["note"]
     assert {row["op"] for row in found["rules"] if row["bfloat16"] == "Triton"} == OF_TRITON
+
+
+def test_what_is_kept_for_later_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("glu-1.so", "verdict-1.json", "verdict-2.json", "choice-1.json", "other"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(build, "kept_folder", lambda: tmp_path)
+    (result,) = _kept()
+    assert result.value == "1 libraries, 2 verdicts, 1 choices"
+    assert result.note == str(tmp_path)
+
+    def none_there() -> Path:
+        raise PermissionError("others may write to it")
+
+    monkeypatch.setattr(build, "kept_folder", none_there)
+    assert _kept() == []
 
 
 def test_what_runs_have_raced_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fusewright.train import merge, train
 from fusewright.train.export import compressed, ollama
 from fusewright.train.export.certificate import CHECKS
 from fusewright.train.export.reading import compared
-from fusewright.train.model.rounding import roundtrip
+from fusewright.train.model.rounding import misfit, roundtrip
 from fusewright.train.recipe.export_formats import FORMATS
 
 from ..commands import fusewright, refused, snapshot
@@ -80,6 +80,24 @@ def test_compressed_tensors(adapter: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(adapter / "out")
     assert model.model.layers[0].mlp.up_proj.quantization_scheme.weights is not None
     assert f"compressed-tensors {name} and read back" in (adapter / "out/README.md").read_text()
+
+
+@needs_library
+@pytest.mark.parametrize(("columns", "advice"), [(96, ": int4-g32 fits"), (192, ": int4-g64 fits"),
+                                                 (100, "")])  # fmt: skip
+def test_rows_that_groups_do_not_divide_name_a_format_that_fits(columns: int, advice: str) -> None:
+    reason = misfit(FORMATS["int4"], (8, columns))
+    assert reason == f"its rows have {columns} values, which 128 does not divide{advice}"
+    assert misfit(FORMATS["int4"], (8, 256)) is None
+
+
+@needs_library
+@pytest.mark.long
+def test_layers_that_stay_as_they_are_say_why(adapter: Path) -> None:
+    found = export(adapter, "--format", "compressed-tensors", "-q", "int4")
+    why = "its rows have 64 values, which 128 does not divide: int4-g64 fits"
+    kinds = {"int4": 2, f"as it is ({why})": 12, "as it is": 7}
+    assert found["exported-tensors"]["figures"]["tensors"] == kinds
 
 
 @needs_library

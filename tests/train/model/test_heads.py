@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,8 @@ def test_the_head_is_trained_and_saved_with_the_adapter(
     plain = getattr(peft, name).from_pretrained(tmp_path / "out", num_labels=2 if steps else 1)
     assert torch.equal(scores(plain), scores(model))
     names = ("input_ids", "attention_mask")
-    _, check = check_adapter(model, recipe, tmp_path / "out", {k: padded()[k] for k in names})
+    batch = {k: padded()[k] for k in names}
+    _, check = check_adapter(model, recipe, tmp_path / "out", batch, nullcontext())
     assert check.exact
 
 

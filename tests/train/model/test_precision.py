@@ -17,15 +17,18 @@ from safetensors.torch import load_file
 from fusewright import explain, optimize
 from fusewright.errors import RecipeError
 from fusewright.kernels.processor import KINDS
-from fusewright.train import train
+from fusewright.train import preflight, train
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.model import precision
 from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training, precision_warning
+from fusewright.train.model.quantize import quantization
+from fusewright.train.plan import plan
+from fusewright.train.plan.cards import parse_devices
 from fusewright.train.recipe.load import load_recipe
 
-from ..conftest import make_model
+from ..conftest import checked, make_model
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a CPU can do")
 
@@ -48,6 +51,49 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(
     choose_for(kind)
     expected = torch.float32 if kind in ("avx2", "avx512") else torch.bfloat16
     assert dtype_for_training("auto") is expected
+
+
+@pytest.fixture(params=[False, True], ids=["T4", "L4"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A GPU, as PyTorch describes it; whether it has instructions for bfloat16, which T4s have not.
+
+    PyTorch imitates them there, and says that they are supported if it is not asked twice.
+    """
+    has: bool = request.param
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation
+    )
+    return has
+
+
+def test_auto_is_float16_on_a_gpu_without_bfloat16(gpu: bool) -> None:
+    recipe = checked("x", bf16="auto", adapter="qlora", load_in_4bit=True)
+    expected = torch.bfloat16 if gpu else torch.float16
+    assert dtype_for_training(recipe.precision()) is expected
+    assert dtype_for_training("auto", adapters=False) is (torch.bfloat16 if gpu else torch.float32)
+    assert precision.computes_in(recipe.precision()) == str(expected).removeprefix("torch.")
+    config = quantization(recipe, dtype_for_training(recipe.precision()))
+    assert config.bnb_4bit_compute_dtype is expected
+    assert dtype_for_training("bfloat16") is torch.bfloat16  # imitated, and said so
+    assert (precision_warning("bfloat16") is None) == gpu
+
+
+def test_layers_are_not_divided_where_losses_are_scaled(gpu: bool) -> None:
+    recipe = checked("x", bf16="auto", tensor_parallel_size=2)
+    said = [line for line in preflight._precision(recipe) if "tensor_parallel_size" in line]
+    assert len(said) == (0 if gpu else 1)
+
+
+@pytest.mark.parametrize(("card", "adapters", "expected"), [
+    ("T4", True, torch.float16), ("T4", False, torch.float32), ("V100", True, torch.float16),
+    ("L4", True, torch.bfloat16), ("8GB", True, torch.bfloat16),
+])  # fmt: skip
+def test_a_plan_for_another_card_takes_its_precision(
+    card: str, adapters: bool, expected: torch.dtype
+) -> None:
+    recipe = checked("x", bf16="auto", **({"adapter": "lora"} if adapters else {}))
+    assert plan._dtype(recipe, parse_devices(card).card) is expected
 
 
 @pytest.mark.usefixtures("no_bfloat16")

@@ -49,13 +49,15 @@ class PrecisionKeys(Keys):
 
     bf16: bool | Literal["auto", "full"] = "auto"
     """Weights and computation in bfloat16 (adapters stay in float32); false: see ``fp16``, else
-    float32. ``auto``: bfloat16 where the GPU or CPU has instructions for it, else float32."""
+    float32. ``auto``: bfloat16 where the GPU or CPU has instructions for it; else as with ``fp16``
+    on a GPU (T4, V100), and float32 on a CPU."""
 
     bfloat16: bool = False
     """The same as ``bf16: true``."""
 
     fp16: bool = False
-    """Weights in float16, with loss scaling. Needs a GPU."""
+    """Products in float16, with loss scaling, over frozen weights in float16 or trained ones in
+    float32. Needs a GPU. A run ends where the scale falls below 1."""
 
     float16: bool = False
     """The same as ``fp16: true``."""
