@@ -21,7 +21,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
+from .fork_lock import ForkLock
 from .native.build import kept_folder, sources, write_whole
 from .tolerance import EXCEEDS, PEAK, exceeded
 
@@ -163,18 +163,8 @@ _CHOICES: dict[tuple[str, str], Choice] = {}
 ANY = "any"
 """The machine of a choice that ``adopt`` takes on every one: benchmarks force them."""
 
-_choosing = threading.RLock()
+_choosing = ForkLock()
 """Held while one thread chooses: races side by side would time each other."""
-
-
-def _forget_holder() -> None:
-    """In a forked process: the thread that holds the lock is not there."""
-    global _choosing
-    _choosing = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_holder)
 
 NO_MEMORY = "out of memory"
 """Why a candidate is refused for which there was none; there may be in the next process."""

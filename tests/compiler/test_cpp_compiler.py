@@ -116,15 +116,6 @@ def test_what_a_version_of_pytorch_lacks_is_not_replaced() -> None:
     assert not hasattr(cpu_vec_isa, "no_such_function")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_process_that_is_forked_meanwhile_can_prepare() -> None:
-    with cpp_compiler._preparing:
-        child = os.fork()
-        if not child:
-            os._exit(0 if cpp_compiler._preparing.acquire(timeout=5) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-
-
 @pytest.mark.parametrize("started", [True, False])
 def test_headers_are_compiled_after_the_kernels_that_are_needed_first(
     started: bool, monkeypatch: pytest.MonkeyPatch
