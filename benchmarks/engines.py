@@ -132,7 +132,7 @@ def prepare(model: Any, job: Job) -> Any:
         from fusewright.kernels import choice
 
         question, _, candidate = forced.partition("=")
-        record = {"question": question, "candidate": candidate}
+        record = {"question": question, "candidate": candidate, "machine": choice.ANY}
         choice.adopt([record | {"microseconds": {}, "refused": {}}])
     base, _, memory = name.partition(":")
     return ENGINES[base](model, dataclasses.replace(job, memory=memory or job.memory))

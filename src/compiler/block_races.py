@@ -7,15 +7,15 @@ power of two) both forms are called, forward and backward, with copies of the ar
 The original code must be faster by ``TIMING.margin``: it keeps more for backward. It needs no
 check: it defines what is right.
 
-Nothing of a race is left in the model: gradients go nowhere, buffers, numbers in modules and random
-states are put back. And a race changes no later step: what it says is a choice as all others
+A race leaves nothing behind in the model: gradients go nowhere, buffers, numbers in modules and
+random states are put back. And a race changes no later step: what it says is a choice as all others
 (``kernels/choice.py``), kept for the machine, shared by ranks, resumed with a run.
 
 Where memory was asked for, ours stays, whatever it takes: in checkpoints, under a plan that keeps
 less than the fastest does, and where original blocks would keep more than ``SHARE`` of the free
-memory. Neither are raced: rows of several samples in blocks that are told where these begin, blocks
-of sharded parameters, blocks whose parameters have hooks, and the head with its loss, whose logits
-are not made. Norms and projectors outside blocks are raced as blocks are.
+memory. Not raced either are rows of several samples in blocks that are told where these begin,
+blocks of sharded parameters, blocks whose parameters have hooks, and the head with its loss, whose
+logits are not made. Norms and projectors outside blocks are raced as blocks are.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
+from .fork_lock import ForkLock
 from .native.build import kept_folder, sources, write_whole
 from .tolerance import EXCEEDS, PEAK, exceeded
 
@@ -158,20 +158,13 @@ class Choice:
 
 
 _CHOICES: dict[tuple[str, str], Choice] = {}
-"""By machine and question: what this process has chosen, or a run that it continues."""
+"""By hash of the machine, and question: what this process chose, or a run that it continues."""
 
-_choosing = threading.RLock()
+ANY = "any"
+"""The machine of a choice that ``adopt`` takes on every one: benchmarks force them."""
+
+_choosing = ForkLock()
 """Held while one thread chooses: races side by side would time each other."""
-
-
-def _forget_holder() -> None:
-    """In a forked process: the thread that holds the lock is not there."""
-    global _choosing
-    _choosing = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_holder)
 
 NO_MEMORY = "out of memory"
 """Why a candidate is refused for which there was none; there may be in the next process."""
@@ -237,13 +230,13 @@ def adopt(earlier: Iterable[dict[str, Any]]) -> None:
 
 def records() -> list[dict[str, Any]]:
     """What ``adopt`` takes, for a run's files."""
-    return [_record(choice, machine) for (machine, _), choice in _CHOICES.items()]
+    return [asdict(choice) | {"machine": machine} for (machine, _), choice in _CHOICES.items()]
 
 
 def known(question: Question, machine: str = "") -> Choice | None:
     """What this process has chosen; None if it has not, or by candidates that are not there."""
-    found = _CHOICES.get((machine, question.name))
-    return found if found is not None and _is_of(found, question) else None
+    found = (_CHOICES.get((on, question.name)) for on in (ANY, _hash(machine)))
+    return next((c for c in found if c is not None and _is_of(c, question)), None)
 
 
 def choose(question: Question, machine: str = "") -> Choice:
@@ -261,7 +254,7 @@ def _chosen(question: Question, machine: str) -> Choice:
     names = ",".join(c.name for c in question.candidates)
     version = f"{torch.__version__} {torch.version.git_version} {_sources()}"
     text = "\0".join((question.name, names, machine, version))
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = _hash(text)
     kept = _kept(key)
     chosen = kept if kept is not None and _is_of(kept, question) else None
     if chosen is None and _spent.seconds > ALLOWANCE:
@@ -271,10 +264,15 @@ def _chosen(question: Question, machine: str) -> Choice:
         if _is_lasting(chosen):
             _keep(key, chosen, machine)
     chosen = _agreed(key, chosen, question)
-    _CHOICES[machine, question.name] = chosen
+    _CHOICES[_hash(machine), question.name] = chosen
     if _is_lasting(chosen):
         _KEPT[_file(key)] = _record(chosen, machine)
     return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _is_lasting(choice: Choice) -> bool:

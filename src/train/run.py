@@ -24,7 +24,7 @@ from .methods.task import task_of
 from .model.adapters import parameters
 from .model.load import quiet
 from .model.positions import require_reach
-from .model.precision import precision_warning
+from .model.precision import half_autocast, precision_warning
 from .model.processor import load_processing
 from .preflight import require_startable
 from .processes.mesh import is_sharded, processes_message
@@ -215,7 +215,10 @@ class TrainingRun:
         validates = functools.partial(finish.validate_before, context, result, log)
         if not shards and self.task.validates_first:
             loss = self.task.loss
-            validates(lambda: validate(model, context.validation, context.say, self.world, loss))
+            with half_autocast(recipe.precision(), model.device):
+                validates(
+                    lambda: validate(model, context.validation, context.say, self.world, loss)
+                )
             return
 
         def on_ready(trainer: EngineMixin) -> None:

@@ -251,7 +251,7 @@ def test_a_run_that_is_continued_chooses_as_it_did() -> None:
     asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
     earlier: list[Any] = [
         {"question": "doubling", "candidate": "plain", "source": "raced",
-         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}, "machine": "A"},
+         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}, "machine": choice._hash("A")},
         {"question": 1}, "x",
     ]  # fmt: skip
     choice.adopt(earlier)

@@ -264,7 +264,11 @@ NOT_KEPT = {"dora-update": "only the sum of two products is kept"}
 NOT_KEPT_FROZEN = {
     **NOT_KEPT,
     **dict.fromkeys(
-        (name for name in CASES if name.startswith(("moe_experts", "moe_down"))),
+        (
+            name
+            for name in CASES  # what adapters that are trained need is kept
+            if name.startswith(("moe_experts", "moe_down")) and not name.endswith("-lora")
+        ),
         "the experts are frozen",
     ),
     "mlp_block-packed": "gate and up are frozen",

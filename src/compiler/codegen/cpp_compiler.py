@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...kernels.fork_lock import ForkLock
 from ...kernels.native import build
 from ...kernels.native import library as native
 
@@ -36,18 +36,8 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     return thread
 
 
-_preparing = threading.Lock()
+_preparing = ForkLock()
 """Held while functions of PyTorch are replaced: two threads would put each other's back."""
-
-
-def _forget_unfinished() -> None:
-    """In a forked process: the thread that holds the lock is not there."""
-    global _preparing
-    _preparing = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_unfinished)
 
 
 def _prepare() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..fallback import FAILED
+from ..fork_lock import ForkLock
 from .build import SECONDS, built, is_temporary
 
 
@@ -55,7 +56,7 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-_lock = threading.Lock()
+_lock = ForkLock()
 _loading: dict[str, Loading] = {}
 
 
@@ -73,8 +74,6 @@ def has_started() -> bool:
 
 
 def _forget_unfinished() -> None:
-    global _lock
-    _lock = threading.Lock()
     for name, loading in list(_loading.items()):
         if loading.library is None and loading.problem is None:
             del _loading[name]

@@ -23,7 +23,7 @@ from ...errors import DataError, ModelError, RecipeError
 from ..data.chat.stops import render_chat, stop_tokens
 from ..json_text import BadJsonError, parse_json
 from ..model.load import quiet
-from ..model.precision import computes_in
+from ..model.precision import half_autocast
 from ..model.tokenizer import ChatPrompt, Message, pad_token, with_system
 from ..printable import odd_character, shown, shown_json
 from ..recipe.recipe import Recipe
@@ -279,10 +279,8 @@ def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
     generator = TextGenerator(model, tokenizer, sampling, prompt.variables)
     training = model.training
     model.eval()
-    # in float16, whole modules that are trained are in float32 among others
-    half = computes_in(recipe.precision()) == "float16"
     try:
-        with torch.autocast(model.device.type, torch.float16, enabled=half):
+        with half_autocast(recipe.precision(), model.device):
             return generator.answers([generator.prompt(prompt.question(question))])[0].text
     finally:
         model.train(training)

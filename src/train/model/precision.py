@@ -58,6 +58,14 @@ def float16_weights(adapters: bool) -> torch.dtype:
     return torch.float16 if adapters else torch.float32
 
 
+def half_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What a run in float16 computes in before the trainer has put it into the model.
+
+    There, whole modules that are trained are in float32 among others.
+    """
+    return torch.autocast(device.type, torch.float16, enabled=computes_in(precision) == "float16")
+
+
 def scales_losses() -> bool:
     """Whether accelerate trains in float16, with scaled losses: it does on no CPU."""
     return torch.cuda.is_available()
