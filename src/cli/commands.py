@@ -79,9 +79,10 @@ def evaluate(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Compute the figures of validation on a run's validation rows, or on other data or tasks."""
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     opened = _opened(run, base_model, consent)
     if tasks is not None:
         if data:
@@ -261,12 +262,13 @@ def export(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Write a run for other engines, read it back, and certify what survived.
 
     The exit code is 1 if a tensor is wrong, or more was lost than the format costs the base.
     """
-    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code))
+    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls))
     announce("importing PyTorch and transformers")
     from ..train.export import command  # slow to import
 
@@ -304,11 +306,12 @@ def preprocess(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Read, tokenize and mask the data of a recipe, and cache it for later runs."""
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit, consent)
 
 
@@ -325,15 +328,15 @@ def _preprocess(
     from ..train.data import prepare  # slow to import: only for a recipe that is right
     from ..train.data.preview import first, show, summary
     from ..train.model.load import quiet
-    from ..train.model.tokenizer import load_tokenizer
+    from ..train.model.processor import load_processing
 
     console = Terminal()
     with quiet():
-        tokenizer = load_tokenizer(recipe)
-        prepared = prepare(recipe, tokenizer, console, keep=limit is None, limit=limit)
+        processing = load_processing(recipe)
+        prepared = prepare(recipe, processing, console, keep=limit is None, limit=limit)
     summary(prepared, console)
     if examples:
-        show(first(prepared, examples), tokenizer, console)
+        show(first(prepared, examples), processing.tokenizer, console)
 
 
 # ``fusewright doctor``: what this machine has for training, and what mends each gap.
@@ -472,6 +475,7 @@ def verify(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Train a few steps of a recipe in several ways, and compare losses and gradients.
 
@@ -484,7 +488,7 @@ def verify(
 
     if recipe.startswith("--"):
         raise RecipeError(f"verify: name the recipe first: fusewright verify RECIPE.yaml {recipe}")
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     checked = load_recipe(recipe, parse_overrides(context.args), consent)
     if placement(os.environ).size > 1:
         raise RecipeError(
@@ -518,6 +522,7 @@ def audit(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Judge one training step: gradients, loss, tokens, adapters, packs, against the plain model.
 
@@ -525,7 +530,7 @@ def audit(
     """
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     if ".py:" in source:
         checked = None
     elif Path(source).suffix in (".yaml", ".yml"):
@@ -569,6 +574,13 @@ Code = Annotated[
         "--allow-code",
         help="Run the Python functions that the recipe names, as rewards or as types of rows. "
         "Recipes cannot allow it.",
+    ),
+]
+Urls = Annotated[
+    bool,
+    typer.Option(
+        "--allow-image-urls",
+        help="Download the images that rows name by an address. Recipes cannot allow it.",
     ),
 ]
 Builders = Annotated[

@@ -21,13 +21,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, RecipeError
 from ..processes.world import World
+from ..processing import Processing
 from ..recipe.keys.row_types import is_function_type
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .formats.teacher import encoder_of
-from .images.reading import reader_of, tokenizer_and_processor
+from .images.reading import reader_of
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
@@ -110,7 +111,7 @@ def prepare(
         for key in keys
     }
     day = day or today()
-    tokenizer, _ = tokenizer_and_processor(processing)
+    tokenizer = Processing.of(processing).tokenizer
     has_function = _has_function(recipe)
     root = _root(recipe, keep, fresh=has_function and not shared)
     make = functools.partial(
@@ -184,14 +185,15 @@ def _has_function(recipe: Recipe) -> bool:
 def _work(
     dataset: Dataset, key: str, recipe: Recipe, processing: Any, day: str, copies: Path
 ) -> Work:
-    tokenizer, processor = tokenizer_and_processor(processing)
+    processing = Processing.of(processing)
+    tokenizer = processing.tokenizer
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
     encoder: RowEncoder
     rows = rows_of(recipe)
     if rows is None:
-        images = reader_of(recipe, dataset, processor, copies)
+        images = reader_of(recipe, dataset, processing, copies)
         encoder = encoder_of(dataset, recipe, tokenizer, longest, day, images)
     else:
         encoder = PreferenceEncoder(dataset, recipe, tokenizer, day)

@@ -21,12 +21,14 @@ from ..methods.task import task_of
 from ..model.load import quiet
 from ..output_files import write_atomically
 from ..processes.world import World
+from ..processing import Processing
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
+from ..trainer.build import featurizer_for
 from ..trainer.evaluation import Batches, Loss, validate
-from .load_run import load_model_of, load_tokenizer, recipe_with, written
+from .load_run import load_model_of, load_processing, recipe_with, written
 from .run_folder import RunFolder
 
 
@@ -80,9 +82,10 @@ def evaluate(
     recorded = None if files else _recorded(run)
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _run_recipe(run)}
     with quiet():
-        tokenizer = load_tokenizer(run)
+        processing = load_processing(run)
+        tokenizer = processing.tokenizer
         rows = {  # before the model, which takes longer to load
-            name: _prepare(run, name, recipe, tokenizer, None if as_json else console)
+            name: _prepare(run, name, recipe, processing, None if as_json else console)
             for name, recipe in recipes.items()
         }
         model = load_model_of(run)
@@ -97,7 +100,7 @@ def evaluate(
             if method_of(recipe) is not None:
                 metrics |= _by_method(model, recipe, tokenizer, prepared, console)
             else:
-                metrics |= _by_token(model, recipe, tokenizer, prepared)
+                metrics |= _by_token(model, recipe, processing, prepared)
     path = _write(run, metrics, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
@@ -133,10 +136,10 @@ def held_out(
 
 
 def _prepare(
-    run: RunFolder, file: str, recipe: Recipe, tokenizer: Any, console: Console | None
+    run: RunFolder, file: str, recipe: Recipe, processing: Any, console: Console | None
 ) -> PreparedData:
     """The rows to evaluate; those of a ``file`` are used as a whole."""
-    prepared = prepare(recipe, tokenizer, console, day=_day(run))
+    prepared = prepare(recipe, processing, console, day=_day(run))
     if not file:
         return prepared
     return replace(prepared, validation={file: cast("Samples", prepared.train)})
@@ -215,13 +218,14 @@ def _by_method(
 
 
 def _by_token(
-    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData
+    model: Any, recipe: Recipe, processing: Processing, prepared: PreparedData
 ) -> dict[str, EvalMetrics]:
     """The loss per trained token of each dataset, computed as in the recipe's validation."""
     task = task_of(recipe)
+    tokenizer, featurizer = processing.tokenizer, featurizer_for(model, recipe, processing)
     return {
         name: _measure(model, batches, prepared.validation[name], task.loss)
-        for name, batches in task.validation(prepared, tokenizer, World()).items()
+        for name, batches in task.validation(prepared, tokenizer, World(), featurizer).items()
     }
 
 

@@ -13,6 +13,8 @@ from ..consent import CODE_SWITCH, code_refused, why_not_run
 from ..model import tokenizer as tokenizers
 from ..model.adapter_files import adapter_problem, put_adapter
 from ..model.files import adapter_weights
+from ..model.processor import with_processor
+from ..processing import Processing
 from ..recipe.keys.base import Keys, aliases, is_default, nested
 from ..recipe.locate import locate
 from ..recipe.preferences import head_of
@@ -39,6 +41,11 @@ def load_tokenizer(run: RunFolder) -> Any:
     except (OSError, ValueError) as error:
         problem = code_refused(error) or f"cannot be loaded: {first_line(error)}"
         raise RecipeError(f"{run.tokenizer}: the tokenizer {problem}") from error
+
+
+def load_processing(run: RunFolder) -> Processing:
+    """The same with the processor of its base, where that reads images."""
+    return with_processor(recipe_for(run), load_tokenizer(run))
 
 
 def load_run(

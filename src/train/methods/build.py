@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..checkpoint.resume import Saved
+from ..data.images.features import Featurizer
 from ..data.preferences.examples import Example, Examples
 from ..model.tokenizer import pad_token
 from ..processes.world import World
@@ -95,7 +96,9 @@ class PreferenceTask(SupervisedTask):
                 f"metric_for_best_model: validation has no {metric}; it has {', '.join(known)}"
             )
 
-    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+    def validation(
+        self, prepared: Any, tokenizer: Any, world: World, featurizer: Featurizer | None = None
+    ) -> dict[str, Batches]:
         """The batches to validate on, by the name of their dataset."""
         size = self.recipe.eval_batch_size or self.recipe.micro_batch_size
         collate: Any = self.method.collate(pad_token(tokenizer))

@@ -11,6 +11,9 @@ from rich.console import Console
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
+from ..data.images.features import Featurizer
+from ..data.images.reading import featurizer_of
+from ..model.image_positions import positions_of_images
 from ..model.merge_aware import RoundingStart
 from ..model.precision import device_for_training
 from ..model.relora import Relora
@@ -18,6 +21,7 @@ from ..model.tokenizer import pad_token
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
+from ..processing import Processing
 from ..processes.wrapping import left_whole as fsdp_whole
 from ..recipe.recipe import Recipe
 from ..report.progress import ProgressCallback
@@ -60,9 +64,11 @@ class SupervisedTask:
         """Check that validations of the datasets have the figure that judges them."""
         require_figure(args.metric_for_best_model, names, wants_perplexity(self.recipe))
 
-    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+    def validation(
+        self, prepared: Any, tokenizer: Any, world: World, featurizer: Featurizer | None = None
+    ) -> dict[str, Batches]:
         """The batches to validate on, by the name of their dataset."""
-        return validation_batches(prepared, self.recipe, pad_token(tokenizer), world)
+        return validation_batches(prepared, self.recipe, pad_token(tokenizer), world, featurizer)
 
     def objective(self) -> Objective:
         """What the trainer trains."""
@@ -77,7 +83,7 @@ class SupervisedTask:
         on_first_step: Callable[[], None],
     ) -> EngineMixin:
         """The trainer, by ``make_trainer``."""
-        args = {"data_collator": self.collate(context.tokenizer)}
+        args = {"data_collator": self.collate(context.tokenizer, context.featurizer)}
         return make_trainer(
             context,
             model,
@@ -88,15 +94,17 @@ class SupervisedTask:
             overrides=args,
         )
 
-    def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
+    def collate(
+        self, tokenizer: Any, featurizer: Featurizer | None = None
+    ) -> Callable[[Any], dict[str, Any]]:
         """What makes a batch of sequences."""
-        return _collate(self.recipe, tokenizer)
+        return _collate(self.recipe, tokenizer, featurizer)
 
 
 def make_context(
     task: SupervisedTask,
     model: Any,
-    tokenizer: Any,
+    processing: Processing,
     prepared: Any,
     interrupts: Interrupts,
     console: Console,
@@ -106,16 +114,26 @@ def make_context(
 
     ``carried`` returns what else of the run a checkpoint keeps.
     """
-    world, recipe = interrupts.world, task.recipe
+    world, recipe, tokenizer = interrupts.world, task.recipe, processing.tokenizer
     meter = ThroughputMeter(
         flops=flops_per_token(model, typical_context(prepared, recipe)),
         peak=_peak(model, world),
     )
-    sets = task.validation(prepared, tokenizer, world)
+    featurizer = featurizer_for(model, recipe, processing)
+    sets = task.validation(prepared, tokenizer, world, featurizer)
     return Context(
         recipe, tokenizer, console, interrupts, meter,
         validation=sets, data=prepared.fingerprint, carried=carried, world=world,
+        featurizer=featurizer,
     )  # fmt: skip
+
+
+def featurizer_for(model: Any, recipe: Recipe, processing: Processing) -> Featurizer | None:
+    """What makes the features of images that ``model`` takes; None: there are none."""
+    featurizer = featurizer_of(recipe, processing)
+    if featurizer is not None:
+        featurizer.positions = positions_of_images(model)
+    return featurizer
 
 
 def make_trainer(
@@ -155,7 +173,7 @@ def make_trainer(
         "train_dataset": packs,
         # Trainer requires one; ``evaluate`` is overridden
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
-        "data_collator": _collate(recipe, context.tokenizer),
+        "data_collator": _collate(recipe, context.tokenizer, context.featurizer),
         "callbacks": [*watchdogs(recipe), *samplers],
         **(overrides or {}),
     }
@@ -181,8 +199,12 @@ def _bytes(parameter: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def _collate(recipe: Recipe, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
-    return functools.partial(training_batch, recipe=recipe, pad_id=pad_token(tokenizer))
+def _collate(
+    recipe: Recipe, tokenizer: Any, featurizer: Featurizer | None
+) -> Callable[[Any], dict[str, Any]]:
+    return functools.partial(
+        training_batch, recipe=recipe, pad_id=pad_token(tokenizer), featurizer=featurizer
+    )
 
 
 def _peak(model: Any, world: World) -> float | None:

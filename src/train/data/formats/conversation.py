@@ -9,7 +9,7 @@ from ....errors import DataError
 from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
-from ..images.picture import Gallery, Picture
+from ..images.picture import Gallery, NoImages, Picture
 from .fields import IMAGE_FIELDS, fields_of, kind, need
 
 ROLES = {
@@ -42,7 +42,7 @@ class Conversation:
     Args:
         template: the chat template; roles that it names need no mapping.
         default_system: the system message of conversations that have none, or None.
-        gallery: where pictures are; None: rows with pictures are refused.
+        gallery: where images are, or why rows with images are refused.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Conversation:
         dataset: Dataset,
         template: str = "",
         default_system: str | None = None,
-        gallery: Gallery | None = None,
+        gallery: Gallery | NoImages = NoImages(),
     ) -> None:
         self.gallery = gallery
         self.dataset, self.template, self.default_system = dataset, template, default_system
@@ -71,8 +71,7 @@ class Conversation:
 
     def read(self, row: Any, where: str) -> Chat:
         """The conversation of a row; raises a DataError if it is missing or a message is wrong."""
-        media = IMAGE_FIELDS if self.gallery else ()
-        field = self._field(fields_of(row, where, self.dataset.field_messages, media))
+        field = self._field(fields_of(row, where, self.dataset.field_messages, IMAGE_FIELDS))
         turns = need(row, field, where)
         if not isinstance(turns, list | tuple) or not turns:
             raise DataError(f"{where}: the field {field!r} must be a list of messages")
@@ -127,7 +126,7 @@ class Conversation:
         used = {*pair, *self.mappings.values()}
         message: dict[str, Any] = {"role": self._role(turn, i, where, pair[0])}
         rest = {k: v for k, v in turn.items() if v is not None and k not in used | set(self._flags)}
-        content = _content(content, f"{where}: message {i}", pair[1], self.gallery is not None)
+        content = _content(content, f"{where}: message {i}", pair[1])
         if content is None and not (rest.get("tool_calls") or rest.get("function_call")):
             raise DataError(f"{where}: message {i} needs the field {pair[1]!r}, with text in it")
         if content is not None:
@@ -233,8 +232,6 @@ class Conversation:
         A part names its own, or takes the next one of the row's list; ``<image>`` in a text is such
         a part. The messages are left with parts that name none, as templates expect them.
         """
-        if self.gallery is None:
-            return ()
         held = next((row[name] for name in IMAGE_FIELDS if row.get(name)), [])
         waiting = list(held) if isinstance(held, list | tuple) else [held]
         count = len(waiting)
@@ -251,21 +248,29 @@ class Conversation:
                 if part["type"] == "text":
                     parts.append(part)
                     continue
+                gallery = self._gallery(where)
                 value = next((part[k] for k in _OF_PART if part.get(k) is not None), None)
                 if value is None:
                     wanted += 1
                     value = waiting.pop(0) if waiting else None
                 if value is not None:
                     at = f"{where}: picture {len(pictures) + 1}"
-                    pictures.append(self.gallery.picture(value, at))
+                    pictures.append(gallery.picture(value, at))
                 parts.append({"type": "image"})
             message["content"] = parts
+        if waiting:
+            self._gallery(where)
         if wanted != count:
             raise DataError(
                 f"{where}: the row has {count} pictures, and its messages have {wanted} places for "
                 f"them (parts of type image without a path, or {IMAGE_MARK} in a text)"
             )
         return tuple(pictures)
+
+    def _gallery(self, where: str) -> Gallery:
+        if isinstance(self.gallery, NoImages):
+            raise DataError(f"{where}: the row has an image, and {self.gallery.why}")
+        return self.gallery
 
     def _split(self, message: dict[str, Any]) -> None:
         """Move marked thoughts out of an answer."""
@@ -282,7 +287,7 @@ class Conversation:
             return
 
 
-def _content(value: Any, place: str, field: str, pictures: bool) -> str | list[Any] | None:
+def _content(value: Any, place: str, field: str) -> str | list[Any] | None:
     """A content as text, where it is nothing else (parts of text are joined), or as parts."""
     if value is None or isinstance(value, str):
         return value
@@ -293,11 +298,6 @@ def _content(value: Any, place: str, field: str, pictures: bool) -> str | list[A
             raise DataError(
                 f"{place} has a part of type {odd[0]!r} in {field!r}; only text and images are "
                 "trained: leave such rows out, or make pictures of frames"
-            )
-        if "image" in kinds and not pictures:
-            raise DataError(
-                f"{place} has a picture in {field!r}, and base_model reads text only: leave such "
-                "rows out, or train a model that reads images"
             )
         if all(isinstance(p.get("text"), str) for p in parts if p["type"] == "text"):
             return parts if "image" in kinds else "".join(p["text"] for p in parts)

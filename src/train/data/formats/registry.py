@@ -16,7 +16,7 @@ from ..chat.lost_features import THOUGHTS
 from ..chat.mask import Rules
 from ..chat.template import Chat
 from ..images.expansion import Expander
-from ..images.picture import Gallery
+from ..images.picture import Gallery, NoImages
 from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
@@ -134,7 +134,7 @@ class Encoder:
         tokenizer: a fast tokenizer; it can be pickled together with this.
         longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
         day: the date for a chat template that asks for it; None: today's.
-        images: finds and places images; None: there may be none.
+        images: finds and places images, or says why there may be none.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
@@ -147,20 +147,21 @@ class Encoder:
         tokenizer: Any,
         longest: int | None = None,
         day: str | None = None,
-        images: ImageReader | None = None,
+        images: ImageReader | NoImages = NoImages(),
     ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
         source = template_of(dataset, recipe, tokenizer)
-        gallery = images and images.gallery
+        reads = isinstance(images, ImageReader)
+        gallery = images.gallery if reads else images
         self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
             rules = _rules(dataset, recipe, everything)
             self.chats = chat_encoder(
-                dataset, recipe, tokenizer, source, rules, day, images and images.expander
+                dataset, recipe, tokenizer, source, rules, day, images.expander if reads else None
             )
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
@@ -175,7 +176,7 @@ class Encoder:
             "everything": everything,
             "prepared": recipe.skip_prepare_dataset,
             "day": day if writes_day(self.chats) else None,
-            "images": None if images is None else images.settings,
+            "images": images.settings if reads else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
@@ -234,8 +235,9 @@ def writes_day(chats: ChatEncoder | None) -> bool:
 
 
 def format_of(
-    dataset: Dataset, recipe: Recipe, template: Any, size: int, gallery: Gallery | None = None
-) -> RowReader:
+    dataset: Dataset, recipe: Recipe, template: Any, size: int,
+    gallery: Gallery | NoImages = NoImages(),
+) -> RowReader:  # fmt: skip
     """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 
     The roles that the chat template names need no mapping; ``size`` is that of the vocabulary.

@@ -11,8 +11,9 @@ from ....errors import DataError
 from ...recipe.recipe import Dataset, Recipe
 from ..sample import Tokens
 from ..teacher import TopTokens
-from .fields import kind
+from ..images.picture import NoImages
 from ..images.reading import ImageReader
+from .fields import kind
 from .registry import Encoder, Row
 
 Entry = tuple[list[int], list[float]]
@@ -31,11 +32,12 @@ _FORMS = (
 
 def encoder_of(
     dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str,
-    images: ImageReader | None = None,
+    images: ImageReader | NoImages = NoImages(),
 ) -> Encoder:  # fmt: skip
     """The encoder for rows of supervised training, or of distillation, which is of text alone."""
     if recipe.kd_trainer:
-        return TaughtEncoder(dataset, recipe, tokenizer, longest, day)
+        text = NoImages("kd_trainer distils text only: leave such rows out")
+        return TaughtEncoder(dataset, recipe, tokenizer, longest, day, text)
     return Encoder(dataset, recipe, tokenizer, longest, day, images)
 
 

@@ -67,8 +67,8 @@ class Expander:
         name = type(self.processor).__name__
         if not isinstance(token, str) or not token:
             raise RecipeError(
-                f"base_model: its {name} names no placeholder for pictures (image_token): such "
-                "models are trained on text only"
+                f"base_model: its {name} names no placeholder for images (image_token): such models "
+                "are trained on text only"
             )
         self.token = token
         self._pattern = re.compile(re.escape(token))

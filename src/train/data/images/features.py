@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ from .picture import Picture, Resizing, load
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Positions = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    """From tokens (1, T) and the features that belong to them to positions (axes, T)."""
 
 _TEXT = ("input_ids", "attention_mask", "text_replacement_offsets")
 """What the processor makes of the text, which the prepared rows have already."""
@@ -61,26 +64,30 @@ class Featurizer:
     processor: Any
     resizing: Resizing = Resizing()
     options: dict[str, Any] = field(default_factory=dict)
+    positions: Positions | None = None
+    """Of a model whose positions of images have several axes."""
 
     def features(
-        self, packs: Iterable[Sequence[Sample]], width: int
+        self, packs: Iterable[Sequence[Sample]], batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The features of a batch's pictures, in the order of their placeholders.
+        """The features of a batch's images, in the order of their placeholders.
 
         Args:
             packs: for each row of the batch the samples in it, one after the other.
-            width: tokens of a row, with its padding.
+            batch: that of their tokens, by ``collate``.
 
         Returns:
-            As the processor names them: of the pictures, as it stacks them, and of the tokens
-            (such as ``token_type_ids``) (B, width), with zeros for text and padding. Empty if no
-            sample has a picture.
+            As the processor names them: of the images, as it stacks them, and of the tokens
+            (such as ``token_type_ids``) (B, T), with zeros for text and padding. With
+            ``positions``, for a batch of packs, also ``position_ids`` (1 + axes, B, T): those in
+            the text first. Empty if no sample has an image.
 
         Raises:
             DataError: a picture has changed, or the processor makes other tokens of a row.
         """
         import torch
 
+        rows_of_tokens, width = batch["input_ids"].shape
         rows = [[(sample, Illustrated.of(sample)) for sample in pack] for pack in packs]
         illustrated = [i for row in rows for _, i in row if i is not None]
         if not illustrated:
@@ -94,7 +101,7 @@ class Featurizer:
         }
         for name, by_sample in of_tokens.items():
             values = iter(by_sample)
-            filled = torch.zeros(len(rows), width, dtype=torch.long)
+            filled = torch.zeros(rows_of_tokens, width, dtype=torch.long)
             for b, row in enumerate(rows):
                 at = 0
                 for sample, pictures in row:
@@ -103,6 +110,46 @@ class Featurizer:
                         filled[b, at:end] = torch.tensor(next(values))
                     at = end
             result[name] = filled
+        if self.positions is not None and "position_ids" in batch:
+            result["position_ids"] = self._positions(rows, batch["position_ids"], result)
+        return result
+
+    def _positions(
+        self,
+        rows: Sequence[Sequence[tuple[Sample, Illustrated | None]]],
+        plain: Tensor,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The positions of packs: of each sample as the model has them where it is alone."""
+        import torch
+
+        assert self.positions is not None
+        number = sum(len(i.pictures) for row in rows for _, i in row if i is not None)
+        of_tokens = {k: v for k, v in features.items() if v.shape[:2] == plain.shape}
+        of_images = {
+            k: v for k, v in features.items() if k not in of_tokens and len(v) == number
+        }
+        result: Tensor | None = None
+        first = 0
+        for b, row in enumerate(rows):
+            at = 0
+            for sample, illustrated in row:
+                end = at + len(sample.input_ids)
+                if illustrated is not None:
+                    last = first + len(illustrated.pictures)
+                    found = self.positions(
+                        torch.tensor([sample.input_ids]),
+                        {
+                            **{k: v[b : b + 1, at:end] for k, v in of_tokens.items()},
+                            **{k: v[first:last] for k, v in of_images.items()},
+                        },
+                    )
+                    if result is None:  # text has the same position on each axis
+                        result = plain.repeat(1 + len(found), 1, 1)
+                    result[1:, b, at:end] = found
+                    first = last
+                at = end
+        assert result is not None
         return result
 
     def _processed(self, illustrated: Sequence[Illustrated]) -> Any:

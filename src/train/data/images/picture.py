@@ -97,6 +97,15 @@ class Resizing:
 
 
 @dataclass(frozen=True)
+class NoImages:
+    """Why the images of rows cannot be read, and what to do."""
+
+    why: str = (
+        "base_model reads text only: leave such rows out, or train a model that reads images"
+    )
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Finds the pictures of one dataset.
 

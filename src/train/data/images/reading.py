@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ....errors import RecipeError
+from ...processing import Processing
 from ...recipe.recipe import Dataset, Recipe
 from .expansion import Expander
 from .features import Featurizer
-from .picture import Gallery, Resizing
-
-
-def tokenizer_and_processor(processing: Any) -> tuple[Any, Any]:
-    """The tokenizer of a ``processing_class``, and itself, if it is a processor; else None."""
-    inner = getattr(processing, "tokenizer", None)
-    return (processing, None) if inner is None else (inner, processing)
+from .picture import Gallery, NoImages, Resizing
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,12 @@ class ImageReader:
 
 
 def reader_of(
-    recipe: Recipe, dataset: Dataset, processor: Any, copies: Path
-) -> ImageReader | None:
-    """The reader of a dataset; None without a processor. ``copies``: for bytes that rows hold."""
+    recipe: Recipe, dataset: Dataset, processing: Processing, copies: Path
+) -> ImageReader | NoImages:
+    """The reader of a dataset's images. ``copies``: the folder for bytes that rows hold."""
+    processor = processing.processor
     if processor is None:
-        return None
+        return NoImages(processing.why_not) if processing.why_not else NoImages()
     path = Path(dataset.path)
     folder = Path(dataset.images_dir or (path if path.is_dir() else path.parent))
     resizing = resizing_of(recipe)
@@ -45,14 +42,18 @@ def reader_of(
         "processor": processor.to_json_string(), "resizing": repr(resizing),
         "options": recipe.processor_kwargs, "folder": str(folder),
     }  # fmt: skip
-    return ImageReader(gallery, Expander(processor, _options(recipe)), settings)
+    try:
+        expander = Expander(processor, _options(recipe))
+    except RecipeError as error:
+        return NoImages(str(error))
+    return ImageReader(gallery, expander, settings)
 
 
-def featurizer_of(recipe: Recipe, processor: Any) -> Featurizer | None:
+def featurizer_of(recipe: Recipe, processing: Processing) -> Featurizer | None:
     """What makes features of a batch's images; None without a processor."""
-    if processor is None:
+    if processing.processor is None:
         return None
-    return Featurizer(processor, resizing_of(recipe), _options(recipe))
+    return Featurizer(processing.processor, resizing_of(recipe), _options(recipe))
 
 
 def resizing_of(recipe: Recipe) -> Resizing:
