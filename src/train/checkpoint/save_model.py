@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,9 @@ class AdapterCheck:
     optimized_difference: float
 
 
+_OF_TOKENS = {"input_ids", "position_ids", "attention_mask"}
+"""What a model of texts reads of a batch."""
+
 _LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initializations of LoRA (``init_lora_weights``) that leave the base weights alone."""
 
@@ -160,11 +164,10 @@ def check_adapter(
     """
     from peft import PeftModel
 
-    inputs = {
-        k: v[:, :_PROBE].to(model.device)
-        for k, v in batch.items()
-        if k in ("input_ids", "position_ids", "attention_mask")
-    }
+    read = inspect.signature(type(model.get_base_model()).forward).parameters.keys() - {"labels"}
+    inputs = {k: v.to(model.device) for k, v in batch.items() if k in read | _OF_TOKENS}
+    if not inputs.keys() - _OF_TOKENS:  # else what reads images is compared, too
+        inputs = {k: v[..., :_PROBE] for k, v in inputs.items()}
     model.eval()
     before = trained = model(**inputs).logits
     if recipe.optimize:
