@@ -243,7 +243,10 @@ def _with_lora(model: nn.Module) -> Any:
 
     try:
         config = LoraConfig(
-            r=8, lora_alpha=16, target_modules="all-linear", exclude_modules=pattern_of(towers(model))
+            r=8,
+            lora_alpha=16,
+            target_modules="all-linear",
+            exclude_modules=pattern_of(towers(model)),
         )
         return get_peft_model(model, config)
     except ValueError as error:  # layers that PEFT refuses to adapt

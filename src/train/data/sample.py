@@ -60,7 +60,9 @@ def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def without(spans: Iterable[tuple[int, int]], others: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def without(
+    spans: Iterable[tuple[int, int]], others: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """What is left of ``spans`` outside of ``others``; both are in order and do not overlap."""
     rest = []
     for begin, end in spans:

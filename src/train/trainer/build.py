@@ -21,8 +21,8 @@ from ..model.tokenizer import pad_token
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
-from ..processing import Processing
 from ..processes.wrapping import left_whole as fsdp_whole
+from ..processing import Processing
 from ..recipe.recipe import Recipe
 from ..report.progress import ProgressCallback
 from ..report.result import Figure

@@ -166,6 +166,8 @@ def _llava() -> tuple[Any, Any]:
 FAMILIES = {
     name: Family(name, make)
     for name, make in {
-        "qwen2_5_vl": _qwen2_5_vl, "gemma3": _gemma3, "llava": _llava,
+        "qwen2_5_vl": _qwen2_5_vl,
+        "gemma3": _gemma3,
+        "llava": _llava,
     }.items()  # fmt: skip
 }

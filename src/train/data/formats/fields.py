@@ -28,9 +28,7 @@ _MEDIA = (*IMAGE_FIELDS, "videos", "video", "audios", "audio")
 """Fields with what belongs to a text and is none, by the names in public datasets and in TRL."""
 
 
-def fields_of(
-    row: Any, where: str, field: str, read: Collection[str] = ()
-) -> Mapping[str, Any]:
+def fields_of(row: Any, where: str, field: str, read: Collection[str] = ()) -> Mapping[str, Any]:
     """The row as an object; raises a DataError if it is none, or has sound, say, besides text.
 
     ``read``: fields of that kind that are read.

@@ -9,10 +9,10 @@ from typing import Any
 
 from ....errors import DataError
 from ...recipe.recipe import Dataset, Recipe
-from ..sample import Tokens
-from ..teacher import TopTokens
 from ..images.picture import NoImages
 from ..images.reading import ImageReader
+from ..sample import Tokens
+from ..teacher import TopTokens
 from .fields import kind
 from .registry import Encoder, Row
 

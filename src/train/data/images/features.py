@@ -126,9 +126,7 @@ class Featurizer:
         assert self.positions is not None
         number = sum(len(i.pictures) for row in rows for _, i in row if i is not None)
         of_tokens = {k: v for k, v in features.items() if v.shape[:2] == plain.shape}
-        of_images = {
-            k: v for k, v in features.items() if k not in of_tokens and len(v) == number
-        }
+        of_images = {k: v for k, v in features.items() if k not in of_tokens and len(v) == number}
         result: Tensor | None = None
         first = 0
         for b, row in enumerate(rows):
@@ -183,8 +181,6 @@ class Featurizer:
             if name not in _TEXT and getattr(value, "shape", None) == ids.shape
         ]  # fmt: skip
         return {
-            name: [
-                made[name][row][: len(one.ids)].tolist() for row, one in enumerate(illustrated)
-            ]
+            name: [made[name][row][: len(one.ids)].tolist() for row, one in enumerate(illustrated)]
             for name in names
         }

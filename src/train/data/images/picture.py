@@ -100,9 +100,7 @@ class Resizing:
 class NoImages:
     """Why the images of rows cannot be read, and what to do."""
 
-    why: str = (
-        "base_model reads text only: leave such rows out, or train a model that reads images"
-    )
+    why: str = "base_model reads text only: leave such rows out, or train a model that reads images"
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class ImageKeys(Keys):
     image_min_pixels: Int | None = key(gt=0)
     """Smaller images are enlarged to so many pixels. Unset: as the processor does it."""
 
-    image_resize_algorithm: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = (
-        "bilinear"
-    )
+    image_resize_algorithm: Literal[
+        "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
+    ] = "bilinear"
     """How ``image_size`` and the limits of pixels resize."""
 
     freeze_mm_modules: bool = True
