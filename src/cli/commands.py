@@ -268,9 +268,8 @@ def export(
 
     The exit code is 1 if a tensor is wrong, or more was lost than the format costs the base.
     """
-    opened = _opened(
-        run, base_model, Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
-    )
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
+    opened = _opened(run, base_model, consent)
     announce("importing PyTorch and transformers")
     from ..train.export import command  # slow to import
 

@@ -227,7 +227,7 @@ def _store(
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
         sizes: list[int] = []
-        with_images = any(one.encoder.settings.get("images") for one in sum(work.values(), []))
+        with_images = any(w.encoder.settings.get("images") for each in work.values() for w in each)
         extra = recipe.kd_trainer or rows_of(recipe) == "prompts" or with_images
         files = ["train.arrow"]
         with Progress(console) as progress:

@@ -151,7 +151,7 @@ def left_out(model: Any, recipe: Recipe) -> list[str]:
 
 
 def pattern_of(places: Iterable[str]) -> str | None:
-    """A regular expression for the whole names of all modules in ``places``; None: there are none."""
+    """A regular expression for the whole names of all modules in ``places``; None: for none."""
     either = "|".join(map(re.escape, places))
     return rf"(?:{either})(?:\..*)?" if either else None
 

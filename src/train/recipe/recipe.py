@@ -32,16 +32,16 @@ from .strategy import Strategy, strategy_of
 __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
-    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys,
+    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
     MethodKeys, PluginKeys, CloudKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
-    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys,
+    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
     MethodKeys, PluginKeys, CloudKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""

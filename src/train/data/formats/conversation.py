@@ -9,7 +9,7 @@ from ....errors import DataError
 from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
-from ..images.picture import Gallery, NoImages, Picture
+from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture
 from .fields import IMAGE_FIELDS, fields_of, kind, need
 
 ROLES = {
@@ -50,7 +50,7 @@ class Conversation:
         dataset: Dataset,
         template: str = "",
         default_system: str | None = None,
-        gallery: Gallery | NoImages = NoImages(),
+        gallery: Gallery | NoImages = TEXT_ONLY,
     ) -> None:
         self.gallery = gallery
         self.dataset, self.template, self.default_system = dataset, template, default_system

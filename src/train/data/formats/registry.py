@@ -16,7 +16,7 @@ from ..chat.lost_features import THOUGHTS
 from ..chat.mask import Rules
 from ..chat.template import Chat
 from ..images.expansion import Expander
-from ..images.picture import Gallery, NoImages
+from ..images.picture import TEXT_ONLY, Gallery, NoImages
 from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
@@ -147,7 +147,7 @@ class Encoder:
         tokenizer: Any,
         longest: int | None = None,
         day: str | None = None,
-        images: ImageReader | NoImages = NoImages(),
+        images: ImageReader | NoImages = TEXT_ONLY,
     ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
@@ -236,7 +236,7 @@ def writes_day(chats: ChatEncoder | None) -> bool:
 
 def format_of(
     dataset: Dataset, recipe: Recipe, template: Any, size: int,
-    gallery: Gallery | NoImages = NoImages(),
+    gallery: Gallery | NoImages = TEXT_ONLY,
 ) -> RowReader:  # fmt: skip
     """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 

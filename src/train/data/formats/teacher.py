@@ -9,7 +9,7 @@ from typing import Any
 
 from ....errors import DataError
 from ...recipe.recipe import Dataset, Recipe
-from ..images.picture import NoImages
+from ..images.picture import TEXT_ONLY, NoImages
 from ..images.reading import ImageReader
 from ..sample import Tokens
 from ..teacher import TopTokens
@@ -32,7 +32,7 @@ _FORMS = (
 
 def encoder_of(
     dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str,
-    images: ImageReader | NoImages = NoImages(),
+    images: ImageReader | NoImages = TEXT_ONLY,
 ) -> Encoder:  # fmt: skip
     """The encoder for rows of supervised training, or of distillation, which is of text alone."""
     if recipe.kd_trainer:

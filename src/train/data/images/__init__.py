@@ -1,0 +1,1 @@
+"""Images of rows: found, checked, placed among tokens, and made into features."""

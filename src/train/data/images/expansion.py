@@ -1,4 +1,4 @@
-"""What the checkpoint's processor makes of the placeholders of pictures, with every token explained.
+"""What the checkpoint's processor makes of the placeholders of images, each token explained.
 
 A chat template writes a placeholder for each picture, and the processor replaces it by as many
 tokens as the model has features for: a number that depends on the picture's size, with marks around
@@ -67,8 +67,8 @@ class Expander:
         name = type(self.processor).__name__
         if not isinstance(token, str) or not token:
             raise RecipeError(
-                f"base_model: its {name} names no placeholder for images (image_token): such models "
-                "are trained on text only"
+                f"base_model: its {name} names no placeholder for images (image_token): such "
+                "models are trained on text only"
             )
         self.token = token
         self._pattern = re.compile(re.escape(token))

@@ -62,7 +62,7 @@ class Featurizer:
     """
 
     processor: Any
-    resizing: Resizing = Resizing()
+    resizing: Resizing = field(default_factory=Resizing)
     options: dict[str, Any] = field(default_factory=dict)
     positions: Positions | None = None
     """Of a model whose positions of images have several axes."""
@@ -168,7 +168,7 @@ class Featurizer:
     def _of_tokens(
         self, made: Any, illustrated: Sequence[Illustrated]
     ) -> dict[str, list[list[int]]]:
-        """The values that belong to tokens, by sample; the tokens must be those that are trained."""
+        """The values that belong to tokens, by sample; the tokens must be the prepared ones."""
         ids = made["input_ids"]
         for row, (one, mask) in enumerate(zip(illustrated, made["attention_mask"], strict=True)):
             if ids[row][mask.bool()].tolist() != one.ids:

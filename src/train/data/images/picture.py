@@ -103,6 +103,9 @@ class NoImages:
     why: str = "base_model reads text only: leave such rows out, or train a model that reads images"
 
 
+TEXT_ONLY = NoImages()
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Finds the pictures of one dataset.

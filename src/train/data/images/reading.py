@@ -11,7 +11,7 @@ from ...processing import Processing
 from ...recipe.recipe import Dataset, Recipe
 from .expansion import Expander
 from .features import Featurizer
-from .picture import Gallery, NoImages, Resizing
+from .picture import TEXT_ONLY, Gallery, NoImages, Resizing
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def reader_of(
     """The reader of a dataset's images. ``copies``: the folder for bytes that rows hold."""
     processor = processing.processor
     if processor is None:
-        return NoImages(processing.why_not) if processing.why_not else NoImages()
+        return NoImages(processing.why_not) if processing.why_not else TEXT_ONLY
     path = Path(dataset.path)
     folder = Path(dataset.images_dir or (path if path.is_dir() else path.parent))
     resizing = resizing_of(recipe)
