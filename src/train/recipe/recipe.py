@@ -33,16 +33,16 @@ __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys,
-    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
-    MethodKeys, PluginKeys, CloudKeys,
+    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys,
+    DistillationKeys, MethodKeys, PluginKeys, CloudKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys,
-    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
-    MethodKeys, PluginKeys, CloudKeys,
+    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys,
+    DistillationKeys, MethodKeys, PluginKeys, CloudKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 

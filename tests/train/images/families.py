@@ -169,5 +169,5 @@ FAMILIES = {
         "qwen2_5_vl": _qwen2_5_vl,
         "gemma3": _gemma3,
         "llava": _llava,
-    }.items()  # fmt: skip
+    }.items()
 }
