@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, RecipeError, first_line
 from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
 from .inference.run_folder import RunFolder
-from .model.base_files import BaseFiles, base_files, processor_files, save_with_base
+from .model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from .model.files import adapter_weights, in_shards
 from .model.from_pretrained import meta_model, pretrained
 from .model.load import load_config, load_model, quiet
@@ -237,10 +237,7 @@ def _write_generation_config(run: RunFolder, folder: Path) -> None:
 
 
 def _copy_processor(run: RunFolder, folder: Path, console: Console) -> None:
-    files = processor_files(run.base_model, run.recipe.get("revision_of_model"))
-    for path in files:
-        shutil.copy(path, folder)
-    if not files:
+    if not copy_processor(run.base_model, run.recipe.get("revision_of_model"), folder):
         say(
             console,
             f"{run.base_model} has no processor (preprocessor_config.json): copy one into the "

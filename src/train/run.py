@@ -165,6 +165,7 @@ class TrainingRun:
     def _prepare(self, processing: Processing) -> Any:
         """The rows as samples, and those as sequences to train on."""
         recipe, world = self.recipe, self.world
+        self.result.sample_image = world.share(lambda: finish.asked_about(recipe, processing))
         day = world.share(lambda: self.result.started[:10])
         prepared = prepare_once(recipe, processing, self.console, day, world)
         if self.resumed is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import FusewrightError, first_line
-from ..model.base_files import BaseFiles, base_files, processor_files, save_with_base
+from ..model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from ..model.merge_aware import stop_rounding
 from ..model.multimodal import is_multimodal, use_cache
 from ..model.relora import relora_of
@@ -83,10 +83,10 @@ def save(
         files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):
             save_with_base(model, folder, files, state)
-        if recipe is not None and is_multimodal(model.config):
-            for path in processor_files(recipe.base_model, recipe.revision_of_model):
-                shutil.copy(path, folder)
     tokenizer.save_pretrained(folder)
+    whole = recipe is not None and not hasattr(model, "peft_config")
+    if recipe is not None and whole and is_multimodal(model.config):
+        copy_processor(recipe.base_model, recipe.revision_of_model, folder)
 
 
 def _base_files(recipe: Recipe) -> BaseFiles | None:

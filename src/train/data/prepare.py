@@ -28,7 +28,7 @@ from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .formats.teacher import encoder_of
-from .images.reading import reader_of
+from .images.reading import reader_of, sample_picture
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
@@ -134,11 +134,12 @@ def prepare(
 
 
 def require_encoders(recipe: Recipe, processing: Any) -> None:
-    """Raise a RecipeError unless tokenizer and chat template suit each dataset; reads no row."""
+    """Raise an error unless tokenizer, chat template and sample image suit; reads no row."""
     trained = recipe.pretraining_dataset or recipe.datasets
     for key, datasets in (("datasets", trained), ("test_datasets", recipe.test_datasets)):
         for dataset in datasets:
             _work(dataset, key, recipe, processing, today(), Path(_IMAGES))
+    sample_picture(recipe, Processing.of(processing))
 
 
 def _load(

@@ -36,6 +36,7 @@ class Tokens:
         ends: the special tokens that end the trained turns, trained or not.
         specials: whether the text of a user, a tool or a prompt has special tokens in it.
         whole: it must not be cut: some tokens belong to features, which would be left over.
+        images: how many it has.
     """
 
     where: str
@@ -45,6 +46,7 @@ class Tokens:
     specials: bool = False
     extra: str = ""
     whole: bool = False
+    images: int = 0
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

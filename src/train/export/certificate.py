@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from ..inference.evaluate import held_out
 from ..inference.load_run import load_model_of, load_tokenizer
 from ..inference.run_folder import RunFolder, open_run, stored_dtype
 from ..merge import base_in_memory, forget_conversions, merged_in_memory
-from ..model.base_files import BaseFiles, base_files, processor_files
+from ..model.base_files import BaseFiles, base_files, copy_processor
 from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
 from ..terminal import announce
@@ -185,8 +184,7 @@ def _base(subject: Subject, tokenizer: Any) -> _Base | None:
     try:
         model.save_pretrained(base.folder)
         tokenizer.save_pretrained(base.folder)
-        for path in processor_files(str(subject.merged)):  # which converters of towers read
-            shutil.copy(path, base.folder)
+        copy_processor(str(subject.merged), None, base.folder)  # which converters of towers read
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the base, which the certificate compares with, cannot be written beside the export: "

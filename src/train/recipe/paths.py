@@ -64,6 +64,11 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
             places = list(dict.fromkeys(places))
             problems.append((("resume_from_checkpoint",), _nowhere(resume_from, places)))
         update["resume_from_checkpoint"] = str(checkpoint)
+    if recipe.sample_image is not None:
+        image = find_file(recipe.sample_image, folders)
+        if image is None:
+            problems.append((("sample_image",), _nowhere(recipe.sample_image, folders)))
+        update["sample_image"] = str(image)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
     if recipe.deepspeed:

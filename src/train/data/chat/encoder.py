@@ -102,8 +102,10 @@ class ChatEncoder:
             tokens = self._flagged(chat, self.masker.mask(chat, full[k], places, encoding))
             if expanded is not None:
                 extra = written(texts[k], chat.pictures, chat.where)
-                spans = without(tokens.spans, _standing_for(expanded, encoding))
-                tokens = replace(tokens, spans=spans, extra=extra, whole=True)
+                spans = without(tokens.spans, standing_for(expanded, encoding))
+                tokens = replace(
+                    tokens, spans=spans, extra=extra, whole=True, images=len(chat.pictures)
+                )
             samples.append(tokens)
         return samples
 
@@ -175,7 +177,7 @@ def _moved(turn: Turn, expanded: Expanded) -> Turn:
     return Turn(expanded.place(turn.begin), expanded.place(turn.end), content)
 
 
-def _standing_for(expanded: Expanded, encoding: Any) -> list[Span]:
+def standing_for(expanded: Expanded, encoding: Any) -> list[Span]:
     """The tokens that stand for pictures, and those that have a character in common with one."""
     spans = []
     for begin, end in expanded.spans:

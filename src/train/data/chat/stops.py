@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .template import REFUSALS
+from ....errors import FusewrightError
+from .template import REFUSALS, Template, in_parts
 
 _ANSWER = "zebra"
 _TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
@@ -23,8 +24,11 @@ def render_chat(
 
     options = {**variables, "tokenize": False, "add_generation_prompt": prompt}
     try:
+        special = {**tokenizer.special_tokens_map, **variables}
+        if Template(tokenizer.get_chat_template(), special).in_parts:
+            messages = list(map(in_parts, messages))
         text: str = tokenizer.apply_chat_template(list(messages), **options)
-    except (TemplateError, *REFUSALS) as error:
+    except (TemplateError, FusewrightError, *REFUSALS) as error:
         raise ValueError(str(error)) from None
     return text
 

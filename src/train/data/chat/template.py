@@ -59,17 +59,18 @@ class Template:
         self.variables = dict(variables)
         self.marked = _MARK.search(source) is not None
         """Whether it marks the assistant's words with ``{% generation %}``."""
-        self._in_parts = False
+        self.in_parts = False
         self._render([], None, "")  # fails before any row is read
-        self._in_parts = self._takes_parts()
+        self.in_parts = self._takes_parts()
+        """Whether a text that is all of a content is given to it as a part."""
 
     def _takes_parts(self) -> bool:
         """Whether it writes a text that is a part of a content, and none that is the content."""
         sign = "\ue000"
-        for self._in_parts in (False, True):
+        for self.in_parts in (False, True):
             try:
                 if sign in self.render([{"role": "user", "content": sign}]):
-                    return self._in_parts
+                    return self.in_parts
             except DataError:
                 continue
         return False
@@ -107,7 +108,7 @@ class Template:
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template
-        if self._in_parts:
+        if self.in_parts:
             conversations = [list(map(in_parts, messages)) for messages in conversations]
         try:
             texts, spans = render(

@@ -44,9 +44,9 @@ class Illustrated:
     @classmethod
     def of(cls, sample: Sample) -> Illustrated | None:
         """What ``written`` says of a sample; None: it has no pictures."""
-        if not sample.extra:
+        content = json.loads(sample.extra or "{}")
+        if not isinstance(content, dict) or "pictures" not in content:  # of another kind of rows
             return None
-        content = json.loads(sample.extra)
         pictures = tuple(
             Picture(p["path"], p["digest"], (p["size"][0], p["size"][1]))
             for p in content["pictures"]
@@ -68,13 +68,17 @@ class Featurizer:
     """Of a model whose positions of images have several axes."""
 
     def features(
-        self, packs: Iterable[Sequence[Sample]], batch: Mapping[str, Tensor]
+        self,
+        packs: Iterable[Sequence[Sample]],
+        batch: Mapping[str, Tensor],
+        left: bool = False,
     ) -> dict[str, Tensor]:
         """The features of a batch's images, in the order of their placeholders.
 
         Args:
             packs: for each row of the batch the samples in it, one after the other.
             batch: that of their tokens, by ``collate``.
+            left: shorter rows are filled up on the left, as prompts are.
 
         Returns:
             As the processor names them: of the images, as it stacks them, and of the tokens
@@ -103,7 +107,7 @@ class Featurizer:
             values = iter(by_sample)
             filled = torch.zeros(rows_of_tokens, width, dtype=torch.long)
             for b, row in enumerate(rows):
-                at = 0
+                at = width - sum(len(sample.input_ids) for sample, _ in row) if left else 0
                 for sample, pictures in row:
                     end = at + len(sample.input_ids)
                     if pictures is not None:

@@ -36,6 +36,9 @@ _MOST_BYTES = 100_000_000
 _SECONDS = 30
 """For a server's answer."""
 
+_THUMBNAIL, _SIDES = 36_000, (320, 224, 160)
+"""Bytes that a thumbnail should have at most, and the longer sides that are tried."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -111,12 +114,13 @@ class Gallery:
     """Finds the pictures of one dataset.
 
     Attributes:
-        folder: relative paths begin here, and none may lead out of it.
+        folder: relative paths begin here, and none may lead out of it. None: a user names each
+            path, which may be anywhere; relative ones begin in the current folder.
         copies: where the bytes are kept that rows hold.
         may_download: whether addresses of the web are asked.
     """
 
-    folder: Path
+    folder: Path | None
     copies: Path
     resizing: Resizing = Resizing()
     may_download: bool = False
@@ -187,9 +191,9 @@ class Gallery:
         if not text.strip():
             raise DataError(f"{where}: the path of a picture is empty")
         path = Path(text.removeprefix("file://"))
-        inside = path if path.is_absolute() else self.folder / path
-        resolved, root = inside.resolve(), self.folder.resolve()
-        if not resolved.is_relative_to(root):
+        inside = path if path.is_absolute() or self.folder is None else self.folder / path
+        resolved, root = inside.resolve(), self.folder and self.folder.resolve()
+        if root is not None and not resolved.is_relative_to(root):
             raise DataError(
                 f"{where}: {text}: leads out of {root}: rows may name pictures in the folder of "
                 "their dataset only; name another one with images_dir"
@@ -245,6 +249,18 @@ def load(picture: Picture, resizing: Resizing, where: str) -> Any:
             "anew (delete dataset_prepared_path)"
         )
     return resizing.resized(opened(content, f"{where}: {picture.path}"))
+
+
+def thumbnail(picture: Picture, where: str) -> str:
+    """A small copy of a picture's file as a data URL; raises a DataError as ``load`` does."""
+    image = load(picture, Resizing(), where)
+    for side in _SIDES:
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        if buffer.tell() <= _THUMBNAIL:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def opened(content: bytes, place: str) -> Any:

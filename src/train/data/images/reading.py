@@ -11,7 +11,7 @@ from ...processing import Processing
 from ...recipe.recipe import Dataset, Recipe
 from .expansion import Expander
 from .features import Featurizer
-from .picture import TEXT_ONLY, Gallery, NoImages, Resizing
+from .picture import TEXT_ONLY, Gallery, NoImages, Picture, Resizing
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,23 @@ def featurizer_of(recipe: Recipe, processing: Processing) -> Featurizer | None:
     if processing.processor is None:
         return None
     return Featurizer(processing.processor, resizing_of(recipe), _options(recipe))
+
+
+def sample_picture(recipe: Recipe, processing: Processing) -> Picture | None:
+    """The image that ``sample_prompt`` is about, opened; None: there is none.
+
+    Raises:
+        RecipeError: the model reads no images.
+        DataError: it cannot be read.
+    """
+    if not recipe.sample_image or not recipe.sample_prompt:
+        return None
+    if processing.processor is None:
+        why = processing.why_not or "base_model reads text only: remove it"
+        raise RecipeError(f"sample_image: {why}")
+    return Gallery(None, Path(), resizing_of(recipe)).picture(
+        Path(recipe.sample_image), "sample_image"
+    )
 
 
 def resizing_of(recipe: Recipe) -> Resizing:
