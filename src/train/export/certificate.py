@@ -16,9 +16,8 @@ from ...auditing.findings import Audit, AuditFinding, Check
 from ...errors import ModelError, RecipeError, first_line
 from ...kernels.tolerance import FACTOR
 from ..data.chat.stops import render_chat, stop_tokens
-from ..data.images.features import Illustrated
 from ..inference.evaluate import held_out
-from ..inference.load_run import load_model_of, load_processing, load_tokenizer
+from ..inference.load_run import load_model_of, load_tokenizer
 from ..inference.run_folder import RunFolder, open_run, stored_dtype
 from ..merge import base_in_memory, forget_conversions, merged_in_memory
 from ..model.base_files import BaseFiles, base_files, copy_processor
@@ -139,11 +138,8 @@ def _rows(subject: Subject, tokenizer: Any) -> tuple[HeldOut, bool]:
         with suppress(ValueError):  # there is no template, or it refuses
             text = render_chat(tokenizer, prompt.question(text), prompt.variables, True)
         questions.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    what, sets = held_out(subject.run, subject.files, load_processing(subject.run))
-    every = [sample for samples in sets for sample in samples]
-    samples = [sample for sample in every if Illustrated.of(sample) is None]  # of text alone
-    if len(samples) < len(every):
-        what += f", without {len(every) - len(samples):,} that have images"
+    what, sets = held_out(subject.run, subject.files, tokenizer)
+    samples = [sample for samples in sets for sample in samples]
     rows = HeldOut.of(what, samples, questions)
     return rows, not subject.files and bool(subject.run.facts.get("val_loss_before"))
 
