@@ -50,8 +50,10 @@ class Illustrated:
     @classmethod
     def of(cls, sample: Sample) -> Illustrated | None:
         """What ``written`` says of a sample; None: it has no pictures."""
-        content = json.loads(sample.extra or "{}")
-        if not isinstance(content, dict) or "pictures" not in content:  # of another kind of rows
+        if not sample.extra:
+            return None
+        content = json.loads(sample.extra)
+        if "pictures" not in content:  # a teacher's probabilities, or columns of a row
             return None
         pictures = tuple(
             Picture(p["path"], p["digest"], (p["size"][0], p["size"][1]))
