@@ -278,18 +278,6 @@ def load(picture: Picture, resizing: Resizing, where: str) -> Any:
     return resizing.resized(opened(content, f"{where}: {picture.path}"))
 
 
-def thumbnail(picture: Picture, where: str) -> str:
-    """A small copy of a picture's file as a data URL; raises a DataError as ``load`` does."""
-    image = load(picture, Resizing(), where)
-    for side in _SIDES:
-        image.thumbnail((side, side))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=80)
-        if buffer.tell() <= _THUMBNAIL:
-            break
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def opened(content: bytes, place: str) -> Any:
     """A picture as a PIL image in RGB, turned as its EXIF data says.
 
@@ -344,3 +332,15 @@ def _require_plain(image: Any, place: str) -> None:
             f"{place}: has more than 8 bits a pixel (mode {image.mode}), which would be cut off: "
             "scale it to 8 bits"
         )
+
+
+def thumbnail(picture: Picture, where: str) -> str:
+    """A small copy of a picture's file as a data URL; raises a DataError as ``load`` does."""
+    image = load(picture, Resizing(), where)
+    for side in _SIDES:
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        if buffer.tell() <= _THUMBNAIL:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
