@@ -84,7 +84,8 @@ def show(
             say(console, shown(sample, tokenizer))
             continue
         expander = Expander(featurizer.processor, featurizer.options)
-        say(console, shown(sample, tokenizer, _stretches(illustrated, expander, tokenizer)))
+        stretches = _stretches(sample, illustrated, expander, tokenizer)
+        say(console, shown(sample, tokenizer, stretches))
         for count, picture in enumerate(illustrated.pictures, start=1):
             say(console, f"image {count}: {picture.path}")
             if console.color_system in ("256", "truecolor") and not console.no_color:
@@ -112,19 +113,22 @@ def shown(sample: Sample, tokenizer: Any, images: Sequence[Stretch] = ()) -> Tex
     return text
 
 
-def _stretches(illustrated: Illustrated, expander: Expander, tokenizer: Any) -> list[Stretch]:
+def _stretches(
+    sample: Sample, illustrated: Illustrated, expander: Expander, tokenizer: Any
+) -> list[Stretch]:
     """The tokens of a sample that stand for its images."""
     expanded = expander.expand(illustrated.text, illustrated.pictures, illustrated.where)
     (encoding,) = tokenize(tokenizer, [expanded.text])
+    spans = standing_for(expanded, encoding)
+    if sample.input_ids[: spans[-1][1]] != encoding.ids[: spans[-1][1]]:
+        return []  # of another version of the processor: each token is shown as it is
     return [
         Stretch(
             begin, end,
             f"image: {Path(picture.path).name}, {picture.size[0]} x {picture.size[1]}, "
             f"{end - begin:,} tokens",
         )
-        for picture, (begin, end) in zip(
-            illustrated.pictures, standing_for(expanded, encoding), strict=True
-        )
+        for picture, (begin, end) in zip(illustrated.pictures, spans, strict=True)
     ]  # fmt: skip
 
 
