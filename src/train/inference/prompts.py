@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from ...errors import DataError, RecipeError
 from ..data.chat.template import Chat, texts_of
-from ..data.formats.conversation import IMAGE_MARK, Conversation
+from ..data.formats.conversation import Conversation
 from ..data.formats.fields import IMAGE_FIELDS
 from ..data.images.picture import TEXT_ONLY, Gallery, NoImages
 from ..json_text import BadJsonError, parse_json
@@ -102,7 +102,7 @@ def _messages(line: str, where: str, gallery: Gallery | NoImages) -> list[Messag
     fields = row if isinstance(row, dict) else {}
     turns = next((fields[name] for name in _LISTS if name in fields), row)
     if isinstance(turns, str):
-        turns = [user_message(_marked(turns, fields))]
+        turns = [user_message(turns)]
     turns = turns if isinstance(turns, list) else []
     plain = all(
         isinstance(t, dict) and all(isinstance(t.get(k), str) for k in _KEYS) for t in turns
@@ -124,13 +124,6 @@ def _messages(line: str, where: str, gallery: Gallery | NoImages) -> list[Messag
     if not turns:
         raise DataError(f"{where}: it ends with an answer, so there is nothing to answer")
     return [{key: turn[key] for key in _KEYS} for turn in turns]
-
-
-def _marked(text: str, fields: dict[str, Any]) -> str:
-    """A prompt, which is about the images of its row, with a mark for each."""
-    held = next((fields[name] for name in IMAGE_FIELDS if fields.get(name)), [])
-    count = len(held) if isinstance(held, list) else 1
-    return text if IMAGE_MARK in text else IMAGE_MARK * count + text
 
 
 def _named(chat: Chat) -> list[Message]:
