@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ...errors import FusewrightError, ModelError, RecipeError
+from ..data.chat.encoder import standing_for
 from ..data.chat.stops import render_chat, stop_tokens
 from ..data.chat.template import Chat
 from ..data.formats.conversation import Conversation
@@ -188,6 +189,12 @@ class TextGenerator:
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.images, self.may_download = images, may_download
+        self.expander: Expander | None = None
+        if isinstance(images, Featurizer):
+            try:
+                self.expander = Expander(images.processor, images.options)
+            except RecipeError as error:
+                self.images = NoImages(str(error))
         self.variables = dict(variables or {})
         self.chats = bool(getattr(tokenizer, "chat_template", None))
         self.stops = stop_tokens(model, tokenizer, self.variables)
@@ -201,19 +208,23 @@ class TextGenerator:
         Raises:
             ModelError: the chat template refuses them, they leave no room to answer, or they have
                 images, and the model reads none.
-            DataError: an image cannot be read.
+            DataError: an image cannot be read, or a text has what stands for one.
         """
         chat = self._read(messages)
-        extra = ""
+        extra, expanded = "", None
         if self.chats:
             text = self._render(chat.messages)
-            if chat.pictures:
-                extra = written(text, chat.pictures, chat.where)
-                text = self._expander.expand(text, chat.pictures, chat.where).text
-            ids = self.tokenizer(text, add_special_tokens=False)
+            if self.expander is not None and chat.pictures:
+                extra = written(text, chat.pictures, _PROMPT)
+                expanded = self.expander.expand(text, chat.pictures, _PROMPT)
+                text = expanded.text
+            encoded = self.tokenizer(text, add_special_tokens=False)
         else:
-            ids = self.tokenizer("\n".join(m["content"] for m in chat.messages))
-        tokens: list[int] = ids["input_ids"] or [pad_token(self.tokenizer)]
+            encoded = self.tokenizer("\n".join(m["content"] for m in chat.messages))
+        if self.expander is not None:
+            spans = [] if expanded is None else standing_for(expanded, encoded[0])
+            self.expander.require_text(encoded["input_ids"], spans, _PROMPT)
+        tokens: list[int] = encoded["input_ids"] or [pad_token(self.tokenizer)]
         if self.room(tokens) < 1:
             raise ModelError(
                 f"the prompt has {len(tokens):,} tokens, but the model accepts at most "
@@ -249,11 +260,6 @@ class TextGenerator:
     def _copies(self) -> tempfile.TemporaryDirectory[str]:
         """The folder of images that messages hold as bytes."""
         return tempfile.TemporaryDirectory(prefix="fusewright-images-")
-
-    @functools.cached_property
-    def _expander(self) -> Expander:
-        assert isinstance(self.images, Featurizer)
-        return Expander(self.images.processor, self.images.options)
 
     def room(self, prompt: Sequence[int]) -> int:
         """The number of tokens that the model can write after ``prompt``."""

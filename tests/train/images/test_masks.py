@@ -236,7 +236,7 @@ def later_spans(expanded: Expanded, encoding: Any) -> list[tuple[int, int]]:
     return [(begin + 1, end + 1) for begin, end in STANDING_FOR(expanded, encoding)]
 
 
-STANDING_FOR = chat_encoder._standing_for
+STANDING_FOR = chat_encoder.standing_for
 EXPAND = Expander.expand
 
 
@@ -250,7 +250,7 @@ def earlier_spans(self: Expander, *arguments: Any) -> Expanded:
     [
         (Expanded, "place", lambda self, at, right=Expanded.place: right(self, at) + 1),
         (Expanded, "place", lambda self, at, right=Expanded.place: right(self, at) - 1),
-        (chat_encoder, "_standing_for", later_spans),
+        (chat_encoder, "standing_for", later_spans),
         (Expander, "expand", earlier_spans),
     ],
 )

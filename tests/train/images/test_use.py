@@ -251,6 +251,11 @@ def test_what_reads_images_may_be_missing(place: Path, monkeypatch: pytest.Monke
     assert fusewright("generate", place / "out", "hi", *SHORT).exit_code == 0
 
 
+def test_what_stands_for_an_image_is_no_text(place: Path) -> None:
+    said = refused("generate", place / "out", "what is <|image_pad|>?")
+    assert "the prompt: a text of the row has '<|image_pad|>' in it" in said
+
+
 # --- conversations -------------------------------------------------------------------------------
 
 
