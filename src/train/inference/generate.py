@@ -234,7 +234,7 @@ class TextGenerator:
 
     def _read(self, messages: Sequence[Message]) -> Chat:
         """The conversation with the images of its parts."""
-        if not any(isinstance(m["content"], list) for m in messages):
+        if not any(isinstance(m.get("content"), list) for m in messages):
             return Chat(_PROMPT, list(messages))
         gallery = self._gallery(_PROMPT) if has_images(messages) else _READS_TEXT
         if has_images(messages) and not self.chats:

@@ -30,7 +30,7 @@ def user_message(text: str, images: Sequence[str] = ()) -> Message:
 
 def has_images(messages: Sequence[Message]) -> bool:
     """Whether a conversation has images: contents with parts that are no text."""
-    contents = [m["content"] for m in messages if isinstance(m["content"], list)]
+    contents = [c for m in messages if isinstance(c := m.get("content"), list)]
     return any(part.get("type", "text") != "text" for content in contents for part in content)
 
 
