@@ -36,6 +36,8 @@ from .families import FAMILIES
 
 SHORT = ("--max_new_tokens", "5")
 COLOURS = ("red", "green", "blue")
+BRIEF = {"qwen2_5_vl", "gemma3", "smolvlm"}
+"""Families that are tested by default: positions by rows and columns, a mask of images, parts."""
 
 
 def draw(path: Path, colour: str = "red", size: tuple[int, int] = (40, 24)) -> Path:
@@ -135,7 +137,8 @@ def test_an_answer_about_an_image_is_that_of_plain_transformers(place: Path) -> 
     assert said["small.png"] == expected(model, processor, one["messages"])
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.long(*(FAMILIES.keys() - BRIEF))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_in_a_batch_are_answered_as_alone(family: str, tmp_path: Path) -> None:
     """With none, one and two images, on the left of which is padding; as plain transformers."""
     from transformers import AutoProcessor
