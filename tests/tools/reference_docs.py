@@ -82,6 +82,8 @@ whatever they say. Only you can allow that, on the command line:
   `eval`).
 - `--allow-code`: the Python functions that a recipe names in `trl.reward_funcs`, or as the `type`
   of rows of preferences (`train`, `preprocess`, `eval`; `verify` does not train such recipes).
+- `--allow-image-urls`: the addresses that rows, and prompts, name as images (all commands that
+  read images). This downloads, and runs no code.
 
 Without the switch, the command stops and names it. `trust_remote_code: true` in a recipe is not
 enough: if transformers has a class for the model, that class is used. From Python, call
@@ -158,9 +160,9 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   [images](images.md), with LoRA on its layers only; regular expressions in `lora_target_modules`
   mean them in whatever class's names. Towers are frozen (`freeze_mm_modules`), and
   `language_model_only` does not load them.
-- `optimize`, `codegen`, `memory`, `cuda_graphs`, `strict`, `verbose`, `sample_prompt` and a
-  dataset's `builder` are fusewright's own. `strict` means that every known formula must be
-  rewritten.
+- `optimize`, `codegen`, `memory`, `cuda_graphs`, `strict`, `verbose`, `sample_prompt`,
+  `sample_image` and a dataset's `builder` are fusewright's own. `strict` means that every known
+  formula must be rewritten.
 
 There are {number} keys, including those of datasets.
 """
@@ -185,6 +187,7 @@ _GROUPS = {
     "AttentionKeys": "Attention and memory",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
+    "ImageKeys": "Images",
     "OptimizationKeys": "Optimization",
     "OutputKeys": "Output",
     "TrackingKeys": "Trackers",

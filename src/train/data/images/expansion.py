@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....errors import DataError, RecipeError, first_line
-from ..chat.template import Span
 from .picture import Picture
+
+Span = tuple[int, int]
+"""Begin and end of a piece of text, in characters, or of tokens."""
 
 _MOST = 65_536
 """Sizes of images that are remembered."""
