@@ -293,6 +293,8 @@ class RunResult:
             same = "plain PEFT gives the same logits"
             broken = "BROKEN: plain PEFT gives other logits than the trained model"
             rows["saved adapter"] = same if self.adapter_check["exact"] else broken
+        if self.sample_image is not None:
+            rows["image"] = self.sample_image["name"]
         rows |= self.sample or {}
         rows["time"] = f"{sum(self.seconds.values()):.0f} s: " + self._times()
         rows["results"] = str(self.output_dir)
