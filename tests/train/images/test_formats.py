@@ -47,13 +47,15 @@ def opened() -> Any:
 
 
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "a part with a path": (lambda: {"messages": turns(parts({"type": "image", "path": "a.png"}))}, {}),
+    "a part with a path": (
+        lambda: {"messages": turns(parts({"type": "image", "path": "a.png"}))}, {},
+    ),
     "a part with an image's path": (
         lambda: {"messages": turns(parts({"type": "image", "image": "a.png"}))}, {},
     ),
     "a part with a URL of a file": (
-        lambda: {"messages": turns(parts({"type": "image", "url": Path("a.png").resolve().as_uri()}))},
-        {},
+        lambda: {"messages": turns(parts({"type": "image", "url": Path("a.png").absolute().as_uri()}
+        ))}, {},
     ),
     "a part with base64": (
         lambda: {"messages": turns(parts({"type": "image", "base64": encoded()}))}, {},
@@ -64,8 +66,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         ))}, {},
     ),
     "a part of Qwen's": (
-        lambda: {"messages": turns(parts({"type": "image", "image": f"data:image;base64,{encoded()}"}))},
-        {},
+        lambda: {"messages": turns(parts(
+            {"type": "image", "image": f"data:image;base64,{encoded()}"}
+        ))}, {},
     ),
     "a part without a type": (lambda: {"messages": turns(parts({"image": "a.png"}))}, {}),
     "answers in parts": (
@@ -109,7 +112,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"field_messages": "conversations"},
     ),
     "LLaMA-Factory's instruction": (
-        lambda: {"instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"]},
+        lambda: {
+            "instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"],
+        },
         {"type": "alpaca.chat_template"},
     ),
     "LLaVA's image": (
