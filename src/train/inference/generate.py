@@ -23,7 +23,7 @@ from transformers import (
 
 from ...errors import FusewrightError, ModelError, RecipeError
 from ..data.chat.encoder import standing_for
-from ..data.chat.stops import render_chat, stop_tokens
+from ..data.chat.stops import render_chat, stop_tokens, template_of
 from ..data.chat.template import Chat
 from ..data.formats.conversation import Conversation
 from ..data.images.expansion import Expander
@@ -211,18 +211,20 @@ class TextGenerator:
             DataError: an image cannot be read, or a text has what stands for one.
         """
         chat = self._read(messages)
-        extra, expanded = "", None
+        extra, expanded, marks = "", None, ("", "")
         if self.chats:
             text = self._render(chat.messages)
             if self.expander is not None and chat.pictures:
                 extra = written(text, chat.pictures, _PROMPT)
                 expanded = self.expander.expand(text, chat.pictures, _PROMPT)
                 text = expanded.text
+                template = template_of(self.tokenizer, self.variables)
+                marks = template.around_image(self.expander.token)
             encoded = self.tokenizer(text, add_special_tokens=False)
         else:
             encoded = self.tokenizer("\n".join(m["content"] for m in chat.messages))
         if self.expander is not None:
-            spans = [] if expanded is None else standing_for(expanded, encoded[0])
+            spans = [] if expanded is None else standing_for(expanded, encoded[0], marks)
             self.expander.require_text(encoded["input_ids"], spans, _PROMPT)
         tokens: list[int] = encoded["input_ids"] or [pad_token(self.tokenizer)]
         if self.room(tokens) < 1:

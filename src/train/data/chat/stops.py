@@ -24,13 +24,17 @@ def render_chat(
 
     options = {**variables, "tokenize": False, "add_generation_prompt": prompt}
     try:
-        special = {**tokenizer.special_tokens_map, **variables}
-        if Template(tokenizer.get_chat_template(), special).in_parts:
+        if template_of(tokenizer, variables).in_parts:
             messages = list(map(in_parts, messages))
         text: str = tokenizer.apply_chat_template(list(messages), **options)
     except (TemplateError, FusewrightError, *REFUSALS) as error:
         raise ValueError(str(error)) from None
     return text
+
+
+def template_of(tokenizer: Any, variables: Mapping[str, Any]) -> Template:
+    """The chat template of a tokenizer; of several, the default one."""
+    return Template(tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, **variables})
 
 
 def stop_tokens(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> list[int]:

@@ -75,6 +75,21 @@ class Template:
                 continue
         return False
 
+    def around_image(self, placeholder: str) -> tuple[str, str]:
+        """What it writes for an image before and behind the placeholder."""
+        text = {"type": "text", "text": "\ue000"}
+        try:
+            plain, shown = (
+                self.render([{"role": "user", "content": parts}]).partition("\ue000")[0]
+                for parts in ([text], [{"type": "image"}, text])
+            )
+        except DataError:
+            return "", ""
+        pairs = enumerate(zip(plain, shown, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(shown)))
+        before, found, behind = shown[shared:].partition(placeholder)
+        return (before, behind) if found else ("", "")
+
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""
     ) -> str:

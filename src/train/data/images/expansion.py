@@ -20,7 +20,6 @@ from ....errors import DataError, RecipeError, first_line
 from .picture import Picture
 
 Span = tuple[int, int]
-"""Begin and end of a piece of text, in characters, or of tokens."""
 
 _MOST = 65_536
 """Sizes of images that are remembered."""
@@ -88,9 +87,9 @@ class Expander:
         words = self.processor.tokenizer
         ids = words(usual, add_special_tokens=False)["input_ids"]
         added, named = words.get_added_vocab(), self.processor.all_special_multimodal_tokens
-        marks = Counter(token for token in ids if token in added.values())  # others are text
-        repeated = [token for token, _ in marks.most_common(1)]  # which the model has features for
-        self.reserved = {*repeated, *(added[token] for token in named if token in added)}
+        special = [token for token in ids if token in set(added.values())]
+        repeated = Counter(special or ids).most_common(1)[0][0]  # which the model has features for
+        self.reserved = {repeated, *(added[token] for token in named if token in added)}
 
     def expand(self, text: str, pictures: Sequence[Picture], where: str) -> Expanded:
         """Replace the placeholders of ``pictures``, in order.

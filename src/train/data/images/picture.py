@@ -167,9 +167,7 @@ class Gallery:
             try:
                 value.save(buffer, "PNG")
             except (OSError, ValueError) as error:  # a mode that PNG does not have, such as CMYK
-                raise DataError(
-                    f"{where}: {first_line(error)}: convert the image to RGB"
-                ) from None
+                raise DataError(f"{where}: {first_line(error)}: convert the image to RGB") from None
             return buffer.getvalue()
         raise DataError(
             f"{where}: must be a path, base64 text, or an object with 'path', 'bytes', 'base64' or "
@@ -268,7 +266,7 @@ def _read(path: Path, where: str) -> bytes:
 
 
 def load(picture: Picture, resizing: Resizing, where: str) -> Any:
-    """An image of a row as a PIL image, resized; raises a DataError if it changed since it was prepared."""
+    """An image of a row as a PIL image, resized; raises a DataError if its file has changed."""
     content = _read(Path(picture.path), where)
     if hashlib.sha256(content).hexdigest() != picture.digest:
         raise DataError(
