@@ -32,7 +32,7 @@ class Chat:
     Attributes:
         tools: the functions that the assistant may call, as JSON schemas, or None.
         train: by message: whether it is trained, which of its characters are, or None: by its role.
-        pictures: those of the parts of type ``image``, in order.
+        pictures: the images of the parts of type ``image``, in order.
     """
 
     where: str
@@ -73,6 +73,21 @@ class Template:
             except DataError:
                 continue
         return False
+
+    def around_image(self, placeholder: str) -> tuple[str, str]:
+        """What it writes for an image before and behind the placeholder."""
+        text = {"type": "text", "text": "\ue000"}
+        try:
+            plain, shown = (
+                self.render([{"role": "user", "content": parts}]).partition("\ue000")[0]
+                for parts in ([text], [{"type": "image"}, text])
+            )
+        except DataError:
+            return "", ""
+        pairs = enumerate(zip(plain, shown, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(shown)))
+        before, found, behind = shown[shared:].partition(placeholder)
+        return (before, behind) if found else ("", "")
 
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""

@@ -21,7 +21,7 @@ from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
-from .fields import fields_of, kind, need, need_text
+from .fields import IMAGE_FIELDS, fields_of, kind, may_text, need, need_text
 from .instruction import spelled_out, worded
 from .segments import SegmentEncoder, Segments
 
@@ -80,10 +80,11 @@ class PromptCompletion:
 
     def read(self, row: Any, where: str) -> Chat | Segments:
         """The content of a row."""
-        row = fields_of(row, where, self.prompt)
+        row = fields_of(row, where, self.prompt, IMAGE_FIELDS)
         prompt = need(row, self.prompt, where)
         completion = need(row, self.completion, where)
         if isinstance(prompt, str) and isinstance(completion, str):
+            fields_of(row, where, self.prompt)  # a text has no places for images
             return Segments(where, ((prompt, False), (completion, True)), bos=True, eos=True)
         if not (isinstance(prompt, list) and isinstance(completion, list) and completion):
             raise DataError(
@@ -94,6 +95,34 @@ class PromptCompletion:
         prompt_turns = len(chat.messages) - len(completion)
         train = chat.train or [None] * len(chat.messages)
         return replace(chat, train=[False] * prompt_turns + list(train[prompt_turns:]))
+
+
+class InstructionChat:
+    """An instruction and its answer as a conversation, as LLaMA-Factory trains such rows."""
+
+    def __init__(self, dataset: Dataset, conversation: Conversation) -> None:
+        self.instruction = dataset.field_instruction or "instruction"
+        self.input = dataset.field_input or "input"
+        self.output = dataset.field_output or "output"
+        self.conversation = conversation
+
+    def read(self, row: Any, where: str) -> Chat:
+        """The content of a row."""
+        row = fields_of(row, where, self.instruction, IMAGE_FIELDS)
+        question = need_text(row, self.instruction, where)
+        more, answer = may_text(row, self.input, where), need_text(row, self.output, where)
+        history = row.get("history") or []
+        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+            raise DataError(
+                f"{where}: the field 'history' must be a list of questions with their answers"
+            )
+        pairs = [*history, (f"{question}\n{more}" if more else question, answer)]
+        turns = [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return self.conversation.chat(turns, row, where)
 
 
 class Tokenized:
@@ -127,6 +156,10 @@ class Tokenized:
         return Tokens(where, ids, joined(spans))
 
 
+_CHATS = (Conversation, PromptCompletion, InstructionChat)
+"""What reads rows that the chat template may write."""
+
+
 class Encoder:
     """Turns the rows of one dataset into tokens.
 
@@ -153,17 +186,16 @@ class Encoder:
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
         source = template_of(dataset, recipe, tokenizer)
-        reads = isinstance(images, ImageReader)
-        gallery = images.gallery if reads else images
+        reader = images if isinstance(images, ImageReader) else None
+        gallery = images.gallery if isinstance(images, ImageReader) else images
+        self.expander = reader.expander if reader else None
         self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
-        if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
+        if isinstance(self.format, _CHATS) and source is not None:
             rules = _rules(dataset, recipe, everything)
-            self.chats = chat_encoder(
-                dataset, recipe, tokenizer, source, rules, day, images.expander if reads else None
-            )
-        elif isinstance(self.format, Conversation):
+            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day, self.expander)
+        elif isinstance(self.format, Conversation | InstructionChat):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
@@ -176,12 +208,20 @@ class Encoder:
             "everything": everything,
             "prepared": recipe.skip_prepare_dataset,
             "day": day if writes_day(self.chats) else None,
-            "images": images.settings if reads else None,
+            "images": reader.settings if reader else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
         """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
+        samples = self._encoded(rows)
+        if self.expander is not None:
+            for tokens in samples:
+                if not tokens.whole:  # else it has been checked
+                    self.expander.require_text(tokens.ids, [], tokens.where)
+        return samples
+
+    def _encoded(self, rows: Sequence[Row]) -> list[Tokens]:
         read = [self.format.read(row, where) for where, row in rows]
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]
@@ -273,6 +313,7 @@ READERS: dict[str, Callable[[RowType, Dataset, Conversation], RowReader]] = {
     ),
     "segments": lambda *_: InputOutput(),
     "prompt_completion": lambda _, dataset, conversation: PromptCompletion(dataset, conversation),
+    "instruction_chat": lambda _, dataset, conversation: InstructionChat(dataset, conversation),
     "instruction": lambda row_type, dataset, _: _instruction(row_type, dataset),
 }
 """The constructors of readers, by the type's record."""
