@@ -220,7 +220,10 @@ class Preferences(Objective):
 
     def probe(self) -> dict[str, Any]:
         """A batch of one row, to compare models on."""
-        batch = self.trainer.data_collator([self.trainer.train_dataset[0]])
+        row = self.trainer.train_dataset[0]
+        batch: dict[str, Any] = self.trainer.data_collator([row])
+        if row.get("pictures"):
+            return batch  # features belong to all of its tokens
         ids = next(value for name, value in batch.items() if name.endswith("input_ids"))
         return {"input_ids": ids[:1]}
 

@@ -10,13 +10,19 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data import IGNORED
+from ..data.images.features import Featurizer
 from ..data.preferences.examples import Example, Examples
+from ..data.sample import Sample
 
 _CHUNK = 1_000
 """Rows that are turned into columns at a time."""
+
+_TYPES = {list: pa.list_(pa.int32()), bool: pa.bool_(), str: pa.string()}
+"""The types of columns."""
 
 FILLS = "fills"
 """Marks an example that only fills the batch of a process."""
@@ -36,7 +42,7 @@ def as_dataset(
         rows = change([examples[i] for i in range(start, min(start + size, len(examples)))])
         for name in rows[0]:
             values = [row[name] for row in rows]
-            kind = pa.list_(pa.int32()) if isinstance(values[0], list) else pa.bool_()
+            kind = _TYPES[type(values[0])]
             columns.setdefault(name, []).append(pa.array(values, type=kind))
     table = pa.table({name: pa.chunked_array(parts) for name, parts in columns.items()})
     return PreparedDataset(table)
@@ -115,6 +121,40 @@ class Counted:
         tokens = sum(int(batch[name].sum()) for name in self.tokens)
         trained = sum(int(batch[name].sum()) for name in self.trained)
         return {**batch, "tokens": 0 if fills else tokens, "trained": 0 if fills else trained}
+
+
+_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""Features of tokens, which TRL's trainer of KTO takes for its other answers, too."""
+
+
+@dataclass(frozen=True)
+class WithImages:
+    """Adds the features of the images in prompts, as TRL's trainers pass them to the model.
+
+    Rows that have the same prompts, such as those of the better and of the worse answers, come one
+    after the other in a batch, and so do their features.
+    """
+
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+    featurizer: Featurizer | None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch with them."""
+        batch = self.collate(examples)
+        if self.featurizer is None:
+            return batch
+        prompts = [[Sample(e["prompt_ids"], [], e.get("pictures", ""))] for e in examples]
+        ids = batch["input_ids"]
+        times = len(ids) // len(prompts)
+        once = {"input_ids": ids[: len(prompts)]}
+        features = {
+            name: torch.cat([value] * times)
+            for name, value in self.featurizer.features(prompts, once, whole=False).items()
+        }
+        for name in features.keys() & set(_OF_TOKENS) if "KL_input_ids" in batch else ():
+            more = batch["KL_input_ids"].shape[1] - ids.shape[1]  # answers have none
+            features[f"KL_{name}"] = F.pad(features[name], (0, more))
+        return {**batch, **features}
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

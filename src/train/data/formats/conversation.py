@@ -248,7 +248,7 @@ class Conversation:
                 if part["type"] == "text":
                     parts.append(part)
                     continue
-                gallery = self._gallery(where)
+                gallery = self.require_gallery(where)
                 value = next((part[k] for k in _OF_PART if part.get(k) is not None), None)
                 if value is None:
                     wanted += 1
@@ -259,7 +259,7 @@ class Conversation:
                 parts.append({"type": "image"})
             message["content"] = parts
         if waiting:
-            self._gallery(where)
+            self.require_gallery(where)
         if wanted != count:
             raise DataError(
                 f"{where}: the row has {count} pictures, and its messages have {wanted} places for "
@@ -267,7 +267,8 @@ class Conversation:
             )
         return tuple(pictures)
 
-    def _gallery(self, where: str) -> Gallery:
+    def require_gallery(self, where: str) -> Gallery:
+        """Where images are; raises a DataError if rows may have none."""
         if isinstance(self.gallery, NoImages):
             raise DataError(f"{where}: the row has an image, and {self.gallery.why}")
         return self.gallery
