@@ -7,6 +7,7 @@ whether it needs a reference model) is in ``recipe/methods_table.py``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -34,6 +35,7 @@ from .rows import (
     MismatchedAnswers,
     SeparateAnswers,
     WithImages,
+    features_in,
     mismatched,
 )
 
@@ -74,7 +76,8 @@ class Cpo(EngineMixin, CPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
         """Both answers of each pair in one forward pass, and their log-probabilities."""
         forward: Any = super().concatenated_forward
-        return forward(FloatLogits(model), batch)
+        called = functools.partial(model, **features_in(batch))
+        return forward(FloatLogits(called), batch)
 
 
 class RewardModel(EngineMixin, RewardTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
@@ -132,7 +135,7 @@ def _labelled(pad: int, featurizer: Featurizer | None) -> Counted:
 
 def _separate(pad: int, featurizer: Featurizer | None) -> Counted:
     masks = "chosen_attention_mask", "rejected_attention_mask"
-    return Counted(SeparateAnswers(pad), masks, masks)
+    return Counted(SeparateAnswers(pad, featurizer), masks, masks)
 
 
 def _whole_texts(pad: int, featurizer: Featurizer | None) -> Counted:

@@ -49,7 +49,7 @@ class Head:
 
 LANGUAGE_HEAD = Head("AutoModelForCausalLM", "CAUSAL_LM")
 
-_OTHERS = "leave such rows out, or train them by rl: dpo, ipo or kto"
+_OTHERS = "leave such rows out, or train them by rl: dpo, ipo, kto, cpo or simpo"
 _NOT_PRECOMPUTED = (
     "computes precompute_ref_log_probs of texts alone: set it to false, or leave such rows out"
 )
@@ -87,6 +87,10 @@ class RecipeMethod:
 
 def _beta(recipe: Recipe, trl: TrlKeys) -> float | None:
     return recipe.rl_beta if trl.beta is None else trl.beta
+
+
+def _with_images(recipe: Recipe) -> str:
+    return ""
 
 
 def _moving_reference(trl: TrlKeys) -> dict[str, Any]:
@@ -213,11 +217,11 @@ def _reward(recipe: Recipe, trl: TrlKeys) -> dict[str, Any]:
 METHODS: Mapping[Method, RecipeMethod] = {
     "dpo": RecipeMethod(
         "DPO (direct preference optimization)", "pairs", _dpo, "always",
-        no_images=lambda recipe: "",
+        no_images=_with_images,
     ),
     "ipo": RecipeMethod(
         "IPO (identity preference optimization)", "pairs", _ipo, "always",
-        no_images=lambda recipe: "",
+        no_images=_with_images,
     ),
     "orpo": RecipeMethod(
         "ORPO (odds ratio preference optimization)", "pairs", _orpo,
@@ -228,8 +232,12 @@ METHODS: Mapping[Method, RecipeMethod] = {
         other_passes=1,  # it also compares each prompt with another one's answer
         no_images=lambda recipe: _NOT_PRECOMPUTED if recipe.precompute_ref_log_probs else "",
     ),
-    "simpo": RecipeMethod("SimPO (simple preference optimization)", "pairs", _simpo),
-    "cpo": RecipeMethod("CPO (contrastive preference optimization)", "pairs", _cpo),
+    "simpo": RecipeMethod(
+        "SimPO (simple preference optimization)", "pairs", _simpo, no_images=_with_images
+    ),
+    "cpo": RecipeMethod(
+        "CPO (contrastive preference optimization)", "pairs", _cpo, no_images=_with_images
+    ),
     "grpo": RecipeMethod(
         "GRPO (group relative policy optimization)", "prompts", _grpo, "with beta"
     ),
