@@ -430,7 +430,7 @@ def refused() -> dict[str, tuple[Row, Row, str]]:
     (pair,), (judged,) = pairs(1), labelled(1)
     prompt = {"images": ["0.png"], "prompt": pair["prompt"]}
     seen = [*assistant("red")["content"], image(path="0.png")]
-    few = "row has 1 pictures, and its messages have 2 places"
+    few = "the row has 1 image, and its messages have 2 places"
     return {
         "orpo": ({"rl": "orpo"}, pair, "the row has an image, and rl: orpo trains prompts, too"),
         "reward": (
