@@ -312,6 +312,10 @@ def forms() -> dict[str, Row]:
     good, bad = assistant("red"), assistant("green")
     return {
         "explicit": {"images": ["0.png"], "prompt": [asked], "chosen": [good], "rejected": [bad]},
+        "no place": {
+            "images": ["0.png"], "prompt": [{"role": "user", "content": "Which colour?"}],
+            "chosen": [good], "rejected": [bad],
+        },
         "one image": {"image": "0.png", "prompt": [asked], "chosen": [good], "rejected": [bad]},
         "implicit": {"images": ["0.png"], "chosen": [asked, good], "rejected": [asked, bad]},
         "repeated": {
@@ -441,7 +445,13 @@ def refused() -> dict[str, tuple[Row, Row, str]]:
             "rl: kto computes precompute_ref_log_probs of texts alone: set it to false",
         ),
         "grpo": (
-            {"rl": "grpo", "trl": {"reward_funcs": ["length"]}}, prompt, "has 'images' besides text"
+            {"rl": "grpo", "trl": {"reward_funcs": ["length"]}}, prompt,
+            "the row has an image, and rl: grpo trains texts alone: leave such rows out",
+        ),
+        "process reward": (
+            {"rl": None, "process_reward_model": True, "type": "stepwise_supervised"},
+            {"images": ["0.png"], "prompt": "?", "completions": ["a"], "labels": [True]},
+            "the row has an image, and process_reward_model trains texts alone",
         ),
         "grpo, parts": (
             {"rl": "grpo", "trl": {"reward_funcs": ["length"]}},

@@ -19,6 +19,7 @@ from ..chat.encoder import ChatEncoder, tokenize
 from ..chat.mask import Rules
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
+from ..formats.fields import IMAGE_FIELDS
 from ..formats.registry import Row, chat_encoder, require_ends, template_of, writes_day
 from ..formats.segments import SegmentEncoder
 from ..images.picture import TEXT_ONLY, NoImages
@@ -63,6 +64,7 @@ class PreferenceEncoder:
         if settings.no_images:
             images = NoImages(settings.no_images)
         reads = isinstance(images, ImageReader)
+        self.why_no_images = "" if isinstance(images, ImageReader) else images.why
         gallery = images.gallery if reads else images
         day = day or today()
         recipe = _with_prompt_variables(recipe)
@@ -110,6 +112,10 @@ class PreferenceEncoder:
 
     def encode(self, rows: Sequence[Row]) -> list[TokenizedRow]:
         """Read and tokenize rows; raises a DataError, with file and line, for a wrong one."""
+        if self.why_no_images and not isinstance(self.reader, OwnTypeReader):  # it may drop them
+            for where, row in rows:
+                if isinstance(row, dict) and any(row.get(name) for name in IMAGE_FIELDS):
+                    raise DataError(f"{where}: the row has an image, and {self.why_no_images}")
         read = [self.reader.read(row, where) for where, row in rows]
         chats = [c for r in read for c in _chats(r)]
         encoded = iter(self._required_chats(chats).encode(chats) if chats else ())

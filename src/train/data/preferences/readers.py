@@ -22,7 +22,7 @@ from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
 from ..formats.fields import IMAGE_FIELDS, as_text, fields_of, kind, may_text
 from ..formats.instruction import filled, require_fillable
-from ..images.picture import NoImages, Picture
+from ..images.picture import Picture
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,10 @@ class MessageReader:
             )
         if not self._as_messages(field, prompt, values):
             if any(row.get(name) for name in IMAGE_FIELDS):
-                raise DataError(f"{where}: the row has an image, and {self._why_not()}")
+                raise DataError(
+                    f"{where}: the row has an image, and its prompt is plain text: write the "
+                    "prompt as a list of messages, with a part of type image where it belongs"
+                )
             before, texts = self._texts(prompt, values, where)
             answers = tuple(map(JudgedAnswer, texts, good))
             return Preference(where, before, answers)
@@ -226,15 +229,6 @@ class MessageReader:
             JudgedAnswer(content, flag) for content, flag in zip(contents, good, strict=True)
         )
         return Preference(where, chat.messages, answers, chat.tools, pictures=chat.pictures)
-
-    def _why_not(self) -> str:
-        """Why a row of plain texts may have no image."""
-        if isinstance(gallery := self.conversation.gallery, NoImages):
-            return gallery.why
-        return (
-            "its prompt is plain text: write the prompt as a list of messages, with a part of type "
-            "image where it belongs"
-        )
 
     def _prompt_field(self, row: Mapping[str, Any], answer: Any) -> str | None:
         """The field with the prompt, which is not the conversation that has the answer, too."""
