@@ -382,19 +382,18 @@ def test_an_image_is_never_cut(
     (whole,) = examples(recipe(base, tmp_path, [long_answer], file))
     prompt = len(whole["prompt_ids"])
 
-    def cut(longest: int) -> list[Row]:
-        keys = {"sequence_len": longest, "excess_length_strategy": "truncate"}
+    def cut(longest: int, **keys: Any) -> list[Row]:
+        keys = {"sequence_len": longest, "excess_length_strategy": "truncate", **keys}
         return examples(recipe(base, tmp_path, [long_answer, row], file, **keys))
 
-    first, second = cut(prompt + 12)
-    assert first["prompt_ids"] == whole["prompt_ids"]
-    assert first["chosen_ids"] == whole["chosen_ids"][:12]
-    assert second["rejected_ids"] == whole["rejected_ids"][:12]
+    first, second = cut(prompt + 14)
+    assert first["prompt_ids"] == second["prompt_ids"] == whole["prompt_ids"]
+    assert first["chosen_ids"] == whole["chosen_ids"][:14]
+    assert second["rejected_ids"] == whole["rejected_ids"]
     with pytest.raises(DataError, match="2 are longer than"):
         cut(prompt - 1)
-    keys = {"max_prompt_len": prompt - 1, "excess_length_strategy": "truncate"}
     with pytest.raises(DataError, match="no row is left to train on"):
-        examples(recipe(base, tmp_path, [row], file, **keys))
+        cut(2 * prompt, max_prompt_len=prompt - 1)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -445,7 +444,7 @@ def refused() -> dict[str, tuple[Row, Row, str]]:
             "rl: kto computes precompute_ref_log_probs of texts alone: set it to false",
         ),
         "grpo": (
-            {"rl": "grpo", "trl": {"reward_funcs": ["length"]}}, prompt,
+            {"rl": "grpo", "trl": {"reward_funcs": ["length:9"]}}, prompt,
             "the row has an image, and rl: grpo trains texts alone: leave such rows out",
         ),
         "process reward": (
@@ -454,7 +453,7 @@ def refused() -> dict[str, tuple[Row, Row, str]]:
             "the row has an image, and process_reward_model trains texts alone",
         ),
         "grpo, parts": (
-            {"rl": "grpo", "trl": {"reward_funcs": ["length"]}},
+            {"rl": "grpo", "trl": {"reward_funcs": ["length:9"]}},
             {"prompt": [user(image(path="0.png"))]}, "an image, and rl: grpo trains texts alone",
         ),
         "an answer": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
@@ -289,7 +289,7 @@ class MessageReader:
         for name, messages in zip(self.answers, answers, strict=True):
             _require_assistant(messages, name, where)
             _require_text(messages, name, where)
-        return Chat(where, chat.messages, chat.tools), answers
+        return replace(chat, where=where), answers
 
     def _turns(self, value: Any, role: str = "assistant") -> list[Any]:
         if isinstance(value, str):
