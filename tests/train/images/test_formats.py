@@ -160,9 +160,7 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_others(name: str, tmp_path: Path) -> None:
     make, keys = ROWS[name]
-    (usual,) = samples(
-        write_rows(tmp_path / "usual.jsonl", [ROWS["a part with a path"][0]()])
-    )
+    (usual,) = samples(write_rows(tmp_path / "usual.jsonl", [ROWS["a part with a path"][0]()]))
     (sample,) = samples(write_rows(tmp_path / "rows.jsonl", [plain(make())]), keys)
     assert sample.input_ids == usual.input_ids
     assert sample.labels == usual.labels
@@ -173,9 +171,7 @@ def test_rows_of_others(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["TRL's list without places", "a table's bytes"])
 def test_objects_that_only_tables_hold(name: str, tmp_path: Path) -> None:
     """Bytes, and PIL's images, which JSON has not."""
-    conversation = Conversation(
-        Dataset(path="x"), "", None, Gallery(tmp_path, tmp_path / "copies")
-    )
+    conversation = Conversation(Dataset(path="x"), "", None, Gallery(tmp_path, tmp_path / "copies"))
     chat = conversation.read(ROWS[name][0](), "rows, row 1")
     (picture,) = chat.pictures
     assert Path(picture.path).parent == tmp_path / "copies"
@@ -302,6 +298,8 @@ def test_equal_rows_are_duplicates_wherever_they_are(tmp_path: Path) -> None:
     other = {"messages": turns(parts({"type": "image", "path": "c.png"}))}
     Image.new("RGB", (24, 32), "green").save(tmp_path / "e.png")  # as large, with other pixels
     green = {"messages": turns(parts({"type": "image", "path": "e.png"}))}
-    path = write_rows(tmp_path / "rows.jsonl", [row, copy, other, green, json.loads(json.dumps(row))])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [row, copy, other, green, json.loads(json.dumps(row))]
+    )
     found = samples(path, dataset_exact_deduplication=True)
     assert len(found) == 3
