@@ -50,10 +50,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         path = folder / name
         if not path.exists():
             FAMILIES[name].save(path)
-            file = path / "chat_template.jinja"
-            text, end = file.read_text(encoding="utf-8"), "\n{% endfor %}"
-            line = "{{ '\n' if not loop.last or add_generation_prompt }}{% endfor %}"
-            file.write_text(text.replace(end, line), encoding="utf-8")
+            file, line = path / "chat_template.jinja", "\n{% endfor %}"
+            between = "{{ '\n' if not loop.last or add_generation_prompt }}{% endfor %}"
+            written = file.read_text(encoding="utf-8")
+            for end in ("<|im_end|>", "<end_of_turn>"):
+                written = written.replace(f"{end}{line}", f"{end}{between}")
+            file.write_text(written, encoding="utf-8")
         return path
 
     return saved
@@ -175,6 +177,7 @@ def by_trl(given: Row, rows: list[Row], folder: Path) -> list[Row]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.long("qwen2_5_vl-True", "gemma3-False", "gemma3-True", "llava-False", "llava-True")
 @pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "llava"])
 def test_ten_steps_are_those_of_trl_on_raw_rows(
@@ -191,6 +194,7 @@ def test_ten_steps_are_those_of_trl_on_raw_rows(
     require_same(found, logs, 1e-3 if optimize else 1e-5)
 
 
+@pytest.mark.long("qwen2_5_vl", "gemma3")
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
 def test_ten_steps_of_kto_are_those_of_trl_on_raw_rows(
     name: str, checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
@@ -399,9 +403,20 @@ def test_an_image_is_never_cut(
 # --- batches --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "types", "stands"),
+    [
+        ("qwen2_5_vl", "mm_token_type_ids", "<|image_pad|>"),
+        ("gemma3", "token_type_ids", "<image_soft_token>"),
+    ],
+)
 def test_a_batch_has_the_features_of_both_answers_in_order(
-    name: str, checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+    name: str,
+    types: str,
+    stands: str,
+    checkpoints: Callable[[str], Path],
+    pictures: Path,
+    tmp_path: Path,
 ) -> None:
     from fusewright.train.data.images.reading import featurizer_of
     from fusewright.train.methods.table import METHODS
@@ -412,8 +427,7 @@ def test_a_batch_has_the_features_of_both_answers_in_order(
     processing = load_processing(loaded)
     collate = METHODS["dpo"].collate(0, featurizer_of(loaded, processing))
     whole = collate(examples(given))
-    types = "mm_token_type_ids" if name == "qwen2_5_vl" else "token_type_ids"
-    placeholder = processing.tokenizer.convert_tokens_to_ids(processing.processor.image_token)
+    placeholder = processing.tokenizer.convert_tokens_to_ids(stands)
     assert torch.equal(whole[types] == 1, whole["input_ids"] == placeholder)
     assert whole["input_ids"].shape[0] == 8
     alone = [collate([example]) for example in examples(given)]
