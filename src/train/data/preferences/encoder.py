@@ -63,9 +63,9 @@ class PreferenceEncoder:
         assert settings is not None  # the recipe of a preference method
         if settings.no_images:
             images = NoImages(settings.no_images)
-        reads = isinstance(images, ImageReader)
-        self.why_no_images = "" if isinstance(images, ImageReader) else images.why
-        gallery = images.gallery if reads else images
+        image_reader = images if isinstance(images, ImageReader) else None
+        gallery: Any = image_reader.gallery if image_reader else images
+        self.why_no_images = images.why if isinstance(images, NoImages) else ""
         day = day or today()
         recipe = _with_prompt_variables(recipe)
         source = template_of(dataset, recipe, tokenizer)
@@ -78,7 +78,7 @@ class PreferenceEncoder:
         if source is not None and not texts_only:
             self.chats = chat_encoder(
                 dataset, recipe, tokenizer, source, _rules(dataset, recipe), day,
-                images.expander if reads else None,
+                image_reader.expander if image_reader else None,
             )  # fmt: skip
         self.segments = SegmentEncoder(tokenizer, False, recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
@@ -97,7 +97,7 @@ class PreferenceEncoder:
             "eot_tokens": recipe.eot_tokens,
             "function": isinstance(self.reader, OwnTypeReader),
             "day": day if writes_day(self.chats) else None,
-            "images": images.settings if reads else None,
+            "images": image_reader.settings if image_reader else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
