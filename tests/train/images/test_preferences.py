@@ -23,6 +23,7 @@ from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.preferences import rows_of
 from fusewright.train.trainer.ready import ready_model
 
+from ..commands import fusewright
 from ..conftest import write_rows
 from .families import FAMILIES
 
@@ -281,6 +282,8 @@ def test_validation_is_what_single_forward_passes_give(
     assert figures["eval_rewards/margins"] == pytest.approx(float(margins.mean()), abs=1e-4)
     mean = float(torch.tensor(own)[:, 0].mean())
     assert figures["eval_logps/chosen"] == pytest.approx(mean, rel=1e-4)
+    evaluated = fusewright("eval", result.output_dir, "--json")
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(figures["eval_loss"], abs=1e-4)
 
 
 @pytest.mark.long
