@@ -256,6 +256,7 @@ def test_validation_is_what_single_forward_passes_give(
         for key in ("lora_r", "lora_target_linear"):
             del given[key]
     result = train(given, console=QUIET)
+    assert adapter is None or result.adapter_check["exact"]
     (figures,) = [e for e in result.history if "eval_loss" in e and e["step"] == 4]
 
     processor = AutoProcessor.from_pretrained(base)
