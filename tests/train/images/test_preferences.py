@@ -304,6 +304,7 @@ def test_a_precomputed_reference_is_that_of_each_batch(
         assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
 ) -> None:
