@@ -198,11 +198,11 @@ def _work(
         longest = recipe.eval_sequence_len or longest
     encoder: RowEncoder
     rows = rows_of(recipe)
+    images = reader_of(recipe, dataset, processing, copies)
     if rows is None:
-        images = reader_of(recipe, dataset, processing, copies)
         encoder = encoder_of(dataset, recipe, tokenizer, longest, day, images)
     else:
-        encoder = PreferenceEncoder(dataset, recipe, tokenizer, day)
+        encoder = PreferenceEncoder(dataset, recipe, tokenizer, day, images)
     shortest = recipe.min_sample_len or (1 if rows == "prompts" else 2)
     limits = Limits(longest, shortest, recipe.excess_length_strategy, encoder.watched)
     return Work(encoder, limits)

@@ -83,7 +83,6 @@ def evaluate(
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _run_recipe(run)}
     with quiet():
         processing = load_processing(run)
-        tokenizer = processing.tokenizer
         rows = {  # before the model, which takes longer to load
             name: _prepare(run, name, recipe, processing, None if as_json else console)
             for name, recipe in recipes.items()
@@ -98,7 +97,7 @@ def evaluate(
             prepared = rows[name]
             announce(f"evaluating {name or 'the validation rows'}")
             if method_of(recipe) is not None:
-                metrics |= _by_method(model, recipe, tokenizer, prepared, console)
+                metrics |= _by_method(model, recipe, processing, prepared, console)
             else:
                 metrics |= _by_token(model, recipe, processing, prepared)
     path = _write(run, metrics, recorded)
@@ -204,12 +203,12 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 
 
 def _by_method(
-    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData, console: Console
+    model: Any, recipe: Recipe, processing: Processing, prepared: PreparedData, console: Console
 ) -> dict[str, EvalMetrics]:
     from ..methods.evaluate import measured
 
     begun = time.perf_counter()
-    figures = measured(model, recipe, tokenizer, prepared, console)
+    figures = measured(model, recipe, processing, prepared, console)
     seconds = (time.perf_counter() - begun) / max(1, len(figures))
     return {
         name: _metrics(of.pop("loss", None), prepared.validation[name], seconds, None, of)

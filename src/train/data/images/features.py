@@ -79,6 +79,7 @@ class Featurizer:
         self,
         packs: Iterable[Sequence[Sample]],
         batch: Mapping[str, Tensor],
+        whole: bool = True,
         left: bool = False,
     ) -> dict[str, Tensor]:
         """The features of a batch's images, in the order of their placeholders.
@@ -86,6 +87,7 @@ class Featurizer:
         Args:
             packs: for each row of the batch the samples in it, one after the other.
             batch: that of their tokens, by ``collate``.
+            whole: each sample has all tokens of its text; False: those that it begins with.
             left: shorter rows are filled up on the left, as prompts are.
 
         Returns:
@@ -105,7 +107,7 @@ class Featurizer:
         if not illustrated:
             return {}
         made = self._processed(illustrated)
-        of_tokens = self._of_tokens(made, illustrated)
+        of_tokens = self._of_tokens(made, illustrated, whole)
         result: dict[str, Any] = {
             name: torch.as_tensor(value)
             for name, value in made.items()
@@ -177,12 +179,13 @@ class Featurizer:
             ) from None
 
     def _of_tokens(
-        self, made: Any, illustrated: Sequence[Illustrated]
+        self, made: Any, illustrated: Sequence[Illustrated], whole: bool
     ) -> dict[str, list[list[int]]]:
         """The values that belong to tokens, by sample; the tokens must be the prepared ones."""
         ids = made["input_ids"]
         for row, (one, mask) in enumerate(zip(illustrated, made["attention_mask"], strict=True)):
-            if ids[row][mask.bool()].tolist() != one.ids:
+            tokens = ids[row][mask.bool()].tolist()
+            if tokens[: None if whole else len(one.ids)] != one.ids:
                 raise DataError(
                     f"{one.where}: the processor makes other tokens of this row than were "
                     "prepared: is it of another version? Delete dataset_prepared_path"

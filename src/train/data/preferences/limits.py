@@ -39,6 +39,7 @@ class TokenizedRow:
         ends: the tokens that end the answers.
         empty: the prompt or an answer is empty.
         specials: the text of the user, or of the prompt, has special tokens in it.
+        whole: the prompt must not be cut: some tokens belong to features, which would be left over.
     """
 
     where: str
@@ -50,6 +51,7 @@ class TokenizedRow:
     equal: bool = False
     specials: bool = False
     extra: str = ""
+    whole: bool = False
 
     @property
     def length(self) -> int:
@@ -133,6 +135,8 @@ def _fitted(
     if limits.excess == "drop" or not row.answers:  # a prompt that is cut is another question
         return None
     begin = max(0, len(row.prompt) - limit)
+    if row.whole and begin:
+        return None
     cut = replace(row, prompt=row.prompt[begin:])  # the end of it has the question
     return _cut_answers(cut, limits.longest - len(cut.prompt))
 
