@@ -240,7 +240,7 @@ def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
         row.where, encoded[0].ids[:count], tuple(answers),
         ends=frozenset().union(*(tokens.ends for tokens in encoded)), equal=row.equal,
         specials=any(tokens.specials for tokens in encoded),
-        extra=encoded[0].extra, whole=encoded[0].whole,
+        extra=encoded[0].extra, whole=encoded[0].whole, images=encoded[0].images,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class TokenizedRow:
         empty: the prompt or an answer is empty.
         specials: the text of the user, or of the prompt, has special tokens in it.
         whole: the prompt must not be cut: some tokens belong to features, which would be left over.
+        images: how many the prompt has.
     """
 
     where: str
@@ -52,6 +53,7 @@ class TokenizedRow:
     specials: bool = False
     extra: str = ""
     whole: bool = False
+    images: int = 0
 
     @property
     def length(self) -> int:
@@ -93,6 +95,7 @@ def keep_answers(
             counts["nothing_to_train"] += 1
         else:
             counts["truncated"] += fitting is not whole
+            counts["images"] += fitting.images
             for key in _kinds(row, fitting):
                 counts[key] += 1
                 first.setdefault(key, row.where)
