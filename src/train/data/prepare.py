@@ -72,6 +72,10 @@ class PreparedData:
     fingerprint: str = ""
     first: dict[str, str] = field(default_factory=dict)
 
+    def has_extra(self) -> bool:
+        """Whether samples have other data than tokens."""
+        return any(s.has_extra() for s in (self.train, *self.validation.values()))
+
 
 def prepare(
     recipe: Recipe,
@@ -397,6 +401,10 @@ def _weighed(rows: Array, weight: float) -> Array:
 # --- streams -------------------------------------------------------------------------------------
 
 
+Streamed = tuple[Array, Array, str]
+"""Tokens and labels of a sample, and its other data."""
+
+
 class StreamedPacks(IterableDataset[Pack]):
     """An endless stream of packs, for data that is larger than memory; the same for the same seed.
 
@@ -413,6 +421,10 @@ class StreamedPacks(IterableDataset[Pack]):
         self.sources, self.work, self.recipe = sources, work, recipe
         self.counts: Counter[str] = Counter()
 
+    def has_extra(self) -> bool:
+        """Whether samples may have other data."""
+        return any(bool(one.encoder.settings.get("images")) for one in self.work)
+
     def __iter__(self) -> Iterator[Pack]:
         size = self.recipe.streaming_multipack_buffer_size
         draw = np.random.default_rng(self.recipe.seed)
@@ -423,22 +435,25 @@ class StreamedPacks(IterableDataset[Pack]):
                 if self.recipe.shuffle_merged_datasets and not self.recipe.curriculum_sampling:
                     buffer = [buffer[i] for i in draw.permutation(len(buffer))]
                 for group in self._groups(buffer, draw):
-                    yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
+                    yield [
+                        Sample(ids.tolist(), labels.tolist(), extra)
+                        for ids, labels, extra in (buffer[i] for i in group)
+                    ]
             if not count:
                 paths = ", ".join(source.dataset.path for source in self.sources)
                 raise DataError(f"{paths}: no row of the stream can be trained on")
 
     def _groups(
-        self, buffer: Sequence[tuple[Array, Array]], draw: np.random.Generator
+        self, buffer: Sequence[Streamed], draw: np.random.Generator
     ) -> Iterable[Sequence[int]]:
         """Packs of the buffer's samples, in any order: best fit would put the long ones first."""
         if not self.recipe.packs():
             return ([i] for i in range(len(buffer)))
-        lengths = np.array([len(ids) for ids, _ in buffer])
+        lengths = np.array([len(ids) for ids, _, _ in buffer])
         groups = pack(lengths, self.recipe.sequence_len, self.recipe.sample_packing_bin_size)
         return (groups[i] for i in draw.permutation(len(groups)))
 
-    def _samples(self) -> Iterator[tuple[Array, Array]]:
+    def _samples(self) -> Iterator[Streamed]:
         readers = [
             _Reader(source, work, batches(self._share(source.rows())))
             for source, work in zip(self.sources, self.work, strict=True)
@@ -453,8 +468,9 @@ class StreamedPacks(IterableDataset[Pack]):
                 self.counts += part.counts
                 if len(part.lengths):
                     cuts = np.cumsum(part.lengths)[:-1]
+                    extra = part.extra or [""] * len(part.lengths)
                     yield from zip(
-                        np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
+                        np.split(part.ids, cuts), np.split(part.labels, cuts), extra, strict=True
                     )
 
     def _share(self, rows: Iterator[Row]) -> Iterator[Row]:

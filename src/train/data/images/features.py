@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ....errors import DataError, first_line
-from ..sample import Sample
+from ..sample import IGNORED, Sample
 from .picture import Picture, Resizing, load
 
 if TYPE_CHECKING:
@@ -47,11 +48,16 @@ class Illustrated:
         if not sample.extra:
             return None
         content = json.loads(sample.extra)
+        if "pictures" not in content:  # a teacher's probabilities, or columns of a row
+            return None
         pictures = tuple(
             Picture(p["path"], p["digest"], (p["size"][0], p["size"][1]))
             for p in content["pictures"]
         )
         return cls(content["where"], content["text"], pictures, sample.input_ids)
+
+
+_BLANK = Picture("", "", (64, 64))
 
 
 @dataclass
@@ -66,6 +72,26 @@ class Featurizer:
     options: dict[str, Any] = field(default_factory=dict)
     positions: Positions | None = None
     """Of a model whose positions of images have several axes."""
+    completes: bool = False
+    """Whether a batch without an image gets a blank one: what reads images is then called for each
+    batch, as processes need that share it, or average its gradients."""
+
+    def sample(self, text: str) -> Sample:
+        """A text with placeholders that stand for blank images; nothing of it is trained."""
+        pictures = [_BLANK] * text.count(self.processor.image_token)
+        only = Illustrated("a blank image", text, tuple(pictures), [])
+        ids = self._processed([only])["input_ids"][0].tolist()
+        return Sample(ids, [IGNORED] * len(ids), written(text, pictures, only.where))
+
+    @functools.cached_property
+    def _blank(self) -> Sample:
+        return self.sample(self.processor.image_token)
+
+    def completed(self, packs: Sequence[Sequence[Sample]]) -> Sequence[Sequence[Sample]]:
+        """The rows of a batch, with one more where ``completes`` says so."""
+        if not self.completes or any(sample.extra for pack in packs for sample in pack):
+            return packs
+        return [*packs, [self._blank]]
 
     def features(
         self, packs: Iterable[Sequence[Sample]], batch: Mapping[str, Tensor]

@@ -42,7 +42,7 @@ class Picture:
     """A picture of a row.
 
     Attributes:
-        path: its file, absolute.
+        path: its file, absolute; empty: it is blank, and stands for no picture of a row.
         digest: of the file's bytes (SHA-256).
         size: width and height, turned as its EXIF data says, and resized.
     """
@@ -234,6 +234,8 @@ def _decoded(text: str, where: str) -> bytes:
 
 def load(picture: Picture, resizing: Resizing, where: str) -> Any:
     """A picture as a PIL image, resized; raises a DataError if it changed since it was prepared."""
+    if not picture.path:
+        return _blank(picture.size)
     try:
         content = Path(picture.path).read_bytes()
     except OSError as error:
@@ -245,6 +247,14 @@ def load(picture: Picture, resizing: Resizing, where: str) -> Any:
             "anew (delete dataset_prepared_path)"
         )
     return resizing.resized(opened(content, f"{where}: {picture.path}"))
+
+
+def _blank(size: tuple[int, int]) -> Any:
+    """A PIL image with nothing on it, but no two parts that are the same."""
+    from PIL import Image
+
+    across = Image.linear_gradient("L").resize(size)
+    return Image.merge("RGB", [across, across.transpose(Image.Transpose.ROTATE_90), across])
 
 
 def opened(content: bytes, place: str) -> Any:
