@@ -145,6 +145,13 @@ def is_in(name: str, places: Iterable[str]) -> bool:
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
+def tower_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters of towers, with those of their adapters."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    places = towers(base)
+    return [p for name, p in base.named_parameters() if is_in(name, places)]
+
+
 def left_out(model: Any, recipe: Recipe) -> list[str]:
     """The parts in which a recipe trains nothing: towers, unless it says otherwise."""
     return towers(model) if recipe.freeze_mm_modules else []

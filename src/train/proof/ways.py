@@ -123,7 +123,9 @@ def select(sequences: Iterable[Sequence[Sample]], steps: int, size: int) -> Sele
         numbers.append(tuple(range(at, at + len(sequence))))
         at += len(sequence)
     these = [numbers[i % len(numbers)] for i in range(steps * size)]
-    return Selection([*flat, *filler(flat[:1])], [these[i : i + size] for i in range(0, len(these), size)])
+    return Selection(
+        [*flat, *filler(flat[:1])], [these[i : i + size] for i in range(0, len(these), size)]
+    )
 
 
 def sequences_per_step(recipe: Recipe) -> int:

@@ -26,8 +26,8 @@ from ..data import Packs, Sample
 from ..data.images.reading import featurizer_of
 from ..model.load import quiet
 from ..model.precision import computes_in
-from ..model.quantize import dequantize_linears
 from ..model.processor import load_processing
+from ..model.quantize import dequantize_linears
 from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
 from ..processes.mesh import is_sharded

@@ -50,6 +50,8 @@ def training_batch(
 ) -> dict[str, Any]:
     """A batch of sequences, with its counts ``tokens`` and ``trained``.
 
+    ``blank`` is in one whose only image is blank.
+
     A single sequence gets a copy with nothing to train: graphs are compiled for any number of
     rows but one, so the last step would wait for the compiler.
     """
@@ -65,7 +67,8 @@ def training_batch(
     )
     if (shared := recipe.strategy().context) > 1:
         batch = divisible(batch, shared, pad_id)
-    return {**batch, "tokens": tokens, "trained": trained}
+    blank = {"blank": True} if featurizer is not None and featurizer.lacks(packs) else {}
+    return {**batch, "tokens": tokens, "trained": trained, **blank}
 
 
 def _collated(

@@ -60,9 +60,11 @@ def require_packing(model: Any, recipe: Recipe) -> None:
         RecipeError: they do in any case.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    _require_apart(
-        model, recipe, "samples of a pack", lambda sizes: leaks(model, vocabulary, model.device, sizes)
-    )
+
+    def leaks_of(sizes: tuple[int, int]) -> str:
+        return leaks(model, vocabulary, model.device, sizes)
+
+    _require_apart(model, recipe, "samples of a pack", leaks_of)
 
 
 def require_packing_of_images(
@@ -79,16 +81,15 @@ def require_packing_of_images(
     size = len(sample.input_ids)
     text = Sample(sample.input_ids[:1] * size, sample.labels)
 
-    def batch(*packs: list[Sample]) -> dict[str, Any]:
-        made = collate(packs, pad_id, True, sum(len(s.input_ids) for s in packs[0]))
+    def batch(packs: list[list[Sample]], packing: bool) -> dict[str, Any]:
+        made = collate(packs, pad_id, packing, sum(len(s.input_ids) for s in packs[0]))
         del made["labels"]
         made |= featurizer.features(packs, made)
         return {name: value.to(model.device) for name, value in made.items()}
 
-    packs, alone = batch([sample, sample], [text, sample]), batch([sample])
-    _require_apart(
-        model, recipe, "images of a pack", lambda _: leaks_between(model, packs, alone)
-    )
+    packs = batch([[sample, sample], [text, sample]], packing=True)
+    alone = batch([[sample]], packing=False)
+    _require_apart(model, recipe, "images of a pack", lambda _: leaks_between(model, packs, alone))
 
 
 def _require_apart(

@@ -87,11 +87,13 @@ class Featurizer:
     def _blank(self) -> Sample:
         return self.sample(self.processor.image_token)
 
+    def lacks(self, packs: Sequence[Sequence[Sample]]) -> bool:
+        """Whether the rows of a batch get a blank image."""
+        return self.completes and not any(sample.extra for pack in packs for sample in pack)
+
     def completed(self, packs: Sequence[Sequence[Sample]]) -> Sequence[Sequence[Sample]]:
-        """The rows of a batch, with one more where ``completes`` says so."""
-        if not self.completes or any(sample.extra for pack in packs for sample in pack):
-            return packs
-        return [*packs, [self._blank]]
+        """The rows of a batch, with one more for a blank image if they get one."""
+        return [*packs, [self._blank]] if self.lacks(packs) else packs
 
     def features(
         self, packs: Iterable[Sequence[Sample]], batch: Mapping[str, Tensor]
