@@ -129,7 +129,6 @@ class ArrowWriter:
         self.path = path
         self.count = 0
         self._file = pa.OSFile(str(path), "wb")
-        self._extra = extra
         self._schema = _SCHEMA.append(_EXTRA) if extra else _SCHEMA
         self._writer = pa.ipc.new_file(self._file, self._schema)
 
@@ -154,7 +153,7 @@ class ArrowWriter:
             for flat in (ids, labels)
         ]
         columns.append(_int32(trained))
-        if self._extra:
+        if _EXTRA.name in self._schema.names:
             columns.append(_texts(extra or [""] * len(lengths)))
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self.count += len(lengths)
