@@ -21,6 +21,9 @@ from .training import Rows, checkpoint, gradients, small, summed, write_rows
 MIXING = ("gemma3", "gemma4")
 """Families whose masks of images are for rows of one sample, in transformers 5.24."""
 
+RECURRENT = ("qwen3_5",)
+"""Families whose recurrent layers keep samples apart in an optimized model only."""
+
 LENGTH = 256
 
 
@@ -71,7 +74,8 @@ def test_losses_and_gradients(family: str, written: Path) -> None:
     exact = copy.deepcopy(model).double()
     alone = measured(exact, rows, packing=False)
     assert any("vis" in name or "tower" in name for name in alone)  # towers, too
-    assert max(off(measured(exact, rows, packing=True), alone).values()) < 1e-9
+    if family not in RECURRENT:
+        assert max(off(measured(exact, rows, packing=True), alone).values()) < 1e-9
     plain = max(off(measured(model, rows, packing=False), alone).values())
     optimized = optimize(model, packs=True, codegen="eager")
     worst = off(measured(optimized, rows, packing=True), alone)

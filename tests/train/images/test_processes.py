@@ -38,11 +38,12 @@ def trained(world: World, keys: dict[str, Any]) -> Curve:
 
 def asked(rows: Path, output: Path, family: str = "qwen2_5_vl", **keys: Any) -> dict[str, Any]:
     """Rows in the order of the file, of which each process has every other one."""
-    return small(
-        family, rows, output, micro_batch_size=1, optimizer="sgd", learning_rate=0.1,
-        lr_scheduler="constant", curriculum_sampling=True, val_set_size=0,
-        dataset_prepared_path=str(rows.parent / "prepared"), **keys,
-    )  # fmt: skip
+    common = {
+        "micro_batch_size": 1, "optimizer": "sgd", "learning_rate": 0.1,
+        "lr_scheduler": "constant", "curriculum_sampling": True,
+        "dataset_prepared_path": str(rows.parent / "prepared"),
+    }  # fmt: skip
+    return small(family, rows, output, **{**common, **keys})
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,16 @@ def test_one_has_no_image(
 ) -> None:
     two, one = both(alternating, tmp_path, "qwen2_5_vl", **STRATEGIES[strategy], **keys)
     assert len(two) == 4
+    assert two == [pytest.approx(step, rel=1e-4) for step in one]
+
+
+@pytest.mark.slow
+def test_a_step_without_images_moves_no_tower(tmp_path: Path) -> None:
+    """Not by decay and momentum, either: in one process it has no gradients."""
+    rows = write_rows(tmp_path, 8, "1ttt")
+    keys = {"freeze_mm_modules": False, "optimizer": "adamw_torch", "weight_decay": 0.5,
+            "adam_epsilon": 1e-2}  # fmt: skip
+    two, one = both(rows, tmp_path, "qwen2_5_vl", **keys)
     assert two == [pytest.approx(step, rel=1e-4) for step in one]
 
 
