@@ -314,7 +314,8 @@ def forget_conversions(model: Any) -> None:
 def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
     model = with_adapter(model, run.folder, autocast)
     _untie(model)
-    adapted = [place for place in towers(base := model.get_base_model()) if _changes(base, place)]
+    base = model.get_base_model()
+    adapted = [place for place in towers(base) if _changes(base, place)]
     try:
         merged = model.merge_and_unload()
         for name, parameter in merged.named_parameters():  # the base's files have another one
