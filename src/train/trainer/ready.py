@@ -77,7 +77,7 @@ def require_packing_of_images(
     if not _packs(recipe):
         return
     token = featurizer.processor.image_token
-    sample = featurizer.sample(f"One {token} two {token} three.")
+    sample = featurizer.sample(f"One {token} two.")
     size = len(sample.input_ids)
     text = Sample(sample.input_ids[:1] * size, sample.labels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from fusewright.train.inference.evaluate import evaluate
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
+from fusewright.train.processes.world import World
+from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.trainer.build import _image_workers, _require_whole
 from fusewright.train.trainer.engine import FineTuner
 
 from ..results import assert_same, curves, stop_at, weights
@@ -246,6 +250,24 @@ def test_workers_make_the_same_batches(written: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "none", tmp_path / "two")
 
 
+def test_workers_where_nobody_says_how_many(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would wait for images; a stream would have other batches."""
+    keys = small("llava", written, tmp_path / "out")
+
+    def workers(cores: int = 16, **more: Any) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        return _image_workers(Recipe.model_validate({**keys, **more}), World())
+
+    assert workers() == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (workers(), workers(3), workers(1)) == (4, 2, 0)
+    assert workers(dataloader_num_workers=0) == 0
+    assert workers(dataloader_num_workers=7) == 7
+    assert workers(streaming=True) == 0
+
+
 def test_a_stream_has_images(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,8 +283,6 @@ def test_a_stream_has_images(
 
 @pytest.mark.parametrize("key", ["context_parallel_size", "tensor_parallel_size"])
 def test_what_processes_cannot_share(key: str, written: Path, tmp_path: Path) -> None:
-    from fusewright.train.trainer.build import _require_whole
-
     asked = Rows.of(small("llava", written, tmp_path / "out")).recipe
     _require_whole(asked.strategy())
     with pytest.raises(RecipeError, match=f"{key}: not with images") as caught:
