@@ -114,7 +114,7 @@ class Featurizer:
             As the processor names them: of the images, as it stacks them, and of the tokens
             (such as ``token_type_ids``) (B, T), with zeros for text and padding. With
             ``positions``, for a batch of packs, also ``position_ids`` (1 + axes, B, T): those in
-            the text first. Empty if no sample has an image.
+            the text first. Else empty if no sample has an image.
 
         Raises:
             DataError: a picture has changed, or the processor makes other tokens of a row.
@@ -124,8 +124,9 @@ class Featurizer:
         rows_of_tokens, width = batch["input_ids"].shape
         rows = [[(sample, Illustrated.of(sample)) for sample in pack] for pack in packs]
         illustrated = [i for row in rows for _, i in row if i is not None]
+        plain = batch.get("position_ids") if self.positions is not None else None
         if not illustrated:
-            return {}
+            return {} if plain is None else {"position_ids": plain.repeat(self._axes, 1, 1)}
         made = self._processed(illustrated)
         of_tokens = self._of_tokens(made, illustrated)
         result: dict[str, Any] = {
@@ -144,9 +145,18 @@ class Featurizer:
                         filled[b, at:end] = torch.tensor(next(values))
                     at = end
             result[name] = filled
-        if self.positions is not None and "position_ids" in batch:
-            result["position_ids"] = self._positions(rows, batch["position_ids"], result)
+        if plain is not None:
+            result["position_ids"] = self._positions(rows, plain, result)
         return result
+
+    @functools.cached_property
+    def _axes(self) -> int:
+        """How many positions a token of a pack has, with that in the text."""
+        import torch
+
+        ids = torch.tensor([self._blank.input_ids])
+        batch = {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
+        return len(self.features([[self._blank]], batch)["position_ids"])
 
     def _positions(
         self,
