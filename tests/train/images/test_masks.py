@@ -234,8 +234,8 @@ def test_golden(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
     check(family, tmp_path, request.config.getoption("--update-goldens"))
 
 
-def later_spans(expanded: Expanded, encoding: Any) -> list[tuple[int, int]]:
-    return [(begin + 1, end + 1) for begin, end in STANDING_FOR(expanded, encoding)]
+def later_spans(*arguments: Any) -> list[tuple[int, int]]:
+    return [(begin + 1, end + 1) for begin, end in STANDING_FOR(*arguments)]
 
 
 STANDING_FOR = chat_encoder._standing_for
