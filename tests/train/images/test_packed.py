@@ -74,12 +74,12 @@ def test_losses_and_gradients(family: str, written: Path) -> None:
     exact = copy.deepcopy(model).double()
     alone = measured(exact, rows, packing=False)
     assert any("vis" in name or "tower" in name for name in alone)  # towers, too
-    if family not in RECURRENT:
-        assert max(off(measured(exact, rows, packing=True), alone).values()) < 1e-9
-    plain = max(off(measured(model, rows, packing=False), alone).values())
+    if family not in RECURRENT:  # some towers compute in fp32 all the same
+        assert max(off(measured(exact, rows, packing=True), alone).values()) < 1e-6
     optimized = optimize(model, packs=True, codegen="eager")
-    worst = off(measured(optimized, rows, packing=True), alone)
-    assert max(worst.values()) < 4 * plain + 1e-6
+    rounding = off(measured(optimized, rows, packing=False), alone)
+    for name, error in off(measured(optimized, rows, packing=True), alone).items():
+        assert error < 2 * rounding[name] + 2e-6, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,7 @@ from .training import small, write_rows
 
 QUIET = Console(quiet=True)
 STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": {"fsdp": ["full_shard", "auto_wrap"]}}
-FULL = {"adapter": None, "lora_r": None, "lora_target_linear": None}
+FULL = {"adapter": None, "lora_target_linear": False}
 Curve = list[tuple[float, float]]
 
 

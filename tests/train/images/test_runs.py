@@ -32,7 +32,7 @@ from .training import Rows, checkpoint, small, write_rows
 
 QUIET = Console(quiet=True)
 TOWERS = {"freeze_mm_modules": False}
-FULL = {"adapter": None, "lora_r": None, "lora_target_linear": None}
+FULL = {"adapter": None, "lora_target_linear": False}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,16 @@ def plain_model(family: str, folder: Path | None = None) -> Any:
     )
     model.config.use_cache = False
     return model
+
+
+def changed(family: str, folder: Path) -> set[str]:
+    """The tensors of a saved model that are not the base's; it has all of these."""
+    base = load_file(checkpoint(family) / "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    assert found.keys() == base.keys()
+    return {name for name, t in found.items() if not torch.equal(t, base[name])}
 
 
 def is_of_tower(name: str) -> bool:
@@ -106,9 +116,8 @@ def test_ten_steps_as_plain_peft(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        expected.append(float(loss))
+        expected.append(float(loss.detach()))
     assert losses == pytest.approx(expected, rel=2e-5)
-    assert losses[-1] < losses[0]
 
 
 # --- towers --------------------------------------------------------------------------------------
@@ -118,7 +127,7 @@ def test_ten_steps_as_plain_peft(
     "keys",
     [
         {"lora_target_linear": True},
-        {"lora_target_linear": None, "lora_target_modules": r".*(visual|mlp)\..*(fc1|gate_proj)"},
+        {"lora_target_linear": False, "lora_target_modules": r".*(visual|mlp)\..*(fc1|gate_proj)"},
     ],
     ids=["all", "expression"],
 )
@@ -142,28 +151,21 @@ def test_adapters_of_towers(
     merge(open_run(tmp_path / "out"), MergeOptions(output=tmp_path / "merged"), QUIET)
     merged = plain_model(family, tmp_path / "merged").eval()
     torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
-    base = load_file(checkpoint(family) / "model.safetensors")
-    changed = {n for n, t in weights(tmp_path / "merged").items() if not torch.equal(t, base[n])}
-    assert any(map(is_of_tower, changed))
+    assert any(map(is_of_tower, changed(family, tmp_path / "merged")))
 
 
 def test_whole_towers(written: Path, tmp_path: Path) -> None:
     """Full training; parameters by name; and modules that an adapter saves whole."""
-    base = load_file(checkpoint("llava") / "model.safetensors")
-
-    def changed(folder: Path) -> set[str]:
-        return {n for n, t in weights(folder).items() if not torch.equal(t, base[n])}
-
     full = small("llava", written, tmp_path / "full", **FULL)
     train(full, console=QUIET)
-    assert changed(tmp_path / "full")
-    assert not any(map(is_of_tower, changed(tmp_path / "full")))
+    assert changed("llava", tmp_path / "full")
+    assert not any(map(is_of_tower, changed("llava", tmp_path / "full")))
     train({**full, **TOWERS, "output_dir": str(tmp_path / "towers")}, console=QUIET)
-    assert any("vision_tower" in n for n in changed(tmp_path / "towers"))
+    assert any("vision_tower" in n for n in changed("llava", tmp_path / "towers"))
     projector = {"unfrozen_parameters": [r".*multi_modal_projector"]}
     train({**full, **TOWERS, **projector, "output_dir": str(tmp_path / "part")}, console=QUIET)
-    assert changed(tmp_path / "part")
-    assert all("multi_modal_projector" in n for n in changed(tmp_path / "part"))
+    assert changed("llava", tmp_path / "part")
+    assert all("multi_modal_projector" in n for n in changed("llava", tmp_path / "part"))
     with pytest.raises(RecipeError, match="unfrozen_parameters"):
         train({**full, **projector, "output_dir": str(tmp_path / "none")}, console=QUIET)
 
