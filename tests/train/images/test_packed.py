@@ -66,7 +66,13 @@ def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, floa
     }
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in MIXING])
+def families(*usual: str, without: tuple[str, ...] = ()) -> list[Any]:
+    """All families; ``usual`` ones by default."""
+    chosen = (f for f in FAMILIES if f not in without)
+    return [f if f in usual else pytest.param(f, marks=pytest.mark.slow) for f in chosen]
+
+
+@pytest.mark.parametrize("family", families("qwen2_5_vl", "idefics3", without=MIXING))
 def test_losses_and_gradients(family: str, written: Path) -> None:
     rows, model = rows_of(family, written), model_of(family)
     packs = rows.packed(LENGTH)
@@ -82,7 +88,7 @@ def test_losses_and_gradients(family: str, written: Path) -> None:
         assert error < 2 * rounding[name] + 2e-6, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("gemma3", "llava"))
 def test_what_mixes_samples_is_refused(family: str, written: Path) -> None:
     rows, model = rows_of(family, written, optimize=True), model_of(family)
     features = rows.featurizer(model)

@@ -68,11 +68,11 @@ def both(rows: Path, folder: Path, family: str, **keys: Any) -> tuple[Curve, Cur
 @pytest.mark.parametrize(
     ("strategy", "keys"),
     [
-        ("ddp", {}),
-        ("ddp", {"freeze_mm_modules": False}),
+        pytest.param("ddp", {}, marks=pytest.mark.long),
+        pytest.param("ddp", {"freeze_mm_modules": False}, marks=pytest.mark.long),
         ("ddp", {"freeze_mm_modules": False, "gradient_checkpointing": True}),
         ("fsdp", {}),
-        ("fsdp", {"freeze_mm_modules": False}),
+        pytest.param("fsdp", {"freeze_mm_modules": False}, marks=pytest.mark.long),
         pytest.param("fsdp", {"freeze_mm_modules": False, **FULL}, marks=pytest.mark.slow),
         pytest.param("ddp", {"freeze_mm_modules": False, **FULL}, marks=pytest.mark.slow),
         pytest.param(
@@ -107,6 +107,7 @@ def test_others(family: str, alternating: Path, tmp_path: Path) -> None:
     assert two == [pytest.approx(step, rel=1e-4) for step in one]
 
 
+@pytest.mark.long
 def test_a_filler_has_no_placeholders(tmp_path: Path) -> None:
     """Of an odd number of rows; chats of LLaVA begin with an image."""
     rows = write_rows(tmp_path, 3, "1")
