@@ -47,13 +47,15 @@ def opened() -> Any:
 
 
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "a part with a path": (lambda: {"messages": turns(parts({"type": "image", "path": "a.png"}))}, {}),
+    "a part with a path": (
+        lambda: {"messages": turns(parts({"type": "image", "path": "a.png"}))}, {},
+    ),
     "a part with an image's path": (
         lambda: {"messages": turns(parts({"type": "image", "image": "a.png"}))}, {},
     ),
     "a part with a URL of a file": (
-        lambda: {"messages": turns(parts({"type": "image", "url": Path("a.png").resolve().as_uri()}))},
-        {},
+        lambda: {"messages": turns(parts({"type": "image", "url": Path("a.png").absolute().as_uri()}
+        ))}, {},
     ),
     "a part with base64": (
         lambda: {"messages": turns(parts({"type": "image", "base64": encoded()}))}, {},
@@ -64,8 +66,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         ))}, {},
     ),
     "a part of Qwen's": (
-        lambda: {"messages": turns(parts({"type": "image", "image": f"data:image;base64,{encoded()}"}))},
-        {},
+        lambda: {"messages": turns(parts(
+            {"type": "image", "image": f"data:image;base64,{encoded()}"}
+        ))}, {},
     ),
     "a part without a type": (lambda: {"messages": turns(parts({"image": "a.png"}))}, {}),
     "answers in parts": (
@@ -109,7 +112,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"field_messages": "conversations"},
     ),
     "LLaMA-Factory's instruction": (
-        lambda: {"instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"]},
+        lambda: {
+            "instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"],
+        },
         {"type": "alpaca.chat_template"},
     ),
     "LLaVA's image": (
@@ -133,7 +138,10 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def samples(path: Path, dataset: dict[str, Any] | None = None, **keys: Any) -> list[Any]:
     """The prepared samples of a file of rows."""
     described = {"path": str(path), "type": "chat_template", **(dataset or {})}
-    recipe = Recipe(base_model="x", datasets=[described], sequence_len=512, **keys)
+    kept = str(path.parent / "prepared")  # with the images that rows hold
+    recipe = Recipe(
+        base_model="x", datasets=[described], sequence_len=512, dataset_prepared_path=kept, **keys
+    )  # fmt: skip
     return list(prepare(recipe, processor_of("qwen2_5_vl")).train)
 
 
@@ -211,13 +219,12 @@ def test_a_mark_without_images_is_text(tmp_path: Path) -> None:
 def table() -> list[dict[str, Any]]:
     content = Path("a.png").read_bytes()
     other = Path("b.png").read_bytes()
+    answer = [{"type": "text", "text": ANSWER}]
+    shown = turns(parts({"type": "image"}), answer)
     return [
-        {"messages": turns(parts({"type": "image"})), "images": [{"bytes": content, "path": None}]},
-        {"messages": turns([{"type": "text", "text": "Hi"}]), "images": None},
-        {
-            "messages": turns(parts({"type": "image"})),
-            "images": [{"bytes": other, "path": "gone.png"}],
-        },
+        {"messages": shown, "images": [{"bytes": content, "path": None}]},
+        {"messages": turns([{"type": "text", "text": "Hi"}], answer), "images": None},
+        {"messages": shown, "images": [{"bytes": other, "path": "gone.png"}]},
     ]
 
 
@@ -226,7 +233,7 @@ def test_a_table_of_bytes(tmp_path: Path) -> None:
     rows = [*table(), table()[0]]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     kept = tmp_path / "prepared"
-    found = samples(tmp_path / "rows.parquet", dataset_prepared_path=str(kept))
+    found = samples(tmp_path / "rows.parquet")
     assert [Illustrated.of(sample) is None for sample in found].count(True) == 1
     names = sorted(p.name for p in (kept / "images").iterdir())
     digests = {p.digest for s in found if (i := Illustrated.of(s)) for p in i.pictures}
@@ -270,7 +277,7 @@ def test_addresses_are_asked_with_consent_only(
     assert Path(picture.path).read_bytes() == Path("a.png").read_bytes()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_several_processes_read_images(processes: int, tmp_path: Path) -> None:
     rows = [ROWS["a part with a path"][0](), {"messages": turns("Hi")}] * 600
     path = write_rows(tmp_path / "rows.jsonl", rows)

@@ -260,7 +260,7 @@ def _read(path: Path, where: str) -> bytes:
 
 
 def load(picture: Picture, resizing: Resizing, where: str) -> Any:
-    """A row's image as a PIL image, resized; raises a DataError if it changed since it was read."""
+    """An image of a row as a PIL image, resized; raises a DataError if its file has changed."""
     if not picture.path:
         return _blank(picture.size)
     content = _read(Path(picture.path), where)
