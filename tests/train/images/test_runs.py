@@ -86,7 +86,7 @@ def test_ten_steps_as_plain_peft(
 ) -> None:
     keys = small(
         family, written, tmp_path / "out", max_steps=10, optimize=optimize, codegen="eager",
-        optimizer="adamw_torch", lr_scheduler="constant", warmup_steps=0, weight_decay=0.0,
+        optimizer="adamw_torch", learning_rate=2e-3, lr_scheduler="constant", warmup_steps=0, weight_decay=0.0,
     )  # fmt: skip
     batches = batches_of(monkeypatch)
     result = train(keys, console=QUIET)
@@ -108,7 +108,7 @@ def test_ten_steps_as_plain_peft(
     peft: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets))
     peft.train()
     trained = [p for p in peft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
     expected = []
     for batch in batches:
         loss = peft(**batch).loss
@@ -221,13 +221,23 @@ def test_bf16(family: str, written: Path, tmp_path: Path) -> None:
 # --- resuming, loading, validation ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        TOWERS,
+        pytest.param(
+            {"optimize": True, "codegen": "eager", "sample_packing": True, "sequence_len": 160},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["towers", "packs"],
+)
 def test_a_stopped_run_goes_on_bit_for_bit(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = small(
-        "qwen2_5_vl", written, tmp_path / "out", **TOWERS, max_steps=6, sample_packing=True,
-        sequence_len=160, optimize=True, codegen="eager", lora_dropout=0.1, val_set_size=4,
-        eval_steps=2, micro_batch_size=1,
+        "qwen2_5_vl", written, tmp_path / "out", max_steps=6, lora_dropout=0.1, val_set_size=4,
+        eval_steps=2, micro_batch_size=1, **keys,
     )  # fmt: skip
     whole = train(asked, console=QUIET, output_dir=str(tmp_path / "whole"))
     with monkeypatch.context() as patched:
