@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,8 @@ def test_ten_steps_as_plain_peft(
 ) -> None:
     keys = small(
         family, written, tmp_path / "out", max_steps=10, optimize=optimize, codegen="eager",
-        optimizer="adamw_torch", learning_rate=2e-3, lr_scheduler="constant", warmup_steps=0, weight_decay=0.0,
+        optimizer="adamw_torch", learning_rate=2e-3, lr_scheduler="constant", warmup_steps=0,
+        weight_decay=0.0,
     )  # fmt: skip
     batches = batches_of(monkeypatch)
     result = train(keys, console=QUIET)
@@ -300,8 +300,3 @@ def test_what_processes_cannot_share(key: str, written: Path, tmp_path: Path) ->
     with pytest.raises(RecipeError, match=f"{key}: not with images") as caught:
         _require_whole(asked.model_copy(update={key: 2}).strategy())
     assert "\n" not in str(caught.value)
-
-
-def losses_of(result: Any) -> list[float]:
-    history: list[Mapping[str, float]] = result.history
-    return [entry["loss"] for entry in history if "loss" in entry]
