@@ -310,3 +310,23 @@ def test_equal_rows_are_duplicates_wherever_they_are(tmp_path: Path) -> None:
     )
     found = samples(path, dataset_exact_deduplication=True)
     assert len(found) == 3
+
+
+def test_texts_alone_for_a_model_that_reads_images(tmp_path: Path) -> None:
+    """In batches of their own, before and behind one with images."""
+    text, shown = {"messages": turns("Hi")}, ROWS["a part with a path"][0]()
+    path = write_rows(tmp_path / "rows.jsonl", [text] * 512 + [shown] + [text] * 1023)
+    found = samples(path, shuffle_merged_datasets=False)
+    assert [i for i, sample in enumerate(found) if sample.extra] == [512]
+    only = samples(write_rows(tmp_path / "text.jsonl", [text] * 3))
+    assert [sample.extra for sample in only] == [""] * 3
+
+
+def test_the_hash_of_the_rows_is_also_that_of_their_images(tmp_path: Path) -> None:
+    """A run that goes on with other images would not be the same."""
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS["a part with a path"][0]()])
+    recipe = Recipe(base_model="x", datasets=[{"path": str(path), "type": "chat_template"}])
+    first = prepare(recipe, processor_of("qwen2_5_vl")).fingerprint
+    assert prepare(recipe, processor_of("qwen2_5_vl")).fingerprint == first
+    Image.new("RGB", (24, 32), "green").save(tmp_path / "a.png")
+    assert prepare(recipe, processor_of("qwen2_5_vl")).fingerprint != first
