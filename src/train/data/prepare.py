@@ -74,6 +74,10 @@ class PreparedData:
     fingerprint: str = ""
     first: dict[str, str] = field(default_factory=dict)
 
+    def has_extra(self) -> bool:
+        """Whether samples have other data than tokens."""
+        return any(s.has_extra() for s in (self.train, *self.validation.values()))
+
 
 def prepare(
     recipe: Recipe,
@@ -433,6 +437,10 @@ class StreamedPacks(IterableDataset[Pack]):
         self.sources, self.work, self.recipe = sources, work, recipe
         self._lease = lease  # of the folder with copies of images
         self.counts: Counter[str] = Counter()
+
+    def has_extra(self) -> bool:
+        """Whether samples may have other data."""
+        return any(bool(one.encoder.settings.get("images")) for one in self.work)
 
     def __iter__(self) -> Iterator[Pack]:
         size = self.recipe.streaming_multipack_buffer_size

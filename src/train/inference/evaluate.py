@@ -110,7 +110,7 @@ def evaluate(
 
 
 def held_out(
-    run: RunFolder, files: Sequence[Path], tokenizer: Any, console: Console | None = None
+    run: RunFolder, files: Sequence[Path], processing: Any, console: Console | None = None
 ) -> tuple[str, list[Samples]]:
     """Rows to judge a model of ``run`` on, and what they are, in words.
 
@@ -121,12 +121,12 @@ def held_out(
         DataError: a dataset cannot be used.
     """
     if files:
-        found = [_prepare(run, str(f), _reading(run, f), tokenizer, console) for f in files]
+        found = [_prepare(run, str(f), _reading(run, f), processing, console) for f in files]
         return ", ".join(f.name for f in files), [s for p in found for s in p.validation.values()]
     if not run.recipe:
         return "none", []
     recipe = recipe_with(run, {})
-    prepared = prepare(recipe, tokenizer, console, day=_day(run))
+    prepared = prepare(recipe, processing, console, day=_day(run))
     if recipe.validates():
         return "the run's validation rows", list(prepared.validation.values())
     if not isinstance(prepared.train, Samples):
@@ -221,7 +221,8 @@ def _by_token(
 ) -> dict[str, EvalMetrics]:
     """The loss per trained token of each dataset, computed as in the recipe's validation."""
     task = task_of(recipe)
-    tokenizer, featurizer = processing.tokenizer, featurizer_for(model, recipe, processing)
+    tokenizer = processing.tokenizer
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra())
     return {
         name: _measure(model, batches, prepared.validation[name], task.loss)
         for name, batches in task.validation(prepared, tokenizer, World(), featurizer).items()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import FusewrightError, ModelError, first_line
 from ..recipe.locate import locate
-from .multimodal import is_in, towers, untrained
+from .multimodal import is_in, untrained, untrained_towers
 
 _TEMPLATE = "chat_template.json"
 """A chat template of older processors, which transformers prefers to the tokenizer's."""
@@ -155,7 +155,7 @@ def save_with_base(
     """
     keys = [] if files is None else untrained(model, files.shapes)
     if keys:
-        places = towers(model)
+        places = untrained_towers(model)
         state = model.state_dict() if state is None else state
         state = {name: value for name, value in state.items() if not is_in(name, places)}
     if state is not None:

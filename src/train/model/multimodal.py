@@ -145,6 +145,13 @@ def is_in(name: str, places: Iterable[str]) -> bool:
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
+def tower_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters of towers, with those of their adapters."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    places = towers(base)
+    return [p for name, p in base.named_parameters() if is_in(name, places)]
+
+
 def left_out(model: Any, recipe: Recipe) -> list[str]:
     """The parts in which a recipe trains nothing: towers, unless it says otherwise."""
     return towers(model) if recipe.freeze_mm_modules else []
@@ -287,14 +294,19 @@ def names_in_model(model: Any, keys: Iterable[str], renamed_only: bool = False) 
     return names
 
 
+def untrained_towers(model: Any) -> list[str]:
+    """The paths of towers in which nothing is trained."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return [place for place in towers(model) if not any(is_in(name, [place]) for name in trained)]
+
+
 def untrained(model: Any, keys: Iterable[str]) -> list[str]:
     """The keys in a base model's files that ``model`` does not train: towers, and what it ignores.
 
     These are tensors that the class does not load, such as the layers for several tokens at a time
     (``mtp``), but not buffers that it computes itself, nor the scales of weights that it loads.
     """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    places = [p for p in towers(model) if not any(is_in(name, [p]) for name in trained)]
+    places = untrained_towers(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = {name.rpartition(".")[2] for name, _ in model.named_buffers()} | {"inv_freq"}
     modules, names = dict(model.named_modules()), names_in_model(model, keys)

@@ -34,7 +34,7 @@ def validation_batches(
     size = recipe.eval_batch_size or recipe.micro_batch_size
 
     def collated(packs: Sequence[Any]) -> dict[str, Any]:
-        return _with_images(collate(packs, pad_id, packing, length), packs, featurizer)
+        return _collated(packs, pad_id, packing, length, featurizer=featurizer)
 
     def make(packs: list[Any]) -> dict[str, Any]:
         return _with_second_row(packs, size, collated) if recipe.optimize else collated(packs)
@@ -50,6 +50,8 @@ def training_batch(
 ) -> dict[str, Any]:
     """A batch of sequences, with its counts ``tokens`` and ``trained``.
 
+    ``blank`` is in one whose only image is blank.
+
     A single sequence gets a copy with nothing to train: graphs are compiled for any number of
     rows but one, so the last step would wait for the compiler.
     """
@@ -58,22 +60,31 @@ def training_batch(
     full = bool(recipe.pad_to_sequence_len)
 
     def make(rows: Sequence[Any]) -> dict[str, Any]:
-        batch = collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
-        return _with_images(batch, rows, featurizer)
+        return _collated(rows, pad_id, recipe.packs(), recipe.sequence_len, full, featurizer)
 
     batch = (
         _with_second_row(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
     )
     if (shared := recipe.strategy().context) > 1:
         batch = divisible(batch, shared, pad_id)
-    return {**batch, "tokens": tokens, "trained": trained}
+    blank = {"blank": True} if featurizer is not None and featurizer.lacks(packs) else {}
+    return {**batch, "tokens": tokens, "trained": trained, **blank}
 
 
-def _with_images(
-    batch: dict[str, Any], packs: Sequence[Any], featurizer: Featurizer | None
+def _collated(
+    packs: Sequence[Any],
+    pad_id: int,
+    packing: bool,
+    length: int,
+    full: bool = False,
+    featurizer: Featurizer | None = None,
 ) -> dict[str, Any]:
     """A batch with the features of the images in it."""
-    return batch if featurizer is None else {**batch, **featurizer.features(packs, batch)}
+    if featurizer is None:
+        return collate(packs, pad_id, packing, length, full)
+    packs = featurizer.completed(packs)
+    batch = collate(packs, pad_id, packing, length, full)
+    return {**batch, **featurizer.features(packs, batch)}
 
 
 def _with_second_row(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ...errors import RecipeError
@@ -18,12 +20,14 @@ from ..model.merge_aware import RoundingStart
 from ..model.precision import device_for_training
 from ..model.relora import Relora
 from ..model.tokenizer import pad_token
+from ..processes.mesh import is_sharded
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
 from ..processes.wrapping import left_whole as fsdp_whole
 from ..processing import Processing
 from ..recipe.recipe import Recipe
+from ..recipe.strategy import Strategy
 from ..report.progress import ProgressCallback
 from ..report.result import Figure
 from ..report.throughput import ThroughputMeter, flops_per_token, peak_flops
@@ -34,6 +38,7 @@ from .engine import EngineMixin, FineTuner
 from .evaluation import Batches, Loss, require_figure, wants_perplexity
 from .objective import Objective
 from .optimizer import LayerSampler
+from .ready import require_packing_of_images
 from .watchdog import watchdogs
 
 
@@ -119,7 +124,10 @@ def make_context(
         flops=flops_per_token(model, typical_context(prepared, recipe)),
         peak=_peak(model, world),
     )
-    featurizer = featurizer_for(model, recipe, processing)
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra(), world)
+    if featurizer is not None:
+        _require_whole(recipe.strategy())
+        require_packing_of_images(model, recipe, featurizer, pad_token(tokenizer))
     sets = task.validation(prepared, tokenizer, world, featurizer)
     return Context(
         recipe, tokenizer, console, interrupts, meter,
@@ -128,11 +136,31 @@ def make_context(
     )  # fmt: skip
 
 
-def featurizer_for(model: Any, recipe: Recipe, processing: Processing) -> Featurizer | None:
-    """What makes the features of images that ``model`` takes; None: there are none."""
-    featurizer = featurizer_of(recipe, processing)
+def _require_whole(strategy: Strategy) -> None:
+    """Raise a RecipeError where processes would share the tokens or layers of a batch's images."""
+    sizes = {"context_parallel_size": strategy.context, "tensor_parallel_size": strategy.tensor}
+    for key, size in sizes.items():
+        if size > 1:
+            raise RecipeError(f"{key}: not with images, which each process has whole: leave it out")
+
+
+def featurizer_for(
+    model: Any,
+    recipe: Recipe,
+    processing: Processing,
+    has_extra: bool,
+    world: World | None = None,
+) -> Featurizer | None:
+    """What makes the features of images that ``model`` takes; None: no row has any.
+
+    ``has_extra``: whether rows have other data than tokens.
+    """
+    featurizer = featurizer_of(recipe, processing) if has_extra else None
     if featurizer is not None:
         featurizer.positions = positions_of_images(model)
+        if world is not None and world.several:
+            shards = is_sharded(recipe.strategy(), world)
+            featurizer.completes = shards or not recipe.freeze_mm_modules
     return featurizer
 
 
@@ -159,6 +187,8 @@ def make_trainer(
     """
     recipe = context.recipe
     args = arguments_for(recipe, packs, context.world) if args is None else args
+    if context.featurizer is not None:
+        args.dataloader_num_workers = _image_workers(recipe, context.world)
     memory = Meter(model.device)
     progress = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
@@ -192,6 +222,25 @@ def make_trainer(
             f"separate: each process has all {size:.2f} GiB of them; the rest is sharded"
         )
     return trainer
+
+
+_MOST_WORKERS = 4
+
+
+def _image_workers(recipe: Recipe, world: World) -> int:
+    """The workers of a loader of images; set by this, ``TOKENIZERS_PARALLELISM`` lets them fork.
+
+    A processor takes a core for a few hundredths of a second for each image, for which a GPU would
+    wait. Workers of a stream would read other batches.
+    """
+    asked = "dataloader_num_workers" in recipe.model_fields_set or recipe.streams()
+    workers = recipe.dataloader_num_workers
+    if not asked and torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) // world.local_size
+        workers = max(0, min(_MOST_WORKERS, cores - 1))
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return workers
 
 
 def _bytes(parameter: Any) -> int:

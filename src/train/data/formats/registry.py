@@ -208,7 +208,7 @@ class Encoder:
             "everything": everything,
             "prepared": recipe.skip_prepare_dataset,
             "day": day if writes_day(self.chats) else None,
-            "images": reader.settings if reader else None,
+            "images": reader.settings if reader and self.chats else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 

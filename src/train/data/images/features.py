@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ....errors import DataError, first_line
-from ..sample import Sample
+from ..sample import IGNORED, Sample
 from .picture import Picture, Resizing, load
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Illustrated:
         return cls(content["where"], content["text"], pictures, sample.input_ids)
 
 
+_BLANK = Picture("", "", (64, 64))
+
+
 @dataclass
 class Featurizer:
     """Loads the pictures of a batch and has the processor make features of them.
@@ -74,6 +78,28 @@ class Featurizer:
     options: dict[str, Any] = field(default_factory=dict)
     positions: Positions | None = None
     """Of a model whose positions of images have several axes."""
+    completes: bool = False
+    """Whether a batch without an image gets a blank one: what reads images is then called for each
+    batch, as processes need that share it, or average its gradients."""
+
+    def sample(self, text: str) -> Sample:
+        """A text with placeholders that stand for blank images; nothing of it is trained."""
+        pictures = [_BLANK] * text.count(self.processor.image_token)
+        only = Illustrated("a blank image", text, tuple(pictures), [])
+        ids = self._processed([only])["input_ids"][0].tolist()
+        return Sample(ids, [IGNORED] * len(ids), written(text, pictures, only.where))
+
+    @functools.cached_property
+    def _blank(self) -> Sample:
+        return self.sample(self.processor.image_token)
+
+    def lacks(self, packs: Sequence[Sequence[Sample]]) -> bool:
+        """Whether the rows of a batch get a blank image."""
+        return self.completes and not any(sample.extra for pack in packs for sample in pack)
+
+    def completed(self, packs: Sequence[Sequence[Sample]]) -> Sequence[Sequence[Sample]]:
+        """The rows of a batch, with one more for a blank image if they get one."""
+        return [*packs, [self._blank]] if self.lacks(packs) else packs
 
     def features(
         self,
@@ -94,7 +120,7 @@ class Featurizer:
             As the processor names them: of the images, as it stacks them, and of the tokens
             (such as ``token_type_ids``) (B, T), with zeros for text and padding. With
             ``positions``, for a batch of packs, also ``position_ids`` (1 + axes, B, T): those in
-            the text first. Empty if no sample has an image.
+            the text first. Else empty if no sample has an image.
 
         Raises:
             DataError: a picture has changed, or the processor makes other tokens of a row.
@@ -104,8 +130,9 @@ class Featurizer:
         rows_of_tokens, width = batch["input_ids"].shape
         rows = [[(sample, Illustrated.of(sample)) for sample in pack] for pack in packs]
         illustrated = [i for row in rows for _, i in row if i is not None]
+        plain = batch.get("position_ids") if self.positions is not None else None
         if not illustrated:
-            return {}
+            return {} if plain is None else {"position_ids": plain.repeat(self._axes, 1, 1)}
         made = self._processed(illustrated)
         of_tokens = self._of_tokens(made, illustrated, whole)
         result: dict[str, Any] = {
@@ -124,9 +151,18 @@ class Featurizer:
                         filled[b, at:end] = torch.tensor(next(values))
                     at = end
             result[name] = filled
-        if self.positions is not None and "position_ids" in batch:
-            result["position_ids"] = self._positions(rows, batch["position_ids"], result)
+        if plain is not None:
+            result["position_ids"] = self._positions(rows, plain, result)
         return result
+
+    @functools.cached_property
+    def _axes(self) -> int:
+        """How many positions a token of a pack has, with that in the text."""
+        import torch
+
+        ids = torch.tensor([self._blank.input_ids])
+        batch = {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
+        return len(self.features([[self._blank]], batch)["position_ids"])
 
     def _positions(
         self,

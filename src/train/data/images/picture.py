@@ -53,7 +53,7 @@ class Picture:
     """A picture of a row.
 
     Attributes:
-        path: its file, absolute.
+        path: its file, absolute; empty: it is blank, and stands for no picture of a row.
         digest: of the file's bytes (SHA-256).
         size: width and height, turned as its EXIF data says, and resized.
     """
@@ -267,6 +267,8 @@ def _read(path: Path, where: str) -> bytes:
 
 def load(picture: Picture, resizing: Resizing, where: str) -> Any:
     """An image of a row as a PIL image, resized; raises a DataError if its file has changed."""
+    if not picture.path:
+        return _blank(picture.size)
     content = _read(Path(picture.path), where)
     if hashlib.sha256(content).hexdigest() != picture.digest:
         raise DataError(
@@ -274,6 +276,14 @@ def load(picture: Picture, resizing: Resizing, where: str) -> Any:
             "begin a new run, which prepares the row anew"
         )
     return resizing.resized(opened(content, f"{where}: {picture.path}"))
+
+
+def _blank(size: tuple[int, int]) -> Any:
+    """A PIL image with nothing on it, but no two parts that are the same."""
+    from PIL import Image
+
+    across = Image.linear_gradient("L").resize(size)
+    return Image.merge("RGB", [across, across.transpose(Image.Transpose.ROTATE_90), across])
 
 
 def opened(content: bytes, place: str) -> Any:

@@ -156,7 +156,7 @@ class DataKeys(Keys):
     # --- loading ---------------------------------------------------------------------------------
 
     dataloader_num_workers: Int = key(0, ge=0, resumable=True)
-    """Dataloader worker processes; 0: the main process."""
+    """Dataloader worker processes; 0: the main process. Unset: for images on a GPU, up to 4."""
 
     dataloader_prefetch_factor: Int | None = key(gt=0, resumable=True)
     """Batches that each worker prefetches. Unset: torch's default."""
