@@ -70,11 +70,6 @@ class Samples(Sequence[Sample]):
         self._trained = np.concatenate([empty, *trained]).astype(np.int32)
 
     @property
-    def has_extra(self) -> bool:
-        """Whether samples may have ``extra``."""
-        return bool(self._extra)
-
-    @property
     def lengths(self) -> Array:
         """Tokens of each sample; int32 (N,)."""
         return self._lengths[self.rows]

@@ -66,7 +66,7 @@ class PreferenceTask(SupervisedTask):
         return self._examples(prepared.train)
 
     def _examples(self, samples: Any) -> Examples:
-        pictures = getattr(samples, "has_extra", False) and not self.settings.no_images
+        pictures = samples.has_extra() and not self.settings.no_images
         return Examples(samples, self.settings.rows, self.method.whole_texts, pictures)
 
     def arguments(self, sequences: Any, world: World) -> Any:

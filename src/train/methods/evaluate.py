@@ -26,7 +26,8 @@ def measured(
     """
     recipe = _alone(recipe)
     task, interrupts = task_of(recipe), Interrupts()
-    tokenizer, featurizer = processing.tokenizer, featurizer_for(model, recipe, processing)
+    tokenizer = processing.tokenizer
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra())
     sets = task.validation(prepared, tokenizer, interrupts.world, featurizer)
     context = Context(
         recipe, tokenizer, console, interrupts, validation=sets, featurizer=featurizer
