@@ -15,12 +15,13 @@ from ....compiler.options import Codegen
 from ....compiler.pipeline import explain, optimize, planner_of, restore
 from ....errors import ModelError
 from ....kernels.cost import Living
-from ....memory.choice import Usages
+from ....memory.choice import Scaled, Usages
 from ....memory.levels import Level
 from ....memory.usage import Usage
 from ...model.load import quiet
 from ...recipe.recipe import Recipe
 from .blueprint import Blueprint, kind_of
+from .images import ImageUsage, KnownNumbers, RowImages, run_towers
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,26 @@ class Step:
         rewrites: how many formulas of the blueprint's blocks and head are rewritten, by rule.
         tokens: of the micro batch that was counted.
         uncaptured: paths of the blocks that run as they are, each with the reason.
+        images: what its images take beside the blocks; None: it has none.
     """
 
     usages: Mapping[str, Usages]
     rewrites: Mapping[str, int]
     tokens: int
     uncaptured: Mapping[str, str] = field(default_factory=dict)
+    images: ImageUsage | None = None
 
 
-def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int = 1) -> Step:
+def take(
+    blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int = 1,
+    images: RowImages | None = None,
+) -> Step:  # fmt: skip
     """Run one step of the blueprint, whose tensors become fake ones, with ``recipe``'s micro batch.
 
     Blocks that are captured are counted as graphs, at each level of what they may keep. Others, and
-    all of them with ``optimize: false``, are counted as they run in eager mode. Each row of a micro
-    batch represents ``sequences`` rows. Raises a ModelError if the model cannot run on tensors
-    without contents.
+    all of them with ``optimize: false``, are counted as they run in eager mode, and so are towers.
+    Each row of a micro batch represents ``sequences`` rows. Raises a ModelError if the model cannot
+    run on tensors without contents.
     """
     model, (rows, length) = (
         blueprint.model,
@@ -67,13 +73,17 @@ def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int 
         uncounted = {p: b for p, b in blueprint.blocks.items() if kind_of(b) not in known}
         if uncounted:
             known |= _counted(model, uncounted, ids)
-    usages = {path: known[kind_of(block)] for path, block in blueprint.blocks.items()}
+        usages = {path: known[kind_of(block)] for path, block in blueprint.blocks.items()}
+        seen = None
+        if images is not None:
+            of_towers, seen = _seen(blueprint, images, images.times(recipe, sequences))
+            usages |= of_towers
     why = {
         path: reasons.get(path, "it was not captured")
         for path in uncounted
         if recipe.optimize and usages[path] is not _IDLE
     }
-    return Step(usages, rewrites, rows * length, why)
+    return Step(usages, rewrites, rows * length, why, seen)
 
 
 def _run(model: nn.Module, ids: Tensor) -> None:
@@ -118,6 +128,45 @@ def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> 
         if kind_of(block) not in usages:
             usages[kind_of(block)] = _usages(block, *calls[id(block)])
     return usages
+
+
+def _seen(
+    blueprint: Blueprint, images: RowImages, times: float
+) -> tuple[dict[str, Usages], ImageUsage]:
+    """The usages of trained towers' blocks, and what towers take beside them; under a fake mode.
+
+    Of a frozen tower nothing is kept: what it holds while it runs is one figure for all of it.
+    """
+    calls: dict[int, tuple[Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(id(module), (args, kwargs))
+
+    blocks = blueprint.blocks
+    handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks.values()]
+    try:
+        run = run_towers(blueprint.model, images.features)
+    finally:
+        for handle in handles:
+            handle.remove()
+    usages: dict[str, Usages] = {}
+    kept, flops = run.held if run.trains else 0, run.flops
+    for path, block in blocks.items():
+        if id(block) not in calls:
+            continue
+        with KnownNumbers():
+            one = _usages(block, *calls[id(block)])
+        whole, lean = one.get("all"), one.get("input")
+        assert whole is not None
+        assert lean is not None
+        forward = lean.flops - whole.flops
+        if run.trains:
+            usages[path] = Scaled(one, times)
+            kept, flops = kept - whole.saved, flops - forward
+        else:
+            flops += (blueprint.times[path] - 1) * forward
+    kept, most, flops = (round(times * n) for n in (max(kept, 0), run.most, flops))
+    return usages, ImageUsage(images.rows, images.images, images.tokens, kept, most, flops)
 
 
 _IDLE: Usages = {"all": Usage(0, 0, 0, 0, 0), "input": Usage(0, 0, 0, 0, 0)}
