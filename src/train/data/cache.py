@@ -148,8 +148,8 @@ class ArrowWriter:
             for flat in (ids, labels)
         ]
         columns.append(_int32(trained))
-        if extra:
-            columns.append(_texts(extra))
+        if _EXTRA.name in self._schema.names:
+            columns.append(_texts(extra or [""] * len(lengths)))
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self.count += len(lengths)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -36,7 +36,7 @@ class ChatEncoder:
         source: the chat template; None for the tokenizer's own.
         variables: what the template may read besides the messages and the special tokens.
         day: the date for a template that asks for it; None: today's.
-        expander: places pictures; None: there may be none.
+        expander: places images; None: there may be none.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer has no offsets, or one of
@@ -100,15 +100,18 @@ class ChatEncoder:
             if expanded is not None:
                 places = [(i, turn and _moved(turn, expanded)) for i, turn in places]
             tokens = self._flagged(chat, self.masker.mask(chat, full[k], places, encoding))
-            if expanded is not None:
+            images = [] if expanded is None else _standing_for(expanded, encoding)
+            if self.expander is not None:
+                self.expander.require_text(tokens.ids, images, chat.where)
+            if images:
                 extra = written(texts[k], chat.pictures, chat.where)
-                spans = without(tokens.spans, _standing_for(expanded, encoding))
+                spans = without(tokens.spans, images)
                 tokens = replace(tokens, spans=spans, extra=extra, whole=True)
             samples.append(tokens)
         return samples
 
     def _expanded(self, chat: Chat, text: str) -> Expanded | None:
-        """The text with its placeholders of pictures replaced; None: it has no pictures."""
+        """The text with its placeholders of images replaced; None: it has no images."""
         if self.expander is None or not chat.pictures:
             return None
         return self.expander.expand(text, chat.pictures, chat.where)
@@ -176,13 +179,16 @@ def _moved(turn: Turn, expanded: Expanded) -> Turn:
 
 
 def _standing_for(expanded: Expanded, encoding: Any) -> list[Span]:
-    """The tokens that stand for pictures, and those that have a character in common with one."""
-    spans = []
-    for begin, end in expanded.spans:
-        tokens = [encoding.char_to_token(at) for at in range(begin, end)]
-        known = [token for token in tokens if token is not None]
-        spans.append((min(known), max(known) + 1))
-    return spans
+    """The tokens that stand for images, and those that have a character in common with one."""
+
+    def token(places: Iterable[int]) -> int:
+        """That of the first of the characters that is part of one."""
+        return next(int(t) for at in places if (t := encoding.char_to_token(at)) is not None)
+
+    return [
+        (token(range(begin, end)), token(range(end - 1, begin - 1, -1)) + 1)
+        for begin, end in expanded.spans
+    ]
 
 
 def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:

@@ -32,7 +32,7 @@ class Chat:
     Attributes:
         tools: the functions that the assistant may call, as JSON schemas, or None.
         train: by message: whether it is trained, which of its characters are, or None: by its role.
-        pictures: those of the parts of type ``image``, in order.
+        pictures: the images of the parts of type ``image``, in order.
     """
 
     where: str

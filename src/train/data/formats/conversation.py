@@ -9,6 +9,7 @@ from ....errors import DataError
 from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
+from ..images.expansion import number
 from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture
 from .fields import IMAGE_FIELDS, fields_of, kind, need
 
@@ -21,10 +22,10 @@ ROLES = {
 """The roles, and their names in rows."""
 
 IMAGE_MARK = "<image>"
-"""Stands in a text for a picture of the row's list, in ShareGPT's rows and LLaMA-Factory's."""
+"""Stands in a text for an image of the row's list, in ShareGPT's rows and LLaMA-Factory's."""
 
 _OF_PART = ("image", "image_url", "path", "url", "base64", "bytes")
-"""Fields of a part that name or hold its picture; the first two are types of parts, too."""
+"""Fields of a part that name or hold its image; the first two are types of parts, too."""
 
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("role", "content"), ("from", "value"))
@@ -227,34 +228,40 @@ class Conversation:
     def _pictures(
         self, messages: list[dict[str, Any]], row: Mapping[str, Any], where: str
     ) -> tuple[Picture, ...]:
-        """The pictures of a row, in the order of the parts that they belong to.
+        """The images of a row, in the order of the parts that they belong to.
 
         A part names its own, or takes the next one of the row's list; ``<image>`` in a text is such
-        a part. The messages are left with parts that name none, as templates expect them.
+        a part. A list without any belongs before the first question, as in TRL. The messages are
+        left with parts that name none, as templates expect them.
         """
-        held = next((row[name] for name in IMAGE_FIELDS if row.get(name)), [])
-        waiting = list(held) if isinstance(held, list | tuple) else [held]
+        waiting = _listed(row, where)
         count = len(waiting)
+        if count or (isinstance(self.gallery, Gallery) and row.keys() & set(IMAGE_FIELDS)):
+            for message in messages:
+                content = message.get("content")
+                if isinstance(content, str) and IMAGE_MARK in content:
+                    message["content"] = _marked_parts(content)
+        in_parts = [m for m in messages if isinstance(m.get("content"), list)]
+        asked = next((m for m in messages if m["role"] == "user"), None)
+        if waiting and not in_parts and asked is not None:
+            text = {"type": "text", "text": asked.get("content") or ""}
+            asked["content"] = [{"type": "image"}] * count + [text]
+            in_parts = [asked]
         pictures: list[Picture] = []
         wanted = 0
-        for message in messages:
-            content = message.get("content")
-            if waiting and isinstance(content, str) and IMAGE_MARK in content:
-                content = _marked_parts(content)
-            if not isinstance(content, list):
-                continue
+        for message in in_parts:
             parts = []
-            for part in content:
+            for part in message["content"]:
                 if part["type"] == "text":
                     parts.append(part)
                     continue
                 gallery = self._gallery(where)
-                value = next((part[k] for k in _OF_PART if part.get(k) is not None), None)
-                if value is None:
+                value: Any = {k: part[k] for k in _OF_PART if part.get(k) is not None}
+                if not value:
                     wanted += 1
                     value = waiting.pop(0) if waiting else None
                 if value is not None:
-                    at = f"{where}: picture {len(pictures) + 1}"
+                    at = f"{where}: image {len(pictures) + 1}"
                     pictures.append(gallery.picture(value, at))
                 parts.append({"type": "image"})
             message["content"] = parts
@@ -262,8 +269,9 @@ class Conversation:
             self._gallery(where)
         if wanted != count:
             raise DataError(
-                f"{where}: the row has {count} pictures, and its messages have {wanted} places for "
-                f"them (parts of type image without a path, or {IMAGE_MARK} in a text)"
+                f"{where}: the row has {number(count, 'image')}, and its messages have "
+                f"{number(wanted, 'place')} for them (parts of type image without a path, or "
+                f"{IMAGE_MARK} in a text): add what is missing, or remove what is too much"
             )
         return tuple(pictures)
 
@@ -287,6 +295,20 @@ class Conversation:
             return
 
 
+def _listed(row: Mapping[str, Any], where: str) -> list[Any]:
+    """The images of a row beside its messages."""
+    fields = [name for name in IMAGE_FIELDS if row.get(name)]
+    if len(fields) > 1:
+        raise DataError(
+            f"{where}: the row has both {fields[0]!r} and {fields[1]!r}: remove one of them"
+        )
+    held = row[fields[0]] if fields else []
+    images = list(held) if isinstance(held, list | tuple) else [held]
+    if None in images:
+        raise DataError(f"{where}: image {images.index(None) + 1} of {fields[0]!r} is null")
+    return images
+
+
 def _content(value: Any, place: str, field: str) -> str | list[Any] | None:
     """A content as text, where it is nothing else (parts of text are joined), or as parts."""
     if value is None or isinstance(value, str):
@@ -297,7 +319,7 @@ def _content(value: Any, place: str, field: str) -> str | list[Any] | None:
         if odd := sorted(map(str, kinds - {"text", "image"})):
             raise DataError(
                 f"{place} has a part of type {odd[0]!r} in {field!r}; only text and images are "
-                "trained: leave such rows out, or make pictures of frames"
+                "trained: leave such rows out, or save frames of it as images"
             )
         if all(isinstance(p.get("text"), str) for p in parts if p["type"] == "text"):
             return parts if "image" in kinds else "".join(p["text"] for p in parts)
@@ -313,7 +335,7 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marked_parts(text: str) -> list[dict[str, Any]]:
-    """The parts of a text in which ``<image>`` stands for a picture."""
+    """The parts of a text in which ``<image>`` stands for an image."""
     parts: list[dict[str, Any]] = []
     for k, piece in enumerate(text.split(IMAGE_MARK)):
         if k:

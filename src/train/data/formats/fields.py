@@ -37,6 +37,11 @@ def fields_of(row: Any, where: str, field: str, read: Collection[str] = ()) -> M
         raise DataError(f"{where}: must be an object with the field {field!r}, not {kind(row)}")
     for name in _MEDIA:
         if name != field and name not in read and row.get(name):
+            if name in IMAGE_FIELDS:
+                raise DataError(
+                    f"{where}: the row has {name!r}, and this type of rows is text: write it as "
+                    "messages (type: chat_template), in which images have places, or leave it out"
+                )
             raise DataError(
                 f"{where}: the row has {name!r} besides text; only text is trained: leave such "
                 "rows out, or remove that field to train on what their text says without it"

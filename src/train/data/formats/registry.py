@@ -21,7 +21,7 @@ from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
-from .fields import fields_of, kind, need, need_text
+from .fields import IMAGE_FIELDS, fields_of, kind, need, need_text
 from .instruction import spelled_out, worded
 from .segments import SegmentEncoder, Segments
 
@@ -80,10 +80,11 @@ class PromptCompletion:
 
     def read(self, row: Any, where: str) -> Chat | Segments:
         """The content of a row."""
-        row = fields_of(row, where, self.prompt)
+        row = fields_of(row, where, self.prompt, IMAGE_FIELDS)
         prompt = need(row, self.prompt, where)
         completion = need(row, self.completion, where)
         if isinstance(prompt, str) and isinstance(completion, str):
+            fields_of(row, where, self.prompt)  # a text has no places for images
             return Segments(where, ((prompt, False), (completion, True)), bos=True, eos=True)
         if not (isinstance(prompt, list) and isinstance(completion, list) and completion):
             raise DataError(
@@ -155,13 +156,14 @@ class Encoder:
         source = template_of(dataset, recipe, tokenizer)
         reads = isinstance(images, ImageReader)
         gallery = images.gallery if reads else images
+        self.expander = images.expander if reads else None
         self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
             rules = _rules(dataset, recipe, everything)
             self.chats = chat_encoder(
-                dataset, recipe, tokenizer, source, rules, day, images.expander if reads else None
+                dataset, recipe, tokenizer, source, rules, day, self.expander
             )
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
@@ -182,6 +184,14 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
         """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
+        samples = self._encoded(rows)
+        if self.expander is not None:
+            for tokens in samples:
+                if not tokens.whole:  # else it has been checked
+                    self.expander.require_text(tokens.ids, [], tokens.where)
+        return samples
+
+    def _encoded(self, rows: Sequence[Row]) -> list[Tokens]:
         read = [self.format.read(row, where) for where, row in rows]
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]

@@ -1,16 +1,17 @@
 """What the checkpoint's processor makes of the placeholders of images, each token explained.
 
-A chat template writes a placeholder for each picture, and the processor replaces it by as many
-tokens as the model has features for: a number that depends on the picture's size, with marks around
+A chat template writes a placeholder for each image, and the processor replaces it by as many
+tokens as the model has features for: a number that depends on the image's size, with marks around
 it and between its rows. The text is expanded here as the processor does it
 (``return_text_replacement_offsets``, transformers 5.17), so that it is known which characters stand
 for a picture, and only the others can be trained. When a batch is made, the processor tokenizes the
-same text together with the pictures, and must come to the same tokens (``features.py``).
+same text together with the images, and must come to the same tokens (``features.py``).
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,10 @@ from ..chat.template import Span
 from .picture import Picture
 
 _MOST = 65_536
-"""Sizes of pictures that are remembered."""
+"""Sizes of images that are remembered."""
+
+_USUAL = (64, 64)
+"""A size that no processor refuses."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Expanded:
     """A text in which placeholders have been replaced.
 
     Attributes:
-        spans: by picture, the characters that stand for it.
+        spans: by image, the characters that stand for it.
         moves: by placeholder, its end in the text before, and how far what follows has moved.
     """
 
@@ -54,6 +58,9 @@ class Expander:
         processor: of the checkpoint; its ``image_token`` is the placeholder.
         options: arguments for its image processor, such as limits of sizes.
 
+    Attributes:
+        reserved: tokens that stand for images, videos and sound, and may be in no text.
+
     Raises:
         RecipeError: the processor has no placeholder, or does not say what it replaces.
     """
@@ -73,9 +80,14 @@ class Expander:
         self.token = token
         self._pattern = re.compile(re.escape(token))
         try:
-            self._replacement((64, 64))
+            usual = self._replacement(_USUAL)
         except DataError as error:
             raise RecipeError(f"base_model: {error}") from None
+        words = self.processor.tokenizer
+        ids = words(usual, add_special_tokens=False)["input_ids"]
+        named = words.convert_tokens_to_ids(self.processor.all_special_multimodal_tokens)
+        repeated = Counter(ids).most_common(1)[0][0]  # those that the model has features for
+        self.reserved = {repeated, *(token for token in named if token is not None)}
 
     def expand(self, text: str, pictures: Sequence[Picture], where: str) -> Expanded:
         """Replace the placeholders of ``pictures``, in order.
@@ -86,9 +98,9 @@ class Expander:
         places = [match.span() for match in self._pattern.finditer(text)]
         if len(places) != len(pictures):
             raise DataError(
-                f"{where}: {_number(len(pictures), 'picture')}, and {self.token!r} is "
-                f"{_number(len(places), 'time')} in the conversation as the chat template writes "
-                "it: each picture needs one"
+                f"{where}: the row has {number(len(pictures), 'image')}, and the conversation as "
+                f"the chat template writes it has {self.token!r} {number(len(places), 'time')}: "
+                "each image needs one; remove it from texts, or set a chat_template for images"
             )
         pieces: list[str] = []
         spans: list[Span] = []
@@ -106,8 +118,25 @@ class Expander:
             at = end
         return Expanded("".join([*pieces, text[at:]]), spans, moves)
 
+    def require_text(self, ids: Sequence[int], spans: Sequence[Span], where: str) -> None:
+        """Raise a DataError if a token outside of ``spans`` would be taken for an image, or so."""
+        if not spans and self.reserved.isdisjoint(ids):
+            return
+        at = 0
+        for begin, end in [*spans, (len(ids), len(ids))]:
+            odd = next((token for token in ids[at:begin] if token in self.reserved), None)
+            if odd is not None:
+                raise DataError(
+                    f"{where}: a text of the row has {self._shown(odd)} in it, which the model "
+                    "takes for an image, a video or sound: remove it, or spell it otherwise"
+                )
+            at = end
+
+    def _shown(self, token: int) -> str:
+        return repr(self.processor.tokenizer.convert_ids_to_tokens(token))
+
     def _replacement(self, size: tuple[int, int]) -> str:
-        """What stands for a picture of a size, whatever is on it."""
+        """What stands for an image of a size, whatever is on it."""
         from PIL import Image
 
         if size not in self._known:
@@ -124,11 +153,12 @@ class Expander:
             except Exception as error:  # a processor's code raises anything
                 name = type(self.processor).__name__
                 raise DataError(
-                    f"{name} cannot place a picture of {size[0]} x {size[1]} pixels: "
-                    f"{type(error).__name__}: {first_line(error)}"
+                    f"{name} cannot place an image of {size[0]} x {size[1]} pixels: "
+                    f"{first_line(error)}"
                 ) from None
         return self._known[size]
 
 
-def _number(count: int, noun: str) -> str:
+def number(count: int, noun: str) -> str:
+    """How many there are."""
     return f"{count or 'no'} {noun}{'s' * (count != 1)}"

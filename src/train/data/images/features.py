@@ -28,6 +28,12 @@ def written(text: str, pictures: Sequence[Picture], where: str) -> str:
     return json.dumps({"where": where, "text": text, "pictures": [asdict(p) for p in pictures]})
 
 
+def identity(extra: str) -> str:
+    """What ``written`` says, without where the row and its images are."""
+    content = json.loads(extra) if extra else {}
+    return json.dumps([content.get("text"), [p["digest"] for p in content.get("pictures", ())]])
+
+
 @dataclass(frozen=True)
 class Illustrated:
     """A sample with pictures.
@@ -161,8 +167,8 @@ class Featurizer:
         except Exception as error:  # a processor's code raises anything
             wheres = ", ".join(i.where for i in illustrated[:3])
             raise DataError(
-                f"{wheres}: {type(self.processor).__name__} refuses the pictures: "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"{wheres}: {type(self.processor).__name__} refuses the images: "
+                f"{first_line(error)}"
             ) from None
 
     def _of_tokens(

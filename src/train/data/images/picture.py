@@ -24,14 +24,22 @@ from typing import Any
 from ....errors import DataError, first_line
 from ...consent import URL_SWITCH
 
-_DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w=.-]+)*;base64,", re.ASCII)
+_DATA_URL = re.compile(r"data:[\w.+-]*(/[\w.+-]+)?(;[\w=.-]+)*;base64,", re.ASCII)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
+"""A text that is no path, unless there is such a file."""
+
 _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 
 MOST_PIXELS = 100_000_000
 """A picture with more is taken for a mistake, or for an attack: 300 MB as RGB."""
 
 _MOST_BYTES = 100_000_000
-"""Of a picture that is downloaded."""
+"""Of the file of an image."""
+
+_TOO_LARGE = f"is larger than {_MOST_BYTES // 10**6} MB: make it smaller"
+
+_SHOWN = 80
+"""Characters of an address or a path in messages."""
 
 _SECONDS = 30
 """For a server's answer."""
@@ -133,14 +141,9 @@ class Gallery:
         """
         source = self._source(value, where)
         if isinstance(source, Path):
-            try:
-                content = source.read_bytes()
-            except OSError as error:
-                reason = error.strerror or first_line(error)
-                raise DataError(f"{where}: {source}: cannot be read: {reason}") from None
-            name = str(source)
+            content, name = _read(source, where), str(source)
         else:
-            content, name = source, "the picture in the row"
+            content, name = source, "the image in the row"
         size = self.resizing.size_of(*opened(content, f"{where}: {name}").size)
         digest = hashlib.sha256(content).hexdigest()
         path = source if isinstance(source, Path) else self._kept(content, digest)
@@ -157,11 +160,16 @@ class Gallery:
             return self._of_text(value, where)
         if hasattr(value, "save") and hasattr(value, "mode"):  # PIL's; the class is not imported
             buffer = io.BytesIO()
-            value.save(buffer, "PNG")
+            try:
+                value.save(buffer, "PNG")
+            except (OSError, ValueError) as error:  # a mode that PNG does not have, such as CMYK
+                raise DataError(
+                    f"{where}: {first_line(error)}: convert the image to RGB"
+                ) from None
             return buffer.getvalue()
         raise DataError(
-            f"{where}: a picture must be a path, base64 text, or an object with 'path', 'bytes', "
-            f"'base64' or 'url', not a {type(value).__name__}"
+            f"{where}: must be a path, base64 text, or an object with 'path', 'bytes', 'base64' or "
+            f"'url', not a {type(value).__name__}"
         )
 
     def _of_mapping(self, value: Mapping[str, Any], where: str) -> Path | bytes:
@@ -175,8 +183,8 @@ class Gallery:
                 return _decoded(inner, where)
             return self._source(inner, where)
         raise DataError(
-            f"{where}: this picture has none of the fields 'path', 'bytes', 'base64', 'url': "
-            f"{', '.join(map(repr, value)) or 'it is empty'}"
+            f"{where}: has none of the fields 'path', 'bytes', 'base64', 'url' with something in "
+            f"it: {', '.join(map(repr, value)) or 'it is empty'}"
         )
 
     def _of_text(self, text: str, where: str) -> Path | bytes:
@@ -185,33 +193,44 @@ class Gallery:
         if _WEB_URL.match(text):
             return self._downloaded(text, where)
         if not text.strip():
-            raise DataError(f"{where}: the path of a picture is empty")
-        path = Path(text.removeprefix("file://"))
-        inside = path if path.is_absolute() else self.folder / path
-        resolved, root = inside.resolve(), self.folder.resolve()
+            raise DataError(f"{where}: the path is empty")
+        path, root = Path(text.removeprefix("file://")), self.folder.resolve()
+        try:
+            resolved = (path if path.is_absolute() else root / path).resolve()
+            missing = "" if resolved.is_file() else "file not found"
+            if missing and resolved.exists():
+                missing = "is a folder" if resolved.is_dir() else "is a pipe or a device"
+        except (OSError, ValueError):  # too long for a path, or a NUL in it
+            resolved, missing = root / path.name[:_SHOWN], "this is not a path"
+        if missing and _BASE64.fullmatch(text):
+            return _decoded(text, where)
         if not resolved.is_relative_to(root):
             raise DataError(
-                f"{where}: {text}: leads out of {root}: rows may name pictures in the folder of "
-                "their dataset only; name another one with images_dir"
+                f"{where}: {text[:_SHOWN]}: leads out of {root}: rows may name images in the "
+                "folder of their dataset only; name another one with images_dir"
             )
-        if not resolved.is_file():
-            reason = "is a folder" if resolved.is_dir() else "file not found"
-            raise DataError(f"{where}: {resolved}: {reason}")
+        if missing:
+            raise DataError(
+                f"{where}: {resolved}: {missing}; relative paths begin in {root}, and images_dir "
+                "names another folder"
+            )
         return resolved
 
     def _downloaded(self, url: str, where: str) -> bytes:
         if not self.may_download:
             raise DataError(
-                f"{where}: {url[:80]}: pictures are downloaded only with your permission: pass "
+                f"{where}: {url[:_SHOWN]}: images are downloaded only with your permission: pass "
                 f"{URL_SWITCH}, or save them beside the dataset and name their paths"
             )
         try:
             with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
                 content: bytes = answer.read(_MOST_BYTES + 1)
         except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
-            raise DataError(f"{where}: {url[:80]}: cannot be downloaded: {error}") from None
+            raise DataError(
+                f"{where}: {url[:_SHOWN]}: cannot be downloaded: {first_line(error)}"
+            ) from None
         if len(content) > _MOST_BYTES:
-            raise DataError(f"{where}: {url[:80]}: is larger than {_MOST_BYTES // 10**6} MB")
+            raise DataError(f"{where}: {url[:_SHOWN]}: {_TOO_LARGE}")
         return content
 
     def _kept(self, content: bytes, digest: str) -> Path:
@@ -229,16 +248,22 @@ def _decoded(text: str, where: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: the picture is not base64: {first_line(error)}") from None
+        raise DataError(f"{where}: is not base64: {first_line(error)}: encode it anew") from None
+
+
+def _read(path: Path, where: str) -> bytes:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise DataError(f"{where}: {path}: {_TOO_LARGE}")
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise DataError(f"{where}: {path}: cannot be read: {reason}") from None
 
 
 def load(picture: Picture, resizing: Resizing, where: str) -> Any:
-    """A picture as a PIL image, resized; raises a DataError if it changed since it was prepared."""
-    try:
-        content = Path(picture.path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise DataError(f"{where}: {picture.path}: cannot be read: {reason}") from None
+    """An image of a row as a PIL image, resized; raises a DataError if it changed since it was prepared."""
+    content = _read(Path(picture.path), where)
     if hashlib.sha256(content).hexdigest() != picture.digest:
         raise DataError(
             f"{where}: {picture.path}: has changed since its row was prepared: prepare the rows "
@@ -256,7 +281,7 @@ def opened(content: bytes, place: str) -> Any:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not content:
-        raise DataError(f"{place}: is empty")
+        raise DataError(f"{place}: is empty: save it anew, or leave the row out")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes and metadata: the first is asked for below
@@ -270,18 +295,26 @@ def opened(content: bytes, place: str) -> Any:
             _require_plain(image, place)
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
+    except DataError:
+        raise
     except UnidentifiedImageError:
-        raise DataError(f"{place}: is not a picture that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{place}: {first_line(error)}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:  # Pillow's decoders
-        raise DataError(f"{place}: is damaged or cut off: {first_line(error)}") from None
+        raise DataError(
+            f"{place}: is not an image that Pillow can read: save it as PNG or JPEG"
+        ) from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{place}: has far too many pixels: make it smaller") from None
+    except Exception as error:  # Pillow's decoders raise anything
+        raise DataError(
+            f"{place}: is damaged or cut off ({first_line(error)}): copy it again"
+        ) from None
 
 
 def _require_plain(image: Any, place: str) -> None:
     """Raise a DataError for what ``convert("RGB")`` would change without a word."""
+    if image.format == "EPS":  # Pillow has another program run it
+        raise DataError(f"{place}: is a drawing (EPS): save it as PNG")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":  # a camera's: the others are small or other views
         raise DataError(f"{place}: is animated ({frames} frames): save the one that is meant")
     if image.mode == "CMYK":
         raise DataError(

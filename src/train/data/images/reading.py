@@ -50,8 +50,8 @@ def reader_of(
 
 
 def featurizer_of(recipe: Recipe, processing: Processing) -> Featurizer | None:
-    """What makes features of a batch's images; None without a processor."""
-    if processing.processor is None:
+    """What makes features of a batch's images; None: its rows have none."""
+    if processing.processor is None or recipe.kd_trainer:
         return None
     return Featurizer(processing.processor, resizing_of(recipe), _options(recipe))
 
