@@ -449,13 +449,13 @@ class StreamedPacks(IterableDataset[Pack]):
                 paths = ", ".join(source.dataset.path for source in self.sources)
                 raise DataError(f"{paths}: no row of the stream can be trained on")
 
-    def _groups(
-        self, lengths: Sequence[int], draw: np.random.Generator
-    ) -> Iterable[Sequence[int]]:
+    def _groups(self, lengths: Sequence[int], draw: np.random.Generator) -> Iterable[Sequence[int]]:
         """Packs of the buffer's samples, in any order: best fit would put the long ones first."""
         if not self.recipe.packs():
             return ([i] for i in range(len(lengths)))
-        groups = pack(np.array(lengths), self.recipe.sequence_len, self.recipe.sample_packing_bin_size)
+        groups = pack(
+            np.array(lengths), self.recipe.sequence_len, self.recipe.sample_packing_bin_size
+        )
         return (groups[i] for i in draw.permutation(len(groups)))
 
     def _samples(self) -> Iterator[tuple[Array, Array, str]]:

@@ -167,8 +167,7 @@ class Featurizer:
         except Exception as error:  # a processor's code raises anything
             wheres = ", ".join(i.where for i in illustrated[:3])
             raise DataError(
-                f"{wheres}: {type(self.processor).__name__} refuses the images: "
-                f"{first_line(error)}"
+                f"{wheres}: {type(self.processor).__name__} refuses the images: {first_line(error)}"
             ) from None
 
     def _of_tokens(

@@ -163,9 +163,7 @@ class Gallery:
             try:
                 value.save(buffer, "PNG")
             except (OSError, ValueError) as error:  # a mode that PNG does not have, such as CMYK
-                raise DataError(
-                    f"{where}: {first_line(error)}: convert the image to RGB"
-                ) from None
+                raise DataError(f"{where}: {first_line(error)}: convert the image to RGB") from None
             return buffer.getvalue()
         raise DataError(
             f"{where}: must be a path, base64 text, or an object with 'path', 'bytes', 'base64' or "
