@@ -75,10 +75,10 @@ def learn(name: str, rows: int, steps: int, rate: float, folder: Path) -> dict[s
     images, answers = draw(folder / "images", rows)
     held = rows // 5
     start = time.monotonic()
-    with_images = _rows(images[held:], answers[held:])
+    with_images = rows_with(images[held:], answers[held:])
     losses = _train(base, with_images, steps, rate, folder / "seeing")
     seconds = time.monotonic() - start
-    _train(base, _rows([None] * (rows - held), answers[held:]), steps, rate, folder / "blind")
+    _train(base, rows_with([None] * (rows - held), answers[held:]), steps, rate, folder / "blind")
     seeing = _Asked(folder / "seeing", base)
     unseen, wanted = images[:held], answers[:held]
     swapped = random.Random(1).sample(unseen, held)
@@ -132,7 +132,8 @@ def _question(image: Path | None) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def _rows(images: Sequence[Path | None], answers: Sequence[str]) -> list[dict[str, Any]]:
+def rows_with(images: Sequence[Path | None], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows for chat templates that ask for each image, or for none, and answer."""
     return [
         {"messages": [_question(image), {"role": "assistant", "content": answer}]}
         for image, answer in zip(images, answers, strict=True)
