@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,17 +72,17 @@ def take(
             restore(model)
         uncounted = {p: b for p, b in blueprint.blocks.items() if kind_of(b) not in known}
         if uncounted:
-            known |= _counted(model, uncounted, ids)
+            known |= _counted(model, uncounted, ids, blueprint.of_towers)
         usages = {path: known[kind_of(block)] for path, block in blueprint.blocks.items()}
+        why = {
+            path: reasons.get(path, "it was not captured")
+            for path in uncounted
+            if recipe.optimize and usages[path] is not _IDLE
+        }
         seen = None
         if images is not None:
             of_towers, seen = _seen(blueprint, images, images.times(recipe, sequences))
             usages |= of_towers
-    why = {
-        path: reasons.get(path, "it was not captured")
-        for path in uncounted
-        if recipe.optimize and usages[path] is not _IDLE
-    }
     return Step(usages, rewrites, rows * length, why, seen)
 
 
@@ -105,8 +105,13 @@ def _reasons(report: Any) -> dict[str, str]:
 # --- in eager mode --------------------------------------------------------------------------------
 
 
-def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> dict[Any, Usages]:
-    """The usages of blocks in eager mode, by their kinds; under a fake mode."""
+def _counted(
+    model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor, towers: Collection[str]
+) -> dict[Any, Usages]:
+    """The usages of blocks in eager mode, by their kinds; under a fake mode.
+
+    Text calls none of ``towers``, paths of blocks.
+    """
     calls: dict[int, tuple[Any, Any]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -120,8 +125,9 @@ def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> 
             handle.remove()
     usages: dict[Any, Usages] = {}
     for path, block in blocks.items():
-        if id(block) not in calls and not any(p.requires_grad for p in block.parameters()):
-            usages.setdefault(kind_of(block), _IDLE)  # of a tower
+        is_frozen = not any(p.requires_grad for p in block.parameters())
+        if id(block) not in calls and (is_frozen or path in towers):
+            usages.setdefault(kind_of(block), _IDLE)
             continue
         if id(block) not in calls:
             raise ModelError(f"{path} is a block that no training step calls: it cannot be planned")
