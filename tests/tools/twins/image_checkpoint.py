@@ -169,8 +169,48 @@ def _paddleocr_vl() -> tuple[Any, Any]:
     return transformers.PaddleOCRVLForConditionalGeneration(config), processor
 
 
+def _gemma4_unified() -> tuple[Any, Any]:
+    model, other = FAMILIES["gemma4"].make()
+    words, plain = other.tokenizer, model.config
+    named = ("image_token_id", "boi_token_id", "eoi_token_id", "audio_token_id", "boa_token_id",
+             "eoa_token_index", "video_token_id")  # fmt: skip
+    config = transformers.Gemma4UnifiedConfig(
+        text_config=text_config(
+            words, global_head_dim=16, sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision_config={
+            "patch_size": 2, "pooling_kernel_size": 3, "mm_embed_dim": WIDTH,
+            "mm_posemb_size": 64, "output_proj_dims": WIDTH,
+        },
+        **{name: getattr(plain, name) for name in named},
+    )  # fmt: skip
+    processor = transformers.Gemma4UnifiedProcessor(
+        transformers.Gemma4UnifiedAudioFeatureExtractor(),
+        transformers.Gemma4UnifiedImageProcessor(
+            patch_size=2, pooling_kernel_size=3, max_soft_tokens=70
+        ),
+        words,
+        transformers.Gemma4UnifiedVideoProcessor(patch_size=2, pooling_kernel_size=3),
+        chat_template=words.chat_template, image_seq_length=70,
+    )  # fmt: skip
+    return transformers.Gemma4UnifiedForConditionalGeneration(config), processor
+
+
+def _gemma3n() -> tuple[Any, Any]:
+    with torch.device("meta"):  # for what it needs beside transformers
+        transformers.Gemma3nForConditionalGeneration(transformers.Gemma3nConfig())
+    raise RecipeError("no small processor of gemma3n has been made")
+
+
+def _voxtral() -> tuple[Any, Any]:
+    raise RecipeError("rows with sound are not read")
+
+
 MAKERS: dict[str, Make] = {
     **{name: family.make for name, family in FAMILIES.items()},
+    "gemma3n": _gemma3n,
+    "gemma4_unified": _gemma4_unified,
     "lfm2_vl": _lfm2_vl,
     "llava+mistral": _pixtral,
     "mistral3+ministral3": lambda: _with_text("mistral3", "ministral3"),
@@ -178,5 +218,6 @@ MAKERS: dict[str, Make] = {
     "paddleocr_vl": _paddleocr_vl,
     "qwen2_vl": _qwen2_vl,
     "qwen3_5_moe": _qwen3_5_moe,
+    "voxtral": _voxtral,
 }
 """What makes a model with its processor, by the kind of a checkpoint."""
