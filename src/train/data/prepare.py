@@ -235,7 +235,7 @@ def _store(
         with_images = any(w.encoder.settings.get("images") for each in work.values() for w in each)
         extra = recipe.kd_trainer or rows_of(recipe) == "prompts" or with_images
         files = ["train.arrow"]
-        record = unchanged.Record() if with_images else None
+        record = unchanged.ImageRecord() if with_images else None
         with Progress(console) as progress:
             duplicates = None
             if recipe.dataset_exact_deduplication:
@@ -282,7 +282,7 @@ def _write(
     recipe: Recipe,
     progress: Progress,
     duplicates: Duplicates | None,
-    record: unchanged.Record | None,
+    record: unchanged.ImageRecord | None,
 ) -> PreparedRows:
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}

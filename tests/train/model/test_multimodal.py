@@ -295,10 +295,22 @@ def test_rows_with_images_are_refused(
     recipe |= {"datasets": [{"path": str(rows), "type": kind}], "val_set_size": 0}
     with pytest.raises(DataError) as refused:
         train(recipe, console=Console(quiet=True))
-    assert str(refused.value) == (
-        f"{rows}, line 2: the row has {field!r} besides text; only text is trained: leave such "
-        "rows out, or remove that field to train on what their text says without it"
+    why = (
+        f"the row has {field!r} besides text; only text is trained: leave such rows out, or remove "
+        "that field to train on what their text says without it"
     )
+    if field.startswith("image") and kind == "chat_template":
+        why = (
+            "the row has an image, and base_model reads text only: leave such rows out, or train a "
+            "model that reads images"
+        )
+    elif field.startswith("image"):
+        why = (
+            f"the row has {field!r}, and this type of rows is text without places for images: set "
+            "type: alpaca.chat_template for instructions, or write such rows as messages (type: "
+            "chat_template)"
+        )
+    assert str(refused.value) == f"{rows}, line 2: {why}"
 
 
 # --- runs -----------------------------------------------------------------------------------------

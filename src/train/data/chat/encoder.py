@@ -25,7 +25,7 @@ from ..sample import Tokens, without
 from .lost_features import THOUGHTS, Features
 from .mask import Masker, Placed, Rules
 from .probe import Analysis, Turn
-from .template import Chat, Messages, Span, Template
+from .template import Chat, Messages, Span, Template, texts_of
 
 
 @dataclass
@@ -131,8 +131,8 @@ class ChatEncoder:
         """Whether anyone but the assistant writes special tokens."""
         if self.special is None:
             return False
-        others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
-        return any(isinstance(text, str) and self.special.search(text) for text in others)
+        others = (m for m in chat.messages if m["role"] != "assistant")
+        return any(self.special.search(text) for message in others for text in texts_of(message))
 
     def _flagged(self, chat: Chat, tokens: Tokens) -> Tokens:
         return replace(tokens, specials=True) if self.has_special(chat) else tokens

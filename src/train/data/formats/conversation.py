@@ -305,7 +305,10 @@ def _listed(row: Mapping[str, Any], where: str) -> list[Any]:
     held = row[fields[0]] if fields else []
     images = list(held) if isinstance(held, list | tuple) else [held]
     if None in images:
-        raise DataError(f"{where}: image {images.index(None) + 1} of {fields[0]!r} is null")
+        raise DataError(
+            f"{where}: image {images.index(None) + 1} of {fields[0]!r} is null: name its path, or "
+            "leave the row out"
+        )
     return images
 
 

@@ -39,8 +39,9 @@ def fields_of(row: Any, where: str, field: str, read: Collection[str] = ()) -> M
         if name != field and name not in read and row.get(name):
             if name in IMAGE_FIELDS:
                 raise DataError(
-                    f"{where}: the row has {name!r}, and this type of rows is text: write it as "
-                    "messages (type: chat_template), in which images have places, or leave it out"
+                    f"{where}: the row has {name!r}, and this type of rows is text without places "
+                    "for images: set type: alpaca.chat_template for instructions, or write such "
+                    "rows as messages (type: chat_template)"
                 )
             raise DataError(
                 f"{where}: the row has {name!r} besides text; only text is trained: leave such "

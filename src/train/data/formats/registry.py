@@ -21,7 +21,7 @@ from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
-from .fields import IMAGE_FIELDS, fields_of, kind, need, need_text
+from .fields import IMAGE_FIELDS, fields_of, kind, may_text, need, need_text
 from .instruction import spelled_out, worded
 from .segments import SegmentEncoder, Segments
 
@@ -97,6 +97,34 @@ class PromptCompletion:
         return replace(chat, train=[False] * prompt_turns + list(train[prompt_turns:]))
 
 
+class InstructionChat:
+    """An instruction and its answer as a conversation, as LLaMA-Factory trains such rows."""
+
+    def __init__(self, dataset: Dataset, conversation: Conversation) -> None:
+        self.instruction = dataset.field_instruction or "instruction"
+        self.input = dataset.field_input or "input"
+        self.output = dataset.field_output or "output"
+        self.conversation = conversation
+
+    def read(self, row: Any, where: str) -> Chat:
+        """The content of a row."""
+        row = fields_of(row, where, self.instruction, IMAGE_FIELDS)
+        question = need_text(row, self.instruction, where)
+        more, answer = may_text(row, self.input, where), need_text(row, self.output, where)
+        history = row.get("history") or []
+        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+            raise DataError(
+                f"{where}: the field 'history' must be a list of questions with their answers"
+            )
+        pairs = [*history, (f"{question}\n{more}" if more else question, answer)]
+        turns = [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return self.conversation.chat(turns, row, where)
+
+
 class Tokenized:
     """Prepared tokens and labels; ``size`` is that of the tokenizer's vocabulary."""
 
@@ -126,6 +154,10 @@ class Tokenized:
             )
         spans = ((i, i + 1) for i, label in enumerate(labels) if label != IGNORED)
         return Tokens(where, ids, joined(spans))
+
+
+_CHATS = (Conversation, PromptCompletion, InstructionChat)
+"""What reads rows that the chat template may write."""
 
 
 class Encoder:
@@ -160,10 +192,12 @@ class Encoder:
         self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
-        if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
+        if isinstance(self.format, _CHATS) and source is not None:
             rules = _rules(dataset, recipe, everything)
-            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day, self.expander)
-        elif isinstance(self.format, Conversation):
+            self.chats = chat_encoder(
+                dataset, recipe, tokenizer, source, rules, day, self.expander
+            )
+        elif isinstance(self.format, Conversation | InstructionChat):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
@@ -281,6 +315,7 @@ READERS: dict[str, Callable[[RowType, Dataset, Conversation], RowReader]] = {
     ),
     "segments": lambda *_: InputOutput(),
     "prompt_completion": lambda _, dataset, conversation: PromptCompletion(dataset, conversation),
+    "instruction_chat": lambda _, dataset, conversation: InstructionChat(dataset, conversation),
     "instruction": lambda row_type, dataset, _: _instruction(row_type, dataset),
 }
 """The constructors of readers, by the type's record."""

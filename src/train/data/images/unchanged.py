@@ -18,7 +18,7 @@ from ..readers.files import hash_file
 _FILE = "images.json"
 
 
-class Record:
+class ImageRecord:
     """The images of rows that are being written."""
 
     def __init__(self) -> None:
