@@ -185,6 +185,7 @@ _GROUPS = {
     "AttentionKeys": "Attention and memory",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
+    "ImageKeys": "Images",
     "OptimizationKeys": "Optimization",
     "OutputKeys": "Output",
     "TrackingKeys": "Trackers",

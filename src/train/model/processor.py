@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from .multimodal import is_multimodal
 from .tokenizer import load_tokenizer
 
 _INSTALL = 'pip install "fusewright[images]"'
+_PACKAGES = ("PIL", "torchvision")
+"""Those that all processors of images need; without them, they raise this and that."""
 
 
 def load_processing(recipe: Recipe) -> Processing:
@@ -36,7 +39,7 @@ def with_processor(recipe: Recipe, tokenizer: Any) -> Processing:
         if recipe.processor_type is not None:
             raise
         why = f"the processor of base_model cannot be loaded: {first_line(error)}"
-        if isinstance(error.__cause__, ImportError):
+        if isinstance(error.__cause__, ImportError) or not all(map(find_spec, _PACKAGES)):
             why = f"packages that read images are missing: {_INSTALL}"
         return Processing(tokenizer, None, why)
     if getattr(processor, "image_processor", None) is None:

@@ -69,14 +69,16 @@ def asked(text: str = "<image>What?", answer: str = "Red.", **fields: Any) -> di
     return {"messages": turns, **fields}
 
 
-def second(row: dict[str, Any], files: dict[str, bytes] | None = None, **keys: Any) -> Make:
+def second(
+    row: dict[str, Any], files: dict[str, bytes] | None = None, first: str = ROW, **keys: Any
+) -> Make:
     """Training on a good row and then this one, with these files beside them."""
 
     def make(box: Box) -> list[str]:
         box.write("good.png", encoded())
         for name, content in (files or {}).items():
             box.write(name, content)
-        path = box.rows(f"{ROW}\n{json.dumps(row)}\n", "data/rows.jsonl")
+        path = box.rows(f"{first}\n{json.dumps(row)}\n", "data/rows.jsonl")
         for name in ["good.png", *(files or {})]:
             shutil.move(box.folder / name, box.folder / "data" / name)
         return box.recipe(datasets=[{"path": str(path), **keys}], val_set_size=0)
@@ -232,7 +234,7 @@ CASES = {
         "line 2: a text of the row has '<|video_pad|>'", "remove it",
     ),
     "a placeholder in plain text": Bad(
-        second({"text": "a <|image_pad|> b"}, type="completion"), "line 2", "'<|image_pad|>' in it"
+        second({"text": "a <|image_pad|> b"}, first='{"text": "a"}', type="completion"), "line 2", "'<|image_pad|>' in it"
     ),
     "no processor": Bad(no_processor, "rows.jsonl, line 2: the row has an image, and", "processor"),
     "a model of texts": Bad(
@@ -253,7 +255,10 @@ CASES = {
         with_file(encoded(size=(1, 400))), "line 2: ", "cannot place an image of 1 x 400 pixels"
     ),
     "an instruction": Bad(
-        second({"instruction": "What?", "output": "Red.", "images": ["good.png"]}, type="alpaca"),
+        second(
+            {"instruction": "What?", "output": "Red.", "images": ["good.png"]},
+            first='{"instruction": "What?", "output": "Red."}', type="alpaca",
+        ),
         "line 2: the row has 'images'", "set type: alpaca.chat_template for instructions",
     ),
     "with a teacher": Bad(a_student, "line 1: the row has an image", "kd_trainer distils text only"),
@@ -269,6 +274,7 @@ def test_images_are_refused(name: str, box: Box, monkeypatch: pytest.MonkeyPatch
     check(CASES[name], box, monkeypatch)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("package", ["PIL", "torchvision"])
 def test_a_missing_package_is_named(package: str, box: Box, tmp_path: Path) -> None:
     """In a process of its own: what is imported stays."""
@@ -300,14 +306,14 @@ def prepared(box: Box, content: bytes) -> list[str]:
 
 def test_a_long_row_is_dropped_and_counted(box: Box) -> None:
     words = with_file(encoded(size=(400, 400)))(box)
-    length = 60  # the text has fewer tokens, and with its image the other row has more
+    length = 40  # the text of both has fewer tokens, and the second has 16 for its image
     done = fusewright(
         "preprocess", *words[1:], "--sequence_len", str(length),
         "--excess_length_strategy", "truncate",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    counts = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
-    table = {name.strip(): number for name, number in counts.items()}
+    words = [line.split() for line in done.stdout.splitlines()]
+    table = {" ".join(line[:-1]): line[-1] for line in words if line}
     assert table["too long"] == "1"
     assert table["truncated"] == "0"
     assert table["train samples"] == "1"
@@ -346,7 +352,7 @@ def test_an_image_that_changes_while_training_is_refused(
     """Between preparation and the batch."""
     from fusewright.train.trainer import build
 
-    words = prepared(box, encoded())
+    words = [*prepared(box, encoded()), "--sample_packing", "false"]
     image = box.folder / "data" / "bad.png"
     make = build.featurizer_for
 

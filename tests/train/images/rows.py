@@ -58,7 +58,9 @@ class DataSide:
 
     def tokens(self, rows: Sequence[Any]) -> list[Tokens]:
         """Rows as tokens, with the trained spans."""
-        chats = [self.conversation.read(row, f"rows.jsonl, line {i}") for i, row in enumerate(rows, 1)]
+        chats = [
+            self.conversation.read(row, f"rows.jsonl, line {i}") for i, row in enumerate(rows, 1)
+        ]
         return self.encoder.encode(chats)
 
     def samples(self, rows: Sequence[Any]) -> list[Sample]:

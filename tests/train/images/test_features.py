@@ -69,7 +69,10 @@ def test_a_processor_that_changes_is_refused(tmp_path: Path) -> None:
     """One of another version, say: its tokens are not the prepared ones."""
     data = DataSide("gemma3", draw(tmp_path))
     (sample,) = data.samples([row_of(["a.png"])])
-    data.processor.full_image_sequence, usual = "<image_soft_token>", data.processor.full_image_sequence
+    data.processor.full_image_sequence, usual = (
+        "<image_soft_token>",
+        data.processor.full_image_sequence,
+    )
     try:
         with pytest.raises(DataError, match="line 1: the processor makes other tokens of this row"):
             data.featurizer.features([[sample]], {"input_ids": torch.tensor([sample.input_ids])})
@@ -102,7 +105,10 @@ def test_what_prepares_rows_can_be_pickled(family: str, tmp_path: Path) -> None:
     chat = data.conversation.read(row_of(["a.png"]), "rows.jsonl, line 1")
     assert encoder.encode([chat])[0].ids == sample.input_ids
     batch = {"input_ids": torch.tensor([sample.input_ids])}
-    here, there = data.featurizer.features([[sample]], batch), featurizer.features([[sample]], batch)
+    here, there = (
+        data.featurizer.features([[sample]], batch),
+        featurizer.features([[sample]], batch),
+    )
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
 
@@ -186,5 +192,3 @@ def test_a_cameras_views_are_no_animation(tmp_path: Path) -> None:
         tmp_path / "x.mpo", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 4))]
     )
     assert opened((tmp_path / "x.mpo").read_bytes(), "x").size == (20, 10)
-
-

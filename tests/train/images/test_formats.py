@@ -133,7 +133,10 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def samples(path: Path, dataset: dict[str, Any] | None = None, **keys: Any) -> list[Any]:
     """The prepared samples of a file of rows."""
     described = {"path": str(path), "type": "chat_template", **(dataset or {})}
-    recipe = Recipe(base_model="x", datasets=[described], sequence_len=512, **keys)
+    kept = str(path.parent / "prepared")  # with the images that rows hold
+    recipe = Recipe(
+        base_model="x", datasets=[described], sequence_len=512, dataset_prepared_path=kept, **keys
+    )  # fmt: skip
     return list(prepare(recipe, processor_of("qwen2_5_vl")).train)
 
 
@@ -160,9 +163,7 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_others(name: str, tmp_path: Path) -> None:
     make, keys = ROWS[name]
-    (usual,) = samples(
-        write_rows(tmp_path / "usual.jsonl", [ROWS["a part with a path"][0]()])
-    )
+    (usual,) = samples(write_rows(tmp_path / "usual.jsonl", [ROWS["a part with a path"][0]()]))
     (sample,) = samples(write_rows(tmp_path / "rows.jsonl", [plain(make())]), keys)
     assert sample.input_ids == usual.input_ids
     assert sample.labels == usual.labels
@@ -173,9 +174,7 @@ def test_rows_of_others(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["TRL's list without places", "a table's bytes"])
 def test_objects_that_only_tables_hold(name: str, tmp_path: Path) -> None:
     """Bytes, and PIL's images, which JSON has not."""
-    conversation = Conversation(
-        Dataset(path="x"), "", None, Gallery(tmp_path, tmp_path / "copies")
-    )
+    conversation = Conversation(Dataset(path="x"), "", None, Gallery(tmp_path, tmp_path / "copies"))
     chat = conversation.read(ROWS[name][0](), "rows, row 1")
     (picture,) = chat.pictures
     assert Path(picture.path).parent == tmp_path / "copies"
@@ -215,13 +214,12 @@ def test_a_mark_without_images_is_text(tmp_path: Path) -> None:
 def table() -> list[dict[str, Any]]:
     content = Path("a.png").read_bytes()
     other = Path("b.png").read_bytes()
+    answer = [{"type": "text", "text": ANSWER}]
+    shown = turns(parts({"type": "image"}), answer)
     return [
-        {"messages": turns(parts({"type": "image"})), "images": [{"bytes": content, "path": None}]},
-        {"messages": turns([{"type": "text", "text": "Hi"}]), "images": None},
-        {
-            "messages": turns(parts({"type": "image"})),
-            "images": [{"bytes": other, "path": "gone.png"}],
-        },
+        {"messages": shown, "images": [{"bytes": content, "path": None}]},
+        {"messages": turns([{"type": "text", "text": "Hi"}], answer), "images": None},
+        {"messages": shown, "images": [{"bytes": other, "path": "gone.png"}]},
     ]
 
 
@@ -230,7 +228,7 @@ def test_a_table_of_bytes(tmp_path: Path) -> None:
     rows = [*table(), table()[0]]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     kept = tmp_path / "prepared"
-    found = samples(tmp_path / "rows.parquet", dataset_prepared_path=str(kept))
+    found = samples(tmp_path / "rows.parquet")
     assert [Illustrated.of(sample) is None for sample in found].count(True) == 1
     names = sorted(p.name for p in (kept / "images").iterdir())
     digests = {p.digest for s in found if (i := Illustrated.of(s)) for p in i.pictures}
@@ -274,7 +272,7 @@ def test_addresses_are_asked_with_consent_only(
     assert Path(picture.path).read_bytes() == Path("a.png").read_bytes()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_several_processes_read_images(processes: int, tmp_path: Path) -> None:
     rows = [ROWS["a part with a path"][0](), {"messages": turns("Hi")}] * 600
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -302,6 +300,8 @@ def test_equal_rows_are_duplicates_wherever_they_are(tmp_path: Path) -> None:
     other = {"messages": turns(parts({"type": "image", "path": "c.png"}))}
     Image.new("RGB", (24, 32), "green").save(tmp_path / "e.png")  # as large, with other pixels
     green = {"messages": turns(parts({"type": "image", "path": "e.png"}))}
-    path = write_rows(tmp_path / "rows.jsonl", [row, copy, other, green, json.loads(json.dumps(row))])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [row, copy, other, green, json.loads(json.dumps(row))]
+    )
     found = samples(path, dataset_exact_deduplication=True)
     assert len(found) == 3

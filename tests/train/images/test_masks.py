@@ -83,7 +83,9 @@ def rows_of(family: str) -> list[dict[str, Any]]:
     rows = TURNS if family in PLAIN_ANSWERS else [*TURNS, SHOWS]
     if family != "llava":
         return rows
-    return [{**row, "messages": [m for m in row["messages"] if m["role"] != "system"]} for row in rows]
+    return [
+        {**row, "messages": [m for m in row["messages"] if m["role"] != "system"]} for row in rows
+    ]
 
 
 def trained_words(family: str) -> list[list[str]]:
@@ -232,8 +234,8 @@ def test_golden(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
     check(family, tmp_path, request.config.getoption("--update-goldens"))
 
 
-def later_spans(expanded: Expanded, encoding: Any) -> list[tuple[int, int]]:
-    return [(begin + 1, end + 1) for begin, end in STANDING_FOR(expanded, encoding)]
+def later_spans(*arguments: Any) -> list[tuple[int, int]]:
+    return [(begin + 1, end + 1) for begin, end in STANDING_FOR(*arguments)]
 
 
 STANDING_FOR = chat_encoder._standing_for

@@ -77,6 +77,9 @@ class ChatEncoder:
         }
         self.turns = {name: Turns(t, names) for name, t in self.templates.items()}
         self.features = {name: Features(t, self.thinking) for name, t in self.templates.items()}
+        self.marks = ("", "")
+        if self.expander is not None:
+            self.marks = self.templates["default"].around_image(self.expander.token)
         self.special = one_of(names)
         self.masker = Masker(self.tokenizer, self.rules)
 
@@ -100,7 +103,7 @@ class ChatEncoder:
             if expanded is not None:
                 places = [(i, turn and _moved(turn, expanded)) for i, turn in places]
             tokens = self._flagged(chat, self.masker.mask(chat, full[k], places, encoding))
-            images = [] if expanded is None else _standing_for(expanded, encoding)
+            images = [] if expanded is None else _standing_for(expanded, encoding, self.marks)
             if self.expander is not None:
                 self.expander.require_text(tokens.ids, images, chat.where)
             if images:
@@ -178,17 +181,24 @@ def _moved(turn: Turn, expanded: Expanded) -> Turn:
     return Turn(expanded.place(turn.begin), expanded.place(turn.end), content)
 
 
-def _standing_for(expanded: Expanded, encoding: Any) -> list[Span]:
-    """The tokens that stand for images, and those that have a character in common with one."""
+def _standing_for(expanded: Expanded, encoding: Any, marks: tuple[str, str]) -> list[Span]:
+    """The tokens that stand for images, and those that have a character in common with one.
+
+    ``marks`` are what the chat template writes for an image before and behind.
+    """
+    before, behind = marks
+    text = expanded.text
 
     def token(places: Iterable[int]) -> int:
         """That of the first of the characters that is part of one."""
         return next(int(t) for at in places if (t := encoding.char_to_token(at)) is not None)
 
-    return [
-        (token(range(begin, end)), token(range(end - 1, begin - 1, -1)) + 1)
-        for begin, end in expanded.spans
-    ]
+    spans = []
+    for begin, end in expanded.spans:
+        begin -= len(before) * text.endswith(before, 0, begin)
+        end += len(behind) * text.startswith(behind, end)
+        spans.append((token(range(begin, end)), token(range(end - 1, begin - 1, -1)) + 1))
+    return spans
 
 
 def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,20 @@ class Template:
             except DataError:
                 continue
         return False
+
+    def around_image(self, placeholder: str) -> tuple[str, str]:
+        """What it writes for an image before and behind the placeholder."""
+        text = {"type": "text", "text": "\ue000"}
+        try:
+            plain, shown = (
+                self.render([{"role": "user", "content": parts}]).partition("\ue000")[0]
+                for parts in ([text], [{"type": "image"}, text])
+            )
+        except DataError:
+            return "", ""
+        added = shown[len(os.path.commonprefix([plain, shown])) :]
+        before, found, behind = added.partition(placeholder)
+        return (before, behind) if found else ("", "")
 
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""

@@ -194,9 +194,7 @@ class Encoder:
         day = day or today()
         if isinstance(self.format, _CHATS) and source is not None:
             rules = _rules(dataset, recipe, everything)
-            self.chats = chat_encoder(
-                dataset, recipe, tokenizer, source, rules, day, self.expander
-            )
+            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day, self.expander)
         elif isinstance(self.format, Conversation | InstructionChat):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)

@@ -85,8 +85,9 @@ class Expander:
             raise RecipeError(f"base_model: {error}") from None
         words = self.processor.tokenizer
         ids = words(usual, add_special_tokens=False)["input_ids"]
-        repeated = Counter(ids).most_common(1)[0][0]  # which the model has features for
         added, named = words.get_added_vocab(), self.processor.all_special_multimodal_tokens
+        special = [token for token in ids if token in set(added.values())]
+        repeated = Counter(special or ids).most_common(1)[0][0]  # which the model has features for
         self.reserved = {repeated, *(added[token] for token in named if token in added)}
 
     def expand(self, text: str, pictures: Sequence[Picture], where: str) -> Expanded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Int, Keys, key, not_applicable, subsumed
+from .base import Int, Keys, key, subsumed
 
 _ONE_SIZE = "image_size gives each image the same size: set one of them"
 
@@ -43,8 +43,3 @@ class ImageKeys(Keys):
     freeze_mm_modules: bool = True
     """Leave the towers and what projects their outputs as they are. False: they are trained, or get
     adapters, as the language model does."""
-
-    role_boundaries: list[dict[str, Any]] | None = not_applicable(
-        "turns are found in what the chat template writes"
-    )
-    """The tokens that begin and end each role's turns. Unset: found."""
