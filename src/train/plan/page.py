@@ -86,9 +86,12 @@ def _model(plan: RunPlan) -> str:
 def _images(images: ImageUsage) -> str:
     of = f"in the first {images.rows:,} rows" if images.rows else "ASSUMED, as no row is here"
     kept = f" and keep {_gib(images.kept)} GiB outside of blocks" if images.kept else ""
+    towers = f"hold up to {_gib(images.passing)} GiB in forward{kept}"
+    if images.why_not:
+        towers = f"are NOT COUNTED: {images.why_not}"
     return (
         f"images: {images.images:,.2f} a row, for which {images.tokens:,.0f} tokens stand ({of}); "
-        f"towers hold up to {_gib(images.passing)} GiB in forward{kept}"
+        f"towers {towers}"
     )
 
 

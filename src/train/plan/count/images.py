@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ....errors import ModelError, RecipeError
+from ....errors import RecipeError
 from ....kernels.cost import Living
 from ...data.chat.date import today
 from ...data.formats.teacher import encoder_of
@@ -83,6 +84,7 @@ class ImageUsage:
         kept: bytes that towers keep for backward outside of their blocks; 0 if they are frozen.
         passing: the most bytes that towers hold at one time in forward.
         flops: of towers, but of trained blocks, which are blocks of the step.
+        why_not: why what towers take could not be counted.
     """
 
     rows: int
@@ -91,6 +93,7 @@ class ImageUsage:
     kept: int
     passing: int
     flops: int
+    why_not: str = ""
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -195,28 +198,50 @@ class TowerRun:
     trains: bool
 
 
-def run_towers(model: Any, features: Features) -> TowerRun:
-    """Run the towers on features, under a fake mode.
+def run_towers(model: Any, blocks: Mapping[str, nn.Module], features: Features) -> TowerRun:
+    """Run the towers, whose ``blocks`` are named by path, on features; under a fake mode.
 
-    Raises a ModelError if a model has no method for that, or it needs the contents of weights.
+    Raises what a model's code raises that reads the contents of weights.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    method = getattr(base, "get_image_features", None)
-    if method is None:
-        raise ModelError(f"{type(base).__name__} does not say how it reads images")
+    method = base.get_image_features
     known = inspect.signature(method).parameters
     taken = {name: value for name, value in features.items() if name in known}
     living = Living()
     living.exclude([*model.parameters(), *model.buffers(), *taken.values()])
-    try:
-        with KnownNumbers(), living:
-            outputs = method(**taken)
-    except Exception as error:  # a model's own code raises anything
-        raise ModelError(
-            f"its towers cannot be planned without weights: {type(error).__name__}: {error}"
-        ) from error
+    with _true_depths(model, blocks), KnownNumbers(), living:
+        outputs = method(**taken)
     trains = any(isinstance(t, Tensor) and t.requires_grad for t in tree_iter(outputs))
-    return TowerRun(living.bytes, living.most, living.flops, trains)
+    run = TowerRun(living.bytes, living.most, living.flops, trains)
+    del outputs  # which are held until here, as in a step
+    return run
+
+
+@contextlib.contextmanager
+def _true_depths(model: Any, blocks: Iterable[str]) -> Iterator[None]:
+    """Let configurations of towers say how many blocks are left: some are counted from behind."""
+    before: dict[int, tuple[Any, int]] = {}
+    for path in blocks:
+        stack = path.rpartition(".")[0]
+        config = _config_of(model, stack)
+        if config is not None:
+            before.setdefault(id(config), (config, config.num_hidden_layers))
+            config.num_hidden_layers = len(model.get_submodule(stack))
+    try:
+        yield
+    finally:
+        for config, depth in before.values():
+            config.num_hidden_layers = depth
+
+
+def _config_of(model: Any, path: str) -> Any:
+    """The configuration that says how many layers a list has; None: there is none."""
+    while path:
+        config = getattr(model.get_submodule(path), "config", None)
+        if hasattr(config, "num_hidden_layers"):
+            return config
+        path = path.rpartition(".")[0]
+    return None
 
 
 class KnownNumbers(TorchDispatchMode):

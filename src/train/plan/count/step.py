@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from ....compiler.options import Codegen
 from ....compiler.pipeline import explain, optimize, planner_of, restore
-from ....errors import ModelError
+from ....errors import ModelError, first_line
 from ....kernels.cost import Living
 from ....memory.choice import Scaled, Usages
 from ....memory.levels import Level
@@ -144,33 +144,33 @@ def _seen(
     Of a frozen tower nothing is kept: what it holds while it runs is one figure for all of it.
     """
     calls: dict[int, tuple[Any, Any]] = {}
+    usages: dict[str, Usages] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.setdefault(id(module), (args, kwargs))
 
-    blocks = blueprint.blocks
+    blocks = {path: blueprint.blocks[path] for path in sorted(blueprint.of_towers)}
     handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks.values()]
     try:
-        run = run_towers(blueprint.model, images.features)
+        run = run_towers(blueprint.model, blocks, images.features)
+        kept, flops = run.held if run.trains else 0, run.flops
+        for path, block in blocks.items():
+            if id(block) not in calls:
+                continue
+            with KnownNumbers():
+                one = _usages(block, *calls[id(block)])
+            whole, lean = one["all"], one["input"]
+            if run.trains:
+                usages[path] = Scaled(one, times)
+                kept, flops = kept - whole.saved, flops - (lean.flops - whole.flops)
+            else:
+                flops += (blueprint.times[path] - 1) * (lean.flops - whole.flops)
+    except Exception as error:  # a model's own code raises anything
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return {}, ImageUsage(images.rows, images.images, images.tokens, 0, 0, 0, why)
     finally:
         for handle in handles:
             handle.remove()
-    usages: dict[str, Usages] = {}
-    kept, flops = run.held if run.trains else 0, run.flops
-    for path, block in blocks.items():
-        if id(block) not in calls:
-            continue
-        with KnownNumbers():
-            one = _usages(block, *calls[id(block)])
-        whole, lean = one.get("all"), one.get("input")
-        assert whole is not None
-        assert lean is not None
-        forward = lean.flops - whole.flops
-        if run.trains:
-            usages[path] = Scaled(one, times)
-            kept, flops = kept - whole.saved, flops - forward
-        else:
-            flops += (blueprint.times[path] - 1) * forward
     kept, most, flops = (round(times * n) for n in (max(kept, 0), run.most, flops))
     return usages, ImageUsage(images.rows, images.images, images.tokens, kept, most, flops)
 
@@ -179,7 +179,7 @@ _IDLE: Usages = {"all": Usage(0, 0, 0, 0, 0), "input": Usage(0, 0, 0, 0, 0)}
 """The usages of a block that no step calls."""
 
 
-def _usages(block: nn.Module, args: Any, kwargs: Any) -> Usages:
+def _usages(block: nn.Module, args: Any, kwargs: Any) -> dict[Level, Usage]:
     """Of one call: where it keeps what eager mode keeps, and where it keeps its inputs."""
     values = [t.detach() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
     inputs = sum(t.nbytes for t in values if t.is_floating_point())
