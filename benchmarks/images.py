@@ -60,7 +60,7 @@ def sees(found: dict[str, Any]) -> bool:
     deviation = math.sqrt(CHANCE * (1 - CHANCE) / found["questions"])
     at_chance = CHANCE + 4 * deviation
     return bool(
-        found["unseen"] > 5 * CHANCE
+        found["unseen"] > 3 * CHANCE
         and found["last_loss"] < found["first_loss"] / 2
         and found["swapped"] < at_chance
         and found["no_image"] < at_chance

@@ -359,7 +359,7 @@ def test_a_tiny_model_learns_to_name_drawn_images(tmp_path: Path) -> None:
                "--json", file)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(file.read_text())
-    assert found["unseen"] > 5 * found["chance"]
+    assert found["unseen"] > 3 * found["chance"]
     assert {"swapped", "no_image", "first_loss", "last_loss", "versions", "cpu"} <= set(found)
 
 

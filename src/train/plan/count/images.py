@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,6 +257,18 @@ class KnownNumbers(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
+            if func is torch.ops.aten.index.Tensor:  # a mask's rows are known, if it is
+                args = (args[0], [n for i in args[1] for n in _places(i)])
             return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+def _places(index: Any) -> Sequence[Any]:
+    """What selects as ``index`` does, a known mask as numbers."""
+    if not isinstance(index, Tensor) or isinstance(index, FakeTensor):
+        return [index]
+    if index.dtype is not torch.bool:
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero(as_tuple=True)
