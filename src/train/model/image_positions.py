@@ -29,7 +29,7 @@ class ImagePositions:
 
     def __call__(self, ids: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         """The positions (axes, T) of one sample's tokens (1, T) with their features."""
-        module = self.kind.__new__(self.kind)
+        module: Any = object.__new__(self.kind)
         nn.Module.__init__(module)
         module.config = self.config
         known = inspect.signature(self.kind.get_rope_index).parameters

@@ -234,7 +234,8 @@ CASES = {
         "line 2: a text of the row has '<|video_pad|>'", "remove it",
     ),
     "a placeholder in plain text": Bad(
-        second({"text": "a <|image_pad|> b"}, first='{"text": "a"}', type="completion"), "line 2", "'<|image_pad|>' in it"
+        second({"text": "a <|image_pad|> b"}, first='{"text": "a"}', type="completion"),
+        "line 2", "'<|image_pad|>' in it",
     ),
     "no processor": Bad(no_processor, "rows.jsonl, line 2: the row has an image, and", "processor"),
     "a model of texts": Bad(
@@ -261,7 +262,9 @@ CASES = {
         ),
         "line 2: the row has 'images'", "set type: alpaca.chat_template for instructions",
     ),
-    "with a teacher": Bad(a_student, "line 1: the row has an image", "kd_trainer distils text only"),
+    "with a teacher": Bad(
+        a_student, "line 1: the row has an image", "kd_trainer distils text only"
+    ),
     "longer than sequence_len": Bad(
         lambda box: [*second(asked(images=["good.png"]))(box), "--sequence_len", "8"],
         "longer than 8 tokens", "raise sequence_len",

@@ -113,6 +113,32 @@ def test_what_prepares_rows_can_be_pickled(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("qwen2_5_vl", {"size": {"shortest_edge": 64, "longest_edge": 16 * 16}}),
+        ("qwen2_5_vl", {"min_pixels": 64, "max_pixels": 16 * 16}),
+        ("mistral3", {"size": {"longest_edge": 16}}),
+        ("smolvlm", {"do_image_splitting": False}),
+        ("internvl", {"crop_to_patches": False}),
+    ],
+)
+def test_arguments_of_the_image_processor(
+    family: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """They make fewer tokens, and the features are theirs."""
+    data = DataSide(family, draw(tmp_path))
+    (usual,) = data.samples([row_of(["b.png"])])
+    options = {"images_kwargs": keys}
+    data.encoder.expander = Expander(data.processor, options)
+    (fewer,) = data.samples([row_of(["b.png"])])
+    assert len(fewer.input_ids) < len(usual.input_ids)
+    batch = {"input_ids": torch.tensor([fewer.input_ids])}
+    with pytest.raises(DataError, match="makes other tokens"):
+        data.featurizer.features([[fewer]], batch)
+    assert replace(data.featurizer, options=options).features([[fewer]], batch)
+
+
 def test_places_in_an_expanded_text() -> None:
     """Text before, at, and behind placeholders."""
     text = "ab<i>cd<i>e"

@@ -47,13 +47,15 @@ def opened() -> Any:
 
 
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "a part with a path": (lambda: {"messages": turns(parts({"type": "image", "path": "a.png"}))}, {}),
+    "a part with a path": (
+        lambda: {"messages": turns(parts({"type": "image", "path": "a.png"}))}, {},
+    ),
     "a part with an image's path": (
         lambda: {"messages": turns(parts({"type": "image", "image": "a.png"}))}, {},
     ),
     "a part with a URL of a file": (
-        lambda: {"messages": turns(parts({"type": "image", "url": Path("a.png").resolve().as_uri()}))},
-        {},
+        lambda: {"messages": turns(parts({"type": "image", "url": Path("a.png").absolute().as_uri()}
+        ))}, {},
     ),
     "a part with base64": (
         lambda: {"messages": turns(parts({"type": "image", "base64": encoded()}))}, {},
@@ -64,8 +66,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         ))}, {},
     ),
     "a part of Qwen's": (
-        lambda: {"messages": turns(parts({"type": "image", "image": f"data:image;base64,{encoded()}"}))},
-        {},
+        lambda: {"messages": turns(parts(
+            {"type": "image", "image": f"data:image;base64,{encoded()}"}
+        ))}, {},
     ),
     "a part without a type": (lambda: {"messages": turns(parts({"image": "a.png"}))}, {}),
     "answers in parts": (
@@ -109,7 +112,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"field_messages": "conversations"},
     ),
     "LLaMA-Factory's instruction": (
-        lambda: {"instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"]},
+        lambda: {
+            "instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"],
+        },
         {"type": "alpaca.chat_template"},
     ),
     "LLaVA's image": (
@@ -305,3 +310,23 @@ def test_equal_rows_are_duplicates_wherever_they_are(tmp_path: Path) -> None:
     )
     found = samples(path, dataset_exact_deduplication=True)
     assert len(found) == 3
+
+
+def test_texts_alone_for_a_model_that_reads_images(tmp_path: Path) -> None:
+    """In batches of their own, before and behind one with images."""
+    text, shown = {"messages": turns("Hi")}, ROWS["a part with a path"][0]()
+    path = write_rows(tmp_path / "rows.jsonl", [text] * 512 + [shown] + [text] * 1023)
+    found = samples(path, shuffle_merged_datasets=False)
+    assert [i for i, sample in enumerate(found) if sample.extra] == [512]
+    only = samples(write_rows(tmp_path / "text.jsonl", [text] * 3))
+    assert [sample.extra for sample in only] == [""] * 3
+
+
+def test_the_hash_of_the_rows_is_also_that_of_their_images(tmp_path: Path) -> None:
+    """A run that goes on with other images would not be the same."""
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS["a part with a path"][0]()])
+    recipe = Recipe(base_model="x", datasets=[{"path": str(path), "type": "chat_template"}])
+    first = prepare(recipe, processor_of("qwen2_5_vl")).fingerprint
+    assert prepare(recipe, processor_of("qwen2_5_vl")).fingerprint == first
+    Image.new("RGB", (24, 32), "green").save(tmp_path / "a.png")
+    assert prepare(recipe, processor_of("qwen2_5_vl")).fingerprint != first

@@ -20,7 +20,7 @@ from fusewright.errors import DataError
 from fusewright.train.data import IGNORED
 from fusewright.train.data.chat import encoder as chat_encoder
 from fusewright.train.data.images.expansion import Expanded, Expander
-from fusewright.train.data.images.features import Illustrated
+from fusewright.train.data.images.features import Featurizer, Illustrated
 from fusewright.train.data.images.picture import Resizing, load
 from fusewright.train.data.sample import Sample
 from fusewright.train.recipe.recipe import Recipe
@@ -179,13 +179,23 @@ def check(family: str, folder: Path, update: bool = False) -> None:
     assert "\n".join(table) + "\n" == path.read_text(encoding="utf-8")
 
 
+def by_transformers(data: DataSide, sample: Sample) -> dict[str, Any]:
+    """What the processor makes of a row by itself."""
+    illustrated = Illustrated.of(sample)
+    assert illustrated is not None
+    images = [[load(p, Resizing(), "") for p in illustrated.pictures]]
+    made: dict[str, Any] = data.processor(
+        text=[illustrated.text], images=images, add_special_tokens=False, return_tensors="pt"
+    )
+    return made
+
+
 def packed(data: DataSide, samples: list[Sample]) -> list[str]:
     """The shapes of a batch of two packs; it must have what its samples have by themselves."""
     recipe = Recipe(base_model="x", datasets=[{"path": "x"}], sample_packing=True, optimize=False)
     packs = [samples[1:], samples[:1]]
     batch = training_batch(packs, recipe, data.tokenizer.pad_token_id, data.featurizer)
-    alone = [data.featurizer.features([[s]], {"input_ids": torch.tensor([s.input_ids])})
-             for pack in packs for s in pack]  # fmt: skip
+    alone = [by_transformers(data, sample) for pack in packs for sample in pack if sample.extra]
     for b, pack in enumerate(packs):
         at = 0
         for sample in pack:
@@ -197,7 +207,7 @@ def packed(data: DataSide, samples: list[Sample]) -> list[str]:
         assert (batch["labels"][b, at:] == IGNORED).all()
     shown = []
     for name in sorted(batch.keys() - {"input_ids", "labels", "position_ids", "tokens", "trained"}):
-        own = [one[name] for one in alone if name in one]
+        own = [one[name] for one in alone]
         assert_joined(name, batch[name], own, packs)
         shown.append(f"  {name} {tuple(batch[name].shape)}")
     return shown
@@ -247,6 +257,13 @@ def earlier_spans(self: Expander, *arguments: Any) -> Expanded:
     return replace(expanded, spans=[(begin - 1, end - 1) for begin, end in expanded.spans])
 
 
+def in_another_order(self: Featurizer, illustrated: Any) -> Any:
+    return PROCESSED(self, [replace(i, pictures=i.pictures[::-1]) for i in illustrated])
+
+
+PROCESSED = Featurizer._processed
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
@@ -254,6 +271,7 @@ def earlier_spans(self: Expander, *arguments: Any) -> Expanded:
         (Expanded, "place", lambda self, at, right=Expanded.place: right(self, at) - 1),
         (chat_encoder, "_standing_for", later_spans),
         (Expander, "expand", earlier_spans),
+        (Featurizer, "_processed", in_another_order),
     ],
 )
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "idefics3"])

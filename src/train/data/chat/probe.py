@@ -235,10 +235,10 @@ def _with_mark(message: dict[str, Any], sign: str) -> dict[str, Any]:
     if isinstance(content, str):
         marked["content"] = _signed(content, sign)
     elif content:
-        last = max((k for k, p in enumerate(content) if (p.get("text") or "").strip()), default=-1)
+        texts = [k for k, part in enumerate(content) if (part.get("text") or "").strip()]
         marked["content"] = [
-            {**p, "text": _signed(p["text"], sign)} if k == last else p
-            for k, p in enumerate(content)
+            {**part, "text": _signed(part["text"], sign)} if k in texts[-1:] else part
+            for k, part in enumerate(content)
         ]
     if calls and isinstance(calls[-1].get("function", calls[-1]).get("name"), str):
         last = calls[-1]

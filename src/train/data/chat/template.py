@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +84,9 @@ class Template:
             )
         except DataError:
             return "", ""
-        added = shown[len(os.path.commonprefix([plain, shown])) :]
-        before, found, behind = added.partition(placeholder)
+        pairs = enumerate(zip(plain, shown, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(shown)))
+        before, found, behind = shown[shared:].partition(placeholder)
         return (before, behind) if found else ("", "")
 
     def render(

@@ -186,9 +186,9 @@ class Encoder:
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
         source = template_of(dataset, recipe, tokenizer)
-        reads = isinstance(images, ImageReader)
-        gallery = images.gallery if reads else images
-        self.expander = images.expander if reads else None
+        reader = images if isinstance(images, ImageReader) else None
+        gallery = images.gallery if isinstance(images, ImageReader) else images
+        self.expander = reader.expander if reader else None
         self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
@@ -208,7 +208,7 @@ class Encoder:
             "everything": everything,
             "prepared": recipe.takes_tokens(),
             "day": day if writes_day(self.chats) else None,
-            "images": images.settings if reads else None,
+            "images": reader.settings if reader else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 

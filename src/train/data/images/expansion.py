@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....errors import DataError, RecipeError, first_line
-from ..chat.template import Span
 from .picture import Picture
+
+Span = tuple[int, int]
 
 _MOST = 65_536
 """Sizes of images that are remembered."""

@@ -260,7 +260,7 @@ def _read(path: Path, where: str) -> bytes:
 
 
 def load(picture: Picture, resizing: Resizing, where: str) -> Any:
-    """An image of a row as a PIL image, resized; raises a DataError if it changed since it was prepared."""
+    """An image of a row as a PIL image, resized; raises a DataError if its file has changed."""
     content = _read(Path(picture.path), where)
     if hashlib.sha256(content).hexdigest() != picture.digest:
         raise DataError(

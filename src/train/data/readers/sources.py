@@ -85,12 +85,13 @@ class DataSource:
         yield from everything[_place(begin, len(everything)) : _place(end, len(everything))]
 
 
-def _stored(table: Any) -> Iterable[Any]:
+def _stored(table: Any) -> Iterator[Any]:
     """The rows of a table; images as they are stored, not opened, which is done by the encoder."""
     if "Image(" not in str(getattr(table, "features", None)):
-        return table
-    batches = table.with_format("arrow").iter(batch_size=_WITH_IMAGES)
-    return (row for batch in batches for row in batch.to_pylist())
+        yield from table
+        return
+    for batch in table.with_format("arrow").iter(batch_size=_WITH_IMAGES):
+        yield from batch.to_pylist()
 
 
 _WITH_IMAGES = 32
