@@ -132,8 +132,8 @@ def _measured(
     if missing:
         base["base_model"] = (model, f"{why}. NOT CHECKED: it is not on this disk ({missing})")
     base["datasets"] = ([entry], _rows_why(rows))
-    chats = entry.get("type") == "chat_template" and tokenizer is not None
-    if chats and not tokenizer.chat_template:
+    chats = entry.get("type") == "chat_template"
+    if chats and tokenizer is not None and not tokenizer.chat_template:
         vocabulary = tokenizer.get_vocab()
         name = next((t for end, t in _TEMPLATES.items() if end in vocabulary), "alpaca")
         base["chat_template"] = (name, "the tokenizer has no chat template of its own")

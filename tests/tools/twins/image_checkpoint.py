@@ -38,6 +38,10 @@ def make_image_checkpoint(kind: Kind, folder: Path) -> str:
                 parameter.normal_(std=0.02)
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
+    size = len(transformers.AutoTokenizer.from_pretrained(folder))
+    if size > model.get_input_embeddings().num_embeddings:  # the type's own class adds some
+        model.resize_token_embeddings(size)
+        model.save_pretrained(folder)
     return type(model).__name__
 
 

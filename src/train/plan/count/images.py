@@ -252,6 +252,9 @@ class KnownNumbers(TorchDispatchMode):
     shapes of other tensors depend on their contents.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # 2026-12-01: torch is not typed here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of known tensors outside of the fake mode."""
         kwargs = kwargs or {}
