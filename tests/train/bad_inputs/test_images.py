@@ -367,4 +367,4 @@ def test_an_image_that_changes_while_training_is_refused(
     done = fusewright("train", *words)
     assert done.exit_code == 2, done.output
     assert "bad.png: has changed since its row was prepared" in done.stderr
-    assert "delete dataset_prepared_path" in done.stderr
+    assert "put it back, or begin a new run" in done.stderr

@@ -264,8 +264,8 @@ def load(picture: Picture, resizing: Resizing, where: str) -> Any:
     content = _read(Path(picture.path), where)
     if hashlib.sha256(content).hexdigest() != picture.digest:
         raise DataError(
-            f"{where}: {picture.path}: has changed since its row was prepared: prepare the rows "
-            "anew (delete dataset_prepared_path)"
+            f"{where}: {picture.path}: has changed since its row was prepared: put it back, or "
+            "begin a new run, which prepares the row anew"
         )
     return resizing.resized(opened(content, f"{where}: {picture.path}"))
 
