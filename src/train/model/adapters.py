@@ -196,7 +196,7 @@ def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
                 "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
-        return _by_expression(model, targets, recipe)
+        return _by_expression(model, targets, recipe, say)
     absent = [name for name in _absent(model, recipe, targets) if name in _USUAL]
     if absent and len(absent) < len(targets or []):
         targets = [name for name in targets or [] if name not in absent]
@@ -298,11 +298,15 @@ def _is_row_by_row(linear: nn.Linear) -> bool:
     return isinstance(output, Tensor) and output.shape == (5, 7, linear.out_features)
 
 
-def _by_expression(model: Any, expression: str, recipe: Recipe) -> list[str] | str:
+def _by_expression(model: Any, expression: str, recipe: Recipe, say: Say | None) -> list[str] | str:
     """The trained layers whose whole names match, in whatever class's names."""
     places = left_out(model, recipe)
     names = [name for name, _ in model.named_modules() if not is_in(name, places)]
-    if any(re.fullmatch(expression, name) for name in names):
+    matches = [n for n, _ in model.named_modules() if re.fullmatch(expression, n)]
+    if any(not is_in(name, places) for name in matches):
+        if (frozen := [n for n in matches if is_in(n, places)]) and say is not None:
+            say(f"lora_target_modules: {len(frozen)} of the layers, such as {frozen[0]}, stay as "
+                "they are, because freeze_mm_modules is true: false adapts them")  # fmt: skip
         return expression
     # what a checkpoint's layers are called in older versions of its class, or in its class for text
     path = language_path(model) if places else ""

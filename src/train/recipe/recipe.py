@@ -124,6 +124,14 @@ class Recipe(
         """Whether training rows are packed."""
         return bool(self.sample_packing)
 
+    def takes_tokens(self) -> bool:
+        """Whether rows are already tokens.
+
+        Axolotl's recipes for images set ``skip_prepare_dataset`` for rows that are none: there they
+        are tokenized when a batch is made.
+        """
+        return self.skip_prepare_dataset and self.processor_type is None
+
     def packs_validation(self) -> bool:
         """Whether validation rows are packed."""
         return self.packs() if self.eval_sample_packing is None else self.eval_sample_packing

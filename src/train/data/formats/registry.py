@@ -206,7 +206,7 @@ class Encoder:
             "system": recipe.default_system_message,
             "eot_tokens": recipe.eot_tokens,
             "everything": everything,
-            "prepared": recipe.skip_prepare_dataset,
+            "prepared": recipe.takes_tokens(),
             "day": day if writes_day(self.chats) else None,
             "images": reader.settings if reader and self.chats else None,
         }
@@ -285,7 +285,7 @@ def format_of(
     kind_ = dataset.type
     if isinstance(kind_, PromptFormat):
         return spelled_out(kind_)
-    if recipe.skip_prepare_dataset:
+    if recipe.takes_tokens():
         return Tokenized(size)
     name = kind_.removesuffix(".load").removesuffix(".default")
     if name not in ROW_TYPES:

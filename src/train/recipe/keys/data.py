@@ -78,7 +78,8 @@ class DataKeys(Keys):
             "kd_trainer": "rows with a teacher are always tokenized: leave it out",
         },
     )
-    """The rows are already tokenized: they have ``input_ids`` and ``labels``."""
+    """The rows are already tokenized: they have ``input_ids`` and ``labels``. Beside
+    ``processor_type`` it says nothing, as Axolotl's recipes for images have it."""
 
     dataset_shard_num: Int | None = key(gt=0, if_written=True, excludes={_STREAM: _ALL_ROWS})
     """Split all rows into this many shards and use one. Unset: use all."""
