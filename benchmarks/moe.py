@@ -22,7 +22,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,11 @@ class Side:
         self.losses: list[float] = []
         self.growths: list[float] = []
 
-    def step(self, ids: Tensor) -> None:
+    def step(self, inputs: Mapping[str, Tensor]) -> None:
         """One full training step."""
         memory = Memory("cpu")
         start = self.clock()
-        loss = self.model(input_ids=ids, labels=ids).loss
+        loss = self.model(**inputs).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     batches = torch.randint(VOCAB, (args.warmup + args.steps, args.batch, args.seq))
     for number, ids in enumerate(batches):
         for side in list(sides.values())[:: 1 if number % 2 else -1]:
-            side.step(ids)
+            side.step({"input_ids": ids, "labels": ids})
     medians = {n: statistics.median(s.seconds[args.warmup :]) for n, s in sides.items()}
     growth = {n: statistics.median(s.growths[args.warmup :]) for n, s in sides.items()}
     best = {n: min(s.seconds[args.warmup :]) for n, s in sides.items()}

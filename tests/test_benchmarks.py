@@ -350,3 +350,26 @@ def test_the_picture_of_a_terminal_has_every_word() -> None:
     assert "$ fusewright train x.yaml" in text
     assert "a &lt;b&gt; loss 1.234" in text
     assert text.count("word") == 30
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_to_name_drawn_images(tmp_path: Path) -> None:
+    file = tmp_path / "images.json"
+    done = run("images.py", "--families", "llava", "--rows", "600", "--steps", "200",
+               "--json", file)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(file.read_text())
+    assert found["unseen"] > 3 * found["chance"]
+    assert {"swapped", "no_image", "first_loss", "last_loss", "versions", "cpu"} <= set(found)
+
+
+@pytest.mark.long
+def test_steps_on_images_are_compared(tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    sizes = ("--batch", "1", "--side", "56", "--words", "8", "--steps", "2", "--warmup", "1")
+    done = run("image_step.py", *sizes, "--codegen", "eager", "--json", file)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["largest_loss_difference"] < 1e-4
+    assert found["rewrites"]["lora_linear"] > 0
+    assert {"ratio_of_medians", "ratio_of_growths", "tokens_of_a_row"} <= set(found)

@@ -15,7 +15,7 @@ from .bench import Bench, cast_to
 from .findings import AuditFinding
 from .losses import of_model
 from .reference import AuditStep, Batch
-from .slices import SampleSpan, alone, samples_of
+from .slices import SampleSpan, alone, has_media, samples_of
 
 PACK_CHECKS = ("packing", "recurrent-state")
 
@@ -75,7 +75,7 @@ def look(bench: Bench, batch: Batch, exact: AuditStep, eager: AuditStep) -> Leak
         return str(error)
     allowed = FACTOR * _distance(rounded, truth, here) + unit(bench.plain.dtype)
     apart = None
-    if packed and isinstance(batch.get("position_ids"), Tensor):
+    if packed and isinstance(batch.get("position_ids"), Tensor) and not has_media(batch):
         last = here[-1]
         span = [SampleSpan(0, 0, last.stop - last.start)]
         part = before[last.row : last.row + 1, last.start : last.stop]
@@ -148,17 +148,21 @@ def _of(outputs: Any) -> Tensor:
 def _changed(
     inputs: Batch, samples: Sequence[SampleSpan], packed: bool
 ) -> tuple[dict[str, Any], SampleSpan]:
-    """The inputs with the tokens of a sample reversed and moved on, and that sample."""
+    """The inputs with the tokens of a sample reversed and moved on, and that sample.
+
+    Where some stand for images, only those that are trained are exchanged.
+    """
     rows = [s.row for s in samples]
     first = (
         next((s for s in samples if rows.count(s.row) > 1), samples[0]) if packed else samples[0]
     )
-    ids = inputs["input_ids"].clone()
-    part = ids[first.row, first.start : first.stop]
+    ids, labels = inputs["input_ids"].clone(), inputs.get("labels")
+    places = torch.arange(first.start, first.stop, device=ids.device)
+    if has_media(inputs) and isinstance(labels, Tensor):
+        places = places[labels[first.row, places] != -100]
+    part = ids[first.row, places]
     # other tokens of the same batch: special ones stay few
-    ids[first.row, first.start : first.stop] = torch.where(
-        part == part.flip(0), part.roll(1), part.flip(0)
-    )
+    ids[first.row, places] = torch.where(part == part.flip(0), part.roll(1), part.flip(0))
     return {**inputs, "input_ids": ids}, first
 
 

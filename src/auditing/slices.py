@@ -91,10 +91,19 @@ def _count_anew(part: dict[str, Any]) -> None:
     )
 
 
+def has_media(batch: Batch) -> bool:
+    """Whether tokens of a batch stand for images or sounds, whose features are not by token."""
+    shape = batch["input_ids"].shape
+    return any(
+        isinstance(v, Tensor) and v.is_floating_point() and v.numel() != 1 and v.shape[:2] != shape
+        for v in batch.values()
+    )
+
+
 def first_rows(batch: Batch, number: int) -> dict[str, Any] | None:
     """The first rows of a batch; None if it has no more, or is not in rows."""
     ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) <= number:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) <= number or has_media(batch):
         return None
     part = dict(batch)
     for name, value in batch.items():
@@ -138,6 +147,8 @@ def samples_of(batch: Batch) -> list[SampleSpan]:
     starts = torch.zeros(rows, length, dtype=torch.bool)
     starts[:, 0] = True
     positions, index = batch.get("position_ids"), batch.get("seq_idx")
+    if isinstance(positions, Tensor) and positions.shape == (4, *ids.shape):
+        positions = positions[0]  # the others are time, height and width
     lengths = next((batch[k] for k in _LENGTHS if isinstance(batch.get(k), Tensor)), None)
     if isinstance(positions, Tensor) and positions.shape == ids.shape:
         starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).cpu()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +19,7 @@ from ..train.consent import Consent
 from ..train.terminal import Terminal, announce
 
 if TYPE_CHECKING:
+    from ..train.data.images.picture import Gallery
     from ..train.inference.run_folder import RunFolder
 
 
@@ -49,6 +54,12 @@ System = Annotated[
 ]
 
 
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", help="An image that the prompt is about; can be repeated."),
+]
+
+
 def evaluate(
     run: RunArgument,
     data: Annotated[
@@ -79,9 +90,10 @@ def evaluate(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Compute the figures of validation on a run's validation rows, or on other data or tasks."""
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     opened = _opened(run, base_model, consent)
     if tasks is not None:
         if data:
@@ -109,8 +121,12 @@ def generate(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Prompts: .jsonl with prompt or messages, or one prompt per line."),
+        typer.Option(
+            help="Prompts: .jsonl with prompt or messages, with or without images, or one prompt "
+            "per line."
+        ),
     ] = None,
+    image: Images = None,
     max_new_tokens: Tokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -121,31 +137,47 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Answer a prompt, or a file of prompts."""
-    opened = _opened(run, base_model, Consent(trust_remote_code))
-    from ..train.inference.generate import read_prompt, read_prompts
+    opened = _opened(run, base_model, Consent(trust_remote_code, allow_image_urls=allow_image_urls))
+    from ..train.inference.prompts import read_prompt, read_prompts, user_message
     from ..train.model.tokenizer import ChatPrompt, with_system
 
-    if file is not None and prompt is not None:
-        raise RecipeError("give a prompt or --file, not both")
+    if file is not None and (prompt is not None or image):
+        raise RecipeError(
+            "give a prompt or --file, not both" if prompt is not None
+            else "--image goes with a prompt: rows of --file name their own images"
+        )  # fmt: skip
     if system is None:
         system = ChatPrompt.of(opened.recipe).system
-    if file is not None:
-        chats = read_prompts(file, system)
-    else:
-        text = read_prompt(prompt, sys.stdin)
-        chats = [with_system([{"role": "user", "content": text}], system)]
-    announce(f"loading {run}")
-    from ..train.inference import generate as command  # slow to import
-    from ..train.inference.generate import Sampling
+    with _gallery(allow_image_urls) as gallery:
+        if file is not None:
+            chats = read_prompts(file, system, replace(gallery, folder=file.parent))
+        else:
+            text = read_prompt(prompt, sys.stdin)
+            shown = [gallery.picture(path, "--image").path for path in image or []]
+            chats = [with_system([user_message(text, shown)], system)]
+        announce(f"loading {run}")
+        from ..train.inference import generate as command  # slow to import
+        from ..train.inference.generate import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    command.generate(opened, chats, sampling, batch_size=batch_size, as_json=as_json)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+        command.generate(opened, chats, sampling, batch_size=batch_size, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _gallery(may_download: bool) -> Iterator[Gallery]:
+    """Opens the images of prompts; copies of what is no file are there as long as the block."""
+    from ..train.data.images.picture import Gallery
+
+    with tempfile.TemporaryDirectory(prefix="fusewright-images-") as copies:
+        yield Gallery(None, Path(copies), may_download=may_download)
 
 
 def chat(
     run: RunArgument,
+    image: Images = None,
     max_new_tokens: Tokens = 1024,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -154,15 +186,18 @@ def chat(
     system: System = None,
     base_model: Base = None,
     trust_remote_code: Trust = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Chat with a run: in the terminal, or line by line over a pipe."""
-    opened = _opened(run, base_model, Consent(trust_remote_code))
-    announce(f"loading {run}")
-    from ..train.inference import generate as command  # slow to import
-    from ..train.inference.generate import Sampling
+    opened = _opened(run, base_model, Consent(trust_remote_code, allow_image_urls=allow_image_urls))
+    with _gallery(allow_image_urls) as gallery:
+        shown = [gallery.picture(path, "--image").path for path in image or []]
+        announce(f"loading {run}")
+        from ..train.inference import generate as command  # slow to import
+        from ..train.inference.generate import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    command.chat(opened, sampling, system)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+        command.chat(opened, sampling, system, shown)
 
 
 def merge(
@@ -261,12 +296,14 @@ def export(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Write a run for other engines, read it back, and certify what survived.
 
     The exit code is 1 if a tensor is wrong, or more was lost than the format costs the base.
     """
-    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code))
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
+    opened = _opened(run, base_model, consent)
     announce("importing PyTorch and transformers")
     from ..train.export import command  # slow to import
 
@@ -293,7 +330,9 @@ def preprocess(
     debug: Annotated[
         bool,
         typer.Option(
-            "--debug", help="Show samples token by token; trained tokens are green and marked ▸."
+            "--debug",
+            "--show",
+            help="Show samples token by token; trained tokens are green and marked ▸.",
         ),
     ] = False,
     debug_num_examples: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 5,
@@ -304,11 +343,12 @@ def preprocess(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Read, tokenize and mask the data of a recipe, and cache it for later runs."""
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit, consent)
 
 
@@ -323,17 +363,19 @@ def _preprocess(
 
     announce("importing PyTorch and transformers")
     from ..train.data import prepare  # slow to import: only for a recipe that is right
+    from ..train.data.images.reading import featurizer_of
     from ..train.data.preview import first, show, summary
     from ..train.model.load import quiet
-    from ..train.model.tokenizer import load_tokenizer
+    from ..train.model.processor import load_processing
 
     console = Terminal()
     with quiet():
-        tokenizer = load_tokenizer(recipe)
-        prepared = prepare(recipe, tokenizer, console, keep=limit is None, limit=limit)
+        processing = load_processing(recipe)
+        prepared = prepare(recipe, processing, console, keep=limit is None, limit=limit)
     summary(prepared, console)
     if examples:
-        show(first(prepared, examples), tokenizer, console)
+        featurizer = featurizer_of(recipe, processing)
+        show(first(prepared, examples), processing.tokenizer, console, featurizer)
 
 
 # ``fusewright doctor``: what this machine has for training, and what mends each gap.
@@ -472,6 +514,7 @@ def verify(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Train a few steps of a recipe in several ways, and compare losses and gradients.
 
@@ -484,7 +527,7 @@ def verify(
 
     if recipe.startswith("--"):
         raise RecipeError(f"verify: name the recipe first: fusewright verify RECIPE.yaml {recipe}")
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     checked = load_recipe(recipe, parse_overrides(context.args), consent)
     if placement(os.environ).size > 1:
         raise RecipeError(
@@ -518,6 +561,7 @@ def audit(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Judge one training step: gradients, loss, tokens, adapters, packs, against the plain model.
 
@@ -525,7 +569,7 @@ def audit(
     """
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     if ".py:" in source:
         checked = None
     elif Path(source).suffix in (".yaml", ".yml"):
@@ -569,6 +613,13 @@ Code = Annotated[
         "--allow-code",
         help="Run the Python functions that the recipe names, as rewards or as types of rows. "
         "Recipes cannot allow it.",
+    ),
+]
+Urls = Annotated[
+    bool,
+    typer.Option(
+        "--allow-image-urls",
+        help="Download the images that rows name by an address. Recipes cannot allow it.",
     ),
 ]
 Builders = Annotated[

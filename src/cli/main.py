@@ -24,7 +24,7 @@ from ..compiler.options import Environment
 from ..errors import FusewrightError, RecipeError, did_you_mean, nearest
 from ..train.recipe.secrets import scrub
 from ..train.terminal import Terminal, announce, say  # 2026-11-26: as above
-from .commands import Builders, Code, Trust, register  # 2026-11-26: as above
+from .commands import Builders, Code, Trust, Urls, register  # 2026-11-26: as above
 
 if TYPE_CHECKING:
     from ..train.consent import Consent
@@ -258,11 +258,12 @@ def train(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Fine-tune a model as described in a recipe."""
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     files = load_compiled, save_compiled
     raise typer.Exit(_train(recipe, overwrite, dry_run, nproc, context.args, consent, files))
 

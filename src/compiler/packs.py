@@ -40,16 +40,39 @@ def leaks(model: Any, vocab_size: int, device: torch.device, sizes: tuple[int, i
     """
     batch, first = _two_packs(vocab_size, device, sizes), sizes[0]
     with _trying(model):
-        with torch.no_grad():
-            mine, other = model(**batch).logits[:, first:]
-            if not torch.equal(mine, other):
-                modules = _leaking_modules(lambda: model(**batch), model, sum(sizes), first)
-                if modules:
-                    return _name(model, modules[0])
-                if not _are_near(mine, other):
-                    return type(model).__name__
+        if leak := _value_leak(model, batch, first)[0]:
+            return leak
         one = {name: t[:1] for name, t in batch.items()}
         return "its backward pass" if _gradient_leaks(model, one, first) else ""
+
+
+def leaks_between(model: Any, batch: dict[str, Tensor], alone: dict[str, Tensor]) -> str:
+    """The same of two given packs, of two samples each, whose second one is ``alone``.
+
+    They are as a model is called with, and may have features of images. The second sample must also
+    have the logits that it has by itself, but for roundings. Gradients are not tried.
+    """
+    first = batch["input_ids"].shape[1] - alone["input_ids"].shape[1]
+    with _trying(model):
+        leak, packed = _value_leak(model, batch, first)
+        if leak:
+            return leak
+        with torch.no_grad():
+            same = _are_near(packed, model(**alone).logits[0])
+    return "" if same else type(model).__name__
+
+
+@torch.no_grad()
+def _value_leak(model: Any, batch: dict[str, Tensor], first: int) -> tuple[str, Tensor]:
+    """What lets the second sample see the first one, or ''; and the second one's logits."""
+    mine, other = model(**batch).logits[:, first:]
+    if torch.equal(mine, other):
+        return "", mine
+    length = batch["input_ids"].shape[1]
+    modules = _leaking_modules(lambda: model(**batch), model, length, first)
+    if modules:
+        return _name(model, modules[0]), mine
+    return "" if _are_near(mine, other) else type(model).__name__, mine
 
 
 def _two_packs(vocab_size: int, device: torch.device, sizes: tuple[int, int]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ def train(
     trust_remote_code: bool = False,
     allow_builders: bool = False,
     allow_code: bool = False,
+    allow_image_urls: bool = False,
     console: Console | None = None,
     **overrides: Any,
 ) -> RunResult:
@@ -42,6 +43,7 @@ def train(
             that is not enough, because it may be anybody's.
         allow_builders: run the Python files that datasets name as ``builder``.
         allow_code: run the Python functions that the recipe names, as rewards or as types of rows.
+        allow_image_urls: download the images that rows name by an address.
         console: where to print; None for standard output. ``Console(quiet=True)`` prints nothing.
         overrides: recipe keys that win over the file, e.g. ``max_steps=5``.
 
@@ -60,7 +62,7 @@ def train(
 
     if overwrite:
         overrides["overwrite_output_dir"] = True
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     checked = load_recipe(recipe, overrides, consent, FUNCTIONS)
 
     from .run import run  # slow to import: only for a recipe that is right

@@ -14,11 +14,12 @@ from pathlib import Path
 CODE_SWITCH = "--trust-remote-code"
 BUILDER_SWITCH = "--allow-builders"
 FUNCTION_SWITCH = "--allow-code"
+URL_SWITCH = "--allow-image-urls"
 
 
 @dataclass(frozen=True)
 class Consent:
-    """The foreign code that the caller allows.
+    """The foreign code that the caller allows, and whether addresses in rows are asked.
 
     It is code of the model and its tokenizer, ``builder`` files of datasets, and Python functions
     that the recipe names, as rewards or to change rows.
@@ -27,6 +28,7 @@ class Consent:
     trust_remote_code: bool = False
     allow_builders: bool = False
     allow_code: bool = False
+    allow_image_urls: bool = False
 
     def switches(self) -> list[str]:
         """The switches of the command line that allow the same."""
@@ -34,6 +36,7 @@ class Consent:
             CODE_SWITCH: self.trust_remote_code,
             BUILDER_SWITCH: self.allow_builders,
             FUNCTION_SWITCH: self.allow_code,
+            URL_SWITCH: self.allow_image_urls,
         }
         return [switch for switch, yes in allowed.items() if yes]
 

@@ -23,7 +23,7 @@ from ..errors import ModelError, RecipeError, did_you_mean
 from ..report import Report
 from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
-from .model.multimodal import auto_class, tower_pattern
+from .model.multimodal import auto_class, pattern_of, towers
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
 from .terminal import Terminal, announce, say
@@ -243,7 +243,10 @@ def _with_lora(model: nn.Module) -> Any:
 
     try:
         config = LoraConfig(
-            r=8, lora_alpha=16, target_modules="all-linear", exclude_modules=tower_pattern(model)
+            r=8,
+            lora_alpha=16,
+            target_modules="all-linear",
+            exclude_modules=pattern_of(towers(model)),
         )
         return get_peft_model(model, config)
     except ValueError as error:  # layers that PEFT refuses to adapt

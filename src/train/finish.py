@@ -11,12 +11,27 @@ from ..report import Report
 from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
 from .checkpoint.rng_state import same_draws
+from .data.images.picture import thumbnail
+from .data.images.reading import sample_picture
 from .inference import generate
 from .processes.signals import Interrupts
+from .processing import Processing
+from .recipe.recipe import Recipe
 from .report.result import RunLog, RunResult
 from .trainer.context import Context
 from .trainer.engine import EngineMixin
 from .trainer.watchdog import NonFiniteStepError
+
+
+def asked_about(recipe: Recipe, processing: Processing) -> dict[str, str] | None:
+    """The image that the recipe's question is about, for the report; None: there is none.
+
+    Raises a RecipeError or a DataError if the model reads none, or it cannot be read.
+    """
+    picture = sample_picture(recipe, processing)
+    if picture is None:
+        return None
+    return {"name": Path(picture.path).name, "thumbnail": thumbnail(picture, "sample_image")}
 
 
 def answer_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
@@ -26,7 +41,7 @@ def answer_before(model: Any, context: Context, result: RunResult, run_log: RunL
         return
 
     def answer() -> str:
-        return generate.answer(model, context.tokenizer, question, recipe)
+        return generate.answer(model, context.tokenizer, question, recipe, context.featurizer)
 
     run_log.say(f"answering: {question}")
     with run_log.timed("answer before"):
@@ -162,7 +177,9 @@ def _answer(model: Any, context: Context, result: RunResult, run_log: RunLog) ->
     assert result.sample is not None
     question = result.sample["question"]
     run_log.say("answering again")
-    answered = generate.answer(model, context.tokenizer, question, context.recipe)
+    answered = generate.answer(
+        model, context.tokenizer, question, context.recipe, context.featurizer
+    )
     result.sample["after"] = answered
 
 

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from ..errors import ModelError, RecipeError, first_line
 from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
 from .inference.run_folder import RunFolder
-from .model.base_files import BaseFiles, base_files, processor_files, save_with_base
+from .model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from .model.files import adapter_weights, in_shards
 from .model.from_pretrained import meta_model, pretrained
 from .model.load import load_config, load_model, quiet
 from .model.multimodal import (
     NotLoaded,
+    freeze,
     is_in,
     is_multimodal,
+    left_out,
     names_in_model,
     towers,
     use_cache,
@@ -237,10 +239,7 @@ def _write_generation_config(run: RunFolder, folder: Path) -> None:
 
 
 def _copy_processor(run: RunFolder, folder: Path, console: Console) -> None:
-    files = processor_files(run.base_model, run.recipe.get("revision_of_model"))
-    for path in files:
-        shutil.copy(path, folder)
-    if not files:
+    if not copy_processor(run.base_model, run.recipe.get("revision_of_model"), folder):
         say(
             console,
             f"{run.base_model} has no processor (preprocessor_config.json): copy one into the "
@@ -267,9 +266,12 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
     adapter was trained on, rounding included. A base that is stored packed has no others. Raises a
     ModelError if PEFT cannot merge this kind of adapter, or into this kind of base.
     """
-    model = base_in_memory(run, dtype, dequantize)
-    autocast = recipe_for(run).peft_autocast_adapter_dtype
-    merged = _merged(model, run, autocast) if run.adapter else model
+    model, recipe = base_in_memory(run, dtype, dequantize), recipe_for(run)
+    if run.adapter:
+        merged = _merged(model, run, recipe.peft_autocast_adapter_dtype)
+    else:
+        merged = model
+        freeze(merged, left_out(merged, recipe))  # as in training: the base's files have them
     forget_conversions(merged)
     return merged if dtype is None or _is_quantized(merged.config) else merged.to(dtype)
 
@@ -309,11 +311,26 @@ def forget_conversions(model: Any) -> None:
 def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
     model = with_adapter(model, run.folder, autocast)
     _untie(model)
+    base = model.get_base_model()
+    adapted = [place for place in towers(base) if _changes(base, place)]
     try:
-        return model.merge_and_unload()
+        merged = model.merge_and_unload()
+        for name, parameter in merged.named_parameters():  # the base's files have another one
+            if is_in(name, adapted) and parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        return merged
     except Exception as error:  # PEFT raises anything; some kinds have no such method
         kind = type(model.base_model).__name__
         raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
+
+
+def _changes(model: Any, place: str) -> bool:
+    """Whether an adapter changes or replaces something in a part of a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return any(isinstance(m, kinds) and is_in(name, [place]) for name, m in model.named_modules())
 
 
 def _is_quantized(config: Any) -> bool:

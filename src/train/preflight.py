@@ -56,11 +56,11 @@ def encoding_obstacles(recipe: Recipe) -> Iterator[str]:
         return  # a dry run downloads nothing
     from .data.prepare import require_encoders
     from .model.load import quiet
-    from .model.tokenizer import load_tokenizer
+    from .model.processor import load_processing
 
     try:
         with quiet():
-            require_encoders(recipe, load_tokenizer(recipe))
+            require_encoders(recipe, load_processing(recipe))
     except (DataError, RecipeError) as error:
         yield str(error)
 

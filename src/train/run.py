@@ -25,11 +25,12 @@ from .model.adapters import parameters
 from .model.load import quiet
 from .model.positions import require_reach
 from .model.precision import half_autocast, precision_warning
-from .model.tokenizer import load_tokenizer
+from .model.processor import load_processing
 from .preflight import require_startable
 from .processes.mesh import is_sharded, processes_message
 from .processes.signals import Interrupts, Stopped
 from .processes.world import World, joined
+from .processing import Processing
 from .recipe.recipe import Recipe
 from .recipe.status import messages
 from .report.environment import machine, memory, rss_mb, versions
@@ -109,11 +110,11 @@ class TrainingRun:
         self._may_start()
         with Interrupts(self.world) as interrupts, quiet(), tracking(self.recipe):
             with self.run_log.timed("data"):
-                tokenizer = load_tokenizer(self.recipe)
-                prepared = self._prepare(tokenizer)
+                processing = load_processing(self.recipe)
+                prepared = self._prepare(processing)
             with self.run_log.timed("load"):
-                model = self._model(tokenizer)
-            context = self._context(model, tokenizer, prepared, interrupts)
+                model = self._model(processing.tokenizer)
+            context = self._context(model, processing, prepared, interrupts)
             self._before(model, context)
             saved = self.resumed.saved if self.resumed else None
             trainer = self.task.trainer(context, model, self.sequences, saved, self._clear)
@@ -161,11 +162,12 @@ class TrainingRun:
             self.result.resume(saved.step, saved.carried)
             self.run_log.say(f"resuming from {start}")
 
-    def _prepare(self, tokenizer: Any) -> Any:
+    def _prepare(self, processing: Processing) -> Any:
         """The rows as samples, and those as sequences to train on."""
         recipe, world = self.recipe, self.world
+        self.result.sample_image = world.share(lambda: finish.asked_about(recipe, processing))
         day = world.share(lambda: self.result.started[:10])
-        prepared = prepare_once(recipe, tokenizer, self.console, day, world)
+        prepared = prepare_once(recipe, processing, self.console, day, world)
         if self.resumed is not None:
             resume.require_same_data(self.resumed, prepared.fingerprint)
         self.sequences = self.task.sequences(prepared)
@@ -195,10 +197,10 @@ class TrainingRun:
         return model
 
     def _context(
-        self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
+        self, model: Any, processing: Processing, prepared: Any, interrupts: Interrupts
     ) -> Context:
         context = make_context(
-            self.task, model, tokenizer, prepared, interrupts, self.console, self.result.carried
+            self.task, model, processing, prepared, interrupts, self.console, self.result.carried
         )
         for name, batches in context.validation.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)

@@ -76,10 +76,14 @@ whatever they say. Only you can allow that, on the command line:
 - `--trust-remote-code`: the Python code that comes with a model or its tokenizer, pickled weights
   that contain more than tensors, attention kernels from the hub. All commands that load a model
   have it.
+- `--allow-image-urls`: images that rows name by an address are downloaded. All commands that read
+  rows have it.
 - `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
   `eval`).
 - `--allow-code`: the Python functions that a recipe names in `trl.reward_funcs`, or as the `type`
   of rows of preferences (`train`, `preprocess`, `eval`; `verify` does not train such recipes).
+- `--allow-image-urls`: the addresses that rows, and prompts, name as images (all commands that
+  read images). This downloads, and runs no code.
 
 Without the switch, the command stops and names it. `trust_remote_code: true` in a recipe is not
 enough: if transformers has a class for the model, that class is used. From Python, call
@@ -152,13 +156,13 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   key or the compiler replaces are subsumed, and the others are refused. For preference methods
   (`rl`), see [preferences.md](preferences.md).
 - A checkpoint with towers for images or sound (`Qwen3_5ForConditionalGeneration`, say) is loaded as
-  the class that its configuration names. Its language model is trained on text, with LoRA on its
-  layers only; regular expressions in `lora_target_modules` mean them in whatever class's names.
-  Towers are frozen, as with `freeze_mm_modules`, and `language_model_only` does not load them. Rows
-  with images are refused.
-- `optimize`, `codegen`, `memory`, `cuda_graphs`, `strict`, `verbose`, `sample_prompt` and a
-  dataset's `builder` are fusewright's own. `strict` means that every known formula must be
-  rewritten.
+  the class that its configuration names. Its language model is trained, on text or on
+  [images](images.md), with LoRA on its layers only; regular expressions in `lora_target_modules`
+  mean them in whatever class's names. Towers are frozen (`freeze_mm_modules`), and
+  `language_model_only` does not load them.
+- `optimize`, `codegen`, `memory`, `cuda_graphs`, `strict`, `verbose`, `sample_prompt`,
+  `sample_image` and a dataset's `builder` are fusewright's own. `strict` means that every known
+  formula must be rewritten.
 
 There are {number} keys, including those of datasets.
 """
@@ -183,6 +187,7 @@ _GROUPS = {
     "AttentionKeys": "Attention and memory",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
+    "ImageKeys": "Images",
     "OptimizationKeys": "Optimization",
     "OutputKeys": "Output",
     "TrackingKeys": "Trackers",

@@ -204,7 +204,7 @@ def test_stopped_before_the_first_step(file: Path, tmp_path: Path, monkeypatch: 
     def stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("fusewright.train.run.load_tokenizer", stop)
+    monkeypatch.setattr("fusewright.train.run.load_processing", stop)
     result = fusewright("train", str(file))
     assert result.exit_code == 130
     assert "nothing more was saved" in result.stderr

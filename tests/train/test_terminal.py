@@ -21,6 +21,7 @@ from fusewright.train.data.sample import Sample
 from fusewright.train.inference.generate import ChatSession, generate
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.printable import shown, shown_json
+from fusewright.train.processing import Processing
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.secrets import hide, scrub
 from fusewright.train.report.result import RunLog, RunResult
@@ -145,7 +146,7 @@ def test_answers_do_not_act(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert harmless(out.getvalue())
     from fusewright.train.inference import generate as command
 
-    monkeypatch.setattr(command, "load_run", lambda run: (None, None))
+    monkeypatch.setattr(command, "load_to_answer", lambda *_: (None, Processing(None)))
     monkeypatch.setattr(command, "TextGenerator", Echo)
     out = Tty()
     generate(open_run(run_folder), [[{"role": "user", "content": "a"}]], None, out=out)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import FusewrightError, first_line
-from ..model.base_files import BaseFiles, base_files, processor_files, save_with_base
+from ..model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from ..model.merge_aware import stop_rounding
 from ..model.multimodal import is_multimodal, use_cache
 from ..model.relora import relora_of
@@ -82,10 +83,10 @@ def save(
         files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):
             save_with_base(model, folder, files, state)
-        if recipe is not None and is_multimodal(model.config):
-            for path in processor_files(recipe.base_model, recipe.revision_of_model):
-                shutil.copy(path, folder)
     tokenizer.save_pretrained(folder)
+    whole = recipe is not None and not hasattr(model, "peft_config")
+    if recipe is not None and whole and is_multimodal(model.config):
+        copy_processor(recipe.base_model, recipe.revision_of_model, folder)
 
 
 def _base_files(recipe: Recipe) -> BaseFiles | None:
@@ -128,6 +129,9 @@ class AdapterCheck:
     optimized_difference: float
 
 
+_OF_TOKENS = {"input_ids", "position_ids", "attention_mask"}
+"""What a model of texts reads of a batch."""
+
 _LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initializations of LoRA (``init_lora_weights``) that leave the base weights alone."""
 
@@ -160,11 +164,10 @@ def check_adapter(
     """
     from peft import PeftModel
 
-    inputs = {
-        k: v[:, :_PROBE].to(model.device)
-        for k, v in batch.items()
-        if k in ("input_ids", "position_ids", "attention_mask")
-    }
+    read = inspect.signature(type(model.get_base_model()).forward).parameters.keys() - {"labels"}
+    inputs = {k: v.to(model.device) for k, v in batch.items() if k in read | _OF_TOKENS}
+    if not inputs.keys() - _OF_TOKENS:  # else what reads images is compared, too
+        inputs = {k: v[..., :_PROBE] for k, v in inputs.items()}
     model.eval()
     before = trained = model(**inputs).logits
     if recipe.optimize:

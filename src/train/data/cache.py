@@ -17,6 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .sample import IGNORED, Sample
 
@@ -77,6 +78,10 @@ class Samples(Sequence[Sample]):
     def trained(self) -> Array:
         """Trained tokens of each sample; int32 (N,)."""
         return self._trained[self.rows]
+
+    def has_extra(self) -> bool:
+        """Whether any sample of the file has other data."""
+        return any(pc.max(pc.binary_length(column)).as_py() for column in self._extra)
 
     def select(self, places: Array | slice) -> Samples:
         """Some of these samples, in this order."""
@@ -148,8 +153,8 @@ class ArrowWriter:
             for flat in (ids, labels)
         ]
         columns.append(_int32(trained))
-        if extra:
-            columns.append(_texts(extra))
+        if _EXTRA.name in self._schema.names:
+            columns.append(_texts(extra or [""] * len(lengths)))
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self.count += len(lengths)
 

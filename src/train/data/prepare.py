@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -20,11 +21,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, RecipeError
 from ..processes.world import World
+from ..processing import Processing
+from ..recipe.keys.row_types import is_function_type
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .formats.teacher import encoder_of
+from .images import unchanged
+from .images.features import identity
+from .images.reading import reader_of, sample_picture
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
@@ -68,10 +74,14 @@ class PreparedData:
     fingerprint: str = ""
     first: dict[str, str] = field(default_factory=dict)
 
+    def has_extra(self) -> bool:
+        """Whether samples have other data than tokens."""
+        return any(s.has_extra() for s in (self.train, *self.validation.values()))
+
 
 def prepare(
     recipe: Recipe,
-    tokenizer: Any,
+    processing: Any,
     console: Console | None = None,
     keep: bool = False,
     limit: int | None = None,
@@ -85,7 +95,8 @@ def prepare(
 
     Args:
         recipe: checked, with absolute paths.
-        tokenizer: a fast tokenizer, set up as the recipe says.
+        processing: a fast tokenizer, set up as the recipe says; or a processor with one, for rows
+            with images.
         console: where to show progress, if it is a terminal; None: nowhere.
         keep: store the rows for later runs even if the recipe names no folder for that.
         limit: take only so many rows of each dataset; None: all.
@@ -106,32 +117,39 @@ def prepare(
         for key in keys
     }
     day = day or today()
-    work = {
-        key: [_work(s.dataset, recipe, tokenizer, key, day) for s in f] for key, f in inputs.items()
-    }
-    has_function = any(one.encoder.settings.get("function") for w in work.values() for one in w)
-    root = _root(recipe, keep, fresh=has_function and not shared)
-    ready = _load(recipe, tokenizer, inputs, work, console, root) if any(inputs.values()) else None
-    if has_function and ready is not None:
+    tokenizer = Processing.of(processing).tokenizer
+    has_function = _has_function(recipe)
+    root, temporary = _root(recipe, keep, fresh=has_function and not shared)
+    lease = Lease(root) if temporary else None
+    make = functools.partial(
+        _work, recipe=recipe, processing=processing, day=day, copies=root / _IMAGES
+    )
+    work = {key: [make(s.dataset, key=key) for s in f] for key, f in inputs.items()}
+    ready = None
+    if any(inputs.values()):
+        ready = _load(recipe, tokenizer, inputs, work, console, root, lease)
         assert isinstance(ready.train, Samples)
-        content = with_content(ready.fingerprint, ready.train.path.parent.parent)
+        content = unchanged.with_images(ready.fingerprint, ready.train.path.parent)
+        if has_function:
+            content = with_content(ready.fingerprint, root)
         ready = replace(ready, fingerprint=content)
     if not streams:
         assert ready is not None  # a recipe has datasets, or it streams
         return ready
 
-    train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets", day))
+    train = stream(recipe, functools.partial(make, key="datasets"), lease)
     if ready is None:
         return PreparedData(train)
     return replace(ready, train=train)
 
 
-def require_encoders(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise a RecipeError unless tokenizer and chat template suit each dataset; reads no row."""
+def require_encoders(recipe: Recipe, processing: Any) -> None:
+    """Raise an error unless tokenizer, chat template and sample image suit; reads no row."""
     trained = recipe.pretraining_dataset or recipe.datasets
     for key, datasets in (("datasets", trained), ("test_datasets", recipe.test_datasets)):
         for dataset in datasets:
-            _work(dataset, recipe, tokenizer, key, today())
+            _work(dataset, key, recipe, processing, today(), Path(_IMAGES))
+    sample_picture(recipe, Processing.of(processing))
 
 
 def _load(
@@ -140,18 +158,18 @@ def _load(
     sources: dict[str, list[DataSource]],
     work: dict[str, list[Work]],
     console: Console | None,
-    place: tuple[Path, bool],
+    root: Path,
+    lease: Lease | None,
 ) -> PreparedData:
     every = [pair for key in sources for pair in _pairs(sources, work, key)]
     fingerprint = fingerprint_of(recipe, tokenizer, every)
-    root, temporary = place
     try:
         cache = Cache(root, fingerprint)
         about = cache.load()
-        if about is None:
+        if about is None or not unchanged.unchanged(cache.folder):
             about = _store(cache, recipe, sources, work, console)
     except BaseException as error:
-        if temporary:
+        if lease is not None:
             shutil.rmtree(root, ignore_errors=True)
         if isinstance(error, OSError):
             reason = error.strerror or error
@@ -159,20 +177,36 @@ def _load(
                 f"dataset_prepared_path: the rows cannot be cached in {root}: {reason}"
             ) from error
         raise
-    lease = Lease(root) if temporary else None
     return _split(cache.folder, about, recipe, fingerprint, lease)
 
 
-def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) -> Work:
+_IMAGES = "images"
+"""The folder of copies of images that rows hold, beside the prepared rows."""
+
+
+def _has_function(recipe: Recipe) -> bool:
+    """Whether functions of the recipe make rows."""
+    rows = rows_of(recipe)
+    each = (*recipe.datasets, *recipe.test_datasets)
+    types = [dataset.type for dataset in each if isinstance(dataset.type, str)]
+    return rows is not None and any(is_function_type(name, rows) for name in types)
+
+
+def _work(
+    dataset: Dataset, key: str, recipe: Recipe, processing: Any, day: str, copies: Path
+) -> Work:
+    processing = Processing.of(processing)
+    tokenizer = processing.tokenizer
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
     encoder: RowEncoder
     rows = rows_of(recipe)
+    images = reader_of(recipe, dataset, processing, copies)
     if rows is None:
-        encoder = encoder_of(dataset, recipe, tokenizer, longest, day)
+        encoder = encoder_of(dataset, recipe, tokenizer, longest, day, images)
     else:
-        encoder = PreferenceEncoder(dataset, recipe, tokenizer, day)
+        encoder = PreferenceEncoder(dataset, recipe, tokenizer, day, images)
     shortest = recipe.min_sample_len or (1 if rows == "prompts" else 2)
     limits = Limits(longest, shortest, recipe.excess_length_strategy, encoder.watched)
     return Work(encoder, limits)
@@ -203,19 +237,26 @@ def _store(
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
         sizes: list[int] = []
-        files, extra = ["train.arrow"], recipe.kd_trainer or rows_of(recipe) == "prompts"
+        with_images = any(w.encoder.settings.get("images") for each in work.values() for w in each)
+        extra = recipe.kd_trainer or rows_of(recipe) == "prompts" or with_images
+        files = ["train.arrow"]
+        record = unchanged.ImageRecord() if with_images else None
         with Progress(console) as progress:
-            duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
+            duplicates = None
+            if recipe.dataset_exact_deduplication:
+                duplicates = Duplicates(identity if with_images else str)
             with ArrowWriter(folder / "train.arrow", extra) as writer:
                 for source, one in _pairs(sources, work, "datasets"):
                     before = writer.count
-                    prepared = _write(source, one, writer, recipe, progress, duplicates)
+                    prepared = _write(source, one, writer, recipe, progress, duplicates, record)
                     counts, first = counts + prepared.counts, {**prepared.first, **first}
                     sizes.append(writer.count - before)
             for i, (source, one) in enumerate(_pairs(sources, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
                 with ArrowWriter(folder / files[-1], extra) as writer:
-                    _write(source, one, writer, recipe, progress, None)
+                    _write(source, one, writer, recipe, progress, None, record)
+        if record is not None:
+            record.save(folder)
         if sizes:
             order(sizes, recipe)  # rows that cannot be split are not worth keeping
         about = {"counts": dict(counts), "first": first, "sizes": sizes}
@@ -246,6 +287,7 @@ def _write(
     recipe: Recipe,
     progress: Progress,
     duplicates: Duplicates | None,
+    record: unchanged.ImageRecord | None,
 ) -> PreparedRows:
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -261,6 +303,8 @@ def _write(
         if duplicates is not None:
             part = duplicates.without(part)
             counts["duplicates"] += part.counts["duplicates"]
+        if record is not None:
+            record.add(part.extra)
         writer.add(part.ids, part.labels, part.lengths, part.extra)
     if not counts["rows"]:
         raise DataError(f"{path}: the dataset is empty")
@@ -383,9 +427,20 @@ class StreamedPacks(IterableDataset[Pack]):
             is read again counts again.
     """
 
-    def __init__(self, sources: Sequence[DataSource], work: Sequence[Work], recipe: Recipe) -> None:
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        work: Sequence[Work],
+        recipe: Recipe,
+        lease: Lease | None = None,
+    ) -> None:
         self.sources, self.work, self.recipe = sources, work, recipe
+        self._lease = lease  # of the folder with copies of images
         self.counts: Counter[str] = Counter()
+
+    def has_extra(self) -> bool:
+        """Whether samples may have other data."""
+        return any(bool(one.encoder.settings.get("images")) for one in self.work)
 
     def __iter__(self) -> Iterator[Pack]:
         size = self.recipe.streaming_multipack_buffer_size
@@ -396,23 +451,23 @@ class StreamedPacks(IterableDataset[Pack]):
                 count += len(buffer)
                 if self.recipe.shuffle_merged_datasets and not self.recipe.curriculum_sampling:
                     buffer = [buffer[i] for i in draw.permutation(len(buffer))]
-                for group in self._groups(buffer, draw):
-                    yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
+                for group in self._groups([len(ids) for ids, _, _ in buffer], draw):
+                    members = [buffer[i] for i in group]
+                    yield [Sample(a.tolist(), b.tolist(), extra) for a, b, extra in members]
             if not count:
                 paths = ", ".join(source.dataset.path for source in self.sources)
                 raise DataError(f"{paths}: no row of the stream can be trained on")
 
-    def _groups(
-        self, buffer: Sequence[tuple[Array, Array]], draw: np.random.Generator
-    ) -> Iterable[Sequence[int]]:
+    def _groups(self, lengths: Sequence[int], draw: np.random.Generator) -> Iterable[Sequence[int]]:
         """Packs of the buffer's samples, in any order: best fit would put the long ones first."""
         if not self.recipe.packs():
-            return ([i] for i in range(len(buffer)))
-        lengths = np.array([len(ids) for ids, _ in buffer])
-        groups = pack(lengths, self.recipe.sequence_len, self.recipe.sample_packing_bin_size)
+            return ([i] for i in range(len(lengths)))
+        groups = pack(
+            np.array(lengths), self.recipe.sequence_len, self.recipe.sample_packing_bin_size
+        )
         return (groups[i] for i in draw.permutation(len(groups)))
 
-    def _samples(self) -> Iterator[tuple[Array, Array]]:
+    def _samples(self) -> Iterator[tuple[Array, Array, str]]:
         readers = [
             _Reader(source, work, batches(self._share(source.rows())))
             for source, work in zip(self.sources, self.work, strict=True)
@@ -427,8 +482,9 @@ class StreamedPacks(IterableDataset[Pack]):
                 self.counts += part.counts
                 if len(part.lengths):
                     cuts = np.cumsum(part.lengths)[:-1]
+                    extra = part.extra or [""] * len(part.lengths)
                     yield from zip(
-                        np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
+                        np.split(part.ids, cuts), np.split(part.labels, cuts), extra, strict=True
                     )
 
     def _share(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -467,7 +523,9 @@ class _Reader:
         return part
 
 
-def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:
+def stream(
+    recipe: Recipe, make_work: Callable[[Dataset], Work], lease: Lease | None = None
+) -> StreamedPacks:
     """The stream of a recipe's ``pretraining_dataset``, or of its ``datasets``.
 
     Raises a DataError if a dataset is not there, or its first row is not right.
@@ -485,7 +543,7 @@ def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPack
         if not first:
             raise DataError(f"{source.dataset.path}: the dataset is empty")
         one.part(first)
-    return StreamedPacks(inputs, work, recipe)
+    return StreamedPacks(inputs, work, recipe, lease)
 
 
 # --- progress ------------------------------------------------------------------------------------
@@ -580,10 +638,14 @@ def with_content(fingerprint: str, root: Path) -> str:
 
 
 class Duplicates:
-    """Remembers samples by a hash of their tokens and labels: 16 bytes each."""
+    """Remembers samples by a hash of their tokens, labels and ``extra``: 16 bytes each.
 
-    def __init__(self) -> None:
+    ``identity`` is what counts of ``extra``.
+    """
+
+    def __init__(self, identity: Callable[[str], str] = str) -> None:
         self._seen: set[bytes] = set()
+        self._identity = identity
 
     def without(self, part: Part) -> Part:
         """The new samples, with ``duplicates`` counted."""
@@ -593,7 +655,7 @@ class Duplicates:
             begin = end - length
             key = hashlib.blake2b(part.ids[begin:end].tobytes(), digest_size=16)
             key.update(part.labels[begin:end].tobytes())
-            key.update(part.extra[i].encode() if part.extra else b"")
+            key.update(self._identity(part.extra[i]).encode() if part.extra else b"")
             new[i] = key.digest() not in self._seen
             self._seen.add(key.digest())
         counts = part.counts.copy()
@@ -613,7 +675,7 @@ class Duplicates:
 
 
 def prepare_once(
-    recipe: Recipe, tokenizer: Any, console: Console | None, day: str, world: World
+    recipe: Recipe, processing: Any, console: Console | None, day: str, world: World
 ) -> PreparedData:
     """Let rank 0 prepare the rows of a recipe, and the other processes read them from its cache.
 
@@ -624,7 +686,7 @@ def prepare_once(
     mine: list[PreparedData] = []
 
     def first() -> str:
-        mine.append(prepare(recipe, tokenizer, console, day=day))
+        mine.append(prepare(recipe, processing, console, day=day))
         return str(_cache(mine[0]) or "")
 
     root = world.share(first)
@@ -633,7 +695,7 @@ def prepare_once(
         same = recipe.model_copy(update=overrides)
         shared = bool(root)
         world.one_per_machine(
-            lambda: mine.append(prepare(same, tokenizer, None, day=day, shared=shared))
+            lambda: mine.append(prepare(same, processing, None, day=day, shared=shared))
         )
     return mine[0]
 

@@ -67,7 +67,10 @@ class Fillable(Sequence[Pack]):
 
 def filler(pack: Pack) -> Pack:
     """A short sequence of the same kind, of which nothing is trained."""
-    ids = pack[0].input_ids[:_FILLER]
+    first = pack[0]
+    # placeholders of images are never trained
+    ids = [t for t in first.labels if t != IGNORED] if first.extra else first.input_ids
+    ids = ids[:_FILLER]
     return [Sample(ids, [IGNORED] * len(ids))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 IGNORED = -100
@@ -35,6 +35,8 @@ class Tokens:
         spans: the trained ranges, half-open and in order.
         ends: the special tokens that end the trained turns, trained or not.
         specials: whether the text of a user, a tool or a prompt has special tokens in it.
+        whole: it must not be cut: some tokens belong to features, which would be left over.
+        images: how many it has.
     """
 
     where: str
@@ -43,6 +45,8 @@ class Tokens:
     ends: frozenset[int] = frozenset()
     specials: bool = False
     extra: str = ""
+    whole: bool = False
+    images: int = 0
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -56,3 +60,17 @@ def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((begin, end))
     return merged
+
+
+def without(
+    spans: Iterable[tuple[int, int]], others: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """What is left of ``spans`` outside of ``others``; both are in order and do not overlap."""
+    rest = []
+    for begin, end in spans:
+        for first, last in others:
+            if first < end and last > begin:
+                rest.append((begin, first))
+                begin = max(begin, last)
+        rest.append((begin, end))
+    return joined(rest)

@@ -17,7 +17,7 @@ from .readers.limits import Limits, Part
 
 _ROWS = 512
 _CHARACTERS = 1 << 22
-"""A batch ends after so many rows, or so much text."""
+"""A batch ends after so many rows, or so much text or bytes of images."""
 
 
 class RowEncoder(Protocol):
@@ -110,7 +110,7 @@ def _part(batch: list[Row]) -> Part:
 
 
 def _characters(value: Any) -> int:
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +16,15 @@ from ...auditing.findings import Audit, AuditFinding, Check
 from ...errors import ModelError, RecipeError, first_line
 from ...kernels.tolerance import FACTOR
 from ..data.chat.stops import render_chat, stop_tokens
+from ..data.images.features import Illustrated
 from ..inference.evaluate import held_out
-from ..inference.load_run import load_model_of, load_tokenizer
+from ..inference.load_run import load_model_of, load_processing
 from ..inference.run_folder import RunFolder, open_run, stored_dtype
 from ..merge import base_in_memory, forget_conversions, merged_in_memory
-from ..model.base_files import BaseFiles, base_files, processor_files
+from ..model.base_files import BaseFiles, base_files, copy_processor
 from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
+from ..processing import Processing
 from ..terminal import announce
 from .reading import Compared, TokenizerRead, compared, meta_model_of, not_finite
 from .scores import HeldOut, Logits, Scores, answers, cost, distance, forward, scores
@@ -109,8 +110,9 @@ def certify(subject: Subject) -> Audit:
 
     The base in the same format is the yardstick: what the format costs there is its own cost.
     """
-    writer, ours = subject.writer, load_tokenizer(subject.run)
-    rows, validated = _rows(subject, ours)
+    processing = load_processing(subject.run)
+    writer, ours = subject.writer, processing.tokenizer
+    rows, validated = _rows(subject, processing)
     audit = Audit(subject.run.base_model)
     announce("comparing the tensors")
     base = _base(subject, ours)
@@ -132,17 +134,24 @@ def certify(subject: Subject) -> Audit:
 # --- rows and models -----------------------------------------------------------------------------
 
 
-def _rows(subject: Subject, tokenizer: Any) -> tuple[HeldOut, bool]:
-    """The rows to judge on, and whether they are of those that the run was validated on."""
+def _rows(subject: Subject, processing: Processing) -> tuple[HeldOut, bool]:
+    """The rows to judge on, and whether they are of those that the run was validated on.
+
+    Rows with images are left out: not every format that is read back has the towers.
+    """
+    tokenizer = processing.tokenizer
     prompt, questions = ChatPrompt.of(subject.run.recipe), []
     for text in _PROMPTS:
         with suppress(ValueError):  # there is no template, or it refuses
             text = render_chat(tokenizer, prompt.question(text), prompt.variables, True)
         questions.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    what, sets = held_out(subject.run, subject.files, tokenizer)
-    samples = [sample for samples in sets for sample in samples]
-    rows = HeldOut.of(what, samples, questions)
-    return rows, not subject.files and bool(subject.run.facts.get("val_loss_before"))
+    what, sets = held_out(subject.run, subject.files, processing)
+    every = [sample for samples in sets for sample in samples]
+    samples = [sample for sample in every if Illustrated.of(sample) is None]
+    if left := len(every) - len(samples):
+        what += f", without {left} that have images: what towers compute is not judged"
+    validated = not subject.files and not left and subject.run.facts.get("val_loss_before")
+    return HeldOut.of(what, samples, questions), bool(validated)
 
 
 @dataclass
@@ -185,8 +194,7 @@ def _base(subject: Subject, tokenizer: Any) -> _Base | None:
     try:
         model.save_pretrained(base.folder)
         tokenizer.save_pretrained(base.folder)
-        for path in processor_files(str(subject.merged)):  # which converters of towers read
-            shutil.copy(path, base.folder)
+        copy_processor(str(subject.merged), None, base.folder)  # which converters of towers read
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the base, which the certificate compares with, cannot be written beside the export: "

@@ -21,12 +21,14 @@ from ..methods.task import task_of
 from ..model.load import quiet
 from ..output_files import write_atomically
 from ..processes.world import World
+from ..processing import Processing
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
+from ..trainer.build import featurizer_for
 from ..trainer.evaluation import Batches, Loss, validate
-from .load_run import load_model_of, load_tokenizer, recipe_with, written
+from .load_run import load_model_of, load_processing, recipe_with, written
 from .run_folder import RunFolder
 
 
@@ -80,9 +82,9 @@ def evaluate(
     recorded = None if files else _recorded(run)
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _run_recipe(run)}
     with quiet():
-        tokenizer = load_tokenizer(run)
+        processing = load_processing(run)
         rows = {  # before the model, which takes longer to load
-            name: _prepare(run, name, recipe, tokenizer, None if as_json else console)
+            name: _prepare(run, name, recipe, processing, None if as_json else console)
             for name, recipe in recipes.items()
         }
         model = load_model_of(run)
@@ -95,9 +97,9 @@ def evaluate(
             prepared = rows[name]
             announce(f"evaluating {name or 'the validation rows'}")
             if method_of(recipe) is not None:
-                metrics |= _by_method(model, recipe, tokenizer, prepared, console)
+                metrics |= _by_method(model, recipe, processing, prepared, console)
             else:
-                metrics |= _by_token(model, recipe, tokenizer, prepared)
+                metrics |= _by_token(model, recipe, processing, prepared)
     path = _write(run, metrics, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
@@ -108,7 +110,7 @@ def evaluate(
 
 
 def held_out(
-    run: RunFolder, files: Sequence[Path], tokenizer: Any, console: Console | None = None
+    run: RunFolder, files: Sequence[Path], processing: Any, console: Console | None = None
 ) -> tuple[str, list[Samples]]:
     """Rows to judge a model of ``run`` on, and what they are, in words.
 
@@ -119,12 +121,12 @@ def held_out(
         DataError: a dataset cannot be used.
     """
     if files:
-        found = [_prepare(run, str(f), _reading(run, f), tokenizer, console) for f in files]
+        found = [_prepare(run, str(f), _reading(run, f), processing, console) for f in files]
         return ", ".join(f.name for f in files), [s for p in found for s in p.validation.values()]
     if not run.recipe:
         return "none", []
     recipe = recipe_with(run, {})
-    prepared = prepare(recipe, tokenizer, console, day=_day(run))
+    prepared = prepare(recipe, processing, console, day=_day(run))
     if recipe.validates():
         return "the run's validation rows", list(prepared.validation.values())
     if not isinstance(prepared.train, Samples):
@@ -133,10 +135,10 @@ def held_out(
 
 
 def _prepare(
-    run: RunFolder, file: str, recipe: Recipe, tokenizer: Any, console: Console | None
+    run: RunFolder, file: str, recipe: Recipe, processing: Any, console: Console | None
 ) -> PreparedData:
     """The rows to evaluate; those of a ``file`` are used as a whole."""
-    prepared = prepare(recipe, tokenizer, console, day=_day(run))
+    prepared = prepare(recipe, processing, console, day=_day(run))
     if not file:
         return prepared
     return replace(prepared, validation={file: cast("Samples", prepared.train)})
@@ -201,12 +203,12 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 
 
 def _by_method(
-    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData, console: Console
+    model: Any, recipe: Recipe, processing: Processing, prepared: PreparedData, console: Console
 ) -> dict[str, EvalMetrics]:
     from ..methods.evaluate import measured
 
     begun = time.perf_counter()
-    figures = measured(model, recipe, tokenizer, prepared, console)
+    figures = measured(model, recipe, processing, prepared, console)
     seconds = (time.perf_counter() - begun) / max(1, len(figures))
     return {
         name: _metrics(of.pop("loss", None), prepared.validation[name], seconds, None, of)
@@ -215,13 +217,15 @@ def _by_method(
 
 
 def _by_token(
-    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData
+    model: Any, recipe: Recipe, processing: Processing, prepared: PreparedData
 ) -> dict[str, EvalMetrics]:
     """The loss per trained token of each dataset, computed as in the recipe's validation."""
     task = task_of(recipe)
+    tokenizer = processing.tokenizer
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra())
     return {
         name: _measure(model, batches, prepared.validation[name], task.loss)
-        for name, batches in task.validation(prepared, tokenizer, World()).items()
+        for name, batches in task.validation(prepared, tokenizer, World(), featurizer).items()
     }
 
 

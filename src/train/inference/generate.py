@@ -1,10 +1,12 @@
-"""``fusewright generate``: answers to one prompt, or to a file of them."""
+"""``fusewright generate`` and ``chat``: a model's answers to prompts, and in a conversation."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
+import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,16 +21,24 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from ...errors import DataError, ModelError, RecipeError
-from ..data.chat.stops import render_chat, stop_tokens
-from ..json_text import BadJsonError, parse_json
+from ...errors import FusewrightError, ModelError, RecipeError
+from ..data.chat.encoder import standing_for
+from ..data.chat.stops import render_chat, stop_tokens, template_of
+from ..data.chat.template import Chat
+from ..data.formats.conversation import Conversation
+from ..data.images.expansion import Expander
+from ..data.images.features import Featurizer, written
+from ..data.images.picture import Gallery, NoImages, Picture
+from ..data.images.reading import featurizer_of
+from ..data.sample import IGNORED, Sample
 from ..model.load import quiet
 from ..model.precision import half_autocast
 from ..model.tokenizer import ChatPrompt, Message, pad_token, with_system
-from ..printable import odd_character, shown, shown_json
-from ..recipe.recipe import Recipe
+from ..printable import shown, shown_json
+from ..recipe.recipe import Dataset, Recipe
 from ..terminal import announce
-from .load_run import load_run
+from .load_run import READS_TEXT, load_to_answer, recipe_for
+from .prompts import has_images, text_of, user_message
 from .run_folder import RunFolder
 
 
@@ -43,17 +53,20 @@ def generate(
 ) -> None:
     """Answer ``conversations`` with the model of ``run`` and print the answers, in order.
 
-    Each conversation ends with what the model shall answer. With a temperature every batch begins
-    from the seed of ``sampling``. ``as_json`` prints one object per line, with ``messages``,
-    ``answer``, ``tokens``, ``finish``.
+    Each conversation ends with what the model shall answer; images are parts of contents, such as
+    ``{"type": "image", "path": "cat.png"}``. With a temperature every batch begins from the seed of
+    ``sampling``. ``as_json`` prints one object per line, with ``messages``, ``answer``, ``tokens``,
+    ``finish``.
 
     Raises:
-        ModelError: the run cannot be loaded, or a conversation cannot be rendered.
+        ModelError: the run cannot be loaded, a conversation cannot be rendered, or it has images,
+            and the model reads none.
         RecipeError: the base of the run cannot be loaded.
+        DataError: an image cannot be read.
     """
     out = out or sys.stdout
     with quiet():
-        writer = TextGenerator(*load_run(run), sampling, ChatPrompt.of(run.recipe).variables)
+        writer = _writer(run, sampling, any(map(has_images, conversations)))
         prompts = [writer.prompt(messages) for messages in conversations]
         if len(prompts) == 1 and not as_json:
             _stream(writer, prompts[0], out)
@@ -66,7 +79,18 @@ def generate(
                 _print(messages, answer, as_json, out)
 
 
-def _stream(writer: TextGenerator, prompt: list[int], out: TextIO) -> None:
+def _writer(run: RunFolder, sampling: Sampling, images: bool) -> TextGenerator:
+    """What writes the answers of ``run``; ``images``: there are some, so that it must read them."""
+    model, processing = load_to_answer(run, images)
+    recipe = recipe_for(run)
+    featurizer = featurizer_of(recipe, processing)
+    return TextGenerator(
+        model, processing.tokenizer, sampling, ChatPrompt.of(run.recipe).variables,
+        featurizer or NoImages(processing.why_not or READS_TEXT), recipe.consent.allow_image_urls,
+    )  # fmt: skip
+
+
+def _stream(writer: TextGenerator, prompt: Sample, out: TextIO) -> None:
     with contextlib.closing(writer.stream(prompt)) as pieces:
         for piece in _stripped(pieces):
             out.write(shown(piece) if out.isatty() else piece)
@@ -95,12 +119,18 @@ def _print(messages: list[Message], answer: Answer, as_json: bool, out: TextIO) 
         plain = not (getattr(out, "encoding", None) or "utf-8").lower().startswith("utf")
         out.write(shown_json(json.dumps(row, ensure_ascii=plain)) + "\n")
     else:
-        text = f"> {messages[-1]['content']}\n{answer.text}\n\n"
+        text = f"> {text_of(messages[-1])}\n{answer.text}\n\n"
         out.write(shown(text) if out.isatty() else text)
     out.flush()
 
 
 # --- answers -------------------------------------------------------------------------------------
+
+
+_PROMPT = "the prompt"
+"""Where the images of a conversation are, in messages."""
+
+_READS_TEXT = NoImages(READS_TEXT)
 
 
 @dataclass(frozen=True)
@@ -144,6 +174,8 @@ class TextGenerator:
     Args:
         tokenizer: its tokenizer. Without a chat template prompts are continued as they are.
         variables: what the chat template reads besides the messages.
+        images: what makes features of images, or why prompts may have none.
+        may_download: whether images that are addresses of the web are asked for.
     """
 
     def __init__(
@@ -152,30 +184,84 @@ class TextGenerator:
         tokenizer: Any,
         sampling: Sampling,
         variables: Mapping[str, Any] | None = None,
+        images: Featurizer | NoImages = _READS_TEXT,
+        may_download: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.images, self.may_download = images, may_download
+        self.expander: Expander | None = None
+        if isinstance(images, Featurizer):
+            try:
+                self.expander = Expander(images.processor, images.options)
+            except RecipeError as error:
+                self.images = NoImages(str(error))
         self.variables = dict(variables or {})
         self.chats = bool(getattr(tokenizer, "chat_template", None))
         self.stops = stop_tokens(model, tokenizer, self.variables)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message]) -> Sample:
         """The tokens that the model continues.
 
         ``messages`` end with the user's; without a chat template their contents are joined by line
-        breaks. Raises a ModelError if the chat template refuses them, or they leave no room to
-        answer.
+        breaks.
+
+        Raises:
+            ModelError: the chat template refuses them, they leave no room to answer, or they have
+                images, and the model reads none.
+            DataError: an image cannot be read, or a text has what stands for one.
         """
+        chat = self._read(messages)
+        extra, expanded, marks = "", None, ("", "")
         if self.chats:
-            ids = self.tokenizer(self._render(messages), add_special_tokens=False)
+            text = self._render(chat.messages)
+            if self.expander is not None and chat.pictures:
+                extra = written(text, chat.pictures, _PROMPT)
+                expanded = self.expander.expand(text, chat.pictures, _PROMPT)
+                text = expanded.text
+                template = template_of(self.tokenizer, self.variables)
+                marks = template.around_image(self.expander.token)
+            encoded = self.tokenizer(text, add_special_tokens=False)
         else:
-            ids = self.tokenizer("\n".join(m["content"] for m in messages))
-        tokens: list[int] = ids["input_ids"] or [pad_token(self.tokenizer)]
+            encoded = self.tokenizer("\n".join(m["content"] for m in chat.messages))
+        if self.expander is not None:
+            spans = [] if expanded is None else standing_for(expanded, encoded[0], marks)
+            self.expander.require_text(encoded["input_ids"], spans, _PROMPT)
+        tokens: list[int] = encoded["input_ids"] or [pad_token(self.tokenizer)]
         if self.room(tokens) < 1:
             raise ModelError(
                 f"the prompt has {len(tokens):,} tokens, but the model accepts at most "
                 f"{_positions(self.model):,}"
             )
-        return tokens
+        return Sample(tokens, [IGNORED] * len(tokens), extra)
+
+    def _read(self, messages: Sequence[Message]) -> Chat:
+        """The conversation with the images of its parts."""
+        if not any(isinstance(m.get("content"), list) for m in messages):
+            return Chat(_PROMPT, list(messages))
+        gallery = self._gallery(_PROMPT) if has_images(messages) else _READS_TEXT
+        if has_images(messages) and not self.chats:
+            raise ModelError(
+                f"{_PROMPT} has an image, and the model has no chat template that says where it "
+                "belongs"
+            )
+        source = str(self.tokenizer.chat_template)
+        reader = Conversation(Dataset(path=_PROMPT), source, None, gallery)
+        return reader.chat(list(messages), {}, _PROMPT)
+
+    def picture(self, image: str | Path, where: str) -> Picture:
+        """Open an image that a user names; raises a ModelError or a DataError if it cannot."""
+        return self._gallery(where).picture(image, where)
+
+    def _gallery(self, where: str) -> Gallery:
+        if isinstance(self.images, NoImages):
+            raise ModelError(f"{where} has an image, and {self.images.why}")
+        copies = Path(self._copies.name)
+        return Gallery(None, copies, self.images.resizing, self.may_download)
+
+    @functools.cached_property
+    def _copies(self) -> tempfile.TemporaryDirectory[str]:
+        """The folder of images that messages hold as bytes."""
+        return tempfile.TemporaryDirectory(prefix="fusewright-images-")
 
     def room(self, prompt: Sequence[int]) -> int:
         """The number of tokens that the model can write after ``prompt``."""
@@ -183,27 +269,27 @@ class TextGenerator:
         longest = self.sampling.max_new_tokens
         return longest if limit is None else min(longest, limit - len(prompt))
 
-    def answers(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+    def answers(self, prompts: Sequence[Sample]) -> list[Answer]:
         """Answer several prompts at once."""
-        pad, width = pad_token(self.tokenizer), max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        out = self._generate(ids, mask, min(map(self.room, prompts)))
+        longest = min(self.room(p.input_ids) for p in prompts)
+        width = max(len(p.input_ids) for p in prompts)
+        out = self._generate(prompts, width, longest)
         return [self._answer(row) for row in out[:, width:].tolist()]
 
-    def stream(self, prompt: Sequence[int]) -> Generator[str, None, None]:
+    def stream(self, prompt: Sample) -> Generator[str, None, None]:
         """Yield the answer to one prompt piece by piece.
 
         Closing the iterator, or an exception in it such as Ctrl-C, also ends the model's work.
         """
-        ids = torch.tensor([list(prompt)])
+        width = len(prompt.input_ids)
+        longest = self.room(prompt.input_ids)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = threading.Event()
         failed: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._generate(ids, torch.ones_like(ids), self.room(prompt), streamer, stop)
+                self._generate([prompt], width, longest, streamer, stop)
             except BaseException as error:  # raised where the answer is read
                 failed.append(error)
                 streamer.text_queue.put(streamer.stop_signal)
@@ -220,13 +306,20 @@ class TextGenerator:
 
     def _generate(
         self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
+        prompts: Sequence[Sample],
+        width: int,
         longest: int,
         streamer: Any = None,
         stop: threading.Event | None = None,
     ) -> torch.Tensor:
-        """Continue prompts (B, T) with their mask; the result, with the prompts, is (B, T + N)."""
+        """Continue prompts, which get ``width`` tokens; with them, the result is (B, T + N)."""
+        pad, rows = pad_token(self.tokenizer), [p.input_ids for p in prompts]
+        inputs = {
+            "input_ids": torch.tensor([[pad] * (width - len(r)) + r for r in rows]),
+            "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+        }
+        if isinstance(self.images, Featurizer):
+            inputs |= self.images.features([[p] for p in prompts], inputs, left=True)
         sampling = self.sampling
         choice: dict[str, Any] = {"do_sample": bool(sampling.temperature)}
         if sampling.temperature:
@@ -240,14 +333,13 @@ class TextGenerator:
         config = make(
             max_new_tokens=longest,
             eos_token_id=self.stops or None,
-            pad_token_id=pad_token(self.tokenizer),
+            pad_token_id=pad,
             use_cache=True,
             **choice,
         )
         criteria = StoppingCriteriaList([_StopEvent(stop)] if stop else [])
         out: torch.Tensor = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            **{name: value.to(self.model.device) for name, value in inputs.items()},
             generation_config=config,
             stopping_criteria=criteria,
             streamer=streamer,
@@ -268,20 +360,32 @@ class TextGenerator:
             raise ModelError(f"the chat template refuses this conversation: {error}") from None
 
 
-def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
+def answer(
+    model: Any,
+    tokenizer: Any,
+    question: str,
+    recipe: Recipe,
+    images: Featurizer | None = None,
+) -> str:
     """Answer greedily, with prompts as in training, as ``fusewright generate`` will.
 
-    The model keeps its mode; ``recipe`` has the longest answer and the parts of a prompt. Raises a
-    ModelError if the chat template refuses the question, or it leaves no room to answer.
+    The model keeps its mode; ``recipe`` has the longest answer, the parts of a prompt and an image,
+    if the question is about one, of which ``images`` makes features.
+
+    Raises:
+        ModelError: the chat template refuses the question, or it leaves no room to answer.
+        DataError: the image cannot be read.
     """
-    prompt = ChatPrompt.of(recipe.model_dump(mode="json"))
+    asking = ChatPrompt.of(recipe.model_dump(mode="json"))
     sampling = Sampling(max_new_tokens=recipe.sample_max_tokens)
-    generator = TextGenerator(model, tokenizer, sampling, prompt.variables)
+    generator = TextGenerator(model, tokenizer, sampling, asking.variables, images or _READS_TEXT)
+    about = [recipe.sample_image] if recipe.sample_image else []
+    messages = with_system([user_message(question, about)], asking.system)
     training = model.training
     model.eval()
     try:
         with half_autocast(recipe.precision(), model.device):
-            return generator.answers([generator.prompt(prompt.question(question))])[0].text
+            return generator.answers([generator.prompt(messages)])[0].text
     finally:
         model.train(training)
 
@@ -306,6 +410,7 @@ def _positions(model: Any) -> int | None:
 
 
 HELP = """\
+/image PATH      show an image, about which the next line asks
 /reset           clear the conversation
 /system TEXT     set the system prompt; without TEXT: remove it
 /save FILE       append the conversation to FILE as a row of training data (JSONL)
@@ -314,7 +419,10 @@ Ctrl-C           stop an answer"""
 
 
 class ChatSession:
-    """A conversation; in a terminal the lines of ``stdin`` can be edited."""
+    """A conversation; in a terminal the lines of ``stdin`` can be edited.
+
+    ``images`` are those that the first line asks about.
+    """
 
     def __init__(
         self,
@@ -322,8 +430,9 @@ class ChatSession:
         system: str | None = None,
         stdin: TextIO | None = None,
         stdout: TextIO | None = None,
+        images: Sequence[str] = (),
     ) -> None:
-        self.writer, self.system = writer, system
+        self.writer, self.system, self.images = writer, system, list(images)
         self.stdin, self.stdout = stdin or sys.stdin, stdout or sys.stdout
         self.terminal = self.stdin.isatty() and self.stdout.isatty()
         self.turns: list[Message] = []
@@ -356,7 +465,7 @@ class ChatSession:
                 self._command(line)
             elif line:
                 self._answer(line)
-        except ModelError as error:
+        except FusewrightError as error:
             self._say(f"fusewright: {error}")
 
     def _line(self) -> str | None:
@@ -371,8 +480,10 @@ class ChatSession:
 
     def _answer(self, question: str) -> None:
         """Stream the answer; what Ctrl-C left of it stays in the conversation."""
-        conversation = [*self.turns, {"role": "user", "content": question}]
+        message = user_message(question, self.images)
+        conversation = [*self.turns, message]
         prompt = self._fitting(conversation)
+        self.images = []
         chunks: list[str] = []
         try:
             with contextlib.closing(self.writer.stream(prompt)) as pieces:
@@ -387,7 +498,7 @@ class ChatSession:
             answer = "".join(chunks).strip()
             self.turns += [conversation[-1], {"role": "assistant", "content": answer}]
 
-    def _fitting(self, messages: list[Message]) -> list[int]:
+    def _fitting(self, messages: list[Message]) -> Sample:
         """The tokens of the conversation; its oldest turns are dropped when it is too long."""
         forgotten = 0
         while True:
@@ -408,8 +519,10 @@ class ChatSession:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name == "/reset":
-            self.turns = []
+            self.turns, self.images = [], []
             self._say("[conversation cleared]")
+        elif name == "/image" and rest:
+            self._show(rest)
         elif name == "/system":
             self._set_system(rest or None)
         elif name == "/save" and rest:
@@ -418,6 +531,13 @@ class ChatSession:
             self._say(HELP)
         else:
             self._say(f"{name} is not a command, or its argument is missing:\n{HELP}")
+
+    def _show(self, path: str) -> None:
+        """Keep an image for the next line."""
+        picture = self.writer.picture(Path(path).expanduser(), "/image")
+        self.images.append(picture.path)
+        width, height = picture.size
+        self._say(f"[{Path(picture.path).name}, {width} x {height}: ask about it]")
 
     def _set_system(self, text: str | None) -> None:
         """Take ``text`` if the chat template has a system text."""
@@ -445,95 +565,23 @@ class ChatSession:
         self.stdout.flush()
 
 
-def chat(run: RunFolder, sampling: Sampling, system: str | None = None) -> None:
+def chat(
+    run: RunFolder,
+    sampling: Sampling,
+    system: str | None = None,
+    images: Sequence[str] = (),
+) -> None:
     """Chat with the model of ``run`` on standard input and output.
 
     ``system`` is by default the text that the run was trained with, if any; an empty one: none.
+    ``images`` are paths of those that the first line asks about.
 
     Raises:
-        ModelError: the run cannot be loaded.
+        ModelError: the run cannot be loaded, or there are images, and its model reads none.
         RecipeError: the base of the run cannot be loaded.
     """
-    trained = ChatPrompt.of(run.recipe)
+    if system is None:
+        system = ChatPrompt.of(run.recipe).system
     with quiet():
-        writer = TextGenerator(*load_run(run), sampling, trained.variables)
-        ChatSession(writer, trained.system if system is None else system).run()
-
-
-# --- prompts -------------------------------------------------------------------------------------
-
-
-_KEYS = ("role", "content")
-
-
-def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
-    """Read a file of prompts.
-
-    A ``.jsonl`` has on each line a text, ``{"prompt": ...}`` or ``{"messages": [...]}``; any other
-    file has a prompt on each line. Blank lines are skipped. ``system`` is for prompts without one.
-
-    Raises:
-        DataError: it cannot be read, or a line has another form; the message has file and line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: cannot be read: byte {error.start + 1} is not UTF-8; save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    entries = [
-        _messages(line, path, number) if path.suffix == ".jsonl" else [_user(line)]
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not entries:
-        raise DataError(f"{path}: the file has no prompts")
-    return [with_system(messages, system) for messages in entries]
-
-
-def read_prompt(prompt: str | None, stdin: TextIO) -> str:
-    """The prompt of the command line, or of ``stdin`` when it is ``-`` or left out of a pipe.
-
-    Raises a RecipeError if there is none.
-    """
-    if prompt == "-" or (prompt is None and not stdin.isatty()):
-        try:
-            prompt = stdin.read().strip()
-        except UnicodeDecodeError:
-            raise RecipeError("standard input is not UTF-8: save the prompt as UTF-8") from None
-    if not prompt:
-        raise RecipeError("there is no prompt: write one, or - to read it from standard input")
-    if (problem := odd_character(prompt)) is not None:
-        raise RecipeError(f"the prompt {problem}: write it as UTF-8")
-    return prompt
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _messages(line: str, path: Path, number: int) -> list[Message]:
-    where = f"{path}, line {number}"
-    try:
-        row: Any = parse_json(line)
-    except BadJsonError as error:
-        column = f" (column {error.column})" if error.column else ""
-        raise DataError(f"{where}: {error}{column}") from None
-    if isinstance(row, dict):
-        row = row.get("prompt", row.get("messages"))
-    if isinstance(row, str):
-        return [_user(row)]
-    turns = row if isinstance(row, list) else []
-    right = (isinstance(t, dict) and all(isinstance(t.get(k), str) for k in _KEYS) for t in turns)
-    if not turns or not all(right):
-        raise DataError(
-            f'{where}: must be a text, {{"prompt": "..."}} or {{"messages": [{{"role": "user", '
-            '"content": "..."}]}'
-        )
-    if turns[-1]["role"] == "assistant":  # a row of training data: its question is answered again
-        turns = turns[:-1]
-    if not turns:
-        raise DataError(f"{where}: it ends with an answer, so there is nothing to answer")
-    return [{key: turn[key] for key in _KEYS} for turn in turns]
+        writer = _writer(run, sampling, bool(images))
+        ChatSession(writer, system, images=images).run()

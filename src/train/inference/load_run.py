@@ -13,6 +13,8 @@ from ..consent import CODE_SWITCH, code_refused, why_not_run
 from ..model import tokenizer as tokenizers
 from ..model.adapter_files import adapter_problem, put_adapter
 from ..model.files import adapter_weights
+from ..model.processor import with_processor
+from ..processing import Processing
 from ..recipe.keys.base import Keys, aliases, is_default, nested
 from ..recipe.locate import locate
 from ..recipe.preferences import head_of
@@ -41,6 +43,11 @@ def load_tokenizer(run: RunFolder) -> Any:
         raise RecipeError(f"{run.tokenizer}: the tokenizer {problem}") from error
 
 
+def load_processing(run: RunFolder) -> Processing:
+    """The same with the processor of its base, where that reads images."""
+    return with_processor(recipe_for(run), load_tokenizer(run))
+
+
 def load_run(
     run: RunFolder | str | Path,
     device: torch.device | None = None,
@@ -53,13 +60,33 @@ def load_run(
         RecipeError: the base cannot be loaded.
     """
     run = run if isinstance(run, RunFolder) else open_run(run)
+    _require_writing(run)
+    tokenizer = load_tokenizer(run)
+    return load_model_of(run, device, dtype), tokenizer
+
+
+READS_TEXT = "the model reads text only: leave images out, or use a model that reads them"
+
+
+def load_to_answer(run: RunFolder, images: bool = False) -> tuple[Any, Processing]:
+    """The same with the processor of images, where the base has one.
+
+    ``images``: there are some, so that a ModelError is raised, before the weights are loaded, if
+    they cannot be read.
+    """
+    _require_writing(run)
+    processing = load_processing(run)
+    if images and processing.processor is None:
+        raise ModelError(f"{run.folder}: {processing.why_not or READS_TEXT}")
+    return load_model_of(run), processing
+
+
+def _require_writing(run: RunFolder) -> None:
     if (head := head_of(recipe_for(run))).classifies:
         raise ModelError(
             f"{run.folder} holds a model that scores texts and writes none ({head.key}); load it "
             f"with {head.auto}"
         )
-    tokenizer = load_tokenizer(run)
-    return load_model_of(run, device, dtype), tokenizer
 
 
 def load_model_of(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..checkpoint.resume import Saved
+from ..data.images.features import Featurizer
 from ..data.preferences.examples import Example, Examples
 from ..model.tokenizer import pad_token
 from ..processes.world import World
@@ -28,7 +29,7 @@ class Method:
     """The components of a training method.
 
     Attributes:
-        collate: makes batches, given the padding token.
+        collate: makes batches, given the padding token and what makes features of images.
         figures: what validations measure besides the figure that judges them.
         fixed: arguments that are not keys of the method.
         whole_texts: whether a row's texts are prompt and answer in one.
@@ -38,7 +39,7 @@ class Method:
 
     trainer: type[EngineMixin]
     arguments: type[Any]
-    collate: Callable[[int], Any]
+    collate: Callable[[int, Featurizer | None], Any]
     figures: tuple[str, ...] = ()
     fixed: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}
     objective: Callable[[], Preferences] = Preferences
@@ -65,7 +66,8 @@ class PreferenceTask(SupervisedTask):
         return self._examples(prepared.train)
 
     def _examples(self, samples: Any) -> Examples:
-        return Examples(samples, self.settings.rows, whole=self.method.whole_texts)
+        pictures = samples.has_extra() and not self.settings.no_images
+        return Examples(samples, self.settings.rows, self.method.whole_texts, pictures)
 
     def arguments(self, sequences: Any, world: World) -> Any:
         """The arguments of TRL's trainer."""
@@ -95,10 +97,12 @@ class PreferenceTask(SupervisedTask):
                 f"metric_for_best_model: validation has no {metric}; it has {', '.join(known)}"
             )
 
-    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+    def validation(
+        self, prepared: Any, tokenizer: Any, world: World, featurizer: Featurizer | None = None
+    ) -> dict[str, Batches]:
         """The batches to validate on, by the name of their dataset."""
         size = self.recipe.eval_batch_size or self.recipe.micro_batch_size
-        collate: Any = self.method.collate(pad_token(tokenizer))
+        collate: Any = self.method.collate(pad_token(tokenizer), featurizer)
         return {
             name: Batches(self._examples(samples), size, collate, world, blank)  # type: ignore[arg-type]  # 2026-11-27: its counts are numbers
             for name, samples in prepared.validation.items()
@@ -125,7 +129,8 @@ class PreferenceTask(SupervisedTask):
 
     def _judging(self, context: Context) -> dict[str, Any]:
         """The collator of TRL's trainer, and its rows for validation."""
-        extra: dict[str, Any] = {"data_collator": self.method.collate(pad_token(context.tokenizer))}
+        pad = pad_token(context.tokenizer)
+        extra: dict[str, Any] = {"data_collator": self.method.collate(pad, context.featurizer)}
         sets = {name: self._dataset(b.packs) for name, b in context.validation.items()}
         if sets and self.settings.reference:  # they may compute the reference's part beforehand
             extra["eval_dataset"] = sets

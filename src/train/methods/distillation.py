@@ -178,14 +178,16 @@ class DistillationTask(SupervisedTask):
         """What the trainer trains."""
         return DistillationObjective(Distillation.of(self.recipe))
 
-    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+    def validation(
+        self, prepared: Any, tokenizer: Any, world: World, featurizer: Any = None
+    ) -> dict[str, Batches]:
         """The batches to validate on, by the name of their dataset."""
         sets = super().validation(prepared, tokenizer, world)
         for batches in sets.values():
             batches.collate = functools.partial(_with_teacher, batches.collate)
         return sets
 
-    def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
+    def collate(self, tokenizer: Any, featurizer: Any = None) -> Callable[[Any], dict[str, Any]]:
         """What makes a batch of sequences, with the teacher's part."""
         return functools.partial(_with_teacher, super().collate(tokenizer))
 

@@ -7,16 +7,18 @@ from typing import Any
 from rich.console import Console
 
 from ..processes.signals import Interrupts
+from ..processing import Processing
 from ..recipe.keys.preferences import TrlKeys
 from ..recipe.preferences import generation_sizes, rows_of
 from ..recipe.recipe import Recipe
+from ..trainer.build import featurizer_for
 from ..trainer.context import Context
 from .reference import restore_reference
 from .task import task_of
 
 
 def measured(
-    model: Any, recipe: Recipe, tokenizer: Any, prepared: Any, console: Console
+    model: Any, recipe: Recipe, processing: Processing, prepared: Any, console: Console
 ) -> dict[str, dict[str, float]]:
     """What validation measures, ``loss`` included, by the name of the dataset.
 
@@ -24,8 +26,12 @@ def measured(
     """
     recipe = _alone(recipe)
     task, interrupts = task_of(recipe), Interrupts()
-    sets = task.validation(prepared, tokenizer, interrupts.world)
-    context = Context(recipe, tokenizer, console, interrupts, validation=sets)
+    tokenizer = processing.tokenizer
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra())
+    sets = task.validation(prepared, tokenizer, interrupts.world, featurizer)
+    context = Context(
+        recipe, tokenizer, console, interrupts, validation=sets, featurizer=featurizer
+    )
     trainer = task.trainer(context, model, task.sequences(prepared), None, lambda: None)
     restore_reference(trainer.model, recipe)
     by_dataset = {}

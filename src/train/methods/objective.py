@@ -18,7 +18,7 @@ from ..data.order import order_of
 from ..rewards.judge import means
 from ..trainer.objective import FloatLogits, Objective
 from .reference import drop_idle_copy, read_reference, write_reference
-from .rows import FillableExamples, tokens_of
+from .rows import FillableExamples, features_in, tokens_of
 
 Metrics = dict[str, list[float]]
 """What was measured since the last log, by name."""
@@ -220,7 +220,10 @@ class Preferences(Objective):
 
     def probe(self) -> dict[str, Any]:
         """A batch of one row, to compare models on."""
-        batch = self.trainer.data_collator([self.trainer.train_dataset[0]])
+        row = self.trainer.train_dataset[0]
+        batch: dict[str, Any] = self.trainer.data_collator([row])
+        if row.get("pictures"):
+            return batch  # features belong to all of its tokens
         ids = next(value for name, value in batch.items() if name.endswith("input_ids"))
         return {"input_ids": ids[:1]}
 
@@ -251,6 +254,15 @@ class Odds(Preferences):
         loss, measured = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="eval")
         trainer.store_metrics(measured, train_eval="eval")
         return loss
+
+    def probe(self) -> dict[str, Any]:
+        """A batch of one row, to compare models on; both answers where it has images."""
+        batch = self.trainer.data_collator([self.trainer.train_dataset[0]])
+        if not (features := features_in(batch)):
+            return super().probe()
+        names = ("input_ids", "attention_mask")
+        tokens = self.trainer.concatenated_inputs(batch)
+        return {**{name: tokens[f"concatenated_{name}"] for name in names}, **features}
 
 
 class UnevenGather:

@@ -10,16 +10,25 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data import IGNORED
+from ..data.images.features import Featurizer
 from ..data.preferences.examples import Example, Examples
+from ..data.sample import Sample
 
 _CHUNK = 1_000
 """Rows that are turned into columns at a time."""
 
+_TYPES = {list: pa.list_(pa.int32()), bool: pa.bool_(), str: pa.string()}
+"""The types of columns."""
+
 FILLS = "fills"
 """Marks an example that only fills the batch of a process."""
+
+FEATURE = "image."
+"""Begins the names of features in batches of which TRL passes only tokens to the model."""
 
 
 def as_dataset(
@@ -36,7 +45,7 @@ def as_dataset(
         rows = change([examples[i] for i in range(start, min(start + size, len(examples)))])
         for name in rows[0]:
             values = [row[name] for row in rows]
-            kind = pa.list_(pa.int32()) if isinstance(values[0], list) else pa.bool_()
+            kind = _TYPES[type(values[0])]
             columns.setdefault(name, []).append(pa.array(values, type=kind))
     table = pa.table({name: pa.chunked_array(parts) for name, parts in columns.items()})
     return PreparedDataset(table)
@@ -117,6 +126,46 @@ class Counted:
         return {**batch, "tokens": 0 if fills else tokens, "trained": 0 if fills else trained}
 
 
+def image_features(
+    featurizer: Featurizer | None, examples: Sequence[Mapping[str, Any]], width: int, times: int
+) -> dict[str, Tensor]:
+    """The features of the images in prompts, by the names of the model's arguments.
+
+    Those of tokens are (rows, ``width``), with zeros for the answers. A batch has the prompts so
+    many ``times``, all of them one after the other.
+    """
+    if featurizer is None:
+        return {}
+    prompts = [[Sample(e["prompt_ids"], [], e.get("pictures", ""))] for e in examples]
+    once = {"input_ids": torch.empty(len(prompts), width)}
+    features = featurizer.features(prompts, once, whole=False)
+    return {name: torch.cat([value] * times) for name, value in features.items()}
+
+
+@dataclass(frozen=True)
+class WithImages:
+    """Adds the features of images to batches whose other tensors TRL passes to the model."""
+
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+    featurizer: Featurizer | None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch with them; those of tokens for KTO's mismatched answers, too."""
+        batch = self.collate(examples)
+        rows, width = batch["input_ids"].shape
+        features = image_features(self.featurizer, examples, width, rows // len(examples))
+        if (others := batch.get("KL_input_ids")) is not None:
+            for name in features.keys() & {"token_type_ids", "mm_token_type_ids"}:  # as TRL has it
+                features[f"KL_{name}"] = F.pad(features[name], (0, others.shape[1] - width))
+        return {**batch, **features}
+
+
+def features_in(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The features of images whose names in a batch begin with ``FEATURE``, by those after it."""
+    names = [name for name in batch if name.startswith(FEATURE)]
+    return {name.removeprefix(FEATURE): batch[name] for name in names}
+
+
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows as one int64 tensor, (rows, longest), padded with ``value`` on the right."""
     return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
@@ -127,10 +176,12 @@ class SeparateAnswers:
     """Batches for TRL's trainers of ORPO and CPO, with a tensor for each kind of answer.
 
     They have ``chosen_input_ids``, ``chosen_attention_mask`` and ``chosen_labels``, and the same
-    for ``rejected`` and, without labels, for ``prompt``.
+    for ``rejected`` and, without labels, for ``prompt``; and features of images, for both answers,
+    by names that begin with ``FEATURE``.
     """
 
     pad_id: int
+    featurizer: Featurizer | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The tensors of a batch."""
@@ -142,7 +193,9 @@ class SeparateAnswers:
             batch |= self._part(name, [[*prompt, *answer] for prompt, answer in pairs])
             labels = [[IGNORED] * len(prompt) + list(answer) for prompt, answer in pairs]
             batch[f"{name}_labels"] = padded(labels, IGNORED)
-        return batch
+        width = max(batch[f"{name}_labels"].shape[1] for name in ("chosen", "rejected"))
+        features = image_features(self.featurizer, examples, width, 2)
+        return batch | {f"{FEATURE}{name}": value for name, value in features.items()}
 
     def _part(self, name: str, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}_input_ids", padded(rows, self.pad_id)

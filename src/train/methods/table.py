@@ -7,6 +7,7 @@ whether it needs a reference model) is in ``recipe/methods_table.py``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -21,13 +22,22 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference as DataCollatorForRewards
 from trl.trainer.reward_trainer import RewardTrainer
 
+from ..data.images.features import Featurizer
 from ..recipe.recipe import Recipe
 from ..trainer.engine import EngineMixin
 from ..trainer.objective import FloatLogits
 from .build import Method
 from .grpo import Completions, CompletionTask, Grpo
 from .objective import Metrics, Odds, Preferences
-from .rows import Counted, JudgedStepBatches, MismatchedAnswers, SeparateAnswers, mismatched
+from .rows import (
+    Counted,
+    JudgedStepBatches,
+    MismatchedAnswers,
+    SeparateAnswers,
+    WithImages,
+    features_in,
+    mismatched,
+)
 
 with warnings.catch_warnings():  # that TRL calls these trainers experimental: recipes name them
     warnings.simplefilter("ignore")
@@ -66,7 +76,8 @@ class Cpo(EngineMixin, CPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
         """Both answers of each pair in one forward pass, and their log-probabilities."""
         forward: Any = super().concatenated_forward
-        return forward(FloatLogits(model), batch)
+        called = functools.partial(model, **features_in(batch))
+        return forward(FloatLogits(called), batch)
 
 
 class RewardModel(EngineMixin, RewardTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
@@ -113,25 +124,25 @@ _REWARDS = (
 )  # fmt: skip
 
 
-def _pairs(pad: int) -> Counted:
-    return Counted(DataCollatorForPreference(pad))
+def _pairs(pad: int, featurizer: Featurizer | None) -> Counted:
+    return Counted(WithImages(DataCollatorForPreference(pad), featurizer))
 
 
-def _labelled(pad: int) -> Counted:
-    collate = MismatchedAnswers(DataCollatorForUnpairedPreference(pad))
-    return Counted(collate, ("attention_mask", "KL_attention_mask"))
+def _labelled(pad: int, featurizer: Featurizer | None) -> Counted:
+    collate = WithImages(DataCollatorForUnpairedPreference(pad), featurizer)
+    return Counted(MismatchedAnswers(collate), ("attention_mask", "KL_attention_mask"))
 
 
-def _separate(pad: int) -> Counted:
+def _separate(pad: int, featurizer: Featurizer | None) -> Counted:
     masks = "chosen_attention_mask", "rejected_attention_mask"
-    return Counted(SeparateAnswers(pad), masks, masks)
+    return Counted(SeparateAnswers(pad, featurizer), masks, masks)
 
 
-def _whole_texts(pad: int) -> Counted:
+def _whole_texts(pad: int, featurizer: Featurizer | None) -> Counted:
     return Counted(DataCollatorForRewards(pad), trained=("attention_mask",))
 
 
-def _steps(pad: int) -> Counted:
+def _steps(pad: int, featurizer: Featurizer | None) -> Counted:
     return Counted(JudgedStepBatches(pad), trained=("label_mask",))
 
 
@@ -146,7 +157,7 @@ def _of_the_recipe(recipe: Recipe) -> dict[str, object]:
 _DPO = Method(Dpo, DPOConfig, _pairs, _REWARDS, _uncut)
 _CPO = Method(Cpo, CPOConfig, _separate, (*_REWARDS, "nll_loss"), _of_the_recipe, Odds)
 _GRPO = Method(
-    Grpo, GRPOConfig, lambda pad: list,
+    Grpo, GRPOConfig, lambda pad, featurizer: list,
     (
         "reward_std", "entropy", "frac_reward_zero_std", "completions/mean_length",
         "completions/min_length", "completions/max_length", "completions/clipped_ratio",

@@ -14,7 +14,7 @@ from ...errors import ModelError, RecipeError, first_line
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
-from .multimodal import freeze, is_in, language_path, tower_pattern, towers
+from .multimodal import freeze, is_in, language_path, left_out, pattern_of
 from .precision import computes_in
 from .quantize import head_modules
 
@@ -33,8 +33,8 @@ def add_adapter(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     lacks layers, blocks or parameters that the recipe names.
     """
     if recipe.adapter is None:
-        return _unfrozen(model, recipe.unfrozen_parameters, say)
-    places = towers(model)
+        return _unfrozen(model, recipe, say)
+    places = left_out(model, recipe)
     model = _with_adapter(model, recipe, say)
     # which biases may be: PEFT trains all of a name
     freeze(model.get_base_model(), places)
@@ -122,7 +122,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
     ``model`` is on the meta device, and cannot be used afterwards: adapters are put on it.
     """
     if recipe.adapter is None:
-        _unmatched(model, recipe.unfrozen_parameters or [])
+        _unmatched(model, recipe, recipe.unfrozen_parameters or [])
     elif not recipe.lora_model_dir:
         config = _config(model, recipe)
         try:
@@ -136,7 +136,7 @@ def require_names(model: Any, recipe: Recipe) -> None:
 def _config(model: Any, recipe: Recipe, say: Say | None = None) -> Any:
     from peft import LoraConfig
 
-    _require_present(model, recipe.lora_modules_to_save, "lora_modules_to_save")
+    _require_present(model, recipe, recipe.lora_modules_to_save, "lora_modules_to_save")
     kwargs: dict[str, Any] = {
         "r": recipe.lora_r,
         "lora_alpha": recipe.lora_alpha,
@@ -175,7 +175,7 @@ def _saved(model: Any, recipe: Recipe) -> list[str] | None:
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     modules = list(recipe.lora_modules_to_save or [])
-    if modules and (places := towers(model)):  # which may have modules of the same names
+    if modules and (places := left_out(model, recipe)):  # which may have modules of the same names
         paths = [name for name, _ in model.named_modules() if not is_in(name, places)]
         modules = [p for p in paths if any(p == n or p.endswith(f".{n}") for n in modules)]
     if head_of(recipe).classifies:
@@ -196,13 +196,13 @@ def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
                 "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
-        return _by_expression(model, targets)
-    absent = [name for name in _absent(model, targets) if name in _USUAL]
+        return _by_expression(model, targets, recipe, say)
+    absent = [name for name in _absent(model, recipe, targets) if name in _USUAL]
     if absent and len(absent) < len(targets or []):
         targets = [name for name in targets or [] if name not in absent]
         if say is not None:
             say(f"lora_target_modules: the model has no layer {', '.join(absent)}: left out")
-    _require_present(model, targets, "lora_target_modules")
+    _require_present(model, recipe, targets, "lora_target_modules")
     targets = list(targets or [])
     if not all_linear:
         return targets
@@ -217,7 +217,7 @@ def _targets(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str:
     from transformers.pytorch_utils import Conv1D
 
     head = set(head_modules(model).values())
-    places = towers(model)
+    places = left_out(model, recipe)
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -239,7 +239,7 @@ def _means_experts(model: Any) -> bool:
 
 def _excluded(model: Any, recipe: Recipe, say: Say | None) -> list[str] | str | None:
     """The layers that get no adapter: the recipe's, those of towers, and those PEFT refuses."""
-    named, outside = recipe.lora_exclude_modules, tower_pattern(model)
+    named, outside = recipe.lora_exclude_modules, pattern_of(left_out(model, recipe))
     refused = _refused(model, recipe)
     if refused and say is not None:
         listed = ", ".join(refused)
@@ -298,11 +298,15 @@ def _is_row_by_row(linear: nn.Linear) -> bool:
     return isinstance(output, Tensor) and output.shape == (5, 7, linear.out_features)
 
 
-def _by_expression(model: Any, expression: str) -> list[str] | str:
-    """The layers of the language model whose whole names match, in whatever class's names."""
-    places = towers(model)
+def _by_expression(model: Any, expression: str, recipe: Recipe, say: Say | None) -> list[str] | str:
+    """The trained layers whose whole names match, in whatever class's names."""
+    places = left_out(model, recipe)
     names = [name for name, _ in model.named_modules() if not is_in(name, places)]
-    if any(re.fullmatch(expression, name) for name in names):
+    matches = [n for n, _ in model.named_modules() if re.fullmatch(expression, n)]
+    if any(not is_in(name, places) for name in matches):
+        if (frozen := [n for n in matches if is_in(n, places)]) and say is not None:
+            say(f"lora_target_modules: {len(frozen)} of the layers, such as {frozen[0]}, stay as "
+                "they are, because freeze_mm_modules is true: false adapts them")  # fmt: skip
         return expression
     # what a checkpoint's layers are called in older versions of its class, or in its class for text
     path = language_path(model) if places else ""
@@ -316,16 +320,16 @@ def _by_expression(model: Any, expression: str) -> list[str] | str:
     if not targets:
         more = ""
         if any(re.fullmatch(expression, name) for name, _ in model.named_modules()):
-            more = " but such as text never calls, which are not trained"
+            more = " but such as freeze_mm_modules leaves as they are: set it to false"
         raise RecipeError(
             f"lora_target_modules: no layer's whole name matches {expression!r}{more}"
         )
     return targets
 
 
-def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
-    if unknown := _absent(model, named):
-        places = towers(model)
+def _require_present(model: nn.Module, recipe: Recipe, named: list[str] | None, key: str) -> None:
+    if unknown := _absent(model, recipe, named):
+        places = left_out(model, recipe)
         inside = [(name, m) for name, m in model.named_modules() if not is_in(name, places)]
         kinds = (nn.Linear, nn.Embedding)
         inner = [name for name, m in inside if isinstance(m, kinds)]
@@ -335,30 +339,30 @@ def _require_present(model: nn.Module, named: list[str] | None, key: str) -> Non
         )
 
 
-def _absent(model: nn.Module, named: list[str] | None) -> list[str]:
-    places = towers(model)
+def _absent(model: nn.Module, recipe: Recipe, named: list[str] | None) -> list[str]:
+    places = left_out(model, recipe)
     inside = (name for name, _ in model.named_modules() if not is_in(name, places))
     present = {name.rpartition(".")[2] for name in inside}
     return [name for name in named or [] if name.rpartition(".")[2] not in present]
 
 
-def _unfrozen(model: nn.Module, patterns: list[str] | None, say: Say | None) -> Any:
-    """Train the parameters whose names begin like one of ``patterns``; None: all of them."""
-    if patterns:
-        if (useless := _unmatched(model, patterns)) and say is not None:
+def _unfrozen(model: nn.Module, recipe: Recipe, say: Say | None) -> Any:
+    """Train the parameters whose names begin like one of the recipe's patterns, or all of them."""
+    if patterns := recipe.unfrozen_parameters:
+        if (useless := _unmatched(model, recipe, patterns)) and say is not None:
             say(f"unfrozen_parameters: no parameter name matches {', '.join(map(repr, useless))}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
-    freeze(model, towers(model))
+    freeze(model, left_out(model, recipe))
     return model
 
 
-def _unmatched(model: nn.Module, patterns: list[str]) -> list[str]:
+def _unmatched(model: nn.Module, recipe: Recipe, patterns: list[str]) -> list[str]:
     """The patterns that are no beginning of a parameter's name.
 
     Raises a RecipeError if that are all of them, or one is no regular expression.
     """
-    places = towers(model)
+    places = left_out(model, recipe)
     names = [name for name, _ in model.named_parameters() if not is_in(name, places)]
     useless = []
     for pattern in patterns:

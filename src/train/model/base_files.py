@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from ...errors import FusewrightError, ModelError, first_line
 from ..recipe.locate import locate
-from .multimodal import is_in, towers, untrained
+from .multimodal import is_in, untrained, untrained_towers
+
+_TEMPLATE = "chat_template.json"
+"""A chat template of older processors, which transformers prefers to the tokenizer's."""
 
 _PROCESSOR = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "chat_template.json",
+    _TEMPLATE,
 )  # fmt: skip
 """The files of a processor, besides those of its tokenizer."""
 
@@ -99,16 +103,20 @@ def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None
     return BaseFiles([single]) if single is not None else None
 
 
-def processor_files(base_model: str, revision: str | None = None) -> list[Path]:
-    """The files of the processor that comes with a base model, besides its tokenizer's."""
+def copy_processor(base_model: str, revision: str | None, folder: Path) -> bool:
+    """Copy the processor that comes with a base model beside a tokenizer that has been saved.
+
+    Returns whether there is one.
+    """
     try:
         source = locate(base_model, [Path.cwd()])
-        if source.gguf_file:
-            return []
-        files = [_file(source.name, name, revision) for name in _PROCESSOR]
+        files = [] if source.gguf_file else [_file(source.name, n, revision) for n in _PROCESSOR]
     except (FusewrightError, OSError):  # the hub does not answer
-        return []
-    return [file for file in files if file is not None]
+        files = []
+    for file in filter(None, files):
+        if file.name != _TEMPLATE or not (folder / "chat_template.jinja").exists():
+            shutil.copy(file, folder)
+    return any(files)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -147,7 +155,7 @@ def save_with_base(
     """
     keys = [] if files is None else untrained(model, files.shapes)
     if keys:
-        places = towers(model)
+        places = untrained_towers(model)
         state = model.state_dict() if state is None else state
         state = {name: value for name, value in state.items() if not is_in(name, places)}
     if state is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a language model with towers (for images, sound, video) that text never calls.
+"""Checkpoints of a language model with towers (for images, sound, video).
 
 The language model is what has the configuration's ``text_config``, with its embeddings and its
 head; the towers, and what projects their outputs, are everything else.
@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import RecipeError
 from ..recipe.methods_table import LANGUAGE_HEAD
+from ..recipe.recipe import Recipe
 from .quantize import head_modules
 
 _CAUSAL = LANGUAGE_HEAD.auto
@@ -144,10 +145,22 @@ def is_in(name: str, places: Iterable[str]) -> bool:
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
-def tower_pattern(model: Any) -> str | None:
-    """A regular expression for the whole names of all modules in towers; None: there are none."""
-    places = "|".join(map(re.escape, towers(model)))
-    return rf"(?:{places})(?:\..*)?" if places else None
+def tower_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters of towers, with those of their adapters."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    places = towers(base)
+    return [p for name, p in base.named_parameters() if is_in(name, places)]
+
+
+def left_out(model: Any, recipe: Recipe) -> list[str]:
+    """The parts in which a recipe trains nothing: towers, unless it says otherwise."""
+    return towers(model) if recipe.freeze_mm_modules else []
+
+
+def pattern_of(places: Iterable[str]) -> str | None:
+    """A regular expression for the whole names of all modules in ``places``; None: for none."""
+    either = "|".join(map(re.escape, places))
+    return rf"(?:{either})(?:\..*)?" if either else None
 
 
 def freeze(model: Any, places: Iterable[str]) -> None:
@@ -281,13 +294,19 @@ def names_in_model(model: Any, keys: Iterable[str], renamed_only: bool = False) 
     return names
 
 
+def untrained_towers(model: Any) -> list[str]:
+    """The paths of towers in which nothing is trained."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return [place for place in towers(model) if not any(is_in(name, [place]) for name in trained)]
+
+
 def untrained(model: Any, keys: Iterable[str]) -> list[str]:
     """The keys in a base model's files that ``model`` does not train: towers, and what it ignores.
 
     These are tensors that the class does not load, such as the layers for several tokens at a time
     (``mtp``), but not buffers that it computes itself, nor the scales of weights that it loads.
     """
-    places = towers(model)
+    places = untrained_towers(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = {name.rpartition(".")[2] for name, _ in model.named_buffers()} | {"inv_freq"}
     modules, names = dict(model.named_modules()), names_in_model(model, keys)

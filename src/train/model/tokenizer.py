@@ -158,8 +158,8 @@ def set_padding(config: Any, recipe: Recipe) -> None:
 # --- prompts of a trained model ------------------------------------------------------------------
 
 
-Message = dict[str, str]
-"""``role`` and ``content``."""
+Message = dict[str, Any]
+"""``role`` and ``content``: text, or parts that are texts and images."""
 
 _CONVERSATIONS = ("chat_template", "sharegpt", "prompt_completion")
 """The types of rows that ``default_system_message`` is added to."""

@@ -225,6 +225,9 @@ def estimate(
     activations = sum(u.saved for u in used)
     passing = max((max(u.forward, u.backward) - u.saved for u in used), default=0)
     passing += job.dequantized_bytes()
+    if (images := job.step.images) is not None:  # towers run before any block keeps something
+        activations += round(part * images.kept)
+        passing = max(passing, round(part * images.passing) - activations)
     at_head = passing <= head + logits
     return replace(
         fixed,

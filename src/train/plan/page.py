@@ -11,6 +11,7 @@ from ...memory.levels import Level
 from ..recipe.preferences import preference_settings
 from ..terminal import say
 from .cards import GIB
+from .count.images import ImageUsage
 from .engines import which_engines
 from .estimate import SPARE
 from .plan import RunPlan
@@ -47,6 +48,8 @@ def show(plan: RunPlan, console: Console) -> None:
     say(console, f"rewritten formulas: {', '.join(sorted(plan.rewrites)) or 'none'}")
     for path, reason in plan.uncaptured.items():
         say(console, f"runs as it is: {path}, and blocks like it: {reason}")
+    if plan.images is not None:
+        say(console, _images(plan.images))
     console.print(_parts(plan))
     for line in (_verdict(plan), *_limits(plan), *_work(plan)):
         say(console, line)
@@ -77,6 +80,18 @@ def _model(plan: RunPlan) -> str:
         f"{plan.recipe.base_model}: {_count(plan.parameters)} parameters in {plan.depth} blocks, "
         f"{_count(plan.trained)} trained ({share:.2%}, {method}); {plan.devices}, "
         f"{plan.layout.engine}"
+    )
+
+
+def _images(images: ImageUsage) -> str:
+    of = f"in the first {images.rows:,} rows" if images.rows else "ASSUMED, as no row is here"
+    kept = f" and keep {_gib(images.kept)} GiB outside of blocks" if images.kept else ""
+    towers = f"hold up to {_gib(images.passing)} GiB in forward{kept}"
+    if images.why_not:
+        towers = f"are NOT COUNTED: {images.why_not}"
+    return (
+        f"images: {images.images:,.2f} a row, for which {images.tokens:,.0f} tokens stand ({of}); "
+        f"towers {towers}"
     )
 
 

@@ -25,6 +25,7 @@ from ..recipe.recipe import Recipe
 from ..report.throughput import layer_configs
 from .cards import Card, Devices
 from .count.blueprint import Blueprint, draw
+from .count.images import ImageUsage, RowImages, row_images
 from .count.layout import ProcessLayout, layout_of, model_states
 from .count.network import Traffic, traffic
 from .count.step import take
@@ -64,6 +65,7 @@ class RunPlan:
         rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
         uncaptured: paths of blocks that run as they are, each with the reason.
         advice: what to change, and how other methods compare.
+        images: of the rows, and what towers take for those of a micro batch; None: there are none.
     """
 
     recipe: Recipe
@@ -84,6 +86,7 @@ class RunPlan:
     uncaptured: dict[str, str]
     model_config: Any
     advice: Advice
+    images: ImageUsage | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -126,7 +129,9 @@ def make_plan(
     dtype = _dtype(recipe, None if devices is None else devices.card)
     target = devices or devices_here(dtype, processes or recipe.strategy().world())
     layout = layout_of(recipe, target.count)
-    make = functools.partial(make_job, dtype=dtype, on_cpu=target.card.name == CPU)
+    make = functools.partial(
+        make_job, dtype=dtype, on_cpu=target.card.name == CPU, images=row_images(recipe)
+    )
     job, room = make(recipe), target.card.memory
     limit = limits(job, recipe, layout, room)
     reach = positions(job.blueprint.config)
@@ -162,7 +167,7 @@ def _planned(
         steps=recipe.max_steps or _steps(recipe, pace.tokens, layout),
         steps_are_estimated=recipe.max_steps is None,
         rewrites=dict(job.step.rewrites), uncaptured=dict(job.step.uncaptured),
-        model_config=job.blueprint.config, advice=advice,
+        model_config=job.blueprint.config, advice=advice, images=job.step.images,
     )  # fmt: skip
 
 
@@ -187,10 +192,12 @@ def _steps(recipe: Recipe, tokens: int, layout: ProcessLayout) -> int | None:
     return None if epoch is None else math.ceil(epoch * recipe.num_epochs / each)
 
 
-def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
+def make_job(
+    recipe: Recipe, dtype: torch.dtype, on_cpu: bool, images: RowImages | None = None
+) -> TrainingJob:
     """Take a step of what a recipe trains, on fake tensors.
 
-    ``dtype`` is that of the weights that are not adapters.
+    ``dtype`` is that of the weights that are not adapters; ``images`` are those of the rows.
     """
     blueprint = draw(recipe, dtype)
     codegen = _codegen(recipe, blueprint, "cpu" if on_cpu else "cuda")
@@ -198,7 +205,7 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     # what a run on a card takes does not depend on the CPU that plans it: ops take there what they
     # take on a CPU that multiplies bfloat16
     with contextlib.nullcontext() if on_cpu else assume(KINDS["avx512_bf16"]):
-        step = take(blueprint, recipe, codegen, settings.sequences if settings else 1)
+        step = take(blueprint, recipe, codegen, settings.sequences if settings else 1, images)
     quantized = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
     bits = blueprint.stored or quantized
     process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)

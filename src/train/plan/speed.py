@@ -67,6 +67,8 @@ def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: 
         usage = usages.get(HOSTED.get(level, level))  # copies to the host are no operations
         total += usage.flops if usage is not None else 0
         total += job.extra_forward_passes * _forward(job, usages)
+    if job.step.images is not None:
+        total += (1 + job.extra_forward_passes) * factor * job.step.images.flops
     tokens = round(job.step.tokens * factor)
     total += head_flops(job, tokens) + job.extra_forward_passes * head_flops(
         job, tokens, forward=True

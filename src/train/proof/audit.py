@@ -14,16 +14,19 @@ from ...auditing.audit import audit
 from ...auditing.findings import Audit
 from ...errors import DataError, FusewrightError, ModelError, RecipeError, first_line
 from ..consent import Consent
-from ..data import prepare
-from ..inference.load_run import load_model_of, load_tokenizer, recipe_with
+from ..data import PreparedData, prepare
+from ..inference.load_run import load_model_of, recipe_with
+from ..inference.load_run import load_processing as processing_of
 from ..inference.run_folder import open_run
 from ..methods.task import task_of
 from ..model.load import quiet
 from ..model.precision import computes_in
-from ..model.tokenizer import load_tokenizer as tokenizer_of
+from ..model.processor import load_processing
+from ..processing import Processing
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..terminal import Terminal, announce, say
+from ..trainer.build import featurizer_for
 from ..trainer.ready import optimize_model, ready_model
 from ..user_functions import load_function, located
 
@@ -40,12 +43,13 @@ def of_recipe(recipe: Recipe, tokens: int) -> Audit:
     """
     _require_supervised(recipe)
     with quiet():
-        tokenizer = tokenizer_of(recipe)
-        batch = _batch(recipe, tokenizer)
-        model = ready_model(recipe, tokenizer, announce)
+        processing = load_processing(recipe)
+        prepared = _prepared(recipe, processing)
+        model = ready_model(recipe, processing.tokenizer, announce)
+        batch = _batch(model, recipe, processing, prepared)
         optimize_model(model, recipe)
         model.train()
-        return _audit(model, batch, recipe, tokenizer, tokens)
+        return _audit(model, batch, recipe, processing.tokenizer, tokens)
 
 
 def of_run(folder: Path, consent: Consent, tokens: int) -> Audit:
@@ -63,13 +67,14 @@ def of_run(folder: Path, consent: Consent, tokens: int) -> Audit:
     recipe = recipe_with(run, {})
     _require_supervised(recipe)
     with quiet():
-        tokenizer = load_tokenizer(run)
-        batch = _batch(recipe, tokenizer)
+        processing = processing_of(run)
+        prepared = _prepared(recipe, processing)
         model = load_model_of(run)
+        batch = _batch(model, recipe, processing, prepared)
         if run.adapter:
             model.base_model.set_adapter(model.active_adapters)  # which makes them trainable
         model.train()
-        return _audit(model, batch, recipe, tokenizer, tokens)
+        return _audit(model, batch, recipe, processing.tokenizer, tokens)
 
 
 def of_function(name: str, tokens: int) -> Audit:
@@ -122,15 +127,24 @@ def _require_supervised(recipe: Recipe) -> None:
         )
 
 
-def _batch(recipe: Recipe, tokenizer: Any) -> Mapping[str, Any]:
+def _prepared(recipe: Recipe, processing: Processing) -> PreparedData:
+    """The first rows; raises a DataError if none of them can be trained."""
+    prepared = prepare(recipe, processing, Terminal(stderr=True), limit=_ROWS)
+    if not len(task_of(recipe).sequences(prepared)):
+        raise DataError("audit: the datasets have no row that can be trained")
+    return prepared
+
+
+def _batch(
+    model: Any, recipe: Recipe, processing: Processing, prepared: PreparedData
+) -> Mapping[str, Any]:
     """The first batch, in the order of the dataset."""
     task = task_of(recipe)
-    prepared = prepare(recipe, tokenizer, Terminal(stderr=True), limit=_ROWS)
     sequences = task.sequences(prepared)
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra())
+    collate = task.collate(processing.tokenizer, featurizer)
     number = min(len(sequences), recipe.micro_batch_size)
-    if not number:
-        raise DataError("audit: the datasets have no row that can be trained")
-    return task.collate(tokenizer)([sequences[at] for at in range(number)])
+    return collate([sequences[at] for at in range(number)])
 
 
 def _audit(

@@ -32,7 +32,7 @@ from ..data.order import order_of
 from ..model.from_pretrained import meta_model
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
-from ..model.tokenizer import load_tokenizer
+from ..model.processor import load_processing
 from ..output_files import write_atomically
 from ..preflight import model_obstacles
 from ..processes.launch import rank_environment
@@ -155,7 +155,7 @@ def _mixes_samples(recipe: Recipe) -> bool:
 def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selection:
     """The samples of the first steps, in the order in which the recipe trains them."""
     tell("preparing the rows")
-    prepared = prepare(recipe, load_tokenizer(recipe))
+    prepared = prepare(recipe, load_processing(recipe))
     sequences = training_sequences(prepared, recipe)
     size = sequences_per_step(recipe)
     in_order: Any = sequences

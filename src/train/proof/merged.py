@@ -25,6 +25,7 @@ from ...errors import FusewrightError, ModelError, first_line
 from ...kernels.tolerance import FACTOR, unit
 from ..checkpoint import save_model
 from ..data import Sample
+from ..data.images.features import Featurizer
 from ..inference.load_run import load_model_of, recipe_for, with_adapter
 from ..inference.run_folder import RunFolder, open_run
 from ..merge import MergeOptions, merge
@@ -66,18 +67,28 @@ class Merged:
         return self.off <= self.allowed
 
 
-def keep_adapter(model: Any, tokenizer: Any, samples: Sequence[Sample], folder: Path) -> float:
+def keep_adapter(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    folder: Path,
+    featurizer: Featurizer | None = None,
+) -> float:
     """Save the trained adapter into ``folder``, for ``compare_merged``; returns its loss.
 
     The model has done its work: it is left plain and in evaluation mode.
     """
     save_model.save(restore(model), tokenizer, folder / _ADAPTER)
-    _, loss = _scores(model.eval(), samples)
+    _, loss = _scores(model.eval(), samples, featurizer)
     return loss
 
 
 def compare_merged(
-    recipe: Recipe, samples: Sequence[Sample], loss_trained: float, folder: Path
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    loss_trained: float,
+    folder: Path,
+    featurizer: Featurizer | None = None,
 ) -> dict[str, Any]:
     """Merge the adapter in ``folder``, and compare.
 
@@ -85,7 +96,7 @@ def compare_merged(
     why it should have been. ``recipe`` is that of the way which trained the adapter.
     """
     try:
-        return asdict(_compare(recipe, samples, loss_trained, folder))
+        return asdict(_compare(recipe, samples, loss_trained, folder, featurizer))
     except (FusewrightError, MemoryError) as error:
         return {"skipped": str(error) or "there was not enough memory"}
     except Exception as error:  # to be said in the table: merging should not end like that
@@ -95,7 +106,11 @@ def compare_merged(
 
 
 def _compare(
-    recipe: Recipe, samples: Sequence[Sample], loss_trained: float, folder: Path
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    loss_trained: float,
+    folder: Path,
+    featurizer: Featurizer | None,
 ) -> Merged:
     start = time.monotonic()
     keys = recipe.model_dump(mode="json")
@@ -105,12 +120,12 @@ def _compare(
         raise ModelError(
             "the base's files are quantized: merging rounds into their format, which export judges"
         )
-    adapted, loss_adapter = _scores(_on_full_base(run), samples)
+    adapted, loss_adapter = _scores(_on_full_base(run), samples, featurizer)
     merge(run, MergeOptions(folder / _MERGED), Console(quiet=True))
     model = load_model_of(open_run(folder / _MERGED, consent=recipe.consent))
-    merged, loss_merged = _scores(model, samples)
+    merged, loss_merged = _scores(model, samples, featurizer)
     _change_by_one_unit(model)
-    changed, _ = _scores(model, samples)
+    changed, _ = _scores(model, samples, featurizer)
     size = float(adapted.norm()) or 1.0
     return Merged(
         str(model.dtype).removeprefix("torch."), len(adapted), loss_trained, loss_adapter,
@@ -127,13 +142,20 @@ def _on_full_base(run: RunFolder) -> Any:
 
 
 @torch.no_grad()
-def _scores(model: Any, samples: Sequence[Sample]) -> tuple[Tensor, float]:
+def _scores(
+    model: Any, samples: Sequence[Sample], featurizer: Featurizer | None
+) -> tuple[Tensor, float]:
     """The logits of the first tokens, (T, V) in fp32 on the CPU; and their loss per token."""
     rows, total, trained, left = [], 0.0, 0, _TOKENS
     device = next(model.parameters()).device
     for sample in samples:
-        ids, labels = (torch.tensor(t[:left]) for t in (sample.input_ids, sample.labels))
-        logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0].float().cpu()
+        end = None if sample.extra else left  # which may not part an image from its placeholders
+        ids, labels = (torch.tensor(t[:end]) for t in (sample.input_ids, sample.labels))
+        batch = {"input_ids": ids[None]}
+        if featurizer is not None:
+            batch |= featurizer.features([[sample]], batch)
+        there = {name: value.to(device) for name, value in batch.items()}
+        logits = model(**there, use_cache=False).logits[0].float().cpu()
         total += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
         trained += int((labels[1:] >= 0).sum())
         rows.append(logits)

@@ -8,13 +8,11 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..data import Sample, pack
-from ..data.sample import IGNORED
+from ..data.ranks import filler
 from ..recipe.recipe import Recipe
 
 FILLER = -1
 """In a layout, a sequence that trains nothing and only fills a batch."""
-
-_FILLER_TOKENS = 8
 
 Step = Sequence[Sequence[int]]
 """The sequences of an optimizer step, each as the numbers of its samples."""
@@ -125,9 +123,9 @@ def select(sequences: Iterable[Sequence[Sample]], steps: int, size: int) -> Sele
         numbers.append(tuple(range(at, at + len(sequence))))
         at += len(sequence)
     these = [numbers[i % len(numbers)] for i in range(steps * size)]
-    ids = flat[0].input_ids[:_FILLER_TOKENS]
-    filler = Sample(ids, [IGNORED] * len(ids))
-    return Selection([*flat, filler], [these[i : i + size] for i in range(0, len(these), size)])
+    return Selection(
+        [*flat, *filler(flat[:1])], [these[i : i + size] for i in range(0, len(these), size)]
+    )
 
 
 def sequences_per_step(recipe: Recipe) -> int:

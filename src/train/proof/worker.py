@@ -23,10 +23,12 @@ from ...errors import DataError, FusewrightError, PackingError, RecipeError
 from ...rewrite.verify_exact import Wide
 from ..consent import Consent
 from ..data import Packs, Sample
+from ..data.images.reading import featurizer_of
 from ..model.load import quiet
 from ..model.precision import computes_in
+from ..model.processor import load_processing
 from ..model.quantize import dequantize_linears
-from ..model.tokenizer import load_tokenizer
+from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
 from ..processes.mesh import is_sharded
 from ..processes.signals import Interrupts
@@ -34,9 +36,9 @@ from ..processes.world import PARENT, World, end_with_parent, joined
 from ..recipe.recipe import Recipe
 from ..report.throughput import ThroughputMeter
 from ..terminal import Terminal
-from ..trainer.build import make_trainer
+from ..trainer.build import featurizer_for, make_trainer
 from ..trainer.context import Context
-from ..trainer.ready import optimize_model, ready_model
+from ..trainer.ready import optimize_model, ready_model, require_packing_of_images
 from .compare import PeakMemory, ProofTrainer, Record, compared
 from .merged import compare_merged, keep_adapter
 from .ways import FILLER
@@ -79,7 +81,7 @@ class Job:
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write the samples of all ways."""
-    rows = [[sample.input_ids, sample.labels] for sample in samples]
+    rows = [[sample.input_ids, sample.labels, sample.extra] for sample in samples]
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -102,7 +104,8 @@ def main(folder: Path) -> int:
             if job.merges:  # when the trained model has left the memory
                 samples = read_samples(folder.parent / SAMPLES)[:-1]
                 loss = result.pop("loss_trained")
-                result["merged"] = compare_merged(recipe, samples, loss, folder)
+                featurizer = featurizer_of(recipe, load_processing(recipe))
+                result["merged"] = compare_merged(recipe, samples, loss, folder, featurizer)
     except (RecipeError, DataError) as error:
         cannot_pack = isinstance(error, PackingError)
         result = {"status": "refused", "reason": str(error), "cannot_pack": cannot_pack}
@@ -132,8 +135,13 @@ def _train(
     """Train the steps; return their part of ``result.json``."""
     strategy = recipe.strategy()
     strategy.require_world(world.size)
-    tokenizer = load_tokenizer(recipe)
+    processing = load_processing(recipe)
+    tokenizer = processing.tokenizer
     model = ready_model(recipe, tokenizer, _ignore, on_cpu=is_sharded(strategy, world))
+    samples = read_samples(folder.parent / SAMPLES)
+    featurizer = featurizer_for(model, recipe, processing, any(s.extra for s in samples), world)
+    if featurizer is not None:
+        require_packing_of_images(model, recipe, featurizer, pad_token(tokenizer))
     dtype = torch.float16 if computes_in(recipe.precision()) == "float16" else model.dtype
     masks = without_dropout(model)
     fill_zeros(model, recipe.seed)
@@ -143,8 +151,10 @@ def _train(
     record = Record(model, folder, world.main)
     optimize_model(model, recipe)
     console = Terminal(quiet=True)
-    context = Context(recipe, tokenizer, console, interrupts, ThroughputMeter(), world=world)
-    samples = read_samples(folder.parent / SAMPLES)
+    context = Context(
+        recipe, tokenizer, console, interrupts, ThroughputMeter(), world=world,
+        featurizer=featurizer,
+    )  # fmt: skip
     numbers = [[i if i != FILLER else len(samples) - 1 for i in s] for s in job.sequences]
     trainer: Any = make_trainer(context, model, Packs(samples, numbers), kind=ProofTrainer)
     trainer.record = record
@@ -154,7 +164,7 @@ def _train(
     record.keep_changes()
     rewrites, trained = _rewrites(model, recipe), {}
     if job.merges:
-        trained["loss_trained"] = keep_adapter(model, tokenizer, samples[:-1], folder)
+        trained["loss_trained"] = keep_adapter(model, tokenizer, samples[:-1], folder, featurizer)
     return {
         "losses": record.losses,
         "norms": record.norms,

@@ -49,6 +49,11 @@ class Head:
 
 LANGUAGE_HEAD = Head("AutoModelForCausalLM", "CAUSAL_LM")
 
+_OTHERS = "leave such rows out, or train them by rl: dpo, ipo, kto, cpo or simpo"
+_NOT_PRECOMPUTED = (
+    "computes precompute_ref_log_probs of texts alone: set it to false, or leave such rows out"
+)
+
 
 @dataclass(frozen=True)
 class RecipeMethod:
@@ -62,6 +67,7 @@ class RecipeMethod:
             ``beta`` above 0, or never.
         other_passes: forward passes for each sequence on other answers than its own, as the model
             and its reference each make them.
+        no_images: why rows may have no images, as a recipe says; empty: they may.
     """
 
     title: str
@@ -70,6 +76,7 @@ class RecipeMethod:
     reference: Literal["always", "with beta", "never"] = "never"
     head: Head = LANGUAGE_HEAD
     other_passes: int = 0
+    no_images: Callable[[Recipe], str] = lambda recipe: f"trains texts alone: {_OTHERS}"
 
     def has_reference(self, recipe: Recipe, trl: TrlKeys) -> bool:
         """Whether a recipe compares the model with a reference model."""
@@ -80,6 +87,10 @@ class RecipeMethod:
 
 def _beta(recipe: Recipe, trl: TrlKeys) -> float | None:
     return recipe.rl_beta if trl.beta is None else trl.beta
+
+
+def _with_images(recipe: Recipe) -> str:
+    return ""
 
 
 def _moving_reference(trl: TrlKeys) -> dict[str, Any]:
@@ -204,15 +215,29 @@ def _reward(recipe: Recipe, trl: TrlKeys) -> dict[str, Any]:
 
 
 METHODS: Mapping[Method, RecipeMethod] = {
-    "dpo": RecipeMethod("DPO (direct preference optimization)", "pairs", _dpo, "always"),
-    "ipo": RecipeMethod("IPO (identity preference optimization)", "pairs", _ipo, "always"),
-    "orpo": RecipeMethod("ORPO (odds ratio preference optimization)", "pairs", _orpo),
+    "dpo": RecipeMethod(
+        "DPO (direct preference optimization)", "pairs", _dpo, "always",
+        no_images=_with_images,
+    ),
+    "ipo": RecipeMethod(
+        "IPO (identity preference optimization)", "pairs", _ipo, "always",
+        no_images=_with_images,
+    ),
+    "orpo": RecipeMethod(
+        "ORPO (odds ratio preference optimization)", "pairs", _orpo,
+        no_images=lambda recipe: f"trains prompts, too, where an image is no text: {_OTHERS}",
+    ),
     "kto": RecipeMethod(
         "KTO (Kahneman-Tversky optimization)", "labelled", _kto, "always",
         other_passes=1,  # it also compares each prompt with another one's answer
+        no_images=lambda recipe: _NOT_PRECOMPUTED if recipe.precompute_ref_log_probs else "",
     ),
-    "simpo": RecipeMethod("SimPO (simple preference optimization)", "pairs", _simpo),
-    "cpo": RecipeMethod("CPO (contrastive preference optimization)", "pairs", _cpo),
+    "simpo": RecipeMethod(
+        "SimPO (simple preference optimization)", "pairs", _simpo, no_images=_with_images
+    ),
+    "cpo": RecipeMethod(
+        "CPO (contrastive preference optimization)", "pairs", _cpo, no_images=_with_images
+    ),
     "grpo": RecipeMethod(
         "GRPO (group relative policy optimization)", "prompts", _grpo, "with beta"
     ),

@@ -64,6 +64,11 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
             places = list(dict.fromkeys(places))
             problems.append((("resume_from_checkpoint",), _nowhere(resume_from, places)))
         update["resume_from_checkpoint"] = str(checkpoint)
+    if recipe.sample_image is not None:
+        image = find_file(recipe.sample_image, folders)
+        if image is None:
+            problems.append((("sample_image",), _nowhere(recipe.sample_image, folders)))
+        update["sample_image"] = str(image)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
     if recipe.deepspeed:
@@ -199,6 +204,11 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
     if dataset.data_files is not None and local is None:  # else they are inside the folder
         files = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
         update["data_files"] = [str(find_file(file, folders) or file) for file in files]
+    if dataset.images_dir is not None:
+        images = find_file(dataset.images_dir, folders)
+        if images is None or not images.is_dir():
+            problems.append(((*loc, "images_dir"), _nowhere(dataset.images_dir, folders)))
+        update["images_dir"] = str(images)
     if dataset.chat_template_jinja is not None:
         template = dataset.chat_template_jinja
         update["chat_template_jinja"] = _template(template, folders, loc, problems)

@@ -28,6 +28,7 @@ class PreferenceSettings:
         reward_functions: the names of the rewards of completions.
         arguments: what the recipe says of the method, by the names in the configuration of TRL's
             trainer. What the recipe does not say is not there, so that TRL's default holds.
+        no_images: why rows may have no images, and what to do; empty: they may.
     """
 
     method: Method
@@ -36,6 +37,7 @@ class PreferenceSettings:
     num_labels: int = 0
     reward_functions: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    no_images: str = ""
 
     @property
     def sequences(self) -> int:
@@ -92,7 +94,7 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
         return None
     trl = recipe.trl or TrlKeys()
     known = METHODS[method]
-    arguments = known.arguments(recipe, trl)
+    arguments, no_images = known.arguments(recipe, trl), known.no_images(recipe)
     return PreferenceSettings(
         method,
         known.rows,
@@ -100,6 +102,7 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
         num_labels=head_of(recipe).labels or 0,
         reward_functions=tuple(trl.reward_funcs or ()) if known.rows == "prompts" else (),
         arguments={name: value for name, value in arguments.items() if value is not None},
+        no_images=f"{known.head.key or f'rl: {method}'} {no_images}" if no_images else "",
     )
 
 

@@ -20,6 +20,7 @@ from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
 from .keys.distillation import DistillationKeys
 from .keys.distributed import DistributedKeys
 from .keys.fusewright import FusewrightKeys
+from .keys.images import ImageKeys
 from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
@@ -31,17 +32,17 @@ from .strategy import Strategy, strategy_of
 __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
-    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
-    MethodKeys, PluginKeys, CloudKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys,
+    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys,
+    DistillationKeys, MethodKeys, PluginKeys, CloudKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
-    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
-    MethodKeys, PluginKeys, CloudKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, ImageKeys, OptimizationKeys,
+    OutputKeys, TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys,
+    DistillationKeys, MethodKeys, PluginKeys, CloudKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 
@@ -122,6 +123,14 @@ class Recipe(
     def packs(self) -> bool:
         """Whether training rows are packed."""
         return bool(self.sample_packing)
+
+    def takes_tokens(self) -> bool:
+        """Whether rows are already tokens.
+
+        Axolotl's recipes for images set ``skip_prepare_dataset`` for rows that are none: there they
+        are tokenized when a batch is made.
+        """
+        return self.skip_prepare_dataset and self.processor_type is None
 
     def packs_validation(self) -> bool:
         """Whether validation rows are packed."""

@@ -97,6 +97,7 @@ def rows_message(data: dict[str, int]) -> str:
         f"validation; {data.get('train_sequences', 0):,} sequences, "
         f"{data.get('train_tokens', 0):,} tokens"
         + (f", {trained:,} trained" if trained else "")  # of prompts, none are
+        + (f"; {data['images']:,} images" if data.get("images") else "")
         + (f"; {', '.join(left_out)}" if left_out else "")
     )
 

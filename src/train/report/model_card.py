@@ -76,7 +76,9 @@ def _data(facts: Facts) -> ModelCardData:
         base_model=base,
         library_name="peft" if adapter else "transformers",
         license=_license(str(recipe.get("base_model") or "")),
-        pipeline_tag=_PIPELINES.get(facts.task or "", "text-generation"),
+        pipeline_tag=_PIPELINES.get(
+            facts.task or "", "image-text-to-text" if facts.images else "text-generation"
+        ),
         tags=[*relation, "fusewright", *method, *_task_tags(facts), "transformers"],
         datasets=[name for name in map(_hub_id, rows) if name] or None,
     )
@@ -163,8 +165,11 @@ def _use(facts: Facts) -> Iterator[str]:
     if not facts.number("steps"):
         return
     yield "## Use it\n"
-    yield _fenced(run_facts.commands(facts.recipe), "sh") + "\n\nin a copy of this folder.\n"
-    code = run_facts.snippet(facts.recipe, ".")
+    images = bool(facts.images)
+    yield (
+        _fenced(run_facts.commands(facts.recipe, images), "sh") + "\n\nin a copy of this folder.\n"
+    )
+    code = run_facts.snippet(facts.recipe, ".", images)
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
         yield f"With plain {below}:\n\n{_fenced(code, 'python')}\n"
@@ -213,7 +218,9 @@ def _sample(facts: Facts) -> Iterator[str]:
     sample = facts.mapping("sample")
     if sample.get("question") is None or sample.get("after") is None:
         return
-    yield f"## An answer\n\n{_fenced(str(sample['question']), 'text')}\n"
+    name = facts.mapping("sample_image").get("name")
+    about = f" about the image {_line(str(name))}" if name else ""
+    yield f"## An answer{about}\n\n{_fenced(str(sample['question']), 'text')}\n"
     for name in ("before", "after"):
         if sample.get(name) is not None:
             yield f"{name.capitalize()} training:\n\n{_fenced(str(sample[name]), 'text')}\n"

@@ -320,6 +320,7 @@ class Page:
     charts: list[Chart] = field(default_factory=list)
     numbers: sections.Table | None = None
     sample: dict[str, str | None] | None = None
+    image: sections.ShownImage | None = None
     completions: list[sections.ShownCompletion] = field(default_factory=list)
     usage: sections.Rows = field(default_factory=list)
     sets: sections.Table | None = None
@@ -401,6 +402,7 @@ def compose(facts: Facts) -> Page:
         }
         if sample
         else None,
+        image=sections.image(facts),
         completions=sections.completions(facts),
         usage=usage,
         sets=sets,

@@ -61,6 +61,14 @@ class ShownCompletion:
 
 
 @dataclass(frozen=True)
+class ShownImage:
+    """An image, as a data URL, and what it is for those who cannot see it."""
+
+    url: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Rewrites:
     """The optimize report."""
 
@@ -175,6 +183,15 @@ def model(facts: Facts) -> Rows:
     return rows
 
 
+def image(facts: Facts) -> ShownImage | None:
+    """The image that the answers are about."""
+    entry = facts.mapping("sample_image")
+    url = str(entry.get("thumbnail") or "")
+    if not url.startswith("data:image/jpeg;base64,"):  # run.json may be anybody's
+        return None
+    return ShownImage(url, f"The image that the question is about, {entry.get('name')}")
+
+
 def completions(facts: Facts) -> list[ShownCompletion]:
     """Completions to look at, of the first generation and of the last one."""
     result = []
@@ -268,10 +285,10 @@ def use(facts: Facts) -> Rows:
     rows = [
         (
             "With fusewright, in a terminal, in the folder of this page:",
-            run_facts.commands(facts.recipe),
+            run_facts.commands(facts.recipe, bool(facts.images)),
         )
     ]
-    code = run_facts.snippet(facts.recipe, ".")
+    code = run_facts.snippet(facts.recipe, ".", bool(facts.images))
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
         rows.append((f"With plain {below}, in Python, in the same folder:", code))

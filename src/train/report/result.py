@@ -72,6 +72,8 @@ class RunResult:
         completions: some of those that were generated in training, first and last, each with
             ``step``, ``prompt``, ``completion``, ``rewards`` by name and ``advantage``.
         sample: ``question``, and the answers ``before`` and ``after``.
+        sample_image: the ``name`` of the image that the question is about, and a ``thumbnail`` as a
+            data URL.
         peak_rss_mb: largest resident memory of the process, in MiB.
         loaded_rss_mb: resident memory once the model was loaded, in MiB.
         peak_cuda_mb: largest GPU memory allocated, in MiB.
@@ -122,6 +124,7 @@ class RunResult:
     figure: Figure = "loss"
     completions: list[dict[str, Any]] = field(default_factory=list)
     sample: dict[str, str] | None = None
+    sample_image: dict[str, str] | None = None
     peak_rss_mb: float = 0.0
     loaded_rss_mb: float = 0.0
     peak_cuda_mb: float | None = None
@@ -290,6 +293,8 @@ class RunResult:
             same = "plain PEFT gives the same logits"
             broken = "BROKEN: plain PEFT gives other logits than the trained model"
             rows["saved adapter"] = same if self.adapter_check["exact"] else broken
+        if self.sample_image is not None:
+            rows["image"] = self.sample_image["name"]
         rows |= self.sample or {}
         rows["time"] = f"{sum(self.seconds.values()):.0f} s: " + self._times()
         rows["results"] = str(self.output_dir)

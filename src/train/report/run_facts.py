@@ -21,6 +21,9 @@ from ..recipe.preferences import HEADS, LANGUAGE_HEAD, Head
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
 
+IMAGE_SIZES = ("image_size", "image_max_pixels", "image_min_pixels")
+"""Keys that resize images before the processor has them."""
+
 TASKS = {
     (method.head.key or name).replace("_", "-"): method.title
     for name, method in methods_table.METHODS.items()
@@ -67,7 +70,8 @@ class Facts:
         names: dict[str, str] = {}  # of the recipe's paths: they may have spaces elsewhere, too
         recipe = _changed(self.entries.get("recipe"), lambda text: _whole_path(text, names))
         rest = _changed(self.entries, lambda text: _without_paths(text, names))
-        generated = {key: self.entries.get(key) for key in ("sample", "completions")}
+        kept = ("sample", "sample_image", "completions")  # what models wrote, and encoded bytes
+        generated = {key: self.entries.get(key) for key in kept}
         return Facts({**rest, "recipe": recipe, **generated})
 
     def number(self, key: str) -> float | None:
@@ -114,6 +118,11 @@ class Facts:
     def figure(self) -> str:
         """The figure by which validations judge the run: ``loss`` or ``reward``."""
         return "reward" if self.text("figure") == "reward" else "loss"
+
+    @property
+    def images(self) -> int:
+        """How many images the rows have."""
+        return int(number(self.mapping("data").get("images")) or 0)
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -194,14 +203,20 @@ _LANGUAGE = """\
 fusewright generate . "Your question"  # one answer
 fusewright chat .                      # a conversation
 """
+_ILLUSTRATED = """\
+fusewright generate . "Your question" --image image.png  # one answer
+fusewright chat .                      # a conversation; /image PATH shows an image
+"""
 _ALL = """\
 fusewright eval .                      # loss on the validation rows
 fusewright merge .                     # one model without adapters"""
 
 
-def commands(recipe: Mapping[str, Any]) -> str:
-    """Shell commands for the results in the current folder."""
-    return _ALL if _head(recipe).classifies else _LANGUAGE + _ALL
+def commands(recipe: Mapping[str, Any], images: bool = False) -> str:
+    """Shell commands for the results in the current folder; ``images``: they are read, too."""
+    if _head(recipe).classifies:
+        return _ALL
+    return (_ILLUSTRATED if images else _LANGUAGE) + _ALL
 
 
 def _head(recipe: Mapping[str, Any]) -> Head:
@@ -209,20 +224,23 @@ def _head(recipe: Mapping[str, Any]) -> Head:
     return next(trained, LANGUAGE_HEAD)
 
 
-def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
+def snippet(recipe: Mapping[str, Any], folder: str, images: bool = False) -> str | None:
     """Python that loads the result and uses it without this package.
 
-    A language model answers a question; a reward model judges an answer. ``folder`` is where the
-    results are, or their id on the hub. None for an adapter whose base model is not here.
+    A language model answers a question, with ``images`` about one; a reward model judges an answer.
+    ``folder`` is where the results are, or their id on the hub. None for an adapter whose base
+    model is not here.
     """
     base = str(recipe.get("base_model") or "")
     head = _head(recipe)
     if not head.classifies:
         head = replace(head, auto=_auto_class(recipe, base))
     labels = f", num_labels={head.labels}" if head.labels else ""
-    plain = f"from transformers import {head.auto}, AutoTokenizer"
+    adapter = bool(recipe.get("adapter"))
+    readers = [*["AutoProcessor"] * images, *["AutoTokenizer"] * (adapter or not images)]
+    plain = f"from transformers import {', '.join([head.auto, *readers])}"
     imports, loading = plain, f"model = {head.auto}.from_pretrained(folder)"
-    if recipe.get("adapter"):
+    if adapter:
         try:
             source = locate(base, [Path.cwd()])
         except RecipeError:
@@ -230,7 +248,7 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
         multimodal = not head.classifies and head.auto != LANGUAGE_HEAD.auto
         compressed = _quant_method(recipe, base) == "compressed-tensors"
         name = head.auto.replace("AutoModel", "AutoPeftModel")
-        imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
+        imports = f"from peft import {name}\nfrom transformers import {', '.join(readers)}"
         loading = f"model = {name}.from_pretrained(folder{labels})"
         if source.gguf_file or base.startswith("package:") or multimodal or compressed:
             find = "from importlib.util import find_spec\n\n" * base.startswith("package:")
@@ -242,9 +260,22 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
 
 folder = {json.dumps(folder, ensure_ascii=False)}
 {loading}
-tokenizer = AutoTokenizer.from_pretrained(folder)
+{_PROCESSOR[adapter] if images else _TOKENIZER}
 """
-    return loaded + (_judging(recipe) if head.classifies else _answering(recipe))
+    if head.classifies:
+        return loaded + _judging(recipe)
+    return loaded + (_looking(recipe) if images else _answering(recipe))
+
+
+_TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(folder)"
+_PROCESSOR = {
+    False: "processor = AutoProcessor.from_pretrained(folder)",
+    True: """\
+processor = AutoProcessor.from_pretrained(model.get_base_model().name_or_path)
+processor.tokenizer = AutoTokenizer.from_pretrained(folder)
+processor.chat_template = processor.tokenizer.chat_template""",
+}
+"""How images are prepared; by whether the results are an adapter, which leaves that to its base."""
 
 
 def _auto_class(recipe: Mapping[str, Any], base: str) -> str:
@@ -293,6 +324,29 @@ def _answering(recipe: Mapping[str, Any]) -> str:
 )
 answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
+
+def _looking(recipe: Mapping[str, Any]) -> str:
+    """Ask about an image, with contents in parts, as processors expect them."""
+    asking = ChatPrompt.of(recipe)
+    messages = asking.question("Your question")
+    for message in messages:
+        message["content"] = [{"type": "text", "text": message["content"]}]
+    messages[-1]["content"].insert(0, {"type": "image", "path": "image.png"})
+    lines = ",\n    ".join(json.dumps(message, ensure_ascii=False) for message in messages)
+    resized = [f"{k}: {recipe[k]}" for k in IMAGE_SIZES if recipe.get(k)]
+    note = f"  # the run resized its images before: {', '.join(resized)}" if resized else ""
+    given = recipe.get("processor_kwargs")
+    given = f"\n    processor_kwargs={{'images_kwargs': {given!r}}}," if given else ""
+    return f"""messages = [{note}
+    {lines},
+]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True,\
+{given}{_more(asking.variables)}
+).to(model.device, model.dtype)
+answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))"""
 
 
 def _load_base(base: str, source: ModelSource, head: Head, compressed: bool) -> str:

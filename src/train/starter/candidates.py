@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 from ...errors import DataError, RecipeError
 from ..data.chat.template import Chat
 from ..data.formats.registry import Encoder, format_of
+from ..data.images.picture import NoImages
+from ..data.images.reading import reader_of
 from ..data.sample import Tokens
+from ..processing import Processing
 from ..recipe.recipe import Recipe
 from .look import RowsRead
 
@@ -22,6 +26,11 @@ from .look import RowsRead
 
 _CHARACTERS = 3.5
 """Characters of a token, where there is no tokenizer to ask: of English text; others have less."""
+
+_UNKNOWN = (
+    "how many tokens stand for it is known by the model's processor: download the model, and name "
+    "its folder with --model"
+)
 
 _WHOLE = 1 << 30
 """Longer than any row, so that no text is cut."""
@@ -43,34 +52,38 @@ class Lengths:
         return int(np.percentile(self.tokens, percent, method="higher"))
 
 
-def tokenizer_of(recipe: Recipe) -> tuple[Any, str]:
-    """The tokenizer of the model, or None and why there is none."""
+def processing_of(recipe: Recipe) -> tuple[Processing | None, str]:
+    """The tokenizer of the model with its processor, or None and why there is none."""
     from ..model.load import quiet
-    from ..model.tokenizer import load_tokenizer
+    from ..model.processor import load_processing
 
     try:
         with quiet():
-            return load_tokenizer(recipe), ""
+            return load_processing(recipe), ""
     except RecipeError as error:
         if Path(recipe.base_model).exists():
             raise
         return None, str(error)
 
 
-def measure(recipe: Recipe, rows: RowsRead, tokenizer: Any) -> Lengths:
+def measure(recipe: Recipe, rows: RowsRead, processing: Processing | None) -> Lengths:
     """Count the tokens of the sample as ``recipe`` reads it, or estimate them without a tokenizer.
+
+    Those that stand for images are counted, too.
 
     Raises:
         DataError: a row is not right, or has what the chat template leaves out.
         RecipeError: the tokenizer lacks something.
     """
     dataset = recipe.datasets[0]
-    if tokenizer is None:
-        read = format_of(dataset, recipe, None, _WHOLE)
+    if processing is None:
+        read = format_of(dataset, recipe, None, _WHOLE, NoImages(_UNKNOWN))
         sizes = [_size(read.read(row, where)) for where, row in rows.sample]
         return Lengths(np.array(sizes), None, counted=False)
-    encoder = Encoder(dataset, recipe, tokenizer, _WHOLE)
-    encoded = encoder.encode(rows.sample)
+    with tempfile.TemporaryDirectory(prefix="fusewright-init-") as folder:
+        images = reader_of(recipe, dataset, processing, Path(folder))
+        encoder = Encoder(dataset, recipe, processing.tokenizer, _WHOLE, images=images)
+        encoded = encoder.encode(rows.sample)
     tokens = np.array([len(one.ids) for one in encoded])
     trained = sum(end - begin for one in encoded for begin, end in one.spans)
     if not trained:

@@ -14,6 +14,7 @@ from ...memory.budget import GB, gigabytes
 from ..model.load import load_config, quiet
 from ..model.positions import positions
 from ..model.precision import dtype_for_training
+from ..plan.count.images import row_images
 from ..plan.count.layout import layout_of
 from ..plan.estimate import SPARE, TrainingJob, smallest_peak
 from ..plan.here import CPU, devices_here
@@ -85,7 +86,7 @@ class PlanJudge:
         if method not in self._jobs:
             dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
             on_cpu = self._devices.card.name == CPU
-            self._jobs[method] = make_job(recipe, dtype, on_cpu)
+            self._jobs[method] = make_job(recipe, dtype, on_cpu, row_images(recipe))
         return self._jobs[method]
 
 

@@ -20,7 +20,7 @@ from ..printable import shown
 from ..recipe.load import check
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
-from .candidates import Candidates, Lengths, measure, tokenizer_of
+from .candidates import Candidates, Lengths, measure, processing_of
 from .choose import Chooser, Draft, Fits, PlanJudge, positions_of
 from .look import SAMPLE, RowsRead, look
 
@@ -127,12 +127,13 @@ def _measured(
 ) -> tuple[Recipe, dict[str, tuple[Any, str]], Lengths]:
     base: dict[str, tuple[Any, str]] = {"base_model": (model, why)}
     plain = check({"base_model": model, "datasets": [entry]}).recipe
-    tokenizer, missing = tokenizer_of(plain)
+    processing, missing = processing_of(plain)
+    tokenizer = processing.tokenizer if processing is not None else None
     if missing:
         base["base_model"] = (model, f"{why}. NOT CHECKED: it is not on this disk ({missing})")
     base["datasets"] = ([entry], _rows_why(rows))
-    chats = entry.get("type") == "chat_template" and tokenizer is not None
-    if chats and not tokenizer.chat_template:
+    chats = entry.get("type") == "chat_template"
+    if chats and tokenizer is not None and not tokenizer.chat_template:
         vocabulary = tokenizer.get_vocab()
         name = next((t for end, t in _TEMPLATES.items() if end in vocabulary), "alpaca")
         base["chat_template"] = (name, "the tokenizer has no chat template of its own")
@@ -140,18 +141,27 @@ def _measured(
         base["skip_prepare_dataset"] = (True, "the rows have input_ids and labels")
     recipe = check({key: value for key, (value, _) in base.items()}).recipe
     try:
-        lengths = measure(recipe, rows, tokenizer)
+        lengths = measure(recipe, rows, processing)
         if rows.shape.pair is not None:
             swapped = [(where, {**row, "chosen": row["rejected"]}) for where, row in rows.sample]
-            others = measure(recipe, replace(rows, sample=swapped), tokenizer)
+            others = measure(recipe, replace(rows, sample=swapped), processing)
             longest = np.maximum(lengths.tokens, others.tokens)
             lengths = replace(lengths, tokens=longest)
         return recipe, base, lengths
     except DataError as error:
-        if "leaves out" not in str(error):
+        hint = next((hint for part, hint in _HINTS.items() if part in str(error)), None)
+        if hint is None:
             raise
-        hint = "; or choose a --model whose template writes it, such as Qwen/Qwen3-0.6B"
-        raise DataError(f"{error}{hint}") from None
+        raise DataError(f"{error}; {hint}") from None
+
+
+_HINTS = {
+    "leaves out": "or choose a --model whose template writes it, such as Qwen/Qwen3-0.6B",
+    "reads text only": (
+        "choose one with --model, such as HuggingFaceTB/SmolVLM-256M-Instruct, or its folder"
+    ),
+}
+"""What to do about a row that a model cannot be trained on, by what is said of it."""
 
 
 def _rows_why(rows: RowsRead) -> str:
@@ -159,6 +169,11 @@ def _rows_why(rows: RowsRead) -> str:
     lines = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
     if features.roles and kind == "chat":
         lines.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
+    if features.images:
+        lines.append(
+            f"{features.images:,} rows have images, which the model's processor prepares when a "
+            "batch is made; what reads them is left as it is (freeze_mm_modules)"
+        )
     if features.tools:
         lines.append(f"{features.tools:,} rows have tools or tool calls")
     if features.thinking:

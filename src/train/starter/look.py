@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..data.formats.conversation import ROLES
+from ..data.formats.fields import IMAGE_FIELDS
 from ..data.readers import sources
 from ..data.readers.files import Row
 from ..recipe.recipe import Dataset
@@ -172,6 +173,7 @@ class ChatFeatures:
         last: the roles of the last messages.
         tools: rows with a list of tools, or calls of them.
         marks: answers with the reasoning in marks such as ``<think>``.
+        images: rows with images, in their messages or in a field.
     """
 
     roles: Counter[str] = field(default_factory=Counter)
@@ -180,9 +182,10 @@ class ChatFeatures:
     tools: int = 0
     thinking: str | None = None
     marks: int = 0
+    images: int = 0
 
-    def add(self, messages: Any, tools: Any) -> None:
-        """Add one chat."""
+    def add(self, messages: Any, row: Mapping[str, Any]) -> None:
+        """Add one chat of a row."""
         turns = (
             [m for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
         )
@@ -192,7 +195,10 @@ class ChatFeatures:
         if others:
             self.first[others[0]] += 1
             self.last[others[-1]] += 1
-        self.tools += bool(tools) or any(m.get("tool_calls") for m in turns)
+        self.tools += bool(row.get("tools")) or any(m.get("tool_calls") for m in turns)
+        parts = [part for m in turns for part in _parts(m)]
+        named = any(row.get(name) for name in IMAGE_FIELDS)
+        self.images += named or any(str(p.get("type")).startswith("image") for p in parts)
         for message in turns:
             self.thinking = self.thinking or next((t for t in _THOUGHTS if message.get(t)), None)
             text = _of(message, "content", "value", "text", "message")
@@ -235,6 +241,11 @@ def _of(message: Mapping[str, Any], *names: str) -> Any:
     return next((message[name] for name in names if message.get(name) is not None), "")
 
 
+def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = _of(message, "content", "value", "text", "message")
+    return [p for p in content if isinstance(p, Mapping)] if isinstance(content, list) else []
+
+
 def look(dataset: Dataset) -> RowsRead:
     """Read the rows of a dataset, as many as are needed to know them.
 
@@ -256,7 +267,7 @@ def look(dataset: Dataset) -> RowsRead:
         if count == limit:
             break
         if shape.kind in ("chat", "preference pairs"):
-            features.add(row.get(_field(row, shape)), row.get("tools"))
+            features.add(row.get(_field(row, shape)), row)
         count += 1
         if len(sample) < SAMPLE:
             sample.append((where, row))

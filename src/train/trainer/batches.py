@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data import IGNORED, Packs, Samples, collate, count, pack
+from ..data.images.features import Featurizer
 from ..processes.context_parallel import divisible
 from ..processes.world import World
 from ..recipe.recipe import Recipe
@@ -21,7 +22,11 @@ def training_sequences(prepared: Any, recipe: Recipe) -> Any:
 
 
 def validation_batches(
-    prepared: Any, recipe: Recipe, pad_id: int, world: World | None = None
+    prepared: Any,
+    recipe: Recipe,
+    pad_id: int,
+    world: World | None = None,
+    featurizer: Featurizer | None = None,
 ) -> dict[str, Batches]:
     """The batches to validate on, by dataset; with several processes, the share of this one."""
     length = recipe.eval_sequence_len or recipe.sequence_len
@@ -29,7 +34,7 @@ def validation_batches(
     size = recipe.eval_batch_size or recipe.micro_batch_size
 
     def collated(packs: Sequence[Any]) -> dict[str, Any]:
-        return collate(packs, pad_id, packing, length)
+        return _collated(packs, pad_id, packing, length, featurizer=featurizer)
 
     def make(packs: list[Any]) -> dict[str, Any]:
         return _with_second_row(packs, size, collated) if recipe.optimize else collated(packs)
@@ -40,8 +45,12 @@ def validation_batches(
     }
 
 
-def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[str, Any]:
+def training_batch(
+    packs: Sequence[Any], recipe: Recipe, pad_id: int, featurizer: Featurizer | None = None
+) -> dict[str, Any]:
     """A batch of sequences, with its counts ``tokens`` and ``trained``.
+
+    ``blank`` is in one whose only image is blank.
 
     A single sequence gets a copy with nothing to train: graphs are compiled for any number of
     rows but one, so the last step would wait for the compiler.
@@ -51,14 +60,31 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
     full = bool(recipe.pad_to_sequence_len)
 
     def make(rows: Sequence[Any]) -> dict[str, Any]:
-        return collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
+        return _collated(rows, pad_id, recipe.packs(), recipe.sequence_len, full, featurizer)
 
     batch = (
         _with_second_row(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
     )
     if (shared := recipe.strategy().context) > 1:
         batch = divisible(batch, shared, pad_id)
-    return {**batch, "tokens": tokens, "trained": trained}
+    blank = {"blank": True} if featurizer is not None and featurizer.lacks(packs) else {}
+    return {**batch, "tokens": tokens, "trained": trained, **blank}
+
+
+def _collated(
+    packs: Sequence[Any],
+    pad_id: int,
+    packing: bool,
+    length: int,
+    full: bool = False,
+    featurizer: Featurizer | None = None,
+) -> dict[str, Any]:
+    """A batch with the features of the images in it."""
+    if featurizer is None:
+        return collate(packs, pad_id, packing, length, full)
+    packs = featurizer.completed(packs)
+    batch = collate(packs, pad_id, packing, length, full)
+    return {**batch, **featurizer.features(packs, batch)}
 
 
 def _with_second_row(

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
+from ..data.images.features import Featurizer
+from ..data.images.reading import featurizer_of
+from ..model.image_positions import positions_of_images
 from ..model.merge_aware import RoundingStart
 from ..model.precision import device_for_training
 from ..model.relora import Relora
 from ..model.tokenizer import pad_token
+from ..processes.mesh import is_sharded
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
 from ..processes.wrapping import left_whole as fsdp_whole
+from ..processing import Processing
 from ..recipe.recipe import Recipe
+from ..recipe.strategy import Strategy
 from ..report.progress import ProgressCallback
 from ..report.result import Figure
 from ..report.throughput import ThroughputMeter, flops_per_token, peak_flops
@@ -30,6 +38,7 @@ from .engine import EngineMixin, FineTuner
 from .evaluation import Batches, Loss, require_figure, wants_perplexity
 from .objective import Objective
 from .optimizer import LayerSampler
+from .ready import require_packing_of_images
 from .watchdog import watchdogs
 
 
@@ -60,9 +69,11 @@ class SupervisedTask:
         """Check that validations of the datasets have the figure that judges them."""
         require_figure(args.metric_for_best_model, names, wants_perplexity(self.recipe))
 
-    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+    def validation(
+        self, prepared: Any, tokenizer: Any, world: World, featurizer: Featurizer | None = None
+    ) -> dict[str, Batches]:
         """The batches to validate on, by the name of their dataset."""
-        return validation_batches(prepared, self.recipe, pad_token(tokenizer), world)
+        return validation_batches(prepared, self.recipe, pad_token(tokenizer), world, featurizer)
 
     def objective(self) -> Objective:
         """What the trainer trains."""
@@ -77,7 +88,7 @@ class SupervisedTask:
         on_first_step: Callable[[], None],
     ) -> EngineMixin:
         """The trainer, by ``make_trainer``."""
-        args = {"data_collator": self.collate(context.tokenizer)}
+        args = {"data_collator": self.collate(context.tokenizer, context.featurizer)}
         return make_trainer(
             context,
             model,
@@ -88,15 +99,17 @@ class SupervisedTask:
             overrides=args,
         )
 
-    def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
+    def collate(
+        self, tokenizer: Any, featurizer: Featurizer | None = None
+    ) -> Callable[[Any], dict[str, Any]]:
         """What makes a batch of sequences."""
-        return _collate(self.recipe, tokenizer)
+        return _collate(self.recipe, tokenizer, featurizer)
 
 
 def make_context(
     task: SupervisedTask,
     model: Any,
-    tokenizer: Any,
+    processing: Processing,
     prepared: Any,
     interrupts: Interrupts,
     console: Console,
@@ -106,16 +119,49 @@ def make_context(
 
     ``carried`` returns what else of the run a checkpoint keeps.
     """
-    world, recipe = interrupts.world, task.recipe
+    world, recipe, tokenizer = interrupts.world, task.recipe, processing.tokenizer
     meter = ThroughputMeter(
         flops=flops_per_token(model, typical_context(prepared, recipe)),
         peak=_peak(model, world),
     )
-    sets = task.validation(prepared, tokenizer, world)
+    featurizer = featurizer_for(model, recipe, processing, prepared.has_extra(), world)
+    if featurizer is not None:
+        _require_whole(recipe.strategy())
+        require_packing_of_images(model, recipe, featurizer, pad_token(tokenizer))
+    sets = task.validation(prepared, tokenizer, world, featurizer)
     return Context(
         recipe, tokenizer, console, interrupts, meter,
         validation=sets, data=prepared.fingerprint, carried=carried, world=world,
+        featurizer=featurizer,
     )  # fmt: skip
+
+
+def _require_whole(strategy: Strategy) -> None:
+    """Raise a RecipeError where processes would share the tokens or layers of a batch's images."""
+    sizes = {"context_parallel_size": strategy.context, "tensor_parallel_size": strategy.tensor}
+    for key, size in sizes.items():
+        if size > 1:
+            raise RecipeError(f"{key}: not with images, which each process has whole: leave it out")
+
+
+def featurizer_for(
+    model: Any,
+    recipe: Recipe,
+    processing: Processing,
+    has_extra: bool,
+    world: World | None = None,
+) -> Featurizer | None:
+    """What makes the features of images that ``model`` takes; None: no row has any.
+
+    ``has_extra``: whether rows have other data than tokens.
+    """
+    featurizer = featurizer_of(recipe, processing) if has_extra else None
+    if featurizer is not None:
+        featurizer.positions = positions_of_images(model)
+        if world is not None and world.several:
+            shards = is_sharded(recipe.strategy(), world)
+            featurizer.completes = shards or not recipe.freeze_mm_modules
+    return featurizer
 
 
 def make_trainer(
@@ -141,6 +187,8 @@ def make_trainer(
     """
     recipe = context.recipe
     args = arguments_for(recipe, packs, context.world) if args is None else args
+    if context.featurizer is not None:
+        args.dataloader_num_workers = _image_workers(recipe, context.world)
     memory = Meter(model.device)
     progress = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
@@ -155,7 +203,7 @@ def make_trainer(
         "train_dataset": packs,
         # Trainer requires one; ``evaluate`` is overridden
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
-        "data_collator": _collate(recipe, context.tokenizer),
+        "data_collator": _collate(recipe, context.tokenizer, context.featurizer),
         "callbacks": [*watchdogs(recipe), *samplers],
         **(overrides or {}),
     }
@@ -176,13 +224,36 @@ def make_trainer(
     return trainer
 
 
+_MOST_WORKERS = 4
+
+
+def _image_workers(recipe: Recipe, world: World) -> int:
+    """The workers of a loader of images; set by this, ``TOKENIZERS_PARALLELISM`` lets them fork.
+
+    A processor takes a core for a few hundredths of a second for each image, for which a GPU would
+    wait. Workers of a stream would read other batches.
+    """
+    asked = "dataloader_num_workers" in recipe.model_fields_set or recipe.streams()
+    workers = recipe.dataloader_num_workers
+    if not asked and torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) // world.local_size
+        workers = max(0, min(_MOST_WORKERS, cores - 1))
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return workers
+
+
 def _bytes(parameter: Any) -> int:
     parts = getattr(parameter, "packed", [parameter])
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def _collate(recipe: Recipe, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
-    return functools.partial(training_batch, recipe=recipe, pad_id=pad_token(tokenizer))
+def _collate(
+    recipe: Recipe, tokenizer: Any, featurizer: Featurizer | None
+) -> Callable[[Any], dict[str, Any]]:
+    return functools.partial(
+        training_batch, recipe=recipe, pad_id=pad_token(tokenizer), featurizer=featurizer
+    )
 
 
 def _peak(model: Any, world: World) -> float | None:

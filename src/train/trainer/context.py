@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..data.images.features import Featurizer
 from ..processes.signals import Interrupts
 from ..processes.world import World
 from ..recipe.recipe import Recipe
@@ -22,6 +23,7 @@ class Context:
 
     Attributes:
         tokenizer: saved with every checkpoint.
+        featurizer: makes what batches have of images; None: there are none.
         interrupts: whose signal ends the loop.
         validation: batches by the name of their dataset.
         data: the fingerprint of the prepared rows.
@@ -39,6 +41,7 @@ class Context:
     carried: Callable[[], dict[str, Any]] = dict
     world: World = field(default_factory=World)
     on_ready: Callable[[Any], None] | None = None
+    featurizer: Featurizer | None = None
 
     def say(self, text: str) -> None:
         """Print a line."""

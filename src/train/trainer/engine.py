@@ -42,6 +42,7 @@ from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState, seed_rank, share_in_groups
 from ..checkpoint.write import Checkpoints
 from ..data.ranks import RankBatches, RankStream
+from ..model.multimodal import tower_parameters
 from ..model.relora import relora_of
 from ..model.token_losses import causal_loss
 from ..processes import zero
@@ -106,7 +107,7 @@ class EngineMixin(_Trainer):
         self.checkpoints = Checkpoints(self, Path(recipe.output_dir))
         self._notify_first_step = on_first_step
         self._after_step: tuple[RngState, Tensor] | None = None
-        self._midway = False
+        self._midway = self._has_images = False
         objective.attach(self)
         self.remove_callback(PrinterCallback)
         self.audit = RunAudit(self) if recipe.audit else None
@@ -256,6 +257,7 @@ class EngineMixin(_Trainer):
         """Forward and backward of one batch; retried with less kept if memory runs out."""
         self.objective.begin_batch(inputs)
         self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
+        self._has_images |= not inputs.pop("blank", False)
         forward_backward = super().training_step
 
         def attempt() -> Any:
@@ -296,10 +298,24 @@ class EngineMixin(_Trainer):
         """The norm of the gradients, which Trainer has clipped; checked before the update."""
         clipped: Any = super()._get_grad_norm
         norm = clipped(model, grad_norm)
+        self._leave_towers()
         logs = self._logs_at(self.state.global_step + 1)
         if (scaler := self.accelerator.scaler) is not None:
             return self.guard.judge_scaled(norm, scaler, logs)
         return self.guard.judge(norm, self.sharding.optimizer, logs)
+
+    def _leave_towers(self) -> None:
+        """Drop gradients of towers after a step in which no process has had an image.
+
+        They are zeros, of blank images; in one process there are none, and no optimizer moves such
+        weights.
+        """
+        featurizer = self.context.featurizer
+        if featurizer is not None and featurizer.completes:
+            if not self.world.sums([self._has_images])[0]:
+                for parameter in tower_parameters(self.sharding.model):
+                    parameter.grad = None
+            self._has_images = False
 
     def _logs_at(self, step: int) -> bool:
         first = self.args.logging_first_step and step == 1

@@ -125,7 +125,8 @@ class Objective:
     def probe(self) -> dict[str, Any]:
         """A batch of one row, to compare models on."""
         context, rows = self.trainer.context, self.trainer.train_dataset
-        return training_batch([next(iter(rows))], context.recipe, pad_token(context.tokenizer))
+        pad = pad_token(context.tokenizer)
+        return training_batch([next(iter(rows))], context.recipe, pad, context.featurizer)
 
     @property
     def completions(self) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from ...compiler.packs import LONG, leaks
+from ...compiler.packs import LONG, SHORT, leaks, leaks_between
 from ...errors import PackingError, RecipeError
+from ..data import Sample, collate
+from ..data.images.features import Featurizer
 from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
 from ..model.merge_aware import exported_layers, round_in_training
@@ -57,22 +59,57 @@ def require_packing(model: Any, recipe: Recipe) -> None:
         PackingError: they do, and would not if the recipe optimized the model.
         RecipeError: they do in any case.
     """
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def leaks_of(sizes: tuple[int, int]) -> str:
+        return leaks(model, vocabulary, model.device, sizes)
+
+    _require_apart(model, recipe, "samples of a pack", leaks_of)
+
+
+def require_packing_of_images(
+    model: Any, recipe: Recipe, featurizer: Featurizer, pad_id: int
+) -> None:
+    """Check the same of samples with images, where ``recipe`` packs; errors as ``require_packing``.
+
+    Some models compute positions or masks of images for a row as a whole.
+    """
+    if not _packs(recipe):
+        return
+    token = featurizer.processor.image_token
+    sample = featurizer.sample(f"One {token} two.")
+    size = len(sample.input_ids)
+    text = Sample(sample.input_ids[:1] * size, sample.labels)
+
+    def batch(packs: list[list[Sample]], packing: bool) -> dict[str, Any]:
+        made = collate(packs, pad_id, packing, sum(len(s.input_ids) for s in packs[0]))
+        del made["labels"]
+        made |= featurizer.features(packs, made)
+        return {name: value.to(model.device) for name, value in made.items()}
+
+    packs = batch([[sample, sample], [text, sample]], packing=True)
+    alone = batch([[sample]], packing=False)
+    _require_apart(model, recipe, "images of a pack", lambda _: leaks_between(model, packs, alone))
+
+
+def _require_apart(
+    model: Any, recipe: Recipe, what: str, leaks_of: Callable[[tuple[int, int]], str]
+) -> None:
     from ...compiler.pipeline import optimize, restore
 
-    vocabulary = model.config.get_text_config().vocab_size
-    leak = leaks(model, vocabulary, model.device)
+    leak = leaks_of(SHORT)
     if not leak:
         return
     # what is recurrent keeps samples apart when it is optimized, as it is once it has its adapter
     optimize(model, codegen="eager", packs=True)
     try:
-        rest = leaks(model, vocabulary, model.device, LONG)
+        rest = leaks_of(LONG)
     finally:
         restore(model)
     if rest or not recipe.optimize:
         remedy = "set it to false" if rest else "set optimize: true, or sample_packing: false"
         raise (RecipeError if rest else PackingError)(
-            f"sample_packing: {type(model).__name__} lets the samples of a pack see each other, in "
+            f"sample_packing: {type(model).__name__} lets the {what} see each other, in "
             f"{rest or leak}, which cannot be told where samples begin; {remedy}"
         )
 

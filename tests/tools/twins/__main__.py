@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import multiprocessing
@@ -88,7 +89,8 @@ def main() -> None:
     outcomes = {o.recipe: o for o in stored}
     os.chdir(examples.parent)  # where Axolotl is started, and its deepspeed_configs are
     for module in _IMPORTS:
-        importlib.import_module(module)
+        with contextlib.suppress(ModuleNotFoundError):  # recipes that need it say so
+            importlib.import_module(module)
     if chosen.write:
         of = {"commit": chosen.commit or _commit(examples), "versions": _versions()}
     files = {str(file.relative_to(examples)): file for file in examples_in(examples)}

@@ -80,7 +80,7 @@ def make_checkpoint(kind: Kind, tokenizer: Any, folder: Path) -> str:
 
     Weights are in bfloat16, as those of most checkpoints are.
     """
-    with _sizes():
+    with tiny_sizes():
         config = shrink(CONFIG_MAPPING[kind.model_type]())
         if kind.text_type:
             config.text_config = shrink(CONFIG_MAPPING[kind.text_type]())
@@ -119,7 +119,7 @@ def _store_nf4(model_class: Any, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _sizes() -> Iterator[None]:
+def tiny_sizes() -> Iterator[None]:
     """Room for a tokenizer's vocabulary and for whole rows in the small models."""
     before = dict(special.SIZES)
     # bitsandbytes' 4-bit product on a CPU wants widths that are divisible by 32

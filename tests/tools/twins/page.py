@@ -21,8 +21,9 @@ What becomes of Axolotl's own example recipes: all that name a `base_model`, of
 
 {totals}
 
-*Accepted*: the recipe is taken as it is, before anything is loaded. Text recipes are those without
-a `processor_type`; all but those in `examples/archived` are current.
+*Accepted*: the recipe is taken as it is, before anything is loaded. Recipes with a `processor_type`
+are those with images or sound, all others text recipes; all but those in `examples/archived` are
+current.
 
 *Ran*: on a **tiny twin** of its checkpoint, on a CPU. That is a model of the same `model_type` with
 a few small layers and random weights in bfloat16, with a small tokenizer and rows of the dataset's
@@ -31,6 +32,10 @@ for {steps} steps, and saved. transformers and PEFT alone load what was saved. A
 by `fusewright merge`; the merged model, loaded by transformers alone, has the logits of the adapted
 one to 1e-4, and the adapter changes them at least ten times as much as the two differ. A whole
 model has the logits that it had in memory. Parts that read no text are in the result bit for bit.
+The twin of a recipe with images has its family's own processor and rows in the format of its
+dataset: images in a column of a Parquet file beside parts of text
+(HuggingFaceH4/llava-instruct-mix-vsft), or in the parts (Nanobit's, as Axolotl's page on several
+media has them: not seen); its logits are those of a question with an image.
 A twin says nothing about speed, memory, GPUs, or several processes.
 
 What is different from the recipe, and nothing else:
@@ -85,6 +90,7 @@ def _totals(outcomes: list[Outcome]) -> str:
         "all": outcomes,
         "current": [o for o in outcomes if o.current],
         "current text recipes": [o for o in outcomes if o.current and o.text],
+        "recipes with images or sound": [o for o in outcomes if not o.text],
     }
     rows = [[name, len(group), sum(o.accepted for o in group), sum(o.ran for o in group)]
             for name, group in groups.items()]  # fmt: skip

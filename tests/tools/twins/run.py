@@ -22,9 +22,11 @@ from fusewright.train.model.merge_aware import stop_rounding
 from fusewright.train.recipe.load import load_recipe
 
 from .checkpoint import class_named, kind_of, make_checkpoint, make_tokenizer
-from .rows import COUNT, rows_of
+from .image_checkpoint import inputs_with_image, make_image_checkpoint
+from .rows import COUNT, rows_of, write_rows
 
 Values = dict[str, Any]
+Inputs = Mapping[str, Tensor]
 
 STEPS, LENGTH = 2, 256
 SMALL_GROUP = 32
@@ -73,9 +75,7 @@ def _rows(values: Values, folder: Path) -> bool:
     number = 0
     for key in ("datasets", "test_datasets", "pretraining_dataset"):
         for dataset in datasets_of(values, key):
-            file = folder / f"rows-{number}.jsonl"
-            lines = [json.dumps(row) + "\n" for row in rows_of(dataset)]
-            file.write_text("".join(lines), encoding="utf-8")
+            file = write_rows(rows_of(dataset), folder / f"rows-{number}")
             for choice in ("name", "split", "data_files", "revision", "data_dir"):
                 dataset.pop(choice, None)
             dataset["path"], number = str(file), number + 1
@@ -289,11 +289,19 @@ def _stages(
 ) -> Iterator[str]:
     """Do all of it, saying what comes next."""
     yield "twin"
-    original = copy.deepcopy(values)
-    texts = [json.dumps(row) for key in ("datasets", "test_datasets", "pretraining_dataset")
-             for dataset in datasets_of(original, key) for row in rows_of(dataset)]  # fmt: skip
-    tokenizer = make_tokenizer(values, texts)
-    class_name = make_checkpoint(kind, tokenizer, folder / "base")
+    out, base = folder / "out", folder / "base"
+    inputs: Inputs
+    if outcome.text:
+        original = copy.deepcopy(values)
+        texts = [json.dumps(row) for key in ("datasets", "test_datasets", "pretraining_dataset")
+                 for dataset in datasets_of(original, key) for row in rows_of(dataset)]  # fmt: skip
+        tokenizer = make_tokenizer(values, texts)
+        class_name = make_checkpoint(kind, tokenizer, base)
+        ids = torch.randint(4, len(tokenizer), (1, 32), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids}
+    else:
+        class_name = make_image_checkpoint(kind, base)
+        inputs = inputs_with_image(base)
     for override in OVERRIDES:
         if override.change(values, folder) and override.name:
             outcome.overrides.append(override.name)
@@ -305,24 +313,22 @@ def _stages(
         _stop_rounding(model)
     yield "load plainly"
     model_class = _plain_class(values, class_name)
-    out, base = folder / "out", folder / "base"
-    ids = torch.randint(4, len(tokenizer), (1, 32), generator=torch.Generator().manual_seed(0))
     if not values.get("adapter"):
         plain = _loaded(model_class, out)
         yield "same logits"
-        _require_equal("memory and file", logits(model, ids), logits(plain, ids), outcome)
+        _require_equal("memory and file", logits(model, inputs), logits(plain, inputs), outcome)
         _require_towers(base, out)
         yield "done"
         return
     adapted = _adapted(model_class, base, out)
-    after = logits(adapted, ids)
+    after = logits(adapted, inputs)
     with adapted.disable_adapter():
-        outcome.figures["effect"] = _difference(after, logits(adapted, ids))
+        outcome.figures["effect"] = _difference(after, logits(adapted, inputs))
     yield "merge"
     _merge(out, folder / "merged", dequantize=kind.stored == "nf4")
     yield "same logits"
     merged = _loaded(model_class, folder / "merged")
-    _require_equal("adapter and merged", after, logits(merged, ids), outcome)
+    _require_equal("adapter and merged", after, logits(merged, inputs), outcome)
     _require_towers(base, folder / "merged")
     yield "done"
 
@@ -404,10 +410,10 @@ def _stop_rounding(model: Any) -> None:
     quantize_(model, QATConfig(step="convert"))
 
 
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """What a model says of some tokens, in fp32."""
+def logits(model: Any, inputs: Inputs) -> Tensor:
+    """What a model says of some tokens, with an image where it reads one, in fp32."""
     with torch.no_grad():
-        return model.float().eval()(input_ids=ids).logits.float()
+        return model.float().eval()(**inputs).logits.float()
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -88,6 +88,25 @@ def test_other_recipes_run(tmp_path: Path, keys: dict[str, Any]) -> None:
     assert ("one process" in outcome.overrides) == ("fsdp_config" in keys)
 
 
+@pytest.mark.long
+def test_a_recipe_for_images_runs(tmp_path: Path) -> None:
+    outcome, stages = outcome_of(
+        tmp_path, base_model="llava-hf/llava-1.5-7b-hf", processor_type="AutoProcessor",
+        skip_prepare_dataset=True, sample_packing=False, chat_template="llava",
+        datasets=[{"path": "HuggingFaceH4/llava-instruct-mix-vsft", "type": "chat_template"}],
+    )  # fmt: skip
+    assert (outcome.why, stages, outcome.text) == ("", STAGES, False)
+    assert outcome.figures["effect"] > 1e-4
+
+
+def test_rows_of_sound_are_no_twin(tmp_path: Path) -> None:
+    outcome, _ = outcome_of(
+        tmp_path, base_model="mistralai/Voxtral-Mini-3B-2507", processor_type="VoxtralProcessor"
+    )
+    assert (outcome.accepted, outcome.ran) == (True, False)
+    assert outcome.why == "rows with sound are not read"
+
+
 def test_a_refused_recipe_says_why(tmp_path: Path) -> None:
     outcome, stages = outcome_of(tmp_path, learning_rats=1.0)
     assert (outcome.accepted, outcome.stage, stages) == (False, "accept", [])

@@ -125,7 +125,7 @@ def test_a_command_is_refused(name: str, box: Box, monkeypatch: pytest.MonkeyPat
 
 def test_a_pipe_that_is_not_utf_8(box: Box) -> None:
     from fusewright.errors import RecipeError
-    from fusewright.train.inference.generate import read_prompt
+    from fusewright.train.inference.prompts import read_prompt
 
     stdin = io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8")
     with pytest.raises(RecipeError, match="standard input is not UTF-8: save the prompt as UTF-8"):

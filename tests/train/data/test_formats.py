@@ -187,6 +187,14 @@ def test_prepared_tokens() -> None:
     assert (first[1], second[1]) == (False, True)
 
 
+def test_recipes_for_images_skip_no_preparation() -> None:
+    """Axolotl's all set the key, and name a processor."""
+    keys = {"skip_prepare_dataset": True, "processor_type": "AutoProcessor"}
+    assert encoded("chat_template", chat("q", "Yes."), keys) == encoded(
+        "chat_template", chat("q", "Yes.")
+    )
+
+
 def test_every_type_that_a_recipe_may_name_is_one_here() -> None:
     tokenizer = make_tokenizer()
     for name in TYPES:

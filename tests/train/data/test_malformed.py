@@ -164,9 +164,13 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "an unknown role": (row(turn(role="asistant")), "message 2 has the role 'asistant', which is"),
     "no content": (row(turn(content=None)), "line 2: message 2 needs the field 'content', with te"),
     "a number for content": (row(turn(content=5)), "needs the field 'content', with text in it, n"),
-    "a picture": (
+    "an image": (
         row(turn(content=[{"type": "image", "url": "x"}])),
-        "message 2 has a part of type 'image' in 'content'; only text is trained",
+        "line 2: the row has an image, and base_model reads text only: leave such rows out",
+    ),
+    "a video": (
+        row(turn(content=[{"type": "video", "url": "x"}])),
+        "message 2 has a part of type 'video' in 'content'; only text and images are trained",
     ),
     "no assistant": (
         row({"messages": [{"role": "user", "content": "a"}]}),

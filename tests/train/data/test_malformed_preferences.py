@@ -156,10 +156,9 @@ CASES: dict[str, Case] = {
         "the field 'chosen' is missing (the row has 'prompt', 'completion', 'label'); such rows "
         "are for rl: kto",
     ),
-    "a picture": (
+    "an image": (
         DPO, "chat_template", TALK, {**TALK, "prompt": [user([{"type": "image", "url": "x"}])]},
-        "'prompt': message 1 has a part of type 'image' in 'content'; only text is trained: leave "
-        "such rows out",
+        "'prompt': the row has an image, and base_model reads text only: leave such rows out",
     ),
     "a system message that is none": (
         DPO, "chatml", GOOD, {**GOOD, "system": ["a"]}, "the field 'system' must be text, not a l",

@@ -599,7 +599,7 @@ def test_other_processes_prepare_the_same(tmp_path: Path) -> None:
         (DPO, "chatml", [("rows.jsonl, line 1", {"prompt": "a", **PAIR})]),
     ):
         whole = recipe(tmp_path, [], keys, {"type": kind})
-        work = _work(whole.datasets[0], whole, TOKENIZER, "datasets", "2026-01-01")
+        work = _work(whole.datasets[0], "datasets", whole, TOKENIZER, "2026-01-01", Path("images"))
         here, there = work.part(batch), pickle.loads(pickle.dumps(work)).part(batch)
         assert here.ids.tolist() == there.ids.tolist()
         assert here.labels.tolist() == there.labels.tolist()
@@ -650,7 +650,7 @@ def test_what_is_kept_is_a_part_of_what_was_given(
         "excess_length_strategy": "truncate", "datasets": [{"path": "a/b"}],
     }  # fmt: skip
     whole = Recipe.model_validate(keys)
-    work = _work(whole.datasets[0], whole, TOKENIZER, "datasets", "2026-01-01")
+    work = _work(whole.datasets[0], "datasets", whole, TOKENIZER, "2026-01-01", Path("images"))
     names = ("prompt", "chosen", "rejected")
     part = work.part([("f, line 1", dict(zip(names, row, strict=True)))])
     given_ids = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in row]

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from fusewright.errors import DataError, ModelError
-from fusewright.train.inference.generate import Sampling, TextGenerator, answer, read_prompts
+from fusewright.train.data.sample import Sample
+from fusewright.train.inference.generate import Sampling, TextGenerator, answer
 from fusewright.train.inference.load_run import load_run
+from fusewright.train.inference.prompts import read_prompts
 from fusewright.train.recipe.recipe import Recipe
 
 from ..commands import fusewright, refused
@@ -194,7 +196,7 @@ def test_an_error_in_the_stream_is_raised_where_it_is_read(tokenizer: Any) -> No
 
     writer = TextGenerator(Broken([]), tokenizer, Sampling(4))
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(writer.stream([1, 2, 3]))
+        list(writer.stream(Sample([1, 2, 3], [])))
 
 
 def test_no_more_than_the_model_has_positions_for(trained: Path, loaded: tuple[Any, Any]) -> None:

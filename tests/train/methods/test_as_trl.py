@@ -41,7 +41,7 @@ def by_trl(given: dict[str, Any]) -> list[dict[str, float]]:
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return Order([0] * len(self.train_dataset), recipe.seed, "shuffled", 2)
 
-    counted = task.method.collate(tokenizer.pad_token_id)
+    counted = task.method.collate(tokenizer.pad_token_id, None)
     examples = task.sequences(prepared)
     args: Any = task.arguments(examples, None)
     args.eval_strategy, args.save_strategy = "no", "no"

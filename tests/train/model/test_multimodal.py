@@ -196,7 +196,7 @@ def test_only_layers_of_towers_are_no_targets(checkpoints: dict[str, Path], tmp_
         "lora_target_linear": None, "lora_target_modules": "model.visual.*(qkv|proj)",
     }  # fmt: skip
     (problem,) = obstacles(checked(checkpoints["qwen3_vl"], tmp_path / "out", **keys))
-    assert problem.endswith("but such as text never calls, which are not trained")
+    assert problem.endswith("but such as freeze_mm_modules leaves as they are: set it to false")
     keys["lora_target_modules"] = ["qkv"]
     (problem,) = obstacles(checked(checkpoints["qwen3_vl"], tmp_path / "out", **keys))
     assert problem.startswith(
@@ -246,7 +246,7 @@ def test_a_text_model_has_no_towers(base: Path, tmp_path: Path) -> None:
     recipe = checked(base, tmp_path / "out", language_model_only=True)
     model = load_model(recipe)
     assert multimodal.towers(model) == []
-    assert multimodal.tower_pattern(model) is None
+    assert multimodal.pattern_of(multimodal.towers(model)) is None
 
 
 # --- what is planned, and what is printed ---------------------------------------------------------
@@ -295,10 +295,22 @@ def test_rows_with_images_are_refused(
     recipe |= {"datasets": [{"path": str(rows), "type": kind}], "val_set_size": 0}
     with pytest.raises(DataError) as refused:
         train(recipe, console=Console(quiet=True))
-    assert str(refused.value) == (
-        f"{rows}, line 2: the row has {field!r} besides text; only text is trained: leave such "
-        "rows out, or remove that field to train on what their text says without it"
+    why = (
+        f"the row has {field!r} besides text; only text is trained: leave such rows out, or remove "
+        "that field to train on what their text says without it"
     )
+    if field.startswith("image") and kind == "chat_template":
+        why = (
+            "the row has an image, and base_model reads text only: leave such rows out, or train a "
+            "model that reads images"
+        )
+    elif field.startswith("image"):
+        why = (
+            f"the row has {field!r}, and this type of rows is text without places for images: set "
+            "type: alpaca.chat_template for instructions, or write such rows as messages (type: "
+            "chat_template)"
+        )
+    assert str(refused.value) == f"{rows}, line 2: {why}"
 
 
 # --- runs -----------------------------------------------------------------------------------------

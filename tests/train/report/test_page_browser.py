@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import http.server
+import io
 import json
 import re
 import shutil
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fusewright.train.report import page
 
@@ -47,7 +50,9 @@ frame.onload = () => {
     if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) pale.push(name);
     if (parseFloat(look(e).fontSize) < 11) small.push(name);
   }
-  document.getElementById("out").textContent = JSON.stringify({
+  const images = [...page.images].map(
+    i => [i.naturalWidth, i.getBoundingClientRect().width, i.alt]);
+  document.getElementById("out").textContent = JSON.stringify({images,
     scroll: page.documentElement.scrollWidth, wide, pale, small, texts,
     dark: frame.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches});
 };
@@ -104,15 +109,19 @@ def hostile(run: dict[str, Any], port: int) -> dict[str, Any]:
     image = f"http://127.0.0.1:{port}/stolen.png"
     answer = f"<img src='{image}'><script>fetch('{image}')</script>" + "x" * 400
     recipe = {**run["recipe"], "output_dir": "/a" * 120}
+    encoded = io.BytesIO()
+    Image.new("RGB", (320, 200), "red").save(encoded, "JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
     return {
         **run, "recipe": recipe, "output_dir": "/a" * 120,
+        "sample_image": {"name": "n" * 90, "thumbnail": url},
         "sample": {"question": "y" * 300, "before": answer, "after": answer},
         "problems": [{"part": "plot", "error": "z" * 300}],
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("width", [300, 390, 1280])
 def test_everything_can_be_read(
     run: dict[str, Any], site: Site, tmp_path: Path, width: int, dark: bool
 ) -> None:
@@ -129,6 +138,10 @@ def test_everything_can_be_read(
     assert found["scroll"] == width
     assert found["pale"] == []
     assert found["small"] == []
+    ((natural, drawn, text),) = found["images"]
+    assert natural == 320
+    assert drawn == pytest.approx(min(322, width - 2 * (12 + 14 + 1)))  # with a border
+    assert text.startswith("The image that the question is about, nnn")
     assert console == []
     assert sorted(set(site.asked)) == ["/frame.html", "/report.html"]
 

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from ....errors import DataError, RecipeError
-from ..sample import Tokens
+from ..images.expansion import Expanded, Expander
+from ..images.features import written
+from ..sample import Tokens, without
 from .lost_features import THOUGHTS, Features
 from .mask import Masker, Placed, Rules
 from .probe import Analysis, Turn
-from .template import Chat, Messages, Span, Template
+from .template import Chat, Messages, Span, Template, texts_of
 
 
 @dataclass
@@ -34,6 +36,7 @@ class ChatEncoder:
         source: the chat template; None for the tokenizer's own.
         variables: what the template may read besides the messages and the special tokens.
         day: the date for a template that asks for it; None: today's.
+        expander: places images; None: there may be none.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer has no offsets, or one of
@@ -46,6 +49,7 @@ class ChatEncoder:
     variables: Mapping[str, Any] = field(default_factory=dict)
     day: str | None = None
     thinking: str = THOUGHTS[0]
+    expander: Expander | None = None
 
     def __post_init__(self) -> None:
         source = self.source or getattr(self.tokenizer, "chat_template", None)
@@ -73,6 +77,9 @@ class ChatEncoder:
         }
         self.turns = {name: Turns(t, names) for name, t in self.templates.items()}
         self.features = {name: Features(t, self.thinking) for name, t in self.templates.items()}
+        self.marks = ("", "")
+        if self.expander is not None:
+            self.marks = self.templates["default"].around_image(self.expander.token)
         self.special = one_of(names)
         self.masker = Masker(self.tokenizer, self.rules)
 
@@ -88,11 +95,31 @@ class ChatEncoder:
             more, places_of = self._rendered(list(group))
             texts += more
             turns += places_of
-        encodings = tokenize(self.tokenizer, texts)
-        return [
-            self._flagged(chat, self.masker.mask(chat, text, places, encoding))
-            for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
-        ]
+        shown = [self._expanded(chat, text) for chat, text in zip(chats, texts, strict=True)]
+        full = [text if e is None else e.text for e, text in zip(shown, texts, strict=True)]
+        samples = []
+        for k, encoding in enumerate(tokenize(self.tokenizer, full)):
+            chat, expanded, places = chats[k], shown[k], turns[k]
+            if expanded is not None:
+                places = [(i, turn and _moved(turn, expanded)) for i, turn in places]
+            tokens = self._flagged(chat, self.masker.mask(chat, full[k], places, encoding))
+            images = [] if expanded is None else standing_for(expanded, encoding, self.marks)
+            if self.expander is not None:
+                self.expander.require_text(tokens.ids, images, chat.where)
+            if images:
+                extra = written(texts[k], chat.pictures, chat.where)
+                spans = without(tokens.spans, images)
+                tokens = replace(
+                    tokens, spans=spans, extra=extra, whole=True, images=len(chat.pictures)
+                )
+            samples.append(tokens)
+        return samples
+
+    def _expanded(self, chat: Chat, text: str) -> Expanded | None:
+        """The text with its placeholders of images replaced; None: it has no images."""
+        if self.expander is None or not chat.pictures:
+            return None
+        return self.expander.expand(text, chat.pictures, chat.where)
 
     def question(self, chat: Chat) -> list[int]:
         """The tokens of a conversation, up to where the assistant's next answer begins.
@@ -109,8 +136,8 @@ class ChatEncoder:
         """Whether anyone but the assistant writes special tokens."""
         if self.special is None:
             return False
-        others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
-        return any(isinstance(text, str) and self.special.search(text) for text in others)
+        others = (m for m in chat.messages if m["role"] != "assistant")
+        return any(self.special.search(text) for message in others for text in texts_of(message))
 
     def _flagged(self, chat: Chat, tokens: Tokens) -> Tokens:
         return replace(tokens, specials=True) if self.has_special(chat) else tokens
@@ -148,6 +175,34 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     encodings: list[Any] = batch.encodings
     return encodings
+
+
+def _moved(turn: Turn, expanded: Expanded) -> Turn:
+    """A turn's place in the expanded text."""
+    content = turn.content and (expanded.place(turn.content[0]), expanded.place(turn.content[1]))
+    return Turn(expanded.place(turn.begin), expanded.place(turn.end), content)
+
+
+def standing_for(
+    expanded: Expanded, encoding: Any, marks: tuple[str, str] = ("", "")
+) -> list[Span]:
+    """The tokens that stand for images, and those that have a character in common with one.
+
+    ``marks`` are what the chat template writes for an image before and behind.
+    """
+    before, behind = marks
+    text = expanded.text
+
+    def token(places: Iterable[int]) -> int:
+        """That of the first of the characters that is part of one."""
+        return next(int(t) for at in places if (t := encoding.char_to_token(at)) is not None)
+
+    spans = []
+    for begin, end in expanded.spans:
+        begin -= len(before) * text.endswith(before, 0, begin)
+        end += len(behind) * text.startswith(behind, end)
+        spans.append((token(range(begin, end)), token(range(end - 1, begin - 1, -1)) + 1))
+    return spans
 
 
 def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:

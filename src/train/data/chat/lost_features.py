@@ -92,7 +92,8 @@ class Features:
         role, calls = message["role"], message.get("tool_calls") or []
         if message.get("content") and (role not in ("user", "assistant") or calls):
             what = "the text beside tool_calls" if calls else f"the content of {role!r} messages"
-            changed = {**message, "content": message["content"] + _SIGN}
+            more = _SIGN if isinstance(message["content"], str) else [_part(_SIGN)]
+            changed = {**message, "content": message["content"] + more}
             yield what, "system" if role == "system" else "", changed
         for k, call in enumerate(calls):
             name, arguments = _function(call)
@@ -118,6 +119,10 @@ class Features:
             f"{chat.where}: the chat template leaves out what this row has: {names}; "
             f"{', or '.join([others, *dict.fromkeys(remedies)])}"
         )
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:

@@ -160,6 +160,11 @@ def _detailed(
 ) -> list[Span]:
     """The tokens of a content that begin in a trained range of its characters."""
     content = chat.messages[i]["content"]
+    if not isinstance(content, str):
+        raise DataError(
+            f"{chat.where}: message {i + 1} says which characters are trained, and has images in "
+            "its text: train all of it, or nothing"
+        )
     bare = content.strip()  # some templates strip it
     place = text.find(bare, *turn.content) if turn.content and bare else -1
     if place < 0:

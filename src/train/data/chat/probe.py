@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import DataError
-from .template import Messages, Span, Template
+from .template import Messages, Span, Template, texts_of
 
 _MARK = re.compile("\ue010(\\d+)\ue011")
 _USER = {"role": "user", "content": "\ue000"}
@@ -68,20 +68,17 @@ class Analysis:
         turns: list[Turn | None] = []
         at = 0
         for i, message in enumerate(messages):
-            content = message.get("content")
-            bare = content.strip() if isinstance(content, str) else ""
             if message["role"] == "assistant":
                 begin, end = self.answer(messages, i, tools, text, where)
-                place = text.find(bare, begin, end) if bare else -1
-                turns.append(Turn(begin, end, (place, place + len(bare)) if place >= 0 else None))
+                turns.append(Turn(begin, end, _found(message, text, begin, end)))
                 at = end
                 continue
-            place = text.find(bare, at) if bare else -1
-            if place < 0:
+            content = _found(message, text, at, len(text))
+            if content is None:
                 turns.append(None)
                 continue
-            at = place + len(bare)
-            turns.append(Turn(place, self.through_special(text, at), (place, at)))
+            at = content[1]
+            turns.append(Turn(content[0], self.through_special(text, at), content))
         return turns
 
     def answer(
@@ -216,6 +213,18 @@ class Analysis:
         return next((s for s in self.special if text.startswith(s, at)), "")
 
 
+def _found(message: dict[str, Any], text: str, begin: int, end: int) -> Span | None:
+    """The place of a message's content, from its first text to its last; None: it is not there."""
+    first, at = None, begin
+    for part in texts_of(message):
+        place = text.find(part, at, end)
+        if place < 0:
+            return None
+        first = place if first is None else first
+        at = place + len(part)
+    return None if first is None else (first, at)
+
+
 def _with_mark(message: dict[str, Any], sign: str) -> dict[str, Any]:
     """The message with a sign at the end of its text, and in the name of its last call.
 
@@ -223,9 +232,14 @@ def _with_mark(message: dict[str, Any], sign: str) -> dict[str, Any]:
     """
     marked = dict(message)
     content, calls = message.get("content"), message.get("tool_calls")
-    if isinstance(content, str) and content.strip():
-        bare = content.rstrip()
-        marked["content"] = bare + sign + content[len(bare) :]
+    if isinstance(content, str):
+        marked["content"] = _signed(content, sign)
+    elif content:
+        texts = [k for k, part in enumerate(content) if (part.get("text") or "").strip()]
+        marked["content"] = [
+            {**part, "text": _signed(part["text"], sign)} if k in texts[-1:] else part
+            for k, part in enumerate(content)
+        ]
     if calls and isinstance(calls[-1].get("function", calls[-1]).get("name"), str):
         last = calls[-1]
         function = {**last.get("function", last)}
@@ -233,3 +247,8 @@ def _with_mark(message: dict[str, Any], sign: str) -> dict[str, Any]:
         last = {**last, "function": function} if "function" in last else function
         marked["tool_calls"] = [*calls[:-1], last]
     return marked
+
+
+def _signed(text: str, sign: str) -> str:
+    bare = text.rstrip()
+    return bare + sign + text[len(bare) :] if bare else text

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .template import REFUSALS
+from ....errors import FusewrightError
+from .template import REFUSALS, Template, in_parts
 
 _ANSWER = "zebra"
 _TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
@@ -23,10 +24,17 @@ def render_chat(
 
     options = {**variables, "tokenize": False, "add_generation_prompt": prompt}
     try:
+        if template_of(tokenizer, variables).in_parts:
+            messages = list(map(in_parts, messages))
         text: str = tokenizer.apply_chat_template(list(messages), **options)
-    except (TemplateError, *REFUSALS) as error:
+    except (TemplateError, FusewrightError, *REFUSALS) as error:
         raise ValueError(str(error)) from None
     return text
+
+
+def template_of(tokenizer: Any, variables: Mapping[str, Any]) -> Template:
+    """The chat template of a tokenizer; of several, the default one."""
+    return Template(tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, **variables})
 
 
 def stop_tokens(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> list[int]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import DataError, RecipeError
+from ..images.picture import Picture
 from .date import with_day
 
 Messages = list[dict[str, Any]]
-"""A conversation: ``role``, ``content`` and whatever else the template reads."""
+"""A conversation: ``role``, ``content`` (text, or parts) and whatever else the template reads."""
 
 Span = tuple[int, int]
 """Begin and end of a piece of text, in characters."""
@@ -31,12 +32,14 @@ class Chat:
     Attributes:
         tools: the functions that the assistant may call, as JSON schemas, or None.
         train: by message: whether it is trained, which of its characters are, or None: by its role.
+        pictures: the images of the parts of type ``image``, in order.
     """
 
     where: str
     messages: Messages
     tools: Any = None
     train: Sequence[bool | list[Detail] | None] | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 class Template:
@@ -56,7 +59,36 @@ class Template:
         self.variables = dict(variables)
         self.marked = _MARK.search(source) is not None
         """Whether it marks the assistant's words with ``{% generation %}``."""
+        self.in_parts = False
         self._render([], None, "")  # fails before any row is read
+        self.in_parts = self._takes_parts()
+        """Whether a text that is all of a content is given to it as a part."""
+
+    def _takes_parts(self) -> bool:
+        """Whether it writes a text that is a part of a content, and none that is the content."""
+        sign = "\ue000"
+        for self.in_parts in (False, True):
+            try:
+                if sign in self.render([{"role": "user", "content": sign}]):
+                    return self.in_parts
+            except DataError:
+                continue
+        return False
+
+    def around_image(self, placeholder: str) -> tuple[str, str]:
+        """What it writes for an image before and behind the placeholder."""
+        text = {"type": "text", "text": "\ue000"}
+        try:
+            plain, shown = (
+                self.render([{"role": "user", "content": parts}]).partition("\ue000")[0]
+                for parts in ([text], [{"type": "image"}, text])
+            )
+        except DataError:
+            return "", ""
+        pairs = enumerate(zip(plain, shown, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(shown)))
+        before, found, behind = shown[shared:].partition(placeholder)
+        return (before, behind) if found else ("", "")
 
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""
@@ -91,6 +123,8 @@ class Template:
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template
+        if self.in_parts:
+            conversations = [list(map(in_parts, messages)) for messages in conversations]
         try:
             texts, spans = render(
                 conversations=conversations,
@@ -109,3 +143,18 @@ class Template:
             at = f"{where}: " if where else ""
             raise DataError(f"{at}the chat template refuses this conversation: {reason}") from None
         return texts, spans
+
+
+def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list of parts."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}] if content else []}
+
+
+def texts_of(message: Mapping[str, Any]) -> list[str]:
+    """The texts in a message's content, without space around them and without empty ones."""
+    content = message.get("content")
+    parts = [content] if isinstance(content, str) else [p.get("text") for p in content or ()]
+    return [text.strip() for text in parts if isinstance(text, str) and text.strip()]

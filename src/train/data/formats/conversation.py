@@ -9,7 +9,9 @@ from ....errors import DataError
 from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
-from .fields import fields_of, kind, need
+from ..images.expansion import number
+from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture
+from .fields import IMAGE_FIELDS, fields_of, kind, need
 
 ROLES = {
     "user": ("human", "user"),
@@ -18,6 +20,12 @@ ROLES = {
     "tool": ("tool", "observation", "function_response"),
 }
 """The roles, and their names in rows."""
+
+IMAGE_MARK = "<image>"
+"""Stands in a text for an image of the row's list, in ShareGPT's rows and LLaMA-Factory's."""
+
+_OF_PART = ("image", "image_url", "path", "url", "base64", "bytes")
+"""Fields of a part that name or hold its image; the first two are types of parts, too."""
 
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("role", "content"), ("from", "value"))
@@ -35,11 +43,17 @@ class Conversation:
     Args:
         template: the chat template; roles that it names need no mapping.
         default_system: the system message of conversations that have none, or None.
+        gallery: where images are, or why rows with images are refused.
     """
 
     def __init__(
-        self, dataset: Dataset, template: str = "", default_system: str | None = None
+        self,
+        dataset: Dataset,
+        template: str = "",
+        default_system: str | None = None,
+        gallery: Gallery | NoImages = TEXT_ONLY,
     ) -> None:
+        self.gallery = gallery
         self.dataset, self.template, self.default_system = dataset, template, default_system
         mapping = dataset.roles or ROLES
         self.roles: dict[str, str] = {role: role for role in (*ROLES, *mapping)}
@@ -58,7 +72,7 @@ class Conversation:
 
     def read(self, row: Any, where: str) -> Chat:
         """The conversation of a row; raises a DataError if it is missing or a message is wrong."""
-        field = self._field(fields_of(row, where, self.dataset.field_messages))
+        field = self._field(fields_of(row, where, self.dataset.field_messages, IMAGE_FIELDS))
         turns = need(row, field, where)
         if not isinstance(turns, list | tuple) or not turns:
             raise DataError(f"{where}: the field {field!r} must be a list of messages")
@@ -74,12 +88,14 @@ class Conversation:
     def chat(self, turns: list[Any], row: Mapping[str, Any], where: str) -> Chat:
         """Make a conversation of a row's messages."""
         messages = self.messages(turns, where)
+        pictures = self._pictures(messages, row, where)
         train: list[bool | list[Detail] | None] = [None] * len(messages)
         if any(self._flags):
             train = [self._training(t, i, where) for i, t in enumerate(turns, start=1)]
         self._system(messages, train, row, where)
         flagged = any(flag is not None for flag in train)
-        return Chat(where, messages, self._tools(row, where), train if flagged else None)
+        tools = self._tools(row, where)
+        return Chat(where, messages, tools, train if flagged else None, pictures)
 
     def messages(self, turns: list[Any], where: str) -> list[dict[str, Any]]:
         """Messages with the templates' names of roles; raises a DataError for a wrong one."""
@@ -111,7 +127,7 @@ class Conversation:
         used = {*pair, *self.mappings.values()}
         message: dict[str, Any] = {"role": self._role(turn, i, where, pair[0])}
         rest = {k: v for k, v in turn.items() if v is not None and k not in used | set(self._flags)}
-        content = _text(content, f"{where}: message {i}", pair[1])
+        content = _content(content, f"{where}: message {i}", pair[1])
         if content is None and not (rest.get("tool_calls") or rest.get("function_call")):
             raise DataError(f"{where}: message {i} needs the field {pair[1]!r}, with text in it")
         if content is not None:
@@ -209,6 +225,61 @@ class Conversation:
                 function["parameters"] = _json(function["parameters"], place)
         return _without_nulls(tools)
 
+    def _pictures(
+        self, messages: list[dict[str, Any]], row: Mapping[str, Any], where: str
+    ) -> tuple[Picture, ...]:
+        """The images of a row, in the order of the parts that they belong to.
+
+        A part names its own, or takes the next one of the row's list; ``<image>`` in a text is such
+        a part. A list without any belongs before the first question, as in TRL. The messages are
+        left with parts that name none, as templates expect them.
+        """
+        waiting = _listed(row, where)
+        count = len(waiting)
+        if count or (isinstance(self.gallery, Gallery) and row.keys() & set(IMAGE_FIELDS)):
+            for message in messages:
+                content = message.get("content")
+                if isinstance(content, str) and IMAGE_MARK in content:
+                    message["content"] = _marked_parts(content)
+        in_parts = [m for m in messages if isinstance(m.get("content"), list)]
+        asked = next((m for m in messages if m["role"] == "user"), None)
+        if waiting and not in_parts and asked is not None:
+            text = {"type": "text", "text": asked.get("content") or ""}
+            asked["content"] = [{"type": "image"}] * count + [text]
+            in_parts = [asked]
+        pictures: list[Picture] = []
+        wanted = 0
+        for message in in_parts:
+            parts = []
+            for part in message["content"]:
+                if part["type"] == "text":
+                    parts.append(part)
+                    continue
+                gallery = self._gallery(where)
+                value: Any = {k: part[k] for k in _OF_PART if part.get(k) is not None}
+                if not value:
+                    wanted += 1
+                    value = waiting.pop(0) if waiting else None
+                if value is not None:
+                    at = f"{where}: image {len(pictures) + 1}"
+                    pictures.append(gallery.picture(value, at))
+                parts.append({"type": "image"})
+            message["content"] = parts
+        if waiting:
+            self._gallery(where)
+        if wanted != count:
+            raise DataError(
+                f"{where}: the row has {number(count, 'image')}, and its messages have "
+                f"{number(wanted, 'place')} for them (parts of type image without a path, or "
+                f"{IMAGE_MARK} in a text): add what is missing, or remove what is too much"
+            )
+        return tuple(pictures)
+
+    def _gallery(self, where: str) -> Gallery:
+        if isinstance(self.gallery, NoImages):
+            raise DataError(f"{where}: the row has an image, and {self.gallery.why}")
+        return self.gallery
+
     def _split(self, message: dict[str, Any]) -> None:
         """Move marked thoughts out of an answer."""
         content = message.get("content") or ""
@@ -224,21 +295,57 @@ class Conversation:
             return
 
 
-def _text(value: Any, place: str, field: str) -> str | None:
-    """A content as text; parts of text are joined."""
+def _listed(row: Mapping[str, Any], where: str) -> list[Any]:
+    """The images of a row beside its messages."""
+    fields = [name for name in IMAGE_FIELDS if row.get(name)]
+    if len(fields) > 1:
+        raise DataError(
+            f"{where}: the row has both {fields[0]!r} and {fields[1]!r}: remove one of them"
+        )
+    held = row[fields[0]] if fields else []
+    images = list(held) if isinstance(held, list | tuple) else [held]
+    if None in images:
+        raise DataError(
+            f"{where}: image {images.index(None) + 1} of {fields[0]!r} is null: name its path, or "
+            "leave the row out"
+        )
+    return images
+
+
+def _content(value: Any, place: str, field: str) -> str | list[Any] | None:
+    """A content as text, where it is nothing else (parts of text are joined), or as parts."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
-        kinds = [p.get("type", "text") for p in value]
-        others = [k for k in kinds if k != "text"]
-        if others:
+        parts = [_part(p) for p in value]
+        kinds = {p["type"] for p in parts}
+        if odd := sorted(map(str, kinds - {"text", "image"})):
             raise DataError(
-                f"{place} has a part of type {others[0]!r} in {field!r}; only text is trained: "
-                "leave such rows out"
+                f"{place} has a part of type {odd[0]!r} in {field!r}; only text and images are "
+                "trained: leave such rows out, or save frames of it as images"
             )
-        if all(isinstance(p.get("text"), str) for p in value):
-            return "".join(p["text"] for p in value)
+        if all(isinstance(p.get("text"), str) for p in parts if p["type"] == "text"):
+            return parts if "image" in kinds else "".join(p["text"] for p in parts)
     raise DataError(f"{place} needs the field {field!r}, with text in it, not {kind(value)}")
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part without the nulls that tables fill in, its type as ``text``, ``image`` or another."""
+    plain = {k: v for k, v in part.items() if v is not None}
+    guess = next((name for name in _OF_PART if name in plain), "text")
+    named = plain.get("type", "text" if "text" in plain else guess)
+    return {**plain, "type": "image" if named in _OF_PART else named}
+
+
+def _marked_parts(text: str) -> list[dict[str, Any]]:
+    """The parts of a text in which ``<image>`` stands for an image."""
+    parts: list[dict[str, Any]] = []
+    for k, piece in enumerate(text.split(IMAGE_MARK)):
+        if k:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def _calls(calls: Any, place: str) -> list[Any]:

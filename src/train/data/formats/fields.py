@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ....errors import DataError
@@ -23,16 +23,26 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+IMAGE_FIELDS = ("images", "image")
+_MEDIA = (*IMAGE_FIELDS, "videos", "video", "audios", "audio")
 """Fields with what belongs to a text and is none, by the names in public datasets and in TRL."""
 
 
-def fields_of(row: Any, where: str, field: str) -> Mapping[str, Any]:
-    """The row as an object; raises a DataError if it is none, or has images, say, besides text."""
+def fields_of(row: Any, where: str, field: str, read: Collection[str] = ()) -> Mapping[str, Any]:
+    """The row as an object; raises a DataError if it is none, or has sound, say, besides text.
+
+    ``read``: fields of that kind that are read.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be an object with the field {field!r}, not {kind(row)}")
     for name in _MEDIA:
-        if name != field and row.get(name):
+        if name != field and name not in read and row.get(name):
+            if name in IMAGE_FIELDS:
+                raise DataError(
+                    f"{where}: the row has {name!r}, and this type of rows is text without places "
+                    "for images: set type: alpaca.chat_template for instructions, or write such "
+                    "rows as messages (type: chat_template)"
+                )
             raise DataError(
                 f"{where}: the row has {name!r} besides text; only text is trained: leave such "
                 "rows out, or remove that field to train on what their text says without it"

@@ -15,10 +15,13 @@ from ..chat.encoder import ChatEncoder
 from ..chat.lost_features import THOUGHTS
 from ..chat.mask import Rules
 from ..chat.template import Chat
+from ..images.expansion import Expander
+from ..images.picture import TEXT_ONLY, Gallery, NoImages
+from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
-from .fields import fields_of, kind, need, need_text
+from .fields import IMAGE_FIELDS, fields_of, kind, may_text, need, need_text
 from .instruction import spelled_out, worded
 from .segments import SegmentEncoder, Segments
 
@@ -77,10 +80,11 @@ class PromptCompletion:
 
     def read(self, row: Any, where: str) -> Chat | Segments:
         """The content of a row."""
-        row = fields_of(row, where, self.prompt)
+        row = fields_of(row, where, self.prompt, IMAGE_FIELDS)
         prompt = need(row, self.prompt, where)
         completion = need(row, self.completion, where)
         if isinstance(prompt, str) and isinstance(completion, str):
+            fields_of(row, where, self.prompt)  # a text has no places for images
             return Segments(where, ((prompt, False), (completion, True)), bos=True, eos=True)
         if not (isinstance(prompt, list) and isinstance(completion, list) and completion):
             raise DataError(
@@ -91,6 +95,34 @@ class PromptCompletion:
         prompt_turns = len(chat.messages) - len(completion)
         train = chat.train or [None] * len(chat.messages)
         return replace(chat, train=[False] * prompt_turns + list(train[prompt_turns:]))
+
+
+class InstructionChat:
+    """An instruction and its answer as a conversation, as LLaMA-Factory trains such rows."""
+
+    def __init__(self, dataset: Dataset, conversation: Conversation) -> None:
+        self.instruction = dataset.field_instruction or "instruction"
+        self.input = dataset.field_input or "input"
+        self.output = dataset.field_output or "output"
+        self.conversation = conversation
+
+    def read(self, row: Any, where: str) -> Chat:
+        """The content of a row."""
+        row = fields_of(row, where, self.instruction, IMAGE_FIELDS)
+        question = need_text(row, self.instruction, where)
+        more, answer = may_text(row, self.input, where), need_text(row, self.output, where)
+        history = row.get("history") or []
+        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+            raise DataError(
+                f"{where}: the field 'history' must be a list of questions with their answers"
+            )
+        pairs = [*history, (f"{question}\n{more}" if more else question, answer)]
+        turns = [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return self.conversation.chat(turns, row, where)
 
 
 class Tokenized:
@@ -124,6 +156,10 @@ class Tokenized:
         return Tokens(where, ids, joined(spans))
 
 
+_CHATS = (Conversation, PromptCompletion, InstructionChat)
+"""What reads rows that the chat template may write."""
+
+
 class Encoder:
     """Turns the rows of one dataset into tokens.
 
@@ -131,6 +167,7 @@ class Encoder:
         tokenizer: a fast tokenizer; it can be pickled together with this.
         longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
         day: the date for a chat template that asks for it; None: today's.
+        images: finds and places images, or says why there may be none.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
@@ -143,18 +180,22 @@ class Encoder:
         tokenizer: Any,
         longest: int | None = None,
         day: str | None = None,
+        images: ImageReader | NoImages = TEXT_ONLY,
     ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
         source = template_of(dataset, recipe, tokenizer)
-        self.format = format_of(dataset, recipe, source, len(tokenizer))
+        reader = images if isinstance(images, ImageReader) else None
+        gallery = images.gallery if isinstance(images, ImageReader) else images
+        self.expander = reader.expander if reader else None
+        self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
-        if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
+        if isinstance(self.format, _CHATS) and source is not None:
             rules = _rules(dataset, recipe, everything)
-            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day)
-        elif isinstance(self.format, Conversation):
+            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day, self.expander)
+        elif isinstance(self.format, Conversation | InstructionChat):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
@@ -165,13 +206,22 @@ class Encoder:
             "system": recipe.default_system_message,
             "eot_tokens": recipe.eot_tokens,
             "everything": everything,
-            "prepared": recipe.skip_prepare_dataset,
+            "prepared": recipe.takes_tokens(),
             "day": day if writes_day(self.chats) else None,
+            "images": reader.settings if reader and self.chats else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
         """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
+        samples = self._encoded(rows)
+        if self.expander is not None:
+            for tokens in samples:
+                if not tokens.whole:  # else it has been checked
+                    self.expander.require_text(tokens.ids, [], tokens.where)
+        return samples
+
+    def _encoded(self, rows: Sequence[Row]) -> list[Tokens]:
         read = [self.format.read(row, where) for where, row in rows]
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]
@@ -208,12 +258,13 @@ def template_of(dataset: Dataset, recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def chat_encoder(
-    dataset: Dataset, recipe: Recipe, tokenizer: Any, source: Any, rules: Rules, day: str
-) -> ChatEncoder:
+    dataset: Dataset, recipe: Recipe, tokenizer: Any, source: Any, rules: Rules, day: str,
+    expander: Expander | None = None,
+) -> ChatEncoder:  # fmt: skip
     """The renderer, tokenizer and masker of a dataset's conversations."""
     return ChatEncoder(
         tokenizer, source, rules, recipe.chat_template_kwargs or {}, day,
-        dataset.template_thinking_key or THOUGHTS[0],
+        dataset.template_thinking_key or THOUGHTS[0], expander,
     )  # fmt: skip
 
 
@@ -223,7 +274,10 @@ def writes_day(chats: ChatEncoder | None) -> bool:
     return any(asks_for_day(template.source) for template in templates)
 
 
-def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> RowReader:
+def format_of(
+    dataset: Dataset, recipe: Recipe, template: Any, size: int,
+    gallery: Gallery | NoImages = TEXT_ONLY,
+) -> RowReader:  # fmt: skip
     """The reader of a dataset's rows; raises a RecipeError if there is no such type.
 
     The roles that the chat template names need no mapping; ``size`` is that of the vocabulary.
@@ -231,13 +285,13 @@ def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Row
     kind_ = dataset.type
     if isinstance(kind_, PromptFormat):
         return spelled_out(kind_)
-    if recipe.skip_prepare_dataset:
+    if recipe.takes_tokens():
         return Tokenized(size)
     name = kind_.removesuffix(".load").removesuffix(".default")
     if name not in ROW_TYPES:
         raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
     text = template if isinstance(template, str) else str(template or "")
-    conversation = Conversation(dataset, text, recipe.default_system_message)
+    conversation = Conversation(dataset, text, recipe.default_system_message, gallery)
     return READERS[ROW_TYPES[name].reader](ROW_TYPES[name], dataset, conversation)
 
 
@@ -259,6 +313,7 @@ READERS: dict[str, Callable[[RowType, Dataset, Conversation], RowReader]] = {
     ),
     "segments": lambda *_: InputOutput(),
     "prompt_completion": lambda _, dataset, conversation: PromptCompletion(dataset, conversation),
+    "instruction_chat": lambda _, dataset, conversation: InstructionChat(dataset, conversation),
     "instruction": lambda row_type, dataset, _: _instruction(row_type, dataset),
 }
 """The constructors of readers, by the type's record."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from ....errors import DataError
 from ...recipe.recipe import Dataset, Recipe
+from ..images.picture import TEXT_ONLY, NoImages
+from ..images.reading import ImageReader
 from ..sample import Tokens
 from ..teacher import TopTokens
 from .fields import kind
@@ -28,10 +30,15 @@ _FORMS = (
 )
 
 
-def encoder_of(dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str) -> Encoder:
-    """The encoder for rows of supervised training, or of distillation."""
-    encoder = TaughtEncoder if recipe.kd_trainer else Encoder
-    return encoder(dataset, recipe, tokenizer, longest, day)
+def encoder_of(
+    dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str,
+    images: ImageReader | NoImages = TEXT_ONLY,
+) -> Encoder:  # fmt: skip
+    """The encoder for rows of supervised training, or of distillation, which is of text alone."""
+    if recipe.kd_trainer:
+        text = NoImages("kd_trainer distils text only: leave such rows out")
+        return TaughtEncoder(dataset, recipe, tokenizer, longest, day, text)
+    return Encoder(dataset, recipe, tokenizer, longest, day, images)
 
 
 class TaughtEncoder(Encoder):

@@ -19,8 +19,11 @@ from ..chat.encoder import ChatEncoder, tokenize
 from ..chat.mask import Rules
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
+from ..formats.fields import IMAGE_FIELDS
 from ..formats.registry import Row, chat_encoder, require_ends, template_of, writes_day
 from ..formats.segments import SegmentEncoder
+from ..images.picture import TEXT_ONLY, NoImages
+from ..images.reading import ImageReader
 from ..readers.limits import Limits, Part
 from ..sample import IGNORED, Tokens
 from .limits import TokenizedAnswer, TokenizedRow, keep_answers
@@ -42,29 +45,41 @@ class PreferenceEncoder:
         recipe: the keys for all datasets, with a preference method or a reward model.
         tokenizer: a fast tokenizer; it can be pickled together with this.
         day: the date for a chat template that asks for it; None: today's.
+        images: finds and places the images of prompts, or says why there may be none.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
     """
 
     def __init__(
-        self, dataset: Dataset, recipe: Recipe, tokenizer: Any, day: str | None = None
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        tokenizer: Any,
+        day: str | None = None,
+        images: ImageReader | NoImages = TEXT_ONLY,
     ) -> None:
         settings = preference_settings(recipe)
         assert settings is not None  # the recipe of a preference method
+        if settings.no_images:
+            images = NoImages(settings.no_images)
+        image_reader = images if isinstance(images, ImageReader) else None
+        gallery: Any = image_reader.gallery if image_reader else images
+        self.why_no_images = images.why if isinstance(images, NoImages) else ""
         day = day or today()
         recipe = _with_prompt_variables(recipe)
         source = template_of(dataset, recipe, tokenizer)
         text = source if isinstance(source, str) else str(source or "")
-        conversation = Conversation(dataset, text, recipe.default_system_message)
+        conversation = Conversation(dataset, text, recipe.default_system_message, gallery)
         self.reader = reader_of(dataset, recipe, settings.rows, conversation, settings.num_labels)
         self.tokenizer = tokenizer
         self.chats: ChatEncoder | None = None
         texts_only = isinstance(self.reader, FormReader | SpelledOutReader | StepReader)
         if source is not None and not texts_only:
             self.chats = chat_encoder(
-                dataset, recipe, tokenizer, source, _rules(dataset, recipe), day
-            )
+                dataset, recipe, tokenizer, source, _rules(dataset, recipe), day,
+                image_reader.expander if image_reader else None,
+            )  # fmt: skip
         self.segments = SegmentEncoder(tokenizer, False, recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
         # a reward model writes nothing, so that it need not learn to stop
@@ -82,6 +97,7 @@ class PreferenceEncoder:
             "eot_tokens": recipe.eot_tokens,
             "function": isinstance(self.reader, OwnTypeReader),
             "day": day if writes_day(self.chats) else None,
+            "images": image_reader.settings if image_reader else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
@@ -96,6 +112,10 @@ class PreferenceEncoder:
 
     def encode(self, rows: Sequence[Row]) -> list[TokenizedRow]:
         """Read and tokenize rows; raises a DataError, with file and line, for a wrong one."""
+        if self.why_no_images and not isinstance(self.reader, OwnTypeReader):  # it may drop them
+            for where, row in rows:
+                if isinstance(row, dict) and any(row.get(name) for name in IMAGE_FIELDS):
+                    raise DataError(f"{where}: the row has an image, and {self.why_no_images}")
         read = [self.reader.read(row, where) for where, row in rows]
         chats = [c for r in read for c in _chats(r)]
         encoded = iter(self._required_chats(chats).encode(chats) if chats else ())
@@ -190,7 +210,7 @@ def _chats(row: Preference | JudgedSteps) -> Iterator[Chat]:
     for answer in row.answers:
         content: Messages = [m for m in answer.content if isinstance(m, dict)]
         train = [False] * len(row.prompt) + [True] * len(content)
-        yield Chat(row.where, [*row.prompt, *content], row.tools, train)
+        yield Chat(row.where, [*row.prompt, *content], row.tools, train, row.pictures)
 
 
 def _texts(row: Preference | JudgedSteps) -> Iterator[str]:
@@ -220,6 +240,7 @@ def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
         row.where, encoded[0].ids[:count], tuple(answers),
         ends=frozenset().union(*(tokens.ends for tokens in encoded)), equal=row.equal,
         specials=any(tokens.specials for tokens in encoded),
+        extra=encoded[0].extra, whole=encoded[0].whole, images=encoded[0].images,
     )  # fmt: skip
 
 

@@ -23,17 +23,26 @@ class Examples(Sequence[Example]):
     and the other fields of the rows; ``steps`` have ``input_ids`` and ``labels``. With ``whole``,
     the answers of pairs begin with the prompt, as reward models read them, and there are no
     ``prompt_ids``.
+
+    With ``pictures``, pairs and labelled rows also have ``pictures``: those of the prompt, as
+    ``Sample.extra``. TRL would open what is named ``images``.
     """
 
-    def __init__(self, samples: Sequence[Sample], rows: RowKind, whole: bool = False) -> None:
-        self.samples, self.rows, self.whole = samples, rows, whole
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        rows: RowKind,
+        whole: bool = False,
+        pictures: bool = False,
+    ) -> None:
+        self.samples, self.rows, self.whole, self.pictures = samples, rows, whole, pictures
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Examples(self.samples[index], self.rows, self.whole)
+            return Examples(self.samples[index], self.rows, self.whole, self.pictures)
         sample = self.samples[index]
         if self.rows == "steps":
             return {"input_ids": sample.input_ids, "labels": sample.labels}
@@ -41,7 +50,8 @@ class Examples(Sequence[Example]):
             extra = json.loads(sample.extra)
             columns = {name: extra["columns"].get(name) for name in self.columns}
             return {**columns, "prompt": extra["prompt"], "prompt_ids": sample.input_ids}
-        return self._answers(sample)
+        example = self._answers(sample)
+        return {**example, "pictures": sample.extra} if self.pictures else example
 
     @cached_property
     def columns(self) -> list[str]:

@@ -39,6 +39,8 @@ class TokenizedRow:
         ends: the tokens that end the answers.
         empty: the prompt or an answer is empty.
         specials: the text of the user, or of the prompt, has special tokens in it.
+        whole: the prompt must not be cut: some tokens belong to features, which would be left over.
+        images: how many the prompt has.
     """
 
     where: str
@@ -50,6 +52,8 @@ class TokenizedRow:
     equal: bool = False
     specials: bool = False
     extra: str = ""
+    whole: bool = False
+    images: int = 0
 
     @property
     def length(self) -> int:
@@ -91,6 +95,7 @@ def keep_answers(
             counts["nothing_to_train"] += 1
         else:
             counts["truncated"] += fitting is not whole
+            counts["images"] += fitting.images
             for key in _kinds(row, fitting):
                 counts[key] += 1
                 first.setdefault(key, row.where)
@@ -133,6 +138,8 @@ def _fitted(
     if limits.excess == "drop" or not row.answers:  # a prompt that is cut is another question
         return None
     begin = max(0, len(row.prompt) - limit)
+    if row.whole and begin:
+        return None
     cut = replace(row, prompt=row.prompt[begin:])  # the end of it has the question
     return _cut_answers(cut, limits.longest - len(cut.prompt))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
@@ -20,8 +20,9 @@ from ...recipe.recipe import Dataset, PromptFormat, Recipe
 from ...user_functions import load_function, what_failed
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
-from ..formats.fields import as_text, fields_of, kind, may_text
+from ..formats.fields import IMAGE_FIELDS, as_text, fields_of, kind, may_text
 from ..formats.instruction import filled, require_fillable
+from ..images.picture import Picture
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Preference:
             row that is a prompt alone.
         tools: the functions that the assistant may call, as JSON schemas, or None.
         columns: the other fields of a prompt alone, for the functions that judge completions.
+        pictures: those of the parts of type ``image`` in the prompt, in order.
     """
 
     where: str
@@ -49,6 +51,7 @@ class Preference:
     answers: tuple[JudgedAnswer, ...] = ()
     tools: Any = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -198,7 +201,7 @@ class MessageReader:
 
     def read(self, row: Any, where: str) -> Preference:
         """The prompt and the answers of a row."""
-        row = fields_of(row, where, self.answers[0])
+        row = fields_of(row, where, self.answers[0], IMAGE_FIELDS)
         values = [part_of(row, name, where) for name in self.answers]
         for name, value in zip(self.answers, values, strict=True):
             _require_answer(value, name, where)
@@ -213,6 +216,11 @@ class MessageReader:
                 f"{kind(prompt)}; leave rows without a prompt out"
             )
         if not self._as_messages(field, prompt, values):
+            if any(row.get(name) for name in IMAGE_FIELDS):
+                raise DataError(
+                    f"{where}: the row has an image, and its prompt is plain text: write the "
+                    "prompt as a list of messages, with a part of type image where it belongs"
+                )
             before, texts = self._texts(prompt, values, where)
             answers = tuple(map(JudgedAnswer, texts, good))
             return Preference(where, before, answers)
@@ -220,7 +228,7 @@ class MessageReader:
         answers = tuple(
             JudgedAnswer(content, flag) for content, flag in zip(contents, good, strict=True)
         )
-        return Preference(where, chat.messages, answers, chat.tools)
+        return Preference(where, chat.messages, answers, chat.tools, pictures=chat.pictures)
 
     def _prompt_field(self, row: Mapping[str, Any], answer: Any) -> str | None:
         """The field with the prompt, which is not the conversation that has the answer, too."""
@@ -275,10 +283,13 @@ class MessageReader:
                 f"{where}: the prompt in {field!r} ends with a message of the assistant; it must "
                 "end with the user's, and the answers come after it"
             )
-        answers = [_without(chat.messages, messages) for messages in listed]
+        # those of the chat no longer say which pictures their parts are
+        prompt = self.conversation.messages(turns, where) if chat.pictures else chat.messages
+        answers = [_without(prompt, messages) for messages in listed]
         for name, messages in zip(self.answers, answers, strict=True):
             _require_assistant(messages, name, where)
-        return Chat(where, chat.messages, chat.tools), answers
+            _require_text(messages, name, where)
+        return replace(chat, where=where), answers
 
     def _turns(self, value: Any, role: str = "assistant") -> list[Any]:
         if isinstance(value, str):
@@ -333,6 +344,14 @@ def _require_assistant(messages: Messages, name: str, where: str) -> None:
         f"{where}: {name!r} has a message of the role {other!r} behind the prompt; only the "
         "assistant's last answer is compared: put what comes before it into the prompt"
     )
+
+
+def _require_text(messages: Messages, name: str, where: str) -> None:
+    if any(isinstance(m.get("content"), list) for m in messages):
+        raise DataError(
+            f"{where}: {name!r} has an image in an answer, and only answers of text are compared: "
+            "put images into the prompt, or leave the row out"
+        )
 
 
 def _without(prompt: Messages, messages: Messages) -> Messages:
@@ -439,6 +458,11 @@ class FormReader:
                 "leave rows without an answer out"
             )
         messages = self.conversation.messages(value, f"{where}: {name!r}")
+        if any(isinstance(m.get("content"), list) for m in messages):
+            raise DataError(
+                f"{where}: {name!r} has an image, which this type cannot write; use "
+                "type: chat_template"
+            )
         if any(m.get("tool_calls") or m.get("function_call") for m in messages):
             raise DataError(
                 f"{where}: {name!r} has tool_calls, which this type cannot write; use "

@@ -29,6 +29,9 @@ _PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BATCH = 1000
 """Rows that are taken from a table at a time."""
 
+_BYTES = 1 << 26
+"""Of a table that are read at a time."""
+
 
 def read_file(
     path: Path, kind: str | None = None, progress: Progress | None = None
@@ -152,7 +155,10 @@ def _parquet(path: Path, progress: Progress) -> Iterator[Row]:
     try:
         with ParquetFile(path) as file:
             total = file.metadata.num_rows
-            yield from _numbered(path, file.iter_batches(_BATCH), progress, total)
+            groups = range(file.metadata.num_row_groups)
+            size = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+            rows = max(1, min(_BATCH, _BYTES * total // max(1, size)))  # few, where each has images
+            yield from _numbered(path, file.iter_batches(rows), progress, total)
     except ArrowException as error:
         raise DataError(
             f"{path}: not a Parquet file, or a damaged one: {first_line(error)}"

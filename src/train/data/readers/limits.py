@@ -39,7 +39,7 @@ class Part:
         labels: their labels; int32 (T,).
         lengths: tokens of each; int32 (N,).
         counts: ``rows``, ``too_long`` (also those that were ``truncated``), ``too_short``,
-            ``nothing_to_train``, ``special_tokens_in_text``.
+            ``nothing_to_train``, ``special_tokens_in_text``, ``images``.
         ends: tokens that end a trained turn of these rows.
         trained: those of ``ends`` and of the watched tokens that are trained at least once.
         first: file and line of the first row of some of the counts.
@@ -140,13 +140,14 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
                 raise DataError(
                     f"{row.where}: {length} tokens, and sequence_len is {limits.longest}"
                 )
-            if limits.excess == "drop":
+            if limits.excess == "drop" or row.whole:
                 continue
             length = limits.longest
         if length < limits.shortest:
             counts["too_short"] += 1
         elif any(max(a, 1) < min(b, length) for a, b in row.spans):  # the first is never trained
             counts["truncated"] += length < len(row.ids)
+            counts["images"] += row.images
             selected.append((row, length))
         else:
             counts["nothing_to_train"] += 1
@@ -169,5 +170,5 @@ def _laid_out(
         ends |= row.ends if length == len(row.ids) else frozenset()  # else it may be cut off
         begin += length
     trained = {token for token in ends | watched if bool((labels == token).any())}
-    extra = [row.extra for row, _ in pairs if row.extra]
+    extra = [row.extra for row, _ in pairs] if any(row.extra for row, _ in pairs) else []
     return Part(ids, labels, lengths, counts, ends, trained, extra)

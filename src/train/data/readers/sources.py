@@ -60,7 +60,7 @@ class DataSource:
         if self.table is not None:
             name = f"{self.dataset.path}, row"
             total = len(self.table) if hasattr(self.table, "__len__") else 0
-            for i, row in enumerate(self.table, start=1):
+            for i, row in enumerate(_stored(self.table), start=1):
                 if total and i % 1000 == 0:
                     progress(i / total)
                 yield text_in(row, f"{name} {i}"), row
@@ -83,6 +83,19 @@ class DataSource:
             return
         everything = list(rows)
         yield from everything[_place(begin, len(everything)) : _place(end, len(everything))]
+
+
+def _stored(table: Any) -> Iterator[Any]:
+    """The rows of a table; images as they are stored, not opened, which is done by the encoder."""
+    if "Image(" not in str(getattr(table, "features", None)):
+        yield from table
+        return
+    for batch in table.with_format("arrow").iter(batch_size=_WITH_IMAGES):
+        yield from batch.to_pylist()
+
+
+_WITH_IMAGES = 32
+"""Rows that are taken at a time from a table with images."""
 
 
 def find(

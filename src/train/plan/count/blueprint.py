@@ -38,6 +38,7 @@ class Blueprint:
         blocks: those of ``model``, by their paths in it.
         times: the number of the whole model's blocks that each represents.
         depth: the number of blocks of the whole language model.
+        of_towers: the paths of blocks that are outside of it.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Blueprint:
     times: dict[str, int]
     depth: int
     stored: Packing | None = None
+    of_towers: frozenset[str] = frozenset()
 
 
 def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
@@ -72,8 +74,9 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     places = towers(base)
     inside = {id(m) for name, m in base.named_modules() if is_in(name, places)}
-    depth = sum(n for path, n in times_of.items() if id(blocks[path]) not in inside)
-    return Blueprint(model.train(), config, blocks, times_of, depth, stored)
+    of_towers = frozenset(path for path, block in blocks.items() if id(block) in inside)
+    depth = sum(n for path, n in times_of.items() if path not in of_towers)
+    return Blueprint(model.train(), config, blocks, times_of, depth, stored, of_towers)
 
 
 def _adapted(model: Any, recipe: Recipe) -> Any:

@@ -78,7 +78,8 @@ class DataKeys(Keys):
             "kd_trainer": "rows with a teacher are always tokenized: leave it out",
         },
     )
-    """The rows are already tokenized: they have ``input_ids`` and ``labels``."""
+    """The rows are already tokenized: they have ``input_ids`` and ``labels``. Beside
+    ``processor_type`` it says nothing, as Axolotl's recipes for images have it."""
 
     dataset_shard_num: Int | None = key(gt=0, if_written=True, excludes={_STREAM: _ALL_ROWS})
     """Split all rows into this many shards and use one. Unset: use all."""
@@ -156,7 +157,7 @@ class DataKeys(Keys):
     # --- loading ---------------------------------------------------------------------------------
 
     dataloader_num_workers: Int = key(0, ge=0, resumable=True)
-    """Dataloader worker processes; 0: the main process."""
+    """Dataloader worker processes; 0: the main process. Unset: for images on a GPU, up to 4."""
 
     dataloader_prefetch_factor: Int | None = key(gt=0, resumable=True)
     """Batches that each worker prefetches. Unset: torch's default."""

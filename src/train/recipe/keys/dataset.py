@@ -118,6 +118,10 @@ class Dataset(Keys):
     field_messages: str = "messages"
     """The field of a row that holds its list of messages."""
 
+    images_dir: str | None = None
+    """The folder in which relative paths of images begin, and which none may leave. Unset: that of
+    the dataset's file."""
+
     field_tools: str = "tools"
     """The field of a row that holds its list of tools, as JSON schemas."""
 

@@ -53,5 +53,8 @@ class FusewrightKeys(Keys):
     sample_prompt: str | None = None
     """A question that is answered before and after training. Unset: none."""
 
+    sample_image: str | None = key(read_with=["sample_prompt"])
+    """An image that ``sample_prompt`` is about: the path of its file. Unset: none."""
+
     sample_max_tokens: Int = key(64, gt=0)
     """Longest answer to ``sample_prompt``, in tokens."""

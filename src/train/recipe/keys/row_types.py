@@ -149,6 +149,7 @@ ROW_TYPES: dict[str, RowType] = {
         RowType("pretrain", "streamed_text"),
         RowType("input_output", "segments"),
         RowType("prompt_completion", "prompt_completion"),
+        RowType("alpaca.chat_template", "instruction_chat"),
         *_in_each_style("alpaca", Fields())[:4],
         _instruction("alpaca_instruct", "instruct"),
         _instruction("alpaca_instruct.load_no_prompt", "instruct", Fields(), _NONE),

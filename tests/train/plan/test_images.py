@@ -1,0 +1,128 @@
+"""Plans of recipes whose rows have images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from transformers import LlavaForConditionalGeneration
+
+from fusewright.train.plan.cards import Card, Devices
+from fusewright.train.plan.page import show
+from fusewright.train.plan.plan import RunPlan, make_plan
+from fusewright.train.recipe.load import check
+
+from ..images.families import FAMILIES
+
+CARD = Devices(1, Card("a card", 24 << 30, 1e14, 1e12, 1e11, 1e10))
+
+
+def planned(folder: Path, family: str, with_images: bool = True, **keys: Any) -> RunPlan:
+    base = folder / "base"
+    if not base.exists():
+        FAMILIES[family].save(base)
+        Image.new("RGB", (32, 32), "red").save(folder / "image.png")
+    part = [{"type": "image", "path": "image.png"}] if with_images else []
+    asked = {"role": "user", "content": [*part, {"type": "text", "text": "which colour?"}]}
+    row = {"messages": [asked, {"role": "assistant", "content": "red"}]}
+    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    recipe = {
+        "base_model": str(base), "datasets": [{"path": str(folder / "rows.jsonl")}],
+        "sequence_len": 128, "micro_batch_size": 4, "codegen": "eager", "memory": "speed",
+        "output_dir": str(folder / "out"), "max_steps": 1, **keys,
+    }  # fmt: skip
+    return make_plan(check(recipe).recipe, CARD)
+
+
+LORA = {"adapter": "lora", "lora_target_linear": True, "lora_r": 4}
+
+
+@pytest.mark.long("gemma3", "gemma4", "smolvlm")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "gemma4", "llava", "smolvlm"])
+def test_frozen_towers_hold_memory_in_passing_only(tmp_path: Path, family: str) -> None:
+    plan, text = planned(tmp_path, family, **LORA), planned(tmp_path, family, False, **LORA)
+    assert text.images is None
+    assert plan.images is not None
+    assert (plan.images.rows, plan.images.images, plan.images.kept) == (4, 1.0, 0)
+    assert not plan.images.why_not
+    # these towers have so many numbers in a hidden state, and a token for each patch or more
+    assert plan.images.passing > 4 * plan.images.tokens * 32 * 2
+    assert plan.images.flops > 0
+    assert plan.memory.weights == text.memory.weights  # which has the towers, too
+    assert plan.memory.activations == text.memory.activations
+    assert plan.memory.peak >= text.memory.peak
+    assert plan.speed.flops == text.speed.flops + plan.images.flops
+
+
+@pytest.mark.long("gemma3", "llava")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
+def test_trained_towers_keep_what_backward_needs(tmp_path: Path, family: str) -> None:
+    keys = {"freeze_mm_modules": False}
+    plan = planned(tmp_path, family, **LORA, **keys)
+    text = planned(tmp_path, family, False, **LORA, **keys)
+    frozen = planned(tmp_path, family, **LORA)
+    assert plan.images is not None
+    assert frozen.images is not None
+    kept = plan.memory.activations - text.memory.activations
+    assert kept > plan.images.kept >= 0
+    assert kept > 4 * plan.images.tokens * 32 * 2 * 2  # a hidden state of each of two blocks
+    assert plan.trained > frozen.trained
+    assert plan.speed.flops > frozen.speed.flops
+
+
+def test_larger_images_take_more(tmp_path: Path) -> None:
+    small = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=16)
+    large = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=32)
+    assert small.images is not None
+    assert large.images is not None
+    assert large.images.tokens > small.images.tokens
+    assert large.images.passing > 2 * small.images.passing
+
+
+def test_a_pack_has_the_images_of_its_rows(tmp_path: Path) -> None:
+    alone = planned(tmp_path, "qwen2_5_vl", **LORA)
+    packs = planned(tmp_path, "qwen2_5_vl", **LORA, sample_packing=True, sequence_len=512)
+    assert alone.images is not None
+    assert packs.images is not None
+    assert packs.images.passing > 3 * alone.images.passing
+
+
+def test_without_rows_here_an_image_is_assumed_and_it_is_said(tmp_path: Path) -> None:
+    keys = {**LORA, "processor_type": "AutoProcessor", "image_size": 32}
+    planned(tmp_path, "gemma3")
+    recipe = {
+        "base_model": str(tmp_path / "base"), "datasets": [{"path": "some/rows"}],
+        "sequence_len": 128, "micro_batch_size": 2, "codegen": "eager", "max_steps": 1, **keys,
+    }  # fmt: skip
+    plan = make_plan(check(recipe, with_data=False).recipe, CARD)
+    assert plan.images is not None
+    assert (plan.images.rows, plan.images.images) == (0, 1.0)
+    console = Console(record=True, width=200)
+    show(plan, console)
+    assert "images: 1.00 a row, for which 10 tokens stand (ASSUMED" in console.export_text()
+
+
+def test_a_plan_says_what_its_images_take(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "llava", **LORA)
+    console = Console(record=True, width=200)
+    show(plan, console)
+    said = console.export_text()
+    assert "images: 1.00 a row, for which 16 tokens stand (in the first 4 rows)" in said
+    assert plan.to_dict()["images"]["tokens"] == 16
+
+
+def test_towers_that_cannot_be_counted_are_said_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(self: Any, pixel_values: Any) -> Any:
+        return float(next(self.parameters()).sum())
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "get_image_features", reads)
+    plan = planned(tmp_path, "llava", **LORA)
+    console = Console(record=True, width=200)
+    show(plan, console)
+    assert "towers are NOT COUNTED: DataDependentOutputException" in console.export_text()
