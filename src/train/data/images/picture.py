@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import http.client
 import io
 import math
 import os
@@ -229,7 +230,7 @@ class Gallery:
         try:
             with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
                 content: bytes = answer.read(_MOST_BYTES + 1)
-        except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(
                 f"{where}: {url[:_SHOWN]}: cannot be downloaded: {first_line(error)}"
             ) from None
