@@ -26,6 +26,7 @@ from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
 from ..processes.wrapping import left_whole as fsdp_whole
 from ..processing import Processing
+from ..recipe.preferences import rows_of
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import Strategy
 from ..report.progress import ProgressCallback
@@ -153,9 +154,10 @@ def featurizer_for(
 ) -> Featurizer | None:
     """What makes the features of images that ``model`` takes; None: no row has any.
 
-    ``has_extra``: whether rows have other data than tokens.
+    ``has_extra``: whether rows have other data than tokens, which may be a teacher's, or columns.
     """
-    featurizer = featurizer_of(recipe, processing) if has_extra else None
+    others = recipe.kd_trainer or rows_of(recipe) == "prompts"
+    featurizer = featurizer_of(recipe, processing) if has_extra and not others else None
     if featurizer is not None:
         featurizer.positions = positions_of_images(model)
         if world is not None and world.several:

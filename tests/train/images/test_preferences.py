@@ -23,6 +23,7 @@ from fusewright.train.model.processor import load_processing
 from fusewright.train.processes.world import World
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.preferences import rows_of
+from fusewright.train.trainer.build import featurizer_for
 from fusewright.train.trainer.ready import ready_model
 
 from ..commands import fusewright
@@ -454,6 +455,20 @@ def test_a_batch_has_the_features_of_both_answers_in_order(
     assert len({float(part.sum()) for part in once}) > 1
     text_only = collate(examples(given)[3:])
     assert not text_only.keys() & {"pixel_values", types}
+
+
+def test_columns_of_prompts_are_no_images(
+    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+) -> None:
+    """Which would take workers of the loader, and refuse to divide a batch among processes."""
+    keys = {"rl": "grpo", "trl": {"reward_funcs": ["length:9"]}}
+    row = {"prompt": [user(text("Which?"))], "answer": "red"}
+    file = pictures / "prompts.jsonl"
+    loaded = load_recipe(recipe(checkpoints("qwen2_5_vl"), tmp_path, [row], file, **keys))
+    processing = load_processing(loaded)
+    prepared = prepare(loaded, processing)
+    assert prepared.has_extra()
+    assert featurizer_for(torch.nn.Identity(), loaded, processing, prepared.has_extra()) is None
 
 
 def test_processes_that_share_a_tower_need_an_image_in_each_row(
