@@ -134,6 +134,7 @@ def make_context(
         recipe, tokenizer, console, interrupts, meter,
         validation=sets, data=prepared.fingerprint, carried=carried, world=world,
         featurizer=featurizer,
+        answering=featurizer_of(recipe, processing) if recipe.sample_image else None,
     )  # fmt: skip
 
 
