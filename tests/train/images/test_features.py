@@ -139,6 +139,14 @@ def test_arguments_of_the_image_processor(
     assert replace(data.featurizer, options=options).features([[fewer]], batch)
 
 
+def test_a_replacement_is_kept_once_for_all_its_sizes() -> None:
+    """Rows of the web have tens of thousands of sizes, and it is long."""
+    expander = Expander(processor_of("llava"))
+    first, second = expander._replacement((24, 32)), expander._replacement((40, 48))
+    assert len(first) > 100
+    assert first is second
+
+
 def test_places_in_an_expanded_text() -> None:
     """Text before, at, and behind placeholders."""
     text = "ab<i>cd<i>e"

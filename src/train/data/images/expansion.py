@@ -11,6 +11,7 @@ same text together with the images, and must come to the same tokens (``features
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -151,7 +152,8 @@ class Expander:
                     **self.options,
                 )  # fmt: skip
                 ((only,),) = result["text_replacement_offsets"]
-                self._known[size] = only["replacement"]
+                # many sizes have the same, of up to some 100 kB
+                self._known[size] = sys.intern(only["replacement"])
             except Exception as error:  # a processor's code raises anything
                 name = type(self.processor).__name__
                 raise DataError(
