@@ -245,6 +245,9 @@ CASES = {
         with_parts({"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}),
         "line 2: message 1 has a part of type 'video'", "save frames of it as images",
     ),
+    "a list as a type": Bad(
+        with_parts({"type": ["text"], "text": "What?"}), "message 1 has a part of type", "'content'"
+    ),
     "a column of sound": Bad(
         second(asked("What?", audio="a.wav")), "line 2: the row has 'audio'", "leave such rows out"
     ),

@@ -319,7 +319,7 @@ def _content(value: Any, place: str, field: str) -> str | list[Any] | None:
     if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
         parts = [_part(p) for p in value]
         kinds = {p["type"] for p in parts}
-        if odd := sorted(map(str, kinds - {"text", "image"})):
+        if odd := sorted(kinds - {"text", "image"}):
             raise DataError(
                 f"{place} has a part of type {odd[0]!r} in {field!r}; only text and images are "
                 "trained: leave such rows out, or save frames of it as images"
@@ -334,7 +334,7 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in part.items() if v is not None}
     guess = next((name for name in _OF_PART if name in plain), "text")
     named = plain.get("type", "text" if "text" in plain else guess)
-    return {**plain, "type": "image" if named in _OF_PART else named}
+    return {**plain, "type": "image" if named in _OF_PART else str(named)}
 
 
 def _marked_parts(text: str) -> list[dict[str, Any]]:
