@@ -143,7 +143,10 @@ def _require_whole(strategy: Strategy) -> None:
     sizes = {"context_parallel_size": strategy.context, "tensor_parallel_size": strategy.tensor}
     for key, size in sizes.items():
         if size > 1:
-            raise RecipeError(f"{key}: not with images, which each process has whole: leave it out")
+            raise RecipeError(
+                f"{key}: not with images, which each process has whole: leave it out, or set "
+                "language_model_only: true to stream rows of text"
+            )
 
 
 def featurizer_for(
