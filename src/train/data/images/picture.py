@@ -150,6 +150,11 @@ class Gallery:
         else:
             content, name = source, "the image in the row"
         size = self.resizing.size_of(*opened(content, f"{where}: {name}").size)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise DataError(
+                f"{where}: {name}: becomes {size[0]} x {size[1]} pixels, more than "
+                f"{MOST_PIXELS // 10**6} million: lower image_size or image_min_pixels"
+            )
         digest = hashlib.sha256(content).hexdigest()
         path = source if isinstance(source, Path) else self._kept(content, digest)
         return Picture(str(path), digest, size)
