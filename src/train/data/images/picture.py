@@ -215,8 +215,9 @@ class Gallery:
         if missing and self.folder is None:
             raise DataError(f"{where}: {resolved}: {missing}")
         if self.folder is not None and not resolved.is_relative_to(root):
+            shown = text[:_SHOWN] if missing else text
             raise DataError(
-                f"{where}: {text[:_SHOWN]}: leads out of {root}: rows may name images in the "
+                f"{where}: {shown}: leads out of {root}: rows may name images in the "
                 "folder of their dataset only; name another one with images_dir"
             )
         if missing:
