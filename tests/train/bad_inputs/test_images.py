@@ -208,6 +208,10 @@ CASES = {
         with_parts({"type": "image"}, {"type": "text", "text": "What?"}),
         "line 2: the row has no images, and its messages have 1 place", "add what is missing",
     ),
+    "a list of another name": Bad(
+        second(asked("<image>What?") | {"image_path": "good.png"}),
+        "line 2: a message has <image>, and the row's field 'image_path'", "name it 'images'",
+    ),
     "an empty list": Bad(
         second(asked(images=[])), "line 2: the row has no images", "have 1 place for them"
     ),
