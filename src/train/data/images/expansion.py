@@ -131,8 +131,8 @@ class Expander:
             if odd is not None:
                 raise DataError(
                     f"{where}: a text of the row has {self._shown(odd)} in it, which the model "
-                    "takes for an image, a video or sound: remove it, spell it otherwise, or, if no "
-                    "row has images, set language_model_only: true"
+                    "takes for an image, a video or sound: remove it, or spell it otherwise; "
+                    "without rows with images, language_model_only: true takes it for text"
                 )
             at = end
 
