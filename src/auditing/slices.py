@@ -95,9 +95,10 @@ def has_media(batch: Batch) -> bool:
     """Whether tokens of a batch stand for images or sounds, whose features are not by token."""
     shape = batch["input_ids"].shape
     return any(
-        isinstance(v, Tensor) and v.is_floating_point() and v.numel() != 1 and v.shape[:2] != shape
-        for v in batch.values()
-    )
+        isinstance(v, Tensor) and v.is_floating_point() and v.numel() != 1
+        and v.shape[:2] != shape and name != "attention_mask"  # which may be of pairs of tokens
+        for name, v in batch.items()
+    )  # fmt: skip
 
 
 def first_rows(batch: Batch, number: int) -> dict[str, Any] | None:

@@ -454,11 +454,12 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     trust_remote_code: Trust = False,
+    allow_image_urls: Urls = False,
 ) -> None:
     """Say what a recipe will take: memory by part, time, network, and the smallest that fits."""
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, False)
+    consent = Consent(trust_remote_code, allow_image_urls=allow_image_urls)
     _plan(recipe, context.args, consent, gpus, nproc, card, compare, as_json)
 
 

@@ -41,7 +41,7 @@ def answer_before(model: Any, context: Context, result: RunResult, run_log: RunL
         return
 
     def answer() -> str:
-        return generate.answer(model, context.tokenizer, question, recipe, context.featurizer)
+        return generate.answer(model, context.tokenizer, question, recipe, context.answering)
 
     run_log.say(f"answering: {question}")
     with run_log.timed("answer before"):
@@ -178,7 +178,7 @@ def _answer(model: Any, context: Context, result: RunResult, run_log: RunLog) ->
     question = result.sample["question"]
     run_log.say("answering again")
     answered = generate.answer(
-        model, context.tokenizer, question, context.recipe, context.featurizer
+        model, context.tokenizer, question, context.recipe, context.answering
     )
     result.sample["after"] = answered
 

@@ -76,8 +76,6 @@ whatever they say. Only you can allow that, on the command line:
 - `--trust-remote-code`: the Python code that comes with a model or its tokenizer, pickled weights
   that contain more than tensors, attention kernels from the hub. All commands that load a model
   have it.
-- `--allow-image-urls`: images that rows name by an address are downloaded. All commands that read
-  rows have it.
 - `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
   `eval`).
 - `--allow-code`: the Python functions that a recipe names in `trl.reward_funcs`, or as the `type`

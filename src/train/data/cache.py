@@ -83,6 +83,11 @@ class Samples(Sequence[Sample]):
         """Whether any sample of the file has other data."""
         return any(pc.max(pc.binary_length(column)).as_py() for column in self._extra)
 
+    def lacks_extra(self) -> bool:
+        """Whether any sample of the file has none."""
+        shortest = [pc.min(pc.binary_length(column)).as_py() for column in self._extra]
+        return not shortest or 0 in shortest
+
     def select(self, places: Array | slice) -> Samples:
         """Some of these samples, in this order."""
         some = copy.copy(self)  # of the same mapping

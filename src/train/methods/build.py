@@ -100,13 +100,26 @@ class PreferenceTask(SupervisedTask):
     def validation(
         self, prepared: Any, tokenizer: Any, world: World, featurizer: Featurizer | None = None
     ) -> dict[str, Batches]:
-        """The batches to validate on, by the name of their dataset."""
+        """The batches to validate on, by the name of their dataset.
+
+        Raises a RecipeError if processes need an image in each batch, and a row has none.
+        """
+        if featurizer is not None and featurizer.completes:
+            self._require_images(prepared)
         size = self.recipe.eval_batch_size or self.recipe.micro_batch_size
         collate: Any = self.method.collate(pad_token(tokenizer), featurizer)
         return {
             name: Batches(self._examples(samples), size, collate, world, blank)  # type: ignore[arg-type]  # 2026-11-27: its counts are numbers
             for name, samples in prepared.validation.items()
         }
+
+    def _require_images(self, prepared: Any) -> None:
+        """A batch of pairs gets no row with a blank image: its process would leave out a call."""
+        if any(s.lacks_extra() for s in (prepared.train, *prepared.validation.values())):
+            raise RecipeError(
+                f"rl: {self.settings.method}: some rows have no image, and processes that share "
+                "what reads images need one in each: leave such rows out, or train in one process"
+            )
 
     def trainer(
         self,

@@ -103,20 +103,26 @@ def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None
     return BaseFiles([single]) if single is not None else None
 
 
+def processor_files(base_model: str, revision: str | None) -> list[Path]:
+    """The files of the processor that comes with a base model; empty: it has none."""
+    try:
+        source = locate(base_model, [Path.cwd()])
+        files = [] if source.gguf_file else [_file(source.name, n, revision) for n in _PROCESSOR]
+    except (FusewrightError, OSError):  # the hub does not answer
+        return []
+    return [file for file in files if file is not None]
+
+
 def copy_processor(base_model: str, revision: str | None, folder: Path) -> bool:
     """Copy the processor that comes with a base model beside a tokenizer that has been saved.
 
     Returns whether there is one.
     """
-    try:
-        source = locate(base_model, [Path.cwd()])
-        files = [] if source.gguf_file else [_file(source.name, n, revision) for n in _PROCESSOR]
-    except (FusewrightError, OSError):  # the hub does not answer
-        files = []
-    for file in filter(None, files):
+    files = processor_files(base_model, revision)
+    for file in files:
         if file.name != _TEMPLATE or not (folder / "chat_template.jinja").exists():
             shutil.copy(file, folder)
-    return any(files)
+    return bool(files)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -9,11 +9,16 @@ from typing import Any
 from ...errors import RecipeError, first_line
 from ..processing import Processing
 from ..recipe.recipe import Recipe
+from .base_files import processor_files
 from .from_pretrained import class_by_name, pretrained
 from .load import load_config
 from .multimodal import is_multimodal
 from .tokenizer import load_tokenizer
 
+_ABSENT = (
+    "base_model has no processor of images: copy processor_config.json or preprocessor_config.json "
+    "there from the checkpoint it was made of"
+)
 _INSTALL = 'pip install "fusewright[images]"'
 _PACKAGES = ("PIL", "torchvision")
 """Those that all processors of images need; without them, they raise this and that."""
@@ -39,12 +44,13 @@ def with_processor(recipe: Recipe, tokenizer: Any) -> Processing:
         if recipe.processor_type is not None:
             raise
         why = f"the processor of base_model cannot be loaded: {first_line(error)}"
+        if not processor_files(recipe.base_model, recipe.revision_of_model):
+            why = _ABSENT
         if isinstance(error.__cause__, ImportError) or not all(map(find_spec, _PACKAGES)):
             why = f"packages that read images are missing: {_INSTALL}"
         return Processing(tokenizer, None, why)
     if getattr(processor, "image_processor", None) is None:
-        why = "base_model has no processor of images (preprocessor_config.json): copy it there"
-        return Processing(tokenizer, None, why)
+        return Processing(tokenizer, None, _ABSENT)
     if getattr(tokenizer, "chat_template", None) is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     processor.tokenizer = tokenizer

@@ -160,8 +160,12 @@ class Candidates:
         return 0 if count < 20 else max(2, count // 10) if count < 400 else 0.05
 
     def packs(self, length: int) -> bool:
-        """Whether rows are packed into sequences: not if those would be few, nor pairs."""
-        return self.rows.shape.pair is None and (self.is_text or self._packed(length) >= STEPS)
+        """Whether rows are packed into sequences: not if those would be few, nor pairs or images.
+
+        Some models cannot keep the images of a pack apart, which is seen when they are loaded.
+        """
+        alone = self.rows.shape.pair is not None or self.rows.features.images
+        return not alone and (self.is_text or self._packed(length) >= STEPS)
 
     def sequences(self, length: int) -> int:
         """Sequences of an epoch, among the rows that were read."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ...errors import DataError
 from ..data import IGNORED, Packs, Samples, collate, count, pack
 from ..data.images.features import Featurizer
 from ..processes.context_parallel import divisible
@@ -96,6 +98,18 @@ def _with_second_row(
     batch = make([*packs, *packs])
     batch["labels"][1] = IGNORED
     return batch
+
+
+@contextlib.contextmanager
+def errors_as_raised() -> Iterator[None]:
+    """Raise a DataError of a loader's worker as it was there: torch puts the traceback before."""
+    try:
+        yield
+    except DataError as error:
+        _, traceback, message = str(error).rpartition(f"\n{DataError.__module__}.DataError: ")
+        if not traceback:
+            raise
+        raise DataError(message.strip()) from None
 
 
 def typical_context(prepared: Any, recipe: Recipe) -> float:

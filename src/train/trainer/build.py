@@ -26,6 +26,7 @@ from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
 from ..processes.wrapping import left_whole as fsdp_whole
 from ..processing import Processing
+from ..recipe.preferences import rows_of
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import Strategy
 from ..report.progress import ProgressCallback
@@ -133,6 +134,7 @@ def make_context(
         recipe, tokenizer, console, interrupts, meter,
         validation=sets, data=prepared.fingerprint, carried=carried, world=world,
         featurizer=featurizer,
+        answering=featurizer_of(recipe, processing) if recipe.sample_image else None,
     )  # fmt: skip
 
 
@@ -141,7 +143,10 @@ def _require_whole(strategy: Strategy) -> None:
     sizes = {"context_parallel_size": strategy.context, "tensor_parallel_size": strategy.tensor}
     for key, size in sizes.items():
         if size > 1:
-            raise RecipeError(f"{key}: not with images, which each process has whole: leave it out")
+            raise RecipeError(
+                f"{key}: not with images, which each process has whole: leave it out, or set "
+                "language_model_only: true to stream rows of text"
+            )
 
 
 def featurizer_for(
@@ -153,9 +158,10 @@ def featurizer_for(
 ) -> Featurizer | None:
     """What makes the features of images that ``model`` takes; None: no row has any.
 
-    ``has_extra``: whether rows have other data than tokens.
+    ``has_extra``: whether rows have other data than tokens, which may be a teacher's, or columns.
     """
-    featurizer = featurizer_of(recipe, processing) if has_extra else None
+    others = recipe.kd_trainer or rows_of(recipe) == "prompts"
+    featurizer = featurizer_of(recipe, processing) if has_extra and not others else None
     if featurizer is not None:
         featurizer.positions = positions_of_images(model)
         if world is not None and world.several:

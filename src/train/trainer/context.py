@@ -24,6 +24,7 @@ class Context:
     Attributes:
         tokenizer: saved with every checkpoint.
         featurizer: makes what batches have of images; None: there are none.
+        answering: makes it of the image that ``sample_prompt`` is about; None: it is about none.
         interrupts: whose signal ends the loop.
         validation: batches by the name of their dataset.
         data: the fingerprint of the prepared rows.
@@ -42,6 +43,7 @@ class Context:
     world: World = field(default_factory=World)
     on_ready: Callable[[Any], None] | None = None
     featurizer: Featurizer | None = None
+    answering: Featurizer | None = None
 
     def say(self, text: str) -> None:
         """Print a line."""

@@ -52,6 +52,7 @@ from ..recipe.recipe import Recipe
 from ..recipe.strategy import strategy_of
 from ..report.environment import rss_mb
 from ..report.progress import ProgressCallback
+from .batches import errors_as_raised
 from .context import Context
 from .objective import Objective
 from .optimizer import make_optimizer
@@ -135,7 +136,7 @@ class EngineMixin(_Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, but restore the terminal in any case."""
-        with contextlib.closing(self.progress):
+        with contextlib.closing(self.progress), errors_as_raised():
             if resume_from_checkpoint:
                 self.sharding.load_before_sharding(Path(resume_from_checkpoint))
                 self.checkpoints.resume_from(Path(resume_from_checkpoint))

@@ -208,6 +208,10 @@ CASES = {
         with_parts({"type": "image"}, {"type": "text", "text": "What?"}),
         "line 2: the row has no images, and its messages have 1 place", "add what is missing",
     ),
+    "a list of another name": Bad(
+        second(asked("<image>What?") | {"image_path": "good.png"}),
+        "line 2: a message has <image>, and the row's field 'image_path'", "name it 'images'",
+    ),
     "an empty list": Bad(
         second(asked(images=[])), "line 2: the row has no images", "have 1 place for them"
     ),
@@ -244,6 +248,9 @@ CASES = {
     "a video in a part": Bad(
         with_parts({"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}),
         "line 2: message 1 has a part of type 'video'", "save frames of it as images",
+    ),
+    "a list as a type": Bad(
+        with_parts({"type": ["text"], "text": "What?"}), "message 1 has a part of type", "'content'"
     ),
     "a column of sound": Bad(
         second(asked("What?", audio="a.wav")), "line 2: the row has 'audio'", "leave such rows out"
@@ -349,13 +356,15 @@ def test_an_image_that_is_damaged_later_loses_no_rows(box: Box) -> None:
     assert snapshot(box.folder) == before
 
 
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.long)])
 def test_an_image_that_changes_while_training_is_refused(
-    box: Box, monkeypatch: pytest.MonkeyPatch
+    workers: str, box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between preparation and the batch."""
+    """Between preparation and the batch, which a process of the loader may make."""
     from fusewright.train.trainer import build
 
     words = [*prepared(box, encoded()), "--sample_packing", "false"]
+    words += ["--dataloader_num_workers", workers]
     image = box.folder / "data" / "bad.png"
     make = build.featurizer_for
 
@@ -368,3 +377,4 @@ def test_an_image_that_changes_while_training_is_refused(
     assert done.exit_code == 2, done.output
     assert "bad.png: has changed since its row was prepared" in done.stderr
     assert "put it back, or begin a new run" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -12,11 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import collate
 from fusewright.train.data.images.expansion import Expanded, Expander
-from fusewright.train.data.images.picture import Resizing, opened
+from fusewright.train.data.images.picture import Gallery, Resizing, opened
+from fusewright.train.recipe.recipe import Recipe
 
 from .families import FAMILIES
 from .rows import DataSide, draw, message, processor_of
@@ -139,6 +141,14 @@ def test_arguments_of_the_image_processor(
     assert replace(data.featurizer, options=options).features([[fewer]], batch)
 
 
+def test_a_replacement_is_kept_once_for_all_its_sizes() -> None:
+    """Rows of the web have tens of thousands of sizes, and it is long."""
+    expander = Expander(processor_of("llava"))
+    first, second = expander._replacement((24, 32)), expander._replacement((40, 48))
+    assert len(first) > 100
+    assert first is second
+
+
 def test_places_in_an_expanded_text() -> None:
     """Text before, at, and behind placeholders."""
     text = "ab<i>cd<i>e"
@@ -167,6 +177,20 @@ def test_reserved_tokens_are_those_with_features() -> None:
         processor = processor_of(family)
         reserved = processor.tokenizer.convert_ids_to_tokens(sorted(Expander(processor).reserved))
         assert set(reserved) == tokens
+
+
+@pytest.mark.parametrize("size", [0, -5, [], [0, 32], [8, 16, 32]])
+def test_odd_sizes_are_refused(size: Any) -> None:
+    with pytest.raises(ValidationError, match="image_size"):
+        Recipe.model_validate({"base_model": "x", "output_dir": "y", "image_size": size})
+
+
+def test_an_image_that_would_become_huge_is_refused(tmp_path: Path) -> None:
+    """It is made when its tokens are counted."""
+    Image.new("RGB", (24, 32)).save(tmp_path / "a.png")
+    gallery = Gallery(tmp_path, tmp_path / "copies", Resizing(least=10**12))
+    with pytest.raises(DataError, match=r"row: .*a\.png: becomes 866026 x 1154701 pixels"):
+        gallery.picture("a.png", "row")
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,13 @@ def test_addresses_are_asked_with_consent_only(
     assert Path(picture.path).read_bytes() == Path("a.png").read_bytes()
 
 
+def test_an_address_with_a_space_is_refused_in_a_line(tmp_path: Path) -> None:
+    """Before anything is asked: http.client has errors that are neither OSError nor ValueError."""
+    gallery = Gallery(tmp_path, tmp_path / "copies", may_download=True)
+    with pytest.raises(DataError, match=r"row 1: http://localhost/a b\.png: cannot"):
+        gallery.picture({"url": "http://localhost/a b.png"}, "rows, row 1")
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_several_processes_read_images(processes: int, tmp_path: Path) -> None:
     rows = [ROWS["a part with a path"][0](), {"messages": turns("Hi")}] * 600

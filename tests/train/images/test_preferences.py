@@ -14,13 +14,16 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from torch.nn import functional as F
 
-from fusewright.errors import DataError
+from fusewright.errors import DataError, RecipeError
 from fusewright.train import train
 from fusewright.train.data import Samples, prepare
+from fusewright.train.data.images.reading import featurizer_of
 from fusewright.train.data.preferences.examples import Examples
 from fusewright.train.model.processor import load_processing
+from fusewright.train.processes.world import World
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.preferences import rows_of
+from fusewright.train.trainer.build import featurizer_for
 from fusewright.train.trainer.ready import ready_model
 
 from ..commands import fusewright
@@ -434,7 +437,6 @@ def test_a_batch_has_the_features_of_both_answers_in_order(
     pictures: Path,
     tmp_path: Path,
 ) -> None:
-    from fusewright.train.data.images.reading import featurizer_of
     from fusewright.train.methods.table import METHODS
 
     base, rows = checkpoints(name), pairs(4, texts=True)
@@ -453,6 +455,42 @@ def test_a_batch_has_the_features_of_both_answers_in_order(
     assert len({float(part.sum()) for part in once}) > 1
     text_only = collate(examples(given)[3:])
     assert not text_only.keys() & {"pixel_values", types}
+
+
+def test_columns_of_prompts_are_no_images(
+    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+) -> None:
+    """Which would take workers of the loader, and refuse to divide a batch among processes."""
+    keys = {"rl": "grpo", "trl": {"reward_funcs": ["length:9"]}}
+    row = {"prompt": [user(text("Which?"))], "answer": "red"}
+    file = pictures / "prompts.jsonl"
+    loaded = load_recipe(recipe(checkpoints("qwen2_5_vl"), tmp_path, [row], file, **keys))
+    processing = load_processing(loaded)
+    prepared = prepare(loaded, processing)
+    assert prepared.has_extra()
+    assert featurizer_for(torch.nn.Identity(), loaded, processing, prepared.has_extra()) is None
+
+
+def test_processes_that_share_a_tower_need_an_image_in_each_row(
+    checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
+) -> None:
+    """A process whose pairs have none would not call it, and the others would wait."""
+    from fusewright.train.methods.task import task_of
+
+    for texts in (False, True):
+        file = pictures / f"shared_{texts}.jsonl"
+        loaded = load_recipe(recipe(checkpoints("qwen2_5_vl"), tmp_path, pairs(4, texts), file))
+        processing = load_processing(loaded)
+        featurizer = featurizer_of(loaded, processing)
+        assert featurizer is not None
+        featurizer.completes = True
+        ready = task_of(loaded).validation, prepare(loaded, processing), processing.tokenizer
+        if not texts:
+            ready[0](*ready[1:], World(), featurizer)
+            continue
+        with pytest.raises(RecipeError, match="rl: dpo: some rows have no image") as raised:
+            ready[0](*ready[1:], World(), featurizer)
+        assert "\n" not in str(raised.value)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusewright.errors import RecipeError
+from fusewright.errors import DataError, RecipeError
 from fusewright.train import train
 from fusewright.train.inference.evaluate import evaluate
 from fusewright.train.inference.load_run import load_run
@@ -23,6 +23,7 @@ from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.processes.world import World
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.trainer.batches import errors_as_raised
 from fusewright.train.trainer.build import _image_workers, _require_whole
 from fusewright.train.trainer.engine import FineTuner
 
@@ -285,6 +286,16 @@ def test_workers_where_nobody_says_how_many(
     assert workers(dataloader_num_workers=0) == 0
     assert workers(dataloader_num_workers=7) == 7
     assert workers(streaming=True) == 0
+
+
+def test_a_workers_error_is_one_line() -> None:
+    def refuse(rows: list[int]) -> None:
+        raise DataError(f"rows.jsonl, line {rows[0]}: a.png: has changed")
+
+    loader = torch.utils.data.DataLoader([7], collate_fn=refuse, num_workers=1)  # type: ignore[arg-type]  # 2026-12-01: a list is a dataset
+    with pytest.raises(DataError) as caught, errors_as_raised():
+        next(iter(loader))
+    assert str(caught.value) == "rows.jsonl, line 7: a.png: has changed"
 
 
 def test_a_stream_has_images(

@@ -424,6 +424,24 @@ def test_a_run_answers_about_an_image(place: Path) -> None:
     assert "12" in re.findall(r"<dt>images</dt><dd>(\d+)</dd>", text)
 
 
+def test_a_question_about_an_image_where_rows_are_text(place: Path, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hi"},
+                          {"role": "assistant", "content": "hello"}]}]  # fmt: skip
+    keys = {
+        "base_model": str(place / "model"), "bf16": False, "adapter": "lora",
+        "lora_target_linear": True, "max_steps": 1, "optimize": False, "audit": False,
+        "datasets": [{"path": str(write_rows(tmp_path / "r.jsonl", rows)),
+                      "type": "chat_template"}],
+        "sequence_len": 64, "micro_batch_size": 1, "val_set_size": 0, "sample_prompt": "color?",
+        "sample_image": str(place / "0.png"), "sample_max_tokens": 2,
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    result = train(keys, console=Console(quiet=True))
+    assert result.problems == []
+    assert result.sample is not None
+    assert result.sample.keys() == {"question", "before", "after"}
+
+
 def test_a_thumbnail_is_small(tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (1200, 1600, 3), dtype=torch.uint8, generator=None).numpy()
     Image.fromarray(noise).save(tmp_path / "noise.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ ROLES = {
     "tool": ("tool", "observation", "function_response"),
 }
 """The roles, and their names in rows."""
+
+_IMAGE_FILE = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?)$", re.IGNORECASE)
 
 IMAGE_MARK = "<image>"
 """Stands in a text for an image of the row's list, in ShareGPT's rows and LLaMA-Factory's."""
@@ -241,6 +244,8 @@ class Conversation:
                 content = message.get("content")
                 if isinstance(content, str) and IMAGE_MARK in content:
                     message["content"] = _marked_parts(content)
+        elif isinstance(self.gallery, Gallery) and any(_has_mark(m) for m in messages):
+            _require_no_other_field(row, where)
         in_parts = [m for m in messages if isinstance(m.get("content"), list)]
         asked = next((m for m in messages if m["role"] == "user"), None)
         if waiting and not in_parts and asked is not None:
@@ -295,6 +300,23 @@ class Conversation:
             return
 
 
+def _has_mark(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return message["role"] == "user" and isinstance(content, str) and IMAGE_MARK in content
+
+
+def _require_no_other_field(row: Mapping[str, Any], where: str) -> None:
+    """Raise a DataError if a field of another name seems to hold the image of a marked text."""
+    for name, value in row.items():
+        held = value[0] if isinstance(value, list) and value else value
+        held = held.get("path") or held.get("bytes") if isinstance(held, Mapping) else held
+        if isinstance(held, bytes) or (isinstance(held, str) and _IMAGE_FILE.search(held)):
+            raise DataError(
+                f"{where}: a message has {IMAGE_MARK}, and the row's field {name!r} is not read: "
+                "name it 'images'"
+            )
+
+
 def _listed(row: Mapping[str, Any], where: str) -> list[Any]:
     """The images of a row beside its messages."""
     fields = [name for name in IMAGE_FIELDS if row.get(name)]
@@ -319,7 +341,7 @@ def _content(value: Any, place: str, field: str) -> str | list[Any] | None:
     if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
         parts = [_part(p) for p in value]
         kinds = {p["type"] for p in parts}
-        if odd := sorted(map(str, kinds - {"text", "image"})):
+        if odd := sorted(kinds - {"text", "image"}):
             raise DataError(
                 f"{place} has a part of type {odd[0]!r} in {field!r}; only text and images are "
                 "trained: leave such rows out, or save frames of it as images"
@@ -334,7 +356,7 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in part.items() if v is not None}
     guess = next((name for name in _OF_PART if name in plain), "text")
     named = plain.get("type", "text" if "text" in plain else guess)
-    return {**plain, "type": "image" if named in _OF_PART else named}
+    return {**plain, "type": "image" if named in _OF_PART else str(named)}
 
 
 def _marked_parts(text: str) -> list[dict[str, Any]]:

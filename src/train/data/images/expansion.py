@@ -11,6 +11,7 @@ same text together with the images, and must come to the same tokens (``features
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class Expander:
             if odd is not None:
                 raise DataError(
                     f"{where}: a text of the row has {self._shown(odd)} in it, which the model "
-                    "takes for an image, a video or sound: remove it, or spell it otherwise"
+                    "takes for an image, a video or sound: remove it, spell it otherwise, or, if no "
+                    "row has images, set language_model_only: true"
                 )
             at = end
 
@@ -151,7 +153,8 @@ class Expander:
                     **self.options,
                 )  # fmt: skip
                 ((only,),) = result["text_replacement_offsets"]
-                self._known[size] = only["replacement"]
+                # many sizes have the same, of up to some 100 kB
+                self._known[size] = sys.intern(only["replacement"])
             except Exception as error:  # a processor's code raises anything
                 name = type(self.processor).__name__
                 raise DataError(

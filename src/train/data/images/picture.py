@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import http.client
 import io
 import math
 import os
@@ -149,6 +150,11 @@ class Gallery:
         else:
             content, name = source, "the image in the row"
         size = self.resizing.size_of(*opened(content, f"{where}: {name}").size)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise DataError(
+                f"{where}: {name}: becomes {size[0]} x {size[1]} pixels, more than "
+                f"{MOST_PIXELS // 10**6} million: lower image_size or image_min_pixels"
+            )
         digest = hashlib.sha256(content).hexdigest()
         path = source if isinstance(source, Path) else self._kept(content, digest)
         return Picture(str(path), digest, size)
@@ -209,8 +215,9 @@ class Gallery:
         if missing and self.folder is None:
             raise DataError(f"{where}: {resolved}: {missing}")
         if self.folder is not None and not resolved.is_relative_to(root):
+            shown = text[:_SHOWN] if missing else text
             raise DataError(
-                f"{where}: {text[:_SHOWN]}: leads out of {root}: rows may name images in the "
+                f"{where}: {shown}: leads out of {root}: rows may name images in the "
                 "folder of their dataset only; name another one with images_dir"
             )
         if missing:
@@ -229,7 +236,7 @@ class Gallery:
         try:
             with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
                 content: bytes = answer.read(_MOST_BYTES + 1)
-        except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(
                 f"{where}: {url[:_SHOWN]}: cannot be downloaded: {first_line(error)}"
             ) from None

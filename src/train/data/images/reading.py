@@ -50,8 +50,8 @@ def reader_of(
 
 
 def featurizer_of(recipe: Recipe, processing: Processing) -> Featurizer | None:
-    """What makes features of a batch's images; None: its rows have none."""
-    if processing.processor is None or recipe.kd_trainer:
+    """What makes features of images; None: the model reads none."""
+    if processing.processor is None:
         return None
     return Featurizer(processing.processor, resizing_of(recipe), _options(recipe))
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from .base import Int, Keys, key, subsumed
+from pydantic import Field
+
+from .base import Int, Keys, PositiveInt, key, subsumed
 
 _ONE_SIZE = "image_size gives each image the same size: set one of them"
+
+_SIZES = Annotated[list[PositiveInt], Field(min_length=1, max_length=2)]
 
 
 class ImageKeys(Keys):
@@ -22,7 +26,7 @@ class ImageKeys(Keys):
     """Arguments for its image processor, e.g. ``{max_pixels: 1003520}``. Unset: as in the
     checkpoint's files."""
 
-    image_size: Int | list[Int] | None = key(
+    image_size: PositiveInt | _SIZES | None = key(
         excludes={"image_max_pixels or image_min_pixels": _ONE_SIZE}
     )
     """The size that each image is resized to, before the processor has it: one number, a square
