@@ -54,7 +54,7 @@ def test_frozen_towers_hold_memory_in_passing_only(tmp_path: Path, family: str) 
     assert plan.images.passing > 4 * plan.images.tokens * 32 * 2
     assert plan.images.flops > 0
     assert plan.memory.weights == text.memory.weights  # which has the towers, too
-    if not plan.memory.working:  # else the peak is while the tower runs
+    if family != "gemma4":  # whose peak is while the tower runs, before the logits
         assert plan.memory.activations == text.memory.activations
     assert plan.memory.peak >= text.memory.peak
     assert plan.speed.flops == text.speed.flops + plan.images.flops
