@@ -101,7 +101,8 @@ def training_table(name: str) -> str:
     titles = ("", "trained tokens/s", "", "all steps", "first step", "peak resident memory", "",
               "validation loss")  # fmt: skip
     before = f"validation loss before training {rows[0]['base_validation_loss']:.4f}"
-    return f"{markdown(titles, lines)}\n\n{len(rows[0]['all_step_s'])} steps, {before}. {source(rows[0])}"
+    said = f"{len(rows[0]['all_step_s'])} steps, {before}. {source(rows[0])}"
+    return f"{markdown(titles, lines)}\n\n{said}"
 
 
 def preparation_table(name: str) -> str:

@@ -84,8 +84,8 @@ def test_headlines_compare_like_with_like(monkeypatch: pytest.MonkeyPatch) -> No
 
     step = [{"engine": e, "tokens_per_s": t, "growth_mb": g}
             for e, t, g in (("hf", 100, 1000), ("fusewright", 200, 250))]  # fmt: skip
-    run = [{"engine": e, "trained_tokens_per_s": t}
-           for e, t in (("stock", 50), ("stock-packed", 100), ("trl", 80), ("fusewright", 150))]  # fmt: skip
+    speeds = {"stock": 50, "stock-packed": 100, "trl": 80, "fusewright": 150}
+    run = [{"engine": e, "trained_tokens_per_s": t} for e, t in speeds.items()]
     monkeypatch.setattr(report, "results", lambda name: run if "training" in name else step)
     said = report.headline()
     assert "**2.00x** the speed of HF + PEFT with 25% of its memory growth" in said
@@ -118,7 +118,7 @@ def test_curves_that_bend_the_wrong_way() -> None:
     shape = model_shape(varied(varied(job, "layers", 3), "vocabulary", 99).model)
     assert (shape.layers, shape.vocab, shape.hidden) == (3, 99, 64)
     for wrong in ("tiny-llama,width=3", "tiny-llama,layers=two"):
-        with pytest.raises(ValueError, match="sizes are .*layers"):
+        with pytest.raises(ValueError, match=r"sizes are .*layers"):
             model_shape(wrong)
     with pytest.raises(ValueError, match="unknown model 'tiny'"):
         model_shape("tiny")

@@ -24,8 +24,8 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     data = write_rows(folder / "rows.jsonl", numbers(14))
     sizes = ("--rows", "10", "--validation-rows", "3", "--sequence-len", "160", "--batch", "4")
     done = run(
-        "training.py", "--engines", ",".join(ENGINES), "--base", folder / "base", "--data", data, *sizes, "--dtype", "float32",
-        "--json", folder / "training.json",
+        "training.py", "--engines", ",".join(ENGINES), "--base", folder / "base", "--data", data,
+        *sizes, "--dtype", "float32", "--json", folder / "training.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation losses agree within 1.0%" in done.stdout

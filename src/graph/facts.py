@@ -104,7 +104,8 @@ def size(node: Any, dim: int) -> int | None:
 def _known(size: torch.SymInt) -> int | None:
     """The only value that a symbolic size can have, else None."""
     node = size.node
-    known: int | None = node.maybe_as_int()  # one that was set equal to a constant keeps its old type
+    # one that was set equal to a constant keeps its old type
+    known: int | None = node.maybe_as_int()
     if known is not None or node.expr.is_symbol or not node.has_hint():
         return known
     # ``x.view(-1, 128)`` has ``32*(s//(s//4))`` columns, which guards set equal to 128 in a product
