@@ -90,6 +90,14 @@ SUITE = (
         "--model qwen3-moe --method lora --batch 1 --seq 16 --steps 1 --warmup 1 --codegen eager",
         6,
     ),
+    Measurement(
+        "soak-lora-cpu", "2,000 steps of LoRA", "soak.py", "--method lora",
+        "--method lora --steps 12 --every 6 --settled 2", 10,
+    ),
+    Measurement(
+        "soak-qlora-cpu", "2,000 steps of QLoRA", "soak.py", "--method qlora",
+        "--method qlora --steps 12 --every 6 --settled 2", 10,
+    ),
 )  # fmt: skip
 """In the order in which they run."""
 

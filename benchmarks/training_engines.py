@@ -81,19 +81,24 @@ def _trl(job: TrainingJob, turns: Any, **options: Any) -> None:
 
 def fusewright(job: TrainingJob, turns: Any) -> None:
     """A run of a recipe, as ``fusewright train`` does it; the turns are all that is added."""
+    run_with(recipe(job), turns)
+
+
+def run_with(keys: dict[str, Any], callback: Any) -> Any:
+    """Run a recipe, its trainer with a callback more; returns the run's result."""
     from rich.console import Console
 
     from fusewright.train.recipe.load import load_recipe
     from fusewright.train.run import TrainingRun
 
-    class InTurn(TrainingRun):
-        """The run, taking its steps in turn."""
+    class Watched(TrainingRun):
+        """The run, and its trainer's callback."""
 
         def _train(self, trainer: Any, interrupts: Any) -> None:
-            trainer.add_callback(turns)
+            trainer.add_callback(callback)
             super()._train(trainer, interrupts)
 
-    InTurn(load_recipe(recipe(job)), Console(quiet=True)).run()
+    return Watched(load_recipe(keys), Console(quiet=True)).run()
 
 
 def recipe(job: TrainingJob) -> dict[str, Any]:

@@ -124,6 +124,19 @@ def test_curves_that_bend_the_wrong_way() -> None:
         model_shape("tiny")
 
 
+def test_a_long_run_that_does_not_stay() -> None:
+    from soak import summary
+
+    resident, seconds = [900.0] * 10 + [1000.0] * 190, [2.0] * 2 + [1.0] * 198
+    steady = summary(seconds, resident, [5, 6, 7] + [7] * 197, 10)
+    assert (steady["drift"], steady["late_graphs"], steady["slope"]) == (0.0, 0, 1.0)
+    assert steady["last_new_graph"] == 3
+    leak = [1000 + 0.1 * step for step in range(200)]
+    leaking = summary(seconds, leak, [5] * 150 + [6] * 50, 10)
+    assert leaking["drift"] == pytest.approx(0.0141, abs=5e-4)
+    assert (leaking["late_graphs"], leaking["last_new_graph"]) == (1, 151)
+
+
 def test_an_environment_is_there_when_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
