@@ -32,11 +32,13 @@ class Peer:
         packages: what pip installs, besides PyTorch of this environment's version.
         train: trains a job in the peer's environment, taking its turns from a callback.
         about: how it trains.
+        first: the module that it wants to be imported before all others.
     """
 
     packages: tuple[str, ...]
     train: Callable[[TrainingJob, Any], None]
     about: str
+    first: str = ""
 
 
 def folder(name: str) -> Path:
@@ -126,7 +128,9 @@ def unsloth(job: TrainingJob, turns: Any) -> None:
 
     from training_job import ALPHA, RANK, read_samples
     from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
 
+    packs = torch.cuda.is_available()
     take_turns(turns)
     model, tokenizer = FastLanguageModel.from_pretrained(
         job.base, max_seq_length=job.sequence_len, dtype=getattr(torch, job.dtype),
@@ -142,8 +146,8 @@ def unsloth(job: TrainingJob, turns: Any) -> None:
     SFTTrainer(
         model=model,
         args=SFTConfig(
-            **arguments(job), per_device_train_batch_size=job.packs, max_length=job.sequence_len,
-            packing=True,
+            **arguments(job), per_device_train_batch_size=job.packs if packs else job.batch,
+            max_length=job.sequence_len, packing=packs,
         ),
         train_dataset=Dataset.from_dict(read_samples(job.samples)),
         processing_class=tokenizer,
@@ -217,7 +221,10 @@ def axolotl(job: TrainingJob, turns: Any) -> None:
 
 
 PEERS = {
-    "unsloth": Peer(("unsloth",), unsloth, "its own kernels and checkpoints, packed by TRL"),
+    "unsloth": Peer(
+        ("unsloth",), unsloth, "its own code and checkpoints; on a CPU padded, on a GPU packed",
+        first="unsloth",
+    ),
     "llamafactory": Peer(("llamafactory",), llamafactory, "neat_packing"),
     "swift": Peer(("ms-swift",), swift, "packing"),
     "axolotl": Peer(("axolotl",), axolotl, "sample_packing, gradient checkpointing"),

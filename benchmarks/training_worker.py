@@ -6,6 +6,7 @@ step, a ``finish`` line after the last one lets it save its adapter; one JSON li
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -35,9 +36,12 @@ def main() -> int:
 
 
 def _train(job: TrainingJob, replies: IO[str]) -> None:
+    from peers import PEERS
+
+    if job.engine in PEERS and PEERS[job.engine].first:
+        importlib.import_module(PEERS[job.engine].first)
     import torch
 
-    from peers import PEERS
     from training_engines import ENGINES
 
     if job.threads:
