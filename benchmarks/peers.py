@@ -121,14 +121,16 @@ def take_turns(turns: Any) -> None:
 
 
 def unsloth(job: TrainingJob, turns: Any) -> None:
-    """``FastLanguageModel`` and TRL's ``SFTTrainer``, packed, on the tokens that all train."""
+    """``FastLanguageModel`` and TRL's ``SFTTrainer``, on the tokens that all train.
+
+    On a CPU it turns packing off, so its batches are then the stock Trainer's.
+    """
     import torch
     from datasets import Dataset
-    from unsloth import FastLanguageModel  # before the others: it changes them
+    from unsloth import FastLanguageModel
 
     from training_job import ALPHA, RANK, read_samples
     from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel
 
     packs = torch.cuda.is_available()
     take_turns(turns)
@@ -222,7 +224,9 @@ def axolotl(job: TrainingJob, turns: Any) -> None:
 
 PEERS = {
     "unsloth": Peer(
-        ("unsloth",), unsloth, "its own code and checkpoints; on a CPU padded, on a GPU packed",
+        ("unsloth",),
+        unsloth,
+        "its own code and checkpoints; on a CPU padded, on a GPU packed",
         first="unsloth",
     ),
     "llamafactory": Peer(("llamafactory",), llamafactory, "neat_packing"),
