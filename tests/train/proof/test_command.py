@@ -211,7 +211,7 @@ def test_layers_of_unknown_code_train_packs_one_by_one(
 
 def _assert_plain_ways_train_one_by_one(file: Path, model: Path) -> None:
     arguments = ("--base_model", str(model), "--sample_packing")
-    done, found = _verified(file, *arguments, "--steps", "2", "--processes", "1")
+    done, found = _verified(file, *arguments, "--steps", "3", "--processes", "1")
     assert done.exit_code == 0, done.output
     assert "exact and eager train them one by one" in done.stderr
     ways = {way["name"]: way for way in found["ways"]}
