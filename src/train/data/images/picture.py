@@ -39,6 +39,9 @@ _MOST_BYTES = 100_000_000
 
 _TOO_LARGE = f"is larger than {_MOST_BYTES // 10**6} MB: make it smaller"
 
+_DEEP = re.compile(r"\w+;16[BLNS]")
+"""Pillow's name of what a file has: 16 bits a channel."""
+
 _SHOWN = 80
 """Characters of an address or a path in messages."""
 
@@ -342,9 +345,11 @@ def _require_plain(image: Any, place: str) -> None:
             f"{place}: has the colours of print (CMYK), which change without their profile: "
             "convert it to RGB"
         )
-    if image.mode.startswith("I") or image.mode == "F":
+    # Pillow reads colours of 16 bits, too, of which it keeps the upper 8
+    stored = next((m[0] for tile in image.tile if (m := _DEEP.search(str(tile[3])))), image.mode)
+    if image.mode.startswith("I") or image.mode == "F" or stored != image.mode:
         raise DataError(
-            f"{place}: has more than 8 bits a pixel (mode {image.mode}), which would be cut off: "
+            f"{place}: has more than 8 bits a channel (mode {stored}), which would be cut off: "
             "scale it to 8 bits"
         )
 
