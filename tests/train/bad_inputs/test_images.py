@@ -247,7 +247,7 @@ CASES = {
     ),
     "no processor": Bad(no_processor, "rows.jsonl, line 2: the row has an image, and", "processor"),
     "a model of texts": Bad(
-        text_model, "line 2: the row has an image, and base_model reads text only", "leave such"
+        text_model, "line 2: the row has an image, and the model reads text only", "leave images"
     ),
     "a video in a part": Bad(
         with_parts({"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}),

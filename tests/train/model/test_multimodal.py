@@ -301,8 +301,8 @@ def test_rows_with_images_are_refused(
     )
     if field.startswith("image") and kind == "chat_template":
         why = (
-            "the row has an image, and base_model reads text only: leave such rows out, or train a "
-            "model that reads images"
+            "the row has an image, and the model reads text only: leave images out, or use a model "
+            "that reads them"
         )
     elif field.startswith("image"):
         why = (

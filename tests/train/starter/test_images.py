@@ -52,5 +52,5 @@ def test_a_recipe_for_images_trains(family: str, tmp_path: Path) -> None:
 
 def test_a_model_for_text_is_not_proposed_for_images(model: Path, tmp_path: Path) -> None:
     message = refused("init", str(write(tmp_path)), "--model", str(model))
-    assert "rows.jsonl, line 1: the row has an image, and base_model reads text only" in message
+    assert "rows.jsonl, line 1: the row has an image, and the model reads text only" in message
     assert "choose one with --model, such as HuggingFaceTB/SmolVLM-256M-Instruct" in message

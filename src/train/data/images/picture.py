@@ -115,7 +115,7 @@ class Resizing:
 class NoImages:
     """Why the images of rows cannot be read, and what to do."""
 
-    why: str = "base_model reads text only: leave such rows out, or train a model that reads images"
+    why: str = "the model reads text only: leave images out, or use a model that reads them"
 
 
 TEXT_ONLY = NoImages()

@@ -66,8 +66,7 @@ def sample_picture(recipe: Recipe, processing: Processing) -> Picture | None:
     if not recipe.sample_image or not recipe.sample_prompt:
         return None
     if processing.processor is None:
-        why = processing.why_not or "base_model reads text only: remove it"
-        raise RecipeError(f"sample_image: {why}")
+        raise RecipeError(f"sample_image: {processing.why_not or TEXT_ONLY.why}")
     return Gallery(None, Path(), resizing_of(recipe)).picture(
         Path(recipe.sample_image), "sample_image"
     )
