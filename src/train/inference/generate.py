@@ -29,7 +29,7 @@ from ..data.formats.conversation import Conversation
 from ..data.images.expansion import Expander
 from ..data.images.features import Featurizer, written
 from ..data.images.picture import TEXT_ONLY, Gallery, NoImages, Picture
-from ..data.images.reading import featurizer_of
+from ..data.images.reading import featurizer_of, no_images
 from ..data.sample import IGNORED, Sample
 from ..model.load import quiet
 from ..model.precision import half_autocast
@@ -86,7 +86,7 @@ def _writer(run: RunFolder, sampling: Sampling, images: bool) -> TextGenerator:
     featurizer = featurizer_of(recipe, processing)
     return TextGenerator(
         model, processing.tokenizer, sampling, ChatPrompt.of(run.recipe).variables,
-        featurizer or NoImages(processing.why_not or TEXT_ONLY.why), recipe.consent.allow_image_urls,
+        featurizer or no_images(processing), recipe.consent.allow_image_urls,
     )  # fmt: skip
 
 

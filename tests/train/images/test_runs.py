@@ -22,14 +22,17 @@ from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.processes.world import World
+from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.trainer.batches import errors_as_raised
 from fusewright.train.trainer.build import _image_workers, _require_whole
 from fusewright.train.trainer.engine import FineTuner
+from tests.tools.twins import rows as twins
 
 from ..results import assert_same, curves, stop_at, weights
 from .training import Rows, checkpoint, small, write_rows
 
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "qwen2.5-vl" / "lora.yaml"
 QUIET = Console(quiet=True)
 TOWERS = {"freeze_mm_modules": False}
 FULL = {"adapter": None, "lora_target_linear": False}
@@ -119,6 +122,20 @@ def test_ten_steps_as_plain_peft(
         optimizer.zero_grad()
         expected.append(float(loss.detach()))
     assert losses == pytest.approx(expected, rel=2e-5)
+
+
+def test_the_example_in_small(tmp_path: Path) -> None:
+    """On rows as its dataset has them: images in a column of a table."""
+    (dataset,) = load_recipe(EXAMPLE).datasets
+    rows = twins.write_rows(twins.rows_of({"path": dataset.path})[:4], tmp_path / "rows")
+    result = train(
+        EXAMPLE, console=QUIET, base_model=str(checkpoint("qwen2_5_vl")), max_steps=1, bf16=False,
+        datasets=[{"path": str(rows), "type": "chat_template"}],
+        gradient_accumulation_steps=1, sequence_len=256, val_set_size=0, evals_per_epoch=None,
+        sample_packing=False, optimize=False, audit=False, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert (result.status, result.problems) == ("finished", [])
+    assert not any(map(is_of_tower, weights(tmp_path / "out")))
 
 
 # --- towers --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ....errors import DataError, first_line
 from ...consent import URL_SWITCH
@@ -113,9 +113,16 @@ class Resizing:
 
 @dataclass(frozen=True)
 class NoImages:
-    """Why the images of rows cannot be read, and what to do."""
+    """Why the images of rows cannot be read, and what to do; in place of an ``ImageReader``."""
 
     why: str = "the model reads text only: leave images out, or use a model that reads them"
+    expander: ClassVar[None] = None
+    settings: ClassVar[None] = None
+
+    @property
+    def gallery(self) -> NoImages:
+        """What says so where a row has an image."""
+        return self
 
 
 TEXT_ONLY = NoImages()
@@ -217,6 +224,11 @@ class Gallery:
             return _decoded(text, where)
         if missing and self.folder is None:
             raise DataError(f"{where}: {resolved}: {missing}")
+        if self.folder is not None and not self.folder.is_dir():
+            raise DataError(
+                f"{where}: {text[:_SHOWN]}: rows of the hub name files that are not here: download "
+                "their folder, and name it with images_dir"
+            )
         if self.folder is not None and not resolved.is_relative_to(root):
             shown = text[:_SHOWN] if missing else text
             raise DataError(
