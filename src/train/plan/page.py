@@ -67,6 +67,8 @@ def show(plan: RunPlan, console: Console) -> None:
 def verdict_lines(plan: RunPlan) -> list[str]:
     """Whether it fits, what would fit, and how long a step takes."""
     lines = [_verdict(plan), *_limits(plan), *_work(plan)]
+    if plan.images is not None:
+        lines.insert(0, _images(plan.images))
     if plan.advice.keys:
         changes = yaml.safe_dump(plan.advice.keys, sort_keys=False).splitlines()
         lines += [f"{plan.advice.reason}:", *(f"  {line}" for line in changes)]

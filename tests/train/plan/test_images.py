@@ -11,10 +11,13 @@ from PIL import Image
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
+from fusewright.errors import DataError
 from fusewright.train.plan.cards import Card, Devices
-from fusewright.train.plan.page import show
+from fusewright.train.plan.count.images import row_images
+from fusewright.train.plan.page import show, verdict_lines
 from fusewright.train.plan.plan import RunPlan, make_plan
 from fusewright.train.recipe.load import check
+from fusewright.train.recipe.preferences import preference_settings
 
 from ..commands import fusewright
 from ..images.families import FAMILIES
@@ -76,6 +79,28 @@ def test_trained_towers_keep_what_backward_needs(tmp_path: Path, family: str) ->
     assert plan.speed.flops > frozen.speed.flops
 
 
+def test_images_of_preferences_are_read(tmp_path: Path) -> None:
+    FAMILIES["llava"].save(tmp_path / "base")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "image.png")
+    asked = [{"role": "user", "content": "which colour?"}]
+    answers = {name: [{"role": "assistant", "content": "red"}] for name in ("chosen", "rejected")}
+    pair = {"images": ["image.png"], "prompt": asked, **answers}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 3)
+    recipe = {
+        "base_model": str(tmp_path / "base"), "rl": "dpo", "micro_batch_size": 4,
+        "datasets": [{"path": str(tmp_path / "pairs.jsonl"), "type": "chat_template"}],
+    }  # fmt: skip
+    pairs = check(recipe).recipe
+    found = row_images(pairs)
+    assert found is not None
+    assert (found.rows, found.images, found.tokens) == (3, 1.0, 16)
+    settings = preference_settings(pairs)
+    assert settings is not None
+    assert found.times(pairs, settings.sequences) == 8  # both answers of a pair have its images
+    with pytest.raises(DataError, match="line 1: the row has an image, and rl: orpo trains"):
+        row_images(check({**recipe, "rl": "orpo"}).recipe)
+
+
 def test_larger_images_take_more(tmp_path: Path) -> None:
     small = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=16)
     large = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=32)
@@ -115,6 +140,7 @@ def test_a_plan_says_what_its_images_take(tmp_path: Path) -> None:
     said = console.export_text()
     assert "images: 1.00 a row, for which 16 tokens stand (in the first 4 rows)" in said
     assert plan.to_dict()["images"]["tokens"] == 16
+    assert verdict_lines(plan)[0] in said  # as a dry run has it
 
 
 def test_towers_that_cannot_be_counted_are_said_to_be_left_out(

@@ -20,15 +20,17 @@ from torch.utils._pytree import tree_iter
 from ....errors import RecipeError
 from ....kernels.cost import Living
 from ...data.chat.date import today
-from ...data.formats.teacher import encoder_of
 from ...data.images.features import Illustrated
 from ...data.images.picture import NoImages, Picture
 from ...data.images.reading import ImageReader, reader_of
+from ...data.preferences.limits import TokenizedRow
+from ...data.prepare import encoder_for
 from ...data.readers import sources
-from ...data.sample import Sample, Tokens
+from ...data.sample import Sample
 from ...model.load import quiet
 from ...model.processor import load_processing
 from ...processing import Processing
+from ...recipe.keys.row_types import is_function_type
 from ...recipe.preferences import rows_of
 from ...recipe.recipe import Dataset, Recipe
 
@@ -106,8 +108,12 @@ def row_images(recipe: Recipe) -> RowImages | None:
     A few rows are read where they are on this machine. Without rows here, a recipe with
     ``processor_type`` has an image in each. Raises a DataError if a row that is read is wrong.
     """
-    local = [d for d in recipe.datasets if Path(d.path).exists()]
-    if rows_of(recipe) is not None or not (local or recipe.processor_type):
+    kind = rows_of(recipe)
+    local = [
+        d for d in recipe.datasets if Path(d.path).exists()
+        and not (kind and isinstance(d.type, str) and is_function_type(d.type, kind))
+    ]  # fmt: skip
+    if not (local or recipe.processor_type):
         return None
     try:
         with quiet():
@@ -125,10 +131,10 @@ def row_images(recipe: Recipe) -> RowImages | None:
         if not local:
             return _assumed(recipe, reader)
         encoded = [
-            (one, _sizes(one))
+            (length, _sizes(extra))
             for dataset, images in zip(local, readers, strict=True)
-            for one in _encoded(recipe, dataset, processing, images)
-            if len(one.ids) <= recipe.sequence_len
+            for length, extra in _encoded(recipe, dataset, processing, images)
+            if length <= recipe.sequence_len
         ]
     if not any(sizes for _, sizes in encoded):
         return None
@@ -137,21 +143,23 @@ def row_images(recipe: Recipe) -> RowImages | None:
     count = len(encoded)
     return RowImages(
         count, sum(len(sizes) for _, sizes in encoded) / count, sum(tokens) / count,
-        sum(len(one.ids) for one, _ in encoded) / count, tokens[largest],
+        sum(length for length, _ in encoded) / count, tokens[largest],
         _features(reader, encoded[largest][1]),
     )  # fmt: skip
 
 
 def _encoded(
     recipe: Recipe, dataset: Dataset, processing: Processing, images: ImageReader | NoImages
-) -> Iterator[Tokens]:
+) -> Iterator[tuple[int, str]]:
+    """The length of each row, and what it has beside its tokens."""
     longest = recipe.sequence_len
-    encoder = encoder_of(dataset, recipe, processing.tokenizer, longest, today(), images)
-    yield from encoder.encode(list(islice(sources.find(dataset, "datasets").rows(), _ROWS)))
+    encoder = encoder_for(dataset, recipe, processing.tokenizer, longest, today(), images)
+    for row in encoder.encode(list(islice(sources.find(dataset, "datasets").rows(), _ROWS))):
+        yield row.length if isinstance(row, TokenizedRow) else len(row.ids), row.extra
 
 
-def _sizes(row: Tokens) -> list[tuple[int, int]]:
-    illustrated = Illustrated.of(Sample(row.ids, [], row.extra))
+def _sizes(extra: str) -> list[tuple[int, int]]:
+    illustrated = Illustrated.of(Sample([], [], extra))
     return [picture.size for picture in illustrated.pictures] if illustrated else []
 
 
