@@ -35,6 +35,7 @@ from .training import Rows, checkpoint, small, write_rows
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "qwen2.5-vl" / "lora.yaml"
 QUIET = Console(quiet=True)
 TOWERS = {"freeze_mm_modules": False}
+THREE = ("qwen2_5_vl", "gemma3", "llava")
 FULL = {"adapter": None, "lora_target_linear": False}
 
 
@@ -82,8 +83,14 @@ def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("optimize", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
+@pytest.mark.parametrize(
+    ("family", "optimize"),
+    [
+        *((family, False) for family in THREE),
+        pytest.param("qwen2_5_vl", True, marks=pytest.mark.long),
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in THREE[1:]),
+    ],
+)
 def test_ten_steps_as_plain_peft(
     family: str, optimize: bool, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +222,13 @@ def test_saved_modules_of_a_projector(written: Path, tmp_path: Path) -> None:
     "keys",
     [
         {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        pytest.param(
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"optimize": True, "codegen": "eager", "memory": "min"}, marks=pytest.mark.long
         ),
@@ -233,7 +246,9 @@ def test_what_is_recomputed_is_the_same(
     assert any(is_of_tower(n) for n in weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow), "llava"]
+)
 def test_bf16(family: str, written: Path, tmp_path: Path) -> None:
     """Features are in fp32, and models have them in their own dtype."""
     keys = {**TOWERS, "bf16": True, "max_steps": 2, "optimize": family == "llava"}

@@ -320,14 +320,20 @@ def test_a_run_and_its_merged_model(checkpoints: dict[str, Path], tmp_path: Path
     assert_merges(checkpoints["qwen2_5_vl"], tmp_path / "out")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("keys", [{}, {"language_model_only": True}], ids=["loaded", "not loaded"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "loaded"),
+    [  # in turn: each takes seconds
+        pytest.param(kind, loaded, marks=pytest.mark.long if i % 2 == loaded else pytest.mark.slow)
+        for i, kind in enumerate(CONFIGS)
+        for loaded in (True, False)
+    ],
+)
 def test_every_type_trains_and_merges(
-    kind: str, keys: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
+    kind: str, loaded: bool, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     # these let the samples of a pack see each other, and are refused
-    keys = {**keys, "sample_packing": kind not in ("qwen3_5", "qwen2_5_vl")}
+    packing = kind not in ("qwen3_5", "qwen2_5_vl")
+    keys = {"language_model_only": not loaded, "sample_packing": packing}
     assert_merges(checkpoints[kind], tmp_path / "out", **keys)
 
 
@@ -467,10 +473,10 @@ def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 def test_two_processes_with_a_tower_that_no_step_calls(
     strategy: str, full: bool, runs: Runs, tmp_path: Path
 ) -> None:
-    keys: dict[str, Any] = {"num_epochs": 1, "max_steps": 4, "save_steps": 2}
+    keys: dict[str, Any] = {"num_epochs": 1, "max_steps": 4, "save_steps": 2, "optimize": False}
     if full:
         keys |= {"adapter": None, "lora_target_linear": False, "learning_rate": 1e-3}
-    run = runs.several(f"{strategy}, {full}", **keys, **SEVERAL[strategy])
+    run = runs.forked(f"{strategy}, {full}", **keys, **SEVERAL[strategy])
     one = runs.alone(2, **keys)
     assert_same_curves(run, one)
     first = run.folder / "checkpoint-2"
@@ -480,7 +486,7 @@ def test_two_processes_with_a_tower_that_no_step_calls(
     elif in_shards(first):
         assert_of_base(merge(open_run(first), console=Console(quiet=True)), runs.base)
     assert_of_base(out, runs.base)
-    resumed = runs.several(
+    resumed = runs.forked(
         f"{strategy}, {full} resumed", resume_from_checkpoint=str(first), **keys,
         **SEVERAL[strategy],
     )  # fmt: skip

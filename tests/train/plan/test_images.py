@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -45,10 +47,20 @@ def planned(folder: Path, family: str, with_images: bool = True, **keys: Any) ->
 LORA = {"adapter": "lora", "lora_target_linear": True, "lora_r": 4}
 
 
-@pytest.mark.long("gemma3", "gemma4", "smolvlm")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "gemma4", "llava", "smolvlm"])
-def test_frozen_towers_hold_memory_in_passing_only(tmp_path: Path, family: str) -> None:
-    plan, text = planned(tmp_path, family, **LORA), planned(tmp_path, family, False, **LORA)
+@cache
+def known(family: str, with_images: bool = True, frozen: bool = True) -> RunPlan:
+    """One of the plans that several tests look at."""
+    with TemporaryDirectory() as folder:
+        return planned(Path(folder), family, with_images, **LORA, freeze_mm_modules=frozen)
+
+
+SLOW = pytest.mark.slow  # a plan takes some seconds
+OTHERS = [pytest.param(family, marks=SLOW) for family in ("gemma3", "gemma4", "smolvlm")]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", *OTHERS])
+def test_frozen_towers_hold_memory_in_passing_only(family: str) -> None:
+    plan, text = known(family), known(family, with_images=False)
     assert text.images is None
     assert plan.images is not None
     assert (plan.images.rows, plan.images.images, plan.images.kept) == (4, 1.0, 0)
@@ -63,13 +75,12 @@ def test_frozen_towers_hold_memory_in_passing_only(tmp_path: Path, family: str) 
     assert plan.speed.flops == text.speed.flops + plan.images.flops
 
 
-@pytest.mark.long("gemma3", "llava")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
-def test_trained_towers_keep_what_backward_needs(tmp_path: Path, family: str) -> None:
-    keys = {"freeze_mm_modules": False}
-    plan = planned(tmp_path, family, **LORA, **keys)
-    text = planned(tmp_path, family, False, **LORA, **keys)
-    frozen = planned(tmp_path, family, **LORA)
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("gemma3", marks=SLOW), pytest.param("llava", marks=SLOW)]
+)
+def test_trained_towers_keep_what_backward_needs(family: str) -> None:
+    plan, text = known(family, True, frozen=False), known(family, False, frozen=False)
+    frozen = known(family)
     assert plan.images is not None
     assert frozen.images is not None
     kept = plan.memory.activations - text.memory.activations
@@ -103,7 +114,7 @@ def test_images_of_preferences_are_read(tmp_path: Path) -> None:
 
 def test_larger_images_take_more(tmp_path: Path) -> None:
     small = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=16)
-    large = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=32)
+    large = known("qwen2_5_vl")  # of 32 x 32
     assert small.images is not None
     assert large.images is not None
     assert large.images.tokens > small.images.tokens
@@ -111,7 +122,7 @@ def test_larger_images_take_more(tmp_path: Path) -> None:
 
 
 def test_a_pack_has_the_images_of_its_rows(tmp_path: Path) -> None:
-    alone = planned(tmp_path, "qwen2_5_vl", **LORA)
+    alone = known("qwen2_5_vl")
     packs = planned(tmp_path, "qwen2_5_vl", **LORA, sample_packing=True, sequence_len=512)
     assert alone.images is not None
     assert packs.images is not None
@@ -120,7 +131,7 @@ def test_a_pack_has_the_images_of_its_rows(tmp_path: Path) -> None:
 
 def test_without_rows_here_an_image_is_assumed_and_it_is_said(tmp_path: Path) -> None:
     keys = {**LORA, "processor_type": "AutoProcessor", "image_size": 32}
-    planned(tmp_path, "gemma3")
+    FAMILIES["gemma3"].save(tmp_path / "base")
     recipe = {
         "base_model": str(tmp_path / "base"), "datasets": [{"path": "some/rows"}],
         "sequence_len": 128, "micro_batch_size": 2, "codegen": "eager", "max_steps": 1, **keys,
@@ -133,8 +144,8 @@ def test_without_rows_here_an_image_is_assumed_and_it_is_said(tmp_path: Path) ->
     assert "images: 1.00 a row, for which 10 tokens stand (ASSUMED" in console.export_text()
 
 
-def test_a_plan_says_what_its_images_take(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "llava", **LORA)
+def test_a_plan_says_what_its_images_take() -> None:
+    plan = known("llava")
     console = Console(record=True, width=200)
     show(plan, console)
     said = console.export_text()
