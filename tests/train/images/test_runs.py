@@ -153,7 +153,10 @@ EXPRESSION = {
     "lora_target_linear": False, "lora_target_modules": r".*(visual|mlp)\..*(up_proj|gate_proj)",
 }  # fmt: skip
 # of a new Gemma 3, what projects images is zeros, so that its tower gets no gradients
-OTHERS = ("qwen3_vl", "gemma4", "mistral3", "llava", "internvl", "smolvlm", "idefics3", "glm4v")
+OTHERS = (
+    "qwen3_vl", "qwen3_5", "gemma4", "mistral3", "llava", "internvl", "smolvlm", "idefics3",
+    "glm4v",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

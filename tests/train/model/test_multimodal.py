@@ -191,6 +191,21 @@ def test_adapters_are_those_of_the_language_model(
     assert all(name.startswith("model.language_model.layers.") for name in layers)
 
 
+def test_it_is_said_which_layers_a_frozen_tower_keeps(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = {"lora_target_linear": None, "lora_target_modules": r".*\.q_proj"}
+    recipe = checked(checkpoints["llava"], tmp_path / "out", **keys)
+    said: list[str] = []
+    model = add_adapter(meta_model(recipe, load_config(recipe)), recipe, say=said.append)
+    tower = [n for n, _ in model.named_modules() if "vision_tower" in n and n.endswith("q_proj")]
+    first = tower[0].removeprefix("base_model.model.")
+    assert said == [
+        f"lora_target_modules: {len(tower)} of the layers, such as {first}, stay as they are, "
+        "because freeze_mm_modules is true: false adapts them"
+    ]
+
+
 def test_only_layers_of_towers_are_no_targets(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     keys: dict[str, Any] = {
         "lora_target_linear": None, "lora_target_modules": "model.visual.*(qkv|proj)",
