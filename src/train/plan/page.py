@@ -86,7 +86,8 @@ def _model(plan: RunPlan) -> str:
 
 
 def _images(images: ImageUsage) -> str:
-    of = f"in the first {images.rows:,} rows" if images.rows else "ASSUMED, as no row is here"
+    of = f"in the first {images.rows:,} rows, of at most {images.longest:,} tokens"
+    of = of if images.rows else "ASSUMED, as no row is here"
     kept = f" and keep {_gib(images.kept)} GiB outside of blocks" if images.kept else ""
     towers = f"hold up to {_gib(images.passing)} GiB in forward{kept}"
     if images.why_not:

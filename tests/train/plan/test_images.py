@@ -105,6 +105,7 @@ def test_images_of_preferences_are_read(tmp_path: Path) -> None:
     found = row_images(pairs)
     assert found is not None
     assert (found.rows, found.images, found.tokens) == (3, 1.0, 16)
+    assert found.longest == found.length > 16 + len("which colour?red")  # a byte is a token
     settings = preference_settings(pairs)
     assert settings is not None
     assert found.times(pairs, settings.sequences) == 8  # both answers of a pair have its images
@@ -149,7 +150,7 @@ def test_a_plan_says_what_its_images_take() -> None:
     console = Console(record=True, width=200)
     show(plan, console)
     said = console.export_text()
-    assert "images: 1.00 a row, for which 16 tokens stand (in the first 4 rows)" in said
+    assert "images: 1.00 a row, for which 16 tokens stand (in the first 4 rows, of at most " in said
     assert plan.to_dict()["images"]["tokens"] == 16
     assert verdict_lines(plan)[0] in said  # as a dry run has it
 

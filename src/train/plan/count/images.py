@@ -52,6 +52,7 @@ class RowImages:
         images: of a row, on average.
         tokens: that stand for the images of a row, on average.
         length: the tokens of a row, on average; 0: not known.
+        longest: the tokens of the longest row; 0: not known.
         largest: the most tokens that stand for the images of one row.
         features: what the processor makes of that row's images.
     """
@@ -60,6 +61,7 @@ class RowImages:
     images: float
     tokens: float
     length: float
+    longest: int
     largest: int
     features: Features = field(repr=False)
 
@@ -84,6 +86,7 @@ class ImageUsage:
         rows: that were read to know it; 0: it is assumed.
         images: of a row, on average.
         tokens: that stand for the images of a row, on average.
+        longest: the tokens of the longest row; 0: not known.
         kept: bytes that towers keep for backward outside of their blocks; 0 if they are frozen.
         passing: the most bytes that towers hold at one time in forward.
         flops: of towers, but of trained blocks, which are blocks of the step.
@@ -93,6 +96,7 @@ class ImageUsage:
     rows: int
     images: float
     tokens: float
+    longest: int
     kept: int
     passing: int
     flops: int
@@ -143,8 +147,8 @@ def row_images(recipe: Recipe) -> RowImages | None:
     count = len(encoded)
     return RowImages(
         count, sum(len(sizes) for _, sizes in encoded) / count, sum(tokens) / count,
-        sum(length for length, _ in encoded) / count, tokens[largest],
-        _features(reader, encoded[largest][1]),
+        sum(length for length, _ in encoded) / count, max(length for length, _ in encoded),
+        tokens[largest], _features(reader, encoded[largest][1]),
     )  # fmt: skip
 
 
@@ -188,7 +192,7 @@ def _assumed(recipe: Recipe, reader: ImageReader) -> RowImages:
     side = round((recipe.image_max_pixels or _SIDE**2) ** 0.5)
     sizes = [reader.gallery.resizing.size_of(side, side)]
     tokens = _tokens(reader, sizes)
-    return RowImages(0, 1.0, tokens, 0.0, tokens, _features(reader, sizes))
+    return RowImages(0, 1.0, tokens, 0.0, 0, tokens, _features(reader, sizes))
 
 
 # --- towers ---------------------------------------------------------------------------------------
