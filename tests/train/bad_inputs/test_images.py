@@ -289,7 +289,7 @@ def test_images_are_refused(name: str, box: Box, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("package", ["PIL", "torchvision"])
+@pytest.mark.parametrize("package", ["PIL", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_a_missing_package_is_named(package: str, box: Box, tmp_path: Path) -> None:
     """In a process of its own: what is imported stays."""
     import subprocess
