@@ -39,6 +39,13 @@ def compile_whole(model: Any, job: Job) -> Any:
     return torch.compile(model)
 
 
+def compile_regional(model: Any, job: Job) -> Any:
+    """``torch.compile`` over each repeated block: Accelerate's ``compile_regions``."""
+    from accelerate.utils import compile_regions
+
+    return compile_regions(model)
+
+
 def fusewright(model: Any, job: Job) -> Any:
     """``fusewright.optimize``, with the job's memory setting."""
     from fusewright import optimize
@@ -99,6 +106,7 @@ ENGINES: dict[str, Callable[[Any, Job], Any]] = {
     "hf": eager,
     "hf+gc": eager_checkpointed,
     "compile": compile_whole,
+    "compile-regional": compile_regional,
     "trl": trl,
     "fusewright": fusewright,
     "fusewright-graphs": fusewright_graphs,

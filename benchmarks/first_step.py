@@ -35,6 +35,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from environment import describe
+
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
         "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--codegen", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--ranks", default="1,4", help="how many processes, by commas")
     parser.add_argument("--again", action="store_true", help="with a filled cache, too")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--rank-of", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--save", default="", help=argparse.SUPPRESS)
     parser.add_argument("--load", default="", help=argparse.SUPPRESS)
@@ -66,6 +69,7 @@ def main() -> None:
         "| sites verified | Inductor |"
     )
     print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for count in map(int, given.ranks.split(",")):
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as other:
             file = str(Path(first, "first_step.compiled"))
@@ -73,11 +77,15 @@ def main() -> None:
             if given.again:
                 starts += [("filled", first, []), ("loaded", other, ["--load", file])]
             for name, cache, options in starts:
-                _print(count, name, _start(given, count, cache, options))
+                found = _start(given, count, cache, options)
+                rows.append(_row(count, name, found))
+    if given.json:
+        about = describe() | {"model": given.model, "codegen": given.codegen}
+        given.json.write_text(json.dumps([about | row for row in rows], indent=2) + "\n")
 
 
-def _print(count: int, cache: str, found: list[dict[str, Any]]) -> None:
-    """One row of the table."""
+def _row(count: int, cache: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of all ranks; prints them as a row of the table."""
     last = max(found, key=lambda r: r["seconds"])
     cpu, compilers = (sum(r[name] for r in found) for name in ("cpu", "compilers"))
     verified = "+".join(str(r["verified"]) for r in found)
@@ -86,6 +94,11 @@ def _print(count: int, cache: str, found: list[dict[str, Any]]) -> None:
         f"| {last['verification']:.2f} | {verified} | {last['inductor']:.2f} |",
         flush=True,
     )
+    return {
+        "ranks": count, "cache": cache, "first_step_s": last["seconds"], "cpu_s": cpu,
+        "compilers_cpu_s": compilers, "verification_s": last["verification"],
+        "sites_verified": verified, "inductor_s": last["inductor"],
+    }  # fmt: skip
 
 
 def _start(

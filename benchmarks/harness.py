@@ -72,9 +72,13 @@ class EngineProcess:
         job: what it shall do, as the worker's command line has it.
         worker: its program.
         cache: a folder of compiled code that it shares with others; else its own, which is empty.
+        python: the interpreter, of another environment.
     """
 
-    def __init__(self, job: Any, worker: Path = WORKER, cache: Path | None = None) -> None:
+    def __init__(
+        self, job: Any, worker: Path = WORKER, cache: Path | None = None,
+        python: str = sys.executable,
+    ) -> None:  # fmt: skip
         self.run = Run(job)
         self._cache = tempfile.TemporaryDirectory(
             prefix="fusewright-bench-", ignore_cleanup_errors=True
@@ -84,7 +88,7 @@ class EngineProcess:
             "TRITON_CACHE_DIR": f"{cache or self._cache.name}/triton",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(worker), json.dumps(dataclasses.asdict(job))],
+            [python, str(worker), json.dumps(dataclasses.asdict(job))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -6,7 +6,7 @@ memory depend on the shape, not on the values. An op shape is one decoder layer'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -65,6 +65,22 @@ MODELS: dict[str, ModelShape] = {
 }
 """Random-weight Llamas by name. ``llama-1b`` and ``llama-8b`` are Llama 3.2's and 3.1's shapes;
 ``llama-8b-4layers`` is the latter cut to four blocks, to fit the time of a short GPU run."""
+
+
+def model_shape(name: str) -> ModelShape:
+    """A model of ``MODELS``, or one with other sizes: ``smollm2-shape,layers=8,vocab=32000``.
+
+    Raises:
+        ValueError: there is no such model or size.
+    """
+    base, *changes = name.split(",")
+    if base not in MODELS:
+        raise ValueError(f"unknown model {base!r}; known: {', '.join(MODELS)}")
+    sizes = dict(change.partition("=")[::2] for change in changes)
+    known = {"layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "head_dim"}
+    if not sizes.keys() <= known or not all(value.isdecimal() for value in sizes.values()):
+        raise ValueError(f"{name!r}: sizes are {', '.join(sorted(known))}, each SIZE=NUMBER")
+    return replace(MODELS[base], **{size: int(value) for size, value in sizes.items()})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whole training runs on the quickstart's rows: stock Trainer, TRL with packing, fusewright.
+"""Whole training runs on the quickstart's rows: stock Trainer, TRL, fusewright, and peers.
 
     python benchmarks/training.py --json FILE
 
@@ -31,14 +31,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peers
 from environment import describe
 from harness import EngineProcess, Run, attempt, say
+from peers import PEERS
 from training_data import Workload, prepared_workload
 from training_engines import ENGINES, known
 from training_job import TrainingJob
 
 WORKER = Path(__file__).resolve().parent / "training_worker.py"
-REQUIRED = {"stock": (2.2, 0.45), "trl": (1.2, 0.80)}
+REQUIRED = {"stock": (2.5, 0.4), "stock-packed": (1.5, 0.4), "trl-nogc": (1.3, 0.4)}
 """What fusewright shall reach: trained tokens per second and peak memory over an engine's."""
 
 
@@ -46,7 +48,8 @@ class TrainingProcess(EngineProcess):
     """An engine that trains."""
 
     def __init__(self, job: TrainingJob) -> None:
-        super().__init__(job, WORKER)
+        own = peers.python(job.engine) if job.engine in PEERS else None
+        super().__init__(job, WORKER, python=own or sys.executable)
 
     @property
     def done(self) -> bool:
@@ -99,6 +102,7 @@ def row(run: Run, losses: dict[str, float], work: Workload) -> dict[str, Any]:
     }
     return {
         "engine": job.engine,
+        "peer_versions": peers.installed(job.engine) if job.engine in PEERS else None,
         **figures,
         "loaded_rss_mb": run.loaded.get("rss_mb"),
         "all_step_s": run.seconds,
@@ -182,12 +186,18 @@ def _met(yes: bool) -> str:
 
 def _interleaved(jobs: Sequence[TrainingJob]) -> list[Run]:
     """Load one after another, then step in turn until nobody has steps left, then save."""
+    runs: list[Run] = []
     with contextlib.ExitStack() as stack:
         processes = []
         for job in jobs:
+            if job.engine in PEERS and peers.python(job.engine) is None:
+                missing = f"no environment for it: python -m benchmarks peers {job.engine}"
+                runs.append(Run(job, error=missing))
+                continue
             say(f"{job.engine}: loading")
             process = stack.enter_context(TrainingProcess(job))
             processes.append(process)
+            runs.append(process.run)
             attempt(process, process.load)
         number = 0
         while any(not process.done for process in processes):
@@ -198,7 +208,7 @@ def _interleaved(jobs: Sequence[TrainingJob]) -> list[Run]:
             number += 1
         for process in processes:
             attempt(process, process.finish)
-    return [process.run for process in processes]
+    return runs
 
 
 def _validation_losses(
@@ -210,13 +220,13 @@ def _validation_losses(
     from transformers import AutoModelForCausalLM
 
     from fusewright.train.data import collate
-    from fusewright.train.trainer.evaluation import Batches, validation_loss
+    from fusewright.train.trainer.evaluation import Batches, validate
 
     def measured(model: Any) -> float:
         batches = Batches(
             [[sample] for sample in work.validation], 4, lambda p: collate(p, 0, False, 1 << 20)
         )
-        return validation_loss(model.eval(), batches)
+        return validate(model.eval(), {"held out": batches})["eval_loss"]
 
     dtype = getattr(torch, jobs[0].dtype)
     adapters = {run.job.engine: run.job.output for run in runs if run.error is None}
@@ -253,7 +263,8 @@ def engine_names(text: str) -> list[str]:
     for name in wanted:
         if not known(name):
             raise argparse.ArgumentTypeError(
-                f"unknown engine {name!r}; known: {', '.join(ENGINES)}, fusewright:MEMORY"
+                f"unknown engine {name!r}; known: {', '.join(ENGINES)}, fusewright:MEMORY, "
+                f"and of other environments {', '.join(PEERS)}"
             )
     return wanted
 

@@ -6,24 +6,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peers import PEERS
 from training_job import ALPHA, RANK, TrainingJob, read_samples
 
 
 def stock(job: TrainingJob, turns: Any) -> None:
     """``transformers.Trainer`` and PEFT, batches padded to their longest row, autocast in bf16."""
+    _stock(job, turns)
+
+
+def _stock(job: TrainingJob, turns: Any, collator: Any = None, **options: Any) -> None:
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     model, tokenizer = adapted(job)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**arguments(job), per_device_train_batch_size=job.batch),
+        args=TrainingArguments(**arguments(job), per_device_train_batch_size=job.batch, **options),
         train_dataset=Dataset.from_dict(read_samples(job.samples)),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),  # fills labels with -100
+        data_collator=collator or DataCollatorForSeq2Seq(tokenizer),  # fills labels with -100
         callbacks=[turns],
     )
     trainer.train()
     model.save_pretrained(job.output)
+
+
+def stock_checkpointed(job: TrainingJob, turns: Any) -> None:
+    """The same with gradient checkpointing."""
+    _stock(job, turns, gradient_checkpointing=True)
+
+
+def stock_packed(job: TrainingJob, turns: Any) -> None:
+    """The same rows a step, as one row without padding: ``DataCollatorWithFlattening``.
+
+    Transformers keeps samples apart by their positions.
+    """
+    from transformers import DataCollatorWithFlattening
+
+    _stock(job, turns, DataCollatorWithFlattening())
 
 
 def trl(job: TrainingJob, turns: Any) -> None:
@@ -64,9 +84,9 @@ def fusewright(job: TrainingJob, turns: Any) -> None:
     from rich.console import Console
 
     from fusewright.train.recipe.load import load_recipe
-    from fusewright.train.run import Run
+    from fusewright.train.run import TrainingRun
 
-    class InTurn(Run):
+    class InTurn(TrainingRun):
         """The run, taking its steps in turn."""
 
         def _train(self, trainer: Any, interrupts: Any) -> None:
@@ -102,6 +122,8 @@ def recipe(job: TrainingJob) -> dict[str, Any]:
 
 ENGINES: dict[str, Callable[[TrainingJob, Any], None]] = {
     "stock": stock,
+    "stock+gc": stock_checkpointed,
+    "stock-packed": stock_packed,
     "trl": trl,
     "trl-nogc": trl_without_checkpointing,
     "fusewright": fusewright,
@@ -109,9 +131,9 @@ ENGINES: dict[str, Callable[[TrainingJob, Any], None]] = {
 
 
 def known(name: str) -> bool:
-    """Whether ``name`` is an engine, or ``fusewright:MEMORY``."""
+    """Whether ``name`` is an engine, ``fusewright:MEMORY``, or a peer."""
     base, colon, memory = name.partition(":")
-    return base in ENGINES and (not colon or (base == "fusewright" and bool(memory)))
+    return base in (ENGINES | PEERS) and (not colon or (base == "fusewright" and bool(memory)))
 
 
 def adapted(job: TrainingJob) -> tuple[Any, Any]:

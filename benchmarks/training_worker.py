@@ -37,12 +37,14 @@ def main() -> int:
 def _train(job: TrainingJob, replies: IO[str]) -> None:
     import torch
 
+    from peers import PEERS
     from training_engines import ENGINES
 
     if job.threads:
         torch.set_num_threads(job.threads)
     turns = _turns(replies)
-    ENGINES[job.engine.partition(":")[0]](job, turns)
+    name = job.engine.partition(":")[0]
+    (PEERS[name].train if name in PEERS else ENGINES[name])(job, turns)
     send(replies, {"saved": job.output, "losses": turns.losses})
 
 
@@ -53,7 +55,7 @@ def _turns(replies: IO[str]) -> Any:
     backward, optimizer, and what the trainer does beside them.
     """
     import torch
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
     class Turns(TrainerCallback):
         def __init__(self) -> None:
@@ -61,7 +63,6 @@ def _turns(replies: IO[str]) -> Any:
             self.losses: list[float] = []
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            kwargs["model"].register_forward_pre_hook(self.count, with_kwargs=True)
             self.memory = Memory("cuda" if torch.cuda.is_available() else "cpu")
             setting = {"peak_rss_from": self.memory.source, "threads": torch.get_num_threads()}
             send(replies, {"loaded": self.memory.loaded, "setting": setting})
@@ -85,9 +86,8 @@ def _turns(replies: IO[str]) -> Any:
             if "loss" in (kwargs.get("logs") or {}):
                 self.losses.append(float(kwargs["logs"]["loss"]))
 
-        def count(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            """Add up a batch, from what the model is called with: labels (B, T)."""
-            labels = kwargs["labels"]
+        def count(self, labels: Any) -> None:
+            """Add up a batch of labels (B, T)."""
             self.trained += int((labels[:, 1:] != IGNORED).sum())
             self.width += labels.numel()
 
@@ -98,7 +98,15 @@ def _turns(replies: IO[str]) -> Any:
             self.trained = self.width = 0
             self.begun = time.perf_counter()
 
-    return Turns()
+    turns, original = Turns(), Trainer.training_step
+
+    def counted(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # not each call of the model: a trainer may call it for checks of its own
+        turns.count(inputs["labels"])
+        return original(trainer, model, inputs, *args, **kwargs)
+
+    Trainer.training_step = counted
+    return turns
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from activations import kept_for_backward
 from engines import is_ours
-from shapes import MODELS
+from shapes import model_shape
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Job:
 
     Attributes:
         engine: a name in ``engines.ENGINES``, or ``fusewright:MEMORY``.
-        model: ``"smollm2"`` or a name in ``shapes.MODELS``.
+        model: ``"smollm2"``, or what ``shapes.model_shape`` takes.
         dtype: the base weights' dtype, by torch's name.
         batch: sequences per step.
         seq: tokens per sequence.
-        method: ``"lora"`` (rank 16 on all linears, alpha 32), ``"qlora"`` (the same over NF4 with
+        method: ``"lora"`` (``rank`` on all linears, alpha 32), ``"qlora"`` (the same over NF4 with
             quantized scales) or ``"full"``.
         adapter_dtype: ``"auto"`` is PEFT's default (fp32 over half-precision weights).
         checkpointing: whether gradient checkpointing is on.
@@ -39,6 +39,8 @@ class Job:
         flat: whether fusewright's engines step small tensors as one.
         autocast: the dtype, by torch's name, to which autocast lowers forward; None is off. What
             trainers call bf16: the weights stay in ``dtype``.
+        rank: of LoRA.
+        sample: tokens of each sample of a pack; 0: a sequence is one sample.
     """
 
     engine: str
@@ -56,6 +58,12 @@ class Job:
     lora_dropout: float = 0.0
     flat: bool = False
     autocast: str | None = None
+    rank: int = 16
+    sample: int = 0
+
+
+Batch = Tensor | dict[str, Tensor]
+"""Token ids (batch, seq) that are their own labels, or a model's arguments by name."""
 
 
 @dataclass
@@ -65,12 +73,12 @@ class Training:
     Attributes:
         model: the model, before any engine.
         optimizer: AdamW over the trainable parameters.
-        batches: token ids, one ``(batch, seq)`` tensor per step.
+        batches: one per step.
     """
 
     model: Any
     optimizer: torch.optim.Optimizer
-    batches: list[Tensor]
+    batches: list[Any]  # `Batch`; `longest.py` cuts tensors
 
 
 def build(job: Job) -> Training:
@@ -82,12 +90,12 @@ def build(job: Job) -> Training:
         ids = _real_tokens(tokenizer, job.batch * job.seq * job.steps)
     else:
         model = _random_llama(job.model, dtype, job.device)
-        ids = torch.randint(MODELS[job.model].vocab, (job.batch * job.seq * job.steps,))
+        ids = torch.randint(model_shape(job.model).vocab, (job.batch * job.seq * job.steps,))
     model.config.use_cache = False  # as the Trainer sets it
     if job.method == "qlora":
         quantize(model, dtype)
     if job.method != "full":
-        model = _with_lora(model, job.adapter_dtype, job.lora_dropout)
+        model = _with_lora(model, job)
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(job.device).train()
@@ -98,12 +106,11 @@ def build(job: Job) -> Training:
         from fusewright import flatten_optimizer
 
         optimizer = flatten_optimizer(optimizer)
-    batches = ids.view(job.steps, job.batch, job.seq).to(job.device)
-    return Training(model, optimizer, list(batches))
-
-
-Batch = Tensor | dict[str, Tensor]
-"""Token ids (batch, seq) that are their own labels, or a model's arguments by name."""
+    ids = ids.to(job.device)
+    if job.sample:
+        packs = [packed(row[None], job.sample) for row in ids.view(job.steps, -1)]
+        return Training(model, optimizer, list(packs))
+    return Training(model, optimizer, list(ids.view(job.steps, job.batch, job.seq)))
 
 
 def forward(model: Any, batch: Batch, autocast: str | None) -> Tensor:
@@ -145,9 +152,9 @@ def packed(ids: Tensor, sample: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
-def activation_bytes(model: Any, ids: Tensor, autocast: str | None = None) -> int:
-    """What one more forward pass on ``ids`` (batch, seq) keeps for backward; runs both."""
-    loss, kept = kept_for_backward(model, lambda: forward(model, ids, autocast))
+def activation_bytes(model: Any, batch: Batch, autocast: str | None = None) -> int:
+    """What one more forward pass on ``batch`` keeps for backward; runs both."""
+    loss, kept = kept_for_backward(model, lambda: forward(model, batch, autocast))
     loss.backward()  # as in a step: what is kept must be what a working backward needs
     return kept
 
@@ -171,7 +178,7 @@ def _random_llama(name: str, dtype: torch.dtype, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(MODELS[name].llama_config(), dtype=dtype)
+        return AutoModelForCausalLM.from_config(model_shape(name).llama_config(), dtype=dtype)
 
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
@@ -193,21 +200,18 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True  # PEFT asks for it
 
 
-def _with_lora(model: Any, adapter_dtype: str, dropout: float) -> Any:
+def _with_lora(model: Any, job: Job) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=dropout,
-        target_modules="all-linear",
+        r=job.rank, lora_alpha=32, lora_dropout=job.lora_dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
-    )
+    )  # fmt: skip
     model = get_peft_model(model, config)
-    if adapter_dtype != "auto":
+    if job.adapter_dtype != "auto":
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.to(getattr(torch, adapter_dtype))
+                parameter.data = parameter.data.to(getattr(torch, job.adapter_dtype))
     return model
 
 

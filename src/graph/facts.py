@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def value(node: Any) -> Any:
@@ -97,9 +98,18 @@ def size(node: Any, dim: int) -> int | None:
     if t is None or not -t.dim() <= dim < t.dim():
         return None
     s: Any = t.shape[dim]
-    if isinstance(s, torch.SymInt):  # one that was set equal to a constant keeps its old type
-        s = s.node.maybe_as_int()
-    return s if type(s) is int else None
+    return _known(s) if isinstance(s, torch.SymInt) else int(s)
+
+
+def _known(size: torch.SymInt) -> int | None:
+    """The only value that a symbolic size can have, else None."""
+    node = size.node
+    # one that was set equal to a constant keeps its old type
+    known: int | None = node.maybe_as_int()
+    if known is not None or node.expr.is_symbol or not node.has_hint():
+        return known
+    # ``x.view(-1, 128)`` has ``32*(s//(s//4))`` columns, which guards set equal to 128 in a product
+    return int(node.hint) if statically_known_true(size == node.hint) else None
 
 
 def shape_text(node: Any) -> str:

@@ -55,6 +55,29 @@ def test_a_size_that_the_graph_does_not_know() -> None:
     assert facts.size(node, 0) == 2
 
 
+def test_a_size_that_follows_from_others() -> None:
+    """Of ``view(-1, 8)``: PyTorch writes a formula of the rows, which a product sets equal to 8."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return x.view(-1, 8) @ w
+
+    found: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        found.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    for rows in (4, 6, 10):
+        compiled(torch.randn(rows, 4), torch.randn(8, 3))
+    assert len(found) == 2  # one for 4 rows, one for any number
+    view, product = (node for node in found[1].graph.nodes if node.op.startswith("call"))
+    assert type(facts.value(view).shape[1]) is torch.SymInt
+    assert [facts.size(view, d) for d in (0, 1)] == [None, 8]
+    assert [facts.size(product, d) for d in (0, 1)] == [None, 3]
+    assert "Eq" not in str(facts.value(product).shape)  # nothing was set equal by asking
+
+
 def test_memories() -> None:
     y = torch.randn(2)
     assert facts.memories(_node((X, [X.mT, y], 3))) == {facts.memory(X), facts.memory(y)}

@@ -36,6 +36,7 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "qwen2.5-vl" / "lor
 QUIET = Console(quiet=True)
 TOWERS = {"freeze_mm_modules": False}
 THREE = ("qwen2_5_vl", "gemma3", "llava")
+PACKED = {"optimize": True, "codegen": "eager", "sample_packing": True, "sequence_len": 160}
 FULL = {"adapter": None, "lora_target_linear": False}
 
 
@@ -268,12 +269,10 @@ def test_bf16(family: str, written: Path, tmp_path: Path) -> None:
     "keys",
     [
         TOWERS,
-        pytest.param(
-            {"optimize": True, "codegen": "eager", "sample_packing": True, "sequence_len": 160},
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(PACKED, marks=pytest.mark.slow),
+        pytest.param({**PACKED, **TOWERS}, marks=pytest.mark.long),
     ],
-    ids=["towers", "packs"],
+    ids=["towers", "packs", "packs and towers"],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
     keys: dict[str, Any], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,224 @@
+"""The peers that whole runs are compared with: each in an environment of its own.
+
+    python -m benchmarks peers                  # make all of them
+    python -m benchmarks peers unsloth axolotl
+
+An environment is made by ``venv`` and ``pip`` from what is named here, with this Python, and kept
+in ``$FUSEWRIGHT_PEERS``, or ``~/.cache/fusewright/peers``. What pip chose is in ``installed.txt``
+there, and with every figure. Peers are run as their documentation says; none of their code is here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training_job import TrainingJob
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer.
+
+    Attributes:
+        packages: what pip installs, besides PyTorch of this environment's version.
+        train: trains a job in the peer's environment, taking its turns from a callback.
+        about: how it trains.
+    """
+
+    packages: tuple[str, ...]
+    train: Callable[[TrainingJob, Any], None]
+    about: str
+
+
+def folder(name: str) -> Path:
+    """The environment of a peer, whether it is there or not."""
+    home = os.environ.get("FUSEWRIGHT_PEERS") or Path.home() / ".cache" / "fusewright" / "peers"
+    return Path(home) / name
+
+
+def python(name: str) -> str | None:
+    """The interpreter of a peer's environment; None where it has not been made whole."""
+    made = folder(name)
+    return str(made / "bin" / "python") if (made / "installed.txt").exists() else None
+
+
+def installed(name: str) -> list[str] | None:
+    """What pip chose: the packages that decide figures, as ``name==version``."""
+    if python(name) is None:
+        return None
+    lines = (folder(name) / "installed.txt").read_text("utf-8").splitlines()
+    chosen = {"torch", "transformers", "peft", "trl", "accelerate", *PEERS[name].packages}
+    return [line for line in lines if line.partition("==")[0].lower() in chosen]
+
+
+def make(name: str, say: Callable[[str], None] = print) -> bool:
+    """Make the environment of a peer; False, with pip's reason, where it cannot be installed."""
+    import torch
+
+    made = folder(name)
+    shutil.rmtree(made, ignore_errors=True)
+    venv.create(made, with_pip=True)
+    pip = [str(made / "bin" / "python"), "-m", "pip"]
+    # the same PyTorch where the peer takes it: else pip says which it wants
+    wanted = [f"torch=={torch.__version__}", *PEERS[name].packages]
+    say(f"{name}: pip install {' '.join(wanted)}")
+    done = subprocess.run(
+        [*pip, "install", "--quiet", *_index(torch.__version__), *wanted],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        say(f"{name}: not installed: {' '.join(reason) or done.stderr[-500:]}")
+        return False
+    listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
+    (made / "installed.txt").write_text(listed, "utf-8")
+    say(f"{name}: installed in {made}")
+    return True
+
+
+def _index(version: str) -> list[str]:
+    """Where PyTorch's own builds are, such as ``2.13.0+cpu``."""
+    local = version.partition("+")[2]
+    return ["--extra-index-url", f"https://download.pytorch.org/whl/{local}"] if local else []
+
+
+def main(names: list[str]) -> int:
+    """Make the environments; 0 when all could be made."""
+    unknown = sorted(set(names) - set(PEERS))
+    if unknown:
+        print(f"unknown peer {unknown[0]!r}; known: {', '.join(PEERS)}", file=sys.stderr)
+        return 2
+    made = [make(name) for name in names or PEERS]
+    return 0 if all(made) else 1
+
+
+# --- how they train -------------------------------------------------------------------------------
+# called in the peer's environment, where fusewright is not installed
+
+
+def take_turns(turns: Any) -> None:
+    """Give every Trainer that is made in this process the callback."""
+    from transformers import Trainer
+
+    original = Trainer.__init__
+
+    def made(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        original(trainer, *args, **kwargs)
+        trainer.add_callback(turns)
+
+    Trainer.__init__ = made  # type: ignore[method-assign]
+
+
+def unsloth(job: TrainingJob, turns: Any) -> None:
+    """``FastLanguageModel`` and TRL's ``SFTTrainer``, packed, on the tokens that all train."""
+    import torch
+    from datasets import Dataset
+    from unsloth import FastLanguageModel  # before the others: it changes them
+
+    from training_job import ALPHA, RANK, read_samples
+    from trl import SFTConfig, SFTTrainer
+
+    take_turns(turns)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job.base, max_seq_length=job.sequence_len, dtype=getattr(torch, job.dtype),
+        load_in_4bit=False,
+    )  # fmt: skip
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=linear,
+        use_gradient_checkpointing="unsloth", random_state=42,
+    )  # fmt: skip
+    from training_engines import arguments
+
+    SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **arguments(job), per_device_train_batch_size=job.packs, max_length=job.sequence_len,
+            packing=True,
+        ),
+        train_dataset=Dataset.from_dict(read_samples(job.samples)),
+        processing_class=tokenizer,
+    ).train()  # fmt: skip
+    model.save_pretrained(job.output)
+
+
+def llamafactory(job: TrainingJob, turns: Any) -> None:
+    """``run_exp`` with ``neat_packing``, on the chats, in the ChatML that the model has."""
+    import json
+
+    from llamafactory.train.tuner import run_exp
+
+    from training_engines import arguments
+    from training_job import ALPHA, RANK
+
+    home = Path(job.output).with_name("llamafactory-data")
+    home.mkdir(parents=True, exist_ok=True)
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+            "assistant_tag": "assistant", "system_tag": "system"}  # fmt: skip
+    rows = {"file_name": job.rows, "formatting": "sharegpt", "tags": tags,
+            "columns": {"messages": "messages"}}  # fmt: skip
+    (home / "dataset_info.json").write_text(json.dumps({"rows": rows}), "utf-8")
+    take_turns(turns)
+    run_exp(
+        arguments(job)
+        | {
+            "stage": "sft", "do_train": True, "model_name_or_path": job.base, "dataset": "rows",
+            "dataset_dir": str(home), "template": "chatml", "cutoff_len": job.sequence_len,
+            "packing": True, "neat_packing": True, "finetuning_type": "lora", "lora_rank": RANK,
+            "lora_alpha": ALPHA, "lora_target": "all", "lora_dropout": 0.0,
+            "per_device_train_batch_size": job.packs, "output_dir": job.output,
+            "overwrite_output_dir": True, "save_strategy": "no",
+        }
+    )  # fmt: skip
+
+
+def swift(job: TrainingJob, turns: Any) -> None:
+    """``sft_main`` with ``packing``, on the chats."""
+    from swift import SftArguments, sft_main
+
+    from training_engines import arguments
+    from training_job import ALPHA, RANK
+
+    take_turns(turns)
+    given = arguments(job)
+    given.pop("use_cpu")
+    sft_main(
+        SftArguments(
+            **given, model=job.base, dataset=[job.rows], torch_dtype=job.dtype,
+            tuner_type="lora", lora_rank=RANK, lora_alpha=ALPHA, lora_dropout=0.0,
+            target_modules=["all-linear"], max_length=job.sequence_len, packing=True,
+            per_device_train_batch_size=job.packs, template="chatml",
+        )
+    )  # fmt: skip
+
+
+def axolotl(job: TrainingJob, turns: Any) -> None:
+    """``do_train`` of a recipe with ``sample_packing``, the same that fusewright reads."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+    from axolotl.utils.dict import DictDefault
+
+    from training_engines import recipe
+
+    take_turns(turns)
+    keys = recipe(job) | {"gradient_checkpointing": True, "optimizer": "adamw_torch_fused"}
+    keys.pop("memory")
+    do_train(load_cfg(DictDefault(keys)), TrainerCliArgs())
+
+
+PEERS = {
+    "unsloth": Peer(("unsloth",), unsloth, "its own kernels and checkpoints, packed by TRL"),
+    "llamafactory": Peer(("llamafactory",), llamafactory, "neat_packing"),
+    "swift": Peer(("ms-swift",), swift, "packing"),
+    "axolotl": Peer(("axolotl",), axolotl, "sample_packing, gradient checkpointing"),
+}
