@@ -11,20 +11,15 @@ the family's own processor makes them; answers alone are trained. Time and memor
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import statistics
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from environment import ROOT, describe
-from fusewright import explain, optimize
-from moe import Side, copied
+from environment import ROOT
+from moe import adapted, arguments, in_turn, run
 
 WIDE, HEADS = 512, 8
 
@@ -97,22 +92,6 @@ def _gemma3(side: int) -> tuple[Any, Any]:
 MODELS = {"qwen2_5_vl": _qwen2_5_vl, "gemma3": _gemma3}
 
 
-def adapted(model: Any) -> Any:
-    """The model with frozen weights, and LoRA on the language model's linear layers."""
-    from peft import LoraConfig, get_peft_model
-
-    chosen = LoraConfig(
-        r=16, lora_alpha=32,
-        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-    )  # fmt: skip
-    made = get_peft_model(model, chosen)
-    with torch.no_grad():  # as after some steps: with zeros the A's have no gradients
-        for name, parameter in made.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.01)
-    return made
-
-
 def batches(
     processor: Any, count: int, rows: int, side: int, words: int
 ) -> list[dict[str, Tensor]]:
@@ -146,55 +125,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model, processor = MODELS[args.model](args.side)
     model.config.get_text_config().use_cache = False
-    model = adapted(model.to(getattr(torch, args.dtype)).train())
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    sides = {
-        "eager": Side(copied(model), clock),
-        "fusewright": Side(optimize(model, codegen=args.codegen), clock),
-    }
+    named = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    model = adapted(model.to(getattr(torch, args.dtype)).train(), target_modules=named)
     data = batches(processor, args.warmup + args.steps, args.batch, args.side, args.words)
-    for number, inputs in enumerate(data):
-        for side in list(sides.values())[:: 1 if number % 2 else -1]:
-            side.step(inputs)
-    medians = {n: statistics.median(s.seconds[args.warmup :]) for n, s in sides.items()}
-    growth = {n: statistics.median(s.growths[args.warmup :]) for n, s in sides.items()}
-    losses = [side.losses for side in sides.values()]
-    return {
-        **{k: v for k, v in vars(args).items() if k != "json"},
-        "tokens_of_a_row": data[0]["input_ids"].shape[1],
-        "median_ms": {n: round(1e3 * t, 1) for n, t in medians.items()},
-        "ratio_of_medians": round(medians["eager"] / medians["fusewright"], 3),
-        "growth_mb": {n: round(mb) for n, mb in growth.items()},
-        "ratio_of_growths": round(growth["fusewright"] / growth["eager"], 3),
-        "losses": {name: side.losses for name, side in sides.items()},
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        "rewrites": explain(sides["fusewright"].model).by_rule(),
-    }
-
-
-def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=tuple(MODELS), default="qwen2_5_vl")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--codegen", choices=("eager", "inductor", "auto"), default="auto")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--side", type=int, default=224, help="pixels of an image's side")
-    parser.add_argument("--words", type=int, default=40, help="of a row; each has 4 or 5 tokens")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    sys.path.insert(0, str(ROOT))  # the processors are those of the tests
-    figures = measure(args)
-    print(json.dumps(figures, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps({**figures, **describe()}, indent=1) + "\n")
+    return {"tokens_of_a_row": data[0]["input_ids"].shape[1], **in_turn(model, data, args)}
 
 
 if __name__ == "__main__":
-    main()
+    parser = arguments(__doc__, tuple(MODELS))
+    parser.add_argument("--side", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--words", type=int, default=40, help="of a row; each has 4 or 5 tokens")
+    sys.path.insert(0, str(ROOT))  # the processors are those of the tests
+    run(parser, measure)

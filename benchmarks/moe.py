@@ -22,7 +22,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,11 @@ def build(name: str, dtype: torch.dtype) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
-def adapted(model: Any, method: str) -> Any:
-    """The model with frozen weights and LoRA of rank 16."""
+def adapted(model: Any, **config: Any) -> Any:
+    """The model with frozen weights, and LoRA of rank 16 with this configuration of PEFT's."""
     from peft import LoraConfig, get_peft_model
 
-    names: Any = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    stacks = None
-    if method == "experts":  # which PEFT's own list does not have for every model
-        names, stacks = "all-linear", ["experts.gate_up_proj", "experts.down_proj"]
-    chosen = LoraConfig(r=16, lora_alpha=32, target_modules=names, target_parameters=stacks)
-    adapted = get_peft_model(model, chosen)
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, **config))
     with torch.no_grad():  # as after some steps: with zeros the A's have no gradients
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -129,20 +124,31 @@ class Side:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Step both models in turn; return the figures."""
     model = build(args.model, getattr(torch, args.dtype))
-    if args.method != "full":
-        model = adapted(model, args.method)
+    if args.method == "lora":
+        model = adapted(model, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    elif args.method == "experts":  # which PEFT's own list does not have for every model
+        stacks = ["experts.gate_up_proj", "experts.down_proj"]
+        model = adapted(model, target_modules="all-linear", target_parameters=stacks)
+    batches = torch.randint(VOCAB, (args.warmup + args.steps, args.batch, args.seq))
+    return in_turn(model, [{"input_ids": ids, "labels": ids} for ids in batches], args)
+
+
+def in_turn(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Step the model in eager mode and optimized, in turn; return the figures."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     sides = {
         "eager": Side(copied(model), clock),
         "fusewright": Side(optimize(model, codegen=args.codegen), clock),
     }
-    batches = torch.randint(VOCAB, (args.warmup + args.steps, args.batch, args.seq))
-    for number, ids in enumerate(batches):
+    for number, inputs in enumerate(batches):
         for side in list(sides.values())[:: 1 if number % 2 else -1]:
-            side.step({"input_ids": ids, "labels": ids})
+            side.step(inputs)
     medians = {n: statistics.median(s.seconds[args.warmup :]) for n, s in sides.items()}
     growth = {n: statistics.median(s.growths[args.warmup :]) for n, s in sides.items()}
     best = {n: min(s.seconds[args.warmup :]) for n, s in sides.items()}
+    losses = {n: s.losses for n, s in sides.items()}
     return {
         **{k: v for k, v in vars(args).items() if k != "json"},
         "median_ms": {n: round(1e3 * t, 1) for n, t in medians.items()},
@@ -151,27 +157,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "ratio_of_minima": round(best["eager"] / best["fusewright"], 3),
         "growth_mb": {n: round(mb) for n, mb in growth.items()},
         "ratio_of_growths": round(growth["fusewright"] / growth["eager"], 3),
-        "largest_loss_difference": max(
-            abs(a - b) for a, b in zip(*(s.losses for s in sides.values()), strict=True)
-        ),
+        "losses": losses,
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
         "rewrites": explain(sides["fusewright"].model).by_rule(),
     }
 
 
-def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=tuple(MODELS), default="mixtral")
-    parser.add_argument("--method", choices=("full", "lora", "experts"), default="full")
+def arguments(about: str, models: Sequence[str]) -> argparse.ArgumentParser:
+    """What the command line of both programs has."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--codegen", choices=("eager", "inductor", "auto"), default="auto")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--json", type=Path)
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, Any]]
+) -> None:
+    """Parse the command line, measure, print."""
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -182,4 +192,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = arguments(__doc__, tuple(MODELS))
+    parser.add_argument("--method", choices=("full", "lora", "experts"), default="full")
+    parser.add_argument("--seq", type=int, default=256)
+    run(parser, measure)

@@ -410,6 +410,12 @@ def init(
         str | None,
         typer.Option(help="What training may use, such as 24GB. Default: what is free here."),
     ] = None,
+    images_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="The folder where relative paths of images begin. Default: that of DATA."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The file to write. Default: standard output.")
     ] = None,
@@ -421,7 +427,7 @@ def init(
     announce("importing PyTorch and transformers")
     from ..train.starter.init import InitOptions, run  # slow to import
 
-    run(InitOptions(data, model, memory, output, overwrite))
+    run(InitOptions(data, model, memory, output, overwrite, images_dir))
 
 
 # ``fusewright plan``: what a recipe will take, before a machine is rented.

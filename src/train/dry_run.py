@@ -65,7 +65,7 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
 
     for line in verdict(checked.recipe, processes):
         say(console, f"# {line}")
-    say(console, f"# rows were not read: fusewright preprocess {checked.name} checks them")
+    say(console, f"# rows were not checked: fusewright preprocess {checked.name} checks them")
 
 
 def _table(checked: Checked, entries: Sequence[Entry]) -> Table:

@@ -151,7 +151,7 @@ def _introduction_by_name(
     far = [r for r in rows if r.grad_error is not None and r.grad_error > TOLERANCE]
     times = [row.first_call for row in rows if row.first_call] or [0.0]
     calls = {
-        "multimodal": "with a batch of text and of the pictures, sounds or proteins that it reads; "
+        "multimodal": "with a batch of text and of the images, sounds or proteins that it reads; "
         "*language* is the decoder with its output head (and a text encoder), *towers* all other "
         "modules. A default call is one with the batch alone; `transformers.Trainer` sets "
         "`use_cache` in the outermost configuration only, and passes `num_items_in_batch`; with "

@@ -27,10 +27,12 @@ from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
+from .formats.registry import Encoder
 from .formats.teacher import encoder_of
 from .images import unchanged
 from .images.features import identity
-from .images.reading import reader_of, sample_picture
+from .images.picture import NoImages
+from .images.reading import ImageReader, reader_of, sample_picture
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
@@ -38,7 +40,7 @@ from .readers.files import Row
 from .readers.limits import Limits, Part, nothing_left
 from .readers.sources import DataSource
 from .sample import Sample
-from .workers import RowEncoder, Work, batches, parts
+from .workers import Work, batches, parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,16 +202,21 @@ def _work(
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
-    encoder: RowEncoder
-    rows = rows_of(recipe)
     images = reader_of(recipe, dataset, processing, copies)
-    if rows is None:
-        encoder = encoder_of(dataset, recipe, tokenizer, longest, day, images)
-    else:
-        encoder = PreferenceEncoder(dataset, recipe, tokenizer, day, images)
-    shortest = recipe.min_sample_len or (1 if rows == "prompts" else 2)
+    encoder = encoder_for(dataset, recipe, tokenizer, longest, day, images)
+    shortest = recipe.min_sample_len or (1 if rows_of(recipe) == "prompts" else 2)
     limits = Limits(longest, shortest, recipe.excess_length_strategy, encoder.watched)
     return Work(encoder, limits)
+
+
+def encoder_for(
+    dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int, day: str,
+    images: ImageReader | NoImages,
+) -> Encoder | PreferenceEncoder:  # fmt: skip
+    """What makes tokens of a dataset's rows; ``longest`` is the length of a sample, in tokens."""
+    if rows_of(recipe) is None:
+        return encoder_of(dataset, recipe, tokenizer, longest, day, images)
+    return PreferenceEncoder(dataset, recipe, tokenizer, day, images)
 
 
 def _root(recipe: Recipe, keep: bool, fresh: bool) -> tuple[Path, bool]:

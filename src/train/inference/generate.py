@@ -28,8 +28,8 @@ from ..data.chat.template import Chat
 from ..data.formats.conversation import Conversation
 from ..data.images.expansion import Expander
 from ..data.images.features import Featurizer, written
-from ..data.images.picture import Gallery, NoImages, Picture
-from ..data.images.reading import featurizer_of
+from ..data.images.picture import TEXT_ONLY, Gallery, NoImages, Picture
+from ..data.images.reading import featurizer_of, no_images
 from ..data.sample import IGNORED, Sample
 from ..model.load import quiet
 from ..model.precision import half_autocast
@@ -37,7 +37,7 @@ from ..model.tokenizer import ChatPrompt, Message, pad_token, with_system
 from ..printable import shown, shown_json
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import announce
-from .load_run import READS_TEXT, load_to_answer, recipe_for
+from .load_run import load_to_answer, recipe_for
 from .prompts import has_images, text_of, user_message
 from .run_folder import RunFolder
 
@@ -86,7 +86,7 @@ def _writer(run: RunFolder, sampling: Sampling, images: bool) -> TextGenerator:
     featurizer = featurizer_of(recipe, processing)
     return TextGenerator(
         model, processing.tokenizer, sampling, ChatPrompt.of(run.recipe).variables,
-        featurizer or NoImages(processing.why_not or READS_TEXT), recipe.consent.allow_image_urls,
+        featurizer or no_images(processing), recipe.consent.allow_image_urls,
     )  # fmt: skip
 
 
@@ -129,8 +129,6 @@ def _print(messages: list[Message], answer: Answer, as_json: bool, out: TextIO) 
 
 _PROMPT = "the prompt"
 """Where the images of a conversation are, in messages."""
-
-_READS_TEXT = NoImages(READS_TEXT)
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class TextGenerator:
         tokenizer: Any,
         sampling: Sampling,
         variables: Mapping[str, Any] | None = None,
-        images: Featurizer | NoImages = _READS_TEXT,
+        images: Featurizer | NoImages = TEXT_ONLY,
         may_download: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -238,7 +236,7 @@ class TextGenerator:
         """The conversation with the images of its parts."""
         if not any(isinstance(m.get("content"), list) for m in messages):
             return Chat(_PROMPT, list(messages))
-        gallery = self._gallery(_PROMPT) if has_images(messages) else _READS_TEXT
+        gallery = self._gallery(_PROMPT) if has_images(messages) else TEXT_ONLY
         if has_images(messages) and not self.chats:
             raise ModelError(
                 f"{_PROMPT} has an image, and the model has no chat template that says where it "
@@ -378,7 +376,7 @@ def answer(
     """
     asking = ChatPrompt.of(recipe.model_dump(mode="json"))
     sampling = Sampling(max_new_tokens=recipe.sample_max_tokens)
-    generator = TextGenerator(model, tokenizer, sampling, asking.variables, images or _READS_TEXT)
+    generator = TextGenerator(model, tokenizer, sampling, asking.variables, images or TEXT_ONLY)
     about = [recipe.sample_image] if recipe.sample_image else []
     messages = with_system([user_message(question, about)], asking.system)
     training = model.training

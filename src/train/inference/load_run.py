@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ...errors import ModelError, RecipeError, first_line
 from ..consent import CODE_SWITCH, code_refused, why_not_run
+from ..data.images.reading import no_images
 from ..model import tokenizer as tokenizers
 from ..model.adapter_files import adapter_problem, put_adapter
 from ..model.files import adapter_weights
@@ -65,9 +66,6 @@ def load_run(
     return load_model_of(run, device, dtype), tokenizer
 
 
-READS_TEXT = "the model reads text only: leave images out, or use a model that reads them"
-
-
 def load_to_answer(run: RunFolder, images: bool = False) -> tuple[Any, Processing]:
     """The same with the processor of images, where the base has one.
 
@@ -77,7 +75,7 @@ def load_to_answer(run: RunFolder, images: bool = False) -> tuple[Any, Processin
     _require_writing(run)
     processing = load_processing(run)
     if images and processing.processor is None:
-        raise ModelError(f"{run.folder}: {processing.why_not or READS_TEXT}")
+        raise ModelError(f"{run.folder}: {no_images(processing).why}")
     return load_model_of(run), processing
 
 

@@ -67,6 +67,8 @@ def show(plan: RunPlan, console: Console) -> None:
 def verdict_lines(plan: RunPlan) -> list[str]:
     """Whether it fits, what would fit, and how long a step takes."""
     lines = [_verdict(plan), *_limits(plan), *_work(plan)]
+    if plan.images is not None:
+        lines.insert(0, _images(plan.images))
     if plan.advice.keys:
         changes = yaml.safe_dump(plan.advice.keys, sort_keys=False).splitlines()
         lines += [f"{plan.advice.reason}:", *(f"  {line}" for line in changes)]
@@ -84,7 +86,8 @@ def _model(plan: RunPlan) -> str:
 
 
 def _images(images: ImageUsage) -> str:
-    of = f"in the first {images.rows:,} rows" if images.rows else "ASSUMED, as no row is here"
+    of = f"in the first {images.rows:,} rows, of at most {images.longest:,} tokens"
+    of = of if images.rows else "ASSUMED, as no row is here"
     kept = f" and keep {_gib(images.kept)} GiB outside of blocks" if images.kept else ""
     towers = f"hold up to {_gib(images.passing)} GiB in forward{kept}"
     if images.why_not:

@@ -293,6 +293,9 @@ def _rows(values: Values) -> Iterator[Problem]:
     parts, part = values.get("dataset_shard_num"), values.get("dataset_shard_idx", 0)
     if isinstance(parts, int) and isinstance(part, int) and part >= parts:
         yield ("dataset_shard_idx",), f"must be less than dataset_shard_num, which is {parts}"
+    most, least = values.get("image_max_pixels"), values.get("image_min_pixels")
+    if isinstance(most, int) and isinstance(least, int) and 0 < most < least:
+        yield ("image_max_pixels",), f"must be at least image_min_pixels, which is {least}"
     supervised = not values.get("rl") and method_in(values) is None
     for name in ("datasets", "test_datasets", "pretraining_dataset"):
         listed = values.get(name)

@@ -32,9 +32,10 @@ OTHER_NAMES = {
     "r": "lora_r", "target_modules": "lora_target_modules", "use_peft": "adapter: lora",
     "packing": "sample_packing", "optim": "optimizer", "lr_scheduler_type": "lr_scheduler",
     "dataset_name": "datasets", "assistant_only_loss": "train_on_inputs: false",
-    "beta": "rl_beta",
+    "beta": "rl_beta", "image_folder": "images_dir in an entry of datasets",
+    "media_dir": "images_dir in an entry of datasets",
 }  # fmt: skip
-"""Names that TRL, PEFT and transformers have for keys of a recipe."""
+"""Names that TRL, PEFT, transformers, LLaVA and LLaMA-Factory have for keys of a recipe."""
 
 _MANY = 15
 """More values than this are not listed in a message."""

@@ -38,6 +38,7 @@ class InitOptions:
         data: as ``path`` in a recipe.
         model: as ``base_model`` in a recipe; None: a small one.
         memory: a budget such as ``24GB``; None: what this machine has.
+        images_dir: as in a dataset of a recipe; None: the folder of the rows.
     """
 
     data: str
@@ -45,6 +46,7 @@ class InitOptions:
     memory: str | None = None
     output: Path | None = None
     overwrite: bool = False
+    images_dir: str | None = None
 
 
 def run(options: InitOptions, fits: Fits | None = None) -> None:
@@ -59,7 +61,7 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
         raise RecipeError(f"--output: {options.output} already exists; add --overwrite")
     announce(f"reading {options.data}")
     model, why = _model(options.model)
-    rows = look(_dataset(options.data, model))
+    rows = look(_dataset(options, model))
     announce(f"loading the tokenizer of {model}")
     entry = _entry(options, rows, trained=False)
     recipe, base, lengths = _measured(model, why, entry, rows)
@@ -101,9 +103,10 @@ def _model(name: str | None) -> tuple[str, str]:
     return _HUB, "a small chat model on the hub; --model chooses another one"
 
 
-def _dataset(path: str, model: str) -> Dataset:
-    """The dataset with an absolute path; raises a RecipeError if nothing is there."""
-    return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
+def _dataset(options: InitOptions, model: str) -> Dataset:
+    """The dataset with absolute paths; raises a RecipeError if nothing is there."""
+    entry = {"path": options.data, "images_dir": options.images_dir}
+    return check({"base_model": model, "datasets": [entry]}).recipe.datasets[0]
 
 
 def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[str, Any]:
@@ -115,6 +118,8 @@ def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[s
     local = Path(rows.dataset.path).is_absolute()
     entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else options.data}
     entry |= rows.shape.trained() if trained else rows.shape.entry()
+    if options.images_dir is not None:
+        entry["images_dir"] = rows.dataset.images_dir if apart else options.images_dir
     if rows.features.thinking not in (None, "reasoning_content"):
         entry["field_thinking"] = rows.features.thinking
     if (roles := rows.features.mapping()) is not None:
@@ -192,6 +197,7 @@ def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) 
     command = ["fusewright init", options.data]
     command += ["--model", options.model] if options.model else []
     command += ["--memory", options.memory] if options.memory else []
+    command += ["--images-dir", options.images_dir] if options.images_dir else []
     many = "all" if rows.complete else "the first"
     how = "counted" if lengths.counted else "estimated"
     looked = min(rows.count, SAMPLE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...errors import DataError
@@ -35,11 +35,9 @@ def validation_batches(
     packing = recipe.packs_validation()
     size = recipe.eval_batch_size or recipe.micro_batch_size
 
-    def collated(packs: Sequence[Any]) -> dict[str, Any]:
-        return _collated(packs, pad_id, packing, length, featurizer=featurizer)
-
     def make(packs: list[Any]) -> dict[str, Any]:
-        return _with_second_row(packs, size, collated) if recipe.optimize else collated(packs)
+        batch = _collated(packs, pad_id, packing, length, featurizer=featurizer)
+        return _with_second_row(batch, size) if recipe.optimize else batch
 
     return {
         name: Batches(_sequences(samples, recipe, packing, length), size, make, world)
@@ -60,13 +58,9 @@ def training_batch(
     tokens, trained = count(packs)
     tokens = tokens if trained else 0  # of a sequence that only fills the batch of a process
     full = bool(recipe.pad_to_sequence_len)
-
-    def make(rows: Sequence[Any]) -> dict[str, Any]:
-        return _collated(rows, pad_id, recipe.packs(), recipe.sequence_len, full, featurizer)
-
-    batch = (
-        _with_second_row(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
-    )
+    batch = _collated(packs, pad_id, recipe.packs(), recipe.sequence_len, full, featurizer)
+    if recipe.optimize:
+        batch = _with_second_row(batch, recipe.micro_batch_size)
     if (shared := recipe.strategy().context) > 1:
         batch = divisible(batch, shared, pad_id)
     blank = {"blank": True} if featurizer is not None and featurizer.lacks(packs) else {}
@@ -89,15 +83,18 @@ def _collated(
     return {**batch, **featurizer.features(packs, batch)}
 
 
-def _with_second_row(
-    packs: Sequence[Any], usual: int, make: Callable[[Sequence[Any]], dict[str, Any]]
-) -> dict[str, Any]:
-    """A batch of ``packs``; a single one gets a copy without labels, where batches have more."""
-    if len(packs) != 1 or usual == 1:
-        return make(packs)
-    batch = make([*packs, *packs])
-    batch["labels"][1] = IGNORED
-    return batch
+def _with_second_row(batch: dict[str, Any], usual: int) -> dict[str, Any]:
+    """The batch; a single row of it gets a copy without labels, where batches have more."""
+    import torch
+
+    if len(batch["input_ids"]) != 1 or usual == 1:
+        return batch
+    # where positions have several axes, rows are the second dimension
+    twice = {
+        k: torch.cat([v, v], dim=int(k == "position_ids" and v.ndim == 3)) for k, v in batch.items()
+    }
+    twice["labels"][1] = IGNORED
+    return twice
 
 
 @contextlib.contextmanager

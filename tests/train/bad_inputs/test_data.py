@@ -162,7 +162,7 @@ def test_a_dry_run_says_that_it_reads_no_rows(box: Box) -> None:
     result = fusewright("train", recipe, "--dry-run")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == (
-        f"# rows were not read: fusewright preprocess {recipe} checks them"
+        f"# rows were not checked: fusewright preprocess {recipe} checks them"
     )
     checked = fusewright("preprocess", recipe)
     assert checked.exit_code == 2

@@ -51,16 +51,16 @@ def sixteen_bits() -> bytes:
     return buffer.getvalue()
 
 
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says that it is so large."""
+def a_png(width: int, height: int, bits: int = 8, pixels: bytes = b"\0" * 1000) -> bytes:
+    """A PNG in RGB that says that it is so large, whatever it has."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + pixels + chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    content = chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + content + chunk(b"IEND", b"")
 
 
 def asked(text: str = "<image>What?", answer: str = "Red.", **fields: Any) -> dict[str, Any]:
@@ -154,13 +154,17 @@ CASES = {
     ),
     "a text": Bad(with_file(b"a text, not an image"), WHERE, "save it as PNG or JPEG"),
     "an empty file": Bad(with_file(b""), WHERE, "is empty: save it anew, or leave the row out"),
-    "a bomb": Bad(with_file(claiming(60_000, 60_000)), WHERE, "far too many pixels: make it"),
+    "a bomb": Bad(with_file(a_png(60_000, 60_000)), WHERE, "far too many pixels: make it"),
     "too many pixels": Bad(
-        with_file(claiming(12_000, 10_000)), WHERE, "12000 x 10000 pixels, more than 100 million"
+        with_file(a_png(12_000, 10_000)), WHERE, "12000 x 10000 pixels, more than 100 million"
     ),
     "an animation": Bad(with_file(animated()), WHERE, "animated (3 frames): save the one"),
     "the colours of print": Bad(with_file(encoded("JPEG", "CMYK")), WHERE, "convert it to RGB"),
     "16 bits": Bad(with_file(sixteen_bits()), WHERE, "scale it to 8 bits"),
+    "16 bits a colour": Bad(
+        with_file(a_png(24, 24, 16, (b"\0" + b"\1\2" * 72) * 24)), WHERE,
+        "8 bits a channel (mode RGB;16B), which would be cut off: scale it to 8 bits",
+    ),
     "cut off": Bad(
         with_file(encoded("JPEG", size=(200, 200))[:-400]), WHERE, "damaged or cut off"
     ),
@@ -243,7 +247,7 @@ CASES = {
     ),
     "no processor": Bad(no_processor, "rows.jsonl, line 2: the row has an image, and", "processor"),
     "a model of texts": Bad(
-        text_model, "line 2: the row has an image, and base_model reads text only", "leave such"
+        text_model, "line 2: the row has an image, and the model reads text only", "leave images"
     ),
     "a video in a part": Bad(
         with_parts({"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}),
@@ -285,7 +289,7 @@ def test_images_are_refused(name: str, box: Box, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("package", ["PIL", "torchvision"])
+@pytest.mark.parametrize("package", ["PIL", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_a_missing_package_is_named(package: str, box: Box, tmp_path: Path) -> None:
     """In a process of its own: what is imported stays."""
     import subprocess

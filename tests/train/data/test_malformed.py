@@ -166,7 +166,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "a number for content": (row(turn(content=5)), "needs the field 'content', with text in it, n"),
     "an image": (
         row(turn(content=[{"type": "image", "url": "x"}])),
-        "line 2: the row has an image, and base_model reads text only: leave such rows out",
+        "line 2: the row has an image, and the model reads text only: leave images out",
     ),
     "a video": (
         row(turn(content=[{"type": "video", "url": "x"}])),

@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     ),
     "an image": (
         DPO, "chat_template", TALK, {**TALK, "prompt": [user([{"type": "image", "url": "x"}])]},
-        "'prompt': the row has an image, and base_model reads text only: leave such rows out",
+        "'prompt': the row has an image, and the model reads text only: leave images out",
     ),
     "a system message that is none": (
         DPO, "chatml", GOOD, {**GOOD, "system": ["a"]}, "the field 'system' must be text, not a l",

@@ -206,7 +206,8 @@ def _qwen3_vl() -> tuple[Any, Any]:
 
 
 def _qwen3_5() -> tuple[Any, Any]:
-    words = tokenizer([*_CHAT_ENDS, *_QWEN_MARKS], QWEN3_5)
+    # transformers' class for it adds the last one where it is missing
+    words = tokenizer([*_CHAT_ENDS, *_QWEN_MARKS, "<|endoftext|>"], QWEN3_5)
     text = text_config(
         words, rope_parameters={**_MROPE, "partial_rotary_factor": 1.0}, partial_rotary_factor=1.0,
         layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,

@@ -15,10 +15,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train.data import collate
+from fusewright.train.data import IGNORED, collate
 from fusewright.train.data.images.expansion import Expanded, Expander
+from fusewright.train.data.images.features import Featurizer
 from fusewright.train.data.images.picture import Gallery, Resizing, opened
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.trainer.batches import training_batch
 
 from .families import FAMILIES
 from .rows import DataSide, draw, message, processor_of
@@ -96,6 +98,35 @@ def test_an_image_that_changed_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (24, 32), "red").save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"line 1: .*a\.png: has changed since its row"):
         data.featurizer.features([[sample]], {"input_ids": torch.tensor([sample.input_ids])})
+
+
+@pytest.mark.parametrize("axes", [0, 3])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "mistral3", "smolvlm"])
+def test_the_copy_of_a_lone_row_is_not_prepared_again(
+    family: str, axes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has what the processor makes of two such rows; ``axes``: positions of an image have."""
+    data = DataSide(family, draw(tmp_path))
+    rows = [["a.png"], [], ["b.png", "a.png"]]
+    packs = [data.samples([row_of(names) for names in rows])]
+    featurizer = data.featurizer
+    if axes:
+        positions = torch.arange(10_000).repeat(axes, 1)
+        featurizer = replace(featurizer, positions=lambda ids, _: positions[:, : ids.shape[1]])
+    keys = {"base_model": "x", "datasets": [{"path": "x"}], "micro_batch_size": 2}
+    recipe = Recipe.model_validate({**keys, "sample_packing": True})
+    two = training_batch(packs * 2, recipe, data.tokenizer.pad_token_id, featurizer)
+    calls = []
+    make = Featurizer._processed
+    monkeypatch.setattr(Featurizer, "_processed", lambda *a: calls.append(a) or make(*a))
+    one = training_batch(packs, recipe, data.tokenizer.pad_token_id, featurizer)
+    assert len([call for call in calls if call[1][0].where != "a blank image"]) == 1
+    assert not (two.pop("labels") == one["labels"]).all()
+    assert (one.pop("labels")[1] == IGNORED).all()
+    counts = ("tokens", "trained")
+    assert [2 * one.pop(name) for name in counts] == [two.pop(name) for name in counts]
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -277,6 +277,14 @@ def test_addresses_are_asked_with_consent_only(
     assert Path(picture.path).read_bytes() == Path("a.png").read_bytes()
 
 
+def test_rows_of_the_hub_name_no_files_here(tmp_path: Path) -> None:
+    gallery = Gallery(Path("somebody/rows"), tmp_path / "copies")
+    with pytest.raises(DataError, match=r"a\.png: rows of the hub .* name it with images_dir"):
+        gallery.picture("a.png", "somebody/rows, row 1: image 1")
+    content = base64.b64encode(Path("a.png").read_bytes()).decode()
+    assert gallery.picture({"base64": content}, "row 1").size == (24, 32)
+
+
 def test_an_address_with_a_space_is_refused_in_a_line(tmp_path: Path) -> None:
     """Before anything is asked: http.client has errors that are neither OSError nor ValueError."""
     gallery = Gallery(tmp_path, tmp_path / "copies", may_download=True)

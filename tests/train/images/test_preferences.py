@@ -181,9 +181,19 @@ def by_trl(given: Row, rows: list[Row], folder: Path) -> list[Row]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.long("qwen2_5_vl-True", "gemma3-False", "gemma3-True", "llava-False", "llava-True")
-@pytest.mark.parametrize("optimize", [False, True])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "llava"])
+@pytest.mark.long("qwen2_5_vl-True", "gemma3-False", "llava-False")
+@pytest.mark.parametrize(
+    ("name", "optimize"),
+    [
+        ("qwen2_5_vl", False),
+        ("qwen2_5_vl", True),
+        *(
+            pytest.param(f, o, marks=pytest.mark.slow if o else ())
+            for f in ("gemma3", "llava")
+            for o in (False, True)
+        ),
+    ],
+)
 def test_ten_steps_are_those_of_trl_on_raw_rows(
     name: str,
     optimize: bool,
@@ -198,8 +208,8 @@ def test_ten_steps_are_those_of_trl_on_raw_rows(
     require_same(found, logs, 1e-3 if optimize else 1e-5)
 
 
-@pytest.mark.long("qwen2_5_vl", "gemma3")
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.long("qwen2_5_vl")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_ten_steps_of_kto_are_those_of_trl_on_raw_rows(
     name: str, checkpoints: Callable[[str], Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -235,8 +245,11 @@ def log_probability(model: Any, processor: Any, row: Row, answer: str, folder: P
     return float(scores.gather(-1, ids[1:, None])[before["input_ids"].shape[1] - 1 :].sum())
 
 
-@pytest.mark.long("dpo-None", "cpo-lora")
-@pytest.mark.parametrize(("method", "adapter"), [("dpo", "lora"), ("dpo", None), ("cpo", "lora")])
+@pytest.mark.long("cpo-lora")
+@pytest.mark.parametrize(
+    ("method", "adapter"),
+    [("dpo", "lora"), pytest.param("dpo", None, marks=pytest.mark.slow), ("cpo", "lora")],
+)
 def test_validation_is_what_single_forward_passes_give(
     method: str,
     adapter: str | None,

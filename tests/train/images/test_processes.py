@@ -10,11 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fusewright.train import train
-from fusewright.train.processes.world import World
-from fusewright.train.recipe.load import load_recipe
-from fusewright.train.run import TrainingRun
 
 from ..processes.ranks import values
+from ..processes.runs import train_rank
 from ..results import difference, weights
 from .training import small, write_rows
 
@@ -24,16 +22,8 @@ FULL = {"adapter": None, "lora_target_linear": False}
 Curve = list[tuple[float, float]]
 
 
-def curve_of(result: Any) -> Curve:
-    return [(e["loss"], e["grad_norm"]) for e in result.history if "loss" in e]
-
-
-def trained(world: World, keys: dict[str, Any]) -> Curve:
-    """Run the recipe as one of several processes."""
-    recipe = load_recipe(keys)
-    recipe.strategy().require_world(world.size)
-    world.share_batches(recipe.strategy().group)
-    return curve_of(TrainingRun(recipe, QUIET, world).run())
+def curve_of(history: list[dict[str, Any]]) -> Curve:
+    return [(e["loss"], e["grad_norm"]) for e in history if "loss" in e]
 
 
 def asked(rows: Path, output: Path, family: str = "qwen2_5_vl", **keys: Any) -> dict[str, Any]:
@@ -54,11 +44,12 @@ def alternating(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def both(rows: Path, folder: Path, family: str, **keys: Any) -> tuple[Curve, Curve]:
     """The curves of two processes and of one, whose weights are compared."""
-    two = values(trained, asked(rows, folder / "two", family, **keys), limit=120.0)
+    histories = values(train_rank, asked(rows, folder / "two", family, **keys), limit=120.0)
+    two = [curve_of(history) for history in histories]
     for key in ("fsdp",):
         keys.pop(key, None)
     alone = asked(rows, folder / "one", family, gradient_accumulation_steps=2, **keys)
-    one = curve_of(train(alone, console=QUIET))
+    one = curve_of(train(alone, console=QUIET).history)
     assert two[0] == two[1]
     first: dict[str, Tensor] = weights(folder / "one")
     assert difference(weights(folder / "two"), first) < 2e-6
@@ -69,7 +60,7 @@ def both(rows: Path, folder: Path, family: str, **keys: Any) -> tuple[Curve, Cur
     ("strategy", "keys"),
     [
         pytest.param("ddp", {}, marks=pytest.mark.long),
-        pytest.param("ddp", {"freeze_mm_modules": False}, marks=pytest.mark.long),
+        pytest.param("ddp", {"freeze_mm_modules": False}, marks=pytest.mark.slow),
         ("ddp", {"freeze_mm_modules": False, "gradient_checkpointing": True}),
         ("fsdp", {}),
         pytest.param("fsdp", {"freeze_mm_modules": False}, marks=pytest.mark.long),

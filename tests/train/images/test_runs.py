@@ -22,16 +22,20 @@ from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.processes.world import World
+from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.trainer.batches import errors_as_raised
 from fusewright.train.trainer.build import _image_workers, _require_whole
 from fusewright.train.trainer.engine import FineTuner
+from tests.tools.twins import rows as twins
 
 from ..results import assert_same, curves, stop_at, weights
 from .training import Rows, checkpoint, small, write_rows
 
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "qwen2.5-vl" / "lora.yaml"
 QUIET = Console(quiet=True)
 TOWERS = {"freeze_mm_modules": False}
+THREE = ("qwen2_5_vl", "gemma3", "llava")
 PACKED = {"optimize": True, "codegen": "eager", "sample_packing": True, "sequence_len": 160}
 FULL = {"adapter": None, "lora_target_linear": False}
 
@@ -80,8 +84,14 @@ def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("optimize", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
+@pytest.mark.parametrize(
+    ("family", "optimize"),
+    [
+        *((family, False) for family in THREE),
+        pytest.param("qwen2_5_vl", True, marks=pytest.mark.long),
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in THREE[1:]),
+    ],
+)
 def test_ten_steps_as_plain_peft(
     family: str, optimize: bool, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +132,20 @@ def test_ten_steps_as_plain_peft(
     assert losses == pytest.approx(expected, rel=2e-5)
 
 
+def test_the_example_in_small(tmp_path: Path) -> None:
+    """On rows as its dataset has them: images in a column of a table."""
+    (dataset,) = load_recipe(EXAMPLE).datasets
+    rows = twins.write_rows(twins.rows_of({"path": dataset.path})[:4], tmp_path / "rows")
+    result = train(
+        EXAMPLE, console=QUIET, base_model=str(checkpoint("qwen2_5_vl")), max_steps=1, bf16=False,
+        datasets=[{"path": str(rows), "type": "chat_template"}],
+        gradient_accumulation_steps=1, sequence_len=256, val_set_size=0, evals_per_epoch=None,
+        sample_packing=False, optimize=False, audit=False, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert (result.status, result.problems) == ("finished", [])
+    assert not any(map(is_of_tower, weights(tmp_path / "out")))
+
+
 # --- towers --------------------------------------------------------------------------------------
 
 
@@ -130,7 +154,10 @@ EXPRESSION = {
     "lora_target_linear": False, "lora_target_modules": r".*(visual|mlp)\..*(up_proj|gate_proj)",
 }  # fmt: skip
 # of a new Gemma 3, what projects images is zeros, so that its tower gets no gradients
-OTHERS = ("qwen3_vl", "gemma4", "mistral3", "llava", "internvl", "smolvlm", "idefics3", "glm4v")
+OTHERS = (
+    "qwen3_vl", "qwen3_5", "gemma4", "mistral3", "llava", "internvl", "smolvlm", "idefics3",
+    "glm4v",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -199,7 +226,13 @@ def test_saved_modules_of_a_projector(written: Path, tmp_path: Path) -> None:
     "keys",
     [
         {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        pytest.param(
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"optimize": True, "codegen": "eager", "memory": "min"}, marks=pytest.mark.long
         ),
@@ -217,7 +250,9 @@ def test_what_is_recomputed_is_the_same(
     assert any(is_of_tower(n) for n in weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow), "llava"]
+)
 def test_bf16(family: str, written: Path, tmp_path: Path) -> None:
     """Features are in fp32, and models have them in their own dtype."""
     keys = {**TOWERS, "bf16": True, "max_steps": 2, "optimize": family == "llava"}

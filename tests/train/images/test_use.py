@@ -467,7 +467,7 @@ def test_the_image_of_a_question_is_checked_before_training(
     (tmp_path / "bad.png").write_text("text")
     with pytest.raises(DataError, match=r"sample_image: .*bad\.png: is not a"):
         train({**keys, "sample_image": str(tmp_path / "bad.png")}, console=Console(quiet=True))
-    with pytest.raises(RecipeError, match=r"sample_image: base_model reads text only: remove it"):
+    with pytest.raises(RecipeError, match=r"sample_image: the model reads text only: leave"):
         train(
             {**keys, "base_model": str(base), "sample_image": str(place / "0.png")},
             console=Console(quiet=True),

@@ -36,7 +36,7 @@ def test_two_processes_train_what_one_does(method: str, strategy: str, runs: Run
     for name in ("output_dir", "max_steps", "gradient_accumulation_steps"):
         del keys[name]
     keys |= {"num_epochs": 2, "sample_packing": None, "logging_steps": 1, "eval_steps": 5}
-    run = runs.several(f"{method}-{strategy}", **keys, **STRATEGIES[strategy])
+    run = runs.forked(f"{method}-{strategy}", **keys, **STRATEGIES[strategy])
     one = runs.alone(**keys)
     for key in ("loss", "eval_loss", "learning_rate"):
         assert run.curve(key) == [

@@ -191,6 +191,21 @@ def test_adapters_are_those_of_the_language_model(
     assert all(name.startswith("model.language_model.layers.") for name in layers)
 
 
+def test_it_is_said_which_layers_a_frozen_tower_keeps(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = {"lora_target_linear": None, "lora_target_modules": r".*\.q_proj"}
+    recipe = checked(checkpoints["llava"], tmp_path / "out", **keys)
+    said: list[str] = []
+    model = add_adapter(meta_model(recipe, load_config(recipe)), recipe, say=said.append)
+    tower = [n for n, _ in model.named_modules() if "vision_tower" in n and n.endswith("q_proj")]
+    first = tower[0].removeprefix("base_model.model.")
+    assert said == [
+        f"lora_target_modules: {len(tower)} of the layers, such as {first}, stay as they are, "
+        "because freeze_mm_modules is true: false adapts them"
+    ]
+
+
 def test_only_layers_of_towers_are_no_targets(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     keys: dict[str, Any] = {
         "lora_target_linear": None, "lora_target_modules": "model.visual.*(qkv|proj)",
@@ -301,8 +316,8 @@ def test_rows_with_images_are_refused(
     )
     if field.startswith("image") and kind == "chat_template":
         why = (
-            "the row has an image, and base_model reads text only: leave such rows out, or train a "
-            "model that reads images"
+            "the row has an image, and the model reads text only: leave images out, or use a model "
+            "that reads them"
         )
     elif field.startswith("image"):
         why = (
@@ -320,14 +335,20 @@ def test_a_run_and_its_merged_model(checkpoints: dict[str, Path], tmp_path: Path
     assert_merges(checkpoints["qwen2_5_vl"], tmp_path / "out")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("keys", [{}, {"language_model_only": True}], ids=["loaded", "not loaded"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "loaded"),
+    [  # in turn: each takes seconds
+        pytest.param(kind, loaded, marks=pytest.mark.long if i % 2 == loaded else pytest.mark.slow)
+        for i, kind in enumerate(CONFIGS)
+        for loaded in (True, False)
+    ],
+)
 def test_every_type_trains_and_merges(
-    kind: str, keys: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
+    kind: str, loaded: bool, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     # these let the samples of a pack see each other, and are refused
-    keys = {**keys, "sample_packing": kind not in ("qwen3_5", "qwen2_5_vl")}
+    packing = kind not in ("qwen3_5", "qwen2_5_vl")
+    keys = {"language_model_only": not loaded, "sample_packing": packing}
     assert_merges(checkpoints[kind], tmp_path / "out", **keys)
 
 
@@ -467,10 +488,10 @@ def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 def test_two_processes_with_a_tower_that_no_step_calls(
     strategy: str, full: bool, runs: Runs, tmp_path: Path
 ) -> None:
-    keys: dict[str, Any] = {"num_epochs": 1, "max_steps": 4, "save_steps": 2}
+    keys: dict[str, Any] = {"num_epochs": 1, "max_steps": 4, "save_steps": 2, "optimize": False}
     if full:
         keys |= {"adapter": None, "lora_target_linear": False, "learning_rate": 1e-3}
-    run = runs.several(f"{strategy}, {full}", **keys, **SEVERAL[strategy])
+    run = runs.forked(f"{strategy}, {full}", **keys, **SEVERAL[strategy])
     one = runs.alone(2, **keys)
     assert_same_curves(run, one)
     first = run.folder / "checkpoint-2"
@@ -480,7 +501,7 @@ def test_two_processes_with_a_tower_that_no_step_calls(
     elif in_shards(first):
         assert_of_base(merge(open_run(first), console=Console(quiet=True)), runs.base)
     assert_of_base(out, runs.base)
-    resumed = runs.several(
+    resumed = runs.forked(
         f"{strategy}, {full} resumed", resume_from_checkpoint=str(first), **keys,
         **SEVERAL[strategy],
     )  # fmt: skip

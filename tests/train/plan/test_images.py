@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ from PIL import Image
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
+from fusewright.errors import DataError
 from fusewright.train.plan.cards import Card, Devices
-from fusewright.train.plan.page import show
+from fusewright.train.plan.count.images import row_images
+from fusewright.train.plan.page import show, verdict_lines
 from fusewright.train.plan.plan import RunPlan, make_plan
 from fusewright.train.recipe.load import check
+from fusewright.train.recipe.preferences import preference_settings
 
 from ..commands import fusewright
 from ..images.families import FAMILIES
@@ -42,10 +47,20 @@ def planned(folder: Path, family: str, with_images: bool = True, **keys: Any) ->
 LORA = {"adapter": "lora", "lora_target_linear": True, "lora_r": 4}
 
 
-@pytest.mark.long("gemma3", "gemma4", "smolvlm")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "gemma4", "llava", "smolvlm"])
-def test_frozen_towers_hold_memory_in_passing_only(tmp_path: Path, family: str) -> None:
-    plan, text = planned(tmp_path, family, **LORA), planned(tmp_path, family, False, **LORA)
+@cache
+def known(family: str, with_images: bool = True, frozen: bool = True) -> RunPlan:
+    """One of the plans that several tests look at."""
+    with TemporaryDirectory() as folder:
+        return planned(Path(folder), family, with_images, **LORA, freeze_mm_modules=frozen)
+
+
+SLOW = pytest.mark.slow  # a plan takes some seconds
+OTHERS = [pytest.param(family, marks=SLOW) for family in ("gemma3", "gemma4", "smolvlm")]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", *OTHERS])
+def test_frozen_towers_hold_memory_in_passing_only(family: str) -> None:
+    plan, text = known(family), known(family, with_images=False)
     assert text.images is None
     assert plan.images is not None
     assert (plan.images.rows, plan.images.images, plan.images.kept) == (4, 1.0, 0)
@@ -60,13 +75,12 @@ def test_frozen_towers_hold_memory_in_passing_only(tmp_path: Path, family: str) 
     assert plan.speed.flops == text.speed.flops + plan.images.flops
 
 
-@pytest.mark.long("gemma3", "llava")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
-def test_trained_towers_keep_what_backward_needs(tmp_path: Path, family: str) -> None:
-    keys = {"freeze_mm_modules": False}
-    plan = planned(tmp_path, family, **LORA, **keys)
-    text = planned(tmp_path, family, False, **LORA, **keys)
-    frozen = planned(tmp_path, family, **LORA)
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("gemma3", marks=SLOW), pytest.param("llava", marks=SLOW)]
+)
+def test_trained_towers_keep_what_backward_needs(family: str) -> None:
+    plan, text = known(family, True, frozen=False), known(family, False, frozen=False)
+    frozen = known(family)
     assert plan.images is not None
     assert frozen.images is not None
     kept = plan.memory.activations - text.memory.activations
@@ -76,9 +90,32 @@ def test_trained_towers_keep_what_backward_needs(tmp_path: Path, family: str) ->
     assert plan.speed.flops > frozen.speed.flops
 
 
+def test_images_of_preferences_are_read(tmp_path: Path) -> None:
+    FAMILIES["llava"].save(tmp_path / "base")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "image.png")
+    asked = [{"role": "user", "content": "which colour?"}]
+    answers = {name: [{"role": "assistant", "content": "red"}] for name in ("chosen", "rejected")}
+    pair = {"images": ["image.png"], "prompt": asked, **answers}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 3)
+    recipe = {
+        "base_model": str(tmp_path / "base"), "rl": "dpo", "micro_batch_size": 4,
+        "datasets": [{"path": str(tmp_path / "pairs.jsonl"), "type": "chat_template"}],
+    }  # fmt: skip
+    pairs = check(recipe).recipe
+    found = row_images(pairs)
+    assert found is not None
+    assert (found.rows, found.images, found.tokens) == (3, 1.0, 16)
+    assert found.longest == found.length > 16 + len("which colour?red")  # a byte is a token
+    settings = preference_settings(pairs)
+    assert settings is not None
+    assert found.times(pairs, settings.sequences) == 8  # both answers of a pair have its images
+    with pytest.raises(DataError, match="line 1: the row has an image, and rl: orpo trains"):
+        row_images(check({**recipe, "rl": "orpo"}).recipe)
+
+
 def test_larger_images_take_more(tmp_path: Path) -> None:
     small = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=16)
-    large = planned(tmp_path, "qwen2_5_vl", **LORA, image_size=32)
+    large = known("qwen2_5_vl")  # of 32 x 32
     assert small.images is not None
     assert large.images is not None
     assert large.images.tokens > small.images.tokens
@@ -86,7 +123,7 @@ def test_larger_images_take_more(tmp_path: Path) -> None:
 
 
 def test_a_pack_has_the_images_of_its_rows(tmp_path: Path) -> None:
-    alone = planned(tmp_path, "qwen2_5_vl", **LORA)
+    alone = known("qwen2_5_vl")
     packs = planned(tmp_path, "qwen2_5_vl", **LORA, sample_packing=True, sequence_len=512)
     assert alone.images is not None
     assert packs.images is not None
@@ -95,7 +132,7 @@ def test_a_pack_has_the_images_of_its_rows(tmp_path: Path) -> None:
 
 def test_without_rows_here_an_image_is_assumed_and_it_is_said(tmp_path: Path) -> None:
     keys = {**LORA, "processor_type": "AutoProcessor", "image_size": 32}
-    planned(tmp_path, "gemma3")
+    FAMILIES["gemma3"].save(tmp_path / "base")
     recipe = {
         "base_model": str(tmp_path / "base"), "datasets": [{"path": "some/rows"}],
         "sequence_len": 128, "micro_batch_size": 2, "codegen": "eager", "max_steps": 1, **keys,
@@ -108,13 +145,14 @@ def test_without_rows_here_an_image_is_assumed_and_it_is_said(tmp_path: Path) ->
     assert "images: 1.00 a row, for which 10 tokens stand (ASSUMED" in console.export_text()
 
 
-def test_a_plan_says_what_its_images_take(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "llava", **LORA)
+def test_a_plan_says_what_its_images_take() -> None:
+    plan = known("llava")
     console = Console(record=True, width=200)
     show(plan, console)
     said = console.export_text()
-    assert "images: 1.00 a row, for which 16 tokens stand (in the first 4 rows)" in said
+    assert "images: 1.00 a row, for which 16 tokens stand (in the first 4 rows, of at most " in said
     assert plan.to_dict()["images"]["tokens"] == 16
+    assert verdict_lines(plan)[0] in said  # as a dry run has it
 
 
 def test_towers_that_cannot_be_counted_are_said_to_be_left_out(

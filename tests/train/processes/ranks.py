@@ -30,6 +30,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "fusewright.train.checkpoint.write",
+        "fusewright.train.run",
         "transformers.models.llama.modeling_llama",
         "peft",
         "pytest",

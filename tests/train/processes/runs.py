@@ -17,9 +17,13 @@ from rich.console import Console
 from torch import Tensor
 
 from fusewright.train import train
+from fusewright.train.processes.world import World
+from fusewright.train.recipe.load import load_recipe
+from fusewright.train.run import TrainingRun
 
 from ..conftest import numbers, small_recipe, write_rows
 from ..results import weights
+from .ranks import values
 
 LIMIT = 300.0
 """Seconds after which a command and its processes are killed."""
@@ -139,6 +143,13 @@ class Runs:
             self._several[name] = run
         return self._several[name]
 
+    def forked(self, name: str, processes: int = 2, **keys: Any) -> Run:
+        """The same in forks, which import nothing, for tests that are not of the command."""
+        if name not in self._several:
+            values(train_rank, self.recipe(name, **keys), size=processes, limit=LIMIT)
+            self._several[name] = Run(self.folder / name, 0, "", "")
+        return self._several[name]
+
     def alone(self, passes: int = 2, **keys: Any) -> Run:
         """The run of one process that makes so many forward passes per step."""
         name = f"alone-{passes}-{len(self._alone)}"
@@ -148,6 +159,14 @@ class Runs:
             result = train(asked, console=Console(quiet=True))
             self._alone[known] = Run(self.folder / name, result.exit_code, "", "")
         return self._alone[known]
+
+
+def train_rank(world: World, keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run a recipe as one of several processes; its history."""
+    recipe = load_recipe(keys)
+    recipe.strategy().require_world(world.size)
+    world.share_batches(recipe.strategy().group)
+    return TrainingRun(recipe, Console(quiet=True), world).run().history
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:

@@ -104,7 +104,7 @@ def test_a_strategy_trains_what_one_process_does(runs: Runs, name: str, method: 
 def test_a_loss_that_weighs_tokens_is_the_same_in_two_processes(runs: Runs, method: str) -> None:
     """Gradients weigh tokens, not processes."""
     keys: dict[str, Any] = {"use_dft": True, **(FULL if method == "full" else {})}
-    run = runs.several(f"dft-{method}", **keys)
+    run = runs.forked(f"dft-{method}", **keys)
     one = runs.alone(**keys)
     assert_as_one(run, one)
     assert difference(run.weights(), one.weights()) < 1e-4

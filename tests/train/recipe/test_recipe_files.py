@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.status import entries
@@ -19,7 +24,8 @@ HERE = Path(__file__).resolve().parents[1]
 EXAMPLES = HERE.parents[1] / "examples"
 FAMILIES = {
     "llama-3": "llama", "mistral": "mistral", "qwen3": "qwen3", "gemma-3": "gemma3_text",
-    "phi-4": "phi3", "falcon": "falcon", "yi": "llama", "mamba": "mamba", "mixtral": "mixtral",
+    "qwen2.5-vl": "qwen2_5_vl", "phi-4": "phi3", "falcon": "falcon", "yi": "llama",
+    "mamba": "mamba", "mixtral": "mixtral",
 }  # fmt: skip
 """The folders of examples, and the type of model that transformers has for them."""
 
@@ -56,9 +62,12 @@ def test_an_example_is_honoured_key_by_key(path: Path, monkeypatch: pytest.Monke
 def test_an_example_adapts_layers_that_its_model_has(path: Path) -> None:
     targets = load_recipe(path).lora_target_modules
     config = AutoConfig.for_model(FAMILIES[path.parent.name])
-    config.num_hidden_layers = 1
+    config.get_text_config().num_hidden_layers = 1
+    writes: Any = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        writes = AutoModelForImageTextToText
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = writes.from_config(config)
     linear = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight")}
     assert set(targets or ()) <= linear
 

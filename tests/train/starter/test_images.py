@@ -17,13 +17,15 @@ from ..commands import fusewright, refused
 from ..images.families import FAMILIES
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, images: Path | None = None) -> Path:
     """Rows with images, of both forms, and one in six of text alone."""
     lines = []
+    images = images or folder
+    images.mkdir(exist_ok=True)
     for i in range(60):
         name = f"{i % 3}.png"
         if i < 3:
-            Image.new("RGB", (32, 32), ("red", "green", "blue")[i]).save(folder / name)
+            Image.new("RGB", (32, 32), ("red", "green", "blue")[i]).save(images / name)
         asked: Any = [{"type": "image", "path": name}, {"type": "text", "text": "which colour?"}]
         if i % 6 == 5:
             asked = "say something"
@@ -34,15 +36,26 @@ def write(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.long("gemma3", "llava")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
-def test_a_recipe_for_images_trains(family: str, tmp_path: Path) -> None:
-    rows, model = write(tmp_path), FAMILIES[family].save(tmp_path / "model")
-    result = fusewright("init", str(rows), "--model", str(model))
+@pytest.mark.long("llava-images")
+@pytest.mark.parametrize(
+    ("family", "images"),
+    [
+        ("qwen2_5_vl", None),
+        ("llava", "images"),
+        pytest.param("gemma3", None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_recipe_for_images_trains(family: str, images: str | None, tmp_path: Path) -> None:
+    """Images are beside the rows, or in a folder of their own."""
+    folder = tmp_path / images if images else None
+    rows, model = write(tmp_path, folder), FAMILIES[family].save(tmp_path / "model")
+    options = ["--images-dir", str(folder)] if folder else []
+    result = fusewright("init", str(rows), "--model", str(model), *options)
     assert result.exit_code == 0, result.output
     assert "50 rows have images" in " ".join(result.stdout.replace("#", "").split())
     found: dict[str, Any] = yaml.safe_load(result.stdout)
     assert found["datasets"][0]["type"] == "chat_template"
+    assert found["datasets"][0].get("images_dir") == (str(folder) if folder else None)
     made = train(
         found, console=Console(quiet=True), max_steps=2, codegen="eager",
         output_dir=str(tmp_path / "out"),
@@ -52,5 +65,5 @@ def test_a_recipe_for_images_trains(family: str, tmp_path: Path) -> None:
 
 def test_a_model_for_text_is_not_proposed_for_images(model: Path, tmp_path: Path) -> None:
     message = refused("init", str(write(tmp_path)), "--model", str(model))
-    assert "rows.jsonl, line 1: the row has an image, and base_model reads text only" in message
+    assert "rows.jsonl, line 1: the row has an image, and the model reads text only" in message
     assert "choose one with --model, such as HuggingFaceTB/SmolVLM-256M-Instruct" in message

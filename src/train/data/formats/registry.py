@@ -186,10 +186,8 @@ class Encoder:
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
         source = template_of(dataset, recipe, tokenizer)
-        reader = images if isinstance(images, ImageReader) else None
-        gallery = images.gallery if isinstance(images, ImageReader) else images
-        self.expander = reader.expander if reader else None
-        self.format = format_of(dataset, recipe, source, len(tokenizer), gallery)
+        self.expander = images.expander
+        self.format = format_of(dataset, recipe, source, len(tokenizer), images.gallery)
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, _CHATS) and source is not None:
@@ -201,14 +199,9 @@ class Encoder:
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
         self.tokenizer = tokenizer
         self.settings = {
-            "template": source,
-            "variables": recipe.chat_template_kwargs,
-            "system": recipe.default_system_message,
-            "eot_tokens": recipe.eot_tokens,
+            **settings_of(recipe, source, self.chats, day, images),
             "everything": everything,
             "prepared": recipe.takes_tokens(),
-            "day": day if writes_day(self.chats) else None,
-            "images": reader.settings if reader and self.chats else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
@@ -268,10 +261,19 @@ def chat_encoder(
     )  # fmt: skip
 
 
-def writes_day(chats: ChatEncoder | None) -> bool:
-    """Whether a template writes the date."""
+def settings_of(
+    recipe: Recipe, source: Any, chats: ChatEncoder | None, day: str, images: ImageReader | NoImages
+) -> dict[str, Any]:
+    """What the tokens of all kinds of rows depend on; ``source`` is that of the template."""
     templates = chats.templates.values() if chats else ()
-    return any(asks_for_day(template.source) for template in templates)
+    return {
+        "template": source,
+        "variables": recipe.chat_template_kwargs,
+        "system": recipe.default_system_message,
+        "eot_tokens": recipe.eot_tokens,
+        "day": day if any(asks_for_day(template.source) for template in templates) else None,
+        "images": images.settings if chats else None,
+    }
 
 
 def format_of(

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ....errors import DataError, first_line
 from ...consent import URL_SWITCH
@@ -38,6 +38,9 @@ _MOST_BYTES = 100_000_000
 """Of the file of an image."""
 
 _TOO_LARGE = f"is larger than {_MOST_BYTES // 10**6} MB: make it smaller"
+
+_DEEP = re.compile(r"\w+;16[BLNS]")
+"""Pillow's name of what a file has: 16 bits a channel."""
 
 _SHOWN = 80
 """Characters of an address or a path in messages."""
@@ -110,9 +113,16 @@ class Resizing:
 
 @dataclass(frozen=True)
 class NoImages:
-    """Why the images of rows cannot be read, and what to do."""
+    """Why the images of rows cannot be read, and what to do; in place of an ``ImageReader``."""
 
-    why: str = "base_model reads text only: leave such rows out, or train a model that reads images"
+    why: str = "the model reads text only: leave images out, or use a model that reads them"
+    expander: ClassVar[None] = None
+    settings: ClassVar[None] = None
+
+    @property
+    def gallery(self) -> NoImages:
+        """What says so where a row has an image."""
+        return self
 
 
 TEXT_ONLY = NoImages()
@@ -214,6 +224,11 @@ class Gallery:
             return _decoded(text, where)
         if missing and self.folder is None:
             raise DataError(f"{where}: {resolved}: {missing}")
+        if self.folder is not None and not self.folder.is_dir():
+            raise DataError(
+                f"{where}: {text[:_SHOWN]}: rows of the hub name files that are not here: download "
+                "their folder, and name it with images_dir"
+            )
         if self.folder is not None and not resolved.is_relative_to(root):
             shown = text[:_SHOWN] if missing else text
             raise DataError(
@@ -342,9 +357,11 @@ def _require_plain(image: Any, place: str) -> None:
             f"{place}: has the colours of print (CMYK), which change without their profile: "
             "convert it to RGB"
         )
-    if image.mode.startswith("I") or image.mode == "F":
+    # Pillow reads colours of 16 bits, too, of which it keeps the upper 8
+    stored = next((m[0] for tile in image.tile if (m := _DEEP.search(str(tile[3])))), image.mode)
+    if image.mode.startswith("I") or image.mode == "F" or stored != image.mode:
         raise DataError(
-            f"{place}: has more than 8 bits a pixel (mode {image.mode}), which would be cut off: "
+            f"{place}: has more than 8 bits a channel (mode {stored}), which would be cut off: "
             "scale it to 8 bits"
         )
 

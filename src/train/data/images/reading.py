@@ -27,15 +27,20 @@ class ImageReader:
     settings: dict[str, Any]
 
 
+def no_images(processing: Processing) -> NoImages:
+    """Why images are not read, where there is no processor."""
+    return NoImages(processing.why_not) if processing.why_not else TEXT_ONLY
+
+
 def reader_of(
     recipe: Recipe, dataset: Dataset, processing: Processing, copies: Path
 ) -> ImageReader | NoImages:
     """The reader of a dataset's images. ``copies``: the folder for bytes that rows hold."""
     processor = processing.processor
     if processor is None:
-        return NoImages(processing.why_not) if processing.why_not else TEXT_ONLY
-    path = Path(dataset.path)
-    folder = Path(dataset.images_dir or (path if path.is_dir() else path.parent))
+        return no_images(processing)
+    path = Path(dataset.path)  # of the hub: no such folder is here
+    folder = Path(dataset.images_dir or (path.parent if path.is_file() else path))
     resizing = resizing_of(recipe)
     gallery = Gallery(folder, copies, resizing, recipe.consent.allow_image_urls)
     settings = {
@@ -66,8 +71,7 @@ def sample_picture(recipe: Recipe, processing: Processing) -> Picture | None:
     if not recipe.sample_image or not recipe.sample_prompt:
         return None
     if processing.processor is None:
-        why = processing.why_not or "base_model reads text only: remove it"
-        raise RecipeError(f"sample_image: {why}")
+        raise RecipeError(f"sample_image: {no_images(processing).why}")
     return Gallery(None, Path(), resizing_of(recipe)).picture(
         Path(recipe.sample_image), "sample_image"
     )

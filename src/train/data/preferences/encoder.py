@@ -20,7 +20,7 @@ from ..chat.mask import Rules
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
 from ..formats.fields import IMAGE_FIELDS
-from ..formats.registry import Row, chat_encoder, require_ends, template_of, writes_day
+from ..formats.registry import Row, chat_encoder, require_ends, settings_of, template_of
 from ..formats.segments import SegmentEncoder
 from ..images.picture import TEXT_ONLY, NoImages
 from ..images.reading import ImageReader
@@ -63,14 +63,12 @@ class PreferenceEncoder:
         assert settings is not None  # the recipe of a preference method
         if settings.no_images:
             images = NoImages(settings.no_images)
-        image_reader = images if isinstance(images, ImageReader) else None
-        gallery: Any = image_reader.gallery if image_reader else images
         self.why_no_images = images.why if isinstance(images, NoImages) else ""
         day = day or today()
         recipe = _with_prompt_variables(recipe)
         source = template_of(dataset, recipe, tokenizer)
         text = source if isinstance(source, str) else str(source or "")
-        conversation = Conversation(dataset, text, recipe.default_system_message, gallery)
+        conversation = Conversation(dataset, text, recipe.default_system_message, images.gallery)
         self.reader = reader_of(dataset, recipe, settings.rows, conversation, settings.num_labels)
         self.tokenizer = tokenizer
         self.chats: ChatEncoder | None = None
@@ -78,7 +76,7 @@ class PreferenceEncoder:
         if source is not None and not texts_only:
             self.chats = chat_encoder(
                 dataset, recipe, tokenizer, source, _rules(dataset, recipe), day,
-                image_reader.expander if image_reader else None,
+                images.expander,
             )  # fmt: skip
         self.segments = SegmentEncoder(tokenizer, False, recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
@@ -88,16 +86,11 @@ class PreferenceEncoder:
         if settings.rows == "steps":
             self.longest_answer = dataset.max_completion_length
         self.settings = {
+            **settings_of(recipe, source, self.chats, day, images),
             "rows": settings.rows,
             "classes": settings.num_labels,
             "longest_prompt": self.longest_prompt,
-            "template": source,
-            "variables": recipe.chat_template_kwargs,
-            "system": recipe.default_system_message,
-            "eot_tokens": recipe.eot_tokens,
             "function": isinstance(self.reader, OwnTypeReader),
-            "day": day if writes_day(self.chats) else None,
-            "images": image_reader.settings if image_reader else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 

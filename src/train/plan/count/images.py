@@ -20,15 +20,17 @@ from torch.utils._pytree import tree_iter
 from ....errors import RecipeError
 from ....kernels.cost import Living
 from ...data.chat.date import today
-from ...data.formats.teacher import encoder_of
 from ...data.images.features import Illustrated
 from ...data.images.picture import NoImages, Picture
 from ...data.images.reading import ImageReader, reader_of
+from ...data.preferences.limits import TokenizedRow
+from ...data.prepare import encoder_for
 from ...data.readers import sources
-from ...data.sample import Sample, Tokens
+from ...data.sample import Sample
 from ...model.load import quiet
 from ...model.processor import load_processing
 from ...processing import Processing
+from ...recipe.keys.row_types import is_function_type
 from ...recipe.preferences import rows_of
 from ...recipe.recipe import Dataset, Recipe
 
@@ -50,6 +52,7 @@ class RowImages:
         images: of a row, on average.
         tokens: that stand for the images of a row, on average.
         length: the tokens of a row, on average; 0: not known.
+        longest: the tokens of the longest row; 0: not known.
         largest: the most tokens that stand for the images of one row.
         features: what the processor makes of that row's images.
     """
@@ -58,6 +61,7 @@ class RowImages:
     images: float
     tokens: float
     length: float
+    longest: int
     largest: int
     features: Features = field(repr=False)
 
@@ -82,6 +86,7 @@ class ImageUsage:
         rows: that were read to know it; 0: it is assumed.
         images: of a row, on average.
         tokens: that stand for the images of a row, on average.
+        longest: the tokens of the longest row; 0: not known.
         kept: bytes that towers keep for backward outside of their blocks; 0 if they are frozen.
         passing: the most bytes that towers hold at one time in forward.
         flops: of towers, but of trained blocks, which are blocks of the step.
@@ -91,6 +96,7 @@ class ImageUsage:
     rows: int
     images: float
     tokens: float
+    longest: int
     kept: int
     passing: int
     flops: int
@@ -106,8 +112,12 @@ def row_images(recipe: Recipe) -> RowImages | None:
     A few rows are read where they are on this machine. Without rows here, a recipe with
     ``processor_type`` has an image in each. Raises a DataError if a row that is read is wrong.
     """
-    local = [d for d in recipe.datasets if Path(d.path).exists()]
-    if rows_of(recipe) is not None or not (local or recipe.processor_type):
+    kind = rows_of(recipe)
+    local = [
+        d for d in recipe.datasets if Path(d.path).exists()
+        and not (kind and isinstance(d.type, str) and is_function_type(d.type, kind))
+    ]  # fmt: skip
+    if not (local or recipe.processor_type):
         return None
     try:
         with quiet():
@@ -125,10 +135,10 @@ def row_images(recipe: Recipe) -> RowImages | None:
         if not local:
             return _assumed(recipe, reader)
         encoded = [
-            (one, _sizes(one))
+            (length, _sizes(extra))
             for dataset, images in zip(local, readers, strict=True)
-            for one in _encoded(recipe, dataset, processing, images)
-            if len(one.ids) <= recipe.sequence_len
+            for length, extra in _encoded(recipe, dataset, processing, images)
+            if length <= recipe.sequence_len
         ]
     if not any(sizes for _, sizes in encoded):
         return None
@@ -137,21 +147,23 @@ def row_images(recipe: Recipe) -> RowImages | None:
     count = len(encoded)
     return RowImages(
         count, sum(len(sizes) for _, sizes in encoded) / count, sum(tokens) / count,
-        sum(len(one.ids) for one, _ in encoded) / count, tokens[largest],
-        _features(reader, encoded[largest][1]),
+        sum(length for length, _ in encoded) / count, max(length for length, _ in encoded),
+        tokens[largest], _features(reader, encoded[largest][1]),
     )  # fmt: skip
 
 
 def _encoded(
     recipe: Recipe, dataset: Dataset, processing: Processing, images: ImageReader | NoImages
-) -> Iterator[Tokens]:
+) -> Iterator[tuple[int, str]]:
+    """The length of each row, and what it has beside its tokens."""
     longest = recipe.sequence_len
-    encoder = encoder_of(dataset, recipe, processing.tokenizer, longest, today(), images)
-    yield from encoder.encode(list(islice(sources.find(dataset, "datasets").rows(), _ROWS)))
+    encoder = encoder_for(dataset, recipe, processing.tokenizer, longest, today(), images)
+    for row in encoder.encode(list(islice(sources.find(dataset, "datasets").rows(), _ROWS))):
+        yield row.length if isinstance(row, TokenizedRow) else len(row.ids), row.extra
 
 
-def _sizes(row: Tokens) -> list[tuple[int, int]]:
-    illustrated = Illustrated.of(Sample(row.ids, [], row.extra))
+def _sizes(extra: str) -> list[tuple[int, int]]:
+    illustrated = Illustrated.of(Sample([], [], extra))
     return [picture.size for picture in illustrated.pictures] if illustrated else []
 
 
@@ -180,7 +192,7 @@ def _assumed(recipe: Recipe, reader: ImageReader) -> RowImages:
     side = round((recipe.image_max_pixels or _SIDE**2) ** 0.5)
     sizes = [reader.gallery.resizing.size_of(side, side)]
     tokens = _tokens(reader, sizes)
-    return RowImages(0, 1.0, tokens, 0.0, tokens, _features(reader, sizes))
+    return RowImages(0, 1.0, tokens, 0.0, 0, tokens, _features(reader, sizes))
 
 
 # --- towers ---------------------------------------------------------------------------------------

@@ -167,12 +167,16 @@ def _seen(
                 flops += (blueprint.times[path] - 1) * (lean.flops - whole.flops)
     except Exception as error:  # a model's own code raises anything
         why = f"{type(error).__name__}: {first_line(error)}"
-        return {}, ImageUsage(images.rows, images.images, images.tokens, 0, 0, 0, why)
+        return {}, ImageUsage(
+            images.rows, images.images, images.tokens, images.longest, 0, 0, 0, why
+        )
     finally:
         for handle in handles:
             handle.remove()
     kept, most, flops = (round(times * n) for n in (max(kept, 0), run.most, flops))
-    return usages, ImageUsage(images.rows, images.images, images.tokens, kept, most, flops)
+    return usages, ImageUsage(
+        images.rows, images.images, images.tokens, images.longest, kept, most, flops
+    )
 
 
 _IDLE: Usages = {"all": Usage(0, 0, 0, 0, 0), "input": Usage(0, 0, 0, 0, 0)}
