@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...report import html_table
 from ..output_files import write_atomically
 from ..recipe.secrets import hide, scrub
 from ..terminal import say
@@ -30,7 +31,7 @@ _CARRIED = (
 """The figures that a resumed run cannot compute again."""
 
 
-@dataclass
+@dataclass(repr=False)
 class RunResult:
     """The results of a run.
 
@@ -254,6 +255,15 @@ class RunResult:
         content = {**asdict(self), "output_dir": str(self.output_dir)}
         text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.output_dir / "run.json", text + "\n")
+
+    def __repr__(self) -> str:
+        loss = "" if self.loss_last is None else f", loss {self.loss_last:z.3f}"
+        steps = f"{self.steps} of {self.steps_planned} steps"
+        return f"<RunResult: {self.status}, {steps}{loss}, {self.output_dir}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: the summary that the command ends with."""
+        return html_table([("status", self.status), *self._rows()], head=False)
 
     def print(self, console: Console) -> None:
         """Print the summary."""
