@@ -20,8 +20,8 @@ from .recommend import Advice
 _LEVEL_TEXT: dict[Level, str] = {
     "weights": "keep what is fastest, unpacked weights included",
     "all": "keep all that their operations keep",
-    "products": "keep matrix products",
-    "input": "keep their input",
+    "products": "keep results of matrix products, and compute the rest again",
+    "input": "keep their input, and compute the rest again",
     "tiles": "keep their input, with MLPs in tiles",
     "offload": "keep their input in host memory",
     "offload_tiles": "keep their input in host memory, with MLPs in tiles",
@@ -51,7 +51,7 @@ def show(plan: RunPlan, console: Console) -> None:
     if plan.images is not None:
         say(console, _images(plan.images))
     console.print(_parts(plan))
-    for line in (_verdict(plan), *_limits(plan), *_work(plan)):
+    for line in (_verdict(plan), *_beyond(plan), *_limits(plan), *_work(plan)):
         say(console, line)
     if advice.table:
         console.print(_comparison(advice))
@@ -66,7 +66,7 @@ def show(plan: RunPlan, console: Console) -> None:
 
 def verdict_lines(plan: RunPlan) -> list[str]:
     """Whether it fits, what would fit, and how long a step takes."""
-    lines = [_verdict(plan), *_limits(plan), *_work(plan)]
+    lines = [_verdict(plan), *_beyond(plan), *_limits(plan), *_work(plan)]
     if plan.advice.keys:
         changes = yaml.safe_dump(plan.advice.keys, sort_keys=False).splitlines()
         lines += [f"{plan.advice.reason}:", *(f"  {line}" for line in changes)]
@@ -125,6 +125,16 @@ def _verdict(plan: RunPlan) -> str:
     if plan.fits:
         return f"fits: {_gib(plan.memory.peak)} of {room}; {blocks}"
     return f"DOES NOT FIT: {_gib(plan.memory.peak)} GiB are more than {room}; {blocks}"
+
+
+def _beyond(plan: RunPlan) -> list[str]:
+    known, asked = plan.limits.positions, plan.recipe.sequence_len
+    if known is None or asked <= known:
+        return []
+    return [
+        f"warning: sequence_len: {asked:,} is more than the {known:,} positions of the model: rows "
+        "that are longer use positions that it was not trained on"
+    ]
 
 
 def _limits(plan: RunPlan) -> list[str]:

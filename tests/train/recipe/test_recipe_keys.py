@@ -194,7 +194,7 @@ def test_validators_enforce_the_schema() -> None:
     for file in files:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert [e.message for e in validator.iter_errors(values)] == [], file
-    assert len(files) > 20
+    assert len(files) >= 18
     least = {"base_model": "a", "datasets": [{"path": "b"}]}
     right = {"learning_rate": "1e-3", "logging_steps": 0.1, "warmup_ratio": 0, "lora_r": None}
     assert validator.is_valid({**least, **right})
