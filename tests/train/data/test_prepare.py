@@ -234,6 +234,33 @@ def test_processes_change_nothing_but_the_time(make: Make, tmp_path: Path) -> No
         make(dataset_processes=2)
 
 
+def test_one_run_names_the_bad_rows(make: Make, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", 1500)
+    lines = file.read_text().splitlines()
+    for number in (8, 700, 1201):
+        lines[number - 1] = '{"messages": []}'
+    file.write_text("\n".join(lines))
+    said = "the field 'messages' must be"
+    for processes in (1, 2):
+        with pytest.raises(DataError) as refused:
+            make(dataset_processes=processes)
+        assert str(refused.value).startswith(f"{file}, line 8: {said}")
+        assert str(refused.value).endswith("(likewise line 700, line 1201); 3 rows cannot be used")
+    lines[6] = "{"
+    lines[8:100] = ["[1"] * 92
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError) as refused:
+        make()
+    first, second, total = str(refused.value).splitlines()
+    assert first.startswith(f"{file}, line 7: ")
+    assert second.startswith(f"  {file}, line 9: ")
+    assert second.endswith(f"(likewise {', '.join(f'line {n}' for n in range(10, 18))})")
+    assert total == "  93 rows cannot be used"
+    file.write_text('{"messages": []}\n' * 5000)
+    with pytest.raises(DataError, match=r"; 1,024 rows or more cannot be used$"):
+        make()
+
+
 # --- streams -------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from ....errors import DataError, first_line
 from ...json_text import BadJsonError, parse_json, row_of
 from ...printable import odd_characters
+from .bad_rows import BadRows
 
 Row = tuple[str, Any]
 """File and line, and the row."""
@@ -86,15 +87,22 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
+    bad = BadRows()
     for number, line in _lines(path, progress):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = parse_json(line)
         except BadJsonError as error:
             column = f" (column {error.column})" if error.column else ""
-            raise DataError(f"{path}, line {number}: {error}{column}") from None
-        yield f"{path}, line {number}", row
+            bad.add(where, f"{where}: {error}{column}")
+            if bad.enough:
+                break
+            continue
+        if not bad.count:  # else nothing but the other bad lines is of interest
+            yield where, row
+    bad.raise_any()
 
 
 def _json(path: Path, progress: Progress) -> Iterator[Row]:
