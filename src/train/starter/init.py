@@ -103,7 +103,10 @@ def _model(name: str | None) -> tuple[str, str]:
 
 def _dataset(path: str, model: str) -> Dataset:
     """The dataset with an absolute path; raises a RecipeError if nothing is there."""
-    return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
+    try:
+        return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
+    except RecipeError as error:  # which speaks of a recipe, and there is none yet
+        raise RecipeError(str(error).replace("the recipe, datasets.0.path", "DATA")) from None
 
 
 def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[str, Any]:

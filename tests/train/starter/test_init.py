@@ -171,7 +171,8 @@ def test_a_template_that_leaves_tools_out_is_named(base: Path, tmp_path: Path) -
 
 
 def test_what_is_not_there(model: Path, tmp_path: Path) -> None:
-    assert "there is no nowhere.jsonl" in refused("init", "nowhere.jsonl", "--model", model)
+    said = refused("init", "nowhere.jsonl", "--model", model)
+    assert said.startswith("DATA: there is no nowhere.jsonl in ")
     rows = write_rows(tmp_path / "rows.jsonl", ROWS["chat"])
     assert "--memory: 'much'" in refused("init", rows, "--model", model, "--memory", "much")
     (tmp_path / "recipe.yaml").write_text("mine")
