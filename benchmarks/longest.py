@@ -25,8 +25,9 @@ from harness import EngineError, EngineProcess
 from train_step import DRIFT, add_workload_options
 from workload import Job, build
 
+from fusewright.memory.budget import GB
+
 MB = 1 << 20
-GB = 10**9
 PEERS = ("eager", "hf+gc")
 TRIES = 3
 """Real steps that may follow a prediction, each shorter than the one before."""
