@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from environment import describe
+from fusewright.memory.budget import GB
 from harness import EngineError, EngineProcess
 from train_step import DRIFT, add_workload_options
 from workload import Job, build
-
-from fusewright.memory.budget import GB
 
 MB = 1 << 20
 PEERS = ("eager", "hf+gc")

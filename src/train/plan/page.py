@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import yaml
 from rich import box
 from rich.console import Console
@@ -158,6 +160,10 @@ def _limits(plan: RunPlan) -> list[str]:
     return [smallest, largest]
 
 
+_SMALL = 10**9
+"""Parameters below which a GPU waits for the launches of kernels."""
+
+
 def _work(plan: RunPlan) -> list[str]:
     s = plan.speed
     sent = f" and {_gib(s.sent)} GiB sent" if s.sent else ""
@@ -166,8 +172,10 @@ def _work(plan: RunPlan) -> list[str]:
     lines = [
         f"each optimizer step: {s.tokens:,} tokens in all; {work} by each process",
         f"about {_time(s.seconds)} for a step{parts if s.sent else ''}, "
-        f"{s.tokens_per_second:,.0f} tokens/s in all",
+        f"{float(f'{s.tokens_per_second:.2g}'):,.0f} tokens/s in all",
     ]
+    if not plan.on_cpu and plan.parameters < _SMALL:
+        lines.append("launching kernels is not counted: so small a model takes longer than that")
     if plan.hours is not None and plan.steps is not None:
         by_size = " (by the size of the rows' files)" if plan.steps_are_estimated else ""
         lines.append(
@@ -183,11 +191,12 @@ def _work(plan: RunPlan) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    """``12.3 s``, ``4 min``, ``5.1 h`` or ``3.2 days``."""
+    """``0.047 s``, ``12 s``, ``4 min``, ``5.1 h`` or ``3.2 days``: estimates have two digits."""
     for size, unit, digits in ((86400 * 2, "days", 1), (3600 * 2, "h", 1), (120, "min", 0)):
         if seconds >= size:
             return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:,.{digits}f} {unit}"
-    return f"{seconds:,.2f} s"
+    digits = 1 - math.floor(math.log10(seconds)) if seconds > 0 else 0
+    return f"{seconds:.{max(0, digits)}f} s"
 
 
 def _comparison(advice: Advice) -> Table:

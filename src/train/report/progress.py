@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..processes.signals import Interrupts
 from ..terminal import say
-from .format import Smooth, duration, memory
+from .format import Smooth, change, duration, memory
 from .throughput import ThroughputMeter
 
 RECENT = 10
@@ -262,7 +262,7 @@ class ProgressCallback(TrainerCallback):
         name = key.removeprefix("eval_").removesuffix(figure).strip("_")
         text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:z.3f}"
         if key in self.validated:
-            text += f" ({value - self.validated[key]:+.3f})"
+            text += f" ({change(self.validated[key], value)})"
         self.validated[key] = value
         self.say(text)
 

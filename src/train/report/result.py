@@ -20,7 +20,7 @@ from ..output_files import write_atomically
 from ..recipe.secrets import hide, scrub
 from ..terminal import say
 from .environment import memory, peak_rss_mb
-from .format import finite, resumption
+from .format import change, finite, resumption
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
@@ -281,7 +281,7 @@ class RunResult:
             both = self.figures_before, self.figures_after
             before, after = (figures.get(f"eval_{name}") for figures in both)
             if before is not None and after is not None:
-                text = f"{before:z.3f} → {after:z.3f} ({after - before:+z.3f})"
+                text = f"{before:z.3f} → {after:z.3f} ({change(before, after)})"
                 rows[f"validation {name}"] = text
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:

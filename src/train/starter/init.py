@@ -15,6 +15,7 @@ import yaml
 
 from ...errors import DataError, RecipeError
 from ...memory.budget import Budget
+from ..data.readers.files import kind_of
 from ..output_files import write_atomically
 from ..printable import shown
 from ..recipe.load import check
@@ -170,6 +171,8 @@ _HINTS = {
 def _rows_why(rows: RowsRead) -> str:
     features, kind = rows.features, rows.shape.kind
     lines = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
+    if kind_of(Path(rows.dataset.path)) == "text":
+        lines.append("each line of a text file is a row")
     if features.roles and kind == "chat":
         lines.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
     if features.images:

@@ -162,6 +162,7 @@ def test_a_finished_run_is_trained_further(
     """With rates that do not depend on its length, it is the run of all steps in one go."""
     asked = {**recipe, "lr_scheduler": scheduler, "save_steps": 2, "warmup_ratio": 0}
     first = train(asked, console=QUIET)
+    assert not (Path(str(first.checkpoint)) / "README.md").exists()  # PEFT's, which says nothing
     with pytest.raises(RecipeError) as refused:
         train(asked, console=QUIET, resume_from_checkpoint=True)
     assert str(refused.value) == (

@@ -19,6 +19,7 @@ from rich.console import Console
 from fusewright.train.processes.signals import Interrupts
 from fusewright.train.report.format import (
     Smooth,
+    change,
     duration,
     memory,
     millions,
@@ -293,6 +294,7 @@ def test_a_loss_that_is_almost_zero_has_no_sign() -> None:
 
 def test_amounts() -> None:
     assert (memory(870.4), memory(3300)) == ("870 MiB", "3.2 GiB")
+    assert change(3.5484, 2.5486) == "-0.999"  # of 3.548 and 2.549, as they are shown
     assert (millions(870), millions(4884480), millions(7.24e9)) == ("870", "4.88M", "7.24B")
 
 
