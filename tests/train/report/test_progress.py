@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -277,6 +278,18 @@ def test_a_stopped_run_says_what_its_recipe_needs_to_resume() -> None:
         )
         line = list(result.ending(False))[-1]
         assert line == f"c is complete: the same recipe resumes from it{said}"
+
+
+def test_a_result_fits_a_notebook() -> None:
+    recipe = dict.fromkeys((f"key_{i}" for i in range(500)), None)
+    result = RunResult(Path("out & more"), recipe, steps=3, steps_planned=4, loss_first=2.0)
+    result.loss_last = 1.25
+    assert repr(result) == "<RunResult: finished, 3 of 4 steps, loss 1.250, out & more>"
+    table = ElementTree.fromstring(result._repr_html_())  # well formed
+    rows = {row[0].text: row[1].text for row in table}
+    assert rows["status"] == "finished"
+    assert (rows["training loss"], rows["results"]) == ("2.000 → 1.250", "out & more")
+    assert "key_1" not in result._repr_html_()
 
 
 def test_prompts_are_not_called_trained() -> None:
