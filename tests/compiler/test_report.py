@@ -5,7 +5,6 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 from fusewright import explain, optimize, restore
 from fusewright.report import Bypass, Figures, Report, Site
@@ -65,16 +64,6 @@ def test_a_model_that_is_not_optimized_is_said_to_be_that() -> None:
         "optimize(model) was not called, or restore(model) was called since"
     )
     assert str(explain(restore(optimize(model)))) == str(explain(model))
-
-
-def test_a_loss_outside_of_the_model_is_no_failure() -> None:
-    model = optimize(build(FAMILIES[0], lora=False))
-    ids = torch.arange(12).view(2, 6)
-    logits = model(ids).logits[:, :-1]
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    report = explain(model)
-    assert report.logits
-    assert "no call with labels" not in str(report)
 
 
 def test_a_report_fits_a_notebook() -> None:
