@@ -15,10 +15,12 @@ class BadRows:
 
     Attributes:
         first: the places and messages of the first ones.
+        cut: whether later rows were not looked at.
     """
 
     first: list[tuple[str, str]] = field(default_factory=list)
     count: int = 0
+    cut: bool = False
 
     def add(self, where: str, message: str) -> None:
         """Take in the next one."""
@@ -45,7 +47,9 @@ class BadRows:
             by_reason.setdefault(message.removeprefix(where), []).append((where, message))
         lines = [_line(rows) for rows in by_reason.values()]
         if self.count > 1:
-            total = f"{self.count:,} rows {'or more ' if self.enough else ''}cannot be used"
+            total = (
+                f"{self.count:,} rows {'or more ' if self.enough or self.cut else ''}cannot be used"
+            )
             lines[-1] += f"; {total}" if not lines[1:] else f"\n  {total}"
         raise DataError("\n  ".join(lines))
 

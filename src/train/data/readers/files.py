@@ -30,6 +30,9 @@ _PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BATCH = 1000
 """Rows that are taken from a table at a time."""
 
+_FURTHER = 1_000_000
+"""Lines that are looked at after a bad one: of a stream, there may be any number."""
+
 _BYTES = 1 << 26
 """Of a table that are read at a time."""
 
@@ -87,7 +90,7 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
-    bad = BadRows()
+    bad, end = BadRows(), 0
     for number, line in _lines(path, progress):
         if not line.strip():
             continue
@@ -97,11 +100,13 @@ def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
         except BadJsonError as error:
             column = f" (column {error.column})" if error.column else ""
             bad.add(where, f"{where}: {error}{column}")
-            if bad.enough:
-                break
-            continue
-        if not bad.count:  # else nothing but the other bad lines is of interest
-            yield where, row
+            end = end or number + _FURTHER
+        else:
+            if not bad.count:  # else nothing but the other bad lines is of interest
+                yield where, row
+        bad.cut = 0 < end <= number
+        if bad.cut or bad.enough:
+            break
     bad.raise_any()
 
 
