@@ -255,5 +255,5 @@ def test_who_judges_decides(
 
     run(InitOptions("rows.jsonl", str(model), "24GB"), only_one)
     assert yaml.safe_load(capsys.readouterr().out)["micro_batch_size"] == 1
-    assert {memory for _, memory in asked} == {24 * 10**9}
+    assert {memory for _, memory in asked} == {24 * 2**30}
     assert max(size for size, _ in asked) > 1
