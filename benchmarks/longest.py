@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from environment import describe
+from fusewright.memory.budget import GB
 from harness import EngineError, EngineProcess
 from train_step import DRIFT, add_workload_options
 from workload import Job, build
 
 MB = 1 << 20
-GB = 10**9
 PEERS = ("eager", "hf+gc")
 TRIES = 3
 """Real steps that may follow a prediction, each shorter than the one before."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -102,7 +103,6 @@ class Report:
         regions: how many modules run a captured graph.
         graphs: how many distinct graphs were captured.
         codegen: what runs the nodes that no rule claimed, with the reason for the choice.
-        bandwidth: bytes per second that the model's device copies, or None when not measured.
         memory: what the blocks keep for backward, and the predicted and measured peak.
         logits: what was computed of the logits in tiles, without making them, and how often.
         fallbacks: ops of this process that run in plain PyTorch, because their kernel failed.
@@ -115,7 +115,6 @@ class Report:
     regions: int = 0
     graphs: int = 0
     codegen: str = ""
-    bandwidth: float | None = None
     memory: str = ""
     logits: str = ""
     fallbacks: tuple[Fallback, ...] = ()
@@ -152,17 +151,6 @@ class Report:
         lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, **texts}
         return cls(**{**_known(cls, data), **lists})
 
-    def seconds_saved(self) -> float | None:
-        """Estimate the time saved per token in a training step, in seconds; or None.
-
-        The memory traffic that the rewrites avoid, over the device's bandwidth; backward is taken
-        as twice forward. Caches make it less, launches saved make it more: it ranks, no more.
-        """
-        if self.bandwidth is None:
-            return None
-        before, after = self._sums("moved_before", "moved_after")
-        return 3 * (before - after) / self.bandwidth
-
     def _sums(self, *names: str) -> list[float]:
         rewritten = [s for s in self.sites if s.status == "rewritten"]
         return [sum(getattr(s, name) or 0.0 for s in rewritten) for name in names]
@@ -173,6 +161,8 @@ class Report:
 
     def headline(self) -> str:
         """How much was rewritten, in a line."""
+        if not self.sites and not self.codegen:
+            return "this model is not optimized"
         return (
             f"{sum(self.by_rule().values())} rewrites in {self.regions} regions "
             f"({self.graphs} graphs)" + (f", codegen {self.codegen}" if self.codegen else "")
@@ -203,20 +193,39 @@ class Report:
         ]
 
     def __str__(self) -> str:
-        lines = [f"fusewright: {self.headline()}", *_aligned(self.table())]
-        lines += [f"  {line}" for line in self.gains()]
-        if self.memory:
-            lines.append(f"  memory {self.memory}")
-        if self.logits:
-            lines.append(f"  logits {self.logits}")
-        lines += [f"  raced: {choice}" for choice in self.choices]
-        lines += [f"  {line}" for line in self.cuda_graphs]
+        lines = [f"fusewright: {self.headline()}"]
+        if table := self.table():
+            lines += _aligned(table)
+        elif self.regions:
+            lines.append("  no formula was recognised")
+        lines += [f"  {name} {text}".rstrip() for name, text in self._notes()]
         for status, rule, text in self.remarks():
             lines.append(f"  {status}: {rule} in {text}" if rule else f"  {status}: {text}")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        gaps = Counter(status for status, _, _ in self.remarks())
+        remarks = "".join(f"; {status}: {count}" for status, count in gaps.items())
+        return f"<Report: {self.headline()}{remarks}; print it for the table>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: the text of ``str`` with tables."""
+        remarks = [(status, rule, text) for status, rule, text in self.remarks()]
+        return (
+            f"<p>fusewright: {html.escape(self.headline())}</p>{html_table(self.table())}"
+            f"{html_table(self._notes(), head=False)}{html_table(remarks, head=False)}"
+        )
+
+    def _notes(self) -> list[tuple[str, str]]:
+        """What is said below the table, with a name of each kind."""
+        notes = [("", line) for line in self.gains()]
+        about = (("memory", self.memory), ("logits", self.logits))
+        notes += [(name, text) for name, text in about if text]
+        notes += [("raced:", choice) for choice in self.choices]
+        return notes + [("", line) for line in self.cuda_graphs]
+
     def gains(self) -> list[str]:
-        """What the rewrites spare in memory, traffic and time, a line each."""
+        """What the rewrites spare in memory and traffic, a line each."""
         lines = []
         before, after = self._sums("saved_before", "saved_after")
         if before:
@@ -226,13 +235,6 @@ class Report:
         if before:
             moved = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
             lines.append(f"read and written by their forward: {moved}")
-        seconds = self.seconds_saved()
-        if before and seconds is not None and self.bandwidth is not None:
-            speed = self.bandwidth / 1e9
-            lines.append(
-                f"estimated time saved: {seconds * 1e6:.0f} us per token of a training step "
-                f"(memory at {speed:.{int(speed < 10)}f} GB/s, backward as twice forward)"
-            )
         return lines
 
 
@@ -268,9 +270,17 @@ def _table(sites: tuple[Site, ...]) -> list[tuple[str, ...]]:
     return rows
 
 
+def html_table(rows: Sequence[tuple[str, ...]], head: bool = True) -> str:
+    """Rows of text as an HTML table, the first of them as its ``head``; nothing without rows."""
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "th" if head and i == 0 else "td"
+        cells = (f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in row)
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>" if lines else ""
+
+
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    if not rows:
-        return ["  no formula was recognised"]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return [
         "  "

@@ -58,16 +58,30 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command, or note which one was probably meant."""
         try:
-            return super().resolve_command(ctx, args)
+            name, command, rest = super().resolve_command(ctx, args)
+            _flags(command.get_params(ctx) if command else ())
+            return name, command, rest
         except _UsageError as error:
             name = args[0].replace("_", "-")
             vars(error)["meant"] = did_you_mean(_AXOLOTL.get(name, name), self.commands)
             raise
 
+    def get_params(self, ctx: Any) -> Any:
+        """The options before the command's name."""
+        return _flags(super().get_params(ctx))
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         with _ended(ctx):
             return super().invoke(ctx)
+
+
+def _flags(parameters: Any) -> Any:
+    """Let the help of flags name no type, as if a value followed."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 def _take_any_encoding() -> None:

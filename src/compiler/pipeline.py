@@ -8,7 +8,6 @@ and ``codegen`` runs the result.
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -113,6 +112,11 @@ def optimize(
     environment = Environment.read()
     restore(model)
     captured = regions.find(model)
+    if not captured:
+        warnings.warn(
+            f"optimize: {_NOTHING_FOUND} in {type(model).__name__}: nothing will be rewritten",
+            stacklevel=2,
+        )
     start_for(model.parameters())
     choices = _choices(model, captured, options, environment)
     if packs:
@@ -128,6 +132,9 @@ def optimize(
     if strict:
         _require_no_gaps(explain(model), session)
     return model
+
+
+_NOTHING_FOUND = "no repeated decoder blocks were found"
 
 
 def _find_by_rows(model: nn.Module, captured: Sequence[regions.Region], choices: Choices) -> None:
@@ -231,11 +238,8 @@ def explain(model: nn.Module) -> Report:
     """
     places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:
-        reason = (
-            "no repeated decoder blocks were found, or optimize(model) was not called, or "
-            "restore(model) was called since"
-        )
-        return Report((), (Bypass("", reason),))
+        reason = "optimize(model) was not called, or restore(model) was called since"
+        return Report((), (Bypass("", reason if regions.find(model) else _NOTHING_FOUND),))
     session = places[0][2].session
     log = session.log
     sites: list[Site] = []
@@ -248,6 +252,7 @@ def explain(model: nn.Module) -> Report:
         bypasses.append(Bypass("", OUTER_COMPILE))
     if session.choices.by_rows.problem:
         bypasses.append(Bypass("", session.choices.by_rows.problem))
+    reads = log.reads.describe()  # of a loss outside of the model, such as TRL's
     for path, module, record in places:
         graph = representative(log.graphs.get(module, []))
         if graph is not None:
@@ -257,7 +262,7 @@ def explain(model: nn.Module) -> Report:
                 for f in graph.findings
                 if f.status == "left"
             ]
-        elif record.kind == "head" and not log.has_run(module) and not log.outer_compile:
+        elif record.kind == "head" and not (log.has_run(module) or log.outer_compile or reads):
             bypasses.append(Bypass(path, "no call with labels has been captured"))
         if (decoded := session.choices.decoding.findings.get(module)) is not None:
             sites.append(_site(path, decoded))
@@ -273,11 +278,9 @@ def explain(model: nn.Module) -> Report:
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}
     regions_run = sum(bool(log.graphs.get(m)) for _, m, _ in places)
     choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
-    speed = _bandwidth(model) if sites else None
     memory = session.choices.planner.describe()
-    reads = log.reads.describe()
     return Report(
-        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, memory, reads,
+        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, memory, reads,
         tuple(starmap(Fallback, FAILED.items())), tuple(map(str, raced())),
         tuple(session.choices.graphs.describe()),
     )  # fmt: skip
@@ -316,27 +319,6 @@ def _site(path: str, f: Any) -> Site:
     return Site(
         _join(path, f.home), f.rule, f.op, f.status, f.reason, f.formulas, **asdict(f.figures)
     )
-
-
-def _bandwidth(model: nn.Module) -> float | None:
-    """Bytes per second that the model's device reads and writes in a copy: a few milliseconds."""
-    device = next((p.device for p in model.parameters()), torch.device("meta"))
-    if device.type not in ("cpu", "cuda"):
-        return None
-    source = torch.zeros(8 << 20, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(3):
-        _synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _tiny_step(model: nn.Module) -> None:

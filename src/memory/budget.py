@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-GB = 10**9
-"""Bytes in a gigabyte, as people who buy memory count."""
+GB = 2**30
+"""Bytes in a gigabyte of memory, as GPUs, operating systems and Slurm count; shown as GiB."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Budget:
         """Read a mode, or a size such as ``"8GB"`` or ``"7.5 GB"``; ValueError for others."""
         if text in ("speed", "auto", "min"):
             return cls(text, text)  # type: ignore[arg-type]  # 2026-11-25: narrowed by the line above
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", text) if isinstance(text, str) else None
         if match is None or not float(match[1]):
             raise ValueError(
                 f"memory={text!r} is not one of 'speed', 'auto', 'min' or a size in GB as in "
@@ -37,5 +37,5 @@ class Budget:
 
 
 def gigabytes(size: int) -> str:
-    """``2.35 GB``."""
-    return f"{size / GB:.2f} GB"
+    """``2.35 GiB``."""
+    return f"{size / GB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""``fusewright train --dry-run``: what each key does, and the recipe that would run."""
+"""``fusewright train --dry-run``: whether a recipe would run, and what each of its keys does."""
 
 from __future__ import annotations
 
@@ -37,35 +37,47 @@ _COLOURS = {
 
 
 def show(checked: Checked, console: Console, processes: int | None = None) -> None:
-    """Print the table of written keys, the resolved recipe as YAML, and whether it fits.
+    """Print whether the recipe trains and fits, then the keys that do not simply do what they say.
 
-    What is printed below the table is itself a recipe, but for its secrets. ``processes`` will
-    train it; None: as many as it needs.
+    With ``verbose``, all keys follow, and the resolved recipe as YAML, which is itself a recipe
+    but for its secrets. ``processes`` will train it; None: as many as it needs.
 
     Raises:
         RecipeError: training would refuse the recipe; once all is printed.
     """
-    written = entries(checked.values, checked.recipe)
-    by_line = sorted(written, key=lambda e: _number(_line(e, checked)))
-    say(console, f"{checked.name}\n")
-    console.print(_table(checked, by_line))
-    counts = {status: sum(_status(e) == status for e in by_line) for status in _COLOURS}
-    say(console, ", ".join(f"{n} {status}" for status, n in counts.items() if n))
-    for line in notices(checked.recipe):
+    recipe, name = checked.recipe, checked.name
+    problems = _problems(checked)
+    if problems:
+        say(console, f"{name}: train would REFUSE this, for the reasons at the end")
+    else:
+        say(console, f"{name}: train would take this")
+        for line in verdict(recipe, processes):
+            say(console, f"  {line}")
+        say(console, f"  rows were not checked: fusewright preprocess {name} checks them")
+    for line in notices(recipe):
         say(console, line)
-    say(console, "\n# the recipe with its defaults, without secrets and unset keys")
-    console.out(resolved_yaml(checked.recipe), end="", highlight=False)
+    written = sorted(entries(checked.values, recipe), key=lambda e: _number(_line(e, checked)))
+    counts = {status: sum(_status(e) == status for e in written) for status in _COLOURS}
+    say(console, "\nkeys: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n))
+    odd = [e for e in written if recipe.verbose or e.note or _status(e) != "honoured"]
+    if odd:
+        console.print(_table(checked, odd))
+    if recipe.verbose:
+        say(console, "\n# the recipe with its defaults, without secrets and unset keys")
+        console.out(resolved_yaml(recipe), end="", highlight=False)
+    else:
+        say(console, "--verbose: all keys, and the recipe with its defaults")
+    if problems:
+        raise RecipeError("train would refuse this: " + "\n  ".join(problems))
+
+
+def _problems(checked: Checked) -> list[str]:
+    """What training would refuse."""
     refused = [*refusals(checked.values), *unallowed_functions(checked.recipe)]
     refused += broken_functions(checked.recipe)
     problems = [listed(checked.name, [one], checked.where) for one in refused]
     problems += obstacles(checked.recipe)
-    problems += () if problems else encoding_obstacles(checked.recipe)
-    if problems:
-        raise RecipeError("train would refuse this: " + "\n  ".join(problems))
-
-    for line in verdict(checked.recipe, processes):
-        say(console, f"# {line}")
-    say(console, f"# rows were not checked: fusewright preprocess {checked.name} checks them")
+    return problems or [*encoding_obstacles(checked.recipe)]
 
 
 def _table(checked: Checked, entries: Sequence[Entry]) -> Table:

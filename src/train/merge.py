@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError, first_line
+from ..memory.budget import gigabytes
 from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
 from .inference.run_folder import RunFolder
 from .model.base_files import BaseFiles, base_files, copy_processor, save_with_base
@@ -592,7 +593,7 @@ def write_shards(
     free = shutil.disk_usage(folder).free
     if total > free:
         raise ModelError(
-            f"the model takes {total / 1e9:,.1f} GB, and {folder.parent} has {free / 1e9:,.1f} left"
+            f"the model takes {gigabytes(total)}, and {folder.parent} has {gigabytes(free)} left"
         )
     for file, names in split.filename_to_tensors.items():
         announce(f"writing {file}")

@@ -205,7 +205,8 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
     try:
         start = resume.find(recipe)
         in_place = start is not None and start.parent == folder
-        check_output(folder, recipe.overwrite_output_dir, in_place)
+        longer = start is not None and bool(resume.grown(resume.Saved.read(start).recipe, recipe))
+        check_output(folder, recipe.overwrite_output_dir, in_place, longer)
         if start is not None:
             resume.load(start, recipe, processes)
     except RecipeError as error:

@@ -40,6 +40,13 @@ def test_both_spellings_are_documented() -> None:
     assert ("train", "--dry-run") in SPELLED
 
 
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_the_help_of_a_flag_names_no_type(words: list[str]) -> None:
+    said = CliRunner().invoke(app, words).stdout
+    assert "--help" in said
+    assert "bool" not in said.lower()
+
+
 @pytest.mark.parametrize("spelled", ["--learning_rate", "--learning-rate"])
 def test_keys_of_a_recipe_too(spelled: str) -> None:
     said = CliRunner().invoke(app, ["train", "no.yaml", spelled]).stderr

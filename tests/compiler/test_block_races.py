@@ -306,7 +306,7 @@ def test_original_blocks_that_would_keep_too_much_lose(monkeypatch: pytest.Monke
     assert is_fused(ours)
     (found,) = raced()
     assert (found.candidate, found.source) == (OURS, "fixed")
-    assert "the original blocks would keep 0.00 GB" in found.refused["every other"]
+    assert "the original blocks would keep 0.00 GiB" in found.refused["every other"]
     assert "raced: Block" in str(explain(ours))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 
-from fusewright import explain, optimize
+from fusewright import explain, optimize, restore
 from fusewright.report import Bypass, Figures, Report, Site
 
 from ..models.zoo import FAMILIES, build
@@ -34,15 +34,6 @@ def test_a_rewrite_of_a_rewrite_is_compared_with_what_stood_first() -> None:
     assert Figures().after([first]) == Figures()
 
 
-def test_the_time_saved_is_the_traffic_avoided() -> None:
-    site = Site("a", "glu", "glu", "rewritten", moved_before=5000.0, moved_after=2000.0)
-    gap = Site("b", "glu", "glu", "refused", moved_before=7.0)
-    report = Report((site, gap), bandwidth=1e9)
-    assert report.seconds_saved() == pytest.approx(3 * 3000 / 1e9)
-    assert "estimated time saved: 9 us per token" in str(report)
-    assert Report((site,)).seconds_saved() is None
-
-
 def test_nested_modules_that_fail_at_one_line_of_code_share_a_line() -> None:
     left = [
         Bypass("layers.0", "no: branch Explanation: gate (at moe.py:9 < llama.py:5)"),
@@ -66,16 +57,31 @@ def test_nested_modules_that_fail_at_one_line_of_code_share_a_line() -> None:
     assert len(Report((), tuple(root)).remarks()) == 2
 
 
-@pytest.mark.long
-def test_explain_measures_the_bandwidth() -> None:
-    report = explain(optimize(build(FAMILIES[0], lora=True)))
-    assert report.bandwidth is not None
-    assert report.bandwidth > 1e8
-    assert "at 0 GB/s" not in str(replace(report, bandwidth=4e8))
-    assert "at 0.4 GB/s" in str(replace(report, bandwidth=4e8))
-    assert (report.seconds_saved() or 0) > 0
-    assert "estimated time saved" in str(report)
-    assert "bandwidth" in report.to_dict()
+def test_a_model_that_is_not_optimized_is_said_to_be_that() -> None:
+    model = build(FAMILIES[0], lora=False)
+    assert str(explain(model)) == (
+        "fusewright: this model is not optimized\n  runs as it was: the model: "
+        "optimize(model) was not called, or restore(model) was called since"
+    )
+    assert str(explain(restore(optimize(model)))) == str(explain(model))
+
+
+def test_a_report_fits_a_notebook() -> None:
+    sites = [Site(f"layers.{i}", "glu", "glu", "rewritten", error=1e-7) for i in range(400)]
+    gap = Site("head", "rope", "rope", "refused", "a <b> & c")
+    report = Report((*sites, gap), regions=4, graphs=2, codegen="eager", choices=("x 1 us",))
+    assert repr(report) == (
+        "<Report: 400 rewrites in 4 regions (2 graphs), codegen eager; refused: 1; "
+        "print it for the table>"
+    )
+    page = report._repr_html_()
+    assert len(page) < 1500
+    tables = ElementTree.fromstring(f"<div>{page}</div>").findall("table")  # well formed
+    rows = [[[cell.text or "" for cell in row] for row in table] for table in tables]
+    assert rows[0][0] == ["rule", "rewritten", "refused", "missed", "error", "gradient error"]
+    assert rows[0][1] == ["glu", "400", "0", "0", "1.0e-07", "-"]
+    assert rows[1:] == [[["raced:", "x 1 us"]], [["refused", "rope", "head: a <b> & c"]]]
+    assert "this model is not optimized" in Report(())._repr_html_()
 
 
 def test_fuel_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,10 +105,10 @@ def test_auto_goes_over_what_there_is_and_says_so() -> None:
     usages = _usages(300 * MB, 200 * MB, 100 * MB)
     assert planner.plan(blocks[0], usages, PlanInputs(0, 0, 0, GB // 10, LEVELS)) == "input"
     assert planner.notes == [
-        "even the leanest plan may need 0.40 GB, more than the 0.10 GB that there is"
+        "even the leanest plan may need 0.40 GiB, more than the 0.10 GiB that there is"
     ]
     assert planner.describe() == (
-        f"auto: 2 blocks keep their input; predicted peak 0.40 GB; {planner.notes[0]}"
+        f"auto: 2 blocks keep their input; predicted peak 0.40 GiB; {planner.notes[0]}"
     )
 
 
@@ -127,7 +127,7 @@ def test_a_plan_that_just_fits_is_no_plan_too_many() -> None:
 
 @pytest.mark.parametrize(
     ("base", "named"),
-    [(1_230_000_000, "1.3GB"), (1_200_000_000, "1.2GB"), (1_200_000_001, "1.3GB")],
+    [(123 * GB // 100, "1.3GB"), (12 * GB // 10, "1.2GB"), (12 * GB // 10 + 1, "1.3GB")],
 )
 def test_the_smallest_budget_is_rounded_up(base: int, named: str) -> None:
     blocks = _blocks(1)
@@ -144,7 +144,7 @@ def test_inputs_in_host_memory_are_told() -> None:
     setting = PlanInputs(0, 0, 0, 501 * MB, EVERY_LEVEL, host=GB)
     assert planner.plan(blocks[0], usages, setting) == "offload"
     assert planner.host == 900 * MB
-    told = "auto: 9 blocks keep their input in host memory (0.90 GB); predicted peak 0.50 GB"
+    told = "auto: 9 blocks keep their input in host memory (0.90 GiB); predicted peak 0.50 GiB"
     assert planner.describe() == told
 
 
@@ -247,9 +247,9 @@ def test_a_larger_batch_before_a_step_may_be_refused() -> None:
         (1000, None),
         (1100, None),
         (920, None),
-        (1200, "the first step took 1.20 GB where 1.00 GB were predicted: the plan stays"),
-        (500, "the first step took 0.50 GB where 1.00 GB were predicted: the plan stays"),
-        (2900, "the first step took 2.90 GB where 1.00 GB were predicted: planned again"),
+        (1200, "the first step took 1.20 GiB where 1.00 GiB were predicted: the plan stays"),
+        (500, "the first step took 0.50 GiB where 1.00 GiB were predicted: the plan stays"),
+        (2900, "the first step took 2.90 GiB where 1.00 GiB were predicted: planned again"),
     ],
 )
 def test_what_was_measured_corrects_the_plan(measured: int, note: str | None) -> None:
@@ -265,7 +265,7 @@ def test_what_was_measured_corrects_the_plan(measured: int, note: str | None) ->
     assert planner.notes == ([] if note is None else [note])
     if note is None:
         assert planner.predicted == 1000 * MB
-        assert planner.describe().endswith(f"1.00 GB, measured {measured / 1000:.2f} GB")
+        assert planner.describe().endswith(f"1.00 GiB, measured {measured / 1000:.2f} GiB")
     elif note.endswith("stays"):
         assert planner.predicted == measured * MB
     else:

@@ -19,7 +19,7 @@ from fusewright.memory.planner import Planner
 from fusewright.memory.predict import Predicted
 from fusewright.memory.usage import Usage
 
-MB = 10**6
+MB = GB // 1000
 LEVELS = tuple(v for v in EVERY_LEVEL if v not in HOSTED and v != "weights")
 """Those of a device that is its own host."""
 
@@ -256,7 +256,7 @@ def test_a_memory_setting_that_means_nothing(text: str) -> None:
 
 
 def test_sizes() -> None:
-    assert Budget.parse("7.5 GB").bytes == 7_500_000_000
+    assert Budget.parse("7.5 GB").bytes == Budget.parse("7.5GiB").bytes == 7.5 * 2**30
     assert Budget.parse("auto").bytes is None
 
 

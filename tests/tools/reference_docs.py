@@ -93,8 +93,10 @@ no objects, and chat templates run in Jinja's sandbox.
 
     fusewright train recipe.yaml --dry-run
 
-prints each key of the recipe with its line, value and status, then the whole recipe with its
-defaults. It loads no weights, reads no rows and writes nothing. A key is
+says whether the recipe is refused, whether it fits and how long a step takes, then lists the keys
+that do not simply do what they say. With `--verbose`, all keys follow with line, value and status,
+and the whole recipe with its defaults. It loads no weights, reads no rows and writes nothing. A key
+is
 
 - **honoured**: it does what it says;
 - **subsumed**: something else already has its effect;

@@ -10,15 +10,17 @@ from pathlib import Path
 
 from ...errors import RecipeError
 from ..output_files import why_not_ours_to_write
-from .files import clean, discard
+from .files import checkpoints, clean, discard, step_of
 from .ownership import PART, few, foreign_files, link_in, results
 
 
-def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
+def check_output(
+    folder: Path, overwrite: bool, resumed: bool = False, longer: bool = False
+) -> None:
     """Check that results may go into ``folder``; changes nothing.
 
     ``overwrite``: an earlier run may be replaced. ``resumed``: the run resumes from a checkpoint
-    there, and may have left more than that.
+    there, and may have left more than that; if it has finished, only a ``longer`` one does.
 
     Raises:
         RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
@@ -27,11 +29,22 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     require_run_folder(folder)
     _require_writable(folder)
     result = next(results(folder), None)
-    if result is not None and not overwrite and not (resumed and not _finished(folder)):
-        raise RecipeError(
-            f"output_dir: {folder} already holds a run ({result.name}); choose another folder, or "
-            "pass --overwrite (overwrite_output_dir: true)"
+    if result is None or overwrite:
+        return
+    finished = _finished(folder)
+    if resumed and (longer or not finished):
+        return
+    there = f"output_dir: {folder} already holds a run ({result.name})"
+    if last := checkpoints(folder)[-1:]:
+        goes_on = (
+            f"resume_from_checkpoint: true (--resume_from_checkpoint) goes on from {last[0].name}"
         )
+        more = ", with more max_steps or num_epochs" if finished else ""
+        there += f" that {'has finished' if finished else 'was stopped'}; {goes_on}{more}"
+    raise RecipeError(
+        f"{there}; to begin anew, choose another folder, or pass --overwrite "
+        "(overwrite_output_dir: true)"
+    )
 
 
 def require_run_folder(folder: Path) -> None:
@@ -73,10 +86,11 @@ def _require_writable(folder: Path) -> None:
 
 
 def _finished(folder: Path) -> bool:
+    """Whether a run has finished there, and no longer one has begun since."""
     try:
-        return bool(
-            json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
-        )
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        last = max((step_of(path) or 0 for path in checkpoints(folder)), default=0)
+        return bool(run["status"] == "finished" and last <= run["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

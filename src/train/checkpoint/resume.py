@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -154,8 +154,8 @@ def _named(path: Path) -> Path:
 def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
     """Read what a checkpoint keeps, and check that its run was the same as this one.
 
-    The number of ``processes`` (None: not known yet) may differ if the number of forward passes per
-    step makes up for it.
+    It may train longer. The number of ``processes`` (None: not known yet) may differ if the number
+    of forward passes per step makes up for it.
 
     Raises:
         RecipeError: it cannot be resumed from, or other keys decided what it trained.
@@ -165,10 +165,12 @@ def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
         _require_same_batch(saved, path, recipe, processes)
     # without secrets, which may change, and which the message must not show
     then, now = hide(saved.recipe), hide(recipe.recorded())
+    longer = grown(then, recipe)
     differing = [
         line
         for key in sorted(set(then) | set(now))
-        if not _may_differ(key, recipe.streams())
+        if key not in longer
+        and not _may_differ(key, recipe.streams())
         and not (key in _OF_A_STEP and (saved.processes, processes) != (1, 1))
         for line in _differences(then.get(key), now.get(key), key)
     ]
@@ -179,6 +181,17 @@ def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
             "run from its weights, with lora_model_dir (or base_model)"
         )
     return saved
+
+
+def grown(then: Mapping[str, Any], recipe: Recipe) -> set[str]:
+    """The keys by which a recipe trains longer than it did in the run of a checkpoint.
+
+    None where the schedule cannot be made longer.
+    """
+    if recipe.lr_scheduler == "one_cycle":
+        return set()
+    lengths = {key: (then.get(key), getattr(recipe, key)) for key in ("max_steps", "num_epochs")}
+    return {key for key, (a, b) in lengths.items() if None not in (a, b) and b > a}
 
 
 def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:

@@ -75,10 +75,13 @@ def save(
         # whether the vocabulary grew
         adapters = list(model.active_adapters)
         relora = relora_of(model)
+        has_card = (folder / card.NAME).exists()
         with relora.whole() if relora is not None else contextlib.nullcontext():
             model.save_pretrained(
                 folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
             )
+        if not has_card:  # PEFT's, which says nothing; a finished run writes its own
+            (folder / card.NAME).unlink(missing_ok=True)
     else:
         files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):

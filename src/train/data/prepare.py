@@ -25,6 +25,7 @@ from ..processing import Processing
 from ..recipe.keys.row_types import is_function_type
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
+from ..terminal import say
 from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .formats.registry import Encoder
@@ -118,6 +119,9 @@ def prepare(
         ]
         for key in keys
     }
+    for line in filter(None, (source.left_out() for each in inputs.values() for source in each)):
+        if console is not None:
+            say(console, line)
     day = day or today()
     tokenizer = Processing.of(processing).tokenizer
     has_function = _has_function(recipe)

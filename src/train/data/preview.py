@@ -44,6 +44,8 @@ def summary(prepared: PreparedData, console: Console) -> None:
     table = Table("", "number", box=None)
     table.columns[1].justify = "right"
     for name, number in prepared.counts.items():
+        if not number:  # of what may be odd with rows, nothing is
+            continue
         table.add_row(name.replace("_", " "), f"{number:,}")
     console.print(table)
     for line in warnings(prepared.counts, prepared.first):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import DataError
+from .readers.bad_rows import BadRows
 from .readers.files import Row
 from .readers.limits import Limits, Part
 
@@ -66,17 +67,35 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
-    """Encode rows; raises a DataError if a row is not right, or a process died.
+    """Encode rows; raises a DataError if rows are not right, or a process died.
+
+    All rows are looked at for that, so that one run names all that are wrong.
 
     No more than a few batches per process are in memory. In one process, the tokenizer's own
     threads use all cores.
     """
+    bad = BadRows()
+    try:
+        for result in _results(work, rows, processes):
+            if isinstance(result, BadRows):
+                bad.extend(result)
+            elif not bad.count:
+                yield result
+            if bad.enough:
+                break
+    except DataError:  # such as a line that is no JSON
+        bad.raise_any()  # which come before it
+        raise
+    bad.raise_any()
+
+
+def _results(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part | BadRows]:
     if processes <= 1:
-        yield from map(work.part, batches(rows))
+        yield from (_part_of(work, batch) for batch in batches(rows))
         return
     # spawned, because a fork would copy the threads of torch and of the tokenizer in any state
     context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[Part]] = deque()
+    waiting: deque[Future[Part | BadRows]] = deque()
     with ProcessPoolExecutor(processes, context, _begin, (work,)) as pool:
         try:
             for batch in batches(rows):
@@ -105,8 +124,24 @@ def _begin(work: Work) -> None:
     _WORK.append(work)
 
 
-def _part(batch: list[Row]) -> Part:
-    return _WORK[-1].part(batch)
+def _part(batch: list[Row]) -> Part | BadRows:
+    return _part_of(_WORK[-1], batch)
+
+
+def _part_of(work: Work, batch: list[Row]) -> Part | BadRows:
+    """The samples of a batch, or which of its rows are not right."""
+    try:
+        return work.part(batch)
+    except DataError:
+        bad = BadRows()
+        for row in batch:
+            try:
+                work.part([row])
+            except DataError as error:
+                bad.add(row[0], str(error))
+        if not bad.count:  # it is not a row by itself
+            raise
+        return bad
 
 
 def _characters(value: Any) -> int:

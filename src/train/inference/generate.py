@@ -412,7 +412,7 @@ HELP = """\
 /reset           clear the conversation
 /system TEXT     set the system prompt; without TEXT: remove it
 /save FILE       append the conversation to FILE as a row of training data (JSONL)
-/exit            quit (or Ctrl-D)
+/exit, /quit     leave (or Ctrl-D)
 Ctrl-C           stop an answer"""
 
 
@@ -449,7 +449,7 @@ class ChatSession:
         while True:
             try:
                 line = self._line()
-                if line is None or line.split()[:1] == ["/exit"]:
+                if line is None or line.split()[:1] in (["/exit"], ["/quit"]):
                     return
                 self._react(line)
             except KeyboardInterrupt:  # nothing to stop: say how to leave

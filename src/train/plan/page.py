@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import yaml
 from rich import box
 from rich.console import Console
@@ -20,8 +22,8 @@ from .recommend import Advice
 _LEVEL_TEXT: dict[Level, str] = {
     "weights": "keep what is fastest, unpacked weights included",
     "all": "keep all that their operations keep",
-    "products": "keep matrix products",
-    "input": "keep their input",
+    "products": "keep results of matrix products, and compute the rest again",
+    "input": "keep their input, and compute the rest again",
     "tiles": "keep their input, with MLPs in tiles",
     "offload": "keep their input in host memory",
     "offload_tiles": "keep their input in host memory, with MLPs in tiles",
@@ -51,7 +53,7 @@ def show(plan: RunPlan, console: Console) -> None:
     if plan.images is not None:
         say(console, _images(plan.images))
     console.print(_parts(plan))
-    for line in (_verdict(plan), *_limits(plan), *_work(plan)):
+    for line in (_verdict(plan), *_beyond(plan), *_limits(plan), *_work(plan)):
         say(console, line)
     if advice.table:
         console.print(_comparison(advice))
@@ -66,9 +68,9 @@ def show(plan: RunPlan, console: Console) -> None:
 
 def verdict_lines(plan: RunPlan) -> list[str]:
     """Whether it fits, what would fit, and how long a step takes."""
-    lines = [_verdict(plan), *_limits(plan), *_work(plan)]
+    lines = [_verdict(plan), *_beyond(plan), *_limits(plan), *_work(plan)]
     if plan.images is not None:
-        lines.insert(0, _images(plan.images))
+        lines.insert(1, _images(plan.images))
     if plan.advice.keys:
         changes = yaml.safe_dump(plan.advice.keys, sort_keys=False).splitlines()
         lines += [f"{plan.advice.reason}:", *(f"  {line}" for line in changes)]
@@ -130,6 +132,16 @@ def _verdict(plan: RunPlan) -> str:
     return f"DOES NOT FIT: {_gib(plan.memory.peak)} GiB are more than {room}; {blocks}"
 
 
+def _beyond(plan: RunPlan) -> list[str]:
+    known, asked = plan.limits.positions, plan.recipe.sequence_len
+    if known is None or asked <= known:
+        return []
+    return [
+        f"warning: sequence_len: {asked:,} is more than the {known:,} positions of the model: rows "
+        "that are longer use positions that it was not trained on"
+    ]
+
+
 def _limits(plan: RunPlan) -> list[str]:
     fit = plan.limits
     name, count = plan.devices.card.name, plan.devices.count
@@ -151,6 +163,10 @@ def _limits(plan: RunPlan) -> list[str]:
     return [smallest, largest]
 
 
+_SMALL = 10**9
+"""Parameters below which a GPU waits for the launches of kernels."""
+
+
 def _work(plan: RunPlan) -> list[str]:
     s = plan.speed
     sent = f" and {_gib(s.sent)} GiB sent" if s.sent else ""
@@ -159,8 +175,10 @@ def _work(plan: RunPlan) -> list[str]:
     lines = [
         f"each optimizer step: {s.tokens:,} tokens in all; {work} by each process",
         f"about {_time(s.seconds)} for a step{parts if s.sent else ''}, "
-        f"{s.tokens_per_second:,.0f} tokens/s in all",
+        f"{float(f'{s.tokens_per_second:.2g}'):,.0f} tokens/s in all",
     ]
+    if not plan.on_cpu and plan.parameters < _SMALL:
+        lines.append("launching kernels is not counted: so small a model takes longer than that")
     if plan.hours is not None and plan.steps is not None:
         by_size = " (by the size of the rows' files)" if plan.steps_are_estimated else ""
         lines.append(
@@ -176,11 +194,12 @@ def _work(plan: RunPlan) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    """``12.3 s``, ``4 min``, ``5.1 h`` or ``3.2 days``."""
+    """``0.047 s``, ``12 s``, ``4 min``, ``5.1 h`` or ``3.2 days``: estimates have two digits."""
     for size, unit, digits in ((86400 * 2, "days", 1), (3600 * 2, "h", 1), (120, "min", 0)):
         if seconds >= size:
             return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:,.{digits}f} {unit}"
-    return f"{seconds:,.2f} s"
+    digits = 1 - math.floor(math.log10(seconds)) if seconds > 0 else 0
+    return f"{seconds:.{max(0, digits)}f} s"
 
 
 def _comparison(advice: Advice) -> Table:

@@ -41,7 +41,34 @@ def json_schema() -> dict[str, Any]:
         assert inner is not None
         where = f"#/$defs/{inner.__name__}/properties/{new}"
         schema["properties"][old] = {"$ref": where, "deprecated": True}
+    _spell_out(schema)
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
+
+
+_LIMITS = {
+    "ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum",
+}  # fmt: skip
+"""Pydantic's names, which it leaves at types with a validator, and those of JSON schemas."""
+
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+"""YAML 1.1 reads ``1e-3`` as text; a run takes it for what it is."""
+
+
+def _spell_out(schema: Any) -> None:
+    """Name limits as validators know them, and let numbers be texts of numbers."""
+    if isinstance(schema, list):
+        for part in schema:
+            _spell_out(part)
+    if not isinstance(schema, dict):
+        return
+    for ours, name in _LIMITS.items():
+        if ours in schema:
+            schema[name] = schema.pop(ours)
+    if schema.get("type") == "number":
+        schema.update(type=["number", "string"], pattern=_NUMBER)
+    for key, part in schema.items():
+        if key not in ("default", "values", "enum", "const"):
+            _spell_out(part)
 
 
 def _add_older_names(model: type[Keys], schema: dict[str, Any], here: str) -> None:

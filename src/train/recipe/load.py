@@ -83,13 +83,14 @@ def check(
     if isinstance(source, Mapping):
         name, values, folder = "the recipe", _plain(source), Path.cwd()
         lines: dict[Loc, int] = {}
+        repeated: list[tuple[Loc, str]] = []
     else:
         path = Path(source)
-        values, lines = read(path)
+        values, lines, repeated = read(path)
         name, folder = str(source), path.resolve().parent
     where: dict[Loc, str] = {loc: f"line {line}" for loc, line in lines.items()}
     _move_tokens(values, where)
-    problems = _rename(Recipe, values, where, ())
+    problems = [*repeated, *_rename(Recipe, values, where, ())]
     problems += _override(values, overrides or {}, where)
     content = _without_nulls(values)
     odd = list(odd_characters(content))

@@ -25,17 +25,40 @@ _EXPECTED = {
 }  # fmt: skip
 
 OTHER_NAMES = {
-    "max_seq_length": "sequence_len", "max_seq_len": "sequence_len", "max_length": "sequence_len",
-    "per_device_train_batch_size": "micro_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size", "num_train_epochs": "num_epochs",
-    "model_name_or_path": "base_model", "model_name": "base_model", "lr": "learning_rate",
-    "r": "lora_r", "target_modules": "lora_target_modules", "use_peft": "adapter: lora",
-    "packing": "sample_packing", "optim": "optimizer", "lr_scheduler_type": "lr_scheduler",
-    "dataset_name": "datasets", "assistant_only_loss": "train_on_inputs: false",
-    "beta": "rl_beta", "image_folder": "images_dir in an entry of datasets",
-    "media_dir": "images_dir in an entry of datasets",
-}  # fmt: skip
-"""Names that TRL, PEFT, transformers, LLaVA and LLaMA-Factory have for keys of a recipe."""
+    name: key
+    for key, names in {
+        "sequence_len": "max_seq_length max_seq_len seq_len seq_length block_size "
+        "cutoff_len context_length",
+        "micro_batch_size": "per_device_train_batch_size train_batch_size",
+        "eval_batch_size": "per_device_eval_batch_size",
+        "gradient_accumulation_steps": "grad_accum accumulate_grad_batches",
+        "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing",
+        "num_epochs": "num_train_epochs",
+        "base_model": "model_name_or_path model_name model_id",
+        "tokenizer_config": "tokenizer tokenizer_name",
+        "learning_rate": "lr",
+        "lr_scheduler": "lr_scheduler_type",
+        "optimizer": "optim",
+        "seed": "data_seed random_state",
+        "bf16": "precision",
+        "adapter: lora": "use_peft use_lora finetuning_type",
+        "lora_r": "r rank",
+        "lora_alpha": "alpha",
+        "lora_target_modules": "target_modules lora_target",
+        "peft_use_dora": "use_dora",
+        "bnb_config_kwargs": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+        "attn_implementation: flash_attention_2": "use_flash_attention_2",
+        "datasets": "dataset_name dataset_path data train_file",
+        "sample_packing": "packing packing_strategy",
+        "train_on_inputs: false": "assistant_only_loss completion_only_loss",
+        "logging_steps": "logging_strategy",
+        "use_wandb: true": "report_to",
+        "wandb_name": "run_name",
+        "images_dir in an entry of datasets": "image_folder media_dir",
+    }.items()
+    for name in names.split()
+}
+"""Names that TRL, PEFT, transformers and others have -> the recipe's, maybe with the value."""
 
 _MANY = 15
 """More values than this are not listed in a message."""
@@ -124,7 +147,17 @@ def model_at(loc: Loc) -> type[Keys]:
 
 
 def nearest_key(model: type[Keys], name: str) -> str | None:
-    """The key with a similar name, if there is one."""
+    """The key of this name in a group of keys that is read, or that with a similar name, if any."""
+    for group, field in model.model_fields.items():
+        inner = nested(field.annotation)
+        read = extra_of(field).get("status", "honoured") == "honoured"
+        if (
+            inner is not None
+            and read
+            and not group.endswith("datasets")
+            and name in inner.model_fields
+        ):
+            return f"{group}.{name}"
     return nearest(name, [*model.model_fields, *aliases(model)])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ...errors import RecipeError
-from .problems import Loc, listed
+from .problems import Loc
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,11 +36,11 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
-    """Read a recipe's file, and the line of every key and item, counted from 1.
+def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int], list[tuple[Loc, str]]]:
+    """Read a recipe's file, the line of every key and item, counted from 1, and repeated keys.
 
     Raises:
-        RecipeError: it is not there, no text, no YAML, no mapping, or has a key twice.
+        RecipeError: it is not there, no text, no YAML, or no mapping.
     """
     text = _text(path)
     lines: dict[Loc, int] = {}
@@ -63,10 +63,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"
         raise RecipeError(f"{path}: must hold keys and values, not {kind}")
-    if repeated:
-        where = {loc: f"line {lines[loc]}" for loc in repeated}
-        raise RecipeError(listed(str(path), [(loc, "is given twice") for loc in repeated], where))
-    return values, lines
+    return values, lines, [(loc, "is given twice") for loc in repeated]
 
 
 def _text(path: Path) -> str:

@@ -102,6 +102,11 @@ def rows_message(data: dict[str, int]) -> str:
     )
 
 
+def change(before: float, after: float) -> str:
+    """The difference of two figures as they are shown, with three digits."""
+    return f"{round(after, 3) - round(before, 3):+z.3f}"
+
+
 def finite(value: Any) -> Any:
     """Infinity and NaN as text, because JSON has neither; other values as they are."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -23,7 +23,7 @@ from ..output_files import write_atomically
 from ..printable import printable
 from ..recipe.written import Folded, folded
 from . import page_sections as sections
-from .format import Smooth, duration, memory
+from .format import Smooth, change, duration, memory
 from .run_facts import Facts
 
 # --- plots: plain geometry, in thousandths of the width and height -------------------------------
@@ -464,8 +464,8 @@ def _loss(facts: Facts) -> Headline | None:
 
 
 def _fall(name: str, before: float, after: float, where: str) -> Headline:
-    change = f"{after - before:+.3f}".replace("-", "−")
-    return Headline(name, f"{before:.3f} → {after:.3f}", f"{change} {where}")
+    difference = change(before, after).replace("-", "−")
+    return Headline(name, f"{before:.3f} → {after:.3f}", f"{difference} {where}")
 
 
 def _speed(facts: Facts) -> Headline | None:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..processes.signals import Interrupts
 from ..terminal import say
-from .format import Smooth, duration, memory
+from .format import Smooth, change, duration, memory
 from .throughput import ThroughputMeter
 
 RECENT = 10
@@ -32,36 +32,42 @@ RECENT = 10
 QUIET = 600.0
 """Seconds after which a log gets a line, however long a tenth of the steps may take."""
 
+Fields = list[tuple[int, str]]
+"""``(importance, text)`` of figures from left to right; 0 is the highest."""
+
+_COLUMNS = 80
+"""Of a line in a log, so that no terminal wraps it."""
+
+
+def _fitting(fields: Fields, room: int, between: str) -> str:
+    """As many of the figures as there is room for, the least important ones left out first."""
+    visible = list(fields)
+    while len(visible) > 1 and len(between.join(text for _, text in visible)) > room:
+        visible.remove(max(visible, key=lambda f: f[0]))
+    return between.join(text for _, text in visible)
+
 
 class MetricsLine:
     """The second line of the display: as many of its fields as the terminal has room for.
 
     Attributes:
-        fields: ``(importance, text)`` from left to right; the least important ones are left out
-            first.
+        fields: the least important ones are left out first.
         interrupts: after a signal, a further line shows what happens now.
     """
 
     def __init__(self, interrupts: Interrupts) -> None:
-        self.fields: list[tuple[int, str]] = []
+        self.fields: Fields = []
         self.interrupts = interrupts
 
-    def update(self, fields: list[tuple[int, str]]) -> None:
+    def update(self, fields: Fields) -> None:
         """Replace the fields."""
         self.fields = fields
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = options.max_width - 2  # for the ^C that a terminal echoes: it must not wrap
-        visible = list(self.fields)
-        while len(visible) > 1 and len(self._joined(visible)) > room:
-            visible.remove(max(visible, key=lambda f: f[0]))
-        yield Text(self._joined(visible), no_wrap=True, overflow="ellipsis")
+        yield Text(_fitting(self.fields, room, " · "), no_wrap=True, overflow="ellipsis")
         if self.interrupts.signal is not None:
             yield Text(Interrupts.STOPPING, style="bold yellow")
-
-    @staticmethod
-    def _joined(fields: list[tuple[int, str]]) -> str:
-        return " · ".join(text for _, text in fields)
 
 
 class _Bar(Progress):
@@ -91,16 +97,17 @@ class _Clock(ProgressColumn):
 class ProgressCallback(TrainerCallback):
     """Shows how the steps go; it times none of them, and changes nothing.
 
-    In a terminal: a bar with the remaining time, and below it the loss (smoothed, and the last
-    one), the learning rate, trained tokens per second, the share of the device's peak, the memory
-    and the epoch. Elsewhere: a line at the first step and at every tenth of all. Validations and
-    checkpoints have their own lines. Output and warnings of others appear above the bar. ``close``
-    releases the terminal.
+    In a terminal: a bar with the remaining time, and below it the loss (the last one, and an
+    average of the last twenty or so), the learning rate, trained tokens per second, the share of
+    the device's peak, the memory and the epoch. Elsewhere: a line at the first step and at every
+    tenth of all, or wherever a loss is logged. Validations and checkpoints have their own lines.
+    Output and warnings of others appear above the bar. ``close`` releases the terminal.
 
     Args:
         interrupts: whose signals the bar shows.
         total: optimizer steps of the whole run.
         used: returns the memory in use, in MiB; None: it is not shown.
+        every_log: a log gets a line for each loss that is logged, for the recipe says how often.
     """
 
     def __init__(
@@ -110,7 +117,9 @@ class ProgressCallback(TrainerCallback):
         console: Console,
         total: int,
         used: Callable[[], float] | None = None,
+        every_log: bool = False,
     ) -> None:
+        self.every_log = every_log
         self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
         self.used = used
         self.figures = MetricsLine(interrupts)
@@ -162,17 +171,17 @@ class ProgressCallback(TrainerCallback):
     def _time_left(self) -> str:
         return f", {duration(self._left(self.step))} left" if self._is_timed() else ""
 
-    def _fields(self, state: Any) -> list[tuple[int, str]]:
-        """The figures so far, from left to right, each with its importance (0: the highest)."""
-        fields: list[tuple[int, str]] = []
+    def _fields(self, state: Any) -> Fields:
+        """The figures so far."""
+        fields: Fields = []
         if not self.meter.seconds:
             fields.append((0, "the first step takes longer than the others"))
         if self.reward is not None:
             fields.append((0, f"reward {self.reward:z.3f}"))
         if self.smooth.weight:
-            fields.append((0, f"loss {self.smooth.value:z.3f}"))
+            fields.append((0, f"loss {self.last:z.3f}"))
         if self.smooth.weight and f"{self.last:z.3f}" != f"{self.smooth.value:z.3f}":
-            fields.append((4, f"last {self.last:z.3f}"))
+            fields.append((4, f"average {self.smooth.value:z.3f}"))
         if self.rate is not None:
             fields.append((3, f"lr {self.rate:.1e}"))
         if self._is_timed():
@@ -196,9 +205,10 @@ class ProgressCallback(TrainerCallback):
 
     def _line(self, state: Any) -> None:
         self.due, self.printed = False, time.perf_counter()
-        fields = "  ".join(text for _, text in self._fields(state))
-        eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""
-        self.say(f"  step {state.global_step}/{self.total}  {fields}{eta}")
+        fields = [(0, f"  step {state.global_step}/{self.total}"), *self._fields(state)]
+        if self._is_timed():
+            fields.append((0, f"ETA {duration(self._left(state.global_step))}"))
+        self.say(_fitting(fields, _COLUMNS, "  "))
 
     def saved(self, step: int) -> None:
         """Report a written checkpoint: Trainer's ``on_save`` comes after a failure, too."""
@@ -222,7 +232,8 @@ class ProgressCallback(TrainerCallback):
         self.step = step
         self._show(state)
         late = time.perf_counter() - self.printed > QUIET
-        self.due = self.bar is None and (step in (1, self.total) or step % interval == 0 or late)
+        often = control.should_log if self.every_log else step % interval == 0
+        self.due = self.bar is None and (step in (1, self.total) or often or late)
         if self.due and not control.should_log:  # else the line waits for this step's loss
             self._line(state)
 
@@ -251,7 +262,7 @@ class ProgressCallback(TrainerCallback):
         name = key.removeprefix("eval_").removesuffix(figure).strip("_")
         text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:z.3f}"
         if key in self.validated:
-            text += f" ({value - self.validated[key]:+.3f})"
+            text += f" ({change(self.validated[key], value)})"
         self.validated[key] = value
         self.say(text)
 

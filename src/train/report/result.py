@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...report import html_table
 from ..output_files import write_atomically
 from ..recipe.secrets import hide, scrub
 from ..terminal import say
 from .environment import memory, peak_rss_mb
-from .format import finite, resumption
+from .format import change, finite, resumption
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
@@ -30,7 +31,7 @@ _CARRIED = (
 """The figures that a resumed run cannot compute again."""
 
 
-@dataclass
+@dataclass(repr=False)
 class RunResult:
     """The results of a run.
 
@@ -255,6 +256,15 @@ class RunResult:
         text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.output_dir / "run.json", text + "\n")
 
+    def __repr__(self) -> str:
+        loss = "" if self.loss_last is None else f", loss {self.loss_last:z.3f}"
+        steps = f"{self.steps} of {self.steps_planned} steps"
+        return f"<RunResult: {self.status}, {steps}{loss}, {self.output_dir}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: the summary that the command ends with."""
+        return html_table([("status", self.status), *self._rows()], head=False)
+
     def print(self, console: Console) -> None:
         """Print the summary."""
         table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -271,7 +281,7 @@ class RunResult:
             both = self.figures_before, self.figures_after
             before, after = (figures.get(f"eval_{name}") for figures in both)
             if before is not None and after is not None:
-                text = f"{before:z.3f} → {after:z.3f} ({after - before:+z.3f})"
+                text = f"{before:z.3f} → {after:z.3f} ({change(before, after)})"
                 rows[f"validation {name}"] = text
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:

@@ -15,6 +15,7 @@ import yaml
 
 from ...errors import DataError, RecipeError
 from ...memory.budget import Budget
+from ..data.readers.files import kind_of
 from ..output_files import write_atomically
 from ..printable import shown
 from ..recipe.load import check
@@ -106,7 +107,10 @@ def _model(name: str | None) -> tuple[str, str]:
 def _dataset(options: InitOptions, model: str) -> Dataset:
     """The dataset with absolute paths; raises a RecipeError if nothing is there."""
     entry = {"path": options.data, "images_dir": options.images_dir}
-    return check({"base_model": model, "datasets": [entry]}).recipe.datasets[0]
+    try:
+        return check({"base_model": model, "datasets": [entry]}).recipe.datasets[0]
+    except RecipeError as error:  # which speaks of a recipe, and there is none yet
+        raise RecipeError(str(error).replace("the recipe, datasets.0.path", "DATA")) from None
 
 
 def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[str, Any]:
@@ -172,6 +176,8 @@ _HINTS = {
 def _rows_why(rows: RowsRead) -> str:
     features, kind = rows.features, rows.shape.kind
     lines = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
+    if kind_of(Path(rows.dataset.path)) == "text":
+        lines.append("each line of a text file is a row")
     if features.roles and kind == "chat":
         lines.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
     if features.images:

@@ -198,7 +198,7 @@ def make_trainer(
     memory = Meter(model.device)
     progress = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
-        lambda: memory.used() / 2**20,
+        lambda: memory.used() / 2**20, "logging_steps" in recipe.model_fields_set,
     )  # fmt: skip
     samplers: list[Any] = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
     samplers += [Relora(model, recipe, context.say)] if recipe.relora else []

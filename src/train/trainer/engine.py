@@ -38,7 +38,7 @@ from ...compiler.pipeline import planner_of
 from ...kernels import choice
 from ...memory.oom_retry import retrying
 from ..checkpoint.load import readable
-from ..checkpoint.resume import Saved
+from ..checkpoint.resume import Saved, grown
 from ..checkpoint.rng_state import RngState, seed_rank, share_in_groups
 from ..checkpoint.write import Checkpoints
 from ..data.ranks import RankBatches, RankStream
@@ -57,7 +57,7 @@ from .context import Context
 from .objective import Objective
 from .optimizer import make_optimizer
 from .run_audit import RunAudit
-from .schedule import custom_schedule
+from .schedule import custom_schedule, follow
 from .sharding import Sharding
 from .watchdog import LossWatchdog, NonFiniteGuard, apply_limits, out_of_patience
 
@@ -211,6 +211,8 @@ class EngineMixin(_Trainer):
             if checkpoint is None or not self.sharding.load_optimizer(Path(checkpoint)):
                 super()._load_optimizer_and_scheduler(checkpoint)
                 zero.drop_masters(self.sharding.optimizer.state)
+        if self.resumed is not None and grown(self.resumed.recipe, self.context.recipe):
+            follow(self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         with readable(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import SGD, Optimizer
@@ -40,6 +41,17 @@ def custom_schedule(
     if recipe.jagged_restart_steps:
         return _restarted(recipe, optimizer, warmup, total)
     return _single(recipe, optimizer, warmup, total)
+
+
+def follow(schedule: Any) -> None:
+    """Set the rates of a schedule that is longer than that of the checkpoint it was loaded from."""
+    if not isinstance(schedule, LambdaLR):
+        return
+    bases = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base * factor(schedule.last_epoch) for base, factor in bases]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler:

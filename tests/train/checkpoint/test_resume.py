@@ -63,7 +63,8 @@ def test_a_signal_and_going_on(
     assert stopped.steps == step
     assert stopped.checkpoint == str(tmp_path / "out" / f"checkpoint-{stopped.steps}")
     assert stopped.val_loss_after is None
-    with pytest.raises(RecipeError, match="already holds a run"):
+    goes_on = rf"that was stopped; .*goes on from checkpoint-{step}; to begin anew, choose"
+    with pytest.raises(RecipeError, match=rf"already holds a run \(run.json\) {goes_on}"):
         train(long, console=QUIET)
     resumed = train(long, console=QUIET, resume_from_checkpoint=True)
     assert (resumed.status, resumed.resumed_from) == ("finished", stopped.steps)
@@ -151,6 +152,39 @@ def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert not list(folder.glob(".*"))
     # overwriting begins anew
     assert train(asked, console=QUIET, overwrite=True).resumed_from is None
+
+
+@pytest.mark.long("linear")
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_a_finished_run_is_trained_further(
+    recipe: dict[str, Any], tmp_path: Path, scheduler: str
+) -> None:
+    """With rates that do not depend on its length, it is the run of all steps in one go."""
+    asked = {**recipe, "lr_scheduler": scheduler, "save_steps": 2, "warmup_ratio": 0}
+    first = train(asked, console=QUIET)
+    assert not (Path(str(first.checkpoint)) / "README.md").exists()  # PEFT's, which says nothing
+    with pytest.raises(RecipeError) as refused:
+        train(asked, console=QUIET, resume_from_checkpoint=True)
+    assert str(refused.value) == (
+        f"output_dir: {tmp_path / 'out'} already holds a run (run.json) that has finished; "
+        "resume_from_checkpoint: true (--resume_from_checkpoint) goes on from checkpoint-4, with "
+        "more max_steps or num_epochs; to begin anew, choose another folder, or pass --overwrite "
+        "(overwrite_output_dir: true)"
+    )
+    steps = first.steps + 3  # beyond an epoch, too
+    start = load_recipe({**asked, "max_steps": 3})
+    with pytest.raises(RecipeError, match="max_steps was 4 and is 3; restore"):
+        resume.load(Path(str(first.checkpoint)), start)
+    longer = train(asked, console=QUIET, resume_from_checkpoint=True, max_steps=steps)
+    assert (longer.status, longer.steps, longer.resumed_from) == ("finished", steps, first.steps)
+    rates = {e["step"]: e["learning_rate"] for e in longer.history if "loss" in e}
+    if scheduler == "linear":  # falls to 0 again, from where a run of this length has it
+        lr = recipe["learning_rate"]
+        assert [rates[s] for s in (5, 6, 7)] == pytest.approx([lr * n / steps for n in (3, 2, 1)])
+        return
+    whole = train(asked, console=QUIET, output_dir=str(tmp_path / "whole"), max_steps=steps)
+    assert_same(tmp_path / "whole", tmp_path / "out")
+    assert curves(longer) == curves(whole)
 
 
 @pytest.mark.long

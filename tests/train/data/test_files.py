@@ -140,6 +140,15 @@ def test_a_folder_is_read_by_split_and_one_that_datasets_saved_too(tmp_path: Pat
         return [row["text"] for _, row in rows]
 
     assert texts(plain) == ["a", "b"]
+    assert sources.find(Dataset(path=str(plain))).left_out() is None
+    (plain / "dataset_info.json").write_text("{}")
+    for name in ("more.csv", "notes/other.txt"):
+        (plain / name).parent.mkdir(exist_ok=True)
+        (plain / name).write_text("text\nd\n")
+    assert sources.find(Dataset(path=str(plain))).left_out() == (
+        f"warning: {plain}: 2 of its files are read (train-1.jsonl, train-2.jsonl), and 2 are not "
+        "(more.csv, notes/other.txt): name those that you mean in data_files"
+    )
     assert texts(plain, split="test") == ["c"]
     assert texts(plain, data_files=["test-*.jsonl", "train-1.jsonl"]) == ["c", "a"]
     with pytest.raises(DataError, match="there is no split 'dev', only"):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import PreparedData, Sample, Samples, prepare
 from fusewright.train.data.prepare import StreamedPacks
+from fusewright.train.data.readers import files
 from fusewright.train.data.readers.sources import DataSource
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
@@ -228,10 +229,42 @@ def test_processes_change_nothing_but_the_time(make: Make, tmp_path: Path) -> No
     assert list(one.train) == list(two.train)  # type: ignore[arg-type]
     assert one.counts == two.counts
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    lines[1200] = '{"messages": []}'
+    lines[1200] = lines[7] = '{"messages": []}'
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 1201: the field 'messages' must be"):
+    said = r"rows\.jsonl, line 8: the field 'messages' must be .*\(likewise line 1201\); 2 rows"
+    with pytest.raises(DataError, match=said):
         make(dataset_processes=2)
+
+
+def test_one_run_names_the_bad_rows(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "rows.jsonl", 1500)
+    lines = file.read_text().splitlines()
+    for number in (8, 700, 1201):
+        lines[number - 1] = '{"messages": []}'
+    file.write_text("\n".join(lines))
+    said = "the field 'messages' must be"
+    with pytest.raises(DataError) as refused:
+        make()
+    assert str(refused.value).startswith(f"{file}, line 8: {said}")
+    assert str(refused.value).endswith("(likewise line 700, line 1201); 3 rows cannot be used")
+    lines[6] = "{"
+    lines[8:100] = ["[1"] * 92
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError) as refused:
+        make()
+    first, second, total = str(refused.value).splitlines()
+    assert first.startswith(f"{file}, line 7: ")
+    assert second.startswith(f"  {file}, line 9: ")
+    assert second.endswith(f"(likewise {', '.join(f'line {n}' for n in range(10, 18))})")
+    assert total == "  93 rows cannot be used"
+    monkeypatch.setattr(files, "_FURTHER", 3)  # a stream has any number of lines
+    with pytest.raises(DataError, match=r"\n  3 rows or more cannot be used$"):
+        make()
+    file.write_text('{"messages": []}\n' * 5000)
+    with pytest.raises(DataError, match=r"; 1,024 rows or more cannot be used$"):
+        make()
 
 
 # --- streams -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ def test_rows_are_kept_and_taken_by_the_run(file: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "cached in" in done.stdout
     assert [w for w in done.stdout.split("\n") if w.split() == ["rows", "40"]]
+    assert "too short" not in done.stdout  # none is
     (folder,) = (tmp_path / "last_run_prepared").iterdir()
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert len(before) == 2

@@ -111,6 +111,7 @@ def test_exit_and_what_is_no_command() -> None:
     assert "/nonsense is not a command" in said
     assert "/save is not a command, or its argument is missing" in said
     assert "/reset " in said
+    assert conversation("/quit", "one")[0] == []
 
 
 def test_the_oldest_turns_go_when_there_is_no_room() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from fusewright.errors import RecipeError
+from fusewright.train.plan import page
 from fusewright.train.plan.cards import CARDS
 from fusewright.train.plan.count.layout import ProcessLayout, layout_of
 from fusewright.train.plan.estimate import SPARE, Process, estimate
@@ -303,6 +305,7 @@ def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
     said = fusewright("plan", str(write(**keys)), "--gpus", "24GB")
     assert said.exit_code == 0, said.output
     assert "runs as it is: " in said.stdout
+    assert "launching kernels is not counted: so small a model" in said.stdout
 
 
 @pytest.mark.long
@@ -324,6 +327,23 @@ def test_what_fits_stays_below_what_a_run_may_take(method: str, recipe: MakeReci
     for room in range(int(least / SPARE) - 100_000, 4 * least, least // 7):
         if fits(job, ONE, room):
             assert estimate(job, ONE, room).peak <= SPARE * room
+
+
+def test_an_estimate_has_two_digits() -> None:
+    seconds = (33.62, 2.31, 0.00471, 0.0, 119.6, 600.0)
+    assert [page._time(s) for s in seconds] == [
+        "34 s", "2.3 s", "0.0047 s", "0 s", "120 s", "10 min",
+    ]  # fmt: skip
+
+
+def test_a_length_beyond_the_positions_is_warned_of() -> None:
+    def warned(length: int, positions: int | None) -> list[str]:
+        limits, recipe = SimpleNamespace(positions=positions), SimpleNamespace(sequence_len=length)
+        return page._beyond(SimpleNamespace(limits=limits, recipe=recipe))
+
+    assert warned(8192, 8192) == warned(20_000, None) == []
+    (line,) = warned(20_000, 8192)
+    assert line.startswith("warning: sequence_len: 20,000 is more than the 8,192 positions of the")
 
 
 def test_rows_that_are_not_packed_are_counted(recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import yaml
 
 from fusewright.errors import RecipeError
-from fusewright.train.recipe.load import load_recipe
+from fusewright.train.recipe.keys.base import aliases, moved
+from fusewright.train.recipe.load import check, load_recipe
+from fusewright.train.recipe.problems import OTHER_NAMES
+from fusewright.train.recipe.recipe import Recipe
 
 MISTAKES: dict[str, list[dict[str, Any]]] = yaml.safe_load(
     Path(__file__).with_name("mistakes.yaml").read_text(encoding="utf-8")
@@ -31,6 +35,19 @@ def test_a_mistake_is_told(mistake: dict[str, Any], tmp_path: Path) -> None:
     message = str(refused.value)
     assert mistake["said"] in message
     assert (len(message.splitlines()) == 1) == mistake.get("alone", True)
+
+
+def test_names_of_other_libraries_lead_to_keys() -> None:
+    read = {*Recipe.model_fields, *aliases(Recipe), *moved(Recipe)}
+    assert not read & set(OTHER_NAMES)  # else nobody would be told
+    assert {key.partition(":")[0] for key in OTHER_NAMES.values()} <= set(Recipe.model_fields)
+    keys = {"base_model": "a/b", "datasets": [{"path": "a/b"}], **dict.fromkeys(OTHER_NAMES, 1)}
+    with pytest.raises(RecipeError) as refused:
+        check(keys)
+    told = dict(
+        re.findall(r"(\w+): is not a key of a recipe; did you mean (.+)\?", str(refused.value))
+    )
+    assert told == OTHER_NAMES
 
 
 def _flow(value: Any) -> str:

@@ -85,10 +85,12 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
         "lora_dropout: 1.5\n"
         "warmup_steps: 1\n"
         "warmup_ratio: 0.1\n"
+        "seed: 1\n"
+        "seed: 2\n"
     )
     path = write(tmp_path, text)
     assert problems(path, max_step=3) == [
-        f"{path} has 9 problems:",
+        f"{path} has 10 problems:",
         "line 2: adapter: lora needs lora_target_linear: true, or a list lora_target_modules",
         "line 3: lora_rank: is not a key of a recipe; did you mean lora_r?",
         "line 6: datasets.0.tpye: is not a key of a recipe; did you mean type?",
@@ -97,6 +99,7 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
         "line 9: micro_batch_size: must be a number, not True",
         "line 10: lora_dropout: must be less than 1, not 1.5",
         "line 12: warmup_ratio: set this or warmup_steps, not both",
+        "line 14: seed: is given twice",
         "override: max_step: is not a key of a recipe; did you mean max_steps?",
     ]
 

@@ -206,7 +206,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
-    result = fusewright("train", str(file), "--dry-run", "--lora-r", "4", "--no-sample_packing")
+    words = ("--lora-r", "4", "--no-sample_packing", "--verbose")
+    result = fusewright("train", str(file), "--dry-run", *words)
     assert result.exit_code == 2, result.output
     assert snapshot(tmp_path) == before
     table = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -214,7 +215,7 @@ def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> N
     assert "datasets.0.field_messages 4 honoured turns" in table
     assert "overrides_of_model_config 5 honoured {rope_theta: 1000000.0}" in table
     assert "wandb_project 8 unset" in table
-    assert "6 honoured, 1 subsumed, 1 not applicable, 1 not yet available, 1 unset" in table
+    assert "keys: 7 honoured, 1 subsumed, 1 not applicable, 1 not yet available, 1 unset" in table
     assert "sample_packing set honoured false" in table
     assert any(line.startswith("liger_rope 7 subsumed true fusewright's rewrite") for line in table)
     assert any(line.startswith("rl 10 not yet available ebft it samples") for line in table)
@@ -225,12 +226,26 @@ def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> N
     )
 
 
+def test_a_dry_run_begins_with_its_verdict(file: Path) -> None:
+    begin = f"{file}: train would REFUSE this, for the reasons at the end"
+    refused = fusewright("train", str(file), "--dry-run").stdout.splitlines()
+    assert refused[0] == begin
+    taken = fusewright("train", str(file), "--dry-run", "--rl", "null").stdout.splitlines()
+    assert taken[0] == f"{file}: train would take this"
+    assert taken[1].startswith("  NOT CHECKED: some/model is not on this machine")
+    assert len(taken) < 15
+    text = "\n".join(taken)
+    assert [word for word in ("liger_rope", "wandb_project") if word not in text] == []
+    assert [word for word in ("base_model", "learning_rate") if word in text] == []
+    assert taken[-1].startswith("--verbose: ")
+
+
 def test_what_a_dry_run_resolves_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
-    result = fusewright("train", str(file), "--dry-run", "--rl", "null")
+    result = fusewright("train", str(file), "--dry-run", "--rl", "null", "--verbose")
     text = result.stdout.partition("# the recipe with its defaults")[2].partition("\n")[2]
     again = tmp_path / "again.yaml"
     again.write_text(text, encoding="utf-8")
-    first, second = load_recipe(file, {"rl": None}), load_recipe(again)
+    first, second = load_recipe(file, {"rl": None, "verbose": True}), load_recipe(again)
     assert first.model_dump() == second.model_dump()
     assert yaml.safe_load(text)["learning_rate"] == 1e-4
     assert yaml.safe_load(resolved_yaml(first)) == yaml.safe_load(resolved_yaml(second))
@@ -240,7 +255,7 @@ def test_what_a_dry_run_resolves_is_the_same_recipe(file: Path, tmp_path: Path) 
 def test_a_dry_run_breaks_no_word(file: Path, tmp_path: Path, width: int) -> None:
     long = f"{tmp_path}/{'a_long_folder_name/' * 4}out"
     console = Terminal(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    show(check(file, {"rl": None, "output_dir": long}), console)
+    show(check(file, {"rl": None, "output_dir": long, "verbose": True}), console)
     text = console.file.getvalue().partition("# the recipe")[0]
     assert {long, "rewrite", "output_dir", "honoured"} <= set(text.split())
 
@@ -250,7 +265,7 @@ def test_a_dry_run_in_a_pipe_is_not_wrapped(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     long = "a long title " * 12
-    show(check(file, {"rl": None, "hub_revision": long.strip()}), Terminal())
+    show(check(file, {"rl": None, "hub_revision": long.strip(), "verbose": True}), Terminal())
     table = capsys.readouterr().out.partition("# the recipe")[0]
     assert long.strip() in table
 
@@ -267,7 +282,7 @@ def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(
         lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest),
     )
     qlora = ("--load_in_4bit", "--adapter", "qlora", "--lora_target_linear")
-    given = ("--comet_api_key", "s3cr3t", *qlora)
+    given = ("--comet_api_key", "s3cr3t", "--verbose", *qlora)
     result = fusewright("train", str(file), "--dry-run", *given)
     assert result.exit_code == 2
     assert "s3cr3t" not in result.output

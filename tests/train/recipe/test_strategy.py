@@ -617,7 +617,8 @@ def test_a_dry_run_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_dry_run_shows_keys_by_the_names_that_they_have_now(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(OLD, encoding="utf-8")
-    result = fusewright("train", str(path), "--dry-run", "--fsdp_state_dict_type=FULL_STATE_DICT")
+    words = ("--fsdp_state_dict_type=FULL_STATE_DICT", "--verbose")
+    result = fusewright("train", str(path), "--dry-run", *words)
     assert result.exit_code == 0, result.stderr
     table = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "fsdp_config.offload_params 8 honoured true" in table

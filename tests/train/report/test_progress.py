@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rich.console import Console
 from fusewright.train.processes.signals import Interrupts
 from fusewright.train.report.format import (
     Smooth,
+    change,
     duration,
     memory,
     millions,
@@ -33,13 +35,15 @@ from fusewright.train.report.throughput import ThroughputMeter
 class Screen:
     """A terminal (or a log) that the callback writes to, and the trainer's side of the talk."""
 
-    def __init__(self, width: int, terminal: bool, total: int = 20, every: int = 1) -> None:
+    def __init__(
+        self, width: int, terminal: bool, total: int = 20, every: int = 1, written: bool = False
+    ) -> None:
         self.out = io.StringIO()
         console = Console(file=self.out, width=width, force_terminal=terminal, color_system=None)
         self.meter = ThroughputMeter(flops=2e6, peak=1e9)
         self.interrupts = Interrupts()
         self.display = ProgressCallback(
-            self.meter, self.interrupts, console, total, used=lambda: 3300.0
+            self.meter, self.interrupts, console, total, lambda: 3300.0, written
         )
         self.every = every
         self.state = SimpleNamespace(global_step=0, epoch=0.0)
@@ -80,13 +84,13 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
     assert len(bar) <= width
     assert len(figures) <= width - 2  # a ^C has room behind it
     assert "3/20" in bar
-    assert "loss 1.48" in figures  # (0.81 x 2.0 + 0.9 x 1.0 + 1.5) / 2.71 = 1.483
-    shown = {
+    assert "loss 1.500" in figures
+    shown = {  # (0.81 x 2.0 + 0.9 x 1.0 + 1.5) / 2.71 = 1.483
         30: [],
         50: ["trained tokens/s", "3.2 GiB"],
-        80: ["last 1.500", "lr 2.0e-04", "trained tokens/s", "3.2 GiB"],
-        100: ["last 1.500", "lr 2.0e-04", "MFU ", "epoch 0.30"],
-        140: ["last 1.500", "lr 2.0e-04", "MFU ", "epoch 0.30"],
+        80: ["average 1.48", "lr 2.0e-04", "trained tokens/s", "3.2 GiB"],
+        100: ["average 1.48", "lr 2.0e-04", "MFU ", "epoch 0.30"],
+        140: ["average 1.483 · ", "lr 2.0e-04", "MFU ", "epoch 0.30"],
     }[width]
     assert [words for words in shown if words not in figures] == []
     if width >= 80:
@@ -204,6 +208,15 @@ def test_a_log_gets_the_first_line_and_every_tenth() -> None:
     assert all("\x1b" not in line for line in said)
     for words in ("loss 1.500", "lr 2.0e-04", "180 trained tokens/s", "3.2 GiB", "ETA 0 s"):
         assert words in said[-1]
+    assert max(map(len, said)) <= 80  # a terminal that shows the log wraps none
+
+
+def test_a_log_gets_a_line_for_each_loss_where_the_recipe_says_how_often() -> None:
+    for every, steps in ((1, [*range(1, 41)]), (7, [1, 7, 14, 21, 28, 35, 40])):
+        screen = Screen(80, terminal=False, total=40, every=every, written=True)
+        said = lines(screen, 40)
+        assert [int(re.findall(r"step (\d+)/40", line)[0]) for line in said] == steps
+        assert all("loss 1.500" in line for line in said[1:])
 
 
 def test_a_log_gets_its_lines_when_losses_are_logged_at_other_steps() -> None:
@@ -238,7 +251,7 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_averaged() -> None:
         screen.tell("on_train_begin")
         screen.step(2.0)
         screen.step(float("nan"))
-        assert "loss 2.000 · last nan" in screen.frame()[1]
+        assert "loss nan · average 2.000" in screen.frame()[1]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +280,18 @@ def test_a_stopped_run_says_what_its_recipe_needs_to_resume() -> None:
         assert line == f"c is complete: the same recipe resumes from it{said}"
 
 
+def test_a_result_fits_a_notebook() -> None:
+    recipe = dict.fromkeys((f"key_{i}" for i in range(500)), None)
+    result = RunResult(Path("out & more"), recipe, steps=3, steps_planned=4, loss_first=2.0)
+    result.loss_last = 1.25
+    assert repr(result) == "<RunResult: finished, 3 of 4 steps, loss 1.250, out & more>"
+    table = ElementTree.fromstring(result._repr_html_())  # well formed
+    rows = {row[0].text: row[1].text for row in table}
+    assert rows["status"] == "finished"
+    assert (rows["training loss"], rows["results"]) == ("2.000 → 1.250", "out & more")
+    assert "key_1" not in result._repr_html_()
+
+
 def test_prompts_are_not_called_trained() -> None:
     counts = {"rows": 3, "train_sequences": 3, "train_tokens": 9, "train_trained_tokens": 0}
     assert rows_message(counts) == "data: 3 rows, 0 for validation; 3 sequences, 9 tokens"
@@ -282,6 +307,7 @@ def test_a_loss_that_is_almost_zero_has_no_sign() -> None:
 
 def test_amounts() -> None:
     assert (memory(870.4), memory(3300)) == ("870 MiB", "3.2 GiB")
+    assert change(3.5484, 2.5486) == "-0.999"  # of 3.548 and 2.549, as they are shown
     assert (millions(870), millions(4884480), millions(7.24e9)) == ("870", "4.88M", "7.24B")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from ....errors import DataError, first_line
 from ...json_text import BadJsonError, parse_json, row_of
 from ...printable import odd_characters
+from .bad_rows import BadRows
 
 Row = tuple[str, Any]
 """File and line, and the row."""
@@ -28,6 +29,9 @@ Progress = Callable[[float], None]
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BATCH = 1000
 """Rows that are taken from a table at a time."""
+
+_FURTHER = 1_000_000
+"""Lines that are looked at after a bad one: of a stream, there may be any number."""
 
 _BYTES = 1 << 26
 """Of a table that are read at a time."""
@@ -86,15 +90,24 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
+    bad, end = BadRows(), 0
     for number, line in _lines(path, progress):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = parse_json(line)
         except BadJsonError as error:
             column = f" (column {error.column})" if error.column else ""
-            raise DataError(f"{path}, line {number}: {error}{column}") from None
-        yield f"{path}, line {number}", row
+            bad.add(where, f"{where}: {error}{column}")
+            end = end or number + _FURTHER
+        else:
+            if not bad.count:  # else nothing but the other bad lines is of interest
+                yield where, row
+        bad.cut = 0 < end <= number
+        if bad.cut or bad.enough:
+            break
+    bad.raise_any()
 
 
 def _json(path: Path, progress: Progress) -> Iterator[Row]:

@@ -32,12 +32,14 @@ class DataSource:
     Attributes:
         files: the files that hold its rows, in order.
         table: a table, or a stream, of the ``datasets`` library that holds them instead.
+        unread: data files of its folder that belong to no split.
     """
 
     dataset: Dataset
     files: tuple[Path, ...] = ()
     table: Any = None
     limit: int | None = None
+    unread: tuple[Path, ...] = ()
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
         """Yield the rows that the recipe asks for; raises a DataError if a file cannot be read."""
@@ -48,6 +50,22 @@ class DataSource:
         if self.dataset.shards:
             rows = islice(rows, self.dataset.shards_idx, None, self.dataset.shards)
         yield from islice(rows, self.limit)
+
+    def left_out(self) -> str | None:
+        """What is to be said about the files of its folder that are not read, if there are any."""
+        if not self.unread:
+            return None
+        folder = Path(self.dataset.path)
+        read, others = (
+            ", ".join(
+                [*(str(f.relative_to(folder)) for f in files[:3]), *["..."] * bool(files[3:])]
+            )
+            for files in (self.files, self.unread)
+        )
+        return (
+            f"warning: {folder}: {len(self.files)} of its files are read ({read}), and "
+            f"{len(self.unread)} are not ({others}): name those that you mean in data_files"
+        )
 
     def digest(self) -> str:
         """A hash of the content, and of the files' suffixes."""
@@ -187,7 +205,19 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
         ) from None
     if split not in files:
         raise DataError(f"{path}: there is no split {split!r}, only {', '.join(files)}")
-    return DataSource(dataset, tuple(files[split]))
+    unread: tuple[Path, ...] = ()
+    if patterns is None:
+        taken = {file.resolve() for each in files.values() for file in each}
+        rows = (f for f in path.rglob("*") if kind_of(f) and f.name not in _NO_ROWS)
+        unread = tuple(sorted(f for f in rows if f.resolve() not in taken))
+    return DataSource(dataset, tuple(files[split]), unread=unread)
+
+
+_NO_ROWS = frozenset({
+    "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "requirements.txt",
+    "state.json",
+})  # fmt: skip
+"""Files beside data, under names of data."""
 
 
 def _named(folder: Path, names: list[str]) -> list[Path]:

@@ -32,7 +32,8 @@ class FusewrightKeys(Keys):
 
     memory: Annotated[str, BeforeValidator(_budget)] = "auto"
     """What blocks keep for backward: ``auto`` as much as the device has memory for, ``speed``
-    everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``."""
+    everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``
+    (1 GB is 2^30 bytes)."""
 
     cuda_graphs: Literal["auto", "on", "off"] = "off"
     """Launch compiled blocks as CUDA graphs: ``auto`` where that is faster, ``on`` wherever they

@@ -51,7 +51,8 @@ class OutputKeys(Keys):
 
     resume_from_checkpoint: str | bool | None = None
     """A folder ``checkpoint-N`` to resume from, in the current folder, next to the recipe or in
-    ``output_dir``; true: the last one in ``output_dir``. Unset: start from the beginning."""
+    ``output_dir``; true: the last one in ``output_dir``. With more ``max_steps`` or ``num_epochs``
+    it is trained further. Unset: start from the beginning."""
 
     auto_resume_from_checkpoints: bool = False
     """Resume from the last checkpoint in ``output_dir``, if there is one."""
@@ -144,7 +145,7 @@ class OutputKeys(Keys):
 
     logging_steps: Int | Float = key(1, gt=0)
     """Optimizer steps between two entries of the loss curve; below 1: as a fraction of all
-    steps."""
+    steps. If it is written, a log file gets a line for each; else at every tenth of the steps."""
 
     logging_first_step: bool = True
     """Log the first step, too."""
