@@ -38,7 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
     """Point links to files outside of docs/ at the repository, and those to notebooks at pages."""
-    return _outward(re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown), r"\.\./", config)
+    return _outward(
+        re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown), r"\.\./", config
+    )
 
 
 def _outward(markdown: str, prefix: str, config: Any) -> str:
@@ -55,7 +57,9 @@ def _outward(markdown: str, prefix: str, config: Any) -> str:
 def _page(path: Path, config: Any) -> str:
     """The notebook as Markdown: its text, its code, and what the code printed."""
     name = f"docs/notebooks/{path.name}"
-    colab = config.repo_url.replace("https://github.com/", "https://colab.research.google.com/github/")
+    colab = config.repo_url.replace(
+        "https://github.com/", "https://colab.research.google.com/github/"
+    )
     links = (
         f"[Open in Colab]({colab}/blob/main/{name}) · "
         f"[the file]({config.repo_url}/blob/main/{name})"
@@ -68,8 +72,7 @@ def _page(path: Path, config: Any) -> str:
         else:
             parts.append(f"```python\n{source}\n```")
             parts += [_shown(output) for output in cell["outputs"]]
-    heading, _, rest = "\n\n".join(parts).partition("\n")
-    return f"{heading}\n\n{links}\n{rest}\n"
+    return "\n\n".join([parts[0], links, *parts[1:]])
 
 
 def _shown(output: dict[str, Any]) -> str:

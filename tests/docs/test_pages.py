@@ -19,6 +19,8 @@ import pytest
 import typer
 import yaml
 
+import fusewright.train
+from fusewright import errors
 from fusewright.cli.main import app
 from fusewright.train.recipe.load import check
 from fusewright.train.recipe.recipe import Recipe
@@ -63,7 +65,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
         name, _, anchor = target.partition("#")
         path = (page.parent / name) if name else page
-        if not path.exists() or anchor and anchor not in anchors(path):
+        if not path.exists() or (anchor and anchor not in anchors(path)):
             wrong.append(target)
     assert wrong == []
 
@@ -82,14 +84,24 @@ def _imports_are_there(code: str) -> None:
 
 
 @by_name
-def test_recipes_are_accepted(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipes_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = {"base_model": "a/b", "datasets": [{"path": "a/b"}]}
     (tmp_path / "of_mine.py").write_text("\n".join(blocks(page, "python")))  # recipes may name it
     monkeypatch.chdir(tmp_path)
     for code in blocks(page, "yaml"):
         check({**base, **yaml.safe_load(code)}, with_data=False)
+
+
+def test_the_reference_has_all_that_is_public() -> None:
+    named = set(re.findall(r"^::: (\S+)$", text(DOCS / "api.md"), re.M))
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    kinds = [k for k in vars(errors).values() if isinstance(k, type)]
+    raised = {k.__name__ for k in kinds if issubclass(k, errors.FusewrightError)}
+    here = {f"fusewright.{name}" for name in fusewright.__all__}
+    assert here | {f"fusewright.train.{name}" for name in fusewright.train.__all__} <= named
+    assert raised <= {name.rpartition(".")[2] for name in named}
 
 
 def test_every_command_and_option_exists() -> None:
