@@ -19,7 +19,6 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-TIMEOUT = 900
 PROGRESS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^.*\r(?!\n)", re.M)
 """Colours, and lines that were written over."""
 
@@ -35,10 +34,9 @@ def run(path: Path) -> Any:
 
     notebook: Any = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        client = nbclient.NotebookClient(
-            notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}
-        )
-        return client.execute()
+        return nbclient.NotebookClient(
+            notebook, timeout=None, resources={"metadata": {"path": folder}}
+        ).execute()
 
 
 def code(notebook: Any) -> list[str]:
