@@ -10,6 +10,7 @@ Needs ``pip install -e ".[docs]"``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import re
 import tempfile
@@ -17,10 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+with contextlib.suppress(ImportError):  # the tests of what is stored need neither
+    import nbclient
+    import nbformat
+
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-PROGRESS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^.*\r(?!\n)", re.M)
-"""Colours, and lines that were written over."""
+HIDDEN = re.compile(
+    rf"\x1b\[[0-9;?]*[A-Za-z]|^.*\r(?!\n)|{re.escape(tempfile.gettempdir())}/\w+/", re.M
+)
+"""Colours, lines that were written over, and the folder that a notebook has run in."""
 
 
 def run(path: Path) -> Any:
@@ -29,9 +36,6 @@ def run(path: Path) -> Any:
     Raises:
         CellExecutionError: a cell has raised.
     """
-    import nbclient
-    import nbformat
-
     notebook: Any = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         return nbclient.NotebookClient(
@@ -50,12 +54,10 @@ def digest(notebook: Any) -> str:
 
 
 def _write(path: Path, notebook: Any) -> None:
-    import nbformat
-
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
-            cell.outputs = [out for out in map(_readable, cell.outputs) if out]
+            cell.outputs = readable(cell.outputs)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -64,15 +66,23 @@ def _write(path: Path, notebook: Any) -> None:
     nbformat.write(notebook, path)
 
 
-def _readable(output: Any) -> Any:
-    """The output without colours and progress, or None if nothing is left."""
-    if output.output_type == "stream":
-        output.text = PROGRESS.sub("", output.text)
-        return output if output.name == "stdout" and output.text.strip() else None
-    data = output.get("data", {})
-    if "text/plain" in data:
-        data["text/plain"] = PROGRESS.sub("", data["text/plain"])
-    return output
+def readable(outputs: list[Any]) -> list[Any]:
+    """What a reader wants to see: no warnings, no colours, and lines of text as one output."""
+    shown: list[Any] = []
+    for output in outputs:
+        data = output.get("data", {})
+        if "text/html" in data and not data["text/html"].startswith("<pre"):
+            shown.append(output)  # a table of its own; Rich prints each line as <pre>
+            continue
+        text = output["text"] if output.output_type == "stream" else data.get("text/plain", "")
+        if output.get("name") == "stderr" or not HIDDEN.sub("", text).strip():
+            continue
+        text = HIDDEN.sub("", text).rstrip() + "\n"
+        if shown and shown[-1].output_type == "stream":
+            shown[-1].text += text
+        else:
+            shown.append(nbformat.v4.new_output("stream", name="stdout", text=text))
+    return shown
 
 
 def main() -> None:
