@@ -40,6 +40,8 @@ FOUND = {
     "axolotl": "from-axolotl/",
     "liger": "from-liger-kernel/",
     "write a rule": "adding-a-rewrite/",
+    "train on my own data": "training/",
+    "packing": "training/#data-dataset-formats-label-masks-packing",
 }
 """What a reader types, and where the best answer is."""
 
