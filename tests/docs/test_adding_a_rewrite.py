@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import pathlib
 import re
 import textwrap
@@ -22,6 +23,7 @@ from tests.kernels.test_conformance import check_all
 
 from ..capturing import capture, rewrite, rewritten
 from ..kernels.util import assert_parity, saved_tensors
+from . import notebooks
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "adding_a_rewrite.py"
@@ -62,6 +64,11 @@ def test_the_code_of_the_page_is_the_example(request: pytest.FixtureRequest) -> 
     assert text.count("```") == 2 * len(sections), (
         "other code is indented, so that none is untested"
     )
+
+
+def test_the_notebook_has_the_rule_of_the_page() -> None:
+    (path,) = (p for p in notebooks.NOTEBOOKS if p.stem == "adding_a_rewrite")
+    assert _sections()["rule"] in notebooks.code(json.loads(path.read_text(encoding="utf-8")))
 
 
 def test_the_files_that_the_page_names_are_there() -> None:

@@ -309,7 +309,7 @@ def run(name: str) -> Report | None:
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
-_HEAD = """# Adapters
+_HEAD = """# Adapters: LoRA, DoRA and all other types of PEFT
 
 An adapter is `W x + f(x; small)`. The rules know formulas, not types. A product of a narrow value
 with a small matrix, with scales, biases and dropout around it, is added up within the product of
