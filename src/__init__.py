@@ -57,7 +57,16 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    except AttributeError as error:  # would read as "no such name" and hide what is wrong
+    except (ImportError, AttributeError) as error:
+        from . import upstream
+
+        reason = upstream.changed("the compiler")
+        if reason is not None and name in ("optimize", "explain", "restore"):
+            return upstream.verbs(reason)[name]
+        if isinstance(error, ImportError) and reason is None:
+            raise
+        # an AttributeError would read as "no such name" and hide what is wrong
+        error = error if reason is None else ImportError(reason)
         raise ImportError(f"{__name__}.{name} could not be loaded: {error}") from error
     globals()[name] = value
     return value

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..output_files import write_atomically
-from ..recipe.secrets import hide, scrub
+from ..recipe.secret_values import hide, scrub
 from ..terminal import say
 from .environment import memory, peak_rss_mb
 from .format import finite, resumption
