@@ -60,13 +60,14 @@ def __getattr__(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         from . import upstream
 
-        reason = upstream.changed("the compiler")
-        if reason is not None and name in ("optimize", "explain", "restore"):
-            return upstream.verbs(reason)[name]
-        if isinstance(error, ImportError) and reason is None:
+        if (reason := upstream.changed("the compiler")) is not None:
+            globals().update(upstream.verbs(reason))
+            if name in globals():
+                return globals()[name]
+            raise ImportError(f"{__name__}.{name} cannot be had: {reason}") from error
+        if isinstance(error, ImportError):
             raise
-        # an AttributeError would read as "no such name" and hide what is wrong
-        error = error if reason is None else ImportError(reason)
+        # would read as "no such name" and hide what is wrong
         raise ImportError(f"{__name__}.{name} could not be loaded: {error}") from error
     globals()[name] = value
     return value

@@ -7,6 +7,7 @@ start. Nothing else asks whether such a name is there.
 
 from __future__ import annotations
 
+import dis
 import functools
 import importlib
 import importlib.metadata
@@ -196,18 +197,21 @@ def _has(owner: Any, name: str) -> bool:
     """Whether an object has an attribute; of a class also: whether its instances have one."""
     kinds = owner.__mro__ if isinstance(owner, type) else ()
     return any(
-        hasattr(owner, one) or any(one in _mentioned(kind) for kind in kinds)
+        hasattr(owner, one) or any(one in _set_by(kind) for kind in kinds)
         for one in name.split("|")
     )
 
 
-def _mentioned(kind: type) -> set[str]:
-    """The attributes that a class declares, or that the code of its methods reads and sets."""
+def _set_by(kind: type) -> set[str]:
+    """The attributes that a class declares, or that the code of its methods sets."""
     found = {*vars(kind).get("__annotations__", ())}
     for value in vars(kind).values():
-        function = getattr(value, "fget", None) or getattr(value, "__wrapped__", value)
+        function = value  # or what a property or a decorator is made of
+        for name in ("fget", "func", "__wrapped__"):
+            function = getattr(function, name, None) or function
         if isinstance(function, types.FunctionType):
-            found.update(function.__code__.co_names)
+            steps = dis.get_instructions(function.__code__)
+            found.update(str(step.argval) for step in steps if step.opname == "STORE_ATTR")
     return found
 
 
@@ -219,6 +223,6 @@ def verbs(reason: str) -> dict[str, Callable[..., Any]]:
         return model
 
     def explain(model: Any) -> Report:
-        return Report((), (Bypass("", f"the model runs as it was: {reason}"),))
+        return Report((), (Bypass("", reason),))
 
     return {"optimize": optimize, "explain": explain, "restore": lambda model: model}

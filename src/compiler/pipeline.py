@@ -241,7 +241,7 @@ def explain(model: nn.Module) -> Report:
     places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:
         if (gone := changed("the compiler")) is not None:
-            return Report((), (Bypass("", f"the model runs as it was: {gone}"),))
+            return Report((), (Bypass("", gone),))
         reason = (
             "no repeated decoder blocks were found, or optimize(model) was not called, or "
             "restore(model) was called since"
