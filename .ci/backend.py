@@ -19,7 +19,7 @@ from setuptools.build_meta import *  # noqa: F403  # 2026-12-01: the hooks that 
 from setuptools.command import egg_info
 
 # beside this file, since the top folder is for what people read
-egg_info.manifest_maker.template = str(Path(__file__).with_name("manifest.in"))
+egg_info.manifest_maker.template = ".ci/manifest.in"
 
 _SOURCE = Path(__file__).resolve().parents[1] / "src"
 
