@@ -93,6 +93,14 @@ def test_what_is_tested_has_an_oldest_and_a_newest_version() -> None:
     assert {"torch", "transformers", "peft", "trl"} <= newest.keys()
 
 
+def test_the_readme_says_what_is_tested() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    oldest = {r.name: str(r.specifier)[2:] for r in map(Requirement, PROJECT["dependencies"])}
+    for one in map(Requirement, EXTRAS["tested"][:2]):
+        major, minor = str(one.specifier)[1:].split(".")
+        assert f"{one.name} {oldest[one.name]} to {major}.{int(minor) - 1}" in text
+
+
 def test_all_has_every_extra_but_those_with_a_reason() -> None:
     (one,) = map(Requirement, EXTRAS["all"])
     built_at_installation = {"gptq", "hqq"}
