@@ -57,7 +57,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    except AttributeError as error:  # would read as "no such name" and hide what is wrong
+    except (ImportError, AttributeError) as error:
+        from . import upstream
+
+        if (reason := upstream.changed("the compiler")) is not None:
+            globals().update(upstream.verbs(reason))
+            if name in globals():
+                return globals()[name]
+            raise ImportError(f"{__name__}.{name} cannot be had: {reason}") from error
+        if isinstance(error, ImportError):
+            raise
+        # would read as "no such name" and hide what is wrong
         raise ImportError(f"{__name__}.{name} could not be loaded: {error}") from error
     globals()[name] = value
     return value

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .upstream import changed
+
 # --- a parameter ----------------------------------------------------------------------------------
 
 
@@ -79,6 +81,8 @@ class Gathering(NamedTuple):
 
 def gathering_of(model: nn.Module | None, tensor: Any) -> Gathering | None:
     """How a parameter of ``model``, or an alias of one, is gathered; None: in no known way."""
+    if changed("DeepSpeed" if in_zero3(tensor) else "FSDP2") is not None:
+        return None
     if in_zero3(tensor):
         return Gathering(tensor.all_gather, tensor.partition, tensor.ds_process_group)
     for module in () if model is None else model.modules():
@@ -135,7 +139,18 @@ def class_before_fsdp2(module: nn.Module) -> Any:
 def gathers(module: nn.Module) -> bool:
     """Whether a module has forward hooks that gather and release parameters, and no others."""
     origins = _hook_origins(module)
-    return bool(origins) and all(origin.startswith(_GATHERING) for origin in origins)
+    if not origins or not all(origin.startswith(tuple(_GATHERING)) for origin in origins):
+        return False
+    return unreadable(module) is None
+
+
+def unreadable(module: nn.Module) -> str | None:
+    """Why it cannot be known what an engine that shards a module does; None: it can, or none is."""
+    for origin in _hook_origins(module):
+        for start, engine in _GATHERING.items():
+            if origin.startswith(start) and (reason := changed(engine)) is not None:
+                return reason
+    return None
 
 
 def divided_by(module: nn.Module) -> str | None:
@@ -171,11 +186,12 @@ def has_peers() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-_GATHERING = (
-    "torch.distributed.fsdp._fully_shard.",
-    "deepspeed.runtime.zero.",
-    "deepspeed.utils.nvtx",  # which hides some of the hooks of the one before
-)
+_GATHERING = {
+    "torch.distributed.fsdp._fully_shard.": "FSDP2",
+    "deepspeed.runtime.zero.": "DeepSpeed",
+    "deepspeed.utils.nvtx": "DeepSpeed",  # which hides some of the hooks of the one before
+}
+"""Where the hooks of an engine are from -> the engine, a part of ``upstream.PARTS``."""
 _DIVIDING = {
     "torch.distributed.tensor": "tensor parallelism",
     "accelerate.big_modeling": "context parallelism",

@@ -18,6 +18,9 @@ os.environ.setdefault("FUSEWRIGHT_CHOICES", "ops")
 import pytest
 import torch
 
+from fusewright.packages import untested_once
+
+untested_once()  # said now, so that no test is the first to hear of it
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 

@@ -1,5 +1,16 @@
 """The commands. Each imports what it needs when it runs."""
 
-from .main import main
+import importlib.util
+import sys
+
+from ..packages import install_extra
+
+_EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
+
+if missing := [name for name in _EXTRA if importlib.util.find_spec(name) is None]:
+    print(f"fusewright: {', '.join(missing)} missing; {install_extra('train')}", file=sys.stderr)
+    raise SystemExit(2)
+
+from .main import main  # noqa: E402  # 2026-12-01: after the check of what it imports
 
 __all__ = ["main"]

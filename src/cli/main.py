@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -17,14 +16,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import typer  # 2026-11-24: after the check that it is there
+import typer
 from typer.core import TyperGroup
 
 from ..compiler.options import Environment
 from ..errors import FusewrightError, RecipeError, did_you_mean, nearest
-from ..train.recipe.secrets import scrub
-from ..train.terminal import Terminal, announce, say  # 2026-11-26: as above
-from .commands import Builders, Code, Trust, Urls, register  # 2026-11-26: as above
+from ..train.recipe.secret_values import scrub
+from ..train.terminal import Terminal, announce, say
+from ..upstream import changed
+from .commands import Builders, Code, Trust, Urls, register
 
 if TYPE_CHECKING:
     from ..train.consent import Consent
@@ -120,6 +120,9 @@ def _ended(context: typer.Context | None = None) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it flushes
         raise typer.Exit(141) from None
     except Exception as error:
+        if isinstance(error, ImportError) and (reason := changed("the compiler")) is not None:
+            _say(reason)
+            raise typer.Exit(2) from error
         _say(_unforeseen(error, _command(context), full))
         raise typer.Exit(1) from error
 
@@ -174,14 +177,6 @@ def _save_traceback(error: Exception) -> str | None:
             file.write(scrub("".join(traceback.format_exception(error))))
             return file.name
     return None
-
-
-_EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
-_MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-if _MISSING:
-    missing = ", ".join(_MISSING)
-    print(f'fusewright: {missing} missing; pip install "fusewright[train]"', file=sys.stderr)
-    raise SystemExit(2)
 
 
 class AdapterKind(StrEnum):

@@ -36,6 +36,7 @@ from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
 from ..rewrite.op_table import OPS, TABLE
 from ..rewrite.verify import quiet_randomness
+from ..upstream import changed
 from .calls.input_gradients import (
     accumulates_twice,
     input_gradient_reason,
@@ -311,7 +312,9 @@ def choose_codegen(work: Compilation) -> None:
     if choices.codegen[0] != "inductor" or effects.leaves:
         return  # a compiler would unroll what was captured whole and not rewritten
     dominant = [op.name for op in OPS if op.dominates and op.call in effects.targets]
-    if effects.lasting_writes:
+    if (reason := changed("Inductor")) is not None:
+        choices.planner.note(f"blocks are not compiled: {reason}")
+    elif effects.lasting_writes:
         # backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it, and
         # writes into that
         choices.planner.note("a block that writes into what it was given is not compiled")

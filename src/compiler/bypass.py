@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 
-from ..sharding import divided_by
+from ..sharding import divided_by, unreadable
 from .units import is_unit
 
 A_CACHE = "a cache was passed (generation; in training call model.train(), or pass use_cache=False)"
@@ -46,6 +46,8 @@ def bypass_reason(
         return "the model is being traced by torch.jit"
     if hooks.divided:
         return f"{hooks.divided} divides the work of its submodule {hooks.others}"
+    if hooks.unreadable:
+        return f"how its submodule {hooks.others} is sharded is not known: {hooks.unreadable}"
     return f"a hook is registered on its submodule {hooks.others}" if hooks.others else None
 
 
@@ -159,8 +161,9 @@ def is_block(module: nn.Module) -> bool:
 class Hooks:
     """The submodules of a region that have hooks, by whose these are.
 
-    ``others`` is the name of the first whose hooks must run where they are, and ``divided`` what
-    divides its work between processes. ``idle`` have nothing but idle hooks, ``units`` nothing but
+    ``others`` is the name of the first whose hooks must run where they are, ``divided`` what
+    divides its work between processes, and ``unreadable`` why it is not known how it is sharded.
+    ``idle`` have nothing but idle hooks, ``units`` nothing but
     those of an engine that shards parameters, by name.
     """
 
@@ -168,6 +171,7 @@ class Hooks:
     divided: str | None = None
     idle: list[nn.Module] = field(default_factory=list)
     units: dict[str, nn.Module] = field(default_factory=dict)
+    unreadable: str | None = None
 
 
 def find_hooks(module: nn.Module, captured: Iterable[tuple[str, nn.Module]]) -> Hooks:
@@ -181,7 +185,7 @@ def find_hooks(module: nn.Module, captured: Iterable[tuple[str, nn.Module]]) -> 
         elif has_idle_hooks(m):
             hooks.idle.append(m)
         else:
-            hooks.others, hooks.divided = name, divided_by(m)
+            hooks.others, hooks.divided, hooks.unreadable = name, divided_by(m), unreadable(m)
             break
     return hooks
 

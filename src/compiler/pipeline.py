@@ -27,12 +27,14 @@ from ..memory.budget import Budget
 from ..memory.levels import allowed
 from ..memory.meter import Meter
 from ..memory.planner import Planner
+from ..packages import untested_once
 from ..passes import PIPELINE
 from ..report import Bypass, Fallback, Report, Site
 from ..rewrite.engine import Fuel
 from ..rewrite.rule import Rule
 from ..rewrite.verify import Verifier, quiet_randomness
 from ..sharding import collectives_of
+from ..upstream import changed
 from . import regions
 from .block_races import BlockRaces
 from .calls.forwards import OUTER_COMPILE
@@ -111,6 +113,13 @@ def optimize(
     )
     environment = Environment.read()
     restore(model)
+    if (reason := changed("the compiler")) is not None:
+        if strict:
+            raise OptimizeError(reason)
+        warnings.warn(f"the model runs as it was: {reason}", stacklevel=2)
+        return model
+    if (message := untested_once()) is not None:
+        warnings.warn(message, stacklevel=2)
     captured = regions.find(model)
     if not captured:
         warnings.warn(
@@ -238,6 +247,8 @@ def explain(model: nn.Module) -> Report:
     """
     places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:
+        if (gone := changed("the compiler")) is not None:
+            return Report((), (Bypass("", gone),))
         reason = "optimize(model) was not called, or restore(model) was called since"
         return Report((), (Bypass("", reason if regions.find(model) else _NOTHING_FOUND),))
     session = places[0][2].session

@@ -22,7 +22,7 @@ from .recipe.locate import locate
 from .recipe.paths import broken_functions, unallowed_functions
 from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
-from .recipe.secrets import hide, without_hidden
+from .recipe.secret_values import hide, without_hidden
 from .recipe.status import Entry, entries, refusals, without_secrets
 from .requirements import notices
 from .terminal import say

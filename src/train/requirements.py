@@ -8,8 +8,10 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+from ..errors import FusewrightError
+from ..packages import install, install_extra, untested_once
+from ..upstream import changed
 from .consent import CODE_SWITCH
-from .package_ranges import install
 from .recipe.export_formats import FORMATS
 from .recipe.methods_table import METHODS, Method
 from .recipe.paths import is_hub_kernel
@@ -83,7 +85,7 @@ def _hub_kernel_not_here(recipe: Recipe) -> str | None:
     if not recipe.consent.trust_remote_code:
         return f"is code on the hub, which is run only with {CODE_SWITCH}"
     if not _is_there("kernels"):
-        return "needs the package kernels, which is not installed (pip install kernels)"
+        return f"needs the package kernels, which is not installed ({install('kernels')})"
     import torch
 
     return None if torch.cuda.is_available() else "needs a GPU"
@@ -95,7 +97,7 @@ def _not_here(name: str) -> str | None:
         return "is not an attention of transformers"
     module, package = _ATTENTIONS.get(name, ("", ""))
     if module and not _is_there(module):
-        return f"needs the package {package}, which is not installed (pip install {package})"
+        return f"needs the package {package}, which is not installed ({install(package)})"
     if not module and name != "flex_attention":
         return None
     import torch
@@ -104,9 +106,9 @@ def _not_here(name: str) -> str | None:
 
 
 def notices(recipe: Recipe) -> list[str]:
-    """The messages about what is replaced here, because it is not installed."""
+    """The messages about what is replaced here, because it is not installed, or is untested."""
     attentions = attention(recipe)[1]
-    return [notice for notice in (attentions, _vllm_notice(recipe)) if notice]
+    return [said for said in (untested_once(), attentions, _vllm_notice(recipe)) if said]
 
 
 def has_vllm() -> bool:
@@ -120,9 +122,16 @@ def _vllm_notice(recipe: Recipe) -> str | None:
     if has_vllm():
         return None
     return (
-        "trl.use_vllm: needs the package vllm, which is not installed (pip install vllm); the "
+        f"trl.use_vllm: needs the package vllm, which is not installed ({install('vllm')}); the "
         "trained model itself generates the completions"
     )
+
+
+def require_known_names(recipe: Recipe) -> None:
+    """Raise FusewrightError where the installed libraries lack names that training needs."""
+    for part in ("training", "GRPO") if rows_of(recipe) == "prompts" else ("training",):
+        if (reason := changed(part)) is not None:
+            raise FusewrightError(f"nothing can be trained with this installation: {reason}")
 
 
 def missing_packages(recipe: Recipe) -> list[str]:
@@ -150,9 +159,10 @@ def missing_packages(recipe: Recipe) -> list[str]:
         required.append(("tokenizer_use_mistral_common", "true", tokens))
     for key, value, (module, package) in required:
         if not _is_there(module):
+            rounds = key in ("qat", "export_format") and module != "torchao"
+            command = install_extra("export") if rounds else install(package)
             missing.append(
-                f"{key}: {value} needs the package {package}, which is not installed: "
-                f"{install(package)}"
+                f"{key}: {value} needs the package {package}, which is not installed: {command}"
             )
     if (method := method_of(recipe)) is not None:
         missing += _trl(method)

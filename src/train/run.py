@@ -36,7 +36,7 @@ from .recipe.status import messages
 from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts, rows_message
 from .report.result import RunLog, RunResult
-from .requirements import notices, tracking
+from .requirements import notices, require_known_names, tracking
 from .terminal import Terminal
 from .trainer.build import make_context
 from .trainer.context import Context
@@ -150,6 +150,7 @@ class TrainingRun:
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
         text = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
+        require_known_names(recipe)
         others = notices(recipe)
         for line in filter(None, (world.unread, *messages(recipe), *others, *text)):
             self.run_log.say(line)

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import ModelError, RecipeError
+from ..packages import install
 from .consent import CODE_SWITCH, Consent
 from .inference.run_folder import RunFolder, open_run
 from .merge import merge
@@ -261,7 +262,7 @@ def _address(options: ServeOptions) -> list[str]:
 SERVERS = {
     server.name: server
     for server in (
-        Server("vllm", "vllm", "pip install vllm", _not_by_vllm, _vllm),
+        Server("vllm", "vllm", install("vllm"), _not_by_vllm, _vllm),
         Server(
             "llama.cpp", "llama-server",
             "brew install llama.cpp, or a release of https://github.com/ggml-org/llama.cpp",

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .printable import shown
-from .recipe.secrets import scrub
+from .recipe.secret_values import scrub
 
 _PIPE = 10_000
 """Columns where the output is no terminal, so that nothing is wrapped there."""

@@ -81,6 +81,8 @@ REASONS = {
     "offloaded": "could not be captured",
 }
 """Why nothing is rewritten below a wrapper, as ``explain`` says it."""
+CAPTURED_ONCE = ("aligned", "dispatched")
+"""Wrappers whose hooks are captured with accelerate 1.10, and not with 1.15."""
 
 
 def _step(call: nn.Module) -> tuple[list[Tensor], Any]:
@@ -116,7 +118,9 @@ def test_before_and_after_a_wrapper(name: str, order: str) -> None:
     found, outputs = _step(call)
     logits, report = outputs.logits, explain(call)
     if name in REASONS:
-        assert any(REASONS[name] in b.reason for b in report.bypasses), str(report)
+        refused = any(REASONS[name] in b.reason for b in report.bypasses)
+        rewritten = name in CAPTURED_ONCE and report.by_rule().items() >= RULES.items()
+        assert refused or rewritten, str(report)
     elif (name, order) == ("compiled blocks", "before"):  # the blocks only: the head has no such
         assert "linear_cross_entropy" in report.by_rule()
         assert any("torch.compile was put around" in b.reason for b in report.bypasses)

@@ -31,6 +31,7 @@ class _Module:
 
 
 def _eager(model: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    pytest.importorskip(f"transformers.models.{model}", reason=f"no {model} in this transformers")
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     function: Callable[..., tuple[Tensor, Tensor]] = module.eager_attention_forward
     return function

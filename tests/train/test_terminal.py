@@ -23,7 +23,7 @@ from fusewright.train.inference.run_folder import open_run
 from fusewright.train.printable import shown, shown_json
 from fusewright.train.processing import Processing
 from fusewright.train.recipe.load import check, load_recipe
-from fusewright.train.recipe.secrets import hide, scrub
+from fusewright.train.recipe.secret_values import hide, scrub
 from fusewright.train.report.result import RunLog, RunResult
 from fusewright.train.terminal import Terminal, announce, say
 

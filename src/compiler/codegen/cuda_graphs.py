@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import first_line
 from ...memory.oom_retry import is_out_of_memory
 from ...memory.random_state import RandomState
+from ...upstream import changed
 from ..options import CudaGraphs as Mode
 
 DEVICE = "cuda"
@@ -62,10 +63,6 @@ _CHECKED = frozenset({1, 2, 16, 256})  # replays of a graph that are compared wi
 _NOISE = 4.0  # errors allowed, in those of a second call of code that is not deterministic
 
 Run = Callable[[list[Any]], Sequence[Any]]
-
-# as Inductor's code does it: by size, strides and offset, and no view as autograd knows them
-_GUARDS: Any = torch._C._dynamo.guards  # 2026-12-01: torch does not type all of it
-_VIEW = _GUARDS._reinterpret_tensor
 
 
 class Unfit(Exception):
@@ -93,6 +90,7 @@ class CudaGraphs:
             return False
         if codegen != "inductor":
             self.stopped = "blocks run in eager code"
+        self.stopped = self.stopped or changed("CUDA graphs") or ""
         return not self.stopped
 
     def of_block(self, held: Sequence[int], examples: Sequence[Any]) -> BlockGraphs | None:
@@ -596,8 +594,11 @@ class _Graph:
                 memory[number] = torch.empty(length, dtype=dtype, device=self.device)
             for numbers, sources in self._sources:
                 torch._foreach_copy_([memory[n] for n in numbers], sources)
+            # as Inductor's code: by size, strides and offset, and no view as autograd knows them
+            guards: Any = torch._C._dynamo.guards  # 2026-12-01: torch does not type all of it
+            view = guards._reinterpret_tensor
             return [
-                memory[n] if layout is None else _VIEW(memory[n], *layout, offset)
+                memory[n] if layout is None else view(memory[n], *layout, offset)
                 for n, layout, offset in self._results
             ]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...graph.opaque.stacks import packed_stack, updated_stack
 from ...kernels.moe.packed_experts import PackedExperts
+from ...upstream import changed
 from .forward_copies import function_of
 
 
@@ -26,7 +27,7 @@ def functional(module: nn.Module, copy: Any) -> Any:
     layer = sys.modules.get("peft.tuners.lora.layer")
     wrapper = getattr(layer, "ParamWrapper", None)
     if wrapper and function_of(module) is wrapper.__dict__.get("forward"):
-        return _forward
+        return _forward if changed("adapters of parameters") is None else copy
     names = tuple(n for n, p in module._parameters.items() if isinstance(p, PackedExperts))
     return _reading_packed(copy or function_of(module), names) if names else copy
 

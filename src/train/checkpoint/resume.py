@@ -15,7 +15,7 @@ from ..json_text import parse_json
 from ..model.files import damaged, in_shards, shards_problem
 from ..recipe.keys.base import resumable
 from ..recipe.recipe import Recipe
-from ..recipe.secrets import hide
+from ..recipe.secret_values import hide
 from . import files as checkpoint
 
 _FILE = "fusewright.json"

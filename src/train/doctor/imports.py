@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from ...packages import install
 from .result import CheckResult, reason
 
 NEEDED = {
@@ -44,7 +45,7 @@ def broken(name: str, package: str, error: BaseException, needed: bool = False) 
     error = first_cause(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         missing = error.name.partition(".")[0]
-        mend = f"pip install {_PACKAGES.get(missing, missing)}"
+        mend = install(_PACKAGES.get(missing, missing))
         return CheckResult(name, "fails", "missing", reason(error), mend, needed)
     module = culprit(error) or package
     note = f"importing {_PACKAGES.get(module, module)} raises {reason(error)}"

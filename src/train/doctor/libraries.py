@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..package_ranges import install
+from ...packages import install
 from .imports import broken
 from .result import CheckResult, reason
 
@@ -24,7 +24,7 @@ def triton() -> list[CheckResult]:
     gpu, interpreted = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
         note = "no fused kernel runs on the GPU" if gpu else "only used on GPUs"
-        state, mend = ("missing", "pip install triton") if gpu else ("unused", "")
+        state, mend = ("missing", install("triton")) if gpu else ("unused", "")
         return [CheckResult("Triton", "not installed", state, note, mend)]  # type: ignore[arg-type]
     try:
         version = str(importlib.import_module("triton").__version__)

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from ..package_ranges import PLAIN_EXTRAS, PURPOSES, install_command, package_ranges
+from ...packages import PLAIN_EXTRAS, PURPOSES, install, install_command, package_ranges, untested
 from .result import CheckResult
 
 _OTHERS = ("tokenizers", "safetensors", "huggingface-hub", "deepspeed", "flash-attn")
@@ -21,6 +21,8 @@ def packages() -> list[CheckResult]:
     for name in _OTHERS:
         if name not in required and (version := _version(name)) is not None:
             results.append(CheckResult(name, version))
+    if (note := untested()) is not None:
+        results.append(CheckResult("tested range", "left", note=note))
     return results
 
 
@@ -39,17 +41,17 @@ def _package(name: str, versions: str, extra: str) -> CheckResult:
     note = f"wanted: {versions}" if versions else ""
     # PyTorch runs without Triton, and uses no kernel of it where there is no GPU
     needed = needed and name != "triton"
-    mend = install_command(name, versions)
     if version is None:
         purpose = f"for {PURPOSES[extra]}" if extra in PURPOSES else ""
         note = "; ".join(filter(None, (note, purpose)))
         if name == "triton" and not _has_gpu():
             return CheckResult(name, "not installed", "unused", note)
-        return CheckResult(name, "not installed", "missing", note, mend, needed)
+        return CheckResult(name, "not installed", "missing", note, install(name), needed)
     if versions and not _is_in(version, versions):
         return CheckResult(
-            name, version, "broken", f"{note}; this version is outside that range", mend, needed
-        )
+            name, version, "broken", f"{note}; this version is outside that range",
+            install_command(name, versions), needed,
+        )  # fmt: skip
     return CheckResult(name, version, note=note)
 
 

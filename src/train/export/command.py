@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ...auditing.findings import Audit
 from ...errors import ModelError, RecipeError
+from ...packages import install_extra
 from ..inference.load_run import load_tokenizer, recipe_for
 from ..inference.run_folder import RunFolder, stored_dtype
 from ..merge import MergeOptions, merge, new_folder
@@ -38,7 +39,6 @@ from .merged import MergedWriter
 
 CERTIFICATE = "certificate.json"
 
-_INSTALL = "pip install 'fusewright[export]'"
 _DEFAULTS = {"merged": None, "gguf": "q8_0", "ollama": "q8_0", "compressed-tensors": "fp8"}
 """What ``--format`` may be, and the quantization that it has by default."""
 
@@ -150,7 +150,7 @@ def _chosen(run: RunFolder, options: ExportOptions) -> tuple[Format | None, Writ
     if format.writer == "gguf":
         return format, GgufWriter(format, find_llama_cpp(format, options.llama_cpp), run.consent)
     if importlib.util.find_spec("compressed_tensors") is None:
-        raise RecipeError(f"{format.name} needs compressed-tensors: {_INSTALL}")
+        raise RecipeError(f"{format.name} needs compressed-tensors: {install_extra('export')}")
     return format, CompressedWriter(format, run.consent)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from ...errors import ModelError, RecipeError, first_line
 from ...kernels.tolerance import FACTOR
+from ...packages import install
 from ..consent import CODE_SWITCH, Consent
 from ..inference.load_run import load_model_of
 from ..inference.run_folder import open_run
@@ -71,8 +72,8 @@ def find_llama_cpp(format: Format, folder: Path | None = None) -> LlamaCpp:
     if not format.type and quantizer is None and not has_llama_cpp_python():
         raise RecipeError(
             f"{format.name} is made by llama.cpp's quantizer, and there is neither llama-quantize "
-            f"{f'in {named}' if named else 'on PATH'} nor llama-cpp-python: pip install "
-            "llama-cpp-python"
+            f"{f'in {named}' if named else 'on PATH'} nor llama-cpp-python: "
+            f"{install('llama-cpp-python')}"
         )
     return LlamaCpp(script, quantizer)
 
@@ -167,7 +168,7 @@ def _run(command: Sequence[str], target: Path, what: str) -> None:
         lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
         last = lines[-1].strip() if lines else f"exit code {ended.returncode}"
         lacking = re.search(r"No module named '([\w-]+)", last)
-        hint = f": pip install {lacking[1]}" if lacking else ""
+        hint = f": {install(lacking[1])}" if lacking else ""
         raise ModelError(f"{what}: {last}{hint}{_no_room(target)}")
 
 

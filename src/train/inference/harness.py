@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import DataError, RecipeError, did_you_mean, first_line
+from ...packages import install_extra
 from ..consent import FUNCTION_SWITCH, Consent, why_not_run
 from ..model.load import quiet
 from ..terminal import Terminal, announce, say
@@ -62,7 +63,7 @@ def evaluate_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(
             "--tasks: needs the package lm-eval (lm-evaluation-harness), which is not installed: "
-            "pip install 'fusewright[evaluation]'"
+            f"{install_extra('evaluation')}"
         )
     if request.batch_size != "auto" and not (
         request.batch_size.isdecimal() and int(request.batch_size)

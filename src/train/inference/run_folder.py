@@ -10,7 +10,7 @@ from ...errors import ModelError, RecipeError
 from ..consent import Consent
 from ..model.files import LIST, in_shards, read_object
 from ..recipe.locate import locate
-from ..recipe.secrets import without_hidden
+from ..recipe.secret_values import without_hidden
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODELS = (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RecipeError, first_line
+from ...packages import install_extra
 from ..processing import Processing
 from ..recipe.recipe import Recipe
 from .base_files import processor_files
@@ -19,7 +20,6 @@ _ABSENT = (
     "base_model has no processor of images: copy processor_config.json or preprocessor_config.json "
     "there from the checkpoint it was made of"
 )
-_INSTALL = 'pip install "fusewright[images]"'
 _PACKAGES = ("PIL", "torchvision")
 """Those that all processors of images need; without them, they raise this and that."""
 
@@ -47,7 +47,7 @@ def with_processor(recipe: Recipe, tokenizer: Any) -> Processing:
         if not processor_files(recipe.base_model, recipe.revision_of_model):
             why = _ABSENT
         if isinstance(error.__cause__, ImportError) or not all(map(find_spec, _PACKAGES)):
-            why = f"packages that read images are missing: {_INSTALL}"
+            why = f"packages that read images are missing: {install_extra('images')}"
         return Processing(tokenizer, None, why)
     if getattr(processor, "image_processor", None) is None:
         return Processing(tokenizer, None, _ABSENT)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import RecipeError
+from ...packages import install_extra
 from ..recipe.recipe import Recipe
 
 
@@ -154,9 +155,7 @@ def require_usable(recipe: Recipe, config: Any, trains: bool = True) -> None:
         raise RecipeError(f"{stored}, and cannot be trained over: {method.untrainable}")
     if method.module and importlib.util.find_spec(method.module) is None:
         package = method.module.replace("_", "-")
-        raise RecipeError(
-            f"{stored}, which needs {package}: pip install 'fusewright[{method.extra}]'"
-        )
+        raise RecipeError(f"{stored}, which needs {package}: {install_extra(method.extra)}")
     if trains and not recipe.adapter:
         raise RecipeError(f"{stored}, and cannot be trained themselves: set adapter")
 

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from ...errors import nearest
 from .keys.base import Keys, aliases, extra_of, nested
 from .recipe import Recipe
-from .secrets import hide
+from .secret_values import hide
 
 Loc = tuple[str | int, ...]
 """The path of a value, e.g. ``("datasets", 0, "path")``."""

@@ -18,7 +18,7 @@ from .keys.base import Keys, Status, UnreadKeys, extra_of, is_default, nested
 from .keys.preferences import OF_METHODS, ONLY, has_method
 from .problems import Loc
 from .recipe import Recipe
-from .secrets import hide
+from .secret_values import hide
 
 _ORDER: tuple[Status, ...] = ("honoured", "subsumed", "not applicable", "not yet available")
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from .keys.base import is_default
 from .recipe import GROUPS, Dataset, Recipe
-from .secrets import hide
+from .secret_values import hide
 from .status import entries
 
 _ROWS = ("datasets", "test_datasets")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ...report import html_table
 from ..output_files import write_atomically
-from ..recipe.secrets import hide, scrub
+from ..recipe.secret_values import hide, scrub
 from ..terminal import say
 from .environment import memory, peak_rss_mb
 from .format import change, finite, resumption

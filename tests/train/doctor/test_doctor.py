@@ -145,7 +145,7 @@ def test_without_triton_and_bitsandbytes(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert of(found, "packages")["triton"]["value"] == "not installed"
     assert of(found, "bitsandbytes")["bitsandbytes"]["state"] == "missing"
-    assert "pip install 'bitsandbytes>=0.50'" in mends(found)
+    assert 'pip install "fusewright[quant]"' in mends(found)
     assert found["rules"], "the rewrites do not need either"
     if not torch.cuda.is_available():
         assert done.returncode == 0

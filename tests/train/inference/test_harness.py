@@ -128,7 +128,7 @@ def test_a_missing_harness_names_package_and_extra(
     )
     text = refused("eval", trained, "--tasks", "arc_easy")
     assert "needs the package lm-eval" in text
-    assert "pip install 'fusewright[evaluation]'" in text
+    assert 'pip install "fusewright[evaluation]"' in text
 
 
 def test_options_of_tasks_need_tasks(trained: Path) -> None:

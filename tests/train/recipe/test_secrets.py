@@ -16,7 +16,7 @@ from fusewright.train import train
 from fusewright.train.inference.load_run import recipe_for
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.recipe.secrets import HIDDEN, hide, without_hidden
+from fusewright.train.recipe.secret_values import HIDDEN, hide, without_hidden
 from fusewright.train.requirements import tracking
 
 from ..commands import fusewright

@@ -433,7 +433,7 @@ def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert requirements.missing_packages(recipe(deepspeed="zero1.json")) == [
         "deepspeed: needs the package deepspeed, which is not installed: "
-        "pip install 'deepspeed>=0.18'"
+        'pip install "fusewright[distributed]"'
     ]
     assert requirements.missing_packages(recipe(fsdp=True)) == []
 

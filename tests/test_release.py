@@ -1,0 +1,111 @@
+"""What a release and its recipes are made of: one version, and what ``pyproject.toml`` declares."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+@pytest.fixture(scope="module")
+def release() -> Any:
+    """The script that makes one."""
+    return _program("release")
+
+
+def _program(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_release_writes_its_version_everywhere(release: Any, tmp_path: Path) -> None:
+    names = [*release._VERSIONS, "CHANGELOG.md"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    before = {name: (tmp_path / name).read_text(encoding="utf-8") for name in names}
+    release.write_version(tmp_path, "9.8.7", "2031-02-03")
+    for name in names:
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.count("9.8.7") == 1, name
+        assert PROJECT["version"] in before[name]
+        if name != "CHANGELOG.md":
+            old = next(line for line in before[name].splitlines() if line not in text)
+            new = old.replace(PROJECT["version"], "9.8.7")
+            assert text == before[name].replace(old, new), "nothing else is changed"
+    changes = (tmp_path / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## [Unreleased]\n\n## [9.8.7] - 2031-02-03\n\n###" in changes
+
+
+@pytest.mark.parametrize("version", ["9.8", "v9.8.7", "9.8.7-rc1", "next"])
+def test_what_is_no_version_is_refused(release: Any, tmp_path: Path, version: str) -> None:
+    with pytest.raises(SystemExit, match="is no version"):
+        release.write_version(tmp_path, version, "2031-02-03")
+
+
+def test_the_corners_are_what_is_declared() -> None:
+    limits = _program("limits").limits
+    oldest = {r.name: r.specifier for r in map(Requirement, limits("oldest"))}
+    for line in [*PROJECT["dependencies"], *EXTRAS["rl"]]:
+        one = Requirement(line)
+        if one.name in oldest:
+            (lowest,) = (s.version for s in one.specifier if s.operator == ">=")
+            assert str(oldest[one.name]) == f"=={lowest}.*"
+    assert limits("newest") == EXTRAS["tested"]
+
+
+def test_the_recipe_needs_what_is_declared() -> None:
+    recipe = yaml.safe_load((ROOT / ".ci/conda/recipe.yaml").read_text(encoding="utf-8"))
+    names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}  # as they are called there
+    declared = map(Requirement, [*PROJECT["dependencies"], *EXTRAS["train"]])
+    expected = {f"{names.get(r.name, r.name)} {r.specifier}" for r in declared if not r.marker}
+    python, *others = recipe["requirements"]["run"]
+    assert set(others) == expected
+    assert python == "python >=${{ python_min }}"
+    assert f">={recipe['context']['python_min']}" == PROJECT["requires-python"]
+    assert recipe["context"]["version"] == PROJECT["version"]
+    (script,) = recipe["build"]["python"]["entry_points"]
+    assert script == "fusewright = " + PROJECT["scripts"]["fusewright"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_container_is_made_of_what_is_there(name: str) -> None:
+    text = (ROOT / ".ci" / "containers" / f"{name}.Dockerfile").read_text(encoding="utf-8")
+    copied = [file for line in re.findall(r"(?m)^COPY (.*)$", text) for file in line.split()[:-1]]
+    assert {f for f in copied if not (ROOT / f).exists()} == set()
+    needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "src"}
+    assert needed | {".ci/backend.py", ".ci/manifest.in"} <= set(copied)
+    (extras,) = re.findall(r"/source\[(.*)\]", text)
+    assert set(extras.split(",")) <= EXTRAS.keys()
+    assert re.findall(r'"(torch\S*)" --index-url', text) == [EXTRAS["tested"][0]]
+
+
+@pytest.mark.slow
+def test_what_is_built_works_where_nothing_else_is(tmp_path: Path) -> None:
+    """Half a minute of CPU time; CI does so with the wheel."""
+    options: dict[str, Any] = {"check": True, "cwd": ROOT, "capture_output": True, "text": True}
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path)], **options)
+    artifacts = sorted(map(str, tmp_path.iterdir()))
+    smoke = [sys.executable, ".ci/smoke.py", *artifacts, "--shared"]
+    said = subprocess.run(smoke, **options).stdout
+    assert said.count(" modules, ") == 2
+    assert [line.split()[0] for line in said.splitlines() if " works (" in line] == [
+        Path(a).name for a in artifacts
+    ]
