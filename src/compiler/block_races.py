@@ -14,8 +14,7 @@ random states are put back. And a race changes no later step: what it says is a 
 Where memory was asked for, ours stays, whatever it takes: in checkpoints, under a plan that keeps
 less than the fastest does, and where original blocks would keep more than ``SHARE`` of the free
 memory. Not raced either are rows of several samples in blocks that are told where these begin,
-blocks of sharded parameters, blocks whose parameters have hooks, and the head with its loss, whose
-logits are not made. Norms and projectors outside blocks are raced as blocks are.
+blocks of sharded parameters, and the head with its loss, whose logits are not made. Norms and projectors outside blocks are raced as blocks are.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import functools
 import hashlib
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -186,12 +185,13 @@ class _Race:
                 results = self.run(self.module, *args, **kwargs)
             outputs = [t for t in tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
             wanted = [*self.copies.leaves(), *self.module.parameters()]
-            found = torch.autograd.grad(
-                outputs,
-                [t for t in wanted if t.requires_grad],
-                self.copies.gradients(outputs),
-                allow_unused=True,
-            )
+            with _unheard(self.module.parameters()):
+                found = torch.autograd.grad(
+                    outputs,
+                    [t for t in wanted if t.requires_grad],
+                    self.copies.gradients(outputs),
+                    allow_unused=True,
+                )
         return [g for g in found if g is not None]
 
     def _called(self, _: torch.Generator) -> tuple[Any, ...]:
@@ -281,11 +281,26 @@ def _may_race(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if any(type(v) not in plain for v in tree_leaves((args, kwargs))):
         return False
     parameters = list(module.parameters())
-    if any(p._backward_hooks or is_sharded(p) for p in parameters):
+    if any(map(is_sharded, parameters)):
         return False
     if not x.requires_grad and not any(p.requires_grad for p in parameters):
         return False
     return not gathers(module) and collectives_of(module) is None
+
+
+@contextlib.contextmanager
+def _unheard(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Keep gradients from the hooks of parameters: they are not of the caller's step."""
+    # blocks without a race for their hooks would run ours in the step that an audit hears, and the
+    # first step of a resumed run is such a step, which in the run itself was a later one
+    held = [(hooks, dict(hooks)) for p in parameters if (hooks := p._backward_hooks)]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in held:
+            hooks.update(kept)
 
 
 class _State:

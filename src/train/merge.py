@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError, first_line
 from ..memory.budget import gigabytes
+from .data.chat.stops import write_stops
 from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
 from .inference.run_folder import RunFolder
 from .model.base_files import BaseFiles, base_files, copy_processor, save_with_base
@@ -40,7 +41,7 @@ from .model.multimodal import (
 from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.stored import is_stored
-from .model.tokenizer import set_padding
+from .model.tokenizer import ChatPrompt, set_padding
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -95,13 +96,15 @@ def merge(
             write_shards(folder, layers.plan, layers.tensor, request.max_shard_size)
             set_padding(config, recipe)
             _write_config(config, layers, dtype, folder)
-            _write_generation_config(run, folder)
+            _write_generation_config(run, config, folder)
         except UnmergeableError as reason:
             say(console, f"merging in memory: {reason}")
             announce(f"loading {run.base_model}")
             model = merged_in_memory(run, dtype, request.dequantize)
             _save(model, run, folder, request, dtype, packed=_is_quantized(config))
-        load_tokenizer(run).save_pretrained(folder)
+        tokenizer = load_tokenizer(run)
+        tokenizer.save_pretrained(folder)
+        write_stops(folder, tokenizer, ChatPrompt.of(run.recipe).variables)
         if is_multimodal(config):
             _copy_processor(run, folder, console)
         _copy_code(run, folder)
@@ -232,11 +235,14 @@ def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder
     config.save_pretrained(folder)
 
 
-def _write_generation_config(run: RunFolder, folder: Path) -> None:
+def _write_generation_config(run: RunFolder, config: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    with contextlib.suppress(RecipeError):
-        pretrained(GenerationConfig, run.base_model, kind="other").save_pretrained(folder)
+    try:
+        settings = pretrained(GenerationConfig, run.base_model, kind="other")
+    except RecipeError:  # the base has none, and then transformers makes them so
+        settings = GenerationConfig.from_model_config(config)
+    settings.save_pretrained(folder)
 
 
 def _copy_processor(run: RunFolder, folder: Path, console: Console) -> None:

@@ -192,9 +192,10 @@ def test_times_that_differ_by_less_than_noise_decide_nothing(
 def test_a_race_leaves_nothing_behind(seconds: tuple[float, float]) -> None:
     states = []
     for each in (model(), fused(model())):
-        hooked: list[int] = []
+        hooked: list[float] = []
         weight = each.layers[0].linear.weight
-        weight.register_post_accumulate_grad_hook(lambda p, hooked=hooked: hooked.append(1))
+        weight.register_post_accumulate_grad_hook(lambda p, hooked=hooked: hooked.append(1.0))
+        weight.register_hook(lambda g, hooked=hooked: hooked.append(round(float(g.norm()), 3)))
         random.seed(1)
         with taking(*seconds):
             outputs = [train(each), train(each, seed=2)]
@@ -268,16 +269,13 @@ def test_evaluation_follows_training() -> None:
     assert as_they_were(ours)
 
 
-@pytest.mark.parametrize("how", ["min", "16GB", "checkpoint", "reentrant", "hook", "ops", "fixed"])
+@pytest.mark.parametrize("how", ["min", "16GB", "checkpoint", "reentrant", "ops", "fixed"])
 def test_what_is_not_raced(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how in ("fixed", "ops"):
         monkeypatch.setenv(choice.VARIABLE, how)
     ours = fused(model(), memory=how if how in ("min", "16GB") else "speed")
     if how in ("checkpoint", "reentrant"):
         ours.reentrant = how == "reentrant"
-    if how == "hook":
-        for layer in ours.layers:
-            layer.linear.weight.register_hook(lambda g: None)
     with taking(SLOW, FAST) as calls:
         train(ours)
     assert calls == []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import FusewrightError, first_line
+from ..data.chat.stops import write_stops
 from ..model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from ..model.merge_aware import stop_rounding
 from ..model.multimodal import is_multimodal, use_cache
@@ -87,6 +88,8 @@ def save(
         with _with_cache(model):
             save_with_base(model, folder, files, state)
     tokenizer.save_pretrained(folder)
+    if recipe is not None:  # of a whole model: an adapter's folder has no such settings
+        write_stops(folder, tokenizer, recipe.chat_template_kwargs or {})
     whole = recipe is not None and not hasattr(model, "peft_config")
     if recipe is not None and whole and is_multimodal(model.config):
         copy_processor(recipe.base_model, recipe.revision_of_model, folder)

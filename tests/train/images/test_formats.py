@@ -241,6 +241,16 @@ def test_a_table_of_bytes(tmp_path: Path) -> None:
     assert len(names) == 2
 
 
+def test_bytes_in_a_field_of_another_name(tmp_path: Path) -> None:
+    """Whether their file is there or not; a text that only looks like a file's name is one."""
+    rows = [{k if k != "images" else "picture": v for k, v in row.items()} for row in table()]
+    parquet.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="the row's field 'picture', which seems to hold an image"):
+        samples(tmp_path / "rows.parquet")
+    row = {"messages": turns("Hi"), "source": "scan-7.png", "width": 3, "tags": ["b.txt"]}
+    assert len(samples(write_rows(tmp_path / "texts.jsonl", [row]))) == 1
+
+
 def test_a_table_of_the_datasets_library(tmp_path: Path) -> None:
     """Its images are not opened before the encoder does it: the file's own bytes are kept."""
     import datasets

@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from fusewright.train.checkpoint.save_model import save
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import merged_in_memory
 
 from ..commands import fusewright, refused
-from ..conftest import make_adapter, make_model, make_tokenizer
+from ..conftest import checked, make_adapter, make_model, make_tokenizer
 
 IDS = torch.tensor([[1, 7, 45, 99, 130, 2, 200, 31]])
 
@@ -198,6 +199,27 @@ def test_a_run_and_its_checkpoint(trained: Path, tmp_path: Path, base: Path) -> 
         assert AutoTokenizer.from_pretrained(output).chat_template
         assert (output / "generation_config.json").exists()
         assert model.config.use_cache == make_model().config.use_cache
+
+
+@pytest.mark.parametrize("settings", [True, False], ids=["settings", "none"])
+def test_other_tools_stop_where_a_turn_ends(tmp_path: Path, settings: bool) -> None:
+    """Of a base whose texts end otherwise: its own end, and that of the chat template."""
+    adapter = make_adapter(tmp_path)
+    base = tmp_path / "base"
+    for name in ("config.json", "generation_config.json"):
+        given = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**given, "eos_token_id": 9}))
+    if not settings:
+        (base / "generation_config.json").unlink()
+    folder = merged(adapter)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.eos_token_id == 9
+    assert model.generation_config.eos_token_id == [9, 2]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(2) == "<|im_end|>"
+    save(model, tokenizer, tmp_path / "whole", recipe=checked(base))  # as a run does
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert again.generation_config.eos_token_id == [9, 2]
 
 
 def test_adapters_that_are_not_lora_are_merged_by_peft(tmp_path: Path) -> None:

@@ -311,8 +311,9 @@ def test_rows_with_images_are_refused(
     with pytest.raises(DataError) as refused:
         train(recipe, console=Console(quiet=True))
     why = (
-        f"the row has {field!r} besides text; only text is trained: leave such rows out, or remove "
-        "that field to train on what their text says without it"
+        f"the row has {field!r} besides text; sound and videos are not trained: leave such rows "
+        "out, save frames of a video as images, or remove that field and what stands for it in the "
+        "text"
     )
     if field.startswith("image") and kind == "chat_template":
         why = (

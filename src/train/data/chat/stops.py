@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ....errors import FusewrightError
@@ -43,6 +45,22 @@ def stop_tokens(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> lis
     tokens = configured if isinstance(configured, list) else [configured]
     tokens = [*tokens, tokenizer.eos_token_id, _end_of_turn(tokenizer, variables)]
     return list(dict.fromkeys(token for token in tokens if token is not None))
+
+
+def write_stops(folder: Path, tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Let the generation settings of a saved model end answers where its chat template ends turns.
+
+    Else other tools write on behind an answer, where the base has another end of its texts.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    config = GenerationConfig.from_pretrained(str(folder))
+    stops = stop_tokens(SimpleNamespace(generation_config=config), tokenizer, variables)
+    if stops and stops not in (config.eos_token_id, [config.eos_token_id]):
+        config.eos_token_id = stops
+        config.save_pretrained(folder)
 
 
 def _end_of_turn(tokenizer: Any, variables: Mapping[str, Any]) -> int | None:

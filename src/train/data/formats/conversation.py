@@ -11,7 +11,7 @@ from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
 from ..images.expansion import number
-from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture
+from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture, is_pil, is_web_address
 from .fields import IMAGE_FIELDS, fields_of, kind, need
 
 ROLES = {
@@ -244,8 +244,6 @@ class Conversation:
                 content = message.get("content")
                 if isinstance(content, str) and IMAGE_MARK in content:
                     message["content"] = _marked_parts(content)
-        elif isinstance(self.gallery, Gallery) and any(_has_mark(m) for m in messages):
-            _require_no_other_field(row, where)
         in_parts = [m for m in messages if isinstance(m.get("content"), list)]
         asked = next((m for m in messages if m["role"] == "user"), None)
         if waiting and not in_parts and asked is not None:
@@ -272,6 +270,8 @@ class Conversation:
             message["content"] = parts
         if waiting:
             self._gallery(where)
+        if not count and not pictures and isinstance(self.gallery, Gallery):
+            _require_no_other_field(self.gallery, any(map(_has_mark, messages)), row, where)
         if wanted != count:
             raise DataError(
                 f"{where}: the row has {number(count, 'image')}, and its messages have "
@@ -305,15 +305,26 @@ def _has_mark(message: Mapping[str, Any]) -> bool:
     return message["role"] == "user" and isinstance(content, str) and IMAGE_MARK in content
 
 
-def _require_no_other_field(row: Mapping[str, Any], where: str) -> None:
-    """Raise a DataError if a field of another name seems to hold the image of a marked text."""
+def _require_no_other_field(
+    gallery: Gallery, is_marked: bool, row: Mapping[str, Any], where: str
+) -> None:
+    """Raise a DataError if a field of another name seems to hold the image of a row without any.
+
+    What may be text, such as where a row comes from, is no image by its name alone: there is such a
+    file, or a message ``is_marked`` as one about an image.
+    """
     for name, value in row.items():
         held = value[0] if isinstance(value, list) and value else value
-        held = held.get("path") or held.get("bytes") if isinstance(held, Mapping) else held
-        if isinstance(held, bytes) or (isinstance(held, str) and _IMAGE_FILE.search(held)):
+        held = (held.get("bytes") or held.get("path")) if isinstance(held, Mapping) else held
+        if isinstance(held, str) and _IMAGE_FILE.search(held):
+            is_image = is_marked or is_web_address(held) or gallery.has(held)
+        else:
+            is_image = isinstance(held, bytes) or is_pil(held)
+        if is_image and name not in IMAGE_FIELDS:
+            asked = f"a message has {IMAGE_MARK}, and " if is_marked else ""
             raise DataError(
-                f"{where}: a message has {IMAGE_MARK}, and the row's field {name!r} is not read: "
-                "name it 'images'"
+                f"{where}: {asked}the row's field {name!r}, which seems to hold an image, is not "
+                "read: name it 'images', or remove it"
             )
 
 

@@ -44,8 +44,9 @@ def fields_of(row: Any, where: str, field: str, read: Collection[str] = ()) -> M
                     "rows as messages (type: chat_template)"
                 )
             raise DataError(
-                f"{where}: the row has {name!r} besides text; only text is trained: leave such "
-                "rows out, or remove that field to train on what their text says without it"
+                f"{where}: the row has {name!r} besides text; sound and videos are not trained: "
+                "leave such rows out, save frames of a video as images, or remove that field and "
+                "what stands for it in the text"
             )
     return row
 

@@ -128,6 +128,16 @@ class NoImages:
 TEXT_ONLY = NoImages()
 
 
+def is_pil(value: Any) -> bool:
+    """Whether it is an image of PIL's, whose class is not imported."""
+    return hasattr(value, "save") and hasattr(value, "mode")
+
+
+def is_web_address(text: str) -> bool:
+    """Whether an image would have to be downloaded."""
+    return _WEB_URL.match(text) is not None
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Finds the pictures of one dataset.
@@ -169,6 +179,13 @@ class Gallery:
         path = source if isinstance(source, Path) else self._kept(content, digest)
         return Picture(str(path), digest, size)
 
+    def has(self, path: str) -> bool:
+        """Whether there is such a file in the folder."""
+        try:
+            return ((self.folder or Path.cwd()) / path).is_file()
+        except (OSError, ValueError):  # too long for a path, or a NUL in it
+            return False
+
     def _source(self, value: Any, where: str) -> Path | bytes:
         if isinstance(value, Mapping):
             return self._of_mapping(value, where)
@@ -178,7 +195,7 @@ class Gallery:
             value = os.fspath(value)
         if isinstance(value, str):
             return self._of_text(value, where)
-        if hasattr(value, "save") and hasattr(value, "mode"):  # PIL's; the class is not imported
+        if is_pil(value):
             buffer = io.BytesIO()
             try:
                 value.save(buffer, "PNG")
@@ -208,7 +225,7 @@ class Gallery:
     def _of_text(self, text: str, where: str) -> Path | bytes:
         if match := _DATA_URL.match(text):
             return _decoded(text[match.end() :], where)
-        if _WEB_URL.match(text):
+        if is_web_address(text):
             return self._downloaded(text, where)
         if not text.strip():
             raise DataError(f"{where}: the path is empty")

@@ -95,11 +95,13 @@ def require_contrast(counts: Mapping[str, int], first: Mapping[str, str]) -> Non
 
 def nothing_left(counts: Mapping[str, int], limits: Limits) -> str:
     """Why no row of a dataset is left, and what to do."""
+    longer = "raise sequence_len, or set excess_length_strategy: truncate"
+    if limits.excess == "truncate":  # which has cut all others
+        longer = "raise sequence_len, for rows with images are not cut, or lower image_max_pixels"
     reasons = [
         (f"{counts[key]:,} {words}", todo)
         for key, words, todo in (
-            ("too_long", f"are longer than {limits.longest} tokens (sequence_len)",
-             "raise sequence_len, or set excess_length_strategy: truncate"),
+            ("too_long", f"are longer than {limits.longest} tokens (sequence_len)", longer),
             ("too_short", f"are shorter than {limits.shortest} tokens (min_sample_len)",
              "lower min_sample_len"),
             ("nothing_to_train", "have nothing to train",
