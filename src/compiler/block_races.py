@@ -14,7 +14,8 @@ random states are put back. And a race changes no later step: what it says is a 
 Where memory was asked for, ours stays, whatever it takes: in checkpoints, under a plan that keeps
 less than the fastest does, and where original blocks would keep more than ``SHARE`` of the free
 memory. Not raced either are rows of several samples in blocks that are told where these begin,
-blocks of sharded parameters, and the head with its loss, whose logits are not made. Norms and projectors outside blocks are raced as blocks are.
+blocks of sharded parameters, and the head with its loss, whose logits are not made. Norms and
+projectors outside blocks are raced as blocks are.
 """
 
 from __future__ import annotations
