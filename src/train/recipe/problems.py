@@ -54,7 +54,7 @@ OTHER_NAMES = {
         "logging_steps": "logging_strategy",
         "use_wandb: true": "report_to",
         "wandb_name": "run_name",
-        "images_dir in an entry of datasets": "image_folder media_dir",
+        "datasets: [{images_dir: FOLDER}]": "image_folder media_dir",
     }.items()
     for name in names.split()
 }
