@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .errors import OptimizeError
 from .packages import install_extra
 from .report import Bypass, Report
 
@@ -219,6 +220,8 @@ def verbs(reason: str) -> dict[str, Callable[..., Any]]:
     """The verbs where the compiler cannot even be imported: models run as they were."""
 
     def optimize(model: Any, **options: Any) -> Any:
+        if options.get("strict"):
+            raise OptimizeError(reason)
         warnings.warn(f"the model runs as it was: {reason}", stacklevel=2)
         return model
 

@@ -214,7 +214,7 @@ def test_optimizer_compares_four_ways() -> None:
 def test_an_unknown_engine_is_named_with_the_known_ones() -> None:
     done = run("train_step.py", "--engines", "eager,unslot")
     assert done.returncode == 2
-    assert "unknown engine 'unslot'; known: eager, hf, hf+gc, compile, trl, " in done.stderr
+    assert "unknown engine 'unslot'; known: eager, hf, hf+gc, compile, " in done.stderr
     assert run("train_step.py", "--engines", "eager:min").returncode == 2
 
 
@@ -311,7 +311,7 @@ def test_a_prediction_that_was_too_long_is_shortened_and_told(
     found = program.Longest("fusewright:budget", 2048 << 20, tokens=2048, predicted=1.0)
     found = program.verified(job, found, 256)
     assert (found.tokens, found.first) == (longest, first)
-    assert steps[0] == ("fusewright:2.14748GB", 2048)
+    assert steps[0] == ("fusewright:2GB", 2048)
     assert len(steps) <= program.TRIES
     assert (found.peak is not None) == (longest > 0)
 

@@ -106,7 +106,8 @@ def _known(size: torch.SymInt) -> int | None:
     node = size.node
     # one that was set equal to a constant keeps its old type
     known: int | None = node.maybe_as_int()
-    if known is not None or node.expr.is_symbol or not node.has_hint():
+    expression = getattr(node, "expr", None)  # a nested tensor's sizes have none
+    if known is not None or expression is None or expression.is_symbol or not node.has_hint():
         return known
     # ``x.view(-1, 128)`` has ``32*(s//(s//4))`` columns, which guards set equal to 128 in a product
     return int(node.hint) if statically_known_true(size == node.hint) else None

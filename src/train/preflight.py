@@ -199,13 +199,17 @@ def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
 def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
     """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
+    from .checkpoint.files import checkpoints
     from .checkpoint.output_folder import check_output
 
     folder = Path(recipe.output_dir)
     try:
         start = resume.find(recipe)
         in_place = start is not None and start.parent == folder
-        longer = start is not None and bool(resume.grown(resume.Saved.read(start).recipe, recipe))
+        # of an earlier checkpoint, those after it would be lost
+        longer = False
+        if start is not None and in_place and start == checkpoints(folder)[-1]:
+            longer = bool(resume.grown(resume.Saved.read(start).recipe, recipe))
         check_output(folder, recipe.overwrite_output_dir, in_place, longer)
         if start is not None:
             resume.load(start, recipe, processes)

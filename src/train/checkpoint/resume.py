@@ -190,8 +190,10 @@ def grown(then: Mapping[str, Any], recipe: Recipe) -> set[str]:
     """
     if recipe.lr_scheduler == "one_cycle":
         return set()
-    lengths = {key: (then.get(key), getattr(recipe, key)) for key in ("max_steps", "num_epochs")}
-    return {key for key, (a, b) in lengths.items() if None not in (a, b) and b > a}
+    key = "max_steps" if recipe.max_steps is not None else "num_epochs"  # which then decides
+    before, now = then.get(key), getattr(recipe, key)
+    is_longer = isinstance(before, int | float) and isinstance(now, int | float) and now > before
+    return {key} if is_longer else set()
 
 
 def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:

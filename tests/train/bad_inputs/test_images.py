@@ -221,10 +221,6 @@ CASES = {
         "line 2: the row's field 'photo', which seems to hold an image, is not read",
         "name it 'images', or remove it",
     ),
-    "an address in a field of another name": Bad(
-        second(asked("What?") | {"image_url": "https://x.test/a.png"}),
-        "line 2: the row's field 'image_url'", "name it 'images', or remove it",
-    ),
     "an empty list": Bad(
         second(asked(images=[])), "line 2: the row has no images", "have 1 place for them"
     ),

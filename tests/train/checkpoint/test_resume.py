@@ -175,6 +175,12 @@ def test_a_finished_run_is_trained_further(
     start = load_recipe({**asked, "max_steps": 3})
     with pytest.raises(RecipeError, match="max_steps was 4 and is 3; restore"):
         resume.load(Path(str(first.checkpoint)), start)
+    for keys in (
+        {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2"), "max_steps": steps},
+        {"resume_from_checkpoint": True, "num_epochs": 9},  # `max_steps` decides
+    ):
+        with pytest.raises(RecipeError, match="already holds a run"):
+            train(asked, console=QUIET, **keys)
     longer = train(asked, console=QUIET, resume_from_checkpoint=True, max_steps=steps)
     assert (longer.status, longer.steps, longer.resumed_from) == ("finished", steps, first.steps)
     rates = {e["step"]: e["learning_rate"] for e in longer.history if "loss" in e}

@@ -149,6 +149,11 @@ def test_a_folder_is_read_by_split_and_one_that_datasets_saved_too(tmp_path: Pat
         f"warning: {plain}: 2 of its files are read (train-1.jsonl, train-2.jsonl), and 2 are not "
         "(more.csv, notes/other.txt): name those that you mean in data_files"
     )
+    (tmp_path / "link").symlink_to(plain)
+    for path in (tmp_path / "link", plain / "notes" / ".."):
+        told = sources.find(Dataset(path=str(path))).left_out()
+        assert told is not None
+        assert "(train-1.jsonl, train-2.jsonl), and 2 are not (more.csv, notes/other.txt)" in told
     assert texts(plain, split="test") == ["c"]
     assert texts(plain, data_files=["test-*.jsonl", "train-1.jsonl"]) == ["c", "a"]
     with pytest.raises(DataError, match="there is no split 'dev', only"):

@@ -247,7 +247,7 @@ def test_bytes_in_a_field_of_another_name(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="the row's field 'picture', which seems to hold an image"):
         samples(tmp_path / "rows.parquet")
-    row = {"messages": turns("Hi"), "source": "scan-7.png", "width": 3, "tags": ["b.txt"]}
+    row = {"messages": turns("Hi"), "source": "scan-7.png", "tags": ["https://x.test/a.png"]}
     assert len(samples(write_rows(tmp_path / "texts.jsonl", [row]))) == 1
 
 

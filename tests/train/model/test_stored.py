@@ -46,7 +46,8 @@ def _asked(method: str, adapter: str | None = "lora", **keys: Any) -> None:
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for method, extra in (("gptq", "gptq"), ("compressed-tensors", "compressed-tensors")):
-        with pytest.raises(RecipeError, match=rf"stored by {method}.*'fusewright\[{extra}\]'"):
+        said = rf'stored by {method}.*"fusewright\[{extra}\]"'
+        with pytest.raises(RecipeError, match=said):
             _asked(method)
 
 

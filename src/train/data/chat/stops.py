@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,8 @@ def write_stops(folder: Path, tokenizer: Any, variables: Mapping[str, Any]) -> N
     stops = stop_tokens(SimpleNamespace(generation_config=config), tokenizer, variables)
     if stops and stops not in (config.eos_token_id, [config.eos_token_id]):
         config.eos_token_id = stops
-        config.save_pretrained(folder)
+        with contextlib.suppress(ValueError):  # settings of the base that transformers refuses
+            config.save_pretrained(folder)
 
 
 def _end_of_turn(tokenizer: Any, variables: Mapping[str, Any]) -> int | None:

@@ -11,7 +11,7 @@ from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
 from ..images.expansion import number
-from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture, is_pil, is_web_address
+from ..images.picture import TEXT_ONLY, Gallery, NoImages, Picture, is_encoded, is_pil
 from .fields import IMAGE_FIELDS, fields_of, kind, need
 
 ROLES = {
@@ -314,13 +314,15 @@ def _require_no_other_field(
     file, or a message ``is_marked`` as one about an image.
     """
     for name, value in row.items():
+        if name in IMAGE_FIELDS:
+            continue
         held = value[0] if isinstance(value, list) and value else value
         held = (held.get("bytes") or held.get("path")) if isinstance(held, Mapping) else held
         if isinstance(held, str) and _IMAGE_FILE.search(held):
-            is_image = is_marked or is_web_address(held) or gallery.has(held)
+            is_image = is_marked or gallery.has(held)
         else:
-            is_image = isinstance(held, bytes) or is_pil(held)
-        if is_image and name not in IMAGE_FIELDS:
+            is_image = is_pil(held) or (isinstance(held, bytes) and is_encoded(held))
+        if is_image:
             asked = f"a message has {IMAGE_MARK}, and " if is_marked else ""
             raise DataError(
                 f"{where}: {asked}the row's field {name!r}, which seems to hold an image, is not "

@@ -133,9 +133,11 @@ def is_pil(value: Any) -> bool:
     return hasattr(value, "save") and hasattr(value, "mode")
 
 
-def is_web_address(text: str) -> bool:
-    """Whether an image would have to be downloaded."""
-    return _WEB_URL.match(text) is not None
+def is_encoded(content: bytes) -> bool:
+    """Whether bytes begin as a file of an image does."""
+    return content.startswith(
+        (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+    ) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Gallery:
     def _of_text(self, text: str, where: str) -> Path | bytes:
         if match := _DATA_URL.match(text):
             return _decoded(text[match.end() :], where)
-        if is_web_address(text):
+        if _WEB_URL.match(text):
             return self._downloaded(text, where)
         if not text.strip():
             raise DataError(f"{where}: the path is empty")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -56,15 +57,16 @@ class DataSource:
         if not self.unread:
             return None
         folder = Path(self.dataset.path)
-        read, others = (
-            ", ".join(
-                [*(str(f.relative_to(folder)) for f in files[:3]), *["..."] * bool(files[3:])]
-            )
-            for files in (self.files, self.unread)
-        )
+        root = folder.resolve()  # datasets resolves links, too
+
+        def listed(files: Sequence[Path]) -> str:
+            names = [os.path.relpath(f.parent.resolve() / f.name, root) for f in files[:3]]
+            return ", ".join([*names, *["..."] * bool(files[3:])])
+
         return (
-            f"warning: {folder}: {len(self.files)} of its files are read ({read}), and "
-            f"{len(self.unread)} are not ({others}): name those that you mean in data_files"
+            f"warning: {folder}: {len(self.files)} of its files are read ({listed(self.files)}), "
+            f"and {len(self.unread)} are not ({listed(self.unread)}): name those that you mean in "
+            "data_files"
         )
 
     def digest(self) -> str:
