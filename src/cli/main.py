@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ..compiler.options import Environment
 from ..errors import FusewrightError, RecipeError, did_you_mean, nearest
+from ..train.processes.ending import ending_as_rank
 from ..train.recipe.secret_values import scrub
 from ..train.terminal import Terminal, announce, say
 from ..upstream import changed
@@ -332,12 +331,8 @@ register(app)
 
 def main() -> None:
     """The entry point of the installed command."""
-    try:
+    with ending_as_rank():
         app()
-    except SystemExit as ended:
-        if "torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
-            end_rank(ended.code)
-        raise
 
 
 def _show(checked: Checked, nproc: str | None) -> None:
@@ -411,25 +406,3 @@ def _train(
 
         say(Terminal(stderr=True), f"wrote {save_compiled(save)} to {save}")
     return result.exit_code
-
-
-# How one process of several ends.
-
-
-def end_rank(code: Any) -> NoReturn:
-    """End this process without taking Python's modules down.
-
-    All is written by then, and PyTorch's group of processes is gone. But threads of PyTorch's C++
-    code, whose owners go in no particular order, can abort the process, and a launcher would take a
-    run that has finished for one that was killed. ``code`` is that of a ``SystemExit``.
-    """
-    # as the interpreter ends: idle threads of pools are told to end, then all threads are awaited
-    threading._shutdown()  # type: ignore[attr-defined]  # 2026-11-27: not in typeshed
-    atexit._run_exitfuncs()
-    if code is not None and not isinstance(code, int):
-        print(code, file=sys.stderr)
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a pipe that is closed
-            stream.flush()
-    os._exit(code or 0)

@@ -30,6 +30,7 @@ from ..model.processor import load_processing
 from ..model.quantize import dequantize_linears
 from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
+from ..processes.ending import ending_as_rank
 from ..processes.mesh import is_sharded
 from ..processes.signals import Interrupts
 from ..processes.world import PARENT, World, end_with_parent, joined
@@ -304,4 +305,5 @@ def _dequantize(model: Any) -> None:
 if __name__ == "__main__":
     os.environ.setdefault(PARENT, str(os.getppid()))
     end_with_parent()
-    sys.exit(main(Path(sys.argv[1])))
+    with ending_as_rank():
+        sys.exit(main(Path(sys.argv[1])))

@@ -21,6 +21,7 @@ import torch
 from fusewright.kernels import choice, raced_op
 from fusewright.kernels.launch import has_triton
 from fusewright.kernels.native import build
+from fusewright.packages import install
 from fusewright.passes import PIPELINE
 from fusewright.rewrite.op_table import OPS
 from fusewright.train.doctor.machine import _kept, _raced_on_gpus
@@ -196,7 +197,7 @@ def test_a_missing_need(tmp_path: Path) -> None:
     line = "raise ModuleNotFoundError(\"No module named 'peft'\", name='peft')"
     code, found, _ = diagnose(tmp_path, broken(tmp_path, "peft", line))
     assert code == 1
-    assert found["gaps"][0]["mend"] == "pip install peft"
+    assert found["gaps"][0]["mend"] == install("peft")
 
 
 def test_each_op_that_a_rule_may_call_is_asked() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-COMMAND = importlib.import_module("fusewright.cli.main")  # its package has a function of that name
+from fusewright.train.processes import ending
 
 CODE = """
 import atexit, sys, threading, time
-from fusewright.cli.main import end_rank
+from fusewright.train.processes.ending import end_rank
 
 class Last:
     def __del__(self):
@@ -38,7 +39,7 @@ def test_all_is_done_but_taking_modules_down(code: object, exit_code: int) -> No
 def test_idle_threads_of_a_pool_end() -> None:
     code = (
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from fusewright.cli.main import end_rank\n"
+        "from fusewright.train.processes.ending import end_rank\n"
         "pool = ThreadPoolExecutor(2)\n"
         "pool.submit(print, 'worked').result()\n"
         "end_rank(0)\n"
@@ -54,15 +55,21 @@ def test_only_one_of_several_ends_so(
 ) -> None:
     import torch.distributed  # noqa: F401
 
-    def app() -> None:
-        raise SystemExit(3)
-
     seen: list[object] = []
-    monkeypatch.setattr(COMMAND, "app", app)
-    monkeypatch.setattr(COMMAND, "end_rank", seen.append)
+    monkeypatch.setattr(ending, "end_rank", seen.append)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(SystemExit):
-        COMMAND.main()
+    with pytest.raises(SystemExit), ending.ending_as_rank():
+        raise SystemExit(3)
     assert seen == ended
+
+
+@pytest.mark.parametrize("module", ["fusewright.cli.main", "fusewright.train.proof.worker"])
+def test_what_can_be_a_rank_ends_so(module: str) -> None:
+    """A process that has written all it had to must not be aborted by threads of C++ code."""
+    found = importlib.util.find_spec(module)
+    assert found is not None
+    assert found.origin is not None
+    text = Path(found.origin).read_text(encoding="utf-8")
+    assert "with ending_as_rank():" in text
