@@ -46,7 +46,7 @@ def test_a_rule_that_costs_more_than_noise_loses(
     assert row["verdict"] == verdict
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rules_are_switched_off_one_by_one(tmp_path: Path) -> None:
     file = tmp_path / "rules.json"
     options = ("--model", "tiny-llama", "--batch", "2", "--seq", "16", "--rounds", "1")
@@ -106,7 +106,7 @@ def test_an_engine_that_cannot_run_does_not_stop_the_others(
     assert rows["liger"]["tokens_per_s"] is None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_time_of_the_host_is_split(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     file = tmp_path / "host.json"
@@ -363,7 +363,7 @@ def test_a_tiny_model_learns_to_name_drawn_images(tmp_path: Path) -> None:
     assert {"swapped", "no_image", "first_loss", "last_loss", "versions", "cpu"} <= set(found)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_steps_on_images_are_compared(tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     sizes = ("--batch", "1", "--side", "56", "--words", "8", "--steps", "2", "--warmup", "1")

@@ -330,7 +330,7 @@ def _step(cache: Path, codegen: str, load: str, save: str) -> dict[str, Any]:
 
 
 @pytest.mark.long("inductor")
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", [pytest.param("eager", marks=pytest.mark.slow), "inductor"])
 def test_the_first_step_of_another_process_makes_nothing(codegen: str, tmp_path: Path) -> None:
     if build.find_compiler() is None:
         pytest.skip("there is no C++ compiler")

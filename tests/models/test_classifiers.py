@@ -159,9 +159,8 @@ def test_loss_and_gradients_are_those_of_eager(name: str, labels: int, lora: boo
     assert torch.equal(own_loss(plain, last), own_loss(eager, last))
 
 
-@pytest.mark.long("memory-2", "logits-2", "dropout-2", "checkpoints-2")
 @pytest.mark.long("checkpoints-1", "dropout-1", "logits-1", "memory-1")
-@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("labels", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "how",
     [{"memory": "min"}, {"logits": "always"}, {"checkpointed": True},

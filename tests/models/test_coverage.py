@@ -47,11 +47,11 @@ IN_CI = {
 
 
 def _cases() -> list[object]:
-    """All, in three parts: an architecture is in two, with adapters in one of them."""
+    """All, in four parts: an architecture is in two, with adapters in one of them."""
     return [
         pytest.param(
             name, lora,
-            marks=() if i % SAMPLE == FIRST and not lora else pytest.mark.zoo(third=(i + lora) % 3),
+            marks=() if i % SAMPLE == FIRST and not lora else pytest.mark.zoo(part=(i + lora) % 4),
         )
         for i, name in enumerate(NAMES)
         for lora in (False, True)
