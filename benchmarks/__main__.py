@@ -54,8 +54,7 @@ def _run(chosen: Sequence[Measurement], out: Path, quick: bool) -> int:
     more = tuple(name for name in peers.PEERS if peers.python(name))
     failed = []
     for one in chosen:
-        of_peers = more if one.program == "training.py" else ()
-        program, *given = one.command(quick, of_peers)
+        program, *given = one.command(quick, more)
         command = [sys.executable, str(HERE / program), *given]
         command += ["--json", str((out / one.name).with_suffix(".json"))]
         print(f"== {one.title}: python benchmarks/{program} {' '.join(given)}", flush=True)

@@ -10,6 +10,7 @@ there, and with every figure. Peers are run as their documentation says; none of
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -33,12 +34,14 @@ class Peer:
         train: trains a job in the peer's environment, taking its turns from a callback.
         about: how it trains.
         first: the module that it wants to be imported before all others.
+        more: how many tokens of each row it trains beyond the answer and its end.
     """
 
     packages: tuple[str, ...]
     train: Callable[[TrainingJob, Any], None]
     about: str
     first: str = ""
+    more: int = 0
 
 
 def folder(name: str) -> Path:
@@ -113,6 +116,7 @@ def take_turns(turns: Any) -> None:
 
     original = Trainer.__init__
 
+    @functools.wraps(original)  # ms-swift looks at its signature
     def made(trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(trainer, *args, **kwargs)
         trainer.add_callback(turns)
@@ -188,27 +192,38 @@ def llamafactory(job: TrainingJob, turns: Any) -> None:
 
 
 def swift(job: TrainingJob, turns: Any) -> None:
-    """``sft_main`` with ``packing``, on the chats."""
+    """``sft_main`` with ``packing``, on the chats; packing needs flash attention, and so a GPU."""
+    import torch
     from swift import SftArguments, sft_main
 
     from training_engines import arguments
     from training_job import ALPHA, RANK
 
+    packs = torch.cuda.is_available()
     take_turns(turns)
-    given = arguments(job)
+    given = arguments(job) | {"save_strategy": "epoch"}  # behind the last step
     given.pop("use_cpu")
     sft_main(
         SftArguments(
-            **given, model=job.base, dataset=[job.rows], torch_dtype=job.dtype,
+            **given, model=job.base, model_type="llama", dataset=[job.rows], torch_dtype=job.dtype,
             tuner_type="lora", lora_rank=RANK, lora_alpha=ALPHA, lora_dropout=0.0,
-            target_modules=["all-linear"], max_length=job.sequence_len, packing=True,
-            per_device_train_batch_size=job.packs, template="chatml",
+            target_modules=["all-linear"], max_length=job.sequence_len, packing=packs,
+            per_device_train_batch_size=job.packs if packs else job.batch, template="chatml",
+            add_version=False, gradient_accumulation_steps=1,
         )
     )  # fmt: skip
+    (saved,) = Path(job.output).rglob("checkpoint-*/adapter_config.json")
+    shutil.copytree(saved.parent, job.output, dirs_exist_ok=True)
 
 
 def axolotl(job: TrainingJob, turns: Any) -> None:
-    """``do_train`` of a recipe with ``sample_packing``, the same that fusewright reads."""
+    """``do_train`` of a recipe with ``sample_packing``, the same that fusewright reads.
+
+    Its own kernels, which it chooses by itself, run on a GPU alone.
+    """
+    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+
+    import torch
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
@@ -219,6 +234,8 @@ def axolotl(job: TrainingJob, turns: Any) -> None:
     take_turns(turns)
     keys = recipe(job) | {"gradient_checkpointing": True, "optimizer": "adamw_torch_fused"}
     keys.pop("memory")
+    if not torch.cuda.is_available():
+        keys |= dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
     do_train(load_cfg(DictDefault(keys)), TrainerCliArgs())
 
 
@@ -229,7 +246,17 @@ PEERS = {
         "its own code and checkpoints; on a CPU padded, on a GPU packed",
         first="unsloth",
     ),
-    "llamafactory": Peer(("llamafactory",), llamafactory, "neat_packing"),
-    "swift": Peer(("ms-swift",), swift, "packing"),
+    "llamafactory": Peer(
+        ("llamafactory",),
+        llamafactory,
+        "neat_packing; its template also trains the line break behind an answer",
+        more=1,
+    ),
+    "swift": Peer(
+        ("ms-swift",),
+        swift,
+        "on a CPU padded, on a GPU packed; its template trains what LLaMA-Factory's does",
+        more=1,
+    ),
     "axolotl": Peer(("axolotl",), axolotl, "sample_packing, gradient checkpointing"),
 }

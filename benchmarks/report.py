@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -100,9 +101,14 @@ def training_table(name: str) -> str:
     ]  # fmt: skip
     titles = ("", "trained tokens/s", "", "all steps", "first step", "peak resident memory", "",
               "validation loss")  # fmt: skip
+    about = [
+        f"\n{NAMES[name]}: {PEERS[name].about} ({', '.join(versions)})."
+        for name, versions in ((row["engine"], row.get("peer_versions")) for row in rows)
+        if versions
+    ]
     before = f"validation loss before training {rows[0]['base_validation_loss']:.4f}"
     said = f"{len(rows[0]['all_step_s'])} steps, {before}. {source(rows[0])}"
-    return f"{markdown(titles, lines)}\n\n{said}"
+    return f"{markdown(titles, lines)}\n\n{said}" + "\n".join(["", *about] if about else [])
 
 
 def preparation_table(name: str) -> str:
@@ -192,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qlora-8x512": lambda: step_table("train_step-smollm2-qlora-bf16-8x512-cpu", "growth_mb"),
     "qlora-4x256": lambda: step_table("train_step-smollm2-qlora-bf16-4x256-cpu", "growth_mb"),
     "training": lambda: training_table("training-smollm2-bf16-cpu"),
+    "peers": lambda: training_table("training-peers-smollm2-bf16-cpu"),
     "preparation": lambda: preparation_table("preparation-cpu"),
 }
 

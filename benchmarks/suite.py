@@ -15,8 +15,9 @@ class Measurement:
         program: the file beside this one.
         arguments: of its command line.
         small: those that replace them to try the program; no figure of these means anything.
-        engines: whether it takes ``--engines``, and so peers.
         minutes: about, on two cores.
+        engines: those that it takes, if it takes any.
+        peers: whether the peers whose environments are there come behind them.
     """
 
     name: str
@@ -26,10 +27,12 @@ class Measurement:
     small: str
     minutes: int
     engines: str = ""
+    peers: bool = False
 
     def command(self, quick: bool = False, more: tuple[str, ...] = ()) -> list[str]:
         """The program and its arguments."""
         given = (self.small if quick else self.arguments).split()
+        more = more if self.peers else ()
         engines = ",".join([*self.engines.split(","), *more]) if self.engines else ""
         return [self.program, *given, *(["--engines", engines] if engines else [])]
 
@@ -60,6 +63,10 @@ SUITE = (
         "training-smollm2-bf16-cpu", "whole runs on the quickstart's rows", "training.py", "",
         "--rows 8 --validation-rows 2 --batch 4 --sequence-len 128", 25,
         "stock,stock+gc,stock-packed,trl,trl-nogc,fusewright,fusewright:min",
+    ),
+    Measurement(
+        "training-peers-smollm2-bf16-cpu", "the same beside peers", "training.py", "",
+        "--rows 8 --validation-rows 2 --batch 4 --sequence-len 128", 25, "stock,fusewright", True,
     ),
     Measurement(
         "preferences-smollm2-bf16-cpu", "steps of DPO, KTO, ORPO, reward models and GRPO",

@@ -12,9 +12,9 @@ by steps, and so by trained tokens.
 The engines run in processes of their own with cold compile caches, from one folder of plain
 safetensors, and take their steps in turn. A step is everything from one turn to the next, reading
 and collating included. Trained tokens (those with a label) per second are those of all steps but
-the first, over their time. ``peak_rss_mb`` is the highest resident memory from the start of
-training to the last step. At the end one function computes the validation loss of every saved
-adapter, on plain PEFT.
+the first, over their time; those that only a peer trains do not count. ``peak_rss_mb`` is the
+highest resident memory from the start of training to the last step. At the end one function
+computes the validation loss of every saved adapter, on plain PEFT.
 
 Exit status 1 when an engine failed, or its validation loss is not within ``--tolerance`` of stock's
 (relative).
@@ -91,15 +91,20 @@ def row(run: Run, losses: dict[str, float], work: Workload) -> dict[str, Any]:
     job, complete = run.job, run.error is None
     timed = run.steps[1:] or run.steps
     spent = sum(step["seconds"] for step in timed)
+    trained = sum(step["trained"] for step in run.steps)
+    more = PEERS[job.engine].more * work.count if job.engine in PEERS else 0
+    alike = 1 - more / max(trained, 1)
     figures: dict[str, Any] = {
-        "trained_tokens_per_s": sum(s["trained"] for s in timed) / spent if complete else None,
+        "trained_tokens_per_s":
+            alike * sum(s["trained"] for s in timed) / spent if complete else None,
         "tokens_per_s": sum(s["width"] for s in timed) / spent if complete else None,
         "first_step_s": run.seconds[0] if complete else None,
         "peak_rss_mb": run.steps[-1]["peak"]["rss_mb"] if complete else None,
         "validation_loss": losses.get(job.engine),
-        "trained_tokens": sum(s["trained"] for s in run.steps),
+        "trained_tokens": trained - more,
+        "more_trained_tokens": more,
         "steps": len(run.steps),
-    }
+    }  # fmt: skip
     return {
         "engine": job.engine,
         "peer_versions": peers.installed(job.engine) if job.engine in PEERS else None,

@@ -26,6 +26,7 @@ class Workload:
         samples: the same as tokens and labels.
         steps: of stock.
         packs: packs of a step.
+        count: how many rows there are.
         trained: tokens with a label in an epoch.
         validation: samples that are not trained on.
     """
@@ -35,6 +36,7 @@ class Workload:
     samples: Path
     steps: int
     packs: int
+    count: int
     trained: int
     validation: Any
 
@@ -69,7 +71,8 @@ def prepared_workload(options: argparse.Namespace, folder: Path) -> Workload:
         f"{packs} packs of {options.sequence_len}"
     )
     return Workload(
-        base, trained, folder / "samples.jsonl", steps, packs, int(samples.trained.sum()),
+        base, trained, folder / "samples.jsonl", steps, packs, len(samples),
+        int(samples.trained.sum()),
         prepared.validation["test_1"],
     )  # fmt: skip
 

@@ -52,9 +52,12 @@ def test_measurements_are_found_by_the_beginning_of_their_names() -> None:
     from suite import SUITE, named
 
     assert named([]) == list(SUITE)
-    assert [one.name for one in named(["training", "curves"])] == [
-        "training-smollm2-bf16-cpu", "curves-cpu",
+    assert [one.name for one in named(["training-p", "curves"])] == [
+        "training-peers-smollm2-bf16-cpu", "curves-cpu",
     ]  # fmt: skip
+    alone, beside = (one.command(False, ("unsloth",)) for one in named(["training-"]))
+    assert "unsloth" not in alone[-1]
+    assert beside[-1] == "stock,fusewright,unsloth"
     with pytest.raises(ValueError, match="no measurement is named 'trainings'; there are train_"):
         named(["trainings"])
 

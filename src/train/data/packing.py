@@ -92,12 +92,14 @@ class Packs(Sequence[Pack]):
 
 
 def collate(
-    packs: Sequence[Sequence[Sample]], pad_id: int, packing: bool, length: int, full: bool = False
-) -> dict[str, Tensor]:
+    packs: Sequence[Sequence[Sample]], pad_id: int, packing: bool, length: int, full: bool = False,
+    hides: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Make one batch.
 
     With ``packing`` the batch has positions and no mask; without, a mask, and each pack has one
-    sample. ``full`` fills every sequence up to ``length``.
+    sample. ``full`` fills every sequence up to ``length``. With ``hides`` the mask hides something
+    where ``length`` has room for it.
 
     Returns:
         ``input_ids`` and ``labels`` (B, T), and ``position_ids`` (B, T) or ``attention_mask``
@@ -106,7 +108,9 @@ def collate(
     import torch
 
     longest = max(sum(len(s.input_ids) for s in p) for p in packs)
-    width = max(longest, length if full else min(length, -(-longest // GRANULE) * GRANULE))
+    shortest = min(sum(len(s.input_ids) for s in p) for p in packs)
+    least = max(longest, shortest + 1) if hides else longest
+    width = max(longest, length if full else min(length, -(-least // GRANULE) * GRANULE))
     ids, labels, positions, mask = [], [], [], []
     for samples in packs:
         tokens = [t for s in samples for t in s.input_ids]

@@ -36,7 +36,7 @@ def validation_batches(
     size = recipe.eval_batch_size or recipe.micro_batch_size
 
     def make(packs: list[Any]) -> dict[str, Any]:
-        batch = _collated(packs, pad_id, packing, length, featurizer=featurizer)
+        batch = _collated(packs, pad_id, recipe, packing, length, featurizer=featurizer)
         return _with_second_row(batch, size) if recipe.optimize else batch
 
     return {
@@ -52,13 +52,14 @@ def training_batch(
 
     ``blank`` is in one whose only image is blank.
 
-    A single sequence gets a copy with nothing to train: graphs are compiled for any number of
-    rows but one, so the last step would wait for the compiler.
+    A step with a form of its own would wait for the compiler. So a single sequence gets a copy with
+    nothing to train, as graphs are compiled for any number of rows but one; and without packing a
+    batch of equal lengths is padded, too, as transformers passes on no mask that hides nothing.
     """
     tokens, trained = count(packs)
     tokens = tokens if trained else 0  # of a sequence that only fills the batch of a process
     full = bool(recipe.pad_to_sequence_len)
-    batch = _collated(packs, pad_id, recipe.packs(), recipe.sequence_len, full, featurizer)
+    batch = _collated(packs, pad_id, recipe, recipe.packs(), recipe.sequence_len, full, featurizer)
     if recipe.optimize:
         batch = _with_second_row(batch, recipe.micro_batch_size)
     if (shared := recipe.strategy().context) > 1:
@@ -70,16 +71,18 @@ def training_batch(
 def _collated(
     packs: Sequence[Any],
     pad_id: int,
+    recipe: Recipe,
     packing: bool,
     length: int,
     full: bool = False,
     featurizer: Featurizer | None = None,
 ) -> dict[str, Any]:
     """A batch with the features of the images in it."""
+    hides = recipe.optimize and not packing
     if featurizer is None:
-        return collate(packs, pad_id, packing, length, full)
+        return collate(packs, pad_id, packing, length, full, hides)
     packs = featurizer.completed(packs)
-    batch = collate(packs, pad_id, packing, length, full)
+    batch = collate(packs, pad_id, packing, length, full, hides)
     return {**batch, **featurizer.features(packs, batch)}
 
 

@@ -89,6 +89,18 @@ def test_collation_without_packing_and_the_width() -> None:
     assert collate([[sample(64, 1)]], 9, False, length=512)["labels"].shape == (1, 64)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "length", "width"),
+    [((64, 64), 512, 128), ((3, 64), 512, 64), ((64, 64), 100, 100), ((100, 100), 100, 100),
+     ((3, 70), 512, 128)],
+)  # fmt: skip
+def test_a_mask_that_hides_something(sizes: tuple[int, int], length: int, width: int) -> None:
+    packs = [[sample(size, 0)] for size in sizes]
+    batch = collate(packs, 9, packing=False, length=length, hides=True)
+    assert batch["labels"].shape == (2, width)
+    assert bool(batch["attention_mask"].all()) == (min(sizes) == length)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_losses_and_gradients_equal_those_of_single_samples(attention: str) -> None:
     model = make_model(attn_implementation=attention)
