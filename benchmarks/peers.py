@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def take_turns(turns: Any) -> None:
     Trainer.__init__ = made  # type: ignore[method-assign]
 
 
+def default_system(base: str) -> str:
+    """What the model's template says where a chat begins without a system message."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    said = [{"role": "user", "content": "?"}]
+    text = tokenizer.apply_chat_template(said, tokenize=False)
+    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    return found[1] if found else ""
+
+
 def unsloth(job: TrainingJob, turns: Any) -> None:
     """``FastLanguageModel`` and TRL's ``SFTTrainer``, on the tokens that all train.
 
@@ -162,7 +174,7 @@ def unsloth(job: TrainingJob, turns: Any) -> None:
 
 
 def llamafactory(job: TrainingJob, turns: Any) -> None:
-    """``run_exp`` with ``neat_packing``, on the chats, in the ChatML that the model has."""
+    """``run_exp`` with ``neat_packing``, on the chats, in the template that the model brings."""
     import json
 
     from llamafactory.train.tuner import run_exp
@@ -182,7 +194,7 @@ def llamafactory(job: TrainingJob, turns: Any) -> None:
         arguments(job)
         | {
             "stage": "sft", "do_train": True, "model_name_or_path": job.base, "dataset": "rows",
-            "dataset_dir": str(home), "template": "chatml", "cutoff_len": job.sequence_len,
+            "dataset_dir": str(home), "cutoff_len": job.sequence_len,
             "packing": True, "neat_packing": True, "finetuning_type": "lora", "lora_rank": RANK,
             "lora_alpha": ALPHA, "lora_target": "all", "lora_dropout": 0.0,
             "per_device_train_batch_size": job.packs, "output_dir": job.output,
@@ -202,14 +214,13 @@ def swift(job: TrainingJob, turns: Any) -> None:
     packs = torch.cuda.is_available()
     take_turns(turns)
     given = arguments(job) | {"save_strategy": "epoch"}  # behind the last step
-    given.pop("use_cpu")
     sft_main(
         SftArguments(
             **given, model=job.base, model_type="llama", dataset=[job.rows], torch_dtype=job.dtype,
             tuner_type="lora", lora_rank=RANK, lora_alpha=ALPHA, lora_dropout=0.0,
             target_modules=["all-linear"], max_length=job.sequence_len, packing=packs,
             per_device_train_batch_size=job.packs if packs else job.batch, template="chatml",
-            add_version=False, gradient_accumulation_steps=1,
+            system=default_system(job.base), add_version=False, gradient_accumulation_steps=1,
         )
     )  # fmt: skip
     (saved,) = Path(job.output).rglob("checkpoint-*/adapter_config.json")
@@ -249,13 +260,13 @@ PEERS = {
     "llamafactory": Peer(
         ("llamafactory",),
         llamafactory,
-        "neat_packing; its template also trains the line break behind an answer",
+        "neat_packing; it also trains the line break behind an answer",
         more=1,
     ),
     "swift": Peer(
         ("ms-swift",),
         swift,
-        "on a CPU padded, on a GPU packed; its template trains what LLaMA-Factory's does",
+        "on a CPU padded, on a GPU packed; it also trains the line break behind an answer",
         more=1,
     ),
     "axolotl": Peer(("axolotl",), axolotl, "sample_packing, gradient checkpointing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -60,8 +61,10 @@ def prepared_workload(options: argparse.Namespace, folder: Path) -> Workload:
     with quiet():
         held_out = [{"path": str(held), "type": "chat_template"}]
         checked = load_recipe({**recipe(asked), "test_datasets": held_out})
-        prepared = prepare(checked, load_tokenizer(checked))
+        tokenizer = load_tokenizer(checked)
+        prepared = prepare(checked, tokenizer)
     samples: Any = prepared.train
+    _leave_out_longer(trained, tokenizer, options.sequence_len, len(samples))
     write_samples(folder / "samples.jsonl", samples)
     steps = -(-len(samples) // options.batch)
     packs = max(1, round(len(pack(samples.lengths, options.sequence_len)) / steps))
@@ -75,6 +78,17 @@ def prepared_workload(options: argparse.Namespace, folder: Path) -> Workload:
         int(samples.trained.sum()),
         prepared.validation["test_1"],
     )  # fmt: skip
+
+
+def _leave_out_longer(rows: Path, tokenizer: Any, limit: int, count: int) -> None:
+    """Leave the rows in the file that were prepared: some peers cut longer ones, and train them."""
+    lines = rows.read_text("utf-8").splitlines(keepends=True)
+    chats = (json.loads(line)["messages"] for line in lines)
+    sizes = [len(tokenizer.apply_chat_template(chat, return_dict=False)) for chat in chats]
+    kept = [line for line, size in zip(lines, sizes, strict=True) if size <= limit]
+    if len(kept) != count:
+        raise RuntimeError(f"{len(kept)} rows are no longer than {limit}, but {count} were kept")
+    rows.write_text("".join(kept), "utf-8")
 
 
 def _unpacked(dtype: str, folder: Path) -> Path:
