@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def describe() -> dict[str, Any]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": repeatable(sys.argv),
         "commit": _commit(),
         "cpu": _cpu_model(),
         "card": card,
@@ -64,6 +65,17 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def repeatable(words: Sequence[str]) -> str:
+    """A command line without the folders of this machine: what anybody can type in a clone."""
+    program, *given = words
+    path = Path(program).resolve()
+    program = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    for at, word in enumerate(given[:-1]):
+        if word in ("--json", "--csv"):
+            given[at + 1] = "FILE"
+    return shlex.join(["python", program, *given])
 
 
 def _commit() -> str | None:

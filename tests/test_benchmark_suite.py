@@ -140,6 +140,13 @@ def test_a_long_run_that_does_not_stay() -> None:
     assert (leaking["late_graphs"], leaking["last_new_graph"]) == (1, 151)
 
 
+def test_a_command_is_one_that_others_can_type(tmp_path: Path) -> None:
+    from environment import repeatable
+
+    words = [str(BENCHMARKS / "soak.py"), "--method", "lora", "--json", str(tmp_path / "it.json")]
+    assert repeatable(words) == "python benchmarks/soak.py --method lora --json FILE"
+
+
 def test_an_environment_is_there_when_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
