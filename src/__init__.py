@@ -71,3 +71,8 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"{__name__}.{name} could not be loaded: {error}") from error
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """All names, also those that are not loaded yet: completion and "did you mean" read this."""
+    return sorted({*globals(), *__all__})

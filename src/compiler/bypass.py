@@ -18,7 +18,10 @@ from torch.overrides import _get_current_function_mode_stack
 from ..sharding import divided_by, unreadable
 from .units import is_unit
 
-A_CACHE = "a cache was passed (generation; in training call model.train(), or pass use_cache=False)"
+A_CACHE = (
+    "a cache was passed, or made by default in model.eval() (in training call model.train(), "
+    "elsewhere pass use_cache=False)"
+)
 """The reason that ``copies/decoding.py`` acts on."""
 
 

@@ -50,6 +50,9 @@ class Options:
             if value not in get_args(allowed):
                 choices = ", ".join(repr(c) for c in get_args(allowed))
                 raise ValueError(f"{name}={value!r} is not one of {choices}")
+        for name in ("strict", "compile_no_grad", "packs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} is not one of False, True")
         Budget.parse(self.memory)
 
 

@@ -105,8 +105,7 @@ def optimize(
         ValueError: an option has no such value.
         OptimizeError: ``strict`` found a gap; the message lists all of them.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    _require_module(model, "optimize")
     _require_rules(passes)
     options = Options(
         tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad, packs, cuda_graphs
@@ -224,11 +223,17 @@ def _require_rules(passes: Sequence[Rule]) -> None:
         rule.compiled()
 
 
+def _require_module(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module, not {type(model).__name__}")
+
+
 def restore(model: nn.Module) -> Any:
     """Give every module of ``model`` its original forward back, exactly; returns ``model``.
 
-    A model that was not optimized is left as it is.
+    A model that was not optimized is left as it is; a TypeError is raised for what is no module.
     """
+    _require_module(model, "restore")
     for module in model.modules():
         record = active(module)
         if record is not None:
@@ -244,7 +249,10 @@ def explain(model: nn.Module) -> Report:
     random state are left untouched. It does not run where it would wait for other processes, in a
     model that is sharded or wrapped for several: that is explained after its first step.
 
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    _require_module(model, "explain")
     places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:
         if (gone := changed("the compiler")) is not None:

@@ -106,16 +106,16 @@ def _end(process: subprocess.Popen[str]) -> Any:
     return json.loads(printed.splitlines()[-1])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_fork_of_a_process_that_has_trained_trains(codegen: str, tmp_path: Path) -> None:
     child, own = _end(_begin(FORKED, tmp_path, 2, codegen))
     assert child == own
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_cell_that_is_run_again_lets_the_model_before_go(codegen: str, tmp_path: Path) -> None:
     first, *later = _end(_begin(CELL, tmp_path, 1, codegen))
     assert first[1] > 0

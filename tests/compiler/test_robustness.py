@@ -148,8 +148,13 @@ def test_a_module_without_blocks_is_left_alone() -> None:
         assert optimize(model) is model
     assert explain(model).by_rule() == {}
     assert "no repeated decoder blocks" in str(explain(model))
-    with pytest.raises(TypeError, match="not int"):
-        optimize(3)
+    for verb in (optimize, explain, restore):
+        with pytest.raises(TypeError, match=f"{verb.__name__} takes a torch.nn.Module, not int"):
+            verb(3)
+
+
+def test_public_names_are_listed_before_they_are_loaded() -> None:
+    assert {*fusewright.__all__} <= {*dir(fusewright)}
 
 
 def test_a_backbone_without_a_loss_is_explained_all_the_same() -> None:
@@ -175,6 +180,8 @@ def test_bad_options_say_what_is_right() -> None:
         optimize(model, codegen="fast")
     with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size in GB as in '8GB'"):
         optimize(model, memory="8MB")
+    with pytest.raises(ValueError, match="strict='yes' is not one of False, True"):
+        optimize(model, strict="yes")
 
 
 def test_a_cache_passes_by_and_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ _hub = _Hub()
 def _in_package(name: str) -> ModelSource:
     package, _, file = name.partition("/")
     if not package.isidentifier():
-        raise RecipeError(f"{package!r} is not the import name of a package")
+        near = re.sub(r"\W", "_", package)
+        hint = f"; did you mean package:{near}?" if near.isidentifier() else ""
+        raise RecipeError(f"{package!r} is not the import name of a package{hint}")
     spec = importlib.util.find_spec(package)  # finds a top-level package without running it
     if spec is None or not spec.submodule_search_locations:
         # only for a known name: a misspelt one may be anybody's
