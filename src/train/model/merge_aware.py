@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from ...errors import RecipeError
+from ...upstream import changed
 from ..recipe.export_formats import Format, format_named
 from ..recipe.recipe import Recipe
 from . import rounding
@@ -43,7 +44,8 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
     if format.type == "Q8_0":
         return _q8_0(weight)
     args = rounding.scheme(format).weights if format.writer == "compressed-tensors" else None
-    if args is None or args.strategy == "block" or not args.symmetric:
+    known = args is not None and args.strategy != "block" and args.symmetric
+    if not known or (args.scale_dtype is not None and changed("stored scales") is not None):
         return rounding.roundtrip(format, weight, largest)
     divisor, factor, dtype = _scales(format, args, weight, largest)
     result = torch.empty_like(weight, dtype=dtype)
