@@ -19,7 +19,7 @@ import typer
 from torch import nn
 
 from fusewright import FusewrightError, OptimizeError, explain, optimize, upstream
-from fusewright.cli import main
+from fusewright.cli.main import _ended
 from fusewright.compiler.bypass import find_hooks
 from fusewright.compiler.codegen import cuda_graphs
 from fusewright.sharding import gathering_of, gathers
@@ -278,7 +278,7 @@ def test_a_tool_without_its_name_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delattr("torch._foreach_norm")
-    with pytest.raises(typer.Exit) as ended, main._ended():
+    with pytest.raises(typer.Exit) as ended, _ended():
         torch._foreach_norm([])
     assert ended.value.exit_code == 2
     assert (

@@ -44,8 +44,7 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
     if format.type == "Q8_0":
         return _q8_0(weight)
     args = rounding.scheme(format).weights if format.writer == "compressed-tensors" else None
-    known = args is not None and args.strategy != "block" and args.symmetric
-    if not known or (args.scale_dtype is not None and changed("stored scales") is not None):
+    if args is None or args.strategy == "block" or not args.symmetric or _by_library(args):
         return rounding.roundtrip(format, weight, largest)
     divisor, factor, dtype = _scales(format, args, weight, largest)
     result = torch.empty_like(weight, dtype=dtype)
@@ -59,6 +58,11 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
         v = _nearest(v.clamp_(low, high), args).to(factor.dtype)
         torch.mul(v, factor[rows].unsqueeze(-1), out=out)
     return result
+
+
+def _by_library(args: Any) -> bool:
+    """Whether only the library can store scales, whose names have changed."""
+    return args.scale_dtype is not None and changed("stored scales") is not None
 
 
 def _scales(

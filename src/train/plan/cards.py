@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ...errors import RecipeError, did_you_mean
 from ...memory.budget import GB
 
-_PER_SECOND = 10**9
+_GB_S = 10**9
 """Bytes in a GB/s, which is decimal in data sheets; 1 GB of memory is ``memory.budget.GB``."""
 
 
@@ -40,8 +40,10 @@ def _card(
     name: str, memory: int, tflops: float, bandwidth: float, link: float, network: float = 50,
     bfloat16: bool = True,
 ) -> Card:  # fmt: skip
-    per_second = (rate * _PER_SECOND for rate in (bandwidth, link, network))
-    return Card(name, memory * GB, tflops * 1e12, *per_second, bfloat16=bfloat16)
+    return Card(
+        name, memory * GB, tflops * 1e12, bandwidth * _GB_S, link * _GB_S, network * _GB_S,
+        bfloat16=bfloat16,
+    )  # fmt: skip
 
 
 CARDS = {
@@ -147,8 +149,10 @@ def parse_card(text: str) -> Card:
     if min(sizes) <= 0:
         raise RecipeError(f"--card: numbers must be positive; it is written as {_EXAMPLE}")
     memory, tflops, bandwidth, link, network = sizes
-    rates = (rate * _PER_SECOND for rate in (bandwidth, link, network))
-    return Card(fields["name"], int(memory * GB), tflops * 1e12, *rates)
+    return Card(
+        fields["name"], int(memory * GB), tflops * 1e12, bandwidth * _GB_S, link * _GB_S,
+        network * _GB_S,
+    )  # fmt: skip
 
 
 _DEFAULTS: dict[str, float | str] = {
