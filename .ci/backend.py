@@ -73,9 +73,9 @@ def build_editable(
             if path.is_file() and path.name not in ("RECORD", "WHEEL")
         }
     tag = "Wheel-Version: 1.0\nGenerator: fusewright\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files |= {
-        "_fusewright_editable.py": _FINDER.format(source=str(_SOURCE)).encode(),
-        "_fusewright_editable.pth": b"import _fusewright_editable\n",
+    files |= {  # no name that ends in _editable: griffe takes it for a file of scikit-build-core
+        "_fusewright_finder.py": _FINDER.format(source=str(_SOURCE)).encode(),
+        "_fusewright_finder.pth": b"import _fusewright_finder\n",
         f"{info}/WHEEL": tag.encode(),
     }
     lines = [f"{name},{_digest(data)},{len(data)}" for name, data in files.items()]

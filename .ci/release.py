@@ -42,6 +42,7 @@ def main() -> None:
         sys.exit("the tree has changes that are not committed: a release is what is committed")
     if _git("tag", "--list", f"v{version}"):
         sys.exit(f"there is a tag v{version}")
+    before = _git("rev-parse", "HEAD")
     try:
         write_version(ROOT, version, datetime.date.today().isoformat())
         artifacts = _build(version)
@@ -51,11 +52,11 @@ def main() -> None:
         key = _git("config", "user.signingkey", check=False)
         sums = _sums(artifacts, key)
         _git("commit", "--all", "--message", f"Release {version}", *(["--gpg-sign"] if key else []))
+        sign = "--sign" if key else "--annotate"
+        _git("tag", sign, f"v{version}", "--message", f"fusewright {version}")
     except BaseException:
-        _git("checkout", "--", ".")
+        _git("reset", "--hard", before)  # the tag comes last, so that there is none
         raise
-    sign = "--sign" if key else "--annotate"
-    _git("tag", sign, f"v{version}", "--message", f"fusewright {version}")
     uploaded = " ".join(f"dist/{a.name}" for a in artifacts)
     print(
         f"fusewright {version}: tagged v{version}, {'signed' if key else 'not signed: no key'}\n"

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from fusewright.train.plan.cards import GIB, parse_devices
+from fusewright.memory.budget import GB
+from fusewright.train.plan.cards import parse_devices
 from fusewright.train.plan.count.layout import ProcessLayout
 from fusewright.train.plan.count.network import traffic
 from fusewright.train.plan.estimate import TrainingJob, estimate
@@ -65,9 +66,9 @@ def row(job: TrainingJob, layout: ProcessLayout, gpus: str) -> list[str]:
     sent = traffic(job.units, layout, 1, job.step.tokens, hidden)
     found = speed(job, memory, layout, sent, devices.card)
     if not fits(job, layout, room):
-        return [f"{memory.peak / GIB:,.0f} (no)", "", "", "", ""]
+        return [f"{memory.peak / GB:,.0f} (no)", "", "", "", ""]
     return [
-        f"{memory.peak / GIB:,.1f}", ", ".join(memory.levels), f"{sent.total / 1e9:,.1f}",
+        f"{memory.peak / GB:,.1f}", ", ".join(memory.levels), f"{sent.total / 1e9:,.1f}",
         f"{found.seconds:,.2f}", f"{found.tokens_per_second / layout.world:,.0f}",
     ]  # fmt: skip
 

@@ -144,7 +144,17 @@ PARTS: dict[str, dict[str, str]] = {
             "_metrics _prepare_inputs _step _tokenize_prompts"
         ),
     },
-    "tools": {  # the audit, doctor, plan and proof: each fails with the name
+    "stored scales": {  # without which compressed-tensors does by itself what is faster here
+        "compressed_tensors.compressors.MXFP4PackedCompressor": "_compress_scale _decompress_scale",
+        "compressed_tensors.compressors.MXFP8QuantizationCompressor": (
+            "_compress_scale _decompress_scale"
+        ),
+        "compressed_tensors.compressors.NVFP4PackedCompressor": "_compress_scale _decompress_scale",
+    },
+    "AdEMAMix": {
+        "bitsandbytes.optim.ademamix.AdEMAMix": "_get_state_double_buffer",
+    },
+    "tools": {  # the audit, doctor, plan and proof: each says so and ends
         "torch": "_foreach_norm",
         "torch._C._distributed_c10d": "HashStore",
         "torch._inductor": "cpp_builder",

@@ -54,6 +54,38 @@ def test_a_release_writes_its_version_everywhere(release: Any, tmp_path: Path) -
     assert "## [Unreleased]\n\n## [9.8.7] - 2031-02-03\n\n###" in changes
 
 
+def test_a_failed_release_leaves_nothing(
+    release: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    git("init")
+    for key in ("user.name", "user.email", "user.signingkey", "core.hooksPath"):
+        git("config", key, "" if "sign" in key else "nobody")
+    file = tmp_path / "version"
+    file.write_text("1")
+    git("add", ".")
+    git("commit", "--message", "first")
+    git("tag", "v9.8.7/in-the-way")  # a folder where the tag would be a file
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["release.py", "9.8.7"])
+    monkeypatch.setattr(release, "write_version", lambda root, new, day: file.write_text(new))
+    monkeypatch.setattr(release, "_build", lambda version: [Path("fusewright.tar.gz")])
+    for name in ("_run", "write_checksum_of_source"):
+        monkeypatch.setattr(release, name, lambda *words: None)
+    monkeypatch.setattr(release, "_sums", lambda artifacts, key: [])
+    with pytest.raises(SystemExit, match="git tag --annotate"):
+        release.main()
+    assert (file.read_text(), git("log", "--format=%s"), git("status", "-s")) == ("1", "first", "")
+    git("tag", "--delete", "v9.8.7/in-the-way")
+    release.main()
+    assert (file.read_text(), git("describe")) == ("9.8.7", "v9.8.7")
+
+
 @pytest.mark.parametrize("version", ["9.8", "v9.8.7", "9.8.7-rc1", "next"])
 def test_what_is_no_version_is_refused(release: Any, tmp_path: Path, version: str) -> None:
     with pytest.raises(SystemExit, match="is no version"):

@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 from fusewright import FusewrightError, OptimizeError, explain, optimize, upstream
+from fusewright.cli.main import _ended
 from fusewright.compiler.bypass import find_hooks
 from fusewright.compiler.codegen import cuda_graphs
 from fusewright.sharding import gathering_of, gathers
+from fusewright.train.model import merge_aware
+from fusewright.train.recipe.export_formats import FORMATS
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.requirements import require_known_names
 from fusewright.upstream import PARTS, changed, names_of
@@ -245,6 +249,41 @@ def test_without_its_names_training_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delattr("transformers.Trainer._save_rng_state")
     with pytest.raises(FusewrightError, match=r"has no transformers\.Trainer\._save_rng_state"):
         require_known_names(recipe)
+
+
+def test_ademamix_needs_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = pytest.importorskip("bitsandbytes.optim.ademamix").AdEMAMix
+    monkeypatch.delattr(owner, "_get_state_double_buffer")
+    require_known_names(Recipe.model_construct(optimizer="adamw_torch"))
+    for name in ("ademamix", "paged_ademamix_8bit"):
+        with pytest.raises(FusewrightError, match="_get_state_double_buffer"):
+            require_known_names(Recipe.model_construct(optimizer=name))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_without_its_names_compressed_tensors_rounds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    weight = torch.randn(32, 64)
+    expected = merge_aware.roundtrip(FORMATS[name], weight)
+    place = "compressed_tensors.compressors.NVFP4PackedCompressor"
+    monkeypatch.setitem(PARTS, "stored scales", {place: "_of_another_version"})
+    monkeypatch.setattr(merge_aware, "_scales", None)
+    changed.cache_clear()
+    assert torch.equal(merge_aware.roundtrip(FORMATS[name], weight), expected)
+
+
+def test_a_tool_without_its_name_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("torch._foreach_norm")
+    with pytest.raises(typer.Exit) as ended, _ended():
+        torch._foreach_norm([])
+    assert ended.value.exit_code == 2
+    assert (
+        f"torch {metadata.version('torch')} has no torch._foreach_norm," in capsys.readouterr().err
+    )
 
 
 _WITHOUT = """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..memory.budget import gigabytes
 from ..memory.meter import Meter
 from .drift import Lean, drifts, lean
 from .findings import AuditFinding
@@ -59,8 +60,8 @@ class Bench:
             needed = self.plain.nbytes(batch)
         if needed > free:
             raise ModelError(
-                f"the reference takes about {needed / 2**30:.1f} GiB for these "
-                f"{batch['input_ids'].numel()} tokens, and {free / 2**30:.1f} GiB are free: audit "
+                f"the reference takes about {gigabytes(needed)} for these "
+                f"{batch['input_ids'].numel()} tokens, and {gigabytes(free)} are free: audit "
                 "fewer tokens, or train fewer weights"
             )
         step = None

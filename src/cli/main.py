@@ -119,9 +119,10 @@ def _ended(context: typer.Context | None = None) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it flushes
         raise typer.Exit(141) from None
     except Exception as error:
-        if isinstance(error, ImportError) and (reason := changed("the compiler")) is not None:
-            _say(reason)
-            raise typer.Exit(2) from error
+        if isinstance(error, ImportError | AttributeError):
+            for reason in filter(None, map(changed, ("the compiler", "tools"))):
+                _say(reason)
+                raise typer.Exit(2) from error
         _say(_unforeseen(error, _command(context), full))
         raise typer.Exit(1) from error
 
@@ -140,7 +141,8 @@ def _usage(error: Exception, command: str) -> str:
     meant = getattr(error, "meant", "")
     if getattr(error, "possibilities", None):  # names that are not very near
         names = [name.lstrip("-") for name in shown.possibilities]
-        near = nearest(shown.option_name.lstrip("-"), names)
+        typed = shown.option_name.lstrip("-")
+        near = nearest(typed, names) or next((n for n in names if typed.endswith(f"-{n}")), None)
         meant, shown.possibilities = f"did you mean --{near}?" if near else "", None
     message = str(shown.format_message()).rstrip(".?").replace("\n", " ")
     subcommand = "" if " " in command else f" {command}"

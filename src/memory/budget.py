@@ -36,6 +36,6 @@ class Budget:
         return cls(text, "bytes", int(float(match[1]) * GB))
 
 
-def gigabytes(size: int) -> str:
-    """``2.35 GiB``."""
-    return f"{size / GB:.2f} GiB"
+def gigabytes(size: float) -> str:
+    """``2.35 GiB``, for so many bytes."""
+    return f"{size / GB:,.2f} GiB"

@@ -20,6 +20,7 @@ from torch import nn
 from ..compiler.listing import Listing, find_listing, keep_code, listings
 from ..compiler.pipeline import explain, optimize
 from ..errors import ModelError, RecipeError, did_you_mean
+from ..memory.budget import gigabytes
 from ..report import Report
 from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
@@ -205,7 +206,7 @@ def _require_memory(name: str, planned: nn.Module) -> None:
     free = psutil.virtual_memory().available
     if 2 * needed > free:  # weights and gradients
         raise ModelError(
-            f"{name} takes {2 * needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: "
+            f"{name} takes {gigabytes(2 * needed)} and {gigabytes(free)} are free: "
             "fewer --layers, or a folder with a config.json of smaller sizes"
         )
 

@@ -206,13 +206,13 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
     try:
         start = resume.find(recipe)
         in_place = start is not None and start.parent == folder
+        saved = None if start is None else resume.Saved.read(start)
         # of an earlier checkpoint, those after it would be lost
-        longer = False
-        if start is not None and in_place and start == checkpoints(folder)[-1]:
-            longer = bool(resume.grown(resume.Saved.read(start).recipe, recipe))
+        is_last = in_place and start == checkpoints(folder)[-1]
+        longer = saved is not None and is_last and bool(saved.longer_keys(recipe))
         check_output(folder, recipe.overwrite_output_dir, in_place, longer)
-        if start is not None:
-            resume.load(start, recipe, processes)
+        if start is not None and saved is not None:
+            resume.require_same_run(start, saved, recipe, processes)
     except RecipeError as error:
         yield str(error)
 

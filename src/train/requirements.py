@@ -129,7 +129,8 @@ def _vllm_notice(recipe: Recipe) -> str | None:
 
 def require_known_names(recipe: Recipe) -> None:
     """Raise FusewrightError where the installed libraries lack names that training needs."""
-    for part in ("training", "GRPO") if rows_of(recipe) == "prompts" else ("training",):
+    needed = {"GRPO": rows_of(recipe) == "prompts", "AdEMAMix": "ademamix" in recipe.optimizer}
+    for part in ("training", *(part for part, is_needed in needed.items() if is_needed)):
         if (reason := changed(part)) is not None:
             raise FusewrightError(f"nothing can be trained with this installation: {reason}")
 

@@ -18,6 +18,7 @@ from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
 from .checkpoint.rng_state import same_draws
 from .checkpoint.write import require_shared
+from .data.chat.stops import unknown_stops
 from .data.prepare import prepare_once
 from .data.readers.limits import require_contrast, warnings
 from .methods.task import task_of
@@ -191,6 +192,8 @@ class TrainingRun:
         model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu)
         trained, total = parameters(model)
         result.parameters = {"trained": trained, "total": total}
+        variables = recipe.chat_template_kwargs or {}
+        result.stop_tokens = unknown_stops(model, tokenizer, variables)
         result.dtype, result.loaded_rss_mb = str(model.dtype).removeprefix("torch."), rss_mb()
         sizes = parameter_counts(trained, total, recipe.adapter is not None)
         self.run_log.say(f"model: {recipe.base_model}, {result.dtype} on {model.device}")

@@ -12,6 +12,7 @@ from ...errors import RecipeError
 from ..output_files import why_not_ours_to_write
 from .files import checkpoints, clean, discard, step_of
 from .ownership import PART, few, foreign_files, link_in, results
+from .resume import Saved
 
 
 def check_output(
@@ -36,15 +37,24 @@ def check_output(
         return
     there = f"output_dir: {folder} already holds a run ({result.name})"
     if last := checkpoints(folder)[-1:]:
-        goes_on = (
-            f"resume_from_checkpoint: true (--resume_from_checkpoint) goes on from {last[0].name}"
-        )
-        more = ", with more max_steps or num_epochs" if finished else ""
-        there += f" that {'has finished' if finished else 'was stopped'}; {goes_on}{more}"
+        there += f" that {'has finished' if finished else 'was stopped'}; "
+        there += _way_on(last[0], finished)
     raise RecipeError(
         f"{there}; to begin anew, choose another folder, or pass --overwrite "
         "(overwrite_output_dir: true)"
     )
+
+
+def _way_on(last: Path, finished: bool) -> str:
+    """How a run goes on from its ``last`` checkpoint, or why it cannot."""
+    try:
+        saved = Saved.read(last)
+    except RecipeError as error:
+        return str(error)
+    if finished and saved.has_fixed_length:
+        return f"it cannot be trained further with lr_scheduler: {saved.recipe['lr_scheduler']}"
+    more = ", with more max_steps or num_epochs" if finished else ""
+    return f"resume_from_checkpoint: true (--resume_from_checkpoint) goes on from {last.name}{more}"
 
 
 def require_run_folder(folder: Path) -> None:

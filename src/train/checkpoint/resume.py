@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -84,6 +84,19 @@ class Saved:
             raise RecipeError(another(folder, f"its {_FILE} is damaged"))
         return saved
 
+    @property
+    def has_fixed_length(self) -> bool:
+        """Whether its schedule cannot be made longer: what is saved of it holds its length."""
+        return self.recipe.get("lr_scheduler") == "one_cycle"
+
+    def longer_keys(self, recipe: Recipe) -> set[str]:
+        """The keys by which ``recipe`` trains longer than the run did, and may."""
+        key = "max_steps" if recipe.max_steps is not None else "num_epochs"  # which then decides
+        before, now = self.recipe.get(key), getattr(recipe, key)
+        if self.has_fixed_length or not all(isinstance(n, int | float) for n in (before, now)):
+            return set()
+        return {key} if now > before else set()
+
 
 def _require_files(folder: Path) -> None:
     """Raise RecipeError unless a checkpoint has all that a run needs to resume from it."""
@@ -137,7 +150,14 @@ def find(recipe: Recipe) -> Path | None:
     if existing:
         return existing[-1]
     if requested:
-        raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+        why = (
+            ": the run there has ended without one (save_steps makes them); to train its weights "
+            "further in a new run, name it in lora_model_dir (or base_model)"
+        )
+        raise RecipeError(
+            f"resume_from_checkpoint: there is no checkpoint in {folder}"
+            f"{why if (folder / 'run.json').exists() else ''}"
+        )
     return None
 
 
@@ -154,18 +174,25 @@ def _named(path: Path) -> Path:
 def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
     """Read what a checkpoint keeps, and check that its run was the same as this one.
 
-    It may train longer. The number of ``processes`` (None: not known yet) may differ if the number
-    of forward passes per step makes up for it.
-
     Raises:
         RecipeError: it cannot be resumed from, or other keys decided what it trained.
     """
     saved = Saved.read(path)
+    require_same_run(path, saved, recipe, processes)
+    return saved
+
+
+def require_same_run(path: Path, saved: Saved, recipe: Recipe, processes: int | None) -> None:
+    """Raise RecipeError unless ``recipe`` trains what the run of a checkpoint did.
+
+    It may train longer. The number of ``processes`` (None: not known yet) may differ if the number
+    of forward passes per step makes up for it.
+    """
     if processes is not None:
         _require_same_batch(saved, path, recipe, processes)
     # without secrets, which may change, and which the message must not show
     then, now = hide(saved.recipe), hide(recipe.recorded())
-    longer = grown(then, recipe)
+    longer = saved.longer_keys(recipe)
     differing = [
         line
         for key in sorted(set(then) | set(now))
@@ -180,20 +207,6 @@ def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
             f"{path} was made by another recipe:{line}{line.join(differing)}{end} or start a new "
             "run from its weights, with lora_model_dir (or base_model)"
         )
-    return saved
-
-
-def grown(then: Mapping[str, Any], recipe: Recipe) -> set[str]:
-    """The keys by which a recipe trains longer than it did in the run of a checkpoint.
-
-    None where the schedule cannot be made longer.
-    """
-    if recipe.lr_scheduler == "one_cycle":
-        return set()
-    key = "max_steps" if recipe.max_steps is not None else "num_epochs"  # which then decides
-    before, now = then.get(key), getattr(recipe, key)
-    is_longer = isinstance(before, int | float) and isinstance(now, int | float) and now > before
-    return {key} if is_longer else set()
 
 
 def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:

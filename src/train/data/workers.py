@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,6 +20,10 @@ _ROWS = 512
 _CHARACTERS = 1 << 22
 """A batch ends after so many rows, or so much text or bytes of images."""
 
+_TOKENIZED, _READ = 20, 2000
+"""Batches after the first with a bad row: of so many, the rows are still tokenized, which finds all
+that is wrong; of so many in all, their fields are read, which is quick and finds most of it."""
+
 
 class RowEncoder(Protocol):
     """Turns the rows of one dataset into samples."""
@@ -28,6 +32,10 @@ class RowEncoder(Protocol):
     """Tokens of which it is noted whether they are trained."""
     settings: dict[str, Any]
     """What the tokens depend on besides the dataset's own keys and the tokenizer."""
+
+    def read(self, rows: Sequence[Row]) -> Sequence[Any]:
+        """The fields of rows, not tokenized; raises a DataError for one that lacks some."""
+        ...
 
     def part(self, rows: Sequence[Row], limits: Limits) -> Part:
         """The samples of rows that can be trained on; raises a DataError for one that is wrong."""
@@ -69,41 +77,54 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
     """Encode rows; raises a DataError if rows are not right, or a process died.
 
-    All rows are looked at for that, so that one run names all that are wrong.
+    After the first of them, more are looked at, so that one run names all that are wrong; the
+    error says which were not.
 
     No more than a few batches per process are in memory. In one process, the tokenizer's own
     threads use all cores.
     """
-    bad = BadRows()
+    bad, last = BadRows(), ""
     try:
-        for result in _results(work, rows, processes):
+        for where, result in _results(work, rows, processes, bad):
+            if bad.enough or bad.further > _READ:
+                bad.rest = f"none after {last} was looked at"
+                break
+            if bad.further == _TOKENIZED + 1:
+                bad.rest = f"those after {last} were read, but not tokenized"
             if isinstance(result, BadRows):
                 bad.extend(result)
             elif not bad.count:
                 yield result
-            if bad.enough:
-                break
+            bad.further += bool(bad.count)
+            last = where
     except DataError:  # such as a line that is no JSON
         bad.raise_any()  # which come before it
         raise
     bad.raise_any()
 
 
-def _results(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part | BadRows]:
+def _results(
+    work: Work, rows: Iterable[Row], processes: int, bad: BadRows
+) -> Iterator[tuple[str, Part | BadRows]]:
+    """The place where each batch ends, and its result; ``bad``: what those before have."""
     if processes <= 1:
-        yield from (_part_of(work, batch) for batch in batches(rows))
+        for batch in batches(rows):
+            yield batch[-1][0], _part_of(work, batch, bad.further > _TOKENIZED)
         return
     # spawned, because a fork would copy the threads of torch and of the tokenizer in any state
     context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[Part | BadRows]] = deque()
+    waiting: deque[tuple[str, Future[Part | BadRows]]] = deque()
     with ProcessPoolExecutor(processes, context, _begin, (work,)) as pool:
         try:
             for batch in batches(rows):
-                waiting.append(pool.submit(_part, batch))
+                future = pool.submit(_part, batch, bad.further > _TOKENIZED)
+                waiting.append((batch[-1][0], future))
                 if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
+                    where, future = waiting.popleft()
+                    yield where, future.result()
             while waiting:
-                yield waiting.popleft().result()
+                where, future = waiting.popleft()
+                yield where, future.result()
         except BrokenProcessPool:
             raise DataError(
                 "a worker process exited at startup: with dataset_processes, a script that "
@@ -111,7 +132,7 @@ def _results(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part |
                 "set dataset_processes to fewer"
             ) from None
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
@@ -124,24 +145,31 @@ def _begin(work: Work) -> None:
     _WORK.append(work)
 
 
-def _part(batch: list[Row]) -> Part | BadRows:
-    return _part_of(_WORK[-1], batch)
+def _part(batch: list[Row], reads: bool) -> Part | BadRows:
+    return _part_of(_WORK[-1], batch, reads)
 
 
-def _part_of(work: Work, batch: list[Row]) -> Part | BadRows:
-    """The samples of a batch, or which of its rows are not right."""
+def _part_of(work: Work, batch: list[Row], reads: bool) -> Part | BadRows:
+    """The samples of a batch, or which of its rows are not right; ``reads``: only the latter."""
+    if reads:
+        return _bad_rows(work.encoder.read, batch)
     try:
         return work.part(batch)
     except DataError:
-        bad = BadRows()
-        for row in batch:
-            try:
-                work.part([row])
-            except DataError as error:
-                bad.add(row[0], str(error))
+        bad = _bad_rows(work.part, batch)
         if not bad.count:  # it is not a row by itself
             raise
         return bad
+
+
+def _bad_rows(look: Callable[[list[Row]], Any], batch: list[Row]) -> BadRows:
+    bad = BadRows()
+    for row in batch:
+        try:
+            look([row])
+        except DataError as error:
+            bad.add(row[0], str(error))
+    return bad
 
 
 def _characters(value: Any) -> int:

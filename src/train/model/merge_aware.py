@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from ...errors import RecipeError
+from ...upstream import changed
 from ..recipe.export_formats import Format, format_named
 from ..recipe.recipe import Recipe
 from . import rounding
@@ -43,7 +44,7 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
     if format.type == "Q8_0":
         return _q8_0(weight)
     args = rounding.scheme(format).weights if format.writer == "compressed-tensors" else None
-    if args is None or args.strategy == "block" or not args.symmetric:
+    if args is None or args.strategy == "block" or not args.symmetric or _by_library(args):
         return rounding.roundtrip(format, weight, largest)
     divisor, factor, dtype = _scales(format, args, weight, largest)
     result = torch.empty_like(weight, dtype=dtype)
@@ -57,6 +58,11 @@ def roundtrip(format: Format, weight: Tensor, largest: Tensor | None = None) -> 
         v = _nearest(v.clamp_(low, high), args).to(factor.dtype)
         torch.mul(v, factor[rows].unsqueeze(-1), out=out)
     return result
+
+
+def _by_library(args: Any) -> bool:
+    """Whether only the library can store scales, whose names have changed."""
+    return args.scale_dtype is not None and changed("stored scales") is not None
 
 
 def _scales(

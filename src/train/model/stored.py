@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ...errors import RecipeError
 from ...packages import install_extra
+from ...upstream import changed
 from ..recipe.recipe import Recipe
 
 
@@ -338,4 +339,4 @@ def _unpacker(scheme: Any, shape: tuple[int, int]) -> Callable[[Any], Tensor]:
         )
         return weight
 
-    return of_fp4 if "fp4" in str(scheme.format) else unpacked
+    return of_fp4 if "fp4" in str(scheme.format) and changed("stored scales") is None else unpacked

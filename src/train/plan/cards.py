@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, replace
 
 from ...errors import RecipeError, did_you_mean
+from ...memory.budget import GB
 
-GB = 10**9
-GIB = 2**30
+_GB_S = 10**9
+"""Bytes in a GB/s, which is decimal in data sheets; 1 GB of memory is ``memory.budget.GB``."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def _card(
     name: str, memory: int, tflops: float, bandwidth: float, link: float, network: float = 50,
     bfloat16: bool = True,
 ) -> Card:  # fmt: skip
-    per_second = bandwidth * GB, link * GB, network * GB
-    return Card(name, memory * GIB, tflops * 1e12, *per_second, bfloat16=bfloat16)
+    return Card(
+        name, memory * GB, tflops * 1e12, bandwidth * _GB_S, link * _GB_S, network * _GB_S,
+        bfloat16=bfloat16,
+    )  # fmt: skip
 
 
 CARDS = {
@@ -64,7 +67,7 @@ CARDS = {
         _card("MI300X", 192, 1307, 5300, 448),
     )
 }
-"""Peaks of the vendors' data sheets, without sparsity; 1 GB is 2^30 bytes where memory is meant."""
+"""Peaks of the vendors' data sheets, without sparsity."""
 
 CARDS_OF_A_MACHINE = 8
 
@@ -99,7 +102,7 @@ def parse_devices(text: str, custom: Card | None = None) -> Devices:
         return Devices(number, custom)
     memory = _MEMORY.fullmatch(name)
     if memory is not None:
-        return Devices(number, of_size(int(float(memory.group(1)) * GIB), name))
+        return Devices(number, of_size(int(float(memory.group(1)) * GB), name))
     cards = {key.lower(): card for key, card in CARDS.items()}
     plain = name.lower().replace(" ", "").replace("_", "-").replace("rtx-", "rtx")
     by_size = next((c for c in CARDS.values() if plain == f"{c.name.lower()}-{_size(c)}gb"), None)
@@ -114,7 +117,7 @@ def parse_devices(text: str, custom: Card | None = None) -> Devices:
 
 
 def _size(card: Card) -> int:
-    return card.memory // GIB
+    return card.memory // GB
 
 
 def of_size(memory: int, name: str) -> Card:
@@ -147,8 +150,9 @@ def parse_card(text: str) -> Card:
         raise RecipeError(f"--card: numbers must be positive; it is written as {_EXAMPLE}")
     memory, tflops, bandwidth, link, network = sizes
     return Card(
-        fields["name"], int(memory * GIB), tflops * 1e12, bandwidth * GB, link * GB, network * GB
-    )
+        fields["name"], int(memory * GB), tflops * 1e12, bandwidth * _GB_S, link * _GB_S,
+        network * _GB_S,
+    )  # fmt: skip
 
 
 _DEFAULTS: dict[str, float | str] = {

@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ...memory.budget import GB, gigabytes
 from ...memory.levels import Level
 from ..recipe.preferences import preference_settings
 from ..terminal import say
-from .cards import GIB
 from .count.images import ImageUsage
 from .engines import which_engines
 from .estimate import SPARE
@@ -90,8 +90,8 @@ def _model(plan: RunPlan) -> str:
 def _images(images: ImageUsage) -> str:
     of = f"in the first {images.rows:,} rows, of at most {images.longest:,} tokens"
     of = of if images.rows else "ASSUMED, as no row is here"
-    kept = f" and keep {_gib(images.kept)} GiB outside of blocks" if images.kept else ""
-    towers = f"hold up to {_gib(images.passing)} GiB in forward{kept}"
+    kept = f" and keep {gigabytes(images.kept)} outside of blocks" if images.kept else ""
+    towers = f"hold up to {gigabytes(images.passing)} in forward{kept}"
     if images.why_not:
         towers = f"are NOT COUNTED: {images.why_not}"
     return (
@@ -126,10 +126,10 @@ def _verdict(plan: RunPlan) -> str:
     blocks = "; ".join(
         f"{n} blocks {_LEVEL_TEXT[level]}" for level, n in plan.memory.levels.items()
     )
-    room = f"the {_gib(SPARE * has)} GiB that a run may take ({SPARE:.0%} of {_gib(has)})"
+    room = f"the {gigabytes(SPARE * has)} that a run may take ({SPARE:.0%} of {gigabytes(has)})"
     if plan.fits:
-        return f"fits: {_gib(plan.memory.peak)} of {room}; {blocks}"
-    return f"DOES NOT FIT: {_gib(plan.memory.peak)} GiB are more than {room}; {blocks}"
+        return f"fits: {gigabytes(plan.memory.peak)} of {room}; {blocks}"
+    return f"DOES NOT FIT: {gigabytes(plan.memory.peak)} are more than {room}; {blocks}"
 
 
 def _beyond(plan: RunPlan) -> list[str]:
@@ -169,9 +169,9 @@ _SMALL = 10**9
 
 def _work(plan: RunPlan) -> list[str]:
     s = plan.speed
-    sent = f" and {_gib(s.sent)} GiB sent" if s.sent else ""
+    sent = f" and {gigabytes(s.sent)} sent" if s.sent else ""
     parts = f" ({_time(s.compute_seconds)} computing, {_time(s.network_seconds)} sending)"
-    work = f"{s.flops / 1e12:,.2f} TFLOP{sent}"
+    work = f"{s.flops / 1e12:,.{max(2, _decimals(s.flops / 1e12))}f} TFLOP{sent}"
     lines = [
         f"each optimizer step: {s.tokens:,} tokens in all; {work} by each process",
         f"about {_time(s.seconds)} for a step{parts if s.sent else ''}, "
@@ -198,8 +198,12 @@ def _time(seconds: float) -> str:
     for size, unit, digits in ((86400 * 2, "days", 1), (3600 * 2, "h", 1), (120, "min", 0)):
         if seconds >= size:
             return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:,.{digits}f} {unit}"
-    digits = 1 - math.floor(math.log10(seconds)) if seconds > 0 else 0
-    return f"{seconds:.{max(0, digits)}f} s"
+    return f"{seconds:.{_decimals(seconds)}f} s"
+
+
+def _decimals(number: float) -> int:
+    """The decimals that give a number two digits."""
+    return max(0, 1 - math.floor(math.log10(number))) if number > 0 else 0
 
 
 def _comparison(advice: Advice) -> Table:
@@ -238,7 +242,7 @@ def assumptions(plan: RunPlan) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f}"
+    return f"{size / GB:,.2f}"
 
 
 def _count(number: int) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...errors import RecipeError
+from ...memory.budget import GB
 from ..recipe.recipe import Recipe
-from .cards import GIB
 from .count.layout import ProcessLayout, layout_of
 from .estimate import SPARE, TrainingJob, smallest_peak
 
@@ -46,7 +46,7 @@ def limits(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int) -
     factor = _largest(lambda f: fits(job, layout, room, f))
     length = int(recipe.sequence_len * factor) // 64 * 64
     rows = int(recipe.micro_batch_size * factor)
-    card = next((s for s in SIZES if fits(job, layout, s * GIB)), None)
+    card = next((s for s in SIZES if fits(job, layout, s * GB)), None)
     return Headroom(length, rows, card, _fewest(job, recipe, room))
 
 

@@ -34,7 +34,7 @@ OTHER_NAMES = {
         "gradient_accumulation_steps": "grad_accum accumulate_grad_batches",
         "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing",
         "num_epochs": "num_train_epochs",
-        "base_model": "model_name_or_path model_name model_id",
+        "base_model": "model model_name_or_path model_name model_id",
         "tokenizer_config": "tokenizer tokenizer_name",
         "learning_rate": "lr",
         "lr_scheduler": "lr_scheduler_type",
@@ -59,6 +59,13 @@ OTHER_NAMES = {
     for name in names.split()
 }
 """Names that TRL, PEFT, transformers and others have -> the recipe's, maybe with the value."""
+
+_IMAGE_COLUMNS = frozenset(
+    f"{before}_{after}"
+    for word in ("image", "images")
+    for before, after in ((word, "column"), (word, "field"), (word, "key"), ("field", word))
+)
+"""What others call the key that names the field, which has one name here."""
 
 _MANY = 15
 """More values than this are not listed in a message."""
@@ -95,6 +102,8 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
     if kind == "extra_forbidden":
         name = str(loc[-1])
         near = OTHER_NAMES.get(name) if len(loc) == 1 else None
+        if name in _IMAGE_COLUMNS:
+            return "is not a key of a recipe: a row's field of images is 'images' or 'image'"
         near = near or nearest_key(model_at(loc[:-1]), name)
         return f"is not a key of a recipe{_meant(near)}"
     expectations = [str(detail.get("ctx", {}).get("expected", "")) for detail in details]

@@ -169,7 +169,7 @@ def _use(facts: Facts) -> Iterator[str]:
     yield (
         _fenced(run_facts.commands(facts.recipe, images), "sh") + "\n\nin a copy of this folder.\n"
     )
-    code = run_facts.snippet(facts.recipe, ".", images)
+    code = run_facts.snippet(facts.recipe, ".", images, facts.stops)
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
         yield f"With plain {below}:\n\n{_fenced(code, 'python')}\n"

@@ -288,7 +288,7 @@ def use(facts: Facts) -> Rows:
             run_facts.commands(facts.recipe, bool(facts.images)),
         )
     ]
-    code = run_facts.snippet(facts.recipe, ".", bool(facts.images))
+    code = run_facts.snippet(facts.recipe, ".", bool(facts.images), facts.stops)
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
         rows.append((f"With plain {below}, in Python, in the same folder:", code))

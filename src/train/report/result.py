@@ -49,6 +49,7 @@ class RunResult:
         data: the numbers of rows, samples, sequences and tokens, and of what was left out.
         parameters: the numbers of trained parameters, and of all.
         dtype: of the model's weights.
+        stop_tokens: those that end an answer, where the base's generation settings lack one.
         steps: optimizer steps done.
         steps_planned: optimizer steps the recipe asks for.
         tokens: tokens that went through training, padding not counted.
@@ -105,6 +106,7 @@ class RunResult:
     data: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     dtype: str | None = None
+    stop_tokens: list[int] = field(default_factory=list)
     steps: int = 0
     steps_planned: int = 0
     tokens: int = 0
@@ -236,7 +238,9 @@ class RunResult:
                 self.signal or 0, f"signal {self.signal}"
             ),
         }[self.status] + "."
-        if self.checkpoint:
+        if self.checkpoint and self.recipe.get("save_only_model"):
+            yield f"{self.checkpoint} cannot be resumed from: save_only_model: true"
+        elif self.checkpoint:
             yield (
                 f"{self.checkpoint} is complete: the same recipe resumes from it"
                 f"{resumption(self.recipe)}"

@@ -155,6 +155,11 @@ class Facts:
         return str(method) if method in TASKS else None
 
     @property
+    def stops(self) -> list[int]:
+        """The tokens that end an answer, where the base's generation settings lack one."""
+        return [token for token in self.rows("stop_tokens") if type(token) is int]
+
+    @property
     def folder(self) -> str:
         """The folder of the results; empty when it is not known."""
         return self.text("output_dir")
@@ -224,12 +229,15 @@ def _head(recipe: Mapping[str, Any]) -> Head:
     return next(trained, LANGUAGE_HEAD)
 
 
-def snippet(recipe: Mapping[str, Any], folder: str, images: bool = False) -> str | None:
+def snippet(
+    recipe: Mapping[str, Any], folder: str, images: bool = False, stops: Sequence[int] = ()
+) -> str | None:
     """Python that loads the result and uses it without this package.
 
     A language model answers a question, with ``images`` about one; a reward model judges an answer.
-    ``folder`` is where the results are, or their id on the hub. None for an adapter whose base
-    model is not here.
+    ``folder`` is where the results are, or their id on the hub. An adapter's base does not know the
+    ``stops``; a whole model has them in its settings. None for an adapter whose base model is not
+    here.
     """
     base = str(recipe.get("base_model") or "")
     head = _head(recipe)
@@ -264,7 +272,8 @@ folder = {json.dumps(folder, ensure_ascii=False)}
 """
     if head.classifies:
         return loaded + _judging(recipe)
-    return loaded + (_looking(recipe) if images else _answering(recipe))
+    stop = f", eos_token_id={list(stops)}" if adapter and stops else ""
+    return loaded + (_looking if images else _answering)(recipe, stop)
 
 
 _TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(folder)"
@@ -315,18 +324,18 @@ def _judging(recipe: Mapping[str, Any]) -> str:
 print(model(**inputs).logits)"""
 
 
-def _answering(recipe: Mapping[str, Any]) -> str:
+def _answering(recipe: Mapping[str, Any], stop: str) -> str:
     asking = ChatPrompt.of(recipe)
     conversation = json.dumps(asking.question("Your question"), ensure_ascii=False)
     return f"""inputs = tokenizer.apply_chat_template(
     {conversation},
     add_generation_prompt=True, return_tensors="pt", return_dict=True,{_more(asking.variables)}
 )
-answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
+answer = model.generate(**inputs, max_new_tokens=200{stop})[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def _looking(recipe: Mapping[str, Any]) -> str:
+def _looking(recipe: Mapping[str, Any], stop: str) -> str:
     """Ask about an image, with contents in parts, as processors expect them."""
     asking = ChatPrompt.of(recipe)
     messages = asking.question("Your question")
@@ -345,7 +354,7 @@ inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True,\
 {given}{_more(asking.variables)}
 ).to(model.device, model.dtype)
-answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
+answer = model.generate(**inputs, max_new_tokens=200{stop})[0, inputs["input_ids"].shape[1]:]
 print(processor.decode(answer, skip_special_tokens=True))"""
 
 

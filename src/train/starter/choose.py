@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import FusewrightError, RecipeError, first_line
-from ...memory.budget import GB, gigabytes
+from ...memory.budget import gigabytes
 from ..model.load import load_config, quiet
 from ..model.positions import positions
 from ..model.precision import dtype_for_training
@@ -109,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 def smallest(budget: int | None) -> str:
     """A budget in words, for a message."""
-    return "the memory of this machine" if budget is None else f"{budget / GB:g} GB"
+    return "the memory of this machine" if budget is None else gigabytes(budget)
 
 
 _ROWS_PER_STEP, _STEPS = 16, 50

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from ...errors import RecipeError
+from ...memory.budget import gigabytes
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
 from ..data.images.features import Featurizer
@@ -222,10 +223,10 @@ def make_trainer(
     if trainer.sharding.divides and (experts := left_whole(model)):
         context.say(f"tensor_parallel_size: each process has all of {', '.join(experts)}")
     if trainer.sharding.shards and trainer.sharding.strategy.fsdp and (whole := fsdp_whole(model)):
-        size = sum(_bytes(p) for p in whole.values()) / 2**30
+        size = gigabytes(sum(_bytes(p) for p in whole.values()))
         context.say(
             f"fsdp: {len(whole)} quantized weights are not sharded, because their scales are "
-            f"separate: each process has all {size:.2f} GiB of them; the rest is sharded"
+            f"separate: each process has all {size} of them; the rest is sharded"
         )
     return trainer
 

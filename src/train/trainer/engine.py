@@ -38,7 +38,7 @@ from ...compiler.pipeline import planner_of
 from ...kernels import choice
 from ...memory.oom_retry import retrying
 from ..checkpoint.load import readable
-from ..checkpoint.resume import Saved, grown
+from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState, seed_rank, share_in_groups
 from ..checkpoint.write import Checkpoints
 from ..data.ranks import RankBatches, RankStream
@@ -211,7 +211,7 @@ class EngineMixin(_Trainer):
             if checkpoint is None or not self.sharding.load_optimizer(Path(checkpoint)):
                 super()._load_optimizer_and_scheduler(checkpoint)
                 zero.drop_masters(self.sharding.optimizer.state)
-        if self.resumed is not None and grown(self.resumed.recipe, self.context.recipe):
+        if self.resumed is not None and self.resumed.longer_keys(self.context.recipe):
             follow(self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
@@ -431,7 +431,8 @@ class EngineMixin(_Trainer):
         """Why nothing is left to train after a checkpoint; None: something is."""
         state = self.checkpoints.state_of(folder)
         if state.global_step >= self.args.max_steps:
-            return "all steps are done"
+            longer = "" if self.resumed is None or self.resumed.has_fixed_length else _LONGER
+            return f"all steps are done{longer}"
         callbacks: Any = state.stateful_callbacks  # a mapping, once they are read
         if out_of_patience(callbacks, self.context.recipe):
             return f"early stopping ended training at step {state.global_step}"
@@ -456,6 +457,9 @@ class EngineMixin(_Trainer):
             push()
         except Exception as error:
             self.context.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
+
+
+_LONGER = " (more max_steps or num_epochs would train further)"
 
 
 class FineTuner(EngineMixin, Trainer):

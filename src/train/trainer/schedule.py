@@ -44,7 +44,11 @@ def custom_schedule(
 
 
 def follow(schedule: Any) -> None:
-    """Set the rates of a schedule that is longer than that of the checkpoint it was loaded from."""
+    """Set the rates of a schedule that is longer than that of the checkpoint it was loaded from.
+
+    Those that the losses decide (``reduce_lr_on_plateau``, ``greedy``) have no length.
+    """
+    schedule = getattr(schedule, "scheduler", schedule)  # accelerate may have wrapped it
     if not isinstance(schedule, LambdaLR):
         return
     bases = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

@@ -48,6 +48,10 @@ CASES = {
         words("generate", "run", "hi", "--max_tokens", "3"), "no such option: --max-tokens",
         "did you mean --max-new-tokens? See fusewright generate --help",
     ),
+    "an option's longer name": Bad(
+        words("init", "rows.jsonl", "--base-model", "x"), "no such option: --base-model",
+        "did you mean --model? See fusewright init --help",
+    ),
     "no recipe": Bad(words("train"), "train: missing argument", "fusewright train --help"),
     "text for a number": Bad(
         words("generate", "run", "hi", "--top_k", "x"), "value for '--top-k'", "; see fusewright"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from fusewright.errors import RecipeError
+from fusewright.train import preflight
 from fusewright.train.checkpoint import resume
+from fusewright.train.checkpoint.output_folder import check_output
 from fusewright.train.recipe.load import load_recipe
 
 NEEDED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -144,6 +147,42 @@ def test_which_checkpoint_is_meant(recipe: dict[str, Any], tmp_path: Path) -> No
     # it names where to begin; what is in output_dir may go
     over = {"resume_from_checkpoint": named, "overwrite_output_dir": True}
     assert _find(recipe, **over) == Path(named)
+
+
+def test_a_run_that_has_ended_says_how_it_goes_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text('{"status": "finished", "steps": 2}')
+    with pytest.raises(RecipeError, match=r"there is no .*; to train its weights further in a new"):
+        _find(recipe, resume_from_checkpoint=True)
+    for name, changes, lost, said in (
+        ("any", {}, (), " goes on from checkpoint-2, with more max_steps or num_epochs; to begin"),
+        ("fixed", {"lr_scheduler": "one_cycle", "warmup_steps": None}, (),
+         "it cannot be trained further with lr_scheduler: one_cycle; to begin anew"),
+        ("weights", {"save_only_model": True}, NEEDED, "it has no optimizer.pt (save_only_model: "),
+    ):  # fmt: skip
+        shutil.rmtree(out / "checkpoint-2", ignore_errors=True)
+        made = _checkpoint(out / "checkpoint-2", {**recipe, **changes})
+        for file in lost:
+            (made / file).unlink()
+        with pytest.raises(
+            RecipeError, match=r"already holds a run .* that has finished; "
+        ) as ended:
+            check_output(out, overwrite=False)
+        assert said in str(ended.value), name
+        assert ("goes on from" in str(ended.value)) == (name == "any")
+
+
+def test_a_checkpoint_is_read_once_before_a_run(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _checkpoint(tmp_path / "out" / "checkpoint-2", recipe)
+    reads: list[Path] = []
+    read = resume.Saved.read
+    monkeypatch.setattr(resume.Saved, "read", lambda folder: reads.append(folder) or read(folder))
+    longer = load_recipe({**recipe, "resume_from_checkpoint": True, "max_steps": 9})
+    assert list(preflight._output(longer, 1)) == []
+    assert len(reads) == 1
 
 
 def test_both_at_once(recipe: dict[str, Any]) -> None:

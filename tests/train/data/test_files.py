@@ -142,8 +142,9 @@ def test_a_folder_is_read_by_split_and_one_that_datasets_saved_too(tmp_path: Pat
     assert texts(plain) == ["a", "b"]
     assert sources.find(Dataset(path=str(plain))).left_out() is None
     (plain / "dataset_info.json").write_text("{}")
-    for name in ("more.csv", "notes/other.txt"):
-        (plain / name).parent.mkdir(exist_ok=True)
+    for name in ("more.csv", "notes/other.txt", ".git/a.json", ".cache/b/c.json", ".d.csv",
+                 "__MACOSX/e.csv"):  # fmt: skip
+        (plain / name).parent.mkdir(parents=True, exist_ok=True)
         (plain / name).write_text("text\nd\n")
     assert sources.find(Dataset(path=str(plain))).left_out() == (
         f"warning: {plain}: 2 of its files are read (train-1.jsonl, train-2.jsonl), and 2 are not "

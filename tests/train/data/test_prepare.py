@@ -15,7 +15,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train.data import PreparedData, Sample, Samples, prepare
+from fusewright.train.data import PreparedData, Sample, Samples, prepare, workers
+from fusewright.train.data.formats import registry
 from fusewright.train.data.prepare import StreamedPacks
 from fusewright.train.data.readers import files
 from fusewright.train.data.readers.sources import DataSource
@@ -260,11 +261,41 @@ def test_one_run_names_the_bad_rows(
     assert second.endswith(f"(likewise {', '.join(f'line {n}' for n in range(10, 18))})")
     assert total == "  93 rows cannot be used"
     monkeypatch.setattr(files, "_FURTHER", 3)  # a stream has any number of lines
-    with pytest.raises(DataError, match=r"\n  3 rows or more cannot be used$"):
+    rest = "no line after 10 was looked at"
+    with pytest.raises(DataError, match=rf"\n  3 rows or more cannot be used: {rest}$"):
         make()
     file.write_text('{"messages": []}\n' * 5000)
-    with pytest.raises(DataError, match=r"; 1,024 rows or more cannot be used$"):
+    rest = r"none after \S*rows\.jsonl, line 1024 was looked at"
+    with pytest.raises(DataError, match=f"; 1,024 rows or more cannot be used: {rest}$"):
         make()
+
+
+def test_what_comes_after_a_bad_row_is_soon_only_read(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "rows.jsonl", 4000)
+    lines = file.read_text().splitlines()
+    lines[7] = lines[3000] = '{"messages": []}'
+    file.write_text("\n".join(lines))
+    tokenized: list[str] = []
+    encode = registry.Encoder.encode
+
+    def noted(self: Any, rows: Any) -> Any:
+        tokenized.extend(where for where, _ in rows)
+        return encode(self, rows)
+
+    monkeypatch.setattr(registry.Encoder, "encode", noted)
+    monkeypatch.setattr(workers, "_TOKENIZED", 1)
+    for read, said in (
+        (2000, f"2 rows or more cannot be used: those after {file}, line 1024 were read, but not"),
+        (3, f"1 row or more cannot be used: none after {file}, line 2048 was looked at"),
+    ):
+        monkeypatch.setattr(workers, "_READ", read)
+        tokenized.clear()
+        with pytest.raises(DataError) as refused:
+            make()
+        assert said in str(refused.value)
+        assert tokenized[-1] == f"{file}, line 1024"
 
 
 # --- streams -------------------------------------------------------------------------------------

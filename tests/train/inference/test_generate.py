@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fusewright.errors import DataError, ModelError
+from fusewright.train.data.chat.stops import unknown_stops
 from fusewright.train.data.sample import Sample
 from fusewright.train.inference.generate import Sampling, TextGenerator, answer
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.prompts import read_prompts
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.report.run_facts import snippet
 
 from ..commands import fusewright, refused
 from ..conftest import CHATML, chat, make_model, make_tokenizer
@@ -147,6 +150,15 @@ def test_an_answer_ends_where_its_turn_does(ends: str) -> None:
     end = tokenizer.convert_tokens_to_ids(ends)
     writer = TextGenerator(Scripted([OTHER, OTHER, end, OTHER]), tokenizer, Sampling(8))
     assert set(writer.stops) == {ENDS, end}
+    knows = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ENDS))
+    unknown = unknown_stops(knows, tokenizer, {})
+    assert unknown == ([] if end == ENDS else [ENDS, end])
+    for images in (False, True):  # a base does not know them, and PEFT asks the base
+        code = snippet({"base_model": "a/b", "adapter": "lora"}, ".", images, unknown)
+        assert code is not None
+        compile(code, "snippet", "exec")
+        assert ("max_new_tokens=200, eos_token_id=[2, " in code) == (end != ENDS)
+        assert "eos_token_id" not in str(snippet({"base_model": "a/b"}, ".", images, unknown))
     prompt = writer.prompt([{"role": "user", "content": "Hi"}])
     text = tokenizer.decode([OTHER, OTHER])
     assert "".join(writer.stream(prompt)) == text

@@ -107,11 +107,12 @@ def test_chat(folder: Path, prompts: list[str]) -> None:
 
 
 def test_the_code_that_report_and_card_show(folder: Path, prompts: list[str]) -> None:
-    recipe = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    recipe, stops = record["recipe"], record["stop_tokens"]
     exec(snippet(recipe, str(folder)), {"print": lambda text: None})
     assert prompts[-1] == asked("Your question")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert snippet(recipe, ".") in card
+    assert snippet(recipe, ".", stops=stops) in card
     assert "mode=&#39;terse&#39;" in (folder / "report.html").read_text(encoding="utf-8")
 
 

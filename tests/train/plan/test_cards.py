@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.plan.cards import GIB, parse_card, parse_devices
+from fusewright.memory.budget import GB
+from fusewright.train.plan.cards import parse_card, parse_devices
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from fusewright.train.plan.cards import GIB, parse_card, parse_devices
 )
 def test_devices(text: str, count: int, name: str, gib: int) -> None:
     found = parse_devices(text)
-    assert (found.count, found.card.name, found.card.memory) == (count, name, gib * GIB)
+    assert (found.count, found.card.name, found.card.memory) == (count, name, gib * GB)
 
 
 def test_a_size_is_as_fast_as_the_slowest_card_that_has_it() -> None:
@@ -48,7 +49,7 @@ def test_mistakes(text: str, said: str) -> None:
 
 def test_a_card_of_ones_own() -> None:
     card = parse_card("name=X,memory=48,tflops=100,bandwidth=900,link=50,network=12")
-    assert (card.memory, card.flops, card.link) == (48 * GIB, 1e14, 50e9)
+    assert (card.memory, card.flops, card.link) == (48 * GB, 1e14, 50e9)
     assert parse_devices("4xX", card).card is card
 
 

@@ -334,6 +334,15 @@ def test_an_estimate_has_two_digits() -> None:
     assert [page._time(s) for s in seconds] == [
         "34 s", "2.3 s", "0.0047 s", "0 s", "120 s", "10 min",
     ]  # fmt: skip
+    speed = SimpleNamespace(
+        sent=0, flops=3.14e7, seconds=2e-5, tokens=16, tokens_per_second=8e5, compute_seconds=2e-5,
+        network_seconds=0.0,
+    )  # fmt: skip
+    plan = SimpleNamespace(speed=speed, on_cpu=True, hours=None, steps=None)
+    assert page._work(plan)[:2] == [  # type: ignore[arg-type]
+        "each optimizer step: 16 tokens in all; 0.000031 TFLOP by each process",
+        "about 0.000020 s for a step, 800,000 tokens/s in all",
+    ]
 
 
 def test_a_length_beyond_the_positions_is_warned_of() -> None:

@@ -50,6 +50,16 @@ def test_names_of_other_libraries_lead_to_keys() -> None:
     assert told == OTHER_NAMES
 
 
+@pytest.mark.parametrize("name", ["image_column", "field_images", "image_field"])
+def test_the_field_of_images_has_one_name(name: str) -> None:
+    for inside in (False, True):
+        dataset = {"path": "a/b", **({name: "photo"} if inside else {})}
+        keys = {"base_model": "a/b", "datasets": [dataset], **({} if inside else {name: "photo"})}
+        said = f"{name}: is not a key of a recipe: a row's field of images is 'images' or 'image'"
+        with pytest.raises(RecipeError, match=said):
+            check(keys)
+
+
 def _flow(value: Any) -> str:
     """A value on one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**9)

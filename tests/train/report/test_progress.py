@@ -278,6 +278,8 @@ def test_a_stopped_run_says_what_its_recipe_needs_to_resume() -> None:
         )
         line = list(result.ending(False))[-1]
         assert line == f"c is complete: the same recipe resumes from it{said}"
+    result = RunResult(Path("out"), {"save_only_model": True}, status="interrupted", checkpoint="c")
+    assert list(result.ending(False))[-1] == "c cannot be resumed from: save_only_model: true"
 
 
 def test_a_result_fits_a_notebook() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate.scheduler import AcceleratedScheduler
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import TrainingArguments, get_scheduler
+from transformers.optimization import GreedyLR
 
 from fusewright.errors import RecipeError
 from fusewright.optim.flat import FlatOptimizer
@@ -18,6 +21,7 @@ from fusewright.train.data import Sample
 from fusewright.train.data.order import Order
 from fusewright.train.preflight import require_startable
 from fusewright.train.processes.signals import Interrupts
+from fusewright.train.recipe.keys.optimization import SCHEDULERS
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.requirements import tracking
 from fusewright.train.trainer.arguments import Steps, steps, training_arguments
@@ -25,7 +29,7 @@ from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.build import make_trainer
 from fusewright.train.trainer.context import Context
 from fusewright.train.trainer.engine import EngineMixin
-from fusewright.train.trainer.schedule import custom_schedule
+from fusewright.train.trainer.schedule import custom_schedule, follow
 
 from ..conftest import make_model, make_tokenizer
 
@@ -184,6 +188,33 @@ def test_one_cycle(tmp_path: Path) -> None:
 def test_what_transformers_has_a_name_for(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     assert custom_schedule(asked(tmp_path), optimizer, 0, 10) is None
+
+
+def _scheduled(name: str, kwargs: dict[str, Any], total: int, done: int) -> tuple[Any, Any]:
+    """An optimizer and its schedule, of so many steps and after so many."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule: Any = get_scheduler(name, optimizer, 2, total, scheduler_specific_kwargs=kwargs)
+    for _ in range(done):
+        optimizer.step()
+        schedule.step(*[1.0] * isinstance(schedule, (ReduceLROnPlateau, GreedyLR)))
+    return optimizer, schedule
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("name", sorted({*get_args(SCHEDULERS)} - {"one_cycle", "rex"}))
+def test_a_longer_schedule_has_its_own_rates(name: str, is_wrapped: bool) -> None:
+    """From a checkpoint of a shorter one; those that the losses decide have no length."""
+    kwargs = {"cosine_with_min_lr": {"min_lr_rate": 0.1},
+              "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+              "warmup_stable_decay": {"num_decay_steps": 4}}.get(name, {})  # fmt: skip
+    (short, saved), (optimizer, schedule) = (
+        _scheduled(name, kwargs, n, d) for n, d in ((8, 5), (16, 0))
+    )
+    optimizer.load_state_dict(short.state_dict())
+    schedule.load_state_dict(saved.state_dict())
+    follow(AcceleratedScheduler(schedule, optimizer) if is_wrapped else schedule)
+    whole, _ = _scheduled(name, kwargs, 16, 5)
+    assert optimizer.param_groups[0]["lr"] == whole.param_groups[0]["lr"]
 
 
 # --- the order of the sequences -------------------------------------------------------------------

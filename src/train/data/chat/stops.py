@@ -42,10 +42,20 @@ def template_of(tokenizer: Any, variables: Mapping[str, Any]) -> Template:
 
 def stop_tokens(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> list[int]:
     """The tokens that end an answer: those of model and tokenizer, and the template's own."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = _configured(model)
     tokens = configured if isinstance(configured, list) else [configured]
     tokens = [*tokens, tokenizer.eos_token_id, _end_of_turn(tokenizer, variables)]
     return list(dict.fromkeys(token for token in tokens if token is not None))
+
+
+def unknown_stops(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> list[int]:
+    """``stop_tokens``, where the model's generation settings lack one of them; else none."""
+    stops, configured = stop_tokens(model, tokenizer, variables), _configured(model)
+    return [] if stops in (configured, [configured]) else stops
+
+
+def _configured(model: Any) -> Any:
+    return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
 
 
 def write_stops(folder: Path, tokenizer: Any, variables: Mapping[str, Any]) -> None:
@@ -58,8 +68,8 @@ def write_stops(folder: Path, tokenizer: Any, variables: Mapping[str, Any]) -> N
     if not (folder / "generation_config.json").is_file():
         return
     config = GenerationConfig.from_pretrained(str(folder))
-    stops = stop_tokens(SimpleNamespace(generation_config=config), tokenizer, variables)
-    if stops and stops not in (config.eos_token_id, [config.eos_token_id]):
+    stops = unknown_stops(SimpleNamespace(generation_config=config), tokenizer, variables)
+    if stops:
         config.eos_token_id = stops
         with contextlib.suppress(ValueError):  # settings of the base that transformers refuses
             config.save_pretrained(folder)

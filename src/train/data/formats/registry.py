@@ -205,6 +205,10 @@ class Encoder:
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
 
+    def read(self, rows: Sequence[Row]) -> list[Chat | Segments | Tokens]:
+        """The fields of rows, not tokenized; raises a DataError, with file and line."""
+        return [self.format.read(row, where) for where, row in rows]
+
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
         """Read, render, tokenize and mask rows; raises a DataError, with file and line."""
         samples = self._encoded(rows)
@@ -215,7 +219,7 @@ class Encoder:
         return samples
 
     def _encoded(self, rows: Sequence[Row]) -> list[Tokens]:
-        read = [self.format.read(row, where) for where, row in rows]
+        read = self.read(rows)
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]
         if not chats and not texts:

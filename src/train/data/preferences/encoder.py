@@ -103,13 +103,17 @@ class PreferenceEncoder:
         if self.answered:
             require_ends(path, self.tokenizer, self.chats, ends, trained)
 
-    def encode(self, rows: Sequence[Row]) -> list[TokenizedRow]:
-        """Read and tokenize rows; raises a DataError, with file and line, for a wrong one."""
+    def read(self, rows: Sequence[Row]) -> list[Preference | JudgedSteps]:
+        """The fields of rows, not tokenized; raises a DataError, with file and line."""
         if self.why_no_images and not isinstance(self.reader, OwnTypeReader):  # it may drop them
             for where, row in rows:
                 if isinstance(row, dict) and any(row.get(name) for name in IMAGE_FIELDS):
                     raise DataError(f"{where}: the row has an image, and {self.why_no_images}")
-        read = [self.reader.read(row, where) for where, row in rows]
+        return [self.reader.read(row, where) for where, row in rows]
+
+    def encode(self, rows: Sequence[Row]) -> list[TokenizedRow]:
+        """Read and tokenize rows; raises a DataError, with file and line, for a wrong one."""
+        read = self.read(rows)
         chats = [c for r in read for c in _chats(r)]
         encoded = iter(self._required_chats(chats).encode(chats) if chats else ())
         pieces = iter(e.ids for e in tokenize(self.tokenizer, [t for r in read for t in _texts(r)]))

@@ -15,12 +15,14 @@ class BadRows:
 
     Attributes:
         first: the places and messages of the first ones.
-        cut: whether later rows were not looked at.
+        further: how many batches were looked at since the first of them.
+        rest: what was not seen of later rows, in words; empty: all were looked at.
     """
 
     first: list[tuple[str, str]] = field(default_factory=list)
     count: int = 0
-    cut: bool = False
+    further: int = 0
+    rest: str = ""
 
     def add(self, where: str, message: str) -> None:
         """Take in the next one."""
@@ -45,11 +47,11 @@ class BadRows:
         by_reason: dict[str, list[tuple[str, str]]] = {}
         for where, message in self.first:
             by_reason.setdefault(message.removeprefix(where), []).append((where, message))
-        lines = [_line(rows) for rows in by_reason.values()]
-        if self.count > 1:
-            total = (
-                f"{self.count:,} rows {'or more ' if self.enough or self.cut else ''}cannot be used"
-            )
+        lines = [_line(likewise) for likewise in by_reason.values()]
+        if self.count > 1 or self.rest:
+            rows = f"{self.count:,} row{'s' * (self.count > 1)}"
+            more, rest = (" or more", f": {self.rest}") if self.rest else ("", "")
+            total = f"{rows}{more} cannot be used{rest}"
             lines[-1] += f"; {total}" if not lines[1:] else f"\n  {total}"
         raise DataError("\n  ".join(lines))
 

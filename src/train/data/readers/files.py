@@ -92,6 +92,9 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
 def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
     bad, end = BadRows(), 0
     for number, line in _lines(path, progress):
+        if bad.enough or 0 < end < number:
+            bad.rest = f"no line after {number - 1:,} was looked at"
+            break
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -104,9 +107,6 @@ def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
         else:
             if not bad.count:  # else nothing but the other bad lines is of interest
                 yield where, row
-        bad.cut = 0 < end <= number
-        if bad.cut or bad.enough:
-            break
     bad.raise_any()
 
 

@@ -211,7 +211,8 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
     if patterns is None:
         taken = {file.resolve() for each in files.values() for file in each}
         rows = (f for f in path.rglob("*") if kind_of(f) and f.name not in _NO_ROWS)
-        unread = tuple(sorted(f for f in rows if f.resolve() not in taken))
+        seen = (f for f in rows if not _is_hidden(f.relative_to(path)))
+        unread = tuple(sorted(f for f in seen if f.resolve() not in taken))
     return DataSource(dataset, tuple(files[split]), unread=unread)
 
 
@@ -220,6 +221,13 @@ _NO_ROWS = frozenset({
     "state.json",
 })  # fmt: skip
 """Files beside data, under names of data."""
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether ``datasets`` passes by a file on purpose, such as those of git, or of a cache."""
+    return path.name.startswith(".") or any(
+        part.startswith((".", "__")) for part in path.parent.parts
+    )
 
 
 def _named(folder: Path, names: list[str]) -> list[Path]:
