@@ -275,8 +275,10 @@ def may_be_luck(deviations: Deviations, limits: Allowed) -> bool:
         d <= FAR * limits.gradients.get(kind, math.nan) for kind, d in deviations.gradients.items()
     )
     near = near and deviations.losses[0] <= FAR * limits.losses[0]
-    of_first = {"losses": (0.0, *deviations.losses[1:]), "drift": ()}
-    rest = replace(deviations, gradients=dict.fromkeys(deviations.gradients, 0.0), **of_first)
+    rest = replace(
+        deviations, gradients=dict.fromkeys(deviations.gradients, 0.0),
+        losses=(0.0, *deviations.losses[1:]), drift=(),
+    )  # fmt: skip
     return near and not exceeded(rest, limits)
 
 
