@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from fusewright.cli import main
 from fusewright.passes.rms_norm import RMSNorm
 from fusewright.rewrite.verify import Verdict, Verifier
 from fusewright.train.proof import command, worker
@@ -27,7 +29,6 @@ from fusewright.train.proof.ways import BatchLayout, Way, select, ways_of
 from fusewright.train.recipe.load import load_recipe
 
 from ..commands import fusewright, snapshot
-from ..processes.runs import kill_tree
 
 
 @pytest.fixture
@@ -331,31 +332,41 @@ def _stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr("fusewright.train.proof.command.sys.executable", str(stub))
 
 
+def _command(arguments: list[str], errors: Path) -> None:
+    """The command, in a process that has imported already what it needs."""
+    torch.set_num_threads(1)  # of a fork, others are not there
+    sys.argv = ["fusewright", *arguments]
+    with errors.open("w", buffering=1) as sys.stderr, open(os.devnull, "w") as sys.stdout:
+        main()
+
+
 @pytest.mark.long("15", "2")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_and_cleans_up(
     file: Path, scratch: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    code = "from fusewright.cli import main; main()"
     errors = tmp_path / "errors"
-    with errors.open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, "verify", str(file), "--max_steps", "9"],
-            stdout=subprocess.DEVNULL, stderr=err, text=True,
-        )  # fmt: skip
+    errors.touch()
+    process = multiprocessing.get_context("fork").Process(
+        target=_command, args=(["verify", str(file), "--max_steps", "9"], errors)
+    )
+    process.start()
+    assert process.pid is not None
     try:
         children: list[psutil.Process] = []
         end = time.monotonic() + 200
-        while not children and process.poll() is None and time.monotonic() < end:
+        while not children and process.is_alive() and time.monotonic() < end:
             time.sleep(0.1)
             if "1/6 exact" in errors.read_text():
                 children = psutil.Process(process.pid).children(recursive=True)
         assert children, errors.read_text()
         assert list(scratch.iterdir())
-        process.send_signal(number)
-        assert process.wait(60) == 128 + number
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == 128 + number
     finally:
-        kill_tree(process)
+        process.kill()
+        process.join()
     assert "verify was stopped" in errors.read_text()
     _, left = psutil.wait_procs(children, timeout=30)
     assert not left
