@@ -7,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ from fusewright.train.proof.ways import BatchLayout, Way, select, ways_of
 from fusewright.train.recipe.load import load_recipe
 
 from ..commands import fusewright, snapshot
+from ..conftest import make_model
 
 
 @pytest.fixture
@@ -137,6 +139,8 @@ def test_lora_trains_the_same_in_all_ways(file: Path, tmp_path: Path, scratch: P
 )
 def test_a_wrong_rule_fails(
     file: Path,
+    base: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     without: Callable[..., None],
     too_much: float,
@@ -150,12 +154,15 @@ def test_a_wrong_rule_fails(
     monkeypatch.setattr(RMSNorm, "_norm", wrong)
     monkeypatch.setattr(Verifier, "__call__", lambda self, candidate: Verdict(None))
     without("packed", "1 x 2")
-    done, found = _verified(file, "--steps", "1", "--processes", "1", "--no-sample_packing")
+    shutil.copytree(base, tmp_path / "one-layer")
+    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "one-layer")
+    small = ("--base_model", str(tmp_path / "one-layer"), "--steps", "1", "--processes", "1")
+    done, found = _verified(file, *small, "--no-sample_packing")
     assert done.exit_code == 1, done.output
     assert not found["passed"]
     ways = {way["name"]: way for way in found["ways"]}
     assert ways["optimized"]["verdict"] == "failed"
-    assert ways["optimized"]["rewritten"]["rms_norm"] == 5
+    assert ways["optimized"]["rewritten"]["rms_norm"] == 3
     assert ways["optimized"]["deviations"]["gradients"]["all"] > too_much / 10
     assert "FAILED" in done.stdout
     assert f"optimized: FAILED: the gradients of {by} differ in " in done.stdout
