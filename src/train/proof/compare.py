@@ -367,8 +367,8 @@ class ProofTrainer(EngineMixin, Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The recipe's, or one that changes nothing."""
         if self.record.draws > 1:
-            trained = [p for _, p in compared(model or self.model)]
-            self.optimizer = torch.optim.SGD(trained, lr=0.0)
+            trained: Any = model or self.model
+            self.optimizer = torch.optim.SGD([p for _, p in compared(trained)], lr=0.0)
         return super().create_optimizer(model)
 
     def on_step_begin(self) -> None:

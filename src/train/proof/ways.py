@@ -182,8 +182,8 @@ def draws_of(chosen: Selection) -> Selection:
     """``DRAWS`` steps: those of ``chosen``, and these with their tokens at other places."""
     *samples, last = chosen.samples
     rounds = range(_rounds(chosen))
-    moved = [_moved_on(sample, by) for by in rounds for sample in samples]
-    steps = [
+    moved = [_moved_on(sample, by / len(rounds)) for by in rounds for sample in samples]
+    steps: list[Step] = [
         [tuple(i + by * len(samples) for i in sequence) for sequence in step]
         for by in rounds
         for step in chosen.steps
@@ -207,17 +207,20 @@ def _rounds(chosen: Selection) -> int:
     return -(-DRAWS // len(chosen.steps))
 
 
-def _moved_on(sample: Sample, by: int) -> Sample:
-    """The sample with its tokens moved on; of one with images, those that are trained."""
-    labels = sample.labels
-    places = [i for i, label in enumerate(labels) if label != IGNORED or not sample.extra]
-    ids = list(sample.input_ids)
-    for at, place in enumerate(places):
-        ids[place] = sample.input_ids[places[(at - by) % len(places)]]
-    pairs = zip(labels, ids, strict=True)
-    return replace(
-        sample, input_ids=ids, labels=[IGNORED if label == IGNORED else i for label, i in pairs]
-    )
+def _moved_on(sample: Sample, share: float) -> Sample:
+    """The sample with its tokens moved on by ``share`` of its length.
+
+    With images, whose places in the text must be as they were, other tokens of it are trained.
+    """
+    ids, size = sample.input_ids, len(sample.input_ids)
+    trained = [label != IGNORED for label in sample.labels]
+    by = round(share * size)
+    if not sample.extra:
+        ids = [ids[(i - by) % size] for i in range(size)]
+    elif by:
+        trained[1:] = [trained[1 + (i - by) % (size - 1)] for i in range(size - 1)]
+    pairs = zip(ids, trained, strict=True)
+    return replace(sample, input_ids=ids, labels=[i if does else IGNORED for i, does in pairs])
 
 
 def _repacked(recipe: Recipe, chosen: Selection) -> Way:
