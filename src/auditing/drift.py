@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.tolerance import FACTOR, unit
+from ..kernels.tolerance import budget, unit
 
 _ERRORS = 5.0
 """Standard errors that a mean may be from eager mode's; by chance once in two million times."""
@@ -198,7 +198,7 @@ def _drift(
     if direction == "size":
         most = min(_ERRORS * _SCALAR / number**0.5, _SCALAR_MOST)
         scalar = most * unit(torch.promote_types(dtype, torch.float32))
-    least = FACTOR * abs(eager) + _LEAST * unit(dtype)
+    least = budget(abs(eager), _LEAST * unit(dtype))
     return Drift(kind, direction, bias, eager, error, _ERRORS * error + scalar, least)
 
 

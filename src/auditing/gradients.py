@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.tolerance import FACTOR, unit
+from ..kernels.tolerance import budget, unit
 from .drift import kind_of
 from .findings import AuditFinding
 
@@ -146,7 +146,7 @@ def compare(
                 faults.append(Fault(name, "gradient-zero"))
             continue
         agreement = Agreement.of(g, exact)
-        allowed = FACTOR * by_kind[kind_of(name)] + slack
+        allowed = budget(by_kind[kind_of(name)], slack)
         compared += 1
         if unresolved:
             noise = max((each.off * each.size for each in rounding), default=0.0)

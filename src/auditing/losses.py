@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.tolerance import FACTOR, unit
+from ..kernels.tolerance import budget, unit
 from .by_hand import token_losses
 from .findings import AuditFinding
 from .gradients import slack_of
@@ -60,7 +60,7 @@ def findings(
     rounding = abs(eager.loss - wanted) / abs(wanted)
     # a sum in fp32 over all tokens
     summing = unit(torch.float32) * math.log2(max(2, count)) / 2
-    allowed = FACTOR * rounding + slack_of(dtype) + summing
+    allowed = budget(rounding, slack_of(dtype) + summing)
     off = abs(step.loss - wanted) / abs(wanted)
     figures = {
         "loss": step.loss, "by_hand": by_hand, "plain": exact.loss, "off": off, "allowed": allowed,

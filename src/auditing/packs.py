@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.tolerance import FACTOR, unit
+from ..kernels.tolerance import budget, unit
 from .bench import Bench, cast_to
 from .findings import AuditFinding
 from .losses import of_model
@@ -73,7 +73,7 @@ def look(bench: Bench, batch: Batch, exact: AuditStep, eager: AuditStep) -> Leak
         plain = _distance(_of(bench.plain.forward(changed)), truth, here)
     except _NoLogits as error:
         return str(error)
-    allowed = FACTOR * _distance(rounded, truth, here) + unit(bench.plain.dtype)
+    allowed = budget(_distance(rounded, truth, here), unit(bench.plain.dtype))
     apart = None
     if packed and isinstance(batch.get("position_ids"), Tensor) and not has_media(batch):
         last = here[-1]

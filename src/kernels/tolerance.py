@@ -23,6 +23,32 @@ FACTOR = 1.5
 """How many times eager's own error a rewrite may have."""
 
 
+def budget(eager: float, slack: float) -> float:
+    """How large an error may be, where eager's own is ``eager``."""
+    return FACTOR * eager + slack
+
+
+@dataclass
+class Pooled:
+    """Errors of several tensors, or of several draws of them, as if they were one.
+
+    The error of few numbers is a matter of luck, for eager as for what is compared with it; that
+    of many draws is not.
+    """
+
+    size: float = 0.0  # sum of squares of the oracle
+    off: float = 0.0  # sum of squares of the difference
+
+    def add(self, size: float, off: float) -> None:
+        """Add the sums of squares of one more."""
+        self.size, self.off = self.size + size, self.off + off
+
+    @property
+    def rms(self) -> float:
+        """The norm of the difference over the oracle's; alone where that is zero."""
+        return float(self.off**0.5 / (self.size**0.5 or 1.0))
+
+
 @dataclass(frozen=True)
 class Errors:
     """The distance of a tensor from its fp64 oracle, relative to the oracle's size."""
@@ -40,7 +66,7 @@ def errors(actual: Tensor, oracle: Tensor, draws: int = 1) -> Errors:
     first dimension. Where softmax is nearly sure of a class, their errors differ a hundredfold, and
     the largest of all is that of a single one: a matter of luck, for both.
     """
-    size = off = peak = off_peaks = largest = 0.0
+    pooled, peak, off_peaks, largest = Pooled(), 0.0, 0.0, 0.0
     parts = [(oracle, actual)]
     if draws > 1:
         parts = list(zip(oracle.unbind(), actual.unbind(), strict=True))
@@ -50,12 +76,11 @@ def errors(actual: Tensor, oracle: Tensor, draws: int = 1) -> Errors:
             sums = _sums(*each)
             if sums is None:
                 return Errors(float("inf"), float("inf"), float("inf"))
-            size, off = size + sums[0], off + sums[1]
+            pooled.add(*sums[:2])
             peak, off_peak = max(peak, sums[2]), max(off_peak, sums[3])
         off_peaks, largest = off_peaks + off_peak**2, max(largest, off_peak)
-    norm, distance, off_peak = size**0.5, off**0.5, (off_peaks / len(parts)) ** 0.5
-    scale = peak or 1.0
-    return Errors(distance / (norm or 1.0), off_peak / scale, largest / scale)
+    off_peak, scale = (off_peaks / len(parts)) ** 0.5, peak or 1.0
+    return Errors(pooled.rms, off_peak / scale, largest / scale)
 
 
 def _sums(exact: Tensor, ours: Tensor) -> tuple[float, float, float, float] | None:

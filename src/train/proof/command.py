@@ -48,9 +48,28 @@ from ..report.format import duration, finite, memory
 from ..report.throughput import flops_per_token, peak_flops
 from ..terminal import Terminal, say
 from ..trainer.batches import training_sequences
-from .compare import LEFT_OUT, Allowed, Deviations, deviations, drift_of, exceeded
+from .compare import (
+    LEFT_OUT,
+    Allowed,
+    Deviations,
+    deviations,
+    drift_of,
+    exceeded,
+    may_be_luck,
+    over_draws,
+)
 from .merged import Merged
-from .ways import Selection, Way, second_eager, select, sequences_per_step, unpacked, ways_of
+from .ways import (
+    Selection,
+    Way,
+    draws_of,
+    in_draws,
+    second_eager,
+    select,
+    sequences_per_step,
+    unpacked,
+    ways_of,
+)
 from .worker import RESULT, SAMPLES, Job, write_samples
 
 _START_SECONDS = 20.0
@@ -113,8 +132,10 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
         ways = ways_of(recipe, chosen, options.processes, _gpus(), mixes)
         for line in _announcement(recipe, ways, chosen):
             tell(line)
-        runs = _run(ways, chosen, Runner(recipe, options.steps, folder, tell))
-        comparison = Comparison(options.name, chosen, *_compared(runs, chosen))
+        runner = Runner(recipe, options.steps, folder, tell)
+        rows, limits = _compared(_run(ways, chosen, runner), chosen)
+        _judge_again(rows, limits, chosen, runner)
+        comparison = Comparison(options.name, chosen, rows, limits)
     console.print()
     console.print(comparison.table())
     console.print()
@@ -292,6 +313,45 @@ def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Allowe
     return rows, limits
 
 
+def _judge_again(rows: Sequence[Row], limits: Allowed, chosen: Selection, runner: Runner) -> None:
+    """Judge by several draws, in place, the rows that a single one may have failed."""
+    doubtful = [
+        row for row in rows
+        if row.verdict == "failed" and row.deviations and may_be_luck(row.deviations, limits)
+    ]  # fmt: skip
+    if not doubtful:
+        return
+    draws, folder = draws_of(chosen), runner.folder / "draws"
+    folder.mkdir()
+    write_samples(folder / SAMPLES, draws.samples)
+    again = dataclasses.replace(runner, steps=len(draws.steps), folder=folder)
+    runner.tell(
+        f"{', '.join(row.run.way.name for row in doubtful)}: the first step is beyond the limit, "
+        f"by no more than luck may explain: {again.steps} steps with the initial weights decide"
+    )
+    runs: list[Run] = []
+    for row in (*rows[:2], *doubtful):
+        number = f"{len(runs) + 1}/{len(doubtful) + 2}"
+        runs.append(again.run(in_draws(row.run.way, chosen), number))
+        if len(runs) <= 2 and runs[-1].status != "trained":
+            return
+    exact, eager, *others = runs
+
+    def off(row: Row, run: Run) -> Deviations:
+        assert row.deviations is not None
+        return over_draws(row.deviations, run.figures, run.folder, exact.figures, exact.folder)
+
+    dtype, each = eager.figures["dtype"], draws.trained // again.steps
+    limits = Allowed.of(off(rows[1], eager), dtype, each)
+    for row, run in zip(doubtful, others, strict=True):
+        if run.status == "trained":
+            drift = drift_of(run.folder, eager.folder, exact.folder, dtype, draws.trained)
+            row.deviations = dataclasses.replace(off(row, run), drift=drift)
+            row.limits, row.first = limits, row.exceeded
+            row.exceeded = exceeded(row.deviations, limits)
+            row.verdict = "failed" if row.exceeded else "passed"
+
+
 def _merged(figures: dict[str, Any]) -> Row:
     """The row of a merged model, from what ``compare_merged`` has returned."""
     way = Way("merged", optimize=False)
@@ -355,7 +415,8 @@ def run_way(
     way_folder.mkdir()
     changed = recipe_of(recipe, way, steps, str(way_folder / "out"))
     keys = changed.model_dump(mode="json", exclude_defaults=True)
-    Job(keys, consent, way.exact, way.layout.sequences, way.merges).write(way_folder)
+    job = Job(keys, consent, way.exact, way.layout.sequences, way.merges, way.fixed_weights)
+    job.write(way_folder)
     start = time.monotonic()
     with _started(way_folder, way.layout.processes) as processes:
         code = _wait(processes, way_folder, say)
@@ -479,12 +540,16 @@ class Row:
         verdict: ``"reference"``, ``"limit"`` (eager mode, which sets it), ``"passed"``,
             ``"failed"`` or ``"skipped"``.
         exceeded: what differs, a clause each; or why it failed to run.
+        first: the same by the first step alone, if several draws of it have decided.
+        limits: those by which they did.
     """
 
     run: Run
     deviations: Deviations | None
     verdict: str
     exceeded: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+    limits: Allowed | None = None
 
 
 @dataclass
@@ -575,6 +640,12 @@ class Comparison:
                 yield _cost(Merged(**row.run.figures))
             if row.verdict == "skipped":
                 yield f"{row.run.way.name}: skipped: {row.run.reason}"
+            if row.deviations is not None and row.limits is not None:
+                yield (
+                    f"{row.run.way.name}: judged by {row.deviations.draws} steps with the initial "
+                    f"weights, whose errors are taken together ({row.limits.gradient:.1e} is "
+                    f"allowed for all gradients), as {'; '.join(row.first)}"
+                )
         for row in self.failed:
             yield f"{row.run.way.name}: FAILED: {'; '.join(row.exceeded)}. {self._advice(row)}"
 
@@ -646,6 +717,8 @@ class Comparison:
             "processes": layout.processes if layout else None,
             "packing": layout.packing if layout else None,
             "deviations": dataclasses.asdict(row.deviations) if row.deviations else None,
+            "by_first_step": row.first,
+            "limits": dataclasses.asdict(row.limits) if row.limits else None,
             "tokens_per_s": self.rate(run),
             "run_seconds": run.seconds,
             **figures,

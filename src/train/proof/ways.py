@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import RecipeError
-from ..data import Sample, pack
+from ..data import IGNORED, Sample, pack
 from ..data.ranks import filler
 from ..recipe.recipe import Recipe
 
@@ -63,6 +63,7 @@ class Way:
         skipped: why it is not run; empty: it is.
         optional: whether a refusal of its settings is a reason to leave it out.
         merges: whether its adapter is merged afterwards, and compared.
+        fixed_weights: whether no step changes the weights, so that all gradients are compared.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Way:
     skipped: str = ""
     optional: bool = False
     merges: bool = False
+    fixed_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,55 @@ def second_eager(way: Way, chosen: Selection) -> Way:
     packing = way.layout.packing
     layout = BatchLayout.of(chosen.steps if packing else _one_by_one(chosen), packing, rows)
     return replace(way, name="eager again", layout=layout, exact=False)
+
+
+DRAWS = 16
+"""So many steps at least judge a way that failed by the gradients of one."""
+
+
+def draws_of(chosen: Selection) -> Selection:
+    """``DRAWS`` steps: those of ``chosen``, and these with their tokens at other places."""
+    *samples, last = chosen.samples
+    rounds = range(_rounds(chosen))
+    moved = [_moved_on(sample, by / len(rounds)) for by in rounds for sample in samples]
+    steps: list[Step] = [
+        [tuple(i + by * len(samples) for i in sequence) for sequence in step]
+        for by in rounds
+        for step in chosen.steps
+    ]
+    return Selection([*moved, last], steps)
+
+
+def in_draws(way: Way, chosen: Selection) -> Way:
+    """``way``, with the batches that it has of the samples, for ``draws_of`` them."""
+    assert way.layout is not None
+    sequences = tuple(
+        tuple(i if i == FILLER else i + by * (len(chosen.samples) - 1) for i in sequence)
+        for by in range(_rounds(chosen))
+        for sequence in way.layout.sequences
+    )
+    layout = replace(way.layout, sequences=sequences)
+    return replace(way, layout=layout, merges=False, fixed_weights=True)
+
+
+def _rounds(chosen: Selection) -> int:
+    return -(-DRAWS // len(chosen.steps))
+
+
+def _moved_on(sample: Sample, share: float) -> Sample:
+    """The sample with its tokens moved on by ``share`` of its length.
+
+    With images, whose places in the text must be as they were, other tokens of it are trained.
+    """
+    ids, size = sample.input_ids, len(sample.input_ids)
+    trained = [label != IGNORED for label in sample.labels]
+    by = round(share * size)
+    if not sample.extra:
+        ids = [ids[(i - by) % size] for i in range(size)]
+    elif by:
+        trained[1:] = [trained[1 + (i - by) % (size - 1)] for i in range(size - 1)]
+    pairs = zip(ids, trained, strict=True)
+    return replace(sample, input_ids=ids, labels=[i if does else IGNORED for i, does in pairs])
 
 
 def _repacked(recipe: Recipe, chosen: Selection) -> Way:

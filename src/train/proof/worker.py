@@ -58,6 +58,7 @@ class Job:
         recipe: the keys of the way's recipe that are not at their defaults.
         exact: whether to compute in a higher precision.
         merges: whether to merge the adapter afterwards, and compare it.
+        fixed_weights: whether no step is to change the weights.
     """
 
     recipe: dict[str, Any]
@@ -65,6 +66,7 @@ class Job:
     exact: bool
     sequences: tuple[tuple[int, ...], ...]
     merges: bool = False
+    fixed_weights: bool = False
 
     def write(self, folder: Path) -> None:
         """Write it into the folder of a worker."""
@@ -77,7 +79,7 @@ class Job:
         values = json.loads((folder / JOB).read_text(encoding="utf-8"))
         sequences = tuple(tuple(sequence) for sequence in values["sequences"])
         return cls(values["recipe"], Consent(**values["consent"]), values["exact"], sequences,
-                   values["merges"])  # fmt: skip
+                   values["merges"], values["fixed_weights"])  # fmt: skip
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
@@ -149,7 +151,8 @@ def _train(
     if job.exact:
         dtype = exact_dtype(model, dtype)
         recipe = make_exact(model, recipe, dtype)
-    record = Record(model, folder, world.main)
+    draws = (recipe.max_steps or 1) if job.fixed_weights else 1
+    record = Record(model, folder, world.main, draws)
     optimize_model(model, recipe)
     console = Terminal(quiet=True)
     context = Context(
@@ -162,7 +165,8 @@ def _train(
     peak = PeakMemory()
     trainer.train()
     peaks = world.gather(peak.peak())
-    record.keep_changes()
+    if not job.fixed_weights:
+        record.keep_changes()
     rewrites, trained = _rewrites(model, recipe), {}
     if job.merges:
         trained["loss_trained"] = keep_adapter(model, tokenizer, samples[:-1], folder, featurizer)

@@ -22,15 +22,19 @@ from fusewright.train.proof.compare import (
     deviations,
     drift_of,
     exceeded,
+    may_be_luck,
+    over_draws,
 )
 
 NAME = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.default.weight"
 FP32 = torch.finfo(torch.float32).eps
 
 
-def _write(folder: Path, gradients: dict[str, Tensor], changes: dict[str, Tensor]) -> Path:
-    folder.mkdir()
-    save_file(gradients, folder / GRADIENTS)
+def _write(
+    folder: Path, gradients: dict[str, Tensor], changes: dict[str, Tensor], step: int = 0
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(gradients, folder / GRADIENTS.format(step))
     save_file(changes, folder / CHANGES)
     return folder
 
@@ -191,6 +195,70 @@ def test_just_within_the_limit() -> None:
         losses=GOOD.losses, gradients=dict(GOOD.gradients), change=GOOD.change
     )  # fmt: skip
     assert not exceeded(found, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("changes", "luck"),
+    [
+        ({"gradients": {ALL: 1e-6, "q_proj": 9e-6}}, True),
+        ({"losses": (9e-6, 1e-6)}, True),
+        ({"gradients": {ALL: 1e-6, "q_proj": 9e-5}}, False),  # no luck goes that far
+        ({"gradients": {ALL: math.nan, "q_proj": 9e-6}}, False),
+        ({"losses": (9e-5, 1e-6)}, False),
+        ({"gradients": {ALL: 1e-6, "q_proj": 9e-6}, "change": 1e-5}, False),  # it fails anyway
+        ({"gradients": {ALL: 1e-6, "q_proj": 9e-6}, "losses": (1e-6, 9e-6)}, False),
+        ({"gradients": {ALL: 1e-6, "q_proj": 9e-6}, "problems": ("it has made 1 step",)}, False),
+    ],
+)
+def test_what_another_first_step_could_decide(changes: dict[str, Any], luck: bool) -> None:
+    found = _found(**changes)
+    assert exceeded(found, GOOD)
+    assert may_be_luck(found, GOOD) == luck
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(1.0, "passed"), (2.0, "failed")])
+def test_draws_are_judged_together(tmp_path: Path, size: float, verdict: str) -> None:
+    """Errors as large as eager's on average pass, and twice as large ones fail, in any draw."""
+    one, other = 0.3, 1.7
+    for step in range(2):
+        exact = _tensors(step)
+        noise = _tensors(10 + step)
+        sizes = {"exact": 0.0, "eager": (one, other)[step], "own": size * (other, one)[step]}
+        for name, factor in sizes.items():
+            own = {key: t + 1e-3 * factor * noise[key] for key, t in exact.items()}
+            _write(tmp_path / name, own, exact, step)
+
+    def off(name: str, *losses: float) -> Deviations:
+        first = _found(losses=(9.0, 1e-6), gradients={ALL: 9.0})
+        figures = {"losses": [2.0, 1.0]}
+        return over_draws(
+            first, {"losses": list(losses)}, tmp_path / name, figures, tmp_path / "exact"
+        )
+
+    limits = Allowed.of(off("eager", 2.0 + 2e-5, 1.0), "float32", 100)
+    found = off("own", 2.0, 1.0 - size * 2e-5)
+    assert (found.draws, found.change, found.losses[1]) == (2, 1e-6, 1e-6)
+    assert found.losses[0] == pytest.approx(size * 2e-5 / 5**0.5, rel=1e-6)
+    square = (one**2 + other**2) / 2
+    assert found.gradient == pytest.approx(size * 1e-3 * square**0.5, rel=0.1)
+    said = exceeded(found, limits)
+    assert bool(said) == (verdict == "failed")
+    if said:
+        assert said[0].startswith("the gradients of 2 steps with the initial weights differ in ")
+        assert said[1].startswith("the loss of step 1 is off by ")
+    folders = (tmp_path / "own", tmp_path / "eager", tmp_path / "exact")
+    assert len(drift_of(*folders, "float32", 200)) == 6
+
+
+def test_a_gradient_that_one_draw_lacks_is_a_problem(tmp_path: Path) -> None:
+    exact = _tensors()
+    for step in range(3):
+        _write(tmp_path / "exact", exact, exact, step)
+        lacking = dict(list(exact.items())[:-1]) if step == 1 else exact
+        _write(tmp_path / "own", lacking, exact, step)
+    figures = {"losses": [1.0] * 3}
+    found = over_draws(_found(), figures, tmp_path / "own", figures, tmp_path / "exact")
+    assert found.problems == (f"it has no gradient for {list(exact)[-1]}",)
 
 
 def test_where_eager_is_nan_nothing_passes() -> None:

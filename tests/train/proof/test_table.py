@@ -6,15 +6,35 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from fusewright.auditing.drift import Drift
 from fusewright.train.data import Sample
-from fusewright.train.proof.command import Comparison, Row, Run, Runner, _merged, _run
-from fusewright.train.proof.compare import ALL, Allowed, Deviations, exceeded
+from fusewright.train.proof.command import (
+    Comparison,
+    Row,
+    Run,
+    Runner,
+    _compared,
+    _judge_again,
+    _merged,
+    _run,
+)
+from fusewright.train.proof.compare import (
+    ALL,
+    CHANGES,
+    GRADIENTS,
+    Allowed,
+    Deviations,
+    exceeded,
+)
 from fusewright.train.proof.ways import BatchLayout, Way, select
 from fusewright.train.proof.worker import NO_ROOM
 
@@ -204,3 +224,81 @@ def test_without_room_for_a_higher_precision_eager_runs_twice(
     scripted.said["eager_again"] = ("failed", "no memory")
     with pytest.raises(RecipeError, match="no reference to compare with: no memory"):
         _run(ways, CHOSEN, runner)
+
+
+class _Rounding:
+    """In the place of ``run_way``: gradients whose errors vary from step to step.
+
+    ``factors``: how large they are on average by the way's name; in the first step of ``optimized``
+    they are three times as large.
+    """
+
+    def __init__(self, **factors: float) -> None:
+        self.factors, self.ran = {"exact": 0.0, "eager": 1.0, **factors}, list[tuple[str, int]]()
+
+    def __call__(self, recipe: Any, way: Way, steps: int, folder: Path, *_: Any) -> Run:
+        own = folder / way.name
+        own.mkdir()
+        self.ran.append((way.name, steps))
+        generator = torch.Generator().manual_seed(len(way.name))
+        names = [f"layers.{layer}.{kind}.weight" for layer in (0, 1) for kind in ("q", "k")]
+        for step in range(steps if way.fixed_weights else 1):
+            luck = 3.0 if step == 0 and way.optimize else 1.0
+            off = self.factors[way.name] * luck * 1e-6
+            gradients = {
+                name: torch.ones(8, 8) + off * torch.randn(8, 8, generator=generator)
+                for name in names
+            }
+            save_file(gradients, own / GRADIENTS.format(step))
+        save_file({"q": torch.ones(9)}, own / CHANGES)
+        figures = _figures(losses=[2.0] * steps, dtype="float32")
+        return Run(way, "trained", folder=own, figures=figures)
+
+
+@pytest.mark.parametrize(
+    ("size", "verdict", "again"),
+    [(1.0, "passed", True), (2.0, "failed", True), (99, "failed", False)],
+)
+def test_what_fails_by_one_step_is_judged_by_several(
+    tmp_path: Path, size: float, verdict: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounding = _Rounding(optimized=size, other=0.3)
+    monkeypatch.setattr("fusewright.train.proof.command.run_way", rounding)
+    said: list[str] = []
+    runner = Runner(SimpleNamespace(consent=None), 2, tmp_path, said.append)  # type: ignore[arg-type]
+    ways = [
+        Way(name, optimize=name in ("optimized", "other"), layout=LAYOUT, exact=name == "exact")
+        for name in ("exact", "eager", "optimized", "other")
+    ]
+    rows, limits = _compared(_run(ways, CHOSEN, runner), CHOSEN)
+    assert [row.verdict for row in rows] == ["reference", "limit", "failed", "passed"]
+    first = rows[2].exceeded
+    assert first
+    _judge_again(rows, limits, CHOSEN, runner)
+    repeated = [(name, 16) for name in ("exact", "eager", "optimized")]
+    assert rounding.ran[4:] == (repeated if again else [])
+    assert (rows[2].verdict, rows[3].verdict) == (verdict, "passed")
+    assert any("16 steps with the initial weights decide" in line for line in said) == again
+    lines = list(Comparison("r.yaml", CHOSEN, rows, limits).sentences())
+    judged = [line for line in lines if "judged by 16 steps with the initial weights" in line]
+    assert [first[0] in line for line in judged] == [True] * again
+    assert any("FAILED" in line for line in lines) == (verdict == "failed")
+    found = Comparison("r.yaml", CHOSEN, rows, limits).to_dict()["ways"]
+    assert found[2]["deviations"]["draws"] == (16 if again else 1)
+    assert found[2]["by_first_step"] == (first if again else [])
+    assert (found[2]["limits"] is None, found[3]["limits"]) == (not again, None)
+
+
+def test_draws_that_cannot_be_run_change_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounding = _Rounding(optimized=1.0)
+    monkeypatch.setattr("fusewright.train.proof.command.run_way", rounding)
+    runner = Runner(SimpleNamespace(consent=None), 2, tmp_path, lambda text: None)  # type: ignore[arg-type]
+    ways = [Way(name, name == "optimized", LAYOUT) for name in ("exact", "eager", "optimized")]
+    rows, limits = _compared(_run(ways, CHOSEN, runner), CHOSEN)
+    scripted = _Scripted(eager=("failed", "no memory"))
+    monkeypatch.setattr("fusewright.train.proof.command.run_way", scripted)
+    _judge_again(rows, limits, CHOSEN, runner)
+    assert scripted.names == ["exact", "eager"]
+    assert (rows[2].verdict, rows[2].first) == ("failed", [])

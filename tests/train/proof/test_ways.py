@@ -12,10 +12,13 @@ import torch
 from fusewright.train.data import IGNORED, Sample
 from fusewright.train.proof.command import alone, recipe_of
 from fusewright.train.proof.ways import (
+    DRAWS,
     FILLER,
     BatchLayout,
     Selection,
     Way,
+    draws_of,
+    in_draws,
     second_eager,
     select,
     sequences_per_step,
@@ -174,6 +177,35 @@ def test_few_sequences_are_taken_again() -> None:
     assert [chosen.tokens_of(step) for step in range(3)] == [14, 16, 12]
     assert chosen.tokens == 42
     assert chosen.trained == 36
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_draws_are_all_steps_with_their_tokens_at_other_places(tmp_path: Path, steps: int) -> None:
+    chosen = select([[_sample(9), _sample(5)], [_sample(7)], [_sample(8)]], steps, 2)
+    draws = draws_of(chosen)
+    assert DRAWS <= len(draws.steps) < DRAWS + steps
+    assert draws.samples[: len(chosen.samples) - 1] == chosen.samples[:-1]
+    assert draws.samples[-1] == chosen.samples[-1]
+    assert draws.trained * steps == chosen.trained * len(draws.steps)
+    moved = draws.samples[len(chosen.samples) - 1]
+    assert moved.input_ids != sorted(moved.input_ids) == list(range(9))
+    assert moved.labels == [IGNORED, *moved.input_ids[1:]]
+    expected = [Counter(i for s in step for i in s) for step in draws.steps]
+    for way in ways_of(_recipe(tmp_path, micro_batch_size=3), chosen, 2, None):
+        if way.layout is not None:
+            made = in_draws(way, chosen)
+            assert (made.name, made.merges, made.fixed_weights) == (way.name, False, True)
+            assert made.layout is not None
+            assert made.layout.text() == way.layout.text()
+            assert _contents(draws, made.layout) == expected, way.name
+
+
+def test_what_stands_for_an_image_stays_at_its_place() -> None:
+    ids, labels = [1, 7, 7, 2, 3, 4], [IGNORED] * 3 + [2, 3, 4]
+    sample = Sample(ids, labels, extra='{"images": ["a.png"]}')
+    first, moved = draws_of(select([[sample]], DRAWS // 2, 1)).samples[:2]
+    assert first == sample
+    assert moved == Sample(ids, [IGNORED, 7, 7, 2, IGNORED, IGNORED], sample.extra)
 
 
 def test_no_more_than_is_needed_is_read() -> None:

