@@ -88,7 +88,7 @@ def test_an_adapter_that_vllm_cannot_take(tmp_path: Path, install) -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"use_rslora": True, "r": 17, "layers_to_transform": [1]}, None),
+        ({"use_rslora": True, "r": 17}, None),
         ({"use_dora": True}, "plain LoRA only, and this adapter has"),
         ({"lora_bias": True}, "plain LoRA only, and this adapter has"),
         ({"modules_to_save": ["lm_head"]}, "plain LoRA only, and this adapter has"),

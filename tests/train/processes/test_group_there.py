@@ -83,24 +83,27 @@ def test_a_group_of_one_is_one_process(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def _of_ray(recipe: dict[str, Any]) -> None:
-    train(recipe, console=Console(quiet=True))
-
-
 @pytest.mark.slow
 def test_under_ray_train(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray", reason='needs Ray: pip install "ray[train]"')
+    ray = pytest.importorskip("ray", reason="needs Ray, which is nobody's dependency here")
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    def work(recipe: dict[str, Any]) -> None:  # by value: workers do not import this file
+        from rich.console import Console
+
+        from fusewright.train import train
+
+        train(recipe, console=Console(quiet=True))
+
     keys: dict[str, Any] = {"max_steps": 4, "num_epochs": None, "eval_steps": None}
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ray.init(num_cpus=2, include_dashboard=False)
     try:
         TorchTrainer(
-            _of_ray, train_loop_config=runs.recipe("ray", **keys),
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl"),
-            scaling_config=ScalingConfig(num_workers=2),
+            work, train_loop_config=runs.recipe("ray", **keys),
+            torch_config=TorchConfig(backend=backend), scaling_config=ScalingConfig(num_workers=2),
             run_config=RunConfig(storage_path=str(runs.folder / "of ray")),
         ).fit()  # fmt: skip
     finally:
