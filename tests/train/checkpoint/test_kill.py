@@ -83,7 +83,7 @@ def finished(folder: Path) -> bool:
         pytest.param(2, 40, 1, 2, False, marks=pytest.mark.long),
         pytest.param(20, 400, 1, 2, False, marks=pytest.mark.slow),
         pytest.param(8, 160, 2, 1, False, marks=pytest.mark.slow),
-        pytest.param(12, 240, 2, 1, True, marks=pytest.mark.slow),
+        pytest.param(6, 120, 2, 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_kills_at_random_moments(
