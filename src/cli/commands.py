@@ -16,7 +16,7 @@ import typer
 
 from ..errors import RecipeError
 from ..train.consent import Consent
-from ..train.terminal import Terminal, announce
+from ..train.terminal import Terminal, announce, say
 
 if TYPE_CHECKING:
     from ..train.data.images.picture import Gallery
@@ -224,9 +224,12 @@ def merge(
     opened = _opened(run, base_model, Consent(trust_remote_code))
     announce("importing PyTorch and transformers")
     from ..train import merge as command  # slow to import
+    from ..train.serve import vllm_line
 
     options = command.MergeOptions(output, dtype, max_shard_size, dequantize)
-    command.merge(opened, options)
+    merged = command.merge(opened, options)
+    if (line := vllm_line(merged, opened.consent)) is not None:
+        say(Terminal(highlight=False), line)
 
 
 def serve(

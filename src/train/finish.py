@@ -11,6 +11,7 @@ from ..report import Report
 from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
 from .checkpoint.rng_state import same_draws
+from .consent import Consent
 from .data.images.picture import thumbnail
 from .data.images.reading import sample_picture
 from .inference import generate
@@ -249,6 +250,16 @@ def write(result: RunResult, run_log: RunLog) -> None:
         card.write(result, folder)
     with run_log.guarded("run.json"):
         result.write()
+
+
+def hand_over(result: RunResult, recipe: Recipe, run_log: RunLog) -> None:
+    """Say how vLLM serves what was trained, if that writes texts."""
+    from .serve import vllm_line
+
+    with run_log.guarded("the command for vLLM"):
+        line = vllm_line(result.output_dir, Consent(recipe.trust_remote_code))
+        if line is not None:
+            run_log.say(line)
 
 
 def publish(

@@ -142,6 +142,8 @@ class TrainingRun:
             self.result.print(self.console)
             for line in self.result.ending(self.recipe.adapter is not None):
                 self.run_log.say(line)
+            if self.result.status == "finished":
+                finish.hand_over(self.result, self.recipe, self.run_log)
 
     # --- in the order of `run` -------------------------------------------------------------------
 

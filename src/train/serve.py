@@ -12,13 +12,14 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ..errors import ModelError, RecipeError
 from ..packages import install
+from .checkpoint.save_model import LEAVE_BASE
 from .consent import CODE_SWITCH, Consent
 from .inference.run_folder import RunFolder, open_run
 from .merge import merge
@@ -81,6 +82,37 @@ def serve(
         sys.stderr.flush()
         os.execv(str(shutil.which(server.executable)), command)
     raise RecipeError("\n  ".join(("serve: no installed server can serve this:", *refusals)))
+
+
+def vllm_line(path: str | Path, consent: Consent | None = None) -> str | None:
+    """The command by which vLLM serves a run, an adapter or a model; None for one that scores.
+
+    Where vLLM does not take an adapter, the line says why, and merges it first. Raises a ModelError
+    if there is nothing usable at ``path``.
+    """
+    options = ServeOptions(lora=True)
+    target = _Target(str(path), None, consent or Consent(), options, Terminal(quiet=True))
+    run = target.run
+    if run is None or _scores(run):
+        return None
+    refusal = _no_lora(run) if run.adapter else None
+    if run.adapter and refusal is None:
+        return f"for vLLM: {shlex.join(_vllm(target))}"
+    target.options = replace(options, lora=False)
+    commands = [_vllm(target)]
+    if target.must_merge():
+        commands.insert(0, ["fusewright", "merge", target.path])
+    elif (outdated := target.outdated(target.merged)) is not None:
+        return f"for vLLM: {outdated}"
+    because = f" (merged, because {refusal})" if refusal else ""
+    return f"for vLLM: {' && '.join(map(shlex.join, commands))}{because}"
+
+
+def _scores(run: RunFolder) -> bool:
+    """Whether a model has a head that classifies, in place of one that writes."""
+    config = read_object(run.folder / ("adapter_config.json" if run.adapter else "config.json"))
+    kinds = [config.get("task_type"), *(config.get("architectures") or ())]
+    return any(str(kind).endswith(("_CLS", "Classification")) for kind in kinds)
 
 
 def _how_to_install(target: _Target, servers: Sequence[Server]) -> str:
@@ -185,35 +217,44 @@ def _not_by_vllm(target: _Target) -> str | None:
     if run is None:
         return "it is given folders with safetensors here, and this is a GGUF file"
     if target.options.lora:
-        return _no_lora(run)
+        refusal = _no_lora(run)
+        return refusal and f"{refusal}: serve it without --lora"
     if (target.merged / "config.json").is_file():
         return target.outdated(target.merged)
     return None
 
 
 def _no_lora(run: RunFolder) -> str | None:
-    """Why vLLM cannot put the run's adapter on its base."""
+    """Why vLLM cannot put the run's adapter on its base; None: it can."""
     if not run.adapter:
-        return f"{run.folder} has no adapter: serve it without --lora"
+        return f"{run.folder} has no adapter"
     config = read_object(run.folder / "adapter_config.json")
-    others = [n for n in adapter_weights(str(run.folder)) if not re.search(r"\.lora_[AB]\.", n)]
+    names = adapter_weights(str(run.folder))
+    others = [n for n in names if not re.search(r"\.lora_[AB]\.weight$", n)]
     if config.get("peft_type") != "LORA" or config.get("target_parameters") or others:
         what = others[0] if others else config.get("target_parameters") or config.get("peft_type")
-        return f"it takes plain LoRA only, and this adapter has {what}: serve it without --lora"
+        return f"it takes plain LoRA only, and this adapter has {what}"
+    if (unread := next(filter(config.get, _UNREAD), None)) is not None:
+        return f"it does not read {unread}, which this adapter has"
+    if (init := config.get("init_lora_weights")) not in LEAVE_BASE:
+        return f"it would not change the base as init_lora_weights: {init} does"
     if locate(run.base_model, [Path.cwd(), run.folder]).gguf_file is not None:
-        return "the base is a GGUF file: serve it without --lora"
+        return "the base is a GGUF file"
     if _rank(config) > _LORA_RANKS[-1]:
-        return f"its ranks end at {_LORA_RANKS[-1]}: serve it without --lora"
+        return f"its ranks end at {_LORA_RANKS[-1]}"
     return None
 
 
+_UNREAD = ("rank_pattern", "alpha_pattern", "layer_replication")
+"""Settings of adapters that vLLM passes over: it scales all layers alike, and answers otherwise."""
+
+
 def _rank(config: dict[str, object]) -> int:
-    patterns = config.get("rank_pattern")
-    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
-    return max(int(str(rank)) for rank in ranks if rank is not None)
+    return int(str(config["r"]))
 
 
-def _vllm(target: _Target) -> list[str]:
+def _vllm(target: _Target, *more: str) -> list[str]:
+    """``vllm serve`` with the model of a target, and ``more``."""
     run, options = target.run, target.options
     assert run is not None
     if options.lora:
@@ -229,7 +270,7 @@ def _vllm(target: _Target) -> list[str]:
     else:
         model = [str(target.merged), "--served-model-name", target.name]
     code = [CODE_SWITCH] if target.consent.trust_remote_code else []
-    return ["vllm", "serve", *model, *_address(options), *code, *options.extra]
+    return ["vllm", "serve", *model, *more, *code, *options.extra]
 
 
 def _not_by_llama(target: _Target) -> str | None:
@@ -262,7 +303,10 @@ def _address(options: ServeOptions) -> list[str]:
 SERVERS = {
     server.name: server
     for server in (
-        Server("vllm", "vllm", install("vllm"), _not_by_vllm, _vllm),
+        Server(
+            "vllm", "vllm", install("vllm"), _not_by_vllm,
+            lambda target: _vllm(target, *_address(target.options)),
+        ),
         Server(
             "llama.cpp", "llama-server",
             "brew install llama.cpp, or a release of https://github.com/ggml-org/llama.cpp",

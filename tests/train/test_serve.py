@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fusewright.train.serve import vllm_line
+
 from .commands import fusewright, refused
 from .conftest import make_adapter
 
@@ -81,6 +83,49 @@ def test_an_adapter_that_vllm_cannot_take(tmp_path: Path, install) -> None:
     assert "plain LoRA only" in said
     assert "lora_magnitude_vector" in said
     assert not arguments.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"use_rslora": True, "r": 17}, None),
+        ({"use_dora": True}, "plain LoRA only, and this adapter has"),
+        ({"lora_bias": True}, "plain LoRA only, and this adapter has"),
+        ({"modules_to_save": ["lm_head"]}, "plain LoRA only, and this adapter has"),
+        ({"rank_pattern": {"q_proj": 2}}, "it does not read rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "it does not read alpha_pattern"),
+        ({"init_lora_weights": "pissa"}, "not change the base as init_lora_weights: pissa does"),
+        ({"r": 600}, "its ranks end at 512"),
+    ],
+)
+def test_the_line_for_vllm(settings: dict[str, object], why: str | None, tmp_path: Path) -> None:
+    run = make_adapter(tmp_path, **settings)
+    line = vllm_line(run)
+    if why is None:
+        base = f"vllm serve {tmp_path / 'base'}"
+        assert (
+            line
+            == f"for vLLM: {base} --enable-lora --lora-modules adapter={run} --max-lora-rank 32"
+        )
+        return
+    merged = f"fusewright merge {run} && vllm serve {run / 'merged'} --served-model-name adapter"
+    assert line is not None
+    assert line.startswith(f"for vLLM: {merged} (merged, because it")
+    assert why in line
+
+
+def test_the_line_for_vllm_of_whole_models(tmp_path: Path) -> None:
+    run = make_adapter(tmp_path, use_dora=True)
+    said = fusewright("merge", run).stdout.splitlines()[-1]
+    assert said == f"for vLLM: vllm serve {run / 'merged'} --served-model-name merged"
+    assert vllm_line(run / "merged") == said
+    newer = (run / "merged").stat().st_mtime + 5
+    os.utime(run / "adapter_model.safetensors", (newer, newer))
+    assert "merged is older than the run's adapter" in str(vllm_line(run))
+    config = json.loads((run / "merged" / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (run / "merged" / "config.json").write_text(json.dumps(config))
+    assert vllm_line(run / "merged") is None  # it writes no texts
 
 
 def test_llama_server_gets_the_gguf_of_the_run(adapter: Path, install) -> None:

@@ -138,7 +138,7 @@ class AdapterCheck:
 _OF_TOKENS = {"input_ids", "position_ids", "attention_mask"}
 """What a model of texts reads of a batch."""
 
-_LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initializations of LoRA (``init_lora_weights``) that leave the base weights alone."""
 
 
@@ -146,7 +146,7 @@ def uncheckable(model: Any) -> str | None:
     """Why the saved adapter of ``model`` cannot be tested on the base in memory, or None."""
     for config in model.peft_config.values():
         init = getattr(config, "init_lora_weights", None)
-        if init not in _LEAVE_BASE:
+        if init not in LEAVE_BASE:
             return f"{init} has changed the base weights in memory"
         if getattr(config, "layer_replication", None):
             return "the base model has replicated layers"

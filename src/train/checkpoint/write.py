@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,33 @@ from .resume import Saved
 from .rng_state import RngState
 from .save_model import save
 from .sharded import named_state, write_list, write_shards
+from .snapshot import snapshot, to_host, why_no_room
 
 
-def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
+def write_checkpoint(
+    trainer: Any, part: Path, saved: Saved, unfinished: RngState | None, later: bool = False
+) -> Callable[[], None] | None:
     """Write all that a run needs to resume from here, in the form that ``Trainer`` reads.
 
     Of several processes, each writes its random state and its shards, and rank 0 the rest.
     ``saved`` is what the Trainer does not keep; ``unfinished`` the random state to save in place of
     the present one, which has moved on.
+
+    Returns:
+        With ``later``, what is still to be called, in any thread: it writes copies of the weights
+        and of the optimizer's state. Else None.
     """
     state, main = trainer.state, trainer.world.main
     trainer.store_flos()  # a collective, as the next ones: before what a full disk can stop
+    rest = None
     if trainer.sharding.writes_shards:
         _write_shards(trainer, part)
     else:
-        _write_whole(trainer, part)
+        write = _whole(trainer, part, later)
+        if later:
+            rest = write
+        else:
+            write()
     if not trainer.args.save_only_model:
         if main:
             torch.save(trainer.sharding.schedule_state(), part / "scheduler.pt")
@@ -50,22 +65,34 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
             with unfinished.applied():
                 trainer._save_rng_state(str(part))
     if not main:
-        return
+        return rest
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExportableState):
             state.stateful_callbacks[type(callback).__name__] = callback.state()
     state.save_to_json(str(part / "trainer_state.json"))
     saved.write(part)
+    return rest
 
 
-def _write_whole(trainer: Any, part: Path) -> None:
-    """Bring weights and the optimizer's state together on rank 0, which writes them."""
-    whole = trainer.sharding.whole_state()
+def _whole(trainer: Any, part: Path, copied: bool) -> Callable[[], None]:
+    """Bring weights and the optimizer's state together on rank 0; returns what writes them.
+
+    ``copied``: it writes them as they are now, whatever is trained meanwhile.
+    """
+    model, context, whole = trainer.model, trainer.context, trainer.sharding.whole_state()
     optimizer = None if trainer.args.save_only_model else trainer.sharding.optimizer_state()
-    if trainer.world.main:
-        save(trainer.model, trainer.context.tokenizer, part, whole, trainer.context.recipe)
-        if not trainer.args.save_only_model:
-            torch.save(optimizer, part / "optimizer.pt")
+    tokenizer = context.tokenizer
+    if copied:
+        model, whole = snapshot(model)
+        optimizer, tokenizer = to_host(optimizer), trainer.checkpoints.tokenizer
+
+    def write() -> None:
+        if trainer.world.main:
+            save(model, tokenizer, part, whole, context.recipe)
+            if optimizer is not None:
+                torch.save(optimizer, part / "optimizer.pt")
+
+    return write
 
 
 def _write_shards(trainer: Any, part: Path) -> None:
@@ -106,6 +133,9 @@ def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | N
 class Checkpoints:
     """The checkpoints of a run: written completely, the best one known, old ones removed.
 
+    With ``async_save``, one is copied to host memory, and written by a thread while the next steps
+    run; ``settle`` takes note of it between steps, and another one waits for it.
+
     Attributes:
         write_error: why a checkpoint could not be written, which ended the run; or None.
         saved_at: the step of the last checkpoint.
@@ -117,6 +147,23 @@ class Checkpoints:
         self.write_error: str | None = None
         self.saved_at: int | None = None
         self.resumed_from: Path | None = None
+        self._in_flight: tuple[int, Future[None]] | None = None
+
+    @functools.cached_property
+    def _copies(self) -> bool:
+        """Whether copies are written later; host memory decides that at the first checkpoint."""
+        trainer = self.trainer
+        if not trainer.context.recipe.async_save:
+            return False
+        why_not = why_no_room(trainer.model, trainer.sharding.optimizer)
+        if why_not is not None:
+            trainer.context.say(f"  async_save: checkpoints are written at once: {why_not}")
+        return why_not is None
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """A copy for the thread: a tokenizer in Rust refuses two users ("Already borrowed")."""
+        return copy.deepcopy(self.trainer.context.tokenizer)
 
     def resume_from(self, folder: Path) -> None:
         """Note the checkpoint that is resumed from; RecipeError if its trainer state is damaged."""
@@ -148,33 +195,83 @@ class Checkpoints:
 
     def save_now(self) -> None:
         """Write a checkpoint of the last whole step, unless there is one, or was no step."""
+        self.settle(wait=True)
         if self.trainer.state.global_step not in (0, self.saved_at) and self.write_error is None:
             self.save()
+            self.settle(wait=True)
 
     def save(self) -> None:
-        """Write the checkpoint, or end the run because the disk is full."""
-        trainer, folder, step = self.trainer, self.folder, self.trainer.state.global_step
-        try:
+        """Write the checkpoint, or begin to; or end the run because the disk is full."""
+        self.settle(wait=True)
+        if self.write_error is not None:
+            return
+        trainer, step = self.trainer, self.trainer.state.global_step
+        with self._noting_full_disk():
             self.note_best()
-            write_collectively(trainer.world, folder, step, self._write)
+            if self._copies:
+                self._begin(step)
+                return
+            write_collectively(trainer.world, self.folder, step, self._write)
+            if trainer.world.main:
+                self._rotate(step, trainer.state.best_model_checkpoint)
+            self._saved(step)
+
+    def settle(self, wait: bool = False) -> None:
+        """Take note of a checkpoint that a thread has written; ``wait`` for one in flight."""
+        if self._in_flight is None:
+            return
+        step, written = self._in_flight
+        if wait or written.done():
+            with self._noting_full_disk():
+                written.exception()  # a signal may interrupt the wait, and it is still in flight
+                self._in_flight = None
+                written.result()
+                self._saved(step)
+
+    def _begin(self, step: int) -> None:
+        best = self.trainer.state.best_model_checkpoint
+        with contextlib.ExitStack() as stack:
+            part = stack.enter_context(files.writing(self.folder, step))
+            rest = self._write(part, later=True)
+            unfinished = stack.pop_all()
+
+        def finish() -> None:
+            with unfinished:
+                if rest is not None:
+                    rest()
+            self._rotate(step, best)
+
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._in_flight = step, writer.submit(finish)
+        writer.shutdown(wait=False)
+
+    def _write(self, part: Path, later: bool = False) -> Callable[[], None] | None:
+        trainer = self.trainer
+        with trainer.objective.writing(part):
+            return write_checkpoint(trainer, part, trainer.saved(), trainer.unfinished(), later)
+
+    def _rotate(self, step: int, best: str | None) -> None:
+        new = checkpoint.place(self.folder, step)
+        remaining = {new, Path(best)} if best else {new}
+        limit = self.trainer.context.recipe.save_total_limit
+        checkpoint.rotate(self.folder, limit, remaining)
+
+    def _saved(self, step: int) -> None:
+        self.saved_at = step
+        trainer = self.trainer
+        if trainer.world.main:
+            trainer.progress.saved(step)
+        if trainer.world.main and trainer.args.push_to_hub:
+            new = str(checkpoint.place(self.folder, step))
+            trainer.push_or_say(lambda: trainer._push_from_checkpoint(new))
+
+    @contextlib.contextmanager
+    def _noting_full_disk(self) -> Iterator[None]:
+        try:
+            yield
         except checkpoint.CheckpointWriteError as error:
             self.write_error = str(error)
-            trainer.control.should_training_stop = True
-            return
-        self.saved_at = step
-        if not trainer.world.main:
-            return
-        trainer.progress.saved(step)
-        new = checkpoint.place(folder, step)
-        best = trainer.state.best_model_checkpoint
-        remaining = {new, Path(best)} if best else {new}
-        checkpoint.rotate(folder, trainer.context.recipe.save_total_limit, remaining)
-        if trainer.args.push_to_hub:
-            trainer.push_or_say(lambda: trainer._push_from_checkpoint(str(new)))
-
-    def _write(self, part: Path) -> None:
-        with self.trainer.objective.writing(part):
-            write_checkpoint(self.trainer, part, self.trainer.saved(), self.trainer.unfinished())
+            self.trainer.control.should_training_stop = True
 
 
 # A checkpoint that several processes write: complete, or absent, for all of them.
@@ -185,7 +282,7 @@ _LATE = 20.0
 
 
 def write_collectively(
-    world: World, folder: Path, step: int, write: Callable[[Path], None]
+    world: World, folder: Path, step: int, write: Callable[[Path], object]
 ) -> None:
     """Make a checkpoint of what ``write`` puts into a folder; all processes call this.
 
@@ -239,7 +336,7 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
+def _lead(world: World, folder: Path, step: int, write: Callable[[Path], object]) -> None:
     failed, announced = "", False
     try:
         with files.writing(folder, step) as part:
@@ -255,7 +352,7 @@ def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) 
         raise CheckpointWriteError(failed)
 
 
-def _write(world: World, part: Path, write: Callable[[Path], None]) -> None:
+def _write(world: World, part: Path, write: Callable[[Path], object]) -> None:
     """Write, and learn whether all processes could."""
     reason = None
     try:

@@ -30,6 +30,7 @@ from ..recipe.export_formats import FORMATS, Format, format_named
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
+from ..serve import vllm_line
 from ..terminal import Terminal, announce, say
 from . import ollama
 from .certificate import CHECKS, Subject, Writer, certify
@@ -114,6 +115,9 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
     say(console, f"the export, {size / 1e6:,.0f} MB, is in {output}")
     if audit is not None:
         show(audit, console)
+    served = options.kind in ("merged", "compressed-tensors")
+    if served and (line := vllm_line(output, run.consent)) is not None:
+        say(console, line)
     if options.kind == "ollama":
         model = options.create or output.name
         say(console, f"for Ollama: cd {output} && ollama create {model} -f Modelfile")

@@ -58,6 +58,8 @@ class Memory:
         communication: gathered weights, whole gradients of a block, buckets.
         verification: with capture and code generation.
         slack: what the allocator cannot use again.
+        checkpoint: the copy that ``async_save`` makes of weights and states, where the device is
+            the host; else ``host`` has it.
         host: bytes in the memory of the host, in addition.
         offloaded: of these, inputs of blocks, which are copied in each pass.
         levels: how many blocks keep what.
@@ -76,12 +78,13 @@ class Memory:
     host: int
     levels: dict[Level, int]
     offloaded: int = 0
+    checkpoint: int = 0
 
     def parts(self) -> dict[str, int]:
         """Bytes by name, which add up to the peak."""
         names = (
             "process", "weights", "gradients", "optimizer", "activations", "logits", "working",
-            "communication", "verification", "slack",
+            "communication", "verification", "slack", "checkpoint",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -122,6 +125,7 @@ class TrainingJob:
         experts: whether bare weights of experts are quantized, too.
         copies: of the weights: 2 with a reference model.
         extra_forward_passes: further forward passes, without gradients.
+        copied: bytes of weights that ``async_save`` copies; None: it is not set.
         memory: the recipe's key.
         process: the memory of a process without the model.
     """
@@ -140,6 +144,7 @@ class TrainingJob:
     rate: float = 1.0
     copies: int = 1
     extra_forward_passes: int = 0
+    copied: int | None = None
 
     def blocks(self, factor: float) -> list[Usages]:
         """The usage of each block of the whole model, for ``factor`` times the tokens."""
@@ -235,7 +240,9 @@ def estimate(
         logits=logits if at_head else 0,
         working=0 if at_head else passing,
         slack=int(activations * job.process.slack),
-        host=states.host + on_host(levels, usages),
+        host=states.host
+        + on_host(levels, usages)
+        + (0 if fixed.checkpoint else _copy(job, states)),
         offloaded=on_host(levels, usages),
         levels={v: levels.count(v) for v in dict.fromkeys(levels)},
     )
@@ -262,7 +269,13 @@ def _fixed(job: TrainingJob, states: ModelStates, layout: ProcessLayout) -> Memo
         activations=0, logits=0, working=0,
         communication=states.buffers + _gathered(job.units, layout),
         verification=job.process.compilation, slack=0, host=0, levels={},
+        checkpoint=_copy(job, states) if job.process.is_host else 0,
     )  # fmt: skip
+
+
+def _copy(job: TrainingJob, states: ModelStates) -> int:
+    """Bytes of what ``async_save`` copies."""
+    return 0 if job.copied is None else job.copied + states.optimizer
 
 
 def _gathered(units: Sequence[FSDPUnit], layout: ProcessLayout) -> int:

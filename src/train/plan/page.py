@@ -40,7 +40,10 @@ _MEANING = {
     "communication": "gathered weights, buckets",
     "verification": "with capture and code generation",
     "slack": "lost to fragmentation",
+    "checkpoint": "the copy that async_save writes from",
 }
+
+_ON_HOST = "offloaded weights, states and inputs; the copy that async_save writes from"
 
 
 def show(plan: RunPlan, console: Console) -> None:
@@ -117,7 +120,7 @@ def _parts(plan: RunPlan) -> Table:
             table.add_row(name, _gib(size), _MEANING[name])
     table.add_row("peak", _gib(plan.memory.peak), f"between steps {_gib(plan.between_steps)}")
     if plan.memory.host:
-        table.add_row("on the host", _gib(plan.memory.host), "offloaded weights, states and inputs")
+        table.add_row("on the host", _gib(plan.memory.host), _ON_HOST)
     return table
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .count.images import ImageUsage, RowImages, row_images
 from .count.layout import ProcessLayout, layout_of, model_states
 from .count.network import Traffic, traffic
 from .count.step import take
-from .count.tensors import fsdp_units
+from .count.tensors import FSDPUnit, fsdp_units
 from .estimate import Memory, Process, TrainingJob, estimate
 from .here import CPU, devices_here
 from .recommend import Advice, advise, faster
@@ -212,12 +213,19 @@ def make_job(
     if on_cpu:
         process = Process(_CPU_PROCESS, compilation_bytes(codegen), _CPU_SLACK, is_host=True)
     experts = recipe.quantize_moe_experts
+    units = fsdp_units(blueprint, bits, experts)
     return TrainingJob(
-        blueprint, fsdp_units(blueprint, bits, experts), step, recipe.optimizer,
+        blueprint, units, step, recipe.optimizer,
         recipe.accumulation(), recipe.checkpointing(), recipe.memory, codegen, process,
         recipe.optimize, experts, _rate(recipe, dtype), _copies(recipe, settings),
         settings.extra_forward_passes if settings else 0,
+        _weight_bytes(units, recipe.adapter is not None) if recipe.async_save else None,
     )  # fmt: skip
+
+
+def _weight_bytes(units: Sequence[FSDPUnit], trained_only: bool) -> int:
+    """Bytes of the weights that a checkpoint has."""
+    return sum(u.times * w.bytes for u in units for w in u.weights if w.trains or not trained_only)
 
 
 def _copies(recipe: Recipe, settings: PreferenceSettings | None) -> int:

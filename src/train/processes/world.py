@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import datetime
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -208,6 +210,8 @@ class World:
 def joined(timeout: float | None) -> Iterator[World]:
     """Join the other processes of the run, if a launcher has started several, until the end.
 
+    A group of processes that is there already is used, and stays.
+
     ``timeout`` is that of collectives, in seconds; None: PyTorch's default.
 
     Raises:
@@ -221,6 +225,10 @@ def joined(timeout: float | None) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _group(timeout: float | None) -> Iterator[World]:
+    if dist.is_available() and dist.is_initialized():
+        with _entered(_world_there()) as world:
+            yield world
+        return
     placed = placement(os.environ)
     if placed.size == 1:
         yield World()
@@ -241,26 +249,77 @@ def _group(timeout: float | None) -> Iterator[World]:
             f"rank {placed.rank} of {placed.size} cannot reach rank 0 at {address}: "
             f"{first_line(error)}"
         ) from error
+    store = _of_this_run(store)
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(device_index(placed, torch.cuda.device_count()))
-    world = World(placed, PrefixStore("fusewright", store))
+
+    def connect() -> None:
+        choose_interface(os.environ, placed, PrefixStore("network", store))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
+        )  # fmt: skip
+
     try:
-        with _losses(machines=placed.size > placed.local_size):
-            choose_interface(os.environ, placed, PrefixStore("network", store))
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo",
-                store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
-            )  # fmt: skip
+        with _entered(World(placed, PrefixStore("fusewright", store)), connect) as world:
+            yield world
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _entered(world: World, connect: Callable[[], None] | None = None) -> Iterator[World]:
+    """Tell the other processes how this one ends, and end together."""
+    try:
+        with _losses(machines=world.size > world.local_size):
+            if connect is not None:
+                connect()
             yield world
             world.wait_for_main()
             world.most(0)  # rank 0 may own the store: it stays until the others have read it
     except BaseException as error:
         world.fail(error)
         raise
-    finally:
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+
+
+def _world_there() -> World:
+    """The processes of a group that the caller, or what started this process, has made.
+
+    It stays when the run ends. Ranks are the group's; where the environment does not say which of
+    them are on this machine, as accelerate wants to know, their hosts do.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == 1:
+        return World()
+    backends = dist.get_backend_config()
+    if "cpu:" not in backends:
+        raise RecipeError(
+            f"the process group that is there already ({backends}) has no backend for the CPU: "
+            'make it with backend "cpu:gloo,cuda:nccl" (Ray Train: TorchTrainer(..., '
+            'torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl")))'
+        )
+    hosts: list[Any] = [None] * size
+    dist.all_gather_object(hosts, socket.gethostname())
+    local = [other for other in range(size) if hosts[other] == hosts[rank]]
+    numbers = {"RANK": rank, "WORLD_SIZE": size}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.setdefault("LOCAL_RANK", str(local.index(rank)))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(len(local)))
+    placed = Placement(
+        rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    )
+    store = _of_this_run(distributed_c10d._get_default_store())
+    return World(placed, PrefixStore("fusewright", store))
+
+
+_runs = itertools.count(1)
+
+
+def _of_this_run(store: Any) -> Any:
+    """A part of a rendezvous' store: another run may follow in the same processes."""
+    return PrefixStore(f"run-{next(_runs)}", store)
 
 
 @contextlib.contextmanager

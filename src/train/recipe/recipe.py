@@ -113,8 +113,9 @@ class Recipe(
 
     def one_process(self) -> str | None:
         """A key, as it is written, that means one process; None: none does."""
-        # each process would draw blocks, and DDP looks for all gradients
-        return f"lisa_n_layers: {self.lisa_n_layers}" if self.lisa_n_layers else None
+        if self.lisa_n_layers:  # each process would draw blocks, and DDP looks for all gradients
+            return f"lisa_n_layers: {self.lisa_n_layers}"
+        return "async_save: true" if self.async_save else None
 
     def packs_sequences(self) -> bool:
         """Whether rows are packed, for training or validation."""

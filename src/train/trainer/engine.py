@@ -140,7 +140,10 @@ class EngineMixin(_Trainer):
             if resume_from_checkpoint:
                 self.sharding.load_before_sharding(Path(resume_from_checkpoint))
                 self.checkpoints.resume_from(Path(resume_from_checkpoint))
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self.checkpoints.settle(wait=True)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of this process."""
@@ -411,6 +414,7 @@ class EngineMixin(_Trainer):
         return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
 
     def _load_best_model(self) -> None:
+        self.checkpoints.settle(wait=True)
         if self.ended() != "finished":  # the last step's weights are what was asked for
             return
         if not self.sharding.load_best(Path(str(self.state.best_model_checkpoint))):
@@ -491,6 +495,7 @@ class FlowCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record that a step is complete; end the loop when a signal came."""
         self.trainer.on_step_end()
+        self.trainer.checkpoints.settle()
         control.should_training_stop |= self._stopping()
         control.should_save |= self.recipe.save_first_step and state.global_step == 1
         control.should_save |= self._file_appeared(state.global_step)

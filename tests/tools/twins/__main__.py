@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .page import PAGE, page, read_outcomes, write_outcomes
+from .page import read_outcomes, write_outcomes, write_pages
 from .run import Outcome, examples_in, run
 
 # What forks of this process need, imported once.
@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="for each recipe")
     parser.add_argument("--keep", type=Path, help="where the folders of the runs are kept")
     parser.add_argument(
-        "--write", action="store_true", help="store outcomes, write docs/axolotl.md"
+        "--write",
+        action="store_true",
+        help="store outcomes, write docs/axolotl.md and README's claim",
     )
     parser.add_argument(
         "--rest", action="store_true", help="leave out what is stored as having run"
@@ -115,7 +117,7 @@ def main() -> None:
                   f"{outcome.why}", flush=True)  # fmt: skip
             if chosen.write:
                 write_outcomes(of, outcomes.values())
-                PAGE.write_text(page(*read_outcomes()), encoding="utf-8")
+                write_pages()
     ran = sum(outcomes[name].ran for name in files)
     print(f"{sum(outcomes[name].accepted for name in files)} of {len(files)} accepted, {ran} ran")
 

@@ -1,8 +1,9 @@
-"""The page ``docs/axolotl.md``: written from the outcomes in ``outcomes.json``."""
+"""The page ``docs/axolotl.md``, and README's claim: written from what is in ``outcomes.json``."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from .run import LENGTH, OVERRIDES, STEPS, Outcome
 
 OUTCOMES = Path(__file__).parent / "outcomes.json"
 PAGE = Path(__file__).parents[3] / "docs" / "axolotl.md"
+README = PAGE.parents[1] / "README.md"
+
+_CLAIM = "{accepted} of Axolotl's {all} examples are accepted, {ran} ran on"
 
 _HEAD = """\
 # Axolotl's examples
@@ -83,6 +87,21 @@ def page(of: dict[str, str], outcomes: list[Outcome]) -> str:
         _table("recipe | why", [[f"`{o.recipe}`", _short(o)] for o in refused]),
     ]
     return "\n".join(parts) + "\n"
+
+
+def write_pages() -> None:
+    """Write the page anew, and the claim in README."""
+    of, outcomes = read_outcomes()
+    PAGE.write_text(page(of, outcomes), encoding="utf-8")
+    pattern = re.sub(r"\\{\w+\\}", r"\\d+", re.escape(_CLAIM))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(re.sub(pattern, claim(outcomes), text), encoding="utf-8")
+
+
+def claim(outcomes: list[Outcome]) -> str:
+    """How many recipes were accepted, and ran, in README's words."""
+    accepted, ran = sum(o.accepted for o in outcomes), sum(o.ran for o in outcomes)
+    return _CLAIM.format(accepted=accepted, all=len(outcomes), ran=ran)
 
 
 def _totals(outcomes: list[Outcome]) -> str:

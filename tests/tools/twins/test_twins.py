@@ -19,13 +19,13 @@ from fusewright.train.chat_templates import TOKENIZER_TEMPLATES, find_template
 from fusewright.train.recipe.keys.row_types import PREFERENCE_TYPES
 
 from . import __main__ as command
+from . import page as pages
 from . import run as running
 from .checkpoint import VOCAB, kind_of, make_checkpoint, make_tokenizer
-from .page import PAGE, page, read_outcomes
+from .page import PAGE, README, claim, page, read_outcomes
 from .rows import rows_of
 from .run import Outcome, examples_in, run
 
-README = PAGE.parents[1] / "README.md"
 PLAIN = {"optimize": False}
 
 
@@ -260,7 +260,14 @@ def test_the_page_is_of_the_outcomes() -> None:
 
 
 def test_readme_claims_what_ran() -> None:
-    _, outcomes = read_outcomes()
-    accepted, ran = sum(o.accepted for o in outcomes), sum(o.ran for o in outcomes)
-    claim = f"{accepted} of Axolotl's {len(outcomes)} examples are accepted, {ran} ran on"
-    assert claim in README.read_text(encoding="utf-8")
+    assert claim(read_outcomes()[1]) in README.read_text(encoding="utf-8")
+
+
+def test_the_command_writes_page_and_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, path in (("PAGE", tmp_path / "page.md"), ("README", tmp_path / "README.md")):
+        monkeypatch.setattr(pages, name, path)
+    old = "1 of Axolotl's 2 examples are accepted, 1 ran on"
+    (tmp_path / "README.md").write_text(f"before {old} after")
+    pages.write_pages()
+    assert (tmp_path / "README.md").read_text() == f"before {claim(read_outcomes()[1])} after"
+    assert (tmp_path / "page.md").read_text() == PAGE.read_text(encoding="utf-8")

@@ -78,16 +78,18 @@ def finished(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps", "every", "limit"),
+    ("kills", "steps", "every", "limit", "later"),
     [
-        pytest.param(2, 40, 1, 2, marks=pytest.mark.long),
-        pytest.param(20, 400, 1, 2, marks=pytest.mark.slow),
-        pytest.param(8, 160, 2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 40, 1, 2, False, marks=pytest.mark.long),
+        pytest.param(20, 400, 1, 2, False, marks=pytest.mark.slow),
+        pytest.param(8, 160, 2, 1, False, marks=pytest.mark.slow),
+        pytest.param(6, 120, 2, 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_kills_at_random_moments(
-    recipe: dict[str, Any], tmp_path: Path, kills: int, steps: int, every: int, limit: int
-) -> None:
+    recipe: dict[str, Any], tmp_path: Path, kills: int, steps: int, every: int, limit: int,
+    later: bool,
+) -> None:  # fmt: skip
     seed = int(os.environ.get("FUSEWRIGHT_TEST_SEED") or random.SystemRandom().randrange(10**6))
     print(f"seed {seed}")
     moments = random.Random(seed)
@@ -102,6 +104,7 @@ def test_kills_at_random_moments(
         "logging_steps": 7,
         "save_steps": every,
         "save_total_limit": limit,
+        "async_save": later,
         "auto_resume_from_checkpoints": True,
     }
     files = []

@@ -75,6 +75,20 @@ def test_a_plan_as_json(write: Write) -> None:
     assert found["parameters"] == found["trained"] > 0
 
 
+def test_the_copy_that_async_save_makes_is_counted(write: Write, recipe: MakeRecipe) -> None:
+    for keys in ({}, LORA):
+        args = "plan", str(write(**keys, async_save=True)), "--gpus", "1x24GB", "--json"
+        found = json.loads(fusewright(*args).stdout)
+        memory = found["memory"]
+        weights = 4 * found["trained"] if keys else 2 * found["parameters"]  # adapters: float32
+        assert memory["host"] == weights + memory["optimizer"] > memory["checkpoint"] == 0
+    job = replace(make_job(recipe()), copied=1000)  # on a CPU
+    copied = estimate(job, ONE, None)
+    assert copied.checkpoint == 1000 + copied.optimizer
+    assert copied.peak == estimate(replace(job, copied=None), ONE, None).peak + copied.checkpoint
+    assert copied.host == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

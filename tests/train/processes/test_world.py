@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
 import socket
@@ -345,8 +346,9 @@ def test_rank_0_may_fail_before_the_others_are_connected(
         raise RuntimeError("Gloo connectFullMesh failed with Connection closed by peer [::1]:1")
 
     monkeypatch.setattr(dist, "init_process_group", refused)
+    monkeypatch.setattr(world_module, "_runs", itertools.count(1))
     if said:
-        dist.PrefixStore("fusewright", second_of_two).set("failed-0", '"no such model"')
+        second_of_two.set("run-1/fusewright/failed-0", '"no such model"')
     expected = SystemExit if said else world_module.ProcessLostError
     with pytest.raises(expected), joined(1):
         raise AssertionError("joined nobody")

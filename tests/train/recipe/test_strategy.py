@@ -193,6 +193,7 @@ SIZES: list[tuple[dict[str, Any], int | None, list[int], dict[int, str]]] = [
         [1],
         {2: "lisa_n_layers: 1 means one process, but 2 processes run: remove it, or start one"},
     ),
+    ({"async_save": True}, 1, [1], {2: "async_save: true means one process, but 2 processes run"}),
     (
         {"dp_replicate_size": 4},
         4,

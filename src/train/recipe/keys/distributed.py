@@ -129,14 +129,14 @@ _SHARED_EXPERTS = "only expert_parallel_size reads it"
 _RING = "torch's own ring attention"
 
 
-_LISA = "set this or lisa_n_layers, not both: LISA trains with one process"
+_ALONE = {"lisa_n_layers or async_save": "set this or {key}, not both: that takes one process"}
 _SHARDED = {
-    "lisa_n_layers": _LISA,
+    **_ALONE,
     "use_dft or use_eaft": "set this or {key}, not both: {key} is a loss whose tiles need the "
     "whole output head in each process (DDP)",
 }
 _DIVIDED = {
-    "lisa_n_layers": _LISA,
+    **_ALONE,
     "use_dft or use_eaft": "set this or {key}, not both",
     METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
     "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
@@ -182,11 +182,11 @@ class DistributedKeys(Keys):
     """The configuration of DeepSpeed, or its JSON file; ``auto`` values are taken from the recipe.
     ``deepspeed_configs/zero3.json`` and the like need no file. Unset: DeepSpeed is not used."""
 
-    dp_shard_size: Int | None = key(ge=1, more_than=1, excludes={"lisa_n_layers": _LISA})
+    dp_shard_size: Int | None = key(ge=1, more_than=1, excludes=_ALONE)
     """Number of processes that share one copy of the weights, with FSDP. Unset, or 1: all of them,
     divided by ``dp_replicate_size``."""
 
-    dp_replicate_size: Int | None = key(ge=1, more_than=1, excludes={"lisa_n_layers": _LISA})
+    dp_replicate_size: Int | None = key(ge=1, more_than=1, excludes=_ALONE)
     """Number of copies of the weights: with FSDP, each is sharded (hybrid sharding). Unset: 1."""
 
     tensor_parallel_size: Int = key(

@@ -23,6 +23,9 @@ _NO_ROWS = "needs val_set_size or test_datasets: there are no rows to validate o
 _NO_PERPLEXITY = "validation has the figures of the method, without perplexity"
 
 
+_UPLOADS = "not with {key}, which uploads a checkpoint at the step that saves it"
+
+
 class DynamicCheckpointKeys(Keys):
     """``dynamic_checkpoint``: a checkpoint whenever a file appears."""
 
@@ -79,6 +82,16 @@ class OutputKeys(Keys):
 
     save_first_step: bool = False
     """Make a checkpoint after the first step, to see that it works."""
+
+    async_save: bool = key(
+        False,
+        excludes={
+            "relora": "not with {key}, whose checkpoints have the sum of all adapters",
+            "wandb_log_model: checkpoint or hf_mlflow_log_artifacts": _UPLOADS,
+        },
+    )
+    """Copy what a checkpoint has to host memory, and write it while the next steps run. It takes
+    that memory (``fusewright plan`` counts it), and one process."""
 
     dynamic_checkpoint: DynamicCheckpointKeys | None = not_applicable(
         "what it holds has a status of its own"
