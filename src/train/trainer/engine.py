@@ -275,10 +275,17 @@ class EngineMixin(_Trainer):
         self.guard.add(self.state.global_step + 1, inputs, loss)
         return loss
 
-    def get_cp_size(self) -> int:
-        """How many processes share each sequence."""
-        parts = self.sharding.parts
-        return super().get_cp_size() if parts is None else parts.size
+    # Trainer's own divide by what accelerate's mesh says, or by ``get_cp_size``: each version by
+    # another. Of ``Parts``, neither says anything.
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The rows of a step, each of them once."""
+        parts, size = self.sharding.parts, int(super().get_total_train_batch_size(args))
+        return size if parts is None else size // parts.size
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        """The trained tokens of a step, each of them once; None where nothing says which."""
+        parts, count = self.sharding.parts, super()._get_num_items_in_batch(batch_samples, device)
+        return count if parts is None or count is None else count / parts.size
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         """A context for forward and backward, and this process's part of the batch."""
