@@ -133,7 +133,9 @@ PARTS: dict[str, dict[str, str]] = {
         "torch.optim.Optimizer": "_patch_step_function",
         "transformers.PreTrainedModel": "_from_config _supports_sdpa _tied_weights_keys",
         "transformers.PreTrainedConfig": "_attn_implementation _experts_implementation",
-        "transformers.Trainer": "_save_rng_state _save_scaler _train_batch_size",
+        "transformers.Trainer": (
+            "_get_num_items_in_batch _save_rng_state _save_scaler _train_batch_size"
+        ),
         "transformers.TrainingArguments": "_n_gpu",
         "transformers.integrations.deepspeed": "_hf_deepspeed_config_weak_ref",
     },

@@ -42,6 +42,7 @@ from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.stored import is_stored
 from .model.tokenizer import ChatPrompt, set_padding
+from .output_files import write_generation_settings
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -242,7 +243,7 @@ def _write_generation_config(run: RunFolder, config: Any, folder: Path) -> None:
         settings = pretrained(GenerationConfig, run.base_model, kind="other")
     except RecipeError:  # the base has none, and then transformers makes them so
         settings = GenerationConfig.from_model_config(config)
-    settings.save_pretrained(folder)
+    write_generation_settings(settings, folder)
 
 
 def _copy_processor(run: RunFolder, folder: Path, console: Console) -> None:

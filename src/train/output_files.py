@@ -1,9 +1,12 @@
-"""Folders that no run may write to, and atomic writes."""
+"""Folders that no run may write to, and how some files are written."""
 
 from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
+from typing import Any
+
+GENERATION_SETTINGS = "generation_config.json"
 
 _SYSTEM = tuple(
     Path(name)
@@ -30,6 +33,13 @@ def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(text.encode("utf-8", errors))
     part.replace(path)
+
+
+def write_generation_settings(settings: Any, folder: Path) -> None:
+    """Write a ``GenerationConfig`` as it is, whatever its base was published with."""
+    # its ``save_pretrained`` refuses what many are, such as a temperature without ``do_sample``:
+    # all of them in transformers 5.17, later those that were changed since
+    settings.to_json_file(folder / GENERATION_SETTINGS, keys_to_pop=["compile_config"])
 
 
 def why_not_ours_to_write(folder: Path) -> str | None:

@@ -146,8 +146,8 @@ def test_what_the_user_has_set_is_not_overridden(
     monkeypatch.setattr(cpp_compiler, "_find_vector_instructions", lambda: done.append("tried"))
     with config.patch(settings):
         thread = cpp_compiler.prepare(torch.nn.Linear(1, 1))
-    assert thread is not None
-    thread.join()
+        assert thread is not None
+        thread.join()  # before PyTorch 2.13, all threads have the settings of now
     assert done == ["tried", "headers"]
 
 

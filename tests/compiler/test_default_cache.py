@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fusewright import explain, optimize
+from fusewright.compiler.bypass import CACHE_ARGUMENTS
 from fusewright.compiler.regions import find
 from fusewright.compiler.withheld import CacheRefused, WithheldCache
 
@@ -27,6 +29,8 @@ from ..models.zoo import FAMILIES, build
 from .test_flat_models import Block
 
 IDS = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(0))
+CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in CACHE_ARGUMENTS)
+"""What transformers calls a cache: past_key_values in 5.17, and later cache."""
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -419,14 +423,14 @@ class Counting(tf.LlamaModel):
         rotary = self.rotary_emb(x, position_ids=torch.arange(input_ids.shape[1])[None])
         self.calls.add_(1)
         for layer in self.layers:
-            x = layer(x, position_embeddings=rotary, cache=cache, use_cache=True)
-        return CausalLMOutputWithPast(logits=x * cache.get_seq_length(), cache=cache)
+            x = layer(x, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
+        return CausalLMOutputWithPast(logits=x * cache.get_seq_length(), **{CACHE: cache})
 
 
 def test_a_call_that_is_made_again_writes_to_buffers_once() -> None:
     ours = optimize(Counting(_llama().config).train(), codegen="eager", passes=(), verify="off")
     for calls in (1, 2):
-        assert ours(IDS).cache.get_seq_length() == 13
+        assert ours(IDS)[CACHE].get_seq_length() == 13
         assert ours.calls == calls
 
 
@@ -457,10 +461,10 @@ def test_a_default_cache_that_can_no_longer_be_computed_is_an_error() -> None:
         outputs = model(IDS)
         change(model, outputs)
         with pytest.raises(RuntimeError, match="pass use_cache=True"):
-            outputs.cache.get_seq_length()
+            outputs[CACHE].get_seq_length()
     outputs = ours(IDS, use_cache=True)
     outputs.logits.sum().backward()
-    assert outputs.cache.get_seq_length() == 13
+    assert outputs[CACHE].get_seq_length() == 13
 
 
 class Reading(tf.LlamaModel):
@@ -474,12 +478,12 @@ class Reading(tf.LlamaModel):
         position = torch.arange(input_ids.shape[1])[None]
         rotary = self.rotary_emb(x, position_ids=position)
         for layer in self.layers:
-            x = layer(x, position_embeddings=rotary, cache=cache, use_cache=True)
+            x = layer(x, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
             if not self.late:
                 x = x * (1.0 + cache.get_seq_length(0))
         if self.late:
             x = x + cache.layers[0].keys.mean()
-        return CausalLMOutputWithPast(logits=x, cache=cache)
+        return CausalLMOutputWithPast(logits=x, **{CACHE: cache})
 
 
 class Hiding(Reading):
@@ -487,7 +491,7 @@ class Hiding(Reading):
 
     def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
         outputs = super().forward(input_ids)
-        self.kept = outputs.cache
+        self.kept = outputs[CACHE]
         return CausalLMOutputWithPast(logits=outputs.logits)
 
 
@@ -511,7 +515,7 @@ def test_a_hook_on_a_block_gets_the_cache() -> None:
         lengths.append([])
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            lengths[-1].append(kwargs["cache"].get_seq_length(0))
+            lengths[-1].append(kwargs[CACHE].get_seq_length(0))
 
         model.layers[0].register_forward_hook(hook, with_kwargs=True)
         model(IDS)
@@ -525,5 +529,5 @@ def test_generation_and_evaluation_have_their_caches(training: bool) -> None:
     kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(IDS, **kwargs), eager.generate(IDS, **kwargs))
     with torch.no_grad():
-        assert type(ours.model(IDS).cache) is tf.DynamicCache
-    assert ours.eval().model(IDS).cache.get_seq_length() == 13
+        assert type(ours.model(IDS)[CACHE]) is tf.DynamicCache
+    assert ours.eval().model(IDS)[CACHE].get_seq_length() == 13

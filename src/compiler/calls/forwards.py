@@ -56,7 +56,8 @@ class Original:
         if self._own is not None:
             return self._own
         now, put = type(module).forward, module.__dict__.get("forward")
-        if put is None or getattr(put, "__func__", None) is self.replaced_by:
+        is_method = isinstance(put, types.MethodType)  # PyTorch 2.11 traces no getattr(put, ...)
+        if put is None or (is_method and put.__func__ is self.replaced_by):
             self._under_wrapper.pop(module, None)
             return now
         return self._under_wrapper.setdefault(module, now)

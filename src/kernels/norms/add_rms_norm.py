@@ -55,7 +55,7 @@ _launch_forward = direct(_forward_op)
 def _double_backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
     total, weight, _ = ctx.saved_tensors
     need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
-    formula = ctx.eps, ctx.offset, norm.ROUNDINGS[ctx.outer]
+    formula = ctx.eps, ctx.offset, norm.rounding_of(ctx.outer)
     d_total, d_weight = gradients(
         lambda total, weight: norm.reference(total, weight, *formula),
         (total, weight),

@@ -245,7 +245,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, rstd = forward(x, weight, eps, offset, outer)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.options = eps, offset, ROUNDINGS[outer]
+        ctx.options = eps, offset, rounding_of(outer)
         return y
 
     @staticmethod
@@ -291,6 +291,11 @@ def is_outer(rounding: str) -> bool:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, not {rounding!r}")
     return rounding == "outer"
+
+
+def rounding_of(outer: bool) -> str:
+    """The inverse of ``is_outer``."""
+    return "outer" if outer else "inner"  # PyTorch 2.11 traces no index that is a bool
 
 
 # -------------------------------------------------------------------------------------------- op

@@ -109,7 +109,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needed, count = ctx.needs_input_grad, len(weights)
 
     def formula(x: Tensor, norm_weight: Tensor | None, *tensors: Any) -> list[Tensor]:
-        y = norm.reference(x, norm_weight, eps, offset, norm.ROUNDINGS[outer])
+        y = norm.reference(x, norm_weight, eps, offset, norm.rounding_of(outer))
         pairs = zip(tensors[:count], tensors[count:], strict=True)
         return [F.linear(y.to(w.dtype), w, b) for w, b in pairs]
 

@@ -21,7 +21,7 @@ from ..inference.evaluate import held_out
 from ..inference.load_run import load_model_of, load_processing
 from ..inference.run_folder import RunFolder, open_run, stored_dtype
 from ..merge import base_in_memory, forget_conversions, merged_in_memory
-from ..model.base_files import BaseFiles, base_files, copy_processor
+from ..model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from ..model.multimodal import names_in_model, untrained
 from ..model.tokenizer import ChatPrompt
 from ..processing import Processing
@@ -192,7 +192,7 @@ def _base(subject: Subject, tokenizer: Any) -> _Base | None:
     base = _Base(subject.scratch / "base", subject.scratch / "base-exported", state, run)
     nn.Module.to(model, getattr(torch, stored_dtype(subject.merged)))  # ``state`` keeps its own
     try:
-        model.save_pretrained(base.folder)
+        save_with_base(model, base.folder, None)
         tokenizer.save_pretrained(base.folder)
         copy_processor(str(subject.merged), None, base.folder)  # which converters of towers read
     except (OSError, SafetensorError) as error:

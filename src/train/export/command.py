@@ -25,6 +25,7 @@ from ..merge import MergeOptions, merge, new_folder
 from ..model.files import in_shards
 from ..model.load import quiet
 from ..model.tokenizer import ChatPrompt
+from ..output_files import GENERATION_SETTINGS
 from ..processes.signals import Interrupts
 from ..recipe.export_formats import FORMATS, Format, format_named
 from ..recipe.preferences import head_of
@@ -187,7 +188,7 @@ def _modelfile(run: RunFolder, merged: Path, gguf: Path, console: Console) -> No
     from transformers import GenerationConfig
 
     settings = None
-    if (merged / "generation_config.json").is_file():
+    if (merged / GENERATION_SETTINGS).is_file():
         settings = _Settings(GenerationConfig.from_pretrained(str(merged)))
     tokenizer, chat = load_tokenizer(run), ChatPrompt.of(run.recipe)
     if note := ollama.write_modelfile(gguf.parent, gguf, settings, tokenizer, chat):

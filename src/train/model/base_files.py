@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import FusewrightError, ModelError, first_line
+from ..output_files import GENERATION_SETTINGS, write_generation_settings
 from ..recipe.locate import locate
 from .multimodal import is_in, untrained, untrained_towers
 
@@ -166,9 +168,26 @@ def save_with_base(
         state = {name: value for name, value in state.items() if not is_in(name, places)}
     if state is not None:
         options["state_dict"] = state
-    model.save_pretrained(folder, **options)
+    with _generation_settings_as_they_are(model, folder):
+        model.save_pretrained(folder, **options)
     if files is not None and keys:
         _add(folder, keys, files, dtype, options.get("max_shard_size", "50GB"))
+
+
+@contextlib.contextmanager
+def _generation_settings_as_they_are(model: Any, folder: Path) -> Iterator[None]:
+    """Save a model without letting ``save_pretrained`` judge how it generates."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    if (folder / GENERATION_SETTINGS).is_file():
+        write_generation_settings(settings, folder)
 
 
 def _add(

@@ -218,5 +218,6 @@ class _Attention:
         """Keys or values (B, heads, T, D) of the whole sequence, in its order."""
         from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
-        whole: Tensor = all_gather_tensor_autograd(part, 2, self.group)
+        # PyTorch 2.11 gathers no tensor with gaps
+        whole: Tensor = all_gather_tensor_autograd(part.contiguous(), 2, self.group)
         return whole.index_select(2, self.places)

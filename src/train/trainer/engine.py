@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -37,6 +39,7 @@ from transformers.trainer_utils import seed_worker
 from ...compiler.pipeline import planner_of
 from ...kernels import choice
 from ...memory.oom_retry import retrying
+from ...sharding import whole
 from ..checkpoint.load import readable
 from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState, seed_rank, share_in_groups
@@ -278,10 +281,17 @@ class EngineMixin(_Trainer):
         self.guard.add(self.state.global_step + 1, inputs, loss)
         return loss
 
-    def get_cp_size(self) -> int:
-        """How many processes share each sequence."""
-        parts = self.sharding.parts
-        return super().get_cp_size() if parts is None else parts.size
+    # Trainer's own divide by what accelerate's mesh says, or by ``get_cp_size``: each version by
+    # another. Of ``Parts``, neither says anything.
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The rows of a step, each of them once."""
+        parts, size = self.sharding.parts, int(super().get_total_train_batch_size(args))
+        return size if parts is None else size // parts.size
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        """The trained tokens of a step, each of them once; None where nothing says which."""
+        parts, count = self.sharding.parts, super()._get_num_items_in_batch(batch_samples, device)
+        return count if parts is None or count is None else count / parts.size
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
         """A context for forward and backward, and this process's part of the batch."""
@@ -299,6 +309,20 @@ class EngineMixin(_Trainer):
 
     def _has_mixed_mesh_grads(self, model: Any) -> bool:
         return self.sharding.divides or bool(super()._has_mixed_mesh_grads(model))
+
+    def _mixed_mesh_grad_norm(self, model: Any, max_norm: float) -> Any:
+        """The norm of gradients of several meshes, which are clipped to ``max_norm``."""
+        # transformers 5.17 adds up what a mesh has copies of, and knows one dimension of it
+        meshes: dict[Any, list[Any]] = {}
+        for p in model.parameters():
+            if p.grad is not None:
+                meshes.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+        norms = [whole(get_total_norm([p.grad for p in ps])) for ps in meshes.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if not math.isinf(max_norm):
+            for ps in meshes.values():
+                clip_grads_with_norm_(ps, max_norm, norm)
+        return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of the gradients, which Trainer has clipped; checked before the update."""

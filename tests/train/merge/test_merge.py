@@ -203,12 +203,15 @@ def test_a_run_and_its_checkpoint(trained: Path, tmp_path: Path, base: Path) -> 
 
 @pytest.mark.parametrize("settings", [True, False], ids=["settings", "none"])
 def test_other_tools_stop_where_a_turn_ends(tmp_path: Path, settings: bool) -> None:
-    """Of a base whose texts end otherwise: its own end, and that of the chat template."""
+    """Of a base whose texts end otherwise: its own end, and that of the chat template.
+
+    Settings that transformers would not save, though many models are published with such, are kept.
+    """
     adapter = make_adapter(tmp_path)
     base = tmp_path / "base"
-    for name in ("config.json", "generation_config.json"):
+    for name, more in {"config.json": {}, "generation_config.json": {"temperature": 0.5}}.items():
         given = json.loads((base / name).read_text())
-        (base / name).write_text(json.dumps({**given, "eos_token_id": 9}))
+        (base / name).write_text(json.dumps({**given, "eos_token_id": 9, **more}))
     if not settings:
         (base / "generation_config.json").unlink()
     folder = merged(adapter)
@@ -217,9 +220,12 @@ def test_other_tools_stop_where_a_turn_ends(tmp_path: Path, settings: bool) -> N
     assert model.generation_config.eos_token_id == [9, 2]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(2) == "<|im_end|>"
+    model.generation_config.pad_token_id = 0  # as Trainer sets it
     save(model, tokenizer, tmp_path / "whole", recipe=checked(base))  # as a run does
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert again.generation_config.eos_token_id == [9, 2]
+    expected = (0.5, 0) if settings else (None, 0)
+    assert (again.generation_config.temperature, again.generation_config.pad_token_id) == expected
 
 
 def test_adapters_that_are_not_lora_are_merged_by_peft(tmp_path: Path) -> None:

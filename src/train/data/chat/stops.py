@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ....errors import FusewrightError
+from ...output_files import GENERATION_SETTINGS, write_generation_settings
 from .template import REFUSALS, Template, in_parts
 
 _ANSWER = "zebra"
@@ -65,14 +65,13 @@ def write_stops(folder: Path, tokenizer: Any, variables: Mapping[str, Any]) -> N
     """
     from transformers import GenerationConfig
 
-    if not (folder / "generation_config.json").is_file():
+    if not (folder / GENERATION_SETTINGS).is_file():
         return
     config = GenerationConfig.from_pretrained(str(folder))
     stops = unknown_stops(SimpleNamespace(generation_config=config), tokenizer, variables)
     if stops:
         config.eos_token_id = stops
-        with contextlib.suppress(ValueError):  # settings of the base that transformers refuses
-            config.save_pretrained(folder)
+        write_generation_settings(config, folder)
 
 
 def _end_of_turn(tokenizer: Any, variables: Mapping[str, Any]) -> int | None:
