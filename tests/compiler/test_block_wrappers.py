@@ -82,7 +82,7 @@ REASONS = {
 }
 """Why nothing is rewritten below a wrapper, as ``explain`` says it."""
 CAPTURED_ONCE = ("aligned", "dispatched")
-"""Wrappers whose hooks are captured with accelerate 1.12, and not with 1.15."""
+"""Wrappers whose hooks are captured with some versions of accelerate (1.10), and not with 1.15."""
 
 
 def _step(call: nn.Module) -> tuple[list[Tensor], Any]:

@@ -70,7 +70,12 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
     assert run["history"][-1]["eval_loss"] == pytest.approx(run["val_loss_after"], rel=1e-6)
     assert run["sample"]["question"] == "What is 3?"
     assert set(run["sample"]) == {"question", "before", "after"}
-    for words in ("validation loss before", "step 8/8", "plain PEFT gives the same logits"):
+    for words in (
+        "validation loss before",
+        "step 8/8",
+        "plain PEFT gives the same logits",
+        "for vLLM: vllm serve ",
+    ):
         assert words in out.getvalue()
 
     if optimize:

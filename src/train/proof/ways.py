@@ -179,7 +179,7 @@ DRAWS = 16
 
 
 def draws_of(chosen: Selection) -> Selection:
-    """``DRAWS`` steps: those of ``chosen``, and these with their tokens at other places."""
+    """``DRAWS`` steps or more: those of ``chosen``, and these with their tokens moved on."""
     *samples, last = chosen.samples
     rounds = range(_rounds(chosen))
     moved = [_moved_on(sample, by / len(rounds)) for by in rounds for sample in samples]
