@@ -52,7 +52,8 @@ def source(row: dict[str, Any]) -> str:
     versions = row["versions"]
     software = ", ".join(f"{n} {versions[n]}" for n in ("torch", "transformers", "peft", "trl")
                          if versions.get(n))  # fmt: skip
-    threads = f", {row['threads']} threads" if row.get("threads") else ""
+    count = row.get("threads")
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     place = row["card"] or f"{row['cpu']}{threads}"
     return (
         f"{place}; {software}; {row['date'][:10]}, commit {row['commit'][:8]}.\n`{row['command']}`"
@@ -121,6 +122,21 @@ def preparation_table(name: str) -> str:
     same = "Tokens and labels are the same. " if found["same"] else ""
     titles = ("", "by the clock", "processor time")
     return f"{markdown(titles, lines)}\n\n{same}{source(found)}"
+
+
+def soak_table() -> str:
+    """Both runs of ``soak.py``."""
+    rows = [results(f"soak-{method}-cpu")[0] for method in ("lora", "qlora")]
+    lines = [
+        [
+            row["method"], f"{row['steps']:,}", f"{row['resident_mb']:.0f} MiB",
+            f"{row['resident_last_mb']:.0f} MiB", f"{row['drift']:.2%}", str(row["graphs"]),
+            str(row["last_new_graph"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    titles = ("", "steps", "resident after 100", "at the end", "drift", "graphs", "last at step")
+    return f"{markdown(titles, lines)}\n\n{source(rows[0])}"
 
 
 def readme_table() -> str:
@@ -198,6 +214,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qlora-8x512": lambda: step_table("train_step-smollm2-qlora-bf16-8x512-cpu", "growth_mb"),
     "qlora-4x256": lambda: step_table("train_step-smollm2-qlora-bf16-4x256-cpu", "growth_mb"),
     "training": lambda: training_table("training-smollm2-bf16-cpu"),
+    "soak": soak_table,
     "preparation": lambda: preparation_table("preparation-cpu"),
 }
 
