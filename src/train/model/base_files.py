@@ -177,7 +177,7 @@ def save_with_base(
 @contextlib.contextmanager
 def _generation_settings_as_they_are(model: Any, folder: Path) -> Iterator[None]:
     """Save a model without letting ``save_pretrained`` judge how it generates."""
-    settings = getattr(model, "generation_config", None)
+    settings = vars(model).get("generation_config")  # an adapter is saved without its base's
     if settings is None:
         yield
         return
