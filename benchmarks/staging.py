@@ -6,6 +6,7 @@ cannot run here), the next one has its turn, and the summary says so.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -138,16 +139,17 @@ class Execution:
 
     def __call__(self, command: Sequence[str], limit: float, name: str) -> int:
         """Run ``command``; end it, and all that it has started, after ``limit`` seconds."""
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        with _interruptible():
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         with self.logs(name).open("w") as log:
             copying = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
             copying.start()
@@ -158,6 +160,19 @@ class Execution:
             finally:
                 _end(process)
                 copying.join(GRACE)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let what is started heed SIGINT: what a script puts into the background inherits not to."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
 
 
 def _copy(source: IO[str], log: IO[str]) -> None:

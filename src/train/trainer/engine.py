@@ -364,6 +364,7 @@ class EngineMixin(_Trainer):
         self._after_step = RngState.now(), self._tr_loss.clone()
         self._midway = False
         self.objective.end_step()
+        self.checkpoints.settle()
 
     def _on_first_step(self) -> None:
         if self._notify_first_step is not None:
@@ -519,7 +520,6 @@ class FlowCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record that a step is complete; end the loop when a signal came."""
         self.trainer.on_step_end()
-        self.trainer.checkpoints.settle()
         control.should_training_stop |= self._stopping()
         control.should_save |= self.recipe.save_first_step and state.global_step == 1
         control.should_save |= self._file_appeared(state.global_step)
