@@ -94,7 +94,7 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes(
         assert run.code == 137, run.text
         said = f"rank {which} (process {ranks[which].pid}) was killed by SIGKILL"
         assert said in run.err
-        assert "resume_from_checkpoint: true" in run.err
+        assert "auto_resume_from_checkpoints: true" in run.err
         assert "Traceback" not in run.text
         assert "may be a bug" not in run.text
         assert not _gone(list(ranks.values()), 1)
