@@ -207,6 +207,7 @@ def swift(job: TrainingJob, turns: Any) -> None:
     """``sft_main`` with ``packing``, on the chats; packing needs flash attention, and so a GPU."""
     import torch
     from swift import SftArguments, sft_main
+    from transformers import AutoConfig
 
     from training_engines import arguments
     from training_job import ALPHA, RANK
@@ -216,7 +217,8 @@ def swift(job: TrainingJob, turns: Any) -> None:
     given = arguments(job) | {"save_strategy": "epoch"}  # behind the last step
     sft_main(
         SftArguments(
-            **given, model=job.base, model_type="llama", dataset=[job.rows], torch_dtype=job.dtype,
+            **given, model=job.base, dataset=[job.rows], torch_dtype=job.dtype,
+            model_type=AutoConfig.from_pretrained(job.base).model_type,  # several share a config
             tuner_type="lora", lora_rank=RANK, lora_alpha=ALPHA, lora_dropout=0.0,
             target_modules=["all-linear"], max_length=job.sequence_len, packing=packs,
             per_device_train_batch_size=job.packs if packs else job.batch, template="chatml",
