@@ -1,25 +1,26 @@
 """The processes of a run, and their communication.
 
-What rank 0 does alone (preparing rows, writing files), the others wait for at the rendezvous'
-store, however long it takes: a collective would time out. What all of them do together is a
-collective on small CPU tensors (gloo), so that no GPU is synchronized.
+What rank 0 does alone (preparing rows, writing files), the others wait for at a store (rank 0's, or
+across machines that of the rendezvous), however long it takes: a collective would time out. What
+all of them do together is a collective on small CPU tensors (gloo), so that no GPU is synchronized.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import ipaddress
 import itertools
 import json
 import os
 import re
+import select
 import signal
 import socket
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import psutil
@@ -62,16 +63,20 @@ class World:
         group: how many processes train the same batch; set by ``share_batches``.
         unread: the message about settings of the launcher that are not read, or None.
 
-    ``store`` is the rendezvous' store; None: there is one process.
+    ``store`` is where the others wait for rank 0; None: there is one process. ``failures`` is where
+    they find why another one has ended; None: there, too.
     """
 
-    def __init__(self, placed: Placement | None = None, store: Any = None) -> None:
+    def __init__(
+        self, placed: Placement | None = None, store: Any = None, failures: Any = None
+    ) -> None:
         placed = placed or Placement()
         self.rank, self.size = placed.rank, placed.size
         self.local_rank, self.local_size = placed.local_rank, placed.local_size
         self.group = 1
         self.unread: str | None = None
-        self._store, self._shared = store, 0
+        self._store, self._failures = store, failures or store
+        self._shared = 0
 
     @property
     def main(self) -> bool:
@@ -108,15 +113,12 @@ class World:
             return make()
         self._shared += 1
         name = f"shared-{self._shared}"
-        text = [json.dumps(make()) if self.main else ""]
-        try:
-            if self.main:
-                self._store.set(name, text[0])
-            else:
-                text = [self._awaited(name)]
-        except dist.DistNetworkError:  # it was the launcher's, which was killed: save without it
-            dist.broadcast_object_list(text)
-        return json.loads(text[0])  # type: ignore[no-any-return]  # 2026-11-27: what ``make`` gave
+        if self.main:
+            text = json.dumps(make())
+            self._store.set(name, text)
+        else:
+            text = self._awaited(name)
+        return json.loads(text)  # type: ignore[no-any-return]  # 2026-11-27: what ``make`` gave
 
     def wait_for_main(self) -> None:
         """Wait until rank 0 is here, too."""
@@ -175,7 +177,8 @@ class World:
         text = str(error)
         with contextlib.suppress(Exception):  # the store may be gone, too
             if not isinstance(error, ProcessLostError):
-                self._store.set(f"failed-{self.rank}", json.dumps(text))
+                for store in (self._store, self._failures):
+                    store.set(f"failed-{self.rank}", json.dumps(text))
             if self.main and not _launcher_has_store():
                 time.sleep(2 * _POLL)  # until the others have read that
             if self.main or not isinstance(error, FusewrightError | KeyboardInterrupt):
@@ -190,8 +193,8 @@ class World:
         """The message of a process that has failed, if it comes soon."""
         end = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < end:
-            if self._store.check([f"failed-{rank}"]):
-                return str(json.loads(self._store.get(f"failed-{rank}")))
+            if self._failures.check([f"failed-{rank}"]):
+                return str(json.loads(self._failures.get(f"failed-{rank}")))
             time.sleep(0.1)
         return None
 
@@ -249,7 +252,8 @@ def _group(timeout: float | None) -> Iterator[World]:
             f"rank {placed.rank} of {placed.size} cannot reach rank 0 at {address}: "
             f"{first_line(error)}"
         ) from error
-    store = _of_this_run(store)
+    failures = _of_this_run(store)
+    store = _store_of_rank_0(failures, placed, wait) if _launcher_has_store() else failures
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(device_index(placed, torch.cuda.device_count()))
@@ -262,7 +266,8 @@ def _group(timeout: float | None) -> Iterator[World]:
         )  # fmt: skip
 
     try:
-        with _entered(World(placed, PrefixStore("fusewright", store)), connect) as world:
+        stores = [PrefixStore("fusewright", kept) for kept in (store, failures)]
+        with _entered(World(placed, *stores), connect) as world:
             yield world
     finally:
         with contextlib.suppress(Exception):
@@ -348,6 +353,21 @@ def _launcher_has_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def _store_of_rank_0(launcher: Any, placed: Placement, timeout: datetime.timedelta) -> Any:
+    """A store that outlives a launcher that is killed: the processes save, and wait for rank 0.
+
+    Across machines it stays the launcher's, whose address all of them are known to reach.
+    """
+    if placed.local_size < placed.size:
+        return launcher
+    tcp_store = partial(dist.TCPStore, "127.0.0.1", timeout=timeout)  # type: ignore[attr-defined]  # 2026-12-01: not in its list
+    if placed.rank == 0:
+        store = tcp_store(0, is_master=True, wait_for_workers=False)
+        launcher.set("port", str(store.port))
+        return store
+    return tcp_store(int(launcher.get("port")))
+
+
 def lost(error: BaseException) -> bool:
     """Whether an error is PyTorch's way of reporting that another process is gone."""
     kinds = (dist.DistNetworkError, dist.DistStoreError)
@@ -355,12 +375,28 @@ def lost(error: BaseException) -> bool:
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM, and so save, when the parent of this process is killed."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[PARENT]):
+    """Get one SIGTERM, and so save, when the parent of this process is killed (Linux)."""
+    parent = int(os.environ[PARENT])
+    descriptor = None
+    if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids the call
+            descriptor = os.pidfd_open(parent)
+    if os.getppid() != parent:
         raise SystemExit(1)
+    if descriptor is not None:
+        threading.Thread(target=_signal_at_end, args=(descriptor,), daemon=True).start()
+
+
+def _signal_at_end(process: int) -> None:
+    """Wait for a process to end, by its descriptor.
+
+    prctl(PR_SET_PDEATHSIG) would signal once for each thread of the parent, and a second SIGTERM
+    means to quit without saving.
+    """
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- settings of ``accelerate launch``, which are not read: the recipe decides --------------------

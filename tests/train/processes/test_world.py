@@ -8,6 +8,8 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -391,7 +393,45 @@ def test_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_whose_launcher_is_gone_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PARENT, "1")
     monkeypatch.setattr(world_module, "placement", lambda environ: Placement(0, 2, 0, 2))
-    monkeypatch.setattr(world_module.ctypes, "CDLL", lambda *given, **options: None)
     with pytest.raises(SystemExit) as ended, joined(1):
         raise AssertionError("joined nobody")
     assert ended.value.code == 1
+
+
+CHILD = """
+import os, signal, sys, time
+from fusewright.train.processes.world import end_with_parent
+came = []
+signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+end_with_parent()
+print("ready", flush=True)
+for _ in range(600):
+    if came:
+        break
+    time.sleep(0.05)
+time.sleep(0.5)  # for another one
+with open(sys.argv[1], "w") as file:
+    file.write(f"{len(came)} of {os.getpid()}")
+"""
+
+PARENT_CODE = """
+import os, subprocess, sys, threading, time
+os.environ["FUSEWRIGHT_PARENT"] = str(os.getpid())
+for _ in range(8):  # Linux hands a child on from thread to thread, as they end
+    threading.Thread(target=time.sleep, args=(600,)).start()
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux tells of a parent's end")
+def test_the_end_of_a_launcher_with_threads_is_one_signal(tmp_path: Path) -> None:
+    file = tmp_path / "came"
+    command = [sys.executable, "-c", PARENT_CODE, CHILD, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"ready\n"
+        launcher.kill()
+        launcher.wait()
+        assert launcher.stdout.read() == b""  # until the child has ended, too
+    assert file.read_text().startswith("1 of ")
