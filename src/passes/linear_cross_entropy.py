@@ -103,6 +103,11 @@ class LinearCrossEntropy(Rule):
             "the loss has an unexpected dtype",
             m.root,
         )
+        m.require(
+            facts.dtype(m.x) is not torch.float64 or facts.dtype(m.root) is torch.float64,
+            "the model computes the loss of its float64 logits in float32, and the op in float64",
+            m.root,
+        )
         factor = facts.tensor(m.get("factor"))
         m.require(factor is None or factor.numel() == 1, "the logits' factor is no scalar", m.root)
         m.require(factor is None or m.bias is None, "a bias inside a learnt factor", m.root)

@@ -44,6 +44,13 @@ def _as(t: Tensor) -> Tensor:
     return torch.where(rounded.double() < t, rounded + unit(torch.bfloat16), rounded)
 
 
+@pytest.mark.parametrize(("off", "is_rounding"), [(1e-15, True), (1e-3, False)])
+def test_rounding_in_float64_is_not_reported_as_a_fault(off: float, is_rounding: bool) -> None:
+    problem = exceeded(EXACT + off, EXACT, EXACT)
+    assert EXCEEDS in problem
+    assert problem.startswith("float64 is what errors are measured against") is is_rounding
+
+
 def test_one_element_that_is_far_off() -> None:
     # the rms error of a thousand elements does not show it
     ours = _off(0.01)
