@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +42,8 @@ from .sharing import (
 from .units import Units
 from .watch import Watches
 from .withheld import WithheldCache
+
+_logger = logging.getLogger(__name__)
 
 
 class Replay:
@@ -314,7 +317,13 @@ class Session:
             self.log.record(self.state.region, graph)
 
     def _start(self, module: nn.Module) -> None:
-        """Before the first call: let Inductor prepare during the capture."""
+        """Before the first call: announce it; let Inductor prepare during the capture."""
+        codegen, reason = self.choices.codegen
+        _logger.info(
+            "the first training step captures the model's graphs, verifies rewrites, races "
+            "candidates%s, and takes longer than later ones (codegen %s: %s)",
+            " and compiles" if codegen == "inductor" else "", codegen, reason,
+        )  # fmt: skip
         if self.choices.codegen[0] == "inductor" and not self.choices.fake:
             self.state.preparation = prepare(module)
         self.state.started = True
