@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 Status = Literal["rewritten", "refused", "missed"]
 
+THE_MODEL = "the model"
+"""What the model itself is called, whose path is empty."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -106,8 +109,10 @@ class Report:
         memory: what the blocks keep for backward, and the predicted and measured peak.
         logits: what was computed of the logits in tiles, without making them, and how often.
         fallbacks: ops of this process that run in plain PyTorch, because their kernel failed.
-        choices: what was raced on this machine, with the winner and the times.
+        choices: how this model's blocks were raced with its own code, with the winner and times.
         cuda_graphs: which calls of blocks run by CUDA graphs, and why others do not.
+        op_choices: how ops were raced in this process, for all of its models on such a device.
+        pending: why the report may change with the first training step; empty if it will not.
     """
 
     sites: tuple[Site, ...]
@@ -120,6 +125,8 @@ class Report:
     fallbacks: tuple[Fallback, ...] = ()
     choices: tuple[str, ...] = ()
     cuda_graphs: tuple[str, ...] = ()
+    op_choices: tuple[str, ...] = ()
+    pending: str = ""
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -147,7 +154,10 @@ class Report:
             Fallback(str(f.get("op", "")), str(f.get("reason", "")))
             for f in data.get("fallbacks") or ()
         )
-        texts = {name: tuple(map(str, data.get(name) or ())) for name in ("choices", "cuda_graphs")}
+        texts = {
+            name: tuple(map(str, data.get(name) or ()))
+            for name in ("choices", "cuda_graphs", "op_choices")
+        }
         lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, **texts}
         return cls(**{**_known(cls, data), **lists})
 
@@ -163,10 +173,10 @@ class Report:
         """How much was rewritten, in a line."""
         if not self.sites and not self.codegen:
             return "this model is not optimized"
-        return (
-            f"{sum(self.by_rule().values())} rewrites in {self.regions} regions "
-            f"({self.graphs} graphs)" + (f", codegen {self.codegen}" if self.codegen else "")
-        )
+        rewrites = _counted(sum(self.by_rule().values()), "rewrite")
+        regions, graphs = _counted(self.regions, "region"), _counted(self.graphs, "graph")
+        codegen = f", codegen {self.codegen}" if self.codegen else ""
+        return f"{rewrites} in {regions} ({graphs}){codegen}"
 
     def table(self) -> list[tuple[str, ...]]:
         """The rules with their counts and largest errors, as text, below a head; or nothing."""
@@ -198,7 +208,7 @@ class Report:
             lines += _aligned(table)
         elif self.regions:
             lines.append("  no formula was recognised")
-        lines += [f"  {name} {text}".rstrip() for name, text in self._notes()]
+        lines += [f"  {name} {text}" if name else f"  {text}" for name, text in self._notes()]
         for status, rule, text in self.remarks():
             lines.append(f"  {status}: {rule} in {text}" if rule else f"  {status}: {text}")
         return "\n".join(lines)
@@ -218,10 +228,12 @@ class Report:
 
     def _notes(self) -> list[tuple[str, str]]:
         """What is said below the table, with a name of each kind."""
-        notes = [("", line) for line in self.gains()]
+        notes = [("not final:", self.pending)] if self.pending else []
+        notes += [("", line) for line in self.gains()]
         about = (("memory", self.memory), ("logits", self.logits))
         notes += [(name, text) for name, text in about if text]
         notes += [("raced:", choice) for choice in self.choices]
+        notes += [("raced for all models:", choice) for choice in self.op_choices]
         return notes + [("", line) for line in self.cuda_graphs]
 
     def gains(self) -> list[str]:
@@ -236,6 +248,10 @@ class Report:
             moved = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
             lines.append(f"read and written by their forward: {moved}")
         return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 _NO_SITE = {"module": "", "rule": "", "op": "", "status": "missed"}
@@ -311,7 +327,7 @@ def _cause(reason: str) -> object:
 
 
 def _places(modules: list[str]) -> str:
-    names = list(dict.fromkeys(m or "the model" for m in modules))
+    names = list(dict.fromkeys(m or THE_MODEL for m in modules))
     inner = [n for n in names if any(n.startswith(f"{outer}.") for outer in names)]
     outer = [n for n in names if n not in inner]
     text = outer[0] if len(outer) == 1 else f"{outer[0]} and {len(outer) - 1} more"

@@ -9,20 +9,26 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 
+from ..compiler.pipeline import reads_of
 from .drift import kind_of
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back gradients, buffers, modes and the state of all random numbers at the end."""
+    """Put back gradients, buffers, modes and the state of all random numbers at the end.
+
+    What ``explain`` says of reads of the logits is put back, too.
+    """
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]
     held = [(m, dict(m._buffers)) for m in model.modules()]
     modes = [(m, m.training) for m in model.modules()]
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    reads = reads_of(model)
+    uncounted = contextlib.nullcontext() if reads is None else reads.uncounted()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), uncounted:
             yield
     finally:
         random.setstate(state)

@@ -36,7 +36,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels import candidates, raced_op
-from ..kernels.choice import Choice, Contender, Question, Timing, are_blocks_raced, choose
+from ..kernels.choice import Choice, Contender, Question, Timing, are_blocks_raced, choices, choose
 from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import inside_checkpoint
 from ..memory.budget import gigabytes
@@ -57,6 +57,12 @@ SHARE = 0.1
 """Of the free memory: so much may all blocks keep for backward if they run as they were."""
 
 
+_PENDING = (
+    "the first training step races each kind of block with the model's own code, and blocks that "
+    "lose run as they were: explain the model again after it"
+)
+
+
 class Unraced(Exception):
     """Blocks that are not raced, and why."""
 
@@ -72,6 +78,9 @@ class BlockRaces:
     planner: Planner | None = None
     about: tuple[Any, ...] = ()
     is_on: bool = field(default_factory=are_blocks_raced)
+    # what was chosen for this session's blocks, by question
+    choices: dict[str, Choice] = field(default_factory=dict)
+    has_trained: bool = False  # whether a block was called with gradients where races are on
     # by the key of a bucket: why its calls run the original code; empty: they run ours
     _reasons: dict[tuple[Any, ...], str] = field(default_factory=dict)
     _makes: weakref.WeakKeyDictionary[Watch, str] = field(default_factory=weakref.WeakKeyDictionary)
@@ -91,9 +100,10 @@ class BlockRaces:
         if self._form is not None:
             return "" if self._form == EAGER else None
         planner = self.planner
-        if planner is None or not self.is_on or x is None or sizes is None or inside_checkpoint():
+        if planner is None or not self._may_choose():
             return None
-        if planner.budget.mode not in ("speed", "auto"):
+        self.has_trained |= torch.is_grad_enabled()
+        if x is None or sizes is None or inside_checkpoint():
             return None
         make = self._makes.get(watch)
         if make is None:
@@ -111,10 +121,19 @@ class BlockRaces:
                 chosen = choose(race.question(key), _machine(x.device, module))
             finally:
                 race.state.restore()
+            self.choices[chosen.question] = chosen
             reason = self._reasons[key] = _as_reason(chosen, tokens)
         if not reason:
             self._winners.add(make)
         return reason or None
+
+    def _may_choose(self) -> bool:
+        planner = self.planner
+        return self.is_on and planner is not None and planner.budget.mode in ("speed", "auto")
+
+    def pending(self) -> str:
+        """What a first training step may still change; empty where nothing will be raced."""
+        return _PENDING if self._may_choose() and not self.has_trained else ""
 
     def has_lost(self, watch: Watch) -> bool:
         """Whether no call of a block, of which one runs as it was, has run its graph."""
@@ -349,9 +368,17 @@ _PASSING = ("training", "_is_hf_initialized")
 
 def _machine(device: torch.device, module: nn.Module) -> str:
     """What a choice depends on besides the question; ours and the model's code among it."""
-    place = candidates.machine() if device.type == "cpu" else raced_op.machine(device)
     code = versions({type(m) for m in module.modules()})
-    return "\0".join((place, *environment(), str(code)))
+    return "\0".join((_place(device), *environment(), str(code)))
+
+
+def _place(device: torch.device) -> str:
+    return candidates.machine() if device.type == "cpu" else raced_op.machine(device)
+
+
+def raced_ops(device: torch.device) -> list[Choice]:
+    """What this process has chosen for ops on ``device``: whose calls asked is not known."""
+    return choices(_place(device))
 
 
 def _as_reason(chosen: Choice, tokens: int) -> str:

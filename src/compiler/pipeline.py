@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
-from ..kernels.choice import choices as raced
 from ..kernels.fallback import FAILED
 from ..kernels.native.library import start_for
 from ..memory.budget import Budget
@@ -29,20 +28,21 @@ from ..memory.meter import Meter
 from ..memory.planner import Planner
 from ..packages import untested_once
 from ..passes import PIPELINE
-from ..report import Bypass, Fallback, Report, Site
+from ..report import THE_MODEL, Bypass, Fallback, Report, Site
 from ..rewrite.engine import Fuel
 from ..rewrite.rule import Rule
 from ..rewrite.verify import Verifier, quiet_randomness
 from ..sharding import collectives_of
 from ..upstream import changed
 from . import regions
-from .block_races import BlockRaces
+from .block_races import BlockRaces, raced_ops
 from .calls.forwards import OUTER_COMPILE
 from .codegen.choice import choose
 from .codegen.cuda_graphs import CudaGraphs
 from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
+from .logits.reads import Reads
 from .options import Codegen, Environment, Logits, Options, Verify
 from .options import CudaGraphs as CudaGraphsMode
 from .packs import ByRowsOnTrial
@@ -211,8 +211,19 @@ def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice:
 
 def planner_of(model: nn.Module) -> Planner | None:
     """The planner of an optimized model, or None: for a trainer, to repeat a first step."""
+    session = _session_of(model)
+    return None if session is None else session.choices.planner
+
+
+def reads_of(model: nn.Module) -> Reads | None:
+    """What is counted of reads of an optimized model's logits, or None: for an audit."""
+    session = _session_of(model)
+    return None if session is None else session.log.reads
+
+
+def _session_of(model: nn.Module) -> Session | None:
     records = (active(m) for m in model.modules())
-    return next((record.session.choices.planner for record in records if record), None)
+    return next((record.session for record in records if record), None)
 
 
 def _require_rules(passes: Sequence[Rule]) -> None:
@@ -297,11 +308,13 @@ def explain(model: nn.Module) -> Report:
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}
     regions_run = sum(bool(log.graphs.get(m)) for _, m, _ in places)
     choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
-    memory = session.choices.planner.describe()
+    planner, races = session.choices.planner, session.choices.races
+    ops = [] if session.choices.fake else raced_ops(planner.meter.device)
     return Report(
-        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, memory, reads,
-        tuple(starmap(Fallback, FAILED.items())), tuple(map(str, raced())),
-        tuple(session.choices.graphs.describe()),
+        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, planner.describe(),
+        reads, tuple(starmap(Fallback, FAILED.items())), tuple(map(str, races.choices.values())),
+        tuple(session.choices.graphs.describe()), tuple(map(str, ops)),
+        races.pending() if sites else "",
     )  # fmt: skip
 
 
@@ -371,10 +384,10 @@ def _tiny_labels(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _require_no_gaps(report: Report, session: Session) -> None:
-    gaps = [f"{s.module}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
+    gaps = [f"{s.module or THE_MODEL}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
     gaps += [f"{type(m).__name__}: {reason}" for m, reason in session.log.failed.items()]
     if not report.sites:
-        gaps += [f"{b.module or 'the model'}: {b.reason}" for b in report.bypasses]
+        gaps += [f"{b.module or THE_MODEL}: {b.reason}" for b in report.bypasses]
     if gaps:
         raise OptimizeError(
             "strict=True, and these places run as they were:\n  "

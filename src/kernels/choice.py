@@ -191,9 +191,10 @@ def files() -> dict[str, str]:
     return {name: json.dumps(record) for name, record in _KEPT.items()}
 
 
-def choices() -> list[Choice]:
-    """What this process has chosen so far."""
-    return list(_CHOICES.values())
+def choices(machine: str | None = None) -> list[Choice]:
+    """What this process has chosen so far; with a ``machine``, only what depends on just that."""
+    hashes = {on for on, _ in _CHOICES} if machine is None else {ANY, _hash(machine)}
+    return [choice for (on, _), choice in _CHOICES.items() if on in hashes]
 
 
 def is_fixed() -> bool:

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fusewright import AuditCallback, watch
+from fusewright import AuditCallback, explain, optimize, watch
 from fusewright.auditing.findings import Audit
 from fusewright.auditing.in_force import Rates
 from fusewright.auditing.micro_batches import StepShape, judge, judge_logged
@@ -214,6 +214,18 @@ def test_a_routers_loss_is_none_of_the_tokens(tmp_path: Path) -> None:
     callback = AuditCallback(report=lambda audit: None)
     _train(tmp_path, model, [callback], gradient_accumulation_steps=4)
     assert not _failed(callback.audit), callback.audit
+
+
+def test_what_an_audit_reads_of_the_logits_is_no_read_of_the_loop() -> None:
+    model = optimize(_model(), codegen="eager")
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    with watch(model, optimizer) as w:
+        model(**_batches(1)[0]).loss.backward()
+        optimizer.step()
+    assert _verdicts(w.audit)["loss-value"] == "pass", w.audit  # it has called the model
+    assert "real tensor" not in str(explain(model))
+    model(input_ids=_batches(1)[0]["input_ids"]).logits.sin()
+    assert "made as a real tensor by sin at auditing/test_watch.py" in str(explain(model))
 
 
 def test_the_scale_of_a_loss_is_unknown_without_a_plain_model() -> None:

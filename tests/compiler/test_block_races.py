@@ -347,6 +347,46 @@ def test_what_explain_has_captured_is_forgotten_when_the_block_loses() -> None:
     assert not is_fused(ours)
 
 
+def test_a_report_says_that_races_are_still_to_come() -> None:
+    ours = fused(model())
+    with taking(FAST, SLOW):
+        assert "\n  not final: the first training step races" in str(explain(ours))
+        assert "not final:" in explain(ours)._repr_html_()
+        with torch.no_grad():
+            ours(IDS)
+        assert explain(ours).pending
+        train(ours)
+        assert "not final" not in str(explain(ours))
+    again = fused(model())
+    assert explain(again).pending  # though its blocks are known: no call has asked
+
+
+def test_a_report_is_final_where_nothing_will_be_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not explain(fused(model(), memory="min")).pending
+    assert not explain(restore(fused(model()))).pending
+    monkeypatch.setenv(choice.VARIABLE, "ops")
+    assert not explain(fused(model())).pending
+
+
+def test_a_step_in_which_no_block_may_be_raced_makes_a_report_final() -> None:
+    ours = fused(model())
+    ours.reentrant = False
+    with taking(SLOW, FAST) as calls:
+        train(ours)
+    assert calls == []
+    assert not explain(ours).pending
+
+
+def test_a_report_has_the_races_of_its_own_model() -> None:
+    first, second = fused(model()), fused(model())
+    with taking(SLOW, FAST):
+        train(first)
+    assert "raced: Block of 32" in str(explain(first))
+    assert explain(second).choices == ()
+    train(second)
+    assert explain(second).choices == explain(first).choices
+
+
 def test_a_block_that_wins_somewhere_shows_both() -> None:
     ours = fused(model())
     with taking(FAST, SLOW):

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewright import explain, optimize
+from fusewright.auditing import packs
+from fusewright.auditing.slices import SampleSpan
 from fusewright.compiler.install import active
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.reads import Reads
@@ -505,3 +507,12 @@ def test_the_report_says_what_was_read() -> None:
     report = explain(ours)
     assert "log-probabilities 1x" in report.logits
     assert any("by sin at" in b.reason for b in report.bypasses)
+
+
+def test_a_read_by_an_audit_is_not_said_to_be_its_callers() -> None:
+    ours = optimize(copy.deepcopy(_pair()[0]), codegen="eager")
+    z = ours(IDS)
+    with torch.no_grad():
+        packs._distance(z, torch.zeros(*IDS.shape, V), [SampleSpan(0, 0, 2)])
+    (reason,) = _reads(ours).reasons()
+    assert "at auditing/packs.py:" in reason

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from xml.etree import ElementTree
 
 import pytest
 
-from fusewright import explain, optimize, restore
+from fusewright import OptimizeError, explain, optimize, restore
+from fusewright.passes.linear_cross_entropy import LinearCrossEntropy
 from fusewright.report import Bypass, Figures, Report, Site
 
 from ..models.zoo import FAMILIES, build
@@ -82,6 +84,33 @@ def test_a_report_fits_a_notebook() -> None:
     assert rows[0][1] == ["glu", "400", "0", "0", "1.0e-07", "-"]
     assert rows[1:] == [[["raced:", "x 1 us"]], [["refused", "rope", "head: a <b> & c"]]]
     assert "this model is not optimized" in Report(())._repr_html_()
+
+
+def test_one_of_a_kind_is_not_counted_in_the_plural() -> None:
+    site = Site("", "glu", "glu", "rewritten")
+    report = Report((site,), regions=1, graphs=1, codegen="eager")
+    assert report.headline() == "1 rewrite in 1 region (1 graph), codegen eager"
+    assert Report((), codegen="eager").headline().startswith("0 rewrites in 0 regions (0 graphs)")
+
+
+def test_strict_names_the_model_itself_and_why_its_loss_stays_in_float64() -> None:
+    model = build(FAMILIES[0], lora=False).double()
+    with pytest.raises(OptimizeError) as error:
+        optimize(model, passes=[LinearCrossEntropy()], strict=True)
+    assert str(error.value).splitlines()[1] == (
+        "  the model: linear_cross_entropy refused: the model computes the loss of its float64 "
+        "logits in float32, and the op in float64"
+    )
+
+
+def test_the_first_step_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model = optimize(build(FAMILIES[0], lora=False), codegen="eager", passes=())
+    with caplog.at_level(logging.INFO, "fusewright"):
+        explain(model)
+        explain(model)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "takes longer than later ones (codegen eager: as asked)" in record.getMessage()
 
 
 def test_fuel_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,8 @@ def test_two_machines_in_one_process_have_their_own_choices() -> None:
         patch.setattr(choice.race, "__defaults__", (clock,))
         assert choose(slow, "other").candidate == "plain"
     assert [each.source for each in choice.choices()] == ["raced", "raced"]
+    assert [each.candidate for each in choice.choices("other")] == ["plain"]
+    assert choice.choices("a third") == []
 
 
 def test_a_race_runs_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

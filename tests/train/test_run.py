@@ -119,7 +119,7 @@ def test_a_line_sums_up_what_was_rewritten_and_what_was_not() -> None:
     done = Site(module="a", rule="glu", op="glu", status="rewritten")
     missed = Site(module="b", rule="glu", op="glu", status="missed", reason="no spelling")
     text = finish.summary(Report(sites=(done, missed), regions=2, graphs=1))
-    assert text.startswith("optimized: 1 rewrites in 2 regions (1 graphs)")
+    assert text.startswith("optimized: 1 rewrite in 2 regions (1 graph)")
     assert "1 left as before" in text
     assert "left" not in finish.summary(Report(sites=(done,)))
 

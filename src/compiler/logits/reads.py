@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
+_READERS = tuple(os.path.join(_HERE, room, "") for room in ("auditing", "train"))
+"""What of this package reads logits for itself, as a caller's code does."""
 
 
 @dataclass(eq=False)
@@ -42,6 +46,18 @@ class Reads:
         """Remember that a trainer's fused head computed in tiles of ours."""
         self.heads[name] += 1
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count nothing: the calls are not the user's."""
+        counters: list[Counter[Any]] = [self.tiles, self.tensors, self.heads]
+        before = [counter.copy() for counter in counters]
+        try:
+            yield
+        finally:
+            for counter, counts in zip(counters, before, strict=True):
+                counter.clear()
+                counter.update(counts)
+
     def describe(self) -> str:
         """The reads that tiles answered, in a line; empty if there were none."""
         parts = [f"{name} {count}x" for name, count in sorted(self.tiles.items())]
@@ -67,11 +83,15 @@ _KINDS = {
 
 
 def _caller() -> str:
-    """File and line of the code outside PyTorch and this package that is running."""
+    """File and line of the code that is running, outside what answers reads."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame is not None and _answers(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return "an unknown place"
     parts = frame.f_code.co_filename.replace(os.sep, "/").split("/")
     return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
+
+
+def _answers(file: str) -> bool:
+    return file.startswith(_INSIDE) and not file.startswith(_READERS)
