@@ -154,6 +154,8 @@ class Choice:
         timed = ", ".join(f"{name} {time:,.0f} us" for name, time in times)
         why = "; ".join(f"{name} refused: {reason}" for name, reason in self.refused.items())
         text = f"{self.question}: {self.candidate} ({self.source}"
+        if timed and times[0][0] != self.candidate:
+            timed += f", where {times[0][0]} is not faster by more than noise"
         return text + (f"; {timed}" if timed else "") + (f"; {why}" if why else "") + ")"
 
 
