@@ -80,10 +80,12 @@ def audit_step(
     expected: Sequence[str] = (),
     tokens: int = 512,
     moves: int = MOVES,
+    recompute: bool = False,
 ) -> Audit:
     """``audit`` without the questions that a loop answers by its own step: dropout, checkpointing.
 
     ``moves``: so often the tokens may be moved for another look at a bias of the gradients.
+    ``recompute``: the plain model checkpoints its blocks.
     """
     part, facts = slice_of(batch, tokens)
     result = Audit(type(core_of(model)).__name__, facts=facts)
@@ -94,7 +96,7 @@ def audit_step(
             step = run(model, part, loss, autocast)
             try:
                 bench: Bench | None = Bench(
-                    model, PlainModel(model, sources, autocast), loss, autocast, moves
+                    model, PlainModel(model, sources, autocast, recompute), loss, autocast, moves
                 )
             except ModelError as error:
                 bench = None

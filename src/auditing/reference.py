@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError, first_line
 from ..kernels.tolerance import unit
@@ -105,10 +106,11 @@ def dtypes_of(model: nn.Module, autocast: torch.dtype | None) -> tuple[torch.dty
     return own, torch.float32 if halves or autocast else torch.float64
 
 
-def step_bytes(model: nn.Module, exact: torch.dtype, tokens: int) -> int:
+def step_bytes(model: nn.Module, exact: torch.dtype, tokens: int, recompute: bool = False) -> int:
     """About what a step of the plain model takes beyond ``model``: trained copies, casts, logits.
 
     With it, the gradients in the dtypes of ``model``, of its own step and of eager mode's.
+    ``recompute``: its blocks keep only their inputs, where transformers can checkpoint them.
     """
     parameters = list(model.parameters())
     trained = sum(p.numel() * (2 * exact.itemsize + 2 * p.itemsize)
@@ -121,18 +123,34 @@ def step_bytes(model: nn.Module, exact: torch.dtype, tokens: int) -> int:
         for name in ("hidden_size", "num_hidden_layers", "vocab_size")
     )
     # a block keeps some thirty activations as wide as the hidden state (gates included)
-    activations = tokens * (4 * words + 30 * layers * width)
+    kept = layers + 30 if recompute and any(_checkpointed(model)) else 30 * layers
+    activations = tokens * (4 * words + kept * width)
     return trained + exact.itemsize * (2 * largest + activations)
+
+
+def _checkpointed(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that transformers checkpoints on request: not all models have such."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
 
 
 class PlainModel:
     """The reference of one audited model.
 
-    Raises a ModelError if it cannot be built; the message says why.
+    ``recompute``: its blocks keep only their inputs for backward, where transformers can checkpoint
+    them. Raises a ModelError if it cannot be built; the message says why.
     """
 
-    def __init__(self, model: nn.Module, sources: FreshSources, autocast: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: FreshSources,
+        autocast: Any = None,
+        recompute: bool = False,
+    ) -> None:
         self.audited = unwrapped(model)
+        self.recompute = recompute
         self.autocast = autocast
         self.dtype, self.exact = dtypes_of(self.audited, autocast)
         self.sources = sources
@@ -179,6 +197,9 @@ class PlainModel:
             config._attn_implementation = _attention_of(twin)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if self.recompute:  # a block that runs twice would add to a cache twice
+            for each in (config, config.get_text_config()):
+                each.use_cache = False
         with _parameters_on_meta(), _initialized_later():
             built = twin(config)
         if getattr(built, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration"):
@@ -288,7 +309,7 @@ class PlainModel:
         """About what a step of the reference takes beyond the model."""
         ids = batch.get("input_ids")
         tokens = ids.numel() if isinstance(ids, Tensor) else 0
-        return step_bytes(self.audited, self.exact, tokens)
+        return step_bytes(self.audited, self.exact, tokens, self.recompute)
 
     def cast(self, parameter: Tensor) -> Tensor:
         """What a module of the plain model reads as its parameter."""
@@ -378,6 +399,8 @@ class PlainModel:
             hooks.callback(hook.remove)
             if noise is not None:
                 hooks.enter_context(self._noise(noise))
+            elif self.recompute:  # noise would be another the second time
+                hooks.enter_context(self._recomputing())
             torch.manual_seed(SEED)
             with self._running(precision), torch.enable_grad():
                 for name, parameter in self.names.items():
@@ -394,6 +417,18 @@ class PlainModel:
             float(value.detach()), gradients, _detached(getattr(outputs, "logits", None)),
             _number(getattr(outputs, "loss", None)), list(order),
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        blocks: list[Any] = list(_checkpointed(self.model))
+        for block in blocks:
+            block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            block.gradient_checkpointing = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.gradient_checkpointing = False
 
     @contextlib.contextmanager
     def _noise(self, seed: int) -> Iterator[None]:

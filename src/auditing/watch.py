@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..compiler.pipeline import planner_of
 from ..memory.budget import gigabytes
+from ..memory.host_heap import large_blocks_mapped
 from ..memory.meter import Meter
 from ..sharding import collectives_of, has_peers, in_zero3
 from .audit import audit_step
@@ -241,7 +242,7 @@ class StepWatch:
             why = "no batch with labels was seen"
         tokens = 0
         if not why:
-            tokens, why = _tokens_that_fit(self.inner, self._step_tokens, self._autocast)
+            tokens, recompute, why = _tokens_that_fit(self.inner, self._step_tokens, self._autocast)
         if not why:
             ids = slice_of(batch, tokens)[0].get("input_ids")
             uncut = ids.numel() if isinstance(ids, Tensor) else 0
@@ -252,10 +253,13 @@ class StepWatch:
                 )
         if not why:
             try:
-                with _without_noise(self.inner):
+                with (
+                    large_blocks_mapped() if recompute else contextlib.nullcontext(),
+                    _without_noise(self.inner),
+                ):
                     found = audit_step(
                         self.inner, batch, tokenizer=self.tokenizer, autocast=self._autocast,
-                        tokens=tokens, moves=_LOOKS,
+                        tokens=tokens, moves=_LOOKS, recompute=recompute,
                     )  # fmt: skip
             except Exception as error:  # the run must not end because it could not be audited
                 why = f"the audit could not run: {type(error).__name__}: {error}"
@@ -367,10 +371,14 @@ _LOOKS = 2
 """So often other tokens are looked at where a bias of the gradients is not clear."""
 
 
-def _tokens_that_fit(model: nn.Module, step: int, autocast: torch.dtype | None) -> tuple[int, str]:
+def _tokens_that_fit(
+    model: nn.Module, step: int, autocast: torch.dtype | None
+) -> tuple[int, bool, str]:
     """How many tokens can be compared within the device's memory, or the planner's budget.
 
-    And within the time of a step, which has ``step`` tokens. 0 with the reason if none can.
+    And within the time of a step, which has ``step`` tokens. Then whether the plain model must
+    checkpoint its blocks: where they do not fit otherwise, or memory is planned to be least. No
+    tokens, with the reason, if none fit.
     """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -378,19 +386,22 @@ def _tokens_that_fit(model: nn.Module, step: int, autocast: torch.dtype | None) 
     planner, meter = planner_of(model), Meter(device)
     limit = planner.budget.bytes if planner is not None else None
     limit = limit or meter.capacity()
+    least = planner is not None and planner.budget.mode == "min"
     slices = [n for n in _SLICES if n <= step / _SHARE] or _SLICES[-1:]
     if limit is None:
-        return slices[0], ""
+        return slices[0], least, ""
     room = limit - meter.used()
-    for tokens in slices:
-        needed = step_bytes(model, exact, tokens)
-        if needed <= room:
-            return tokens, ""
-    return 0, (
+    for recompute in (True,) if least else (False, True):
+        for tokens in slices:
+            needed = step_bytes(model, exact, tokens, recompute)
+            if needed <= room:
+                return tokens, recompute, ""
+    why = (
         f"a plain model's step of {_SLICES[-1]} tokens needs about {gigabytes(needed)}, and "
         f"{gigabytes(max(room, 0))} are free: audit it where there is more memory, by fusewright "
         "audit"
     )
+    return 0, True, why
 
 
 def _planned(planner: Any, asked: bool | None) -> AuditFinding:

@@ -18,9 +18,11 @@ from fusewright import audit
 from fusewright.auditing.by_hand import causal_lm
 from fusewright.auditing.checks import CHECKS
 from fusewright.auditing.fresh import exchanged_names, fresh_sources
-from fusewright.auditing.reference import _StaysWide
+from fusewright.auditing.losses import of_model
+from fusewright.auditing.reference import PlainModel, _checkpointed, _StaysWide, step_bytes
 from fusewright.auditing.slices import samples_of, slice_of
 
+from . import tiny as families
 from . import zoo
 
 PAD, END = 0, 1
@@ -372,3 +374,35 @@ def test_a_reference_in_fp64_stays_there_where_code_casts_to_fp32() -> None:
 def test_a_form_more_exact_than_eager_mode_is_no_fault() -> None:
     """Of strong decays: eager mode, and its code in fp64, round sums of gradients in fp32."""
     assert zoo.measure("qwen3_5_text", "optimized")["fails"] == []
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("family", [name for name in families.NAMES if name != "mamba2"])
+def test_blocks_that_run_again_in_the_plain_model(family: str, cache: bool) -> None:
+    """All numbers stay; without a cache, some models compute them by other formulas."""
+    model = families.model(family, num_hidden_layers=2, use_cache=cache)
+    steps, runs = [], {False: 0, True: 0}
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        runs[recompute] += 1
+
+    for recompute in (False, True):
+        with fresh_sources() as sources:
+            plain = PlainModel(model, sources, recompute=recompute)
+            for block in _checkpointed(plain.model):
+                next(block.children()).register_forward_pre_hook(count)
+            steps.append(plain.step(families.chat(), of_model, "exact"))
+    whole, again = steps
+    assert runs == {False: 2, True: 4}
+    assert again.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert again.order == whole.order
+    assert again.gradients.keys() == whole.gradients.keys()
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(again.gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_memory_of_blocks_that_run_again() -> None:
+    model = tiny()
+    assert step_bytes(model, torch.float32, 4096, True) < step_bytes(model, torch.float32, 4096)
+    other = nn.Linear(8, 8)  # nothing there that runs again
+    assert step_bytes(other, torch.float32, 64, True) == step_bytes(other, torch.float32, 64)

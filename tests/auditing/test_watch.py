@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,13 @@ from transformers import (
 )
 
 from fusewright import AuditCallback, explain, optimize, watch
+from fusewright.auditing import watch as watching
 from fusewright.auditing.findings import Audit
 from fusewright.auditing.in_force import Rates
 from fusewright.auditing.micro_batches import StepShape, judge, judge_logged
 from fusewright.auditing.movement import Movement
+from fusewright.auditing.reference import step_bytes
+from fusewright.memory.budget import Budget
 
 from ..train.conftest import make_model, make_tokenizer
 
@@ -428,3 +432,24 @@ def test_sharded_over_two_processes(tmp_path: Path) -> None:
     assert wrong["loss-scale"] == "fail"
     assert all(map(torch.equal, weights, plain))
     assert torch.load(tmp_path / "1.pt", weights_only=False)[0] == right
+
+
+def test_what_a_plan_of_memory_leaves_to_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the plain model run again where memory is to be least, or too short otherwise."""
+    model, used = make_model(), 1 << 30
+    monkeypatch.setattr(watching.Meter, "used", lambda meter: used)
+    needed = {
+        recompute: step_bytes(model, torch.float64, 64, recompute) for recompute in (False, True)
+    }
+    between = used + sum(needed.values()) // 2
+    for budget, found in {
+        Budget("min", "min"): (64, True),
+        Budget("speed", "speed"): (64, False),
+        Budget("enough", "bytes", used + needed[False]): (64, False),
+        Budget("short", "bytes", between): (64, True),
+        Budget("too short", "bytes", used + needed[True] - 1): (0, True),
+    }.items():
+        planner = SimpleNamespace(budget=budget)
+        monkeypatch.setattr(watching, "planner_of", lambda model, planner=planner: planner)
+        tokens, recompute, why = watching._tokens_that_fit(model, 64, None)
+        assert ((tokens, recompute), bool(why)) == (found, not tokens), budget

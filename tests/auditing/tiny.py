@@ -82,6 +82,8 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+NAMES = tuple(_FAMILIES)
+
 
 def model(family: str, seed: int = 0, **more: Any) -> Any:
     """A tiny model in fp32 and training mode; its weights are larger than usual initial ones."""

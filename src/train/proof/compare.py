@@ -43,7 +43,6 @@ order (other batches of the same samples). d is then the distance of two runs th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import sys
@@ -62,6 +61,7 @@ from transformers import Trainer
 from ...auditing.drift import Drift, drifts, kind_of, lean
 from ...auditing.gradients import FAR
 from ...kernels.tolerance import Pooled, budget, unit
+from ...memory.host_heap import trim
 from ...sharding import whole
 from ..report.environment import memory
 from ..trainer.engine import EngineMixin
@@ -465,8 +465,8 @@ class PeakMemory:
 
     def __init__(self) -> None:
         gc.collect()
+        trim()
         if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         if torch.cuda.is_available():
