@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import json
 import re
 import shlex
 import unicodedata
@@ -24,6 +25,7 @@ from fusewright import errors
 from fusewright.cli.main import app
 from fusewright.train.recipe.load import check
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.starter.look import TOKENIZED, shape_of
 
 from . import notebooks
 
@@ -90,6 +92,17 @@ def test_recipes_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for code in blocks(page, "yaml"):
         check({**base, **yaml.safe_load(code)}, with_data=False)
+
+
+def test_each_row_of_a_common_type_is_of_that_type() -> None:
+    table = re.findall(r"^\| `(\{.*?\})`[^|]*\| (.*?) \|", text(DOCS / "training.md"), re.M)
+    assert len(table) == 8
+    for row, entry in table:
+        named = re.search(r"`type: ([\w.]+)`", entry)
+        shape = shape_of(json.loads(row), row)
+        assert shape.trained().get("type") == (named and named[1]), row
+        assert ("rl: dpo" in entry) == (shape.pair is not None)
+        assert ("skip_prepare_dataset" in entry) == (shape.kind == TOKENIZED)
 
 
 def test_the_reference_has_all_that_is_public() -> None:

@@ -22,6 +22,7 @@ from fusewright.train.recipe.keys.optimization import LrGroupKeys
 from fusewright.train.recipe.keys.output import DynamicCheckpointKeys
 from fusewright.train.recipe.keys.precision import QatKeys
 from fusewright.train.recipe.keys.preferences import TrlKeys, VllmKeys
+from fusewright.train.recipe.keys.row_types import TEACHER_TYPES, TYPES, preference_types
 from fusewright.train.recipe.recipe import GROUPS, Recipe
 
 _INTRODUCTION = """\
@@ -236,8 +237,25 @@ def page() -> str:
     for model, title in _INNER.items():
         own = {k: f for k, f in model.model_fields.items() if k in model.__annotations__}
         parts.append(_section(f"## {title}", own))
-    parts.append(_whole_groups())
+    parts += [_types_of_rows(), _whole_groups()]
     return "\n".join(parts)
+
+
+def _types_of_rows() -> str:
+    """The names that the ``type`` of a dataset may have."""
+    lines = ["## Types of rows", "", "| rows | `type` |", "|---|---|"]
+    kinds = {
+        "of supervised training": TYPES,
+        "of distillation": TEACHER_TYPES,
+        "of preferences, pairs": preference_types("pairs"),
+        "of preferences, labelled answers": preference_types("labelled"),
+        "of rewards, prompts": preference_types("prompts"),
+        "of steps": preference_types("steps"),
+    }
+    for rows, names in kinds.items():
+        lines.append(f"| {rows} | {', '.join(f'`{name}`' for name in names)} |")
+    below = "One row of each common type: [training.md](training.md#one-row-of-each-common-type)."
+    return "\n".join([*lines, "", below, ""])
 
 
 def _whole_groups() -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...errors import did_you_mean
 from ..chat_templates import unknown_template
 from .keys.base import METHOD, KeyRules, Keys, UnreadKeys, nested, rules_of
 from .keys.distributed import DistributedKeys, FsdpKeys
 from .keys.optimization import OWN_OPTIMIZERS
 from .keys.preferences import GENERATING, OF_METHODS, PAIRED, WITH_BETA, has_method
-from .keys.row_types import TEACHER_TYPES, TYPES, reward_problem, type_problem
+from .keys.row_types import TEACHER_TYPES, TYPES, no_type, reward_problem, type_problem
 from .preferences import HEADS, ROWS
 from .problems import Loc
 from .recipe import Recipe
@@ -318,8 +317,7 @@ def _dataset(values: Values, loc: Loc, supervised: bool) -> Iterator[Problem]:
     kind = values.get("type") if supervised else None  # preferences have other types
     plain = kind.removesuffix(".load").removesuffix(".default") if isinstance(kind, str) else ""
     if isinstance(kind, str) and not (plain in TYPES or is_of_teacher(kind)):
-        hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
-        yield (*loc, "type"), f"{kind!r} is not a type of rows; {hint}"
+        yield (*loc, "type"), no_type(kind, TYPES, "rows")
     shards, index = values.get("shards"), values.get("shards_idx", 0)
     if isinstance(shards, int) and isinstance(index, int) and index >= shards:
         yield (*loc, "shards_idx"), f"must be less than shards, which is {shards}"

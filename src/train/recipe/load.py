@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -96,24 +97,59 @@ def check(
     odd = list(odd_characters(content))
     problems += odd
     recipe = None
+    wrong: list[tuple[Loc, str]] = []
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems += explained(error, content)
+        wrong = explained(error, content)
+        problems += wrong
     near = {nearest_key(Recipe, k) for k in content if k not in Recipe.model_fields} - {None}
     known = {loc for loc, _ in problems}
     for loc, problem in conflicts(content):
         misspelt = any(str(key) in problem or key == loc[0] for key in near)
         if not misspelt and loc not in known:
             problems.append((loc, problem))
-    if recipe is not None and not odd:  # no path has such characters
-        recipe, missing = with_paths(recipe.allowed(consent or Consent()), folder)
-        problems += [m for m in missing if with_data or m[0][0] not in DATA]
+    sound = recipe or _sound_part(content, wrong)
+    if sound is not None and not odd:  # no path has such characters
+        complete, missing = with_paths(sound.allowed(consent or Consent()), folder)
+        recipe = recipe and complete
+        missing = [m for m in missing if with_data or m[0][0] not in DATA]
+        problems += [m for m in missing if not any(m[0][: len(loc)] == loc for loc, _ in wrong)]
     if problems or recipe is None:
         known = {loc for loc, _ in problems}
         problems += [refusal for refusal in refusals(values) if refusal[0] not in known]
         raise RecipeError(listed(name, problems, where))
     return Checked(name, recipe, values, where)
+
+
+def _sound_part(content: dict[str, Any], wrong: list[tuple[Loc, str]]) -> Recipe | None:
+    """The recipe without what is ``wrong`` in it, for a look at its paths; None if that is none.
+
+    A key that has to be there has a stand-in, the current folder.
+    """
+    values = _plain(content)
+    for _ in range(3):  # what is wrong; what is missing without it; then it is right or none
+        for loc, _problem in wrong:
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # inside of another one
+                _take_out(values, loc)
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            wrong = explained(error, values)
+    return None
+
+
+def _take_out(values: Any, loc: Loc) -> None:
+    """Remove the value at ``loc``, with the whole list if it is an item, or put one there."""
+    for depth, part in enumerate(loc[:-1]):
+        if isinstance(values[part], list) and depth == len(loc) - 2:
+            del values[part]
+            return
+        values = values[part]
+    if loc[-1] in values:
+        del values[loc[-1]]
+    else:
+        values[loc[-1]] = "."
 
 
 def _rename(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import time
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import RecipeError
+from ...errors import RecipeError, nearest
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,33 @@ def find_file(path: str, folders: Sequence[Path]) -> Path | None:
     return None
 
 
+def meant_file(path: str, folders: Sequence[Path]) -> str:
+    """The question after an existing path that is spelled almost like ``path``, or no text.
+
+    Each part of it may be misspelt, or lack its suffix. ``folders`` are those of ``find_file``.
+    """
+    for folder in folders:
+        parts: list[str] = []
+        for part in Path(path).expanduser().parts:
+            parent = folder.joinpath(*parts)
+            near = part if (parent / part).exists() else _near_entry(parent, part)
+            if near is None:
+                break
+            parts.append(near)
+        else:
+            return f"did you mean {Path(*parts)}?" if parts else ""
+    return ""
+
+
+def _near_entry(folder: Path, name: str) -> str | None:
+    """The entry of a folder that ``name`` was probably meant to be."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # no such folder, or none that may be read
+        names = sorted(entry.name for entry in folder.iterdir())
+    same_stem = (entry for entry in names if Path(entry).stem == Path(name).stem)
+    return nearest(name, names) or next(same_stem, None)
+
+
 def locate(base_model: str, folders: Sequence[Path]) -> ModelSource:
     """Find a base model.
 
@@ -44,9 +72,18 @@ def locate(base_model: str, folders: Sequence[Path]) -> ModelSource:
     if path is not None:
         return _in_folder(path, base_model)
     if base_model.endswith(".gguf") or base_model.startswith(("/", "./", "../", "~")):
-        places = " or ".join(str(f) for f in folders)
-        raise RecipeError(f"there is no {base_model} in {places}")
+        raise RecipeError(nowhere(base_model, folders))
+    if (package := _model_package(base_model)) is not None:
+        raise RecipeError(
+            f"{base_model} is the name of an installed package; did you mean package:{package}?"
+        )
     return ModelSource(base_model)
+
+
+def nowhere(path: str, folders: Sequence[Path]) -> str:
+    """The message about a path that none of ``folders`` has, with one that it may have meant."""
+    places, meant = " or ".join(map(str, folders)), meant_file(path, folders)
+    return f"there is no {path} in {places}" + (f"; {meant}" if meant else "")
 
 
 def hub_problem() -> str | None:
@@ -85,6 +122,21 @@ class _Hub:
 
 
 _hub = _Hub()
+
+
+def _model_package(name: str) -> str | None:
+    """The import name of an installed package that holds a model, by this or its project's name."""
+    package = name.replace("-", "_")
+    if not package.isidentifier():
+        return None
+    try:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # a folder in the way of imports is no package
+            return None
+        _in_package(package)
+    except (RecipeError, ValueError):  # no model in it, or a module without a file
+        return None
+    return package
 
 
 def _in_package(name: str) -> ModelSource:

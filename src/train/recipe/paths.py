@@ -14,7 +14,7 @@ from ..user_functions import is_package_rows, load_function, located, module_of,
 from .deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
 from .keys.row_types import is_function, is_function_type
-from .locate import find_file, locate
+from .locate import find_file, locate, meant_file, nowhere
 from .preferences import rows_of
 from .problems import Loc
 from .recipe import Recipe
@@ -62,12 +62,12 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
         checkpoint = find_file(resume_from, places)
         if checkpoint is None:
             places = list(dict.fromkeys(places))
-            problems.append((("resume_from_checkpoint",), _nowhere(resume_from, places)))
+            problems.append((("resume_from_checkpoint",), nowhere(resume_from, places)))
         update["resume_from_checkpoint"] = str(checkpoint)
     if recipe.sample_image is not None:
         image = find_file(recipe.sample_image, folders)
         if image is None:
-            problems.append((("sample_image",), _nowhere(recipe.sample_image, folders)))
+            problems.append((("sample_image",), nowhere(recipe.sample_image, folders)))
         update["sample_image"] = str(image)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
@@ -166,9 +166,7 @@ def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str
             if name == "base_model" or path is None:
                 locate(value, folders)
             if path is None and not value.startswith("package:") and not _HUB_ID.fullmatch(value):
-                raise RecipeError(
-                    f"{value!r} is neither in {_either(folders)} nor a Hugging Face id"
-                )
+                raise RecipeError(_no_id(value, folders))
         except RecipeError as error:
             problems.append(((name,), str(error)))
     return update
@@ -186,7 +184,7 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
     if builder is not None:
         builder_file = find_file(builder, folders)
         if builder_file is None:
-            problems.append(((*loc, "builder"), _nowhere(builder, folders)))
+            problems.append(((*loc, "builder"), nowhere(builder, folders)))
         update = {
             "builder": str(builder_file),
             "path": str(local or folders[0] / Path(path).expanduser()),
@@ -198,7 +196,7 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
             ((*loc, "path"), f"{path}: remote storage is not yet available: download it first")
         )
     elif path.startswith(("/", "./", "../", "~")) or Path(path).suffix in _FILES:
-        problems.append(((*loc, "path"), _nowhere(path, folders)))
+        problems.append(((*loc, "path"), nowhere(path, folders)))
     elif not _HUB_ID.fullmatch(path):
         problems.append(((*loc, "path"), _no_id(path, folders)))
     if dataset.data_files is not None and local is None:  # else they are inside the folder
@@ -207,7 +205,7 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
     if dataset.images_dir is not None:
         images = find_file(dataset.images_dir, folders)
         if images is None or not images.is_dir():
-            problems.append(((*loc, "images_dir"), _nowhere(dataset.images_dir, folders)))
+            problems.append(((*loc, "images_dir"), nowhere(dataset.images_dir, folders)))
         update["images_dir"] = str(images)
     if dataset.chat_template_jinja is not None:
         template = dataset.chat_template_jinja
@@ -221,7 +219,7 @@ def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> s
         return text
     file = find_file(text, folders)
     if file is None:
-        problems.append(((*loc, "chat_template_jinja"), _nowhere(text, folders)))
+        problems.append(((*loc, "chat_template_jinja"), nowhere(text, folders)))
     return str(file or text)
 
 
@@ -243,12 +241,9 @@ def _deepspeed(
     return str(file) if file else value
 
 
-def _nowhere(path: str, folders: list[Path]) -> str:
-    return f"there is no {path} in {_either(folders)}"
-
-
 def _no_id(name: str, folders: list[Path]) -> str:
-    return f"{name!r} is neither in {_either(folders)} nor a Hugging Face id"
+    text, meant = f"{name!r} is neither in {_either(folders)}", meant_file(name, folders)
+    return f"{text} nor a Hugging Face id" + (f"; {meant}" if meant else "")
 
 
 def _either(folders: list[Path]) -> str:

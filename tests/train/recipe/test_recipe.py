@@ -90,7 +90,8 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
     )
     path = write(tmp_path, text)
     assert problems(path, max_step=3) == [
-        f"{path} has 10 problems:",
+        f"{path} has 11 problems:",
+        "line 1: base_model: the package no_such_package is not installed",
         "line 2: adapter: lora needs lora_target_linear: true, or a list lora_target_modules",
         "line 3: lora_rank: is not a key of a recipe; did you mean lora_r?",
         "line 6: datasets.0.tpye: is not a key of a recipe; did you mean type?",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
 from ...chat_templates import find_template
-from ...recipe.keys.row_types import ROW_TYPES, TYPES, RowType
+from ...recipe.keys.row_types import ROW_TYPES, TYPES, RowType, no_type
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
 from ..chat.date import asks_for_day, today
 from ..chat.encoder import ChatEncoder
@@ -295,7 +295,7 @@ def format_of(
         return Tokenized(size)
     name = kind_.removesuffix(".load").removesuffix(".default")
     if name not in ROW_TYPES:
-        raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
+        raise RecipeError(f"datasets: type: {no_type(kind_, TYPES, 'rows')}")
     text = template if isinstance(template, str) else str(template or "")
     conversation = Conversation(dataset, text, recipe.default_system_message, gallery)
     return READERS[ROW_TYPES[name].reader](ROW_TYPES[name], dataset, conversation)

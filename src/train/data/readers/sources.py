@@ -16,6 +16,7 @@ from typing import Any
 
 from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
+from ...recipe.locate import meant_file
 from ...recipe.recipe import Dataset
 from ...user_functions import PackageRows, is_package_rows
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
@@ -271,7 +272,8 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
         )  # fmt: skip
     except Exception as error:
         # no network, no such dataset, no permission, a bad split: each raises another class
+        meant = meant_file(dataset.path, [Path.cwd()])
         raise DataError(
             f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; there is no "
-            "local file or folder of this name either"
+            "local file or folder of this name either" + (f"; {meant}" if meant else "")
         ) from None

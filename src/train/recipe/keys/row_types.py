@@ -7,6 +7,7 @@ are derived from them.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +182,35 @@ TEACHER_TYPES = tuple(t.name for t in ROW_TYPES.values() if t.reader == "teacher
 TYPES = tuple(name for name in ROW_TYPES if name not in TEACHER_TYPES)
 """All others, in the order in which messages list them."""
 
+OTHER_TYPES = {
+    name: kind
+    for kind, names in {
+        "chat_template": "chat chats messages conversation conversations openai chatml dialog "
+        "dialogue",
+        "alpaca": "instruction instructions instruct sft",
+        "completion": "text raw plain",
+        "prompt_completion": "prompt prompts",
+    }.items()
+    for name in names.split()
+}
+"""Names that other programs, or nobody, have for types of supervised rows -> the type."""
+
+_LISTED = 8
+"""Types that a message lists; docs/recipes.md has all."""
+
+
+def no_type(name: str, known: Sequence[str], rows: str) -> str:
+    """The message about a type that is none of ``known``, which ``rows`` may have."""
+    begins = (kind for kind in known if name and kind.startswith(name))
+    other = OTHER_TYPES.get(name.lower())
+    near = other if other in known else nearest(name, known) or next(begins, None)
+    if near is not None:
+        return f"{name!r} is not a type of {rows}; did you mean {near}?"
+    more = len(known) - _LISTED
+    others = f" and {more} more, which docs/recipes.md lists" if more > 0 else ""
+    return f"{name!r} is not a type of {rows}; there are {', '.join(known[:_LISTED])}{others}"
+
+
 # --- rows of preferences -------------------------------------------------------------------------
 
 
@@ -306,8 +336,7 @@ def type_problem(name: str, rows: str) -> str | None:
         return None
     if plain_type(name) == "user_defined":
         return "write the type as keys (field_prompt, prompt_format, ...) instead of user_defined"
-    hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
-    return f"{name!r} is not a type of such rows; {hint}"
+    return no_type(name, known, "such rows")
 
 
 def reward_problem(name: str) -> str | None:
