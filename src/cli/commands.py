@@ -307,13 +307,16 @@ def export(
     """
     consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
     opened = _opened(run, base_model, consent)
-    announce("importing PyTorch and transformers")
-    from ..train.export import command  # slow to import
+    from ..train.export.options import ExportOptions, choose
 
-    options = command.ExportOptions(
+    options = ExportOptions(
         kind, quantization, output, tuple(data or ()), llama_cpp, create, certificate,
         max_shard_size, dequantize,
     )  # fmt: skip
+    choose(opened, options)  # errors are raised now
+    announce("importing PyTorch and transformers")
+    from ..train.export import command  # slow to import
+
     audit = command.export(opened, options).certificate
     raise typer.Exit(int(audit is not None and not audit.passed))
 

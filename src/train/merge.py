@@ -42,7 +42,7 @@ from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.stored import is_stored
 from .model.tokenizer import ChatPrompt, set_padding
-from .output_files import write_generation_settings
+from .output_files import require_new, write_generation_settings
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -557,8 +557,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     It is a sibling of ``output``; what a killed process left there is removed first. Raises a
     RecipeError if ``output`` is there already, or cannot be made.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"{output} is there already; name another folder: --output DIR")
+    require_new(output)
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)

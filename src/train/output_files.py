@@ -6,6 +6,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from ..errors import RecipeError
+
 GENERATION_SETTINGS = "generation_config.json"
 
 _SYSTEM = tuple(
@@ -23,6 +25,12 @@ _FREE = tuple(
     )
 )  # fmt: skip
 """Folders for everybody within those of the system."""
+
+
+def require_new(output: Path) -> None:
+    """Raise a RecipeError unless a folder does not exist, or is empty."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"{output} is there already; name another folder: --output DIR")
 
 
 def write_atomically(path: Path, text: str, errors: str = "strict") -> None:

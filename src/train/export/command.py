@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...auditing.findings import Audit
-from ...errors import ModelError, RecipeError
-from ...packages import install_extra
+from ...errors import ModelError
+from ..consent import Consent
 from ..inference.load_run import load_tokenizer, recipe_for
 from ..inference.run_folder import RunFolder, stored_dtype
 from ..merge import MergeOptions, merge, new_folder
@@ -27,7 +25,7 @@ from ..model.load import quiet
 from ..model.tokenizer import ChatPrompt
 from ..output_files import GENERATION_SETTINGS
 from ..processes.signals import Interrupts
-from ..recipe.export_formats import FORMATS, Format, format_named
+from ..recipe.export_formats import FORMATS, Format
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
@@ -36,38 +34,11 @@ from ..terminal import Terminal, announce, say
 from . import ollama
 from .certificate import CHECKS, Subject, Writer, certify
 from .compressed import CompressedWriter
-from .gguf_file import GgufWriter, find_llama_cpp
+from .gguf_file import GgufWriter
 from .merged import MergedWriter
+from .options import ExportChoice, ExportOptions, choose
 
 CERTIFICATE = "certificate.json"
-
-_DEFAULTS = {"merged": None, "gguf": "q8_0", "ollama": "q8_0", "compressed-tensors": "fp8"}
-"""What ``--format`` may be, and the quantization that it has by default."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The options of the command.
-
-    Attributes:
-        kind: ``merged``, ``gguf``, ``compressed-tensors`` or ``ollama``.
-        quantization: the name of a format of that kind; None: its default.
-        output: the new folder; None: beside the run's files, named after the format.
-        data: rows to judge on, in place of the run's.
-        llama_cpp: where llama.cpp is.
-        create: the name under which Ollama takes the model; None: it is not run.
-        certify: read everything back and compare.
-    """
-
-    kind: str
-    quantization: str | None = None
-    output: Path | None = None
-    data: Sequence[Path] = ()
-    llama_cpp: Path | None = None
-    create: str | None = None
-    certify: bool = True
-    max_shard_size: str = "5GB"
-    dequantize: bool = False
 
 
 @dataclass
@@ -100,12 +71,8 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
             f"{run.folder} holds a model that scores texts ({head.key}), and exports are for "
             "models that write; fusewright merge writes it for transformers"
         )
-    format, writer = _chosen(run, options)
-    name = format.name if format else "merged"
-    if options.create:
-        ollama.require_program()
-    name = f"ollama-{name}" if options.kind == "ollama" else name
-    output = (options.output or run.folder / f"export-{name}").expanduser()
+    choice = choose(run, options)
+    format, writer, output = choice.format, _writer(choice, run.consent), choice.output
     with Interrupts(), new_folder(output) as folder, quiet():
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=folder.parent))
         try:
@@ -136,27 +103,13 @@ def _as_trained(options: ExportOptions, recipe: Recipe) -> ExportOptions:
     return replace(options, quantization=options.quantization or name, dequantize=dequantize)
 
 
-def _chosen(run: RunFolder, options: ExportOptions) -> tuple[Format | None, Writer]:
-    """The format and what writes it, after a check that it is all there."""
-    if options.kind not in _DEFAULTS:
-        raise RecipeError(f"--format: {options.kind}: there are {', '.join(_DEFAULTS)}")
-    if options.create and options.kind != "ollama":
-        raise RecipeError("--create NAME goes with --format ollama")
-    named = options.quantization or _DEFAULTS[options.kind]
-    if options.kind == "merged":
-        format = format_named(named, "merged") if named else None
-        if not run.adapter and not in_shards(run.folder):
-            raise ModelError(
-                f"{run.folder} holds a whole model, which is merged already; export it to gguf or "
-                "compressed-tensors"
-            )
-        return format, MergedWriter(run.consent)
-    format = format_named(str(named), "gguf" if options.kind == "ollama" else options.kind)
-    if format.writer == "gguf":
-        return format, GgufWriter(format, find_llama_cpp(format, options.llama_cpp), run.consent)
-    if importlib.util.find_spec("compressed_tensors") is None:
-        raise RecipeError(f"{format.name} needs compressed-tensors: {install_extra('export')}")
-    return format, CompressedWriter(format, run.consent)
+def _writer(choice: ExportChoice, consent: Consent) -> Writer:
+    """What writes the chosen format."""
+    if choice.format is None or choice.format.writer == "merged":
+        return MergedWriter(consent)
+    if choice.llama_cpp is not None:
+        return GgufWriter(choice.format, choice.llama_cpp, consent)
+    return CompressedWriter(choice.format, consent)
 
 
 def _export(

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +29,9 @@ from ..model.from_pretrained import pretrained
 from ..model.multimodal import towers
 from ..model.rounding import gguf_roundtrip
 from ..recipe.export_formats import Format
+from .options import LlamaCpp, has_llama_cpp_python
 from .reading import Compared, TokenizerRead, compared, meta_model_of
 from .scores import Logits
-
-VARIABLE = "FUSEWRIGHT_LLAMA_CPP"
-_SCRIPT = "convert_hf_to_gguf"
-_CONVERTERS = (f"{_SCRIPT}.py", "convert-hf-to-gguf")
-_QUANTIZERS = ("llama-quantize", "build/bin/llama-quantize", "bin/llama-quantize")
-
-
-@dataclass(frozen=True)
-class LlamaCpp:
-    """The programs of llama.cpp.
-
-    Attributes:
-        converter: the command that takes a folder of transformers.
-        quantizer: the program that mixes types; None: llama-cpp-python's function does.
-    """
-
-    converter: tuple[str, ...]
-    quantizer: str | None
-
-
-def find_llama_cpp(format: Format, folder: Path | None = None) -> LlamaCpp:
-    """Find what the format takes, in ``folder``, where ``FUSEWRIGHT_LLAMA_CPP`` says, or on PATH.
-
-    Raises a RecipeError that names what is missing, and the command that brings it.
-    """
-    named = folder or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
-    if named is not None and not named.expanduser().is_dir():
-        raise RecipeError(f"{named} is not a folder; --llama-cpp names one with llama.cpp in it")
-    found = _find(_CONVERTERS, named)
-    if found is None:
-        where = f"{named} has no {_SCRIPT}.py" if named else f"no {_SCRIPT}.py on PATH"
-        raise RecipeError(
-            f"GGUF is written by llama.cpp's converter, and there is {where}: git clone "
-            f"https://github.com/ggml-org/llama.cpp, then --llama-cpp llama.cpp (or {VARIABLE})"
-        )
-    script = (sys.executable, found) if found.endswith(".py") else (found,)
-    quantizer = None if format.type else _find(_QUANTIZERS, named)
-    if not format.type and quantizer is None and not has_llama_cpp_python():
-        raise RecipeError(
-            f"{format.name} is made by llama.cpp's quantizer, and there is neither llama-quantize "
-            f"{f'in {named}' if named else 'on PATH'} nor llama-cpp-python: "
-            f"{install('llama-cpp-python')}"
-        )
-    return LlamaCpp(script, quantizer)
-
-
-def _find(names: Sequence[str], folder: Path | None) -> str | None:
-    if folder is not None:
-        for path in (folder.expanduser() / name for name in names):
-            if path.is_file():
-                return str(path.resolve())
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
-def has_llama_cpp_python() -> bool:
-    """Whether llama-cpp-python can be imported."""
-    try:
-        import llama_cpp  # noqa: F401
-    except (ImportError, OSError, RuntimeError):  # not there, or for another processor
-        return False
-    return True
 
 
 def write_gguf(

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ModelError, RecipeError
+from ...errors import ModelError
 from ..data.chat.stops import render_chat, stop_tokens
 from ..model.tokenizer import ChatPrompt, Message
 from .gguf_file import field
+from .options import require_ollama
 
 _MARK = "\u2063{}\u2063"  # invisible separators, which no template writes or strips
 _TRIALS = (
@@ -145,20 +145,9 @@ _SETTINGS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
              "repetition_penalty": "repeat_penalty"}  # fmt: skip
 
 
-def require_program() -> str:
-    """The path of ``ollama``; raises a RecipeError if it is not installed."""
-    program = shutil.which("ollama")
-    if program is None:
-        raise RecipeError(
-            "--create: there is no ollama on PATH; install it (https://ollama.com/download), or "
-            "leave the option out"
-        )
-    return program
-
-
 def create(folder: Path, name: str) -> None:
     """Run ``ollama create``; raises a RecipeError if it is not installed or fails."""
-    program = require_program()
+    program = require_ollama()
     ended = subprocess.run([program, "create", name, "-f", "Modelfile"], cwd=folder, check=False)
     if ended.returncode:
         raise ModelError(f"ollama create {name} ended with {ended.returncode}")

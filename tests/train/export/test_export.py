@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +324,36 @@ def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "there are merged, gguf" in refused("export", adapter, "--format", "onnx")
     assert "--create NAME goes with" in refused("export", adapter, "--format", "gguf", "--create",
                                                 "x")  # fmt: skip
+    (tmp_path / "rows.jsonl").touch()
+    said = refused("export", adapter, "--format", "merged", "--data", tmp_path / "row.jsonl")
+    assert said.startswith(f"--data: there is no {tmp_path}/row.jsonl in ")
+    assert said.endswith(f"did you mean {tmp_path}/rows.jsonl?")
+    said = refused("export", adapter, "--format", "merged", "--output", tmp_path)
+    assert said == f"{tmp_path} is there already; name another folder: --output DIR"
     assert snapshot(adapter) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--format", "onnx"),
+        ("--format", "gguf", "-q", "int4"),
+        ("--format", "gguf"),
+        ("--format", "ollama", "--create", "x", "--llama-cpp", str(STAND_IN)),
+        ("--format", "merged", "--data", "none.jsonl"),
+        ("--format", "merged", "--output", "."),
+    ],
+)
+def test_what_is_wrong_is_said_before_pytorch_is_imported(
+    adapter: Path, words: tuple[str, ...]
+) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from fusewright.cli.main import main; "
+        f"sys.argv[1:] = {['export', str(adapter), *words]}; main()"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
 
 
 @needs_library

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fusewright.train import train
 from fusewright.train.consent import Consent
-from fusewright.train.export.command import ExportOptions, export
+from fusewright.train.export.command import export
+from fusewright.train.export.options import ExportOptions
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.proof import audit
 from fusewright.train.recipe.load import load_recipe
