@@ -401,11 +401,11 @@ def doctor(
 
 def init(
     data: Annotated[
-        str,
+        list[str],
         typer.Argument(
-            metavar="DATA",
-            help="A file, a folder, the id of a dataset on the hub, or whatever else path may be "
-            "in a recipe.",
+            metavar="DATA...",
+            help="Files, folders, ids of datasets on the hub, or whatever else path may be in a "
+            "recipe; each becomes an entry of datasets.",
         ),
     ],
     model: Annotated[

@@ -19,7 +19,7 @@ from ..data.images.reading import reader_of
 from ..data.sample import Tokens
 from ..processing import Processing
 from ..recipe.recipe import Recipe
-from .look import RowsRead
+from .look import AllRows
 
 # --- lengths of rows -----------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def processing_of(recipe: Recipe) -> tuple[Processing | None, str]:
         return None, str(error)
 
 
-def measure(recipe: Recipe, rows: RowsRead, processing: Processing | None) -> Lengths:
+def measure(recipe: Recipe, rows: AllRows, processing: Processing | None) -> Lengths:
     """Count the tokens of the sample as ``recipe`` reads it, or estimate them without a tokenizer.
 
     Those that stand for images are counted, too.
@@ -75,19 +75,26 @@ def measure(recipe: Recipe, rows: RowsRead, processing: Processing | None) -> Le
         DataError: a row is not right, or has what the chat template leaves out.
         RecipeError: the tokenizer lacks something.
     """
-    dataset = recipe.datasets[0]
+    samples = list(zip(recipe.datasets, (one.sample for one in rows.each), strict=True))
     if processing is None:
-        read = format_of(dataset, recipe, None, _WHOLE, NoImages(_UNKNOWN))
-        sizes = [_size(read.read(row, where)) for where, row in rows.sample]
+        sizes = []
+        for dataset, sample in samples:
+            read = format_of(dataset, recipe, None, _WHOLE, NoImages(_UNKNOWN))
+            sizes += [_size(read.read(row, where)) for where, row in sample]
         return Lengths(np.array(sizes), None, counted=False)
-    with tempfile.TemporaryDirectory(prefix="fusewright-init-") as folder:
-        images = reader_of(recipe, dataset, processing, Path(folder))
-        encoder = Encoder(dataset, recipe, processing.tokenizer, _WHOLE, images=images)
-        encoded = encoder.encode(rows.sample)
-    tokens = np.array([len(one.ids) for one in encoded])
-    trained = sum(end - begin for one in encoded for begin, end in one.spans)
-    if not trained:
-        raise DataError(f"{dataset.path}: no row has anything to train")
+    lengths: list[int] = []
+    trained = 0
+    for dataset, sample in samples:
+        with tempfile.TemporaryDirectory(prefix="fusewright-init-") as folder:
+            images = reader_of(recipe, dataset, processing, Path(folder))
+            encoder = Encoder(dataset, recipe, processing.tokenizer, _WHOLE, images=images)
+            encoded = encoder.encode(sample)
+        spans = sum(end - begin for one in encoded for begin, end in one.spans)
+        if not spans:
+            raise DataError(f"{dataset.path}: no row has anything to train")
+        lengths += [len(one.ids) for one in encoded]
+        trained += spans
+    tokens = np.array(lengths)
     return Lengths(tokens, trained / max(1, int(tokens.sum())), counted=True)
 
 
@@ -138,15 +145,14 @@ LORA_WHY = (
 class Candidates:
     """The adapters and lengths to try; ``longest`` is the model's longest text, if known."""
 
-    rows: RowsRead
+    rows: AllRows
     lengths: Lengths
     longest: int | None
 
     @property
     def is_text(self) -> bool:
         """Whether rows that are longer than a sequence are cut, and not left out."""
-        entry = self.rows.shape.entry()
-        return entry.get("type") == "completion" and self.rows.shape.pair is None
+        return self.rows.are_texts
 
     @property
     def trained(self) -> int:
@@ -164,7 +170,7 @@ class Candidates:
 
         Some models cannot keep the images of a pack apart, which is seen when they are loaded.
         """
-        alone = self.rows.shape.pair is not None or self.rows.features.images
+        alone = self.rows.are_pairs or self.rows.have_images
         return not alone and (self.is_text or self._packed(length) >= STEPS)
 
     def sequences(self, length: int) -> int:
@@ -251,7 +257,7 @@ class Candidates:
         return f"{text}. ROWS ARE LOST, because of {limit}: {cut}, with {share:.1%} of all tokens"
 
     def _adapters(self) -> Iterator[tuple[dict[str, Any], str]]:
-        if self.rows.shape.kind == "text (completion)":
+        if self.is_text:
             yield (
                 {},
                 "no adapter: texts teach knowledge, for which training all weights works better",
@@ -265,7 +271,7 @@ class Candidates:
         least = _rounded(self.lengths.at(99))
         best = _TEXT if self.is_text else least
         packs = self.is_text or self.lengths.at(50) <= best // 2 or best < _PACK
-        if self.rows.shape.pair is not None or not packs:
+        if self.rows.are_pairs or not packs:
             return best
         best = max(best, _PACK)
         least = min(least, _CONTEXT) if self.is_text else least

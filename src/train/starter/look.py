@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,9 @@ _PROMPTS = ("instruction", "question", "query", "prompt", "INSTRUCTION", "input"
 _ANSWERED = ("output", "response", "answer", "completion", "RESPONSE", "target")
 _SYSTEMS = ("system", "system_prompt")
 _TEXTS = ("text", "content", "document")
+
+TOKENIZED, _TEXT_KIND = "already tokenized", "text (completion)"
+"""Kinds of rows that are treated apart."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def _preference(row: Mapping[str, Any]) -> Shape | None:
 
 
 def _tokenized(row: Mapping[str, Any]) -> Shape | None:
-    return Shape("already tokenized") if "input_ids" in row else None
+    return Shape(TOKENIZED) if "input_ids" in row else None
 
 
 def _chat(row: Mapping[str, Any]) -> Shape | None:
@@ -149,7 +153,7 @@ def _text(row: Mapping[str, Any]) -> Shape | None:
     if name is None:
         return None
     keys = (("type", "completion"), *([] if name == "text" else [("field", name)]))
-    return Shape("text (completion)", keys)
+    return Shape(_TEXT_KIND, keys)
 
 
 SAMPLE = 1000
@@ -235,6 +239,65 @@ class RowsRead:
     complete: bool
     sample: list[Row]
     features: ChatFeatures
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """The rows of all datasets of a recipe, which are trained together."""
+
+    each: tuple[RowsRead, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of rows that were read."""
+        return sum(rows.count for rows in self.each)
+
+    @property
+    def complete(self) -> bool:
+        """Whether these are all."""
+        return all(rows.complete for rows in self.each)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether they are pairs of answers."""
+        return self.each[0].shape.pair is not None  # those of all, or of none
+
+    @property
+    def are_texts(self) -> bool:
+        """Whether all of them are texts, which are cut where they are long."""
+        return all(rows.shape.kind == _TEXT_KIND for rows in self.each)
+
+    @property
+    def have_images(self) -> bool:
+        """Whether some have images."""
+        return any(rows.features.images for rows in self.each)
+
+
+def look_at(datasets: Sequence[Dataset]) -> AllRows:
+    """Read the rows of datasets as ``look`` does; the samples are in proportion.
+
+    Raises a DataError also if one recipe cannot train them together.
+    """
+    each = [look(dataset) for dataset in datasets]
+    apart = [rows for rows in each if _trained_as(rows) != _trained_as(each[0])]
+    if apart:
+        ours, first = apart[0], each[0]
+        raise DataError(
+            f"{ours.dataset.path}: these rows are {ours.shape.kind}, and those of "
+            f"{first.dataset.path} are {first.shape.kind}, which one recipe does not train "
+            "together: write a recipe for each"
+        )
+    total = sum(rows.count for rows in each)
+    draw = random.Random(0)
+    for i, rows in enumerate(each):
+        size = min(len(rows.sample), math.ceil(SAMPLE * rows.count / total))
+        each[i] = replace(rows, sample=draw.sample(rows.sample, size))
+    return AllRows(tuple(each))
+
+
+def _trained_as(rows: RowsRead) -> str:
+    alone = rows.shape.kind == TOKENIZED or rows.shape.pair is not None
+    return rows.shape.kind if alone else "texts and chats"
 
 
 def _of(message: Mapping[str, Any], *names: str) -> Any:

