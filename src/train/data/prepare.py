@@ -37,6 +37,7 @@ from .images.reading import ImageReader, reader_of, sample_picture
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
+from .readers.bad_rows import BadRows, raise_any
 from .readers.files import Row
 from .readers.limits import Limits, Part, nothing_left
 from .readers.sources import DataSource
@@ -243,7 +244,7 @@ def _store(
     work: dict[str, list[Work]],
     console: Console | None,
 ) -> dict[str, Any]:
-    folder = cache.begin()
+    folder, bad = cache.begin(), [BadRows()]
     try:
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
@@ -259,13 +260,18 @@ def _store(
             with ArrowWriter(folder / "train.arrow", extra) as writer:
                 for source, one in _pairs(sources, work, "datasets"):
                     before = writer.count
-                    prepared = _write(source, one, writer, recipe, progress, duplicates, record)
+                    bad.append(bad[-1].following(source.dataset.path))
+                    prepared = _write(
+                        source, one, writer, recipe, progress, duplicates, record, bad[-1]
+                    )
                     counts, first = counts + prepared.counts, {**prepared.first, **first}
                     sizes.append(writer.count - before)
             for i, (source, one) in enumerate(_pairs(sources, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
                 with ArrowWriter(folder / files[-1], extra) as writer:
-                    _write(source, one, writer, recipe, progress, None, record)
+                    bad.append(bad[-1].following(source.dataset.path))
+                    _write(source, one, writer, recipe, progress, None, record, bad[-1])
+        raise_any(bad)
         if record is not None:
             record.save(folder)
         if sizes:
@@ -273,8 +279,10 @@ def _store(
         about = {"counts": dict(counts), "first": first, "sizes": sizes}
         cache.finish(folder, files, about)
         return {**about, "files": dict.fromkeys(files)}
-    except BaseException:
+    except BaseException as error:
         cache.abandon(folder)
+        if isinstance(error, DataError):
+            raise_any(bad)  # which come before it
         raise
 
 
@@ -299,6 +307,7 @@ def _write(
     progress: Progress,
     duplicates: Duplicates | None,
     record: unchanged.ImageRecord | None,
+    bad: BadRows,
 ) -> PreparedRows:
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -307,7 +316,7 @@ def _write(
     before = writer.count
     path = source.dataset.path
     rows = source.rows(progress.dataset(path))
-    for part in parts(work, rows, recipe.dataset_processes or 1):
+    for part in parts(work, rows, recipe.dataset_processes or 1, bad):
         counts, first = counts + part.counts, {**part.first, **first}
         ends |= part.ends
         trained |= part.trained
@@ -317,6 +326,8 @@ def _write(
         if record is not None:
             record.add(part.extra)
         writer.add(part.ids, part.labels, part.lengths, part.extra)
+    if bad.searching:  # all that is told in the end is which
+        return PreparedRows(counts, first)
     if not counts["rows"]:
         raise DataError(f"{path}: the dataset is empty")
     if writer.count == before and not counts["duplicates"]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import DataError
-from .readers.bad_rows import BadRows
+from .readers.bad_rows import BadRows, BadRowsError
 from .readers.files import Row
 from .readers.limits import Limits, Part
 
@@ -74,33 +74,33 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
-    """Encode rows; raises a DataError if rows are not right, or a process died.
+def parts(work: Work, rows: Iterable[Row], processes: int, bad: BadRows) -> Iterator[Part]:
+    """Encode rows; raises a DataError if a file cannot be read, or a process died.
 
-    After the first of them, more are looked at, so that one run names all that are wrong; the
-    error says which were not.
+    Rows that are not right go to ``bad``, which also says how many batches were looked at before.
+    After the first of them, more are looked at, so that one run names all that are wrong; ``bad``
+    says which were not.
 
     No more than a few batches per process are in memory. In one process, the tokenizer's own
     threads use all cores.
     """
-    bad, last = BadRows(), ""
+    last = ""
     try:
         for where, result in _results(work, rows, processes, bad):
             if bad.enough or bad.further > _READ:
-                bad.rest = f"none after {last} was looked at"
+                bad.rest = f"none after {last} was looked at" if last else "no row was looked at"
                 break
-            if bad.further == _TOKENIZED + 1:
-                bad.rest = f"those after {last} were read, but not tokenized"
+            if bad.further > _TOKENIZED and not bad.rest:
+                those = f"those after {last}" if last else "the rows"
+                bad.rest = f"{those} were read, but not tokenized"
             if isinstance(result, BadRows):
                 bad.extend(result)
-            elif not bad.count:
+            elif not bad.searching:
                 yield result
-            bad.further += bool(bad.count)
+            bad.further += bad.searching
             last = where
-    except DataError:  # such as a line that is no JSON
-        bad.raise_any()  # which come before it
-        raise
-    bad.raise_any()
+    except BadRowsError as error:  # lines that are no JSON
+        bad.extend(error.rows)
 
 
 def _results(

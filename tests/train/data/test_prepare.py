@@ -270,6 +270,43 @@ def test_one_run_names_the_bad_rows(
         make()
 
 
+def test_one_run_names_the_bad_rows_of_all_datasets(make: Make, tmp_path: Path) -> None:
+    good = json.dumps(chat("How are you?", "Fine."))
+    names = ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"]
+    bad = [['{"messages": []}'] * 12, [], ["{"], ["[1]"] * 3]
+    for name, lines in zip(names, bad, strict=True):
+        (tmp_path / name).write_text("\n".join([good, *lines]))
+    with pytest.raises(DataError) as refused:
+        make(
+            datasets=[{"path": str(tmp_path / name)} for name in names[:3]],
+            test_datasets=[{"path": str(tmp_path / names[3])}],
+        )
+    a, c, d, *totals = str(refused.value).splitlines()
+    assert a.startswith(f"{tmp_path}/a.jsonl, line 2: the field 'messages' must be")
+    assert a.endswith("(likewise line 3, line 4, line 5, line 6, line 7)")  # ten rows in all
+    assert c.startswith(f"  {tmp_path}/c.jsonl, line 2: ")
+    assert d.startswith(f"  {tmp_path}/d.jsonl, line 2: ")
+    assert d.endswith("(likewise line 3, line 4)")
+    assert totals == [
+        f"  {tmp_path}/{name}: {count} cannot be used"
+        for name, count in (("a.jsonl", "12 rows"), ("c.jsonl", "1 row"), ("d.jsonl", "3 rows"))
+    ]
+
+
+def test_datasets_after_a_bad_row_share_what_is_looked_at(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_READ", 0)
+    (tmp_path / "a.jsonl").write_text('{"messages": []}')
+    write(tmp_path / "b.jsonl", 5)
+    with pytest.raises(DataError) as refused:
+        make(datasets=[{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")])
+    assert str(refused.value).splitlines()[1:] == [
+        f"  {tmp_path}/a.jsonl: 1 row cannot be used",
+        f"  {tmp_path}/b.jsonl: no row was looked at",
+    ]
+
+
 def test_what_comes_after_a_bad_row_is_soon_only_read(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
