@@ -200,7 +200,7 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
     """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
     from .checkpoint.files import checkpoints
-    from .checkpoint.output_folder import check_output
+    from .checkpoint.output_folder import check_output, state_of
 
     folder = Path(recipe.output_dir)
     try:
@@ -209,7 +209,15 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
         saved = None if start is None else resume.Saved.read(start)
         # of an earlier checkpoint, those after it would be lost
         is_last = in_place and start == checkpoints(folder)[-1]
-        longer = saved is not None and is_last and bool(saved.longer_keys(recipe))
+        longer = (
+            saved is not None
+            and is_last
+            and (
+                saved.is_more_patient(recipe)
+                if state_of(folder) == "stopped early"
+                else bool(saved.longer_keys(recipe))
+            )
+        )
         check_output(folder, recipe.overwrite_output_dir, in_place, longer)
         if start is not None and saved is not None:
             resume.require_same_run(start, saved, recipe, processes)

@@ -260,7 +260,7 @@ class TrainingRun:
         if resumed is not None and (over := trainer.nothing_left(resumed.folder)):
             self.run_log.say(f"{over}; saving the result")
             trainer.load_checkpoint(resumed.folder)
-            result.end(trainer.ended(), trainer.checkpoints.write_error)
+            result.end(trainer.ended(), trainer.reason())
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
         remaining = result.steps_planned - done
@@ -269,7 +269,7 @@ class TrainingRun:
         try:
             with resume.without_code(start):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
-            result.end(trainer.ended(), trainer.checkpoints.write_error)
+            result.end(trainer.ended(), trainer.reason())
         except NonFiniteStepError as error:
             bad = error.of_all(self.world)
             result.end("nan", str(bad))

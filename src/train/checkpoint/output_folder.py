@@ -7,12 +7,15 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from ...errors import RecipeError
 from ..output_files import why_not_ours_to_write
 from .files import checkpoints, clean, discard, step_of
 from .ownership import PART, few, foreign_files, link_in, results
 from .resume import Saved
+
+State = Literal["stopped", "finished", "stopped early"]
 
 
 def check_output(
@@ -32,28 +35,38 @@ def check_output(
     result = next(results(folder), None)
     if result is None or overwrite:
         return
-    finished = _finished(folder)
-    if resumed and (longer or not finished):
+    state = state_of(folder)
+    if resumed and (longer or state == "stopped"):
         return
     there = f"output_dir: {folder} already holds a run ({result.name})"
     if last := checkpoints(folder)[-1:]:
-        there += f" that {'has finished' if finished else 'was stopped'}; "
-        there += _way_on(last[0], finished)
+        there += f" that {_STATES[state]}; {_way_on(last[0], state)}"
     raise RecipeError(
         f"{there}; to begin anew, choose another folder, or pass --overwrite "
         "(overwrite_output_dir: true)"
     )
 
 
-def _way_on(last: Path, finished: bool) -> str:
+_STATES: dict[State, str] = {
+    "stopped": "was stopped",
+    "finished": "has finished",
+    "stopped early": "early stopping has ended",
+}
+
+
+def _way_on(last: Path, state: State) -> str:
     """How a run goes on from its ``last`` checkpoint, or why it cannot."""
     try:
         saved = Saved.read(last)
     except RecipeError as error:
         return str(error)
-    if finished and saved.has_fixed_length:
+    if state == "finished" and saved.has_fixed_length:
         return f"it cannot be trained further with lr_scheduler: {saved.recipe['lr_scheduler']}"
-    more = ", with more max_steps or num_epochs" if finished else ""
+    more = {
+        "stopped": "",
+        "finished": ", with more max_steps or num_epochs",
+        "stopped early": ", with a higher early_stopping_patience",
+    }[state]
     return f"resume_from_checkpoint: true (--resume_from_checkpoint) goes on from {last.name}{more}"
 
 
@@ -95,14 +108,18 @@ def _require_writable(folder: Path) -> None:
                 path.rmdir()
 
 
-def _finished(folder: Path) -> bool:
-    """Whether a run has finished there, and no longer one has begun since."""
+def state_of(folder: Path) -> State:
+    """How the run in ``folder`` ended, unless a longer one has begun since: then as stopped."""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         last = max((step_of(path) or 0 for path in checkpoints(folder)), default=0)
-        return bool(run["status"] == "finished" and last <= run["steps"])
+        if run["status"] != "finished" or last > run["steps"]:
+            return "stopped"
+        # a run that finished ends before its last step by early stopping alone
+        early = run["steps"] < run.get("steps_planned", 0)
+        return "stopped early" if early else "finished"
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return "stopped"
 
 
 def clear_output(folder: Path, resumed: bool = False) -> None:

@@ -97,6 +97,11 @@ class Saved:
             return set()
         return {key} if now > before else set()
 
+    def is_more_patient(self, recipe: Recipe) -> bool:
+        """Whether early stopping waits longer in ``recipe`` than it did in the run, or for ever."""
+        before, now = self.recipe.get("early_stopping_patience"), recipe.early_stopping_patience
+        return isinstance(before, int) and (now is None or now > before)
+
 
 def _require_files(folder: Path) -> None:
     """Raise RecipeError unless a checkpoint has all that a run needs to resume from it."""

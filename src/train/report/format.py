@@ -29,6 +29,11 @@ def memory(mib: float) -> str:
     return f"{mib:,.0f} MiB" if mib < 1000 else f"{mib / 1024:,.1f} GiB"
 
 
+def rate(per_second: float) -> str:
+    """A number a second: ``1,234``, and ``0.42`` where whole numbers would say nothing."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
+
+
 def millions(count: float) -> str:
     """A large number: ``870``, ``4.88M``, ``139M``, ``7.24B``."""
     for size, letter in ((1e9, "B"), (1e6, "M")):

@@ -15,7 +15,7 @@ from ..output_files import write_atomically
 from ..printable import printable
 from ..recipe.written import folded
 from . import run_facts
-from .format import duration, memory, millions
+from .format import duration, memory, millions, rate
 from .page_sections import audit_headline, data, ending, model
 from .run_facts import TASKS, Facts
 
@@ -189,7 +189,7 @@ def _training(facts: Facts, picture: bool) -> Iterator[str]:
     for name, key, show in (
         ("optimizer steps", "steps", lambda v: f"{v:,.0f}"),
         ("tokens trained on", "trained_tokens", millions),
-        ("trained tokens per second", "trained_tokens_per_s", lambda v: f"{v:,.0f}"),
+        ("trained tokens per second", "trained_tokens_per_s", rate),
         ("peak memory", "peak_rss_mb", memory),
         ("peak GPU memory", "peak_cuda_mb", memory),
     ):

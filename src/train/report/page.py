@@ -23,7 +23,7 @@ from ..output_files import write_atomically
 from ..printable import printable
 from ..recipe.written import Folded, folded
 from . import page_sections as sections
-from .format import Smooth, change, duration, memory
+from .format import Smooth, change, duration, memory, rate
 from .run_facts import Facts
 
 # --- plots: plain geometry, in thousandths of the width and height -------------------------------
@@ -469,17 +469,17 @@ def _fall(name: str, before: float, after: float, where: str) -> Headline:
 
 
 def _speed(facts: Facts) -> Headline | None:
-    rate, step = facts.number("trained_tokens_per_s"), facts.number("median_step_s")
-    if not rate:
+    trained, step = facts.number("trained_tokens_per_s"), facts.number("median_step_s")
+    if not trained:
         return None
     whole = facts.number("tokens_per_s")
-    more = [f"{whole:,.0f} tokens/s in all"] if whole else []
+    more = [f"{rate(whole)} tokens/s in all"] if whole else []
     if step:
         more.append(f"a step takes {_seconds(step)}")
     shares = [share for _, share in facts.history("mfu")[1:] if share > 0]
     if shares:
         more.append(f"MFU about {statistics.median(shares):.1%}")
-    return Headline("Trained tokens per second", f"{rate:,.0f}", ", ".join(more))
+    return Headline("Trained tokens per second", rate(trained), ", ".join(more))
 
 
 def _memory(facts: Facts) -> Headline | None:
@@ -551,7 +551,7 @@ def _curves(facts: Facts) -> list[_Curve]:
         ("Tokens of a completion", "completions/mean_length", lambda v: f"{v:,.0f}"),
         ("Learning rate", "learning_rate", lambda v: f"{v:.2e}"),
         ("Gradient norm", "grad_norm", three),
-        ("Trained tokens per second", "trained_tokens_per_s", lambda v: f"{v:,.0f}"),
+        ("Trained tokens per second", "trained_tokens_per_s", rate),
     ):
         smoothed = key != "learning_rate"
         series = Series(title.lower(), facts.history(key), smoothed)

@@ -82,10 +82,13 @@ def ending(facts: Facts) -> Ending:
     """How the run ended, and what results it left."""
     status = facts.text("status") or "unknown"
     tone, label = _TONES.get(status, ("warn", status))
-    if status == "finished":
-        return Ending(tone, label, "")
     kind = "adapter" if facts.recipe.get("adapter") else "model"
     steps, planned = facts.number("steps"), facts.number("steps_planned")
+    if status == "finished":
+        reason = facts.text("reason").rstrip(".")
+        early = reason and steps is not None and planned
+        text = f"It ended after step {steps:,.0f} of {planned:,.0f}: {reason}." if early else ""
+        return Ending(tone, label, text)
     sentences = []
     if steps is not None and planned and steps >= planned:
         sentences.append(

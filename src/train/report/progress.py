@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..processes.signals import Interrupts
 from ..terminal import say
-from .format import Smooth, change, duration, memory
+from .format import Smooth, change, duration, memory, rate
 from .throughput import ThroughputMeter
 
 RECENT = 10
@@ -186,7 +186,7 @@ class ProgressCallback(TrainerCallback):
             fields.append((3, f"lr {self.rate:.1e}"))
         if self._is_timed():
             trained = self.meter.rate(self.meter.trained, last=RECENT)
-            fields.append((1, f"{trained:,.0f} trained tokens/s"))
+            fields.append((1, f"{rate(trained)} trained tokens/s"))
         share = self.meter.utilization(last=RECENT) if self._is_timed() else None
         if share is not None:
             fields.append((5, f"MFU {share:.0%}" if share >= 0.1 else f"MFU {share:.1%}"))

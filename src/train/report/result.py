@@ -20,7 +20,7 @@ from ..output_files import write_atomically
 from ..recipe.secret_values import hide, scrub
 from ..terminal import say
 from .environment import memory, peak_rss_mb
-from .format import change, finite, resumption
+from .format import change, finite, rate, resumption
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
@@ -225,8 +225,10 @@ class RunResult:
             self.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
 
     def ending(self, adapter: bool) -> Iterator[str]:
-        """The messages at the end of a run that did not finish; ``adapter``: it trained one."""
+        """The messages at the end of a run that ended early; ``adapter``: it trained one."""
         if self.status == "finished":
+            if self.reason:
+                yield f"\nEnded at step {self.steps} of {self.steps_planned}: {self.reason}."
             return
         yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._outcome(adapter)
         yield {
@@ -292,10 +294,11 @@ class RunResult:
             rows["training reward"] = f"{rewards[0]:z.3f} → {rewards[-1]:z.3f}"
         if self.loss_first is not None and self.loss_last is not None:
             rows["training loss"] = f"{self.loss_first:z.3f} → {self.loss_last:z.3f}"
-        rows["speed"] = (
-            f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
-            f"first step {self.first_step_s:.1f} s"
-        )
+        if self.tokens_per_s:  # of a run that resumed at its end there are no steps
+            rows["speed"] = (
+                f"{rate(self.tokens_per_s)} tokens/s ({rate(self.trained_tokens_per_s)} trained), "
+                f"first step {self.first_step_s:.1f} s"
+            )
         peaks = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
         if self.peak_cuda_mb is not None:
             peaks += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"

@@ -438,6 +438,18 @@ class EngineMixin(_Trainer):
         dogs = [c for c in self.callback_handler.callbacks if isinstance(c, LossWatchdog)]
         return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
 
+    def reason(self) -> str | None:
+        """Why the loop ended before its last step, in words, if its state does not say all."""
+        if self.checkpoints.write_error is not None:
+            return self.checkpoints.write_error
+        patience = self.context.recipe.early_stopping_patience
+        whole = self.state.global_step >= self.args.max_steps
+        if self.ended() != "finished" or whole or patience is None:
+            return None
+        validations = f"{patience} validations" if patience != 1 else "a validation"
+        metric = self.args.metric_for_best_model
+        return f"early stopping: {metric} did not improve in {validations}"
+
     def _load_best_model(self) -> None:
         self.checkpoints.settle(wait=True)
         if self.ended() != "finished":  # the last step's weights are what was asked for
@@ -464,7 +476,7 @@ class EngineMixin(_Trainer):
             return f"all steps are done{longer}"
         callbacks: Any = state.stateful_callbacks  # a mapping, once they are read
         if out_of_patience(callbacks, self.context.recipe):
-            return f"early stopping ended training at step {state.global_step}"
+            return f"early stopping ended training at step {state.global_step}{_MORE_PATIENT}"
         return None
 
     def abandon(self) -> None:
@@ -489,6 +501,7 @@ class EngineMixin(_Trainer):
 
 
 _LONGER = " (more max_steps or num_epochs would train further)"
+_MORE_PATIENT = " (a higher early_stopping_patience would train further)"
 
 
 class FineTuner(EngineMixin, Trainer):

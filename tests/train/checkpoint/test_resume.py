@@ -204,14 +204,21 @@ def test_a_run_that_was_stopped_early_is_not_trained_further(
     whole = train(asked, console=QUIET)
     assert whole.steps < 40
     weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert whole.reason == "early stopping: eval_loss did not improve in a validation"
+    said = "early stopping has ended.* goes on from .*with a higher early_stopping_patience; to"
+    for more in ({}, {"resume_from_checkpoint": True, "max_steps": 50}):
+        with pytest.raises(RecipeError, match=said):
+            train({**asked, **more}, console=QUIET)
     (tmp_path / "out" / "run.json").unlink()  # killed while the results were written
     out = io.StringIO()
     resumed = train(asked, console=Console(file=out, width=120), resume_from_checkpoint=True)
     assert (resumed.status, resumed.steps) == ("finished", whole.steps)
-    assert f"early stopping ended training at step {whole.steps}; saving the" in out.getvalue()
+    told = " ".join(out.getvalue().split())
+    further = "(a higher early_stopping_patience would train further)"
+    assert f"early stopping ended training at step {whole.steps} {further}; saving the" in told
+    assert f"Ended at step {whole.steps} of 40: {whole.reason}." in told
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
     assert curves(resumed) == curves(whole)
-    (tmp_path / "out" / "run.json").unlink()
     longer = {"resume_from_checkpoint": True, "early_stopping_patience": 2}
     assert train(asked, console=QUIET, **longer).steps > whole.steps
 
