@@ -39,8 +39,19 @@ if TYPE_CHECKING:
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Of click, of which typer may carry its own copy."""
 
-_AXOLOTL = {"merge-lora": "merge", "inference": "generate", "evaluate": "eval"}
-"""Its commands that have another name here."""
+_OTHER_NAMES = {
+    "merge-lora": "merge", "inference": "generate", "evaluate": "eval", "finetune": "train",
+    "fine-tune": "train", "sft": "train", "run": "train", "predict": "generate", "check": "doctor",
+    "env": "doctor", "quantize": "export", "convert": "export",
+}  # fmt: skip
+"""Names that commands have in Axolotl and elsewhere -> those here."""
+
+_NO_COMMANDS = {
+    "resume": "a run resumes with its recipe: fusewright train RECIPE.yaml "
+    "--resume_from_checkpoint true.",
+    "dry-run": "that is fusewright train RECIPE.yaml --dry-run.",
+}
+"""What is no command here -> how it is done."""
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -62,7 +73,8 @@ class Commands(TyperGroup):
             return name, command, rest
         except _UsageError as error:
             name = args[0].replace("_", "-")
-            vars(error)["meant"] = did_you_mean(_AXOLOTL.get(name, name), self.commands)
+            meant = did_you_mean(_OTHER_NAMES.get(name, name), self.commands)
+            vars(error)["meant"] = _NO_COMMANDS.get(name, meant)
             raise
 
     def get_params(self, ctx: Any) -> Any:
@@ -375,10 +387,12 @@ def _train(
         overrides["overwrite_output_dir"] = True
     if dry_run:
         if placement(os.environ).rank == 0:
-            _show(check(recipe, overrides, consent), nproc)
+            checked = check(recipe, overrides, consent)
+            announce("importing PyTorch and transformers")
+            _show(checked, nproc)
         return 0
     with reported_once(os.environ):
-        checked = load_recipe(recipe, overrides, consent, FUNCTIONS)
+        loaded = load_recipe(recipe, overrides, consent, FUNCTIONS)
 
     # PyTorch's C++ code warns in every process, such as of a model that uses all its parameters
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -393,7 +407,7 @@ def _train(
         from ..compiler.compiled_file import load_compiled
 
         say(Terminal(stderr=True), f"read {load_compiled(load)} from {load}")
-    strategy = checked.strategy()
+    strategy = loaded.strategy()
     number = number_of_processes(nproc, alone=strategy.world() == 1)
     if number > 1:
         strategy.require_world(number)
@@ -402,7 +416,7 @@ def _train(
         return launch(number, ["train", recipe, *switches, *arguments])
     from ..train.run import run  # slow to import: only for a recipe that is right
 
-    result = run(checked)
+    result = run(loaded)
     if save is not None and placement(os.environ).rank == 0:
         from ..compiler.compiled_file import save_compiled
 

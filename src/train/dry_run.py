@@ -25,7 +25,7 @@ from .recipe.recipe import GROUPS, Recipe
 from .recipe.secret_values import hide, without_hidden
 from .recipe.status import Entry, entries, refusals, without_secrets
 from .requirements import notices
-from .terminal import say
+from .terminal import announce, say
 
 _COLOURS = {
     "honoured": "green",
@@ -163,6 +163,7 @@ def verdict(recipe: Recipe, processes: int | None) -> list[str]:
     from .plan.page import verdict_lines  # imports PyTorch
     from .plan.plan import make_plan
 
+    announce("planning a training step, to see whether it fits")
     try:
         return verdict_lines(make_plan(recipe, None, processes))
     except Exception as error:  # a model's own code raises anything; a dry run does not end by it

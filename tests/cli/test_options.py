@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from fusewright.cli.main import app
 
+from ..train.commands import refused
+
 GROUP: Any = typer.main.get_command(app)
 SPELLED = [
     (command, option)
@@ -68,8 +70,22 @@ def test_a_misspelt_switch_is_not_asked_for_a_value(typed: str, meant: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [("merge-lora", "merge"), ("inference", "generate"), ("evaluate", "eval")]
+    ("theirs", "ours"),
+    [
+        ("merge-lora", "merge"),
+        ("inference", "generate"),
+        ("evaluate", "eval"),
+        ("finetune", "train"),
+        ("convert", "export"),
+    ],
 )
 def test_the_commands_of_axolotl_lead_to_ours(theirs: str, ours: str) -> None:
     said = CliRunner().invoke(app, [theirs, "recipe.yaml"]).stderr
     assert f"no such command '{theirs}'; did you mean {ours}?" in said
+
+
+def test_what_is_no_command_is_answered_with_how_it_is_done() -> None:
+    said = refused("resume", "outputs/run")
+    assert "no such command 'resume'; a run resumes with its recipe: fusewright train " in said
+    assert said.endswith("--resume_from_checkpoint true. See fusewright --help")
+    assert "that is fusewright train RECIPE.yaml --dry-run. See" in refused("dry-run", "x.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,14 @@ def test_commands_say_what_they_load(
     monkeypatch.setattr("fusewright.cli.commands.announce", stop)
     done = fusewright(*(str(run_folder) if word == "RUN" else word for word in words))
     assert f"Enough: loading {run_folder}" in done.stderr
+
+
+def test_a_dry_run_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr(sys.modules["fusewright.cli.main"], "announce", waits.append)
+    (tmp_path / "recipe.yaml").write_text("base_model: a/b\ndatasets: [{path: a/b}]\nrl: ebft\n")
+    assert fusewright("train", tmp_path / "recipe.yaml", "--dry-run").exit_code == 2
+    assert waits == ["importing PyTorch and transformers"]
 
 
 # --- secrets --------------------------------------------------------------------------------------

@@ -125,12 +125,21 @@ def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
         )
 
 
+def _runs_in(folder: Path) -> list[str]:
+    """The runs in a folder, the last one first."""
+    records = sorted(folder.glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [str(record.parent) for record in records]
+
+
 def _nothing(folder: Path) -> str:
     checkpoints = sorted(
         folder.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name), reverse=True
     )
     if checkpoints:
         return f"{folder} has checkpoints but no result; name one of them: {checkpoints[0]}"
+    if runs := _runs_in(folder):
+        more = ", ..." * bool(runs[3:])
+        return f"{folder} holds runs, and is none; name one of them: {', '.join(runs[:3])}{more}"
     if (folder / "run.json").exists():
         return f"{folder} has a run.json but neither an adapter nor a model: nothing was saved"
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,19 @@ def test_folders_of_no_use(tmp_path: Path, command: str) -> None:
     assert "has adapter_config.json but no adapter_model.safetensors" in said(empty)
     (empty / "adapter_model.safetensors").write_bytes(b"")
     assert "does not name the base model; --base-model does" in said(empty)
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    for number, name in enumerate(["a", "b", "c", "d"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        os.utime(tmp_path / name / "run.json", (number, number))
+    with pytest.raises(ModelError) as refused:
+        open_run(tmp_path)
+    last = ", ".join(str(tmp_path / name) for name in "dcb")  # first
+    assert str(refused.value) == (
+        f"{tmp_path} holds runs, and is none; name one of them: {last}, ..."
+    )
 
 
 def test_a_model_without_its_configuration(tmp_path: Path) -> None:
