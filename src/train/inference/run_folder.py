@@ -126,9 +126,10 @@ def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
 
 
 def _runs_in(folder: Path) -> list[str]:
-    """The runs in a folder, the last one first."""
-    records = sorted(folder.glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return [str(record.parent) for record in records]
+    """The runs in a folder, also those that were killed, the last one first."""
+    names = ("run.json", "adapter_config.json", "checkpoint-*")
+    runs = {file.parent for name in names for file in folder.glob(f"*/{name}")}
+    return [str(run) for run in sorted(runs, key=lambda r: r.stat().st_mtime, reverse=True)]
 
 
 def _nothing(folder: Path) -> str:

@@ -118,10 +118,11 @@ def test_folders_of_no_use(tmp_path: Path, command: str) -> None:
 
 
 def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
-    for number, name in enumerate(["a", "b", "c", "d"]):
+    files = ("run.json", "run.json", "checkpoint-2", "adapter_config.json")
+    for number, (name, file) in enumerate(zip("abcd", files, strict=True)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text("{}")
-        os.utime(tmp_path / name / "run.json", (number, number))
+        (tmp_path / name / file).write_text("{}")
+        os.utime(tmp_path / name, (number, number))
     with pytest.raises(ModelError) as refused:
         open_run(tmp_path)
     last = ", ".join(str(tmp_path / name) for name in "dcb")  # first
