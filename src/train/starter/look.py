@@ -291,7 +291,8 @@ def look_at(datasets: Sequence[Dataset]) -> AllRows:
     draw = random.Random(0)
     for i, rows in enumerate(each):
         size = min(len(rows.sample), math.ceil(SAMPLE * rows.count / total))
-        each[i] = replace(rows, sample=draw.sample(rows.sample, size))
+        chosen = sorted(draw.sample(range(len(rows.sample)), size))  # the first fault is named
+        each[i] = replace(rows, sample=[rows.sample[k] for k in chosen])
     return AllRows(tuple(each))
 
 
