@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +169,18 @@ def _find_vector_instructions() -> None:
     is_supported = any(isa for isa in kinds if all(flag in flags for flag in str(isa).split()))
     with config.patch({"cpp.vec_isa_ok": True}) if is_supported else contextlib.nullcontext():
         cpu_vec_isa.pick_vec_isa()
+
+
+def _forget_compile_threads() -> None:
+    """In a fork: let Inductor start its threads again; those of its pool were not forked."""
+    module: Any = sys.modules.get("torch._inductor.async_compile")
+    pool: Any = getattr(getattr(module, "AsyncCompile", None), "pool", None)
+    if hasattr(pool, "cache_clear"):
+        pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_compile_threads)
 
 
 @contextlib.contextmanager
