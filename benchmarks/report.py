@@ -214,6 +214,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qlora-8x512": lambda: step_table("train_step-smollm2-qlora-bf16-8x512-cpu", "growth_mb"),
     "qlora-4x256": lambda: step_table("train_step-smollm2-qlora-bf16-4x256-cpu", "growth_mb"),
     "training": lambda: training_table("training-smollm2-bf16-cpu"),
+    "peers": lambda: training_table("training-peers-smollm2-bf16-cpu"),
     "soak": soak_table,
     "preparation": lambda: preparation_table("preparation-cpu"),
 }

@@ -66,7 +66,8 @@ SUITE = (
     ),
     Measurement(
         "training-peers-smollm2-bf16-cpu", "the same beside peers", "training.py", "",
-        "--rows 8 --validation-rows 2 --batch 4 --sequence-len 128", 25, "stock,fusewright", True,
+        "--rows 8 --validation-rows 2 --batch 4 --sequence-len 128", 25,
+        "stock,fusewright,fusewright:min", True,
     ),
     Measurement(
         "preferences-smollm2-bf16-cpu", "steps of DPO, KTO, ORPO, reward models and GRPO",

@@ -57,7 +57,7 @@ def test_measurements_are_found_by_the_beginning_of_their_names() -> None:
     ]  # fmt: skip
     alone, beside = (one.command(False, ("unsloth",)) for one in named(["training-"]))
     assert "unsloth" not in alone[-1]
-    assert beside[-1] == "stock,fusewright,unsloth"
+    assert beside[-1] == "stock,fusewright,fusewright:min,unsloth"
     with pytest.raises(ValueError, match="no measurement is named 'trainings'; there are train_"):
         named(["trainings"])
 

@@ -252,9 +252,10 @@ class StepWatch:
                     "tokens take too long: fusewright audit looks at them"
                 )
         if not why:
+            on_host = all(p.device.type == "cpu" for p in self.inner.parameters())
             try:
                 with (
-                    large_blocks_mapped() if recompute else contextlib.nullcontext(),
+                    large_blocks_mapped() if recompute and on_host else contextlib.nullcontext(),
                     _without_noise(self.inner),
                 ):
                     found = audit_step(

@@ -320,7 +320,7 @@ class Session:
         """Before the first call: announce it; let Inductor prepare during the capture."""
         codegen, reason = self.choices.codegen
         _logger.info(
-            "the first training step captures the model's graphs, verifies rewrites, races "
+            "the first call captures the model's graphs, in training verifies rewrites and races "
             "candidates%s, and takes longer than later ones (codegen %s: %s)",
             " and compiles" if codegen == "inductor" else "", codegen, reason,
         )  # fmt: skip

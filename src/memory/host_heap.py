@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,8 @@ def large_blocks_mapped() -> Iterator[None]:
     come and go, the holes that they leave in the heap take more memory than the blocks.
     """
     library = _glibc()
-    if library is None:
-        yield
+    if library is None or any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
+        yield  # another library, or the user has settings for this one
         return
     library.malloc_trim(0)
     library.mallopt(_MMAP_THRESHOLD, _OWN_MAPPING)

@@ -50,7 +50,7 @@ def check_output(
 _STATES: dict[State, str] = {
     "stopped": "was stopped",
     "finished": "has finished",
-    "stopped early": "early stopping has ended",
+    "stopped early": "ended by early stopping",
 }
 
 

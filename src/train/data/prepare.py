@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...errors import DataError, RecipeError
+from ...errors import DataError, RecipeError, first_line
 from ..processes.world import World
 from ..processing import Processing
 from ..recipe.keys.row_types import is_function_type
@@ -37,7 +37,7 @@ from .images.reading import ImageReader, reader_of, sample_picture
 from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
 from .readers import sources
-from .readers.bad_rows import BadRows, raise_any
+from .readers.bad_rows import BadRows, BadRowsError, raise_any
 from .readers.files import Row
 from .readers.limits import Limits, Part, nothing_left
 from .readers.sources import DataSource
@@ -281,8 +281,8 @@ def _store(
         return {**about, "files": dict.fromkeys(files)}
     except BaseException as error:
         cache.abandon(folder)
-        if isinstance(error, DataError):
-            raise_any(bad)  # which come before it
+        if isinstance(error, Exception) and not isinstance(error, BadRowsError):
+            raise_any(bad, first_line(error))
         raise
 
 

@@ -138,11 +138,12 @@ def _nothing(folder: Path) -> str:
     )
     if checkpoints:
         return f"{folder} has checkpoints but no result; name one of them: {checkpoints[0]}"
-    if runs := _runs_in(folder):
-        more = ", ..." * bool(runs[3:])
-        return f"{folder} holds runs, and is none; name one of them: {', '.join(runs[:3])}{more}"
     if (folder / "run.json").exists():
         return f"{folder} has a run.json but neither an adapter nor a model: nothing was saved"
+    if runs := _runs_in(folder):
+        more = ", ..." * bool(runs[3:])
+        named = ", ".join(runs[:3])
+        return f"{folder} contains runs but is not a run itself; name one of them: {named}{more}"
     return (
         f"{folder} is neither a run nor a model: it has no adapter_config.json and no "
         "model.safetensors"

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import ipaddress
 import itertools
 import json
 import os
 import re
-import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import psutil
@@ -113,12 +112,16 @@ class World:
             return make()
         self._shared += 1
         name = f"shared-{self._shared}"
-        if self.main:
-            text = json.dumps(make())
-            self._store.set(name, text)
-        else:
-            text = self._awaited(name)
-        return json.loads(text)  # type: ignore[no-any-return]  # 2026-11-27: what ``make`` gave
+        text = [json.dumps(make()) if self.main else ""]
+        try:
+            if self.main:
+                self._store.set(name, text[0])
+                self._store.check([name])  # set() does not notice a store that has just gone
+            else:
+                text = [self._awaited(name)]
+        except dist.DistNetworkError:  # a launcher on another machine was killed: save without it
+            dist.broadcast_object_list(text)
+        return json.loads(text[0])  # type: ignore[no-any-return]  # 2026-11-27: what ``make`` gave
 
     def wait_for_main(self) -> None:
         """Wait until rank 0 is here, too."""
@@ -177,8 +180,9 @@ class World:
         text = str(error)
         with contextlib.suppress(Exception):  # the store may be gone, too
             if not isinstance(error, ProcessLostError):
-                for store in (self._store, self._failures):
-                    store.set(f"failed-{self.rank}", json.dumps(text))
+                self._failures.set(f"failed-{self.rank}", json.dumps(text))
+                with contextlib.suppress(Exception):  # rank 0, whose it is, may be gone
+                    self._store.set(f"failed-{self.rank}", json.dumps(text))
             if self.main and not _launcher_has_store():
                 time.sleep(2 * _POLL)  # until the others have read that
             if self.main or not isinstance(error, FusewrightError | KeyboardInterrupt):
@@ -253,7 +257,8 @@ def _group(timeout: float | None) -> Iterator[World]:
             f"{first_line(error)}"
         ) from error
     failures = _of_this_run(store)
-    store = _store_of_rank_0(failures, placed, wait) if _launcher_has_store() else failures
+    with _losses(machines=placed.local_size < placed.size):
+        store = _store_of_rank_0(failures, placed, wait) if _launcher_has_store() else failures
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(device_index(placed, torch.cuda.device_count()))
@@ -360,7 +365,7 @@ def _store_of_rank_0(launcher: Any, placed: Placement, timeout: datetime.timedel
     """
     if placed.local_size < placed.size:
         return launcher
-    tcp_store = partial(dist.TCPStore, "127.0.0.1", timeout=timeout)  # type: ignore[attr-defined]  # 2026-12-01: not in its list
+    tcp_store = functools.partial(dist.TCPStore, "127.0.0.1", timeout=timeout)  # type: ignore[attr-defined]  # 2026-12-01: not in its list
     if placed.rank == 0:
         store = tcp_store(0, is_master=True, wait_for_workers=False)
         launcher.set("port", str(store.port))
@@ -374,28 +379,23 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, kinds) or bool(_LOST.search(str(error)))
 
 
+@functools.cache  # a second thread would be a second signal
 def end_with_parent() -> None:
-    """Get one SIGTERM, and so save, when the parent of this process is killed (Linux)."""
+    """Get one SIGTERM, and so save, when the parent of this process is killed."""
     parent = int(os.environ[PARENT])
-    descriptor = None
-    if hasattr(os, "pidfd_open"):
-        with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids the call
-            descriptor = os.pidfd_open(parent)
     if os.getppid() != parent:
         raise SystemExit(1)
-    if descriptor is not None:
-        threading.Thread(target=_signal_at_end, args=(descriptor,), daemon=True).start()
+    threading.Thread(target=_signal_after, args=(parent,), daemon=True).start()
 
 
-def _signal_at_end(process: int) -> None:
-    """Wait for a process to end, by its descriptor.
+def _signal_after(parent: int) -> None:
+    """Send this process a SIGTERM once it has another parent.
 
-    prctl(PR_SET_PDEATHSIG) would signal once for each thread of the parent, and a second SIGTERM
-    means to quit without saving.
+    prctl(PR_SET_PDEATHSIG) would send one for each thread of the parent, and a second SIGTERM means
+    to quit without saving.
     """
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    poll.poll()
+    while os.getppid() == parent:
+        time.sleep(_POLL)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -184,17 +184,12 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _whole_path(value: str, names: dict[str, str]) -> str:
-    """What is left of a value that is an absolute path; others may be prompts (``/no_think``).
-
-    That is the path in the current folder, as recipes have it, or else its last part.
-    """
+    """The last part of a value that is an absolute path; others may be prompts (``/no_think``)."""
     path = _LOCAL.sub("/", value)
     is_path = PurePath(path).is_absolute() and len(PurePath(path).parts) > 2 and "\n" not in path
     if not is_path or (" " in path and not Path(path).exists()):
         return value
-    here, whole = Path.cwd(), PurePath(path)
-    inside = here in whole.parents and here != Path(here.anchor)
-    return names.setdefault(path, str(whole.relative_to(here)) if inside else whole.name)
+    return names.setdefault(path, PurePath(path).name)
 
 
 def _without_paths(text: str, names: Mapping[str, str]) -> str:

@@ -114,6 +114,7 @@ def _datasets(options: InitOptions, model: str) -> list[Dataset]:
     except RecipeError as error:  # which speaks of a recipe, and there is none yet
         text = str(error).replace("the recipe has", "there are")
         text = re.sub(r"(the recipe, )?\bdatasets\.\d+\.path:", "DATA:", text)
+        text = re.sub(r"(the recipe, )?\bdatasets\.\d+\.images_dir:", "--images-dir:", text)
         text = re.sub(r"(the recipe, )?\bbase_model:", "--model:", text)
         raise RecipeError(text) from None
 

@@ -439,16 +439,16 @@ class EngineMixin(_Trainer):
         return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
 
     def reason(self) -> str | None:
-        """Why the loop ended before its last step, in words, if its state does not say all."""
+        """Why the loop ended early, where neither a signal nor the watchdog has ended it."""
         if self.checkpoints.write_error is not None:
             return self.checkpoints.write_error
         patience = self.context.recipe.early_stopping_patience
         whole = self.state.global_step >= self.args.max_steps
         if self.ended() != "finished" or whole or patience is None:
             return None
-        validations = f"{patience} validations" if patience != 1 else "a validation"
+        validations = f"for {patience} validations" if patience != 1 else "at the last validation"
         metric = self.args.metric_for_best_model
-        return f"early stopping: {metric} did not improve in {validations}"
+        return f"early stopping, as {metric} did not improve {validations}"
 
     def _load_best_model(self) -> None:
         self.checkpoints.settle(wait=True)

@@ -204,8 +204,8 @@ def test_a_run_that_was_stopped_early_is_not_trained_further(
     whole = train(asked, console=QUIET)
     assert whole.steps < 40
     weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    assert whole.reason == "early stopping: eval_loss did not improve in a validation"
-    said = "early stopping has ended.* goes on from .*with a higher early_stopping_patience; to"
+    assert whole.reason == "early stopping, as eval_loss did not improve at the last validation"
+    said = "ended by early stopping.* goes on from .*with a higher early_stopping_patience; to"
     for more in ({}, {"resume_from_checkpoint": True, "max_steps": 50}):
         with pytest.raises(RecipeError, match=said):
             train({**asked, **more}, console=QUIET)

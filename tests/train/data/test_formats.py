@@ -201,7 +201,7 @@ def test_every_type_that_a_recipe_may_name_is_one_here() -> None:
         dataset = Dataset(path="x", type=name)
         Encoder(dataset, Recipe(base_model="x", datasets=[dataset]), tokenizer)
     wrong = Dataset(path="x", type="alpaka")
-    with pytest.raises(RecipeError, match="'alpaka' is not one of chat_template, "):
+    with pytest.raises(RecipeError, match=r"'alpaka' is not a type of rows; did you mean alpaca\?"):
         Encoder(wrong, Recipe(base_model="x", datasets=[wrong]), tokenizer)
 
 

@@ -293,6 +293,17 @@ def test_one_run_names_the_bad_rows_of_all_datasets(make: Make, tmp_path: Path) 
     ]
 
 
+def test_what_ends_reading_is_told_with_the_bad_rows_before_it(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": []}')
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError) as refused:
+        make(datasets=[{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")])
+    row, total, later = str(refused.value).splitlines()
+    assert row.startswith(f"{tmp_path}/a.jsonl, line 1: the field 'messages' must be")
+    assert total == f"  {tmp_path}/a.jsonl: 1 row cannot be used"
+    assert later.startswith(f"  {tmp_path}/b.jsonl")
+
+
 def test_datasets_after_a_bad_row_share_what_is_looked_at(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,7 +127,7 @@ def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
         open_run(tmp_path)
     last = ", ".join(str(tmp_path / name) for name in "dcb")  # first
     assert str(refused.value) == (
-        f"{tmp_path} holds runs, and is none; name one of them: {last}, ..."
+        f"{tmp_path} contains runs but is not a run itself; name one of them: {last}, ..."
     )
 
 

@@ -213,24 +213,10 @@ def test_a_filled_form_is_ones_own(run_folder: Path, tmp_path: Path) -> None:
     assert not card.is_generated(path)
 
 
-def test_paths_of_the_current_folder_are_published_as_recipes_have_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = {
-        "output_dir": f"{tmp_path}/outputs/a",
-        "datasets": [{"path": f"{tmp_path}/data/r.csv"}],
-    }
-    monkeypatch.chdir(tmp_path)
-    short = {"output_dir": "outputs/a", "datasets": [{"path": "data/r.csv"}]}
-    assert Facts({"recipe": recipe}).published().entries["recipe"] == short
-    monkeypatch.chdir("/")  # where that would be all of the path
-    assert Facts({"recipe": recipe}).published().entries["recipe"]["output_dir"] == "a"
-
-
 def test_a_run_that_early_stopping_has_ended_says_so(run: dict[str, Any]) -> None:
-    reason = "early stopping: eval_loss did not improve in 3 validations"
+    reason = "early stopping, as eval_loss did not improve for 3 validations"
     text = rendered({**run, "steps": 3, "steps_planned": 1000, "reason": reason})
-    said = "> **Finished.** It ended after step 3 of 1,000: early stopping: eval\\_loss did not"
+    said = "> **Finished.** It ended after step 3 of 1,000: early stopping, as eval\\_loss did not"
     assert said in text
 
 

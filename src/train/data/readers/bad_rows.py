@@ -11,7 +11,7 @@ _SHOWN, _ENOUGH = 10, 1000
 
 
 class BadRowsError(DataError):
-    """Rows of a dataset cannot be used; ``rows`` are those."""
+    """Rows cannot be used; ``rows`` are those of the first dataset with such."""
 
     def __init__(self, message: str, rows: BadRows) -> None:
         super().__init__(message)
@@ -78,13 +78,14 @@ class BadRows:
         return f"{rows}{more} cannot be used{rest}"
 
 
-def raise_any(found: Sequence[BadRows]) -> None:
-    """Raise a DataError with the bad rows of several datasets, if there are any.
+def raise_any(found: Sequence[BadRows], later: str = "") -> None:
+    """Raise a BadRowsError with the bad rows of several datasets, if there are any.
 
     It names the first ones of each, as many in all as it would name of one, and all counts.
+    ``later``: an error that came after them, and is told with them.
     """
     told = [bad for bad in found if bad.count or bad.rest]
-    if len(told) == 1:
+    if len(told) == 1 and not later:
         told[0].raise_any()
     if not any(bad.count for bad in told):
         return
@@ -92,7 +93,8 @@ def raise_any(found: Sequence[BadRows]) -> None:
     first = (_lines(bad.first[:number]) for bad, number in zip(told, numbers, strict=True))
     lines = [line for each in first for line in each]
     lines += [f"{bad.path}: {bad.total()}" for bad in told]
-    raise DataError("\n  ".join(lines))
+    lines += [later] if later else []
+    raise BadRowsError("\n  ".join(lines), told[0])
 
 
 def _shares(numbers: Sequence[int]) -> list[int]:
