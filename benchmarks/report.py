@@ -188,9 +188,8 @@ def headline() -> str:
     ours = step["fusewright"]
     speed = _times(ours["tokens_per_s"], step["hf"]["tokens_per_s"])
     memory = f"{ours['growth_mb'] / step['hf']['growth_mb']:.0%}"
-    mine = runs["fusewright"]["trained_tokens_per_s"]
     against = [
-        f"**{_times(mine, runs[engine]['trained_tokens_per_s'])}** that of {what}"
+        f"**{_rate(runs['fusewright'], runs[engine])}** that of {what}"
         for engine, what in (
             ("stock", "the HF Trainer, which pads"),
             ("stock-packed", "the HF Trainer without padding"),
@@ -199,10 +198,23 @@ def headline() -> str:
         )
         if engine in runs
     ]
+    least = runs["fusewright:min"]
+    padded, plain = runs["stock"], runs["stock-packed"]
     return (
         f"A training step at **{speed}** the speed of HF + PEFT with {memory} of its memory growth "
-        f"(8 × 512). The speed of a whole run, packed: {', '.join(against)}."
+        f"(8 × 512). The speed of a whole run, packed: {', '.join(against)}. With `memory: min` a "
+        f"run takes {_peak(least, padded)} of the peak memory of the HF Trainer, which pads, and "
+        f"{_peak(least, plain)} of that without padding, at {_rate(least, padded)} and "
+        f"{_rate(least, plain)} the speed."
     )
+
+
+def _rate(row: dict[str, Any], base: dict[str, Any]) -> str:
+    return _times(row["trained_tokens_per_s"], base["trained_tokens_per_s"])
+
+
+def _peak(row: dict[str, Any], base: dict[str, Any]) -> str:
+    return f"{row['peak_rss_mb'] / base['peak_rss_mb']:.0%}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -87,14 +87,18 @@ def test_headlines_compare_like_with_like(monkeypatch: pytest.MonkeyPatch) -> No
 
     step = [{"engine": e, "tokens_per_s": t, "growth_mb": g}
             for e, t, g in (("hf", 100, 1000), ("fusewright", 200, 250))]  # fmt: skip
-    speeds = {"stock": 50, "stock-packed": 100, "trl": 80, "fusewright": 150}
-    run = [{"engine": e, "trained_tokens_per_s": t} for e, t in speeds.items()]
+    figures = {"stock": (50, 4000), "stock-packed": (100, 2000), "trl": (80, 1500),
+               "fusewright": (150, 900), "fusewright:min": (125, 700)}  # fmt: skip
+    run = [{"engine": e, "trained_tokens_per_s": t, "peak_rss_mb": m}
+           for e, (t, m) in figures.items()]  # fmt: skip
     monkeypatch.setattr(report, "results", lambda name: run if "training" in name else step)
     said = report.headline()
     assert "**2.00x** the speed of HF + PEFT with 25% of its memory growth" in said
     assert "**3.00x** that of the HF Trainer, which pads" in said
     assert "**1.50x** that of the HF Trainer without padding" in said
     assert "**1.88x** that of TRL, packed, with its default checkpointing" in said
+    assert "takes 18% of the peak memory of the HF Trainer, which pads, and 35% of that" in said
+    assert "at 2.50x and 1.25x the speed" in said
 
 
 def test_csv_files_have_what_a_figure_depends_on() -> None:
