@@ -111,7 +111,9 @@ def check(
             problems.append((loc, problem))
     sound = recipe or _sound_part(content, wrong)
     if sound is not None and not odd:  # no path has such characters
-        complete, missing = with_paths(sound.allowed(consent or Consent()), folder)
+        complete, missing = with_paths(
+            sound.allowed(consent or Consent()), folder, whole=recipe is not None
+        )
         recipe = recipe and complete
         missing = [m for m in missing if with_data or m[0][0] not in DATA]
         problems += [m for m in missing if not any(m[0][: len(loc)] == loc for loc, _ in wrong)]

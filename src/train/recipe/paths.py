@@ -32,10 +32,11 @@ FUNCTIONS = ("datasets", "test_datasets", "trl")
 """The keys that may name Python functions."""
 
 
-def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
+def with_paths(recipe: Recipe, folder: Path, whole: bool = True) -> tuple[Recipe, Problems]:
     """Make the paths of a recipe absolute, and return what could not be found.
 
-    A path is looked for in ``folder``, where the recipe is, then in the current folder.
+    A path is looked for in ``folder``, where the recipe is, then in the current folder. Keys are
+    compared with each other only if the recipe is ``whole``: else some values are not the user's.
     """
     folders = list(dict.fromkeys([folder, Path.cwd()]))
     problems: Problems = []
@@ -55,7 +56,8 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
             if (problem := why_not_ours_to_write(Path(update[name]))) is not None:
                 problems.append(((name,), problem))
     for name in ("base_model", "lora_model_dir"):
-        if update.get(name) == update.get("output_dir"):  # its weights would be overwritten
+        # its weights would be overwritten
+        if whole and update.get(name) == update.get("output_dir"):
             problems.append((("output_dir",), f"is the folder of {name}: choose another one"))
     if isinstance(resume_from := recipe.resume_from_checkpoint, str):
         places = [Path.cwd(), folder, Path(update["output_dir"])]
@@ -72,7 +74,7 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
     if recipe.deepspeed:
-        update["deepspeed"] = _deepspeed(recipe, recipe.deepspeed, folders, problems)
+        update["deepspeed"] = _deepspeed(recipe, recipe.deepspeed, folders, problems, whole)
     problems += needs_consent(recipe)
     return recipe.model_copy(update=update), problems
 
@@ -224,7 +226,11 @@ def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> s
 
 
 def _deepspeed(
-    recipe: Recipe, value: str | dict[str, Any], folders: list[Path], problems: Problems
+    recipe: Recipe,
+    value: str | dict[str, Any],
+    folders: list[Path],
+    problems: Problems,
+    whole: bool,
 ) -> str | dict[str, Any]:
     """The absolute path of a configuration of DeepSpeed, if it is in a file."""
     file = find_file(value, folders) if isinstance(value, str) else None
@@ -235,7 +241,8 @@ def _deepspeed(
             "gradient_accumulation_steps": recipe.accumulation(),
             "max_grad_norm": recipe.max_grad_norm,
         }
-        problems += [(("deepspeed",), message) for message in mismatches(config, settings)]
+        if whole:
+            problems += [(("deepspeed",), message) for message in mismatches(config, settings)]
     except RecipeError as error:
         problems.append((("deepspeed",), str(error)))
     return str(file) if file else value

@@ -334,18 +334,21 @@ def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "said"),
     [
-        ("--format", "onnx"),
-        ("--format", "gguf", "-q", "int4"),
-        ("--format", "gguf"),
-        ("--format", "ollama", "--create", "x", "--llama-cpp", str(STAND_IN)),
-        ("--format", "merged", "--data", "none.jsonl"),
-        ("--format", "merged", "--output", "."),
+        (("--format", "onnx"), "--format: onnx: there are "),
+        (("--format", "gguf", "-q", "int4"), "int4: no such format of gguf"),
+        (("--format", "gguf"), "GGUF is written by llama.cpp's converter"),
+        (
+            ("--format", "ollama", "--create", "x", "--llama-cpp", str(STAND_IN)),
+            "--create: there is no ollama on PATH",
+        ),
+        (("--format", "merged", "--data", "none.jsonl"), "--data: there is no none.jsonl in "),
+        (("--format", "merged", "--output", "."), ". is there already"),
     ],
 )
 def test_what_is_wrong_is_said_before_pytorch_is_imported(
-    adapter: Path, words: tuple[str, ...]
+    adapter: Path, words: tuple[str, ...], said: str
 ) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from fusewright.cli.main import main; "
@@ -354,6 +357,7 @@ def test_what_is_wrong_is_said_before_pytorch_is_imported(
     command, environment = [sys.executable, "-c", code], {**os.environ, "PATH": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"fusewright: {said}")
 
 
 @needs_library

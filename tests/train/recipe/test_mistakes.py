@@ -150,3 +150,27 @@ def test_the_name_of_a_package_leads_to_its_model(
             load_recipe({"base_model": name, "datasets": datasets})
     for other in ("my-code", "a/my-model", "gpt2", "json"):  # an id on the hub
         load_recipe({"base_model": other, "datasets": datasets})
+
+
+def test_what_stands_in_for_a_wrong_key_is_compared_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = {
+        "output_dir": ".",  # base_model, which is missing, has the current folder as a stand-in
+        "micro_batch_size": "four",
+        "deepspeed": {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}},
+        "datasets": [{"path": "rows.jsonl"}],
+    }
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(wrong)
+    text = str(refused.value)
+    for said in ("base_model", "micro_batch_size", "there is no rows.jsonl"):
+        assert said in text
+    assert "is the folder of" not in text
+    assert "train_micro_batch_size_per_gpu" not in text
+    right = {**wrong, "micro_batch_size": 2, "base_model": "."}
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(right)
+    assert "is the folder of base_model" in str(refused.value)
+    assert "train_micro_batch_size_per_gpu" in str(refused.value)
