@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..kernels import candidates, raced_op
+from ..kernels import raced_op
 from ..kernels.choice import Choice, Contender, Question, Timing, are_blocks_raced, choices, choose
 from ..kernels.cost import saved_by_hook
 from ..memory.apply_plan import inside_checkpoint
@@ -369,16 +369,12 @@ _PASSING = ("training", "_is_hf_initialized")
 def _machine(device: torch.device, module: nn.Module) -> str:
     """What a choice depends on besides the question; ours and the model's code among it."""
     code = versions({type(m) for m in module.modules()})
-    return "\0".join((_place(device), *environment(), str(code)))
-
-
-def _place(device: torch.device) -> str:
-    return candidates.machine() if device.type == "cpu" else raced_op.machine(device)
+    return "\0".join((raced_op.machine(device), *environment(), str(code)))
 
 
 def raced_ops(device: torch.device) -> list[Choice]:
     """What this process has chosen for ops on ``device``: whose calls asked is not known."""
-    return choices(_place(device))
+    return choices(raced_op.machine(device))
 
 
 def _as_reason(chosen: Choice, tokens: int) -> str:

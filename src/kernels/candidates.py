@@ -22,13 +22,12 @@ from .choice import Choice, Contender, Question, adopt, choose, is_fixed
 from .processor import (
     Processor,
     assume,
-    instruction_set,
     is_of_this_machine,
     measured,
     processor,
     this_machine,
 )
-from .raced_op import CONTESTS
+from .raced_op import CONTESTS, machine
 
 RACED = torch.float32, torch.bfloat16, torch.float16
 """The dtypes that processors differ in."""
@@ -80,13 +79,7 @@ def _learnt(known: Processor, dtype: torch.dtype) -> Processor:
 
 
 def _asked(question: Question) -> Choice:
-    return choose(question, machine())
-
-
-@functools.cache
-def machine() -> str:
-    """What a choice on the CPU depends on besides versions."""
-    return f"{instruction_set()}\0{torch.get_num_threads()}"
+    return choose(question, machine(torch.device("cpu")))
 
 
 # --- products -------------------------------------------------------------------------------------

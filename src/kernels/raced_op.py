@@ -35,6 +35,7 @@ from .fallback import (
     is_of_device,
     is_strict,
 )
+from .processor import instruction_set
 
 OWN, PLAIN = "own", "plain"
 """The names of the op's kernel and of its plain form among the candidates."""
@@ -337,7 +338,9 @@ def _layouts(args: Iterable[Any]) -> list[str]:
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """The GPU and what compiles for it; of a CPU nothing, which tests race on."""
+    """What a choice on ``device`` depends on besides versions of this package and of PyTorch."""
+    if device.type == "cpu":
+        return f"{instruction_set()}\0{torch.get_num_threads()}"
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
