@@ -475,7 +475,22 @@ class _StaysWide(TorchDispatchMode):
         kwargs = kwargs or {}
         if kwargs.get("dtype") is torch.float32 and _narrows(func, args):
             kwargs = {**kwargs, "dtype": torch.float64}
+        if func.overloadpacket in _OF_ONE_DTYPE and any(_is_wide(a) for a in args):
+            args = tuple(
+                a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+            )
         return func(*args, **kwargs)
+
+
+_ATEN = torch.ops.aten
+_OF_ONE_DTYPE = {
+    _ATEN.mm, _ATEN.bmm, _ATEN.addmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.dot, _ATEN.convolution,
+}  # fmt: skip
+"""Products, which refuse fp32 beside fp64: other ops compute in the wider of the two."""
+
+
+def _is_wide(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.float64
 
 
 def _narrows(func: Any, args: tuple[Any, ...]) -> bool:
@@ -483,7 +498,7 @@ def _narrows(func: Any, args: tuple[Any, ...]) -> bool:
     if torch.Tag.nondeterministic_seeded in func.tags or func._schema.name == "aten::arange":
         return False
     first = args[0] if args else None
-    return not isinstance(first, Tensor) or first.dtype is torch.float64
+    return not isinstance(first, Tensor) or _is_wide(first)
 
 
 _CASTS = 8

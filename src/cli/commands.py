@@ -313,11 +313,11 @@ def export(
         kind, quantization, output, tuple(data or ()), llama_cpp, create, certificate,
         max_shard_size, dequantize,
     )  # fmt: skip
-    choose(opened, options)  # errors are raised now
+    choice = choose(opened, options)  # errors are raised now
     announce("importing PyTorch and transformers")
     from ..train.export import command  # slow to import
 
-    audit = command.export(opened, options).certificate
+    audit = command.export(opened, choice).certificate
     raise typer.Exit(int(audit is not None and not audit.passed))
 
 

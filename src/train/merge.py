@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..errors import ModelError, RecipeError, first_line
 from ..memory.budget import gigabytes
 from .data.chat.stops import write_stops
-from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
+from .inference.load_run import grow, load_tokenizer, with_adapter
 from .inference.run_folder import RunFolder
+from .inference.run_recipe import recipe_for, recipe_with
 from .model.base_files import BaseFiles, base_files, copy_processor, save_with_base
 from .model.files import adapter_weights, in_shards
 from .model.from_pretrained import meta_model, pretrained
@@ -42,7 +43,7 @@ from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.stored import is_stored
 from .model.tokenizer import ChatPrompt, set_padding
-from .output_files import require_new, write_generation_settings
+from .output_files import require_file_size, require_new, write_generation_settings
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -86,6 +87,7 @@ def merge(
         )
     output = (request.output or run.folder / "merged").expanduser()
     dtype = _dtype(run, request.dtype)
+    require_file_size(request.max_shard_size)
     with new_folder(output) as folder, quiet():
         recipe = recipe_for(run)
         config = load_config(recipe)  # as the run had it, with what its recipe overrides
@@ -193,13 +195,10 @@ def _save(
             f"{base}: its towers were not loaded (language_model_only), and it has no safetensors "
             "files to take them from; merge into a copy that has: --base-model BASE"
         )
-    try:
-        save_with_base(
-            model, folder, files, dtype=None if request.dtype is None else dtype,
-            max_shard_size=request.max_shard_size,
-        )  # fmt: skip
-    except ValueError as error:
-        raise RecipeError(f"max_shard_size: {first_line(error)}") from error
+    save_with_base(
+        model, folder, files, dtype=None if request.dtype is None else dtype,
+        max_shard_size=request.max_shard_size,
+    )  # fmt: skip
 
 
 def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
@@ -584,17 +583,12 @@ def write_shards(
     ``plan`` has shape and dtype of every tensor in the order of the files; ``tensor`` is called
     once for each, in order. No more than one file's tensors are in memory.
 
-    Raises:
-        RecipeError: ``max_shard_size`` is not a size.
-        ModelError: the disk has no room for them.
+    Raises a ModelError if the disk has no room for them.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     empty = {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in plan.items()}
-    try:
-        split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise RecipeError(f"max_shard_size: {first_line(error)}; say 500MB or 5GB") from None
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     total = int(split.metadata["total_size"])
     free = shutil.disk_usage(folder).free
     if total > free:

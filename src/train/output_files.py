@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 
 GENERATION_SETTINGS = "generation_config.json"
 
@@ -31,6 +31,18 @@ def require_new(output: Path) -> None:
     """Raise a RecipeError unless a folder does not exist, or is empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output} is there already; name another folder: --output DIR")
+
+
+def require_file_size(text: str) -> None:
+    """Raise a RecipeError unless ``text`` is a size that the hub's library reads, such as 5GB."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    try:  # of no tensors
+        split_state_dict_into_shards_factory(
+            {}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=text
+        )
+    except ValueError as error:
+        raise RecipeError(f"--max-shard-size: {first_line(error)}; say 500MB or 5GB") from None
 
 
 def write_atomically(path: Path, text: str, errors: str = "strict") -> None:

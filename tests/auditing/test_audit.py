@@ -22,6 +22,7 @@ from fusewright.auditing.losses import of_model
 from fusewright.auditing.reference import PlainModel, _checkpointed, _StaysWide, step_bytes
 from fusewright.auditing.slices import samples_of, slice_of
 
+from ..versions import transformers_before
 from . import tiny as families
 from . import zoo
 
@@ -307,6 +308,8 @@ def test_a_loss_that_calls_the_model_with_parts() -> None:
 def test_a_healthy_model_that_was_called_wrong(name: str, kind: str) -> None:
     """Codebooks of one sample, no reference, one in fp32, an expert that rounding empties."""
     row = zoo.measure(name, kind)
+    if "not_built" in row and transformers_before("5.24"):
+        pytest.skip(f"this version of transformers builds no tiny one: {row['not_built']}")
     assert row["passed"]
     assert row["fails"] == []
 
@@ -360,10 +363,12 @@ def test_a_reference_in_fp64_stays_there_where_code_casts_to_fp32() -> None:
         value = in_fp32(x)
         (gradient,) = torch.autograd.grad(value, x)
         assert torch.arange(3).float().dtype is torch.float32
+        angles = x[None, :, None] @ torch.arange(3).float()[None, None]  # as of rotary embeddings
         torch.manual_seed(0)
         drawn = torch.rand(3, dtype=torch.float32)
     truth = (F.softmax(x / 3, -1) @ x).square()
-    assert value.dtype is gradient.dtype is torch.float64
+    assert value.dtype is gradient.dtype is angles.dtype is torch.float64
+    assert torch.equal(angles[0], torch.outer(x, torch.arange(3).double()))
     assert torch.allclose(value, truth, rtol=1e-14, atol=0)
     assert torch.allclose(gradient, torch.autograd.grad(truth, x)[0], rtol=1e-13, atol=1e-16)
     torch.manual_seed(0)

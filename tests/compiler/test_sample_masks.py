@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -137,7 +138,9 @@ def _arguments(implementation: str, **options: Any) -> tuple[dict[str, Any], Ten
     positions[1] = torch.arange(96) + 7
     inputs = torch.zeros(2, 96, 4, dtype=torch.bfloat16)
     arguments = {"config": config, "inputs_embeds": inputs, "position_ids": positions}
-    return {**arguments, "attention_mask": None, "cache": None}, sample_starts(positions)
+    parameters = inspect.signature(masking_utils.create_causal_mask).parameters
+    cache = "cache" if "cache" in parameters else "past_key_values"  # its older name
+    return {**arguments, "attention_mask": None, cache: None}, sample_starts(positions)
 
 
 @pytest.fixture
@@ -165,13 +168,12 @@ def test_other_masks_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def also(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return key > 3
 
-    def shifted(
-        config: Any, inputs_embeds: Any, attention_mask: Any, cache: Any, position_ids: Any
-    ) -> Any:
-        given = config, inputs_embeds, attention_mask, cache, position_ids
-        return masking_utils.create_causal_mask(*given).roll(1, -1)
+    causal = masking_utils.create_causal_mask
 
-    causal, shifted.__module__ = masking_utils.create_causal_mask, masking_utils.__name__
+    @functools.wraps(causal)
+    def shifted(**given: Any) -> Any:
+        return causal(**given).roll(1, -1)
+
     assert kinds.mask(causal, {**arguments, "and_mask_function": also}, starts) is None
     assert kinds.mask(causal, {**arguments, "attention_mask": starts > -1}, starts) is None
     assert kinds.mask(masking_utils.create_chunked_causal_mask, arguments, starts) is None

@@ -16,6 +16,7 @@ from fusewright.compiler.regions import find
 
 from ..models.architectures import shrink
 from ..models.tiny import Stack, assert_equal_losses, pair
+from ..versions import transformers_before
 from .test_flat_models import Block
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -43,11 +44,16 @@ HEADS = {
 @pytest.mark.long("qwen2_5_omni", "kosmos-2", "kosmos-2.5")
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_is_where_the_logits_are_made(name: str) -> None:
+    of, old = CONFIG_MAPPING[name], transformers_before("5.24")
+    if name == "vision-encoder-decoder" and old:
+        pytest.skip("before transformers 5.24 its configuration has no defaults")
     with torch.device("meta"):
-        of = CONFIG_MAPPING[name]
         model = MODEL_FOR_MULTIMODAL_LM_MAPPING[of](shrink(of()))
     heads = [(r.path, list(r.outside)) for r in find(model) if r.kind == "head"]
-    assert heads == ([] if HEADS[name] is None else [HEADS[name]])
+    expected = HEADS[name]
+    if name == "qwen2_5_omni" and old:  # the forward with the head calls the towers itself
+        expected = ("thinker", [("audio_tower",), ("visual",), ("model",)])
+    assert heads == ([] if expected is None else [expected])
 
 
 TOWER = dict(

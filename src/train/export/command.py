@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...auditing.findings import Audit
-from ...errors import ModelError
 from ..consent import Consent
-from ..inference.load_run import load_tokenizer, recipe_for
+from ..inference.load_run import load_tokenizer
 from ..inference.run_folder import RunFolder, stored_dtype
 from ..merge import MergeOptions, merge, new_folder
 from ..model.files import in_shards
@@ -26,8 +25,6 @@ from ..model.tokenizer import ChatPrompt
 from ..output_files import GENERATION_SETTINGS
 from ..processes.signals import Interrupts
 from ..recipe.export_formats import FORMATS, Format
-from ..recipe.preferences import head_of
-from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..serve import vllm_line
 from ..terminal import Terminal, announce, say
@@ -36,7 +33,7 @@ from .certificate import CHECKS, Subject, Writer, certify
 from .compressed import CompressedWriter
 from .gguf_file import GgufWriter
 from .merged import MergedWriter
-from .options import ExportChoice, ExportOptions, choose
+from .options import ExportChoice, ExportOptions
 
 CERTIFICATE = "certificate.json"
 
@@ -54,25 +51,17 @@ class Exported:
     size: int = field(default=0)
 
 
-def export(run: RunFolder, options: ExportOptions, console: Console | None = None) -> Exported:
+def export(run: RunFolder, choice: ExportChoice, console: Console | None = None) -> Exported:
     """Write ``run`` in a format, read it back, and write the certificate beside it.
 
-    The folder appears when everything in it is written; what it should replace stays.
+    ``choice`` is what ``options.choose`` has checked. The folder appears when everything in it is
+    written; what it should replace stays.
 
-    Raises:
-        RecipeError: an option is wrong, the folder is there already, or a program is missing.
-        ModelError: the run cannot be merged or written in this format, or the disk is full.
+    Raises a ModelError if the run cannot be merged or written in this format, or the disk is full.
     """
     console = console or Terminal(highlight=False)
-    recipe = recipe_for(run)
-    options = _as_trained(options, recipe)
-    if (head := head_of(recipe)).classifies:
-        raise ModelError(
-            f"{run.folder} holds a model that scores texts ({head.key}), and exports are for "
-            "models that write; fusewright merge writes it for transformers"
-        )
-    choice = choose(run, options)
-    format, writer, output = choice.format, _writer(choice, run.consent), choice.output
+    options, format, output = choice.options, choice.format, choice.output
+    writer = _writer(choice, run.consent)
     with Interrupts(), new_folder(output) as folder, quiet():
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=folder.parent))
         try:
@@ -92,15 +81,6 @@ def export(run: RunFolder, options: ExportOptions, console: Console | None = Non
         if options.create and (audit is None or audit.passed):
             ollama.create(output, options.create)
     return Exported(output, audit, size)
-
-
-def _as_trained(options: ExportOptions, recipe: Recipe) -> ExportOptions:
-    """The options of a run that was trained for a format: that one, of the weights it has seen."""
-    name, writer = recipe.rounds_as(), "gguf" if options.kind == "ollama" else options.kind
-    if name is None or FORMATS[name].writer != writer:
-        return options
-    dequantize = options.dequantize or recipe.load_in_4bit or recipe.load_in_8bit
-    return replace(options, quantization=options.quantization or name, dequantize=dequantize)
 
 
 def _writer(choice: ExportChoice, consent: Consent) -> Writer:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ...errors import ModelError, first_line
 from ..consent import Consent
-from ..inference.load_run import recipe_for
 from ..inference.run_folder import open_run
+from ..inference.run_recipe import recipe_for
 from ..model.base_files import BaseFiles
 from ..model.from_pretrained import class_of, pretrained
 from ..model.load import load_config

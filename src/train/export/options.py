@@ -7,16 +7,19 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import ModelError, RecipeError
 from ...packages import install, install_extra
 from ..inference.run_folder import RunFolder
+from ..inference.run_recipe import recipe_for
 from ..model.files import in_shards
-from ..output_files import require_new
-from ..recipe.export_formats import Format, format_named
+from ..output_files import require_file_size, require_new
+from ..recipe.export_formats import FORMATS, Format, format_named
 from ..recipe.locate import nowhere
+from ..recipe.preferences import head_of
+from ..recipe.recipe import Recipe
 
 _DEFAULTS = {"merged": None, "gguf": "q8_0", "ollama": "q8_0", "compressed-tensors": "fp8"}
 """What ``--format`` may be, and the quantization that it has by default."""
@@ -52,10 +55,13 @@ class ExportChoice:
     """What is written, by which programs, and where.
 
     Attributes:
+        options: as asked; of a run that was trained for a format: that one, of the weights that it
+            has seen.
         format: None: the merged model as it was trained.
         llama_cpp: of a format of GGUF.
     """
 
+    options: ExportOptions
     format: Format | None
     llama_cpp: LlamaCpp | None
     output: Path
@@ -72,6 +78,14 @@ def choose(run: RunFolder, options: ExportOptions) -> ExportChoice:
         raise RecipeError(f"--format: {options.kind}: there are {', '.join(_DEFAULTS)}")
     if options.create and options.kind != "ollama":
         raise RecipeError("--create NAME goes with --format ollama")
+    require_file_size(options.max_shard_size)
+    recipe = recipe_for(run)
+    if (head := head_of(recipe)).classifies:
+        raise ModelError(
+            f"{run.folder} holds a model that scores texts ({head.key}), and exports are for "
+            "models that write; fusewright merge writes it for transformers"
+        )
+    options = _as_trained(options, recipe)
     named = options.quantization or _DEFAULTS[options.kind]
     writer = "gguf" if options.kind == "ollama" else options.kind
     format = format_named(named, writer) if named else None
@@ -94,10 +108,17 @@ def choose(run: RunFolder, options: ExportOptions) -> ExportChoice:
     name = format.name if format else "merged"
     name = f"ollama-{name}" if options.kind == "ollama" else name
     output = (options.output or run.folder / f"export-{name}").expanduser()
-    trained_for_another = run.recipe.get("export_format") or run.recipe.get("qat")
-    if options.output or options.quantization or not trained_for_another:  # else it is that one's
-        require_new(output)
-    return ExportChoice(format, llama_cpp, output)
+    require_new(output)
+    return ExportChoice(options, format, llama_cpp, output)
+
+
+def _as_trained(options: ExportOptions, recipe: Recipe) -> ExportOptions:
+    """The options of a run that was trained for a format: that one, of the weights it has seen."""
+    name, writer = recipe.rounds_as(), "gguf" if options.kind == "ollama" else options.kind
+    if name is None or FORMATS[name].writer != writer:
+        return options
+    dequantize = options.dequantize or recipe.load_in_4bit or recipe.load_in_8bit
+    return replace(options, quantization=options.quantization or name, dequantize=dequantize)
 
 
 # --- programs ------------------------------------------------------------------------------------

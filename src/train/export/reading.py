@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..consent import Consent
-from ..inference.load_run import load_tokenizer, recipe_for
+from ..inference.load_run import load_tokenizer
 from ..inference.run_folder import RunFolder, open_run
+from ..inference.run_recipe import recipe_for
 from ..model.from_pretrained import meta_model
 from ..model.load import load_config
 

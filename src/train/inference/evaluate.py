@@ -28,8 +28,9 @@ from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
 from ..trainer.build import featurizer_for
 from ..trainer.evaluation import Batches, Loss, validate
-from .load_run import load_model_of, load_processing, recipe_with, written
+from .load_run import load_model_of, load_processing
 from .run_folder import RunFolder
+from .run_recipe import recipe_with, written
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ from ..model.tokenizer import ChatPrompt, Message, pad_token, with_system
 from ..printable import shown, shown_json
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import announce
-from .load_run import load_to_answer, recipe_for
+from .load_run import load_to_answer
 from .prompts import has_images, text_of, user_message
 from .run_folder import RunFolder
+from .run_recipe import recipe_for
 
 
 def generate(

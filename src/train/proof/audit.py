@@ -15,9 +15,10 @@ from ...auditing.findings import Audit
 from ...errors import DataError, FusewrightError, ModelError, RecipeError, first_line
 from ..consent import Consent
 from ..data import PreparedData, prepare
-from ..inference.load_run import load_model_of, recipe_with
+from ..inference.load_run import load_model_of
 from ..inference.load_run import load_processing as processing_of
 from ..inference.run_folder import open_run
+from ..inference.run_recipe import recipe_with
 from ..methods.task import task_of
 from ..model.load import quiet
 from ..model.precision import computes_in

@@ -26,8 +26,9 @@ from ...kernels.tolerance import FACTOR, unit
 from ..checkpoint import save_model
 from ..data import Sample
 from ..data.images.features import Featurizer
-from ..inference.load_run import load_model_of, recipe_for, with_adapter
+from ..inference.load_run import load_model_of, with_adapter
 from ..inference.run_folder import RunFolder, open_run
+from ..inference.run_recipe import recipe_for
 from ..merge import MergeOptions, merge
 from ..model.load import load_config, load_model
 from ..recipe.recipe import Recipe

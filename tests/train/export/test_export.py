@@ -345,6 +345,11 @@ def test_what_is_missing(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
         ),
         (("--format", "merged", "--data", "none.jsonl"), "--data: there is no none.jsonl in "),
         (("--format", "merged", "--output", "."), ". is there already"),
+        (
+            ("--format", "merged", "--max-shard-size", "5"),
+            "--max-shard-size: Unit '5' not supported. Supported units are TB, GB, MB, KB. Got "
+            "'5'.; say 500MB or 5GB",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_pytorch_is_imported(
@@ -358,6 +363,18 @@ def test_what_is_wrong_is_said_before_pytorch_is_imported(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"fusewright: {said}")
+
+
+def test_what_scores_texts_is_refused_before_programs_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    run = {"base_model": "some/base", "recipe": {"reward_model": True}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    said = refused("export", tmp_path, "--format", "gguf")
+    assert "holds a model that scores texts (reward_model)" in said
 
 
 @needs_library

@@ -13,7 +13,7 @@ from rich.console import Console
 from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.export.command import export
-from fusewright.train.export.options import ExportOptions
+from fusewright.train.export.options import ExportOptions, choose
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.proof import audit
 from fusewright.train.recipe.load import load_recipe
@@ -73,7 +73,8 @@ def test_verify(family: str, written: Path, tmp_path: Path) -> None:
 
 def test_a_certificate_says_what_it_leaves_out(written: Path, tmp_path: Path) -> None:
     train(small("llava", written, tmp_path / "out", val_set_size=6), console=QUIET)
-    done = export(open_run(tmp_path / "out"), ExportOptions("merged", output=tmp_path / "x"), QUIET)
+    run = open_run(tmp_path / "out")
+    done = export(run, choose(run, ExportOptions("merged", output=tmp_path / "x")), QUIET)
     assert done.certificate is not None
     assert done.certificate.passed, str(done.certificate)
     content = (tmp_path / "x" / "certificate.json").read_text(encoding="utf-8")

@@ -23,9 +23,10 @@ from fusewright.train import train
 from fusewright.train.data.images.picture import Gallery, thumbnail
 from fusewright.train.data.images.reading import featurizer_of
 from fusewright.train.inference.generate import ChatSession, Sampling, TextGenerator
-from fusewright.train.inference.load_run import load_to_answer, recipe_for
+from fusewright.train.inference.load_run import load_to_answer
 from fusewright.train.inference.prompts import read_prompts, text_of, user_message
 from fusewright.train.inference.run_folder import open_run
+from fusewright.train.inference.run_recipe import recipe_for
 from fusewright.train.report import model_card as card
 from fusewright.train.report import page
 from fusewright.train.report.run_facts import Facts, snippet

@@ -262,7 +262,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     whole = tmp_path / "base"
     assert "holds a whole model: there is nothing to merge" in refused("merge", whole)
     assert "must be float32" in refused("merge", adapter, "--dtype", "int8")
-    assert "max_shard_size: " in refused("merge", adapter, "--max_shard_size", "large")
+    assert "--max-shard-size: " in refused("merge", adapter, "--max_shard_size", "large")
     assert not (adapter / "merged").exists()
     (adapter / "merged").mkdir()
     (adapter / "merged" / "mine.txt").write_text("mine")

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.inference.load_run import recipe_for
 from fusewright.train.inference.run_folder import open_run
+from fusewright.train.inference.run_recipe import recipe_for
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.recipe.secret_values import HIDDEN, hide, without_hidden
 from fusewright.train.requirements import tracking

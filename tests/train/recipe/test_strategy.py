@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.inference.load_run import written
+from fusewright.train.inference.run_recipe import written
 from fusewright.train.model.quantize import quant_storage
 from fusewright.train.recipe.deepspeed_config import built_in, built_in_names
 from fusewright.train.recipe.json_schema import json_schema
