@@ -187,7 +187,9 @@ class _Before:
     def __init__(self, module: nn.Module, arguments: Any, with_buffers: bool) -> None:
         self._state = _state(module, arguments)
         self._buffers = BufferState(module) if with_buffers else None
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        # weights that are kept elsewhere are on meta; buffers are where the module computes
+        tensors = (*module.parameters(), *module.buffers(), *_tensors(arguments))
+        device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
         self.random = RandomState.now(device)
         kind = device.type
         self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
