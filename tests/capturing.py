@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusewright.graph import facts
 from fusewright.graph.cleanup import remove_noops
 from fusewright.graph.functionalize import remove_writes
+from fusewright.graph.opaque.autograd_functions import drop_unread_results
 from fusewright.passes import PIPELINE
 from fusewright.rewrite.engine import Fuel, apply
 from fusewright.rewrite.findings import Finding
@@ -29,6 +31,8 @@ def capture(fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     torch._dynamo.reset()
     torch.compile(fn, backend=backend, fullgraph=True)(*inputs)
     assert len(graphs) == 1
+    for inner in facts.nested(graphs[0]):
+        drop_unread_results(inner.graph)
     return graphs[0]
 
 

@@ -22,6 +22,7 @@ from ..graph import facts
 from ..graph.cleanup import remove_noops
 from ..graph.effects import Effects
 from ..graph.functionalize import remove_writes, require_marked_writes
+from ..graph.opaque.autograd_functions import drop_unread_results
 from ..graph.packed_stacks import pack_stacks
 from ..graph.run import eager
 from ..graph.sample_masks import masks_left, sink_masks
@@ -156,7 +157,7 @@ def compile_graph(
     compilation they share.
     """
     work = Compilation(graph, examples, session, kind, torch.is_grad_enabled())
-    _run(work, ("captured", read_as_captured))
+    _run(work, (None, trim), ("captured", read_as_captured))
     with _without_saved_tensor_hooks():
         _run(
             work,
@@ -186,6 +187,12 @@ def _run(work: Compilation, *stages: tuple[str | None, Callable[[Compilation], N
 
 
 # --- as captured: what must be known before anything changes --------------------------------------
+
+
+def trim(work: Compilation) -> None:
+    """Remove what the capture has added to autograd functions, before their effects are read."""
+    for inner in facts.nested(work.graph):
+        drop_unread_results(inner.graph)
 
 
 def read_as_captured(work: Compilation) -> None:

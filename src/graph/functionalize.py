@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..kernels.captured import KNOWS_MARK_DIRTY
 from ..kernels.linear.formula import assigned, is_new
 from ..kernels.moe.moe_experts import inverse_permutation
 from . import facts
@@ -24,7 +24,7 @@ def require_marked_writes(effects: Effects) -> None:
     """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: NotImplementedError."""
     # Its gradients would be wrong. That version (2.11) also loses the gradient of a function that
     # returns what it has made twice: there, what it has written to is a separate output.
-    if _knows_mark_dirty():
+    if KNOWS_MARK_DIRTY:
         return
     for inner in effects.graphs:
         for node in filter(is_wrapped, inner.graph.nodes):
@@ -52,12 +52,6 @@ def _returns_twice(call: fx.Node) -> bool:
             return True
         seen |= memory
     return False
-
-
-@functools.cache
-def _knows_mark_dirty() -> bool:
-    called: Any = torch.ops.higher_order.autograd_function_apply
-    return "dirty_idx" in type(called).__call__.__code__.co_consts
 
 
 def remove_writes(module: fx.GraphModule) -> int:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright import explain, optimize
-from fusewright.graph import functionalize
 
 from ..models.tiny import Body, CausalLM
 
@@ -81,13 +80,6 @@ def _assert_equal(ours: nn.Module, eager: nn.Module) -> None:
             torch.testing.assert_close(mine + 0, theirs + 0, rtol=1e-4, atol=1e-6)
 
 
-RECOGNISED = pytest.mark.skipif(
-    not functionalize._knows_mark_dirty(),
-    reason="this PyTorch makes outputs of what such a function computes on its way",
-)
-
-
-@RECOGNISED
 def test_they_are_linears() -> None:
     eager = _model()
     ours = optimize(copy.deepcopy(eager), codegen="eager")
@@ -122,7 +114,6 @@ class Attending(nn.Module):
         return x + mixed
 
 
-@RECOGNISED
 def test_a_norm_that_only_feeds_them_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "Block", Attending)
     eager = _model()

@@ -127,7 +127,7 @@ def _by_graph(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     try:
         require_marked_writes(Effects(module))
     except NotImplementedError as error:
-        if functionalize._knows_mark_dirty():
+        if functionalize.KNOWS_MARK_DIRTY:
             raise
         pytest.skip(str(error))  # of another version of PyTorch
     run = eager(module)
@@ -138,11 +138,11 @@ def _by_graph(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_a_write_that_is_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.11 forgets that a function has marked its input as written to."""
     written, other = (capture(fn, *_inputs()) for fn in (_doubled, _power))
-    monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: False)
+    monkeypatch.setattr(functionalize, "KNOWS_MARK_DIRTY", False)
     with pytest.raises(NotImplementedError, match="writes to its input"):
         require_marked_writes(Effects(written))
     require_marked_writes(Effects(other))
-    monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: True)
+    monkeypatch.setattr(functionalize, "KNOWS_MARK_DIRTY", True)
     require_marked_writes(Effects(written))
 
 
@@ -154,7 +154,7 @@ def test_what_is_returned_twice_is_refused_where_its_gradient_is_lost(
     body = module.fwd_body_0
     returned: Any = body.graph.output_node()
     (outputs, saved), made = returned.args[0], returned.args[0][0][0]
-    monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: False)
+    monkeypatch.setattr(functionalize, "KNOWS_MARK_DIRTY", False)
     require_marked_writes(Effects(module))
     returned.args = (((*outputs, made), saved),)
     with pytest.raises(NotImplementedError, match="loses its gradient"):

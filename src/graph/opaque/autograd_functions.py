@@ -83,6 +83,42 @@ def forward(node: fx.Node) -> Forward | None:
     return Forward(call, results[0])
 
 
+def drop_unread_results(graph: fx.Graph) -> None:
+    """Let captured autograd functions return nothing after the last of their results that is read.
+
+    PyTorch 2.11 returns, after a function's own results, each tensor that is made inside: those
+    would stay as long as the results do, and patterns would take them for read.
+    """
+    for node in filter(is_wrapped, graph.nodes):
+        _drop_unread(node)
+
+
+def _drop_unread(call: fx.Node) -> None:
+    forward, backward = map(facts.body, call.args[:2])
+    if forward is None or backward is None:
+        return
+    output = forward.graph.output_node()
+    returned: Any = output.args[0]
+    results, saved = returned
+    kept = {-1, *call.kwargs.get("dirty_idx", ())}  # type: ignore[misc]
+    for user in call.users:
+        if user.target is not operator.getitem:
+            return
+        kept.add(user.args[1])  # type: ignore[arg-type]
+    count = max(kept) + 1
+    unread = backward.graph.find_nodes(op="placeholder")[count : len(results)]
+    if not unread or any(gradient.users for gradient in unread):
+        return
+    for gradient in unread:
+        backward.graph.erase_node(gradient)
+    output.args = ((tuple(results[:count]), saved),)
+    indices: Any = call.kwargs["non_differentiable_idx"]
+    call.kwargs = {**call.kwargs, "non_differentiable_idx": [i for i in indices if i < count]}
+    call.meta["example_value"] = call.meta["example_value"][:count]
+    forward.recompile()
+    backward.recompile()
+
+
 def result_of(node: fx.Node) -> fx.Node:
     """The one result of a captured autograd function; any other node itself."""
     users = list(node.users) if is_wrapped(node) else []

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..captured import capturable
 from ..direct import is_traced_here
 from ..launch import READ_ONCE, library_op, use_triton_dot, without_base
 from ..matmul import through_fp32
@@ -317,6 +318,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
 
 
+@capturable
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, on_several_devices
@@ -198,6 +199,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return None, None, None, None, *gradients_of_inputs
 
 
+@capturable
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..captured import capturable
 from ..launch import library_op, without_base
 from ..op import Maker, Op, on_several_devices
 from ..second_order import differentiable, gradients
@@ -142,6 +143,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients(formula, (q, k, v), ctx.needs_input_grad, (grad,))
 
 
+@capturable
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..launch import library_op
 from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_saved
@@ -109,6 +110,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*gradients(formula, (base, factor, rest), needed[:3], (grad,)), None, None, None)
 
 
+@capturable
 class _Rescaled(torch.autograd.Function):
     """Keeps the base, or its sum with the update, where the factor's gradient is needed."""
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..captured import capturable
 from ..matmul import through_fp32
 from ..op import Maker, Op, loses_precision, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
@@ -132,6 +133,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 _BIAS, _LORA_BIAS, _X_LORA = (Grads._fields.index(name) for name in ("bias", "lora_bias", "x_lora"))
 
 
+@capturable
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(

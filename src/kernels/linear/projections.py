@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..direct import direct
 from ..launch import library_op, use_triton_dot
 from ..matmul import linear, mm
@@ -267,6 +268,7 @@ def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
+@capturable
 class _Cast(torch.autograd.Function):
     """``t.to(dtype)`` of several tensors of one dtype: a launch in forward, one in backward."""
 

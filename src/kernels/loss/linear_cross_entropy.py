@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from ..captured import capturable
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from .linear_cross_entropy_parts import (
@@ -71,6 +72,7 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients(formula, given, ctx.needs_input_grad, (grad,))
 
 
+@capturable
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward computes the gradients of the *sum*; backward multiplies them, out of place."""
 

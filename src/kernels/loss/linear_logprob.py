@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..captured import capturable
 from ..direct import is_traced_here
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
@@ -91,6 +92,7 @@ def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return gradients(formula, (x, weight, bias, factor), ctx.needs_input_grad, grads)
 
 
+@capturable
 class _LinearLogprob(torch.autograd.Function):
     """Forward makes gradient terms where one vector per row is enough; else backward does."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..captured import capturable
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, not_16_bits
@@ -186,6 +187,7 @@ def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: 
     return packed
 
 
+@capturable
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -204,6 +206,7 @@ class _Glu(torch.autograd.Function):
         return grad_gate, grads.pop(0) if need_up else None, None
 
 
+@capturable
 class _GluPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:

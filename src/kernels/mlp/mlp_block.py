@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..launch import library_op
 from ..linear import linear, projections
 from ..linear.linear import example_of_linear
@@ -348,6 +349,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx if dx is None else dx.to(dtype), None, None, None, None, None, *rest
 
 
+@capturable
 class _MLPBlock(torch.autograd.Function):
     """One rule for both ways of keeping; what is computed again is bit for bit what it was."""
 

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..captured import capturable
 from ..choice import Contender
 from ..launch import library_op, use_triton, use_triton_dot
 from ..linear.products import beside, gradient_of_a, scaled_mm
@@ -676,6 +677,7 @@ def _transposed(update: Update | None) -> Update | None:
     return None if update is None else Update(update.b.mT, update.a.mT, update.scale)
 
 
+@capturable
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -717,6 +719,7 @@ class _Up(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None, da, db, None
 
 
+@capturable
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, away_from, not_floating
@@ -71,6 +72,7 @@ def _double_backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -
     return d_x, d_residual, d_weight, None, None, None
 
 
+@capturable
 class _AddRMSNorm(torch.autograd.Function):
     """Saves the sum and one rstd per row; the norm's backward adds the sum's own gradient."""
 

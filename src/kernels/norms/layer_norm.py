@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
@@ -224,6 +225,7 @@ def backward(
     return d_x, d_weight, d_bias
 
 
+@capturable
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(

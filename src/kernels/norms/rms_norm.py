@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..choice import Contender
 from ..direct import direct
 from ..launch import library_op, use_triton
@@ -237,6 +238,7 @@ def backward(
     return _backward(grad, x, weight, rstd, extra, offset, outer, need_x, need_weight)
 
 
+@capturable
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..captured import capturable
 from ..launch import library_op, use_triton_dot
 from ..linear.products import shaped
 from ..matmul import addmm_, linear, mm
@@ -122,6 +123,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return d_x, d_norm, None, None, None, None, *rest
 
 
+@capturable
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(

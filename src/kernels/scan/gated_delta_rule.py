@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import capturable
 from ..launch import cdiv, library_op
 from ..native import delta_rule as native
 from ..op import Maker, Op, misshapen, not_floating, on_several_devices
@@ -466,6 +467,7 @@ _backward_op = library_op(
 
 
 # -- autograd --------------------------------------------------------------------------------------
+@capturable
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..captured import capturable
 from ..launch import library_op, use_triton, without_base
 from ..op import Maker, Op, misshapen, on_several_devices
 from ..second_order import differentiable, double_backward
@@ -401,6 +402,7 @@ _triton_backward = library_op(
 
 
 # -- autograd --------------------------------------------------------------------------------------
+@capturable
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..captured import capturable
 from ..launch import library_op
 from ..op import Maker, Op, misshapen, not_floating, on_several_devices
 from ..second_order import differentiable, double_backward
@@ -124,6 +125,7 @@ _backward_op = library_op(
 
 
 # -- autograd --------------------------------------------------------------------------------------
+@capturable
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(

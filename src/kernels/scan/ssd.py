@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..captured import capturable
 from ..launch import library_op, use_triton_dot
 from ..op import Maker, Op, misshapen
 from ..second_order import differentiable, double_backward
@@ -218,6 +219,7 @@ def _of_options(*tensors: Any) -> Tensor:
     return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high), segments)
 
 
+@capturable
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(
