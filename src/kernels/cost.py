@@ -85,7 +85,16 @@ def _formula(packet: Any) -> Any:
         return _of_convolution_backward
     if other is not None and packet is getattr(torch.ops.aten, name, None):
         packet = getattr(torch.ops.aten, other, packet)
-    return flop_registry.get(packet)
+    formula = flop_registry.get(packet)
+    first = _FIRST_QUERY.get(getattr(packet, "__name__", ""))
+    return formula if first is None else functools.partial(_of_attention, formula, first)
+
+
+def _of_attention(formula: Any, first: int, *args: Any, **kwargs: Any) -> int:
+    # PyTorch 2.11's counter refuses heads of queries that share one of keys
+    q, k, v = args[first : first + 3]
+    k, v = (t[:, :1].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    return int(formula(*args[:first], q, k, v, *args[first + 3 :], **kwargs))
 
 
 def _of_convolution_backward(
@@ -100,6 +109,9 @@ def _of_convolution_backward(
 
 _IN_PLACE = ("addmm_", "baddbmm_")
 _FLASH = "_scaled_dot_product_flash_attention"
+_FIRST_QUERY = {_FLASH: 0, f"{_FLASH}_backward": 1}
+"""Which argument the queries are; keys and values follow."""
+
 _SAME = {f"{_FLASH}_for_cpu": _FLASH, f"{_FLASH}_for_cpu_backward": f"{_FLASH}_backward"}
 
 
