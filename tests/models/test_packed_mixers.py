@@ -28,6 +28,7 @@ from fusewright.compiler.packs import LONG as LONGEST
 from fusewright.compiler.packs import leaks
 from fusewright.graph.opaque import functions
 
+from ..versions import transformers_before
 from .architectures import LAST_ID, build, shrink
 
 TEXT = {
@@ -272,6 +273,10 @@ def test_a_block_that_runs_as_it_was_takes_segments(options: Any) -> None:
     optimize(model, codegen="eager")
     handles = _as_it_was(model)
     batches = _two_batches()
+    if options == {"use_reentrant": True} and transformers_before("5.24"):
+        with pytest.raises(OptimizeError, match="use_reentrant=False"):  # hooks are inside of it
+            _steps_in_one(model, batches)
+        return
     assert _differing(_steps_in_one(model, batches), expected) == []
     assert any("a hook" in b.reason for b in explain(model).bypasses)
     for handle in handles:
@@ -329,7 +334,7 @@ def test_what_else_tells_of_samples_says_no_more(name: str) -> None:
     }  # fmt: skip
     if name == "mamba2":  # whose mixers are given no keywords
         assert _differing(_step(model, [{**batch, **more}]), expected)
-    else:
+    elif not transformers_before("5.24"):
         with pytest.raises(ValueError, match="can't keep packed sequences apart"):
             _step(model, [{**batch, **more}])
     optimize(model, codegen="eager")

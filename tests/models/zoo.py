@@ -87,6 +87,7 @@ FAMILIES: tuple[Family, ...] = (
         head_dim=16,
         sliding_window=8,
         query_pre_attn_scalar=16,
+        attn_implementation="eager",  # before 5.24 transformers takes SDPA, and leaves softcap out
     ),
     _family(
         "phi3",

@@ -15,10 +15,11 @@ from fusewright import optimize
 from fusewright.errors import RecipeError
 from fusewright.train.trainer.ready import require_packing_of_images
 
+from ...versions import transformers_before
 from .families import FAMILIES
 from .training import Rows, checkpoint, gradients, small, summed, write_rows
 
-MIXING = ("gemma3", "gemma4")
+MIXING = () if transformers_before("5.24") else ("gemma3", "gemma4")
 """Families whose masks of images are for rows of one sample, in transformers 5.24."""
 
 RECURRENT = ("qwen3_5",)
