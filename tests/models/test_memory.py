@@ -15,6 +15,7 @@ from fusewright.compiler.install import installed
 from fusewright.errors import OptimizeError
 from fusewright.memory.planner import Planner
 
+from ..versions import transformers_before
 from .zoo import FAMILIES, Family, build
 
 TOLERANCE = 1e-5
@@ -117,7 +118,8 @@ def test_with_gradient_checkpointing(memory: str, reentrant: bool, codegen: Any)
     eager.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ours = optimize(copy.deepcopy(eager), codegen=codegen, memory=memory)
     _assert_equal(ours, eager)
-    if memory == "100GB" and not reentrant:  # the wish for less is respected, and improved upon
+    # the wish for less is respected, and improved upon where the block is around the checkpoint
+    if memory == "100GB" and not reentrant and not transformers_before("5.24"):
         assert _levels(ours) == {"input" if codegen == "eager" else "products"}
 
 

@@ -146,11 +146,12 @@ class HistoryTrace:
 
 
 class Lift:
-    """A tensor that was given out for logits, and its history then."""
+    """A tensor that was given out for logits, and what its history led to then."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
-        self.history = tensor.grad_fn
+        history = tensor.grad_fn  # asked now: in PyTorch 2.11 it may go before this does
+        self.leads_to = None if history is None else history.next_functions[0][0]
         self.trace = HistoryTrace(tensor)
 
 

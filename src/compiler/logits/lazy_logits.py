@@ -234,10 +234,10 @@ class LazyLogits(Tensor):
 
     def _require_own_history(self) -> None:
         """Raise where a function has written to a part of them and marked them as dirty."""
-        history = None if self._lift is None else self._lift.history
+        before = None if self._lift is None else self._lift.leads_to
         with torch._C.DisableTorchFunctionSubclass():
             now = self.grad_fn
-        if history is not None and now is not None and history.next_functions[0][0] is not now:
+        if before is not None and now is not None and before is not now:
             raise RuntimeError(
                 "an autograd.Function has written to a part of these logits in place: let it "
                 "write to logits.clone(), or use fusewright.optimize(model, logits='always')"

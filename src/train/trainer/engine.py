@@ -213,6 +213,9 @@ class EngineMixin(_Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if self.args.device.type == "cpu":
+            # transformers 5.17 loads to the device, and PyTorch has no location "cpu:0"
+            vars(self.args)["_setup_devices"] = torch.device("cpu")
         with readable(checkpoint):
             if checkpoint is None or not self.sharding.load_optimizer(Path(checkpoint)):
                 super()._load_optimizer_and_scheduler(checkpoint)
