@@ -19,7 +19,8 @@ def limits(corner: str) -> list[str]:
         return [f"{name}<{version}" for name, version in newest.items()]
     lines = (line.partition(";")[0] for line in [*project["dependencies"], *extras["rl"]])
     oldest = dict(line.strip().split(">=") for line in lines)
-    return [f"{name}=={oldest[name]}.*" for name in newest]
+    # the interpreter of the Triton that this PyTorch brings needs an older NumPy
+    return [*(f"{name}=={oldest[name]}.*" for name in newest), "numpy<2.4"]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from unittest import mock
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
+
+from fusewright.kernels.choice import triton_version
 
 from .util import needs_triton
 
@@ -131,7 +134,10 @@ def test_a_sample_of_the_matrix(kernels: Any) -> None:
     assert wrong == []
     made, wrong = _of_the_matrix(kernels, "attention-packed", "heads of 64", F32, "sm_86")
     assert {v.launch.name for v in made} == {"table", "forward", "queries", "keys"}
-    assert wrong == []
+    if TorchVersion(triton_version()) < "3.7":  # older ones move three registers out and back
+        assert all("move registers to or from memory" in problem for problem in wrong)
+    else:
+        assert wrong == []
 
 
 def test_what_is_refused_by_name_is_not_launched(kernels: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusewright.kernels.tolerance import FACTOR, errors, unit
 
+from ..versions import transformers_before
 from .setups import SETUPS, Setup, build, exact, line, optimized, step
 from .test_models import _InDouble, _rms
 
@@ -120,7 +121,8 @@ def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> 
 def test_what_is_rewritten_and_how_exact_it_is(family: str, setup: Setup) -> None:
     eager, truth = build(family, setup), exact(family, setup)
     ours, report = optimized(family, setup)
-    assert line(family, setup, report) in PAGE.splitlines()
+    if not transformers_before("5.24"):  # the page is of the newest versions
+        assert line(family, setup, report) in PAGE.splitlines()
     assert not _over(ours, eager, truth, setup)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +37,15 @@ _FORMS = {"exact": exact, "unchecked": unchecked}
 
 
 def load(source: str) -> dict[str, Any]:
-    """Execute a program's source; returns its names."""
-    space: dict[str, Any] = {"__name__": "fuzzed"}
-    exec(compile(source, "<fuzzed>", "exec"), space)
-    return space
+    """Execute a program's source as a module; returns its names."""
+    # each under a name of its own: PyTorch 2.11 looks for a function's globals by it
+    module = types.ModuleType(f"fuzzed_{next(_NUMBERS)}")
+    sys.modules[module.__name__] = module
+    exec(compile(source, "<fuzzed>", "exec"), vars(module))
+    return vars(module)
+
+
+_NUMBERS = itertools.count()
 
 
 class Runner:
