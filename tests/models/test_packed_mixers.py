@@ -58,6 +58,13 @@ FORGETS = transformers_before("5.24")
 """Whether transformers' checkpoints are around a block as we replace it, and forget its input."""
 
 
+INDUCTOR_LATE = pytest.mark.xfail(
+    FORGETS, strict=True,
+    reason="Inductor refuses the second size, and the block runs as it was from then on: also "
+    "where a checkpoint around it repeats an earlier call that was compiled",
+)  # fmt: skip
+
+
 def _param(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow if name.split("-")[0] in AGAIN else ())
 
@@ -217,7 +224,12 @@ def test_an_op_that_ignores_segments_is_found(fault: str) -> None:
 @pytest.mark.long("mamba2-inductor", "mamba-eager", "lfm2-eager", "qwen3_next-eager")
 @pytest.mark.parametrize(
     ("name", "codegen"),
-    [("mamba2", "inductor"), ("mamba", "eager"), ("lfm2", "eager"), ("qwen3_next", "eager")],
+    [
+        pytest.param("mamba2", "inductor", marks=INDUCTOR_LATE),
+        ("mamba", "eager"),
+        ("lfm2", "eager"),
+        ("qwen3_next", "eager"),
+    ],
 )
 def test_gradient_checkpointing_and_accumulation(name: str, codegen: str) -> None:
     """A block runs once more in backward, when rows of another step have been given."""
