@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ from ..graph.sample_masks import masks_left, sink_masks
 from ..graph.segments import join_segments
 from ..graph.subclasses import close_weights, open_weights
 from ..kernels import candidates
-from ..kernels.cost import saved_by_hook
+from ..kernels.saved_tensors import without_saved_tensor_hooks
 from ..memory.apply_plan import offloaded, planned
 from ..memory.oom_retry import is_out_of_memory
 from ..rewrite.copies import copy_what_is_written
@@ -158,7 +157,7 @@ def compile_graph(
     """
     work = Compilation(graph, examples, session, kind, torch.is_grad_enabled())
     _run(work, (None, trim), ("captured", read_as_captured))
-    with _without_saved_tensor_hooks():
+    with without_saved_tensor_hooks():  # from rules and their verification
         _run(
             work,
             (None, refuse_what_differs),  # while checkpoints and writes are as in the code
@@ -296,15 +295,6 @@ def _hidden_states(work: Compilation) -> list[int]:
             left[size] -= 1
             places.append(i)
     return places
-
-
-def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
-    """Hide from hooks on saved tensors what rules and their verification save."""
-    # a region's first call may be counted: a checkpoint compares what it saves with the second
-    hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
-    if not hooks._saved_tensors_hooks_is_enabled():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(saved_by_hook, lambda t: t)
 
 
 # --- generating code: what runs the graph ---------------------------------------------------------

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels import raced_op
 from ..kernels.choice import Choice, Contender, Question, Timing, are_blocks_raced, choices, choose
-from ..kernels.cost import saved_by_hook
+from ..kernels.saved_tensors import saved_by_hook
 from ..memory.apply_plan import inside_checkpoint
 from ..memory.budget import gigabytes
 from ..memory.planner import Planner

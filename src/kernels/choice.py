@@ -36,6 +36,7 @@ from ..errors import FusewrightError, first_line
 from ..sharding import has_peers
 from .fork_lock import ForkLock
 from .native.build import kept_folder, sources, write_whole
+from .saved_tensors import without_saved_tensor_hooks
 from .tolerance import EXCEEDS, PEAK, exceeded
 
 VARIABLE = "FUSEWRIGHT_CHOICES"
@@ -521,11 +522,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
-    """Without the modes, the autocast and the gradient mode of whoever asks, who may be tracing."""
+    """Without the modes, hooks, autocast and gradient mode of whoever asks, who may be tracing."""
     state = torch.random.get_rng_state()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(without_saved_tensor_hooks())
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if device.type == "cuda":

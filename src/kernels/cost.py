@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .launch import TEMPORARY_BYTES
+from .saved_tensors import saved_by_hook
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,6 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
             flops=living.flops,
             bytes_saved=sum(storage.nbytes() for storage in saved.values()),
         )
-
-
-def saved_by_hook(t: Tensor) -> Tensor:
-    """What a hook on saved tensors may keep of ``t``, and give back to backward."""
-    # A node that saves its own output would keep itself alive, for good if backward never runs.
-    # Parameters are returned as they are: ZeRO-3 frees one by way of its parameter.
-    return t if t.grad_fn is None else t.detach()
 
 
 def _place(t: Tensor) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.fakes import hint
-from ..kernels.cost import saved_by_hook
+from ..kernels.saved_tensors import saved_by_hook
 
 LEAST = 1 << 20
 """Bytes below which a tensor stays: the copy would cost more than the place is worth."""

@@ -22,8 +22,8 @@ from ..errors import first_line
 from ..graph import facts
 from ..graph.effects import modes, switches_mode
 from ..graph.layouts import layout_is_read
-from ..kernels.cost import saved_by_hook
 from ..kernels.fallback import LaunchError, no_fallback
+from ..kernels.saved_tensors import saved_by_hook
 from ..kernels.tolerance import EXCEEDS, PEAK, errors, exceeded
 from ..report import Figures
 from .conditions import settings_around

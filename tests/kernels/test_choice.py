@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from fusewright.errors import FusewrightError
 from fusewright.kernels import candidates, choice, matmul
@@ -305,6 +306,27 @@ def test_a_race_while_somebody_traces_draws_or_casts() -> None:
     with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert race(asked, clock).candidate == "fast"
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_race_inside_of_a_checkpoint_saves_nothing_in_it() -> None:
+    """A choice is made once: the second run of what the checkpoint holds would save less."""
+
+    def doubled(x: Tensor) -> Tensor:
+        t = x.clone().requires_grad_()
+        (t * t).sum().backward()
+        return 2 * x
+
+    clock, asked = Clock(), list[Choice]()
+
+    def layer(x: Tensor) -> Tensor:
+        if not asked:
+            asked.append(race(question(clock.candidate("only", 1.0, doubled)), clock))
+        return x.tanh()
+
+    x = torch.randn(8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert asked[0].candidate == "only"
+    torch.testing.assert_close(x.grad, 1 - x.detach().tanh() ** 2)
 
 
 def _rank(rank: int, folder: str, results: Any) -> None:
