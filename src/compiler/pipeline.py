@@ -66,7 +66,7 @@ def optimize(
     """Make a model's training step faster and leaner, in place, without changing its results.
 
     Graphs are captured at the first call, so this returns at once (unless ``strict``). Calling it
-    again replaces the earlier choices.
+    again replaces the earlier choices, and captures anew.
 
     Args:
         model: a decoder model of transformers, plain or wrapped by PEFT (before or after).
