@@ -10,9 +10,10 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
-_apply: Any = torch.ops.higher_order.autograd_function_apply
+_apply: Any = getattr(torch.ops.higher_order, "autograd_function_apply", None)
+_code = getattr(type(_apply).__call__, "__code__", None)
 
-KNOWS_MARK_DIRTY = "dirty_idx" in type(_apply).__call__.__code__.co_consts
+KNOWS_MARK_DIRTY = "dirty_idx" in getattr(_code, "co_consts", ())
 """Whether a captured autograd function keeps the gradient of a result that it has made twice.
 
 PyTorch 2.11 does not. There, a function returns each tensor that is made inside, too; where one is
@@ -22,7 +23,7 @@ goes to that one, and is lost.
 
 
 def capturable(function: Function) -> Function:
-    """Decorate an autograd function whose forward may return what it has made, twice named."""
+    """Decorate an autograd function: captured, it returns nothing that has another name, too."""
     if KNOWS_MARK_DIRTY:
         return function
     forward = function.forward

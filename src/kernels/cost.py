@@ -110,7 +110,11 @@ def _of_convolution_backward(
 
 _IN_PLACE = ("addmm_", "baddbmm_")
 _FLASH = "_scaled_dot_product_flash_attention"
-_FIRST_QUERY = {_FLASH: 0, f"{_FLASH}_backward": 1}
+_FIRST_QUERY = {
+    f"_scaled_dot_product_{kind}_attention{tail}": first
+    for kind in ("flash", "efficient", "cudnn")
+    for tail, first in (("", 0), ("_backward", 1))
+}
 """Which argument the queries are; keys and values follow."""
 
 _SAME = {f"{_FLASH}_for_cpu": _FLASH, f"{_FLASH}_for_cpu_backward": f"{_FLASH}_backward"}

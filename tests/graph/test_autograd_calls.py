@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from fusewright.graph import functionalize
+from fusewright.graph import facts, functionalize
 from fusewright.graph.effects import Effects
 from fusewright.graph.functionalize import require_marked_writes
 from fusewright.graph.opaque import autograd_functions
-from fusewright.graph.opaque.autograd_functions import is_wrapped
+from fusewright.graph.opaque.autograd_functions import drop_unread_results, is_wrapped
 from fusewright.graph.run import eager
 from fusewright.rewrite.verify_exact import Plain
 
@@ -107,6 +108,29 @@ def _sigmoid(x: Tensor, weight: Tensor) -> Tensor:
     return made * x
 
 
+class _Wave(torch.autograd.Function):
+    """Makes values on its way, one of which it saves, and returns what has no gradient last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        sine = x.sin()
+        ctx.save_for_backward(sine, x)
+        largest = x.amax()
+        ctx.mark_non_differentiable(largest)
+        return sine * x.exp(), largest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        sine, x = ctx.saved_tensors
+        made: Tensor = grad * x.exp() * (sine + x.cos())
+        return made
+
+
+def _waved(x: Tensor, weight: Tensor) -> Tensor:
+    made: Tensor = _Wave.apply(x * weight)[0]
+    return made
+
+
 def _checkpointed(x: Tensor, weight: Tensor) -> Tensor:
     made: Tensor = checkpoint(_sigmoid, x, weight, use_reentrant=False)
     return made
@@ -172,6 +196,50 @@ def test_values_and_gradients(fn: Callable[..., Tensor]) -> None:
         found.append([out, *first, *torch.autograd.grad(loss, inputs)])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def _with_values_inside(module: fx.GraphModule) -> fx.Node:
+    """Let the function return each tensor that it makes, as PyTorch 2.11 lets all; its call."""
+    call = next(node for node in module.graph.nodes if is_wrapped(node))
+    forward, backward = module.fwd_body_0, module.bwd_body_0
+    output = forward.graph.output_node()
+    results, saved = output.args[0]
+    inside = [n for n in forward.graph.nodes if isinstance(facts.tensor(n), Tensor)]
+    inside = [n for n in inside if n.op != "placeholder" and n not in results]
+    output.args = (((*results, *inside), saved),)
+    gradients = backward.graph.find_nodes(op="placeholder")
+    with backward.graph.inserting_before(gradients[len(results)]):
+        for i in range(len(inside)):
+            backward.graph.placeholder(f"unused_{i}")
+    call.meta["example_value"] = (*call.meta["example_value"], *map(facts.tensor, inside))
+    forward.recompile()
+    backward.recompile()
+    return call
+
+
+@pytest.mark.parametrize("fn", [_waved, _sigmoid])
+def test_what_is_made_inside_is_returned_only_where_it_is_read(fn: Callable[..., Tensor]) -> None:
+    module = capture(fn, *_inputs())
+    before = [str(body.graph) for body in (module.fwd_body_0, module.bwd_body_0)]
+    call = _with_values_inside(module)
+    grown = len(call.meta["example_value"])
+    assert grown > len(call.users)
+    drop_unread_results(module.graph)
+    assert len(call.meta["example_value"]) == 1 + max(user.args[1] for user in call.users)
+    assert [str(body.graph) for body in (module.fwd_body_0, module.bwd_body_0)] == before
+    inputs, others = _inputs(), _inputs()
+    ours = torch.autograd.grad(eager(module)(*inputs)[0].square().sum(), inputs)
+    theirs = torch.autograd.grad(fn(*others).square().sum(), others)
+    assert all(map(torch.equal, ours, theirs))
+
+    module = capture(fn, *_inputs())
+    call = _with_values_inside(module)
+    with module.graph.inserting_after(call):
+        last = module.graph.call_function(operator.getitem, (call, grown - 1))
+    (outputs,) = module.graph.output_node().args
+    module.graph.output_node().args = ((*outputs, last),)
+    drop_unread_results(module.graph)
+    assert len(call.meta["example_value"]) == grown
 
 
 def test_inside_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusewright.kernels.attention import attention
-from fusewright.kernels.cost import cost
+from fusewright.kernels.cost import _formula, cost
 from fusewright.kernels.launch import library_op
 from fusewright.kernels.mlp import mlp_block
 from fusewright.kernels.op import Maker
@@ -110,6 +110,17 @@ def test_attention_counts_the_scores_that_are_seen() -> None:
     }
     for pairs, found in seen.values():
         assert found.flops == 2 * 2 * pairs * 16
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_heads_of_keys_that_several_of_queries_share_count_for_each(kind: str) -> None:
+    """PyTorch 2.11's own formula refuses them."""
+    q, k = torch.empty(2, 8, 5, 16), torch.empty(2, 2, 7, 16)
+    for tail, tensors in (("", (q, k, k)), ("_backward", (q, q, k, k))):
+        packet = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention{tail}")
+        formula = _formula(packet)
+        whole = [t if t is q else k.repeat_interleave(4, 1) for t in tensors]
+        assert formula(*tensors, out_val=q) == formula(*whole, out_val=q) > 0
 
 
 @pytest.mark.parametrize("name", ["lora_linear", "quant_linear", "moe_experts", "attention"])

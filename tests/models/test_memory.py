@@ -118,9 +118,10 @@ def test_with_gradient_checkpointing(memory: str, reentrant: bool, codegen: Any)
     eager.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ours = optimize(copy.deepcopy(eager), codegen=codegen, memory=memory)
     _assert_equal(ours, eager)
-    # the wish for less is respected, and improved upon where the block is around the checkpoint
-    if memory == "100GB" and not reentrant and not transformers_before("5.24"):
-        assert _levels(ours) == {"input" if codegen == "eager" else "products"}
+    if memory == "100GB" and not reentrant:  # the wish for less is respected, and improved upon
+        level = "input" if codegen == "eager" else "products"
+        # older checkpoints are around the block, where nothing is planned
+        assert _levels(ours) == {None if transformers_before("5.24") else level}
 
 
 @pytest.mark.long("min")

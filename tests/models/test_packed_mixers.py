@@ -350,7 +350,7 @@ def test_what_else_tells_of_samples_says_no_more(name: str) -> None:
     }  # fmt: skip
     if name == "mamba2":  # whose mixers are given no keywords
         assert _differing(_step(model, [{**batch, **more}]), expected)
-    elif not transformers_before("5.24"):
+    elif not transformers_before("5.24"):  # which take them without a word
         with pytest.raises(ValueError, match="can't keep packed sequences apart"):
             _step(model, [{**batch, **more}])
     optimize(model, codegen="eager")

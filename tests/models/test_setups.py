@@ -121,7 +121,8 @@ def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> 
 def test_what_is_rewritten_and_how_exact_it_is(family: str, setup: Setup) -> None:
     eager, truth = build(family, setup), exact(family, setup)
     ours, report = optimized(family, setup)
-    if not transformers_before("5.24"):  # the page is of the newest versions
+    # the page is of the newest versions; with PyTorch 2.11, PEFT's DoRA breaks captures of blocks
+    if not (setup is SETUPS["dora-checkpointing"] and transformers_before("5.24")):
         assert line(family, setup, report) in PAGE.splitlines()
     assert not _over(ours, eager, truth, setup)
 

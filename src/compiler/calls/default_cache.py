@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -188,7 +189,7 @@ class _Before:
         self._state = _state(module, arguments)
         self._buffers = BufferState(module) if with_buffers else None
         # weights that are kept elsewhere are on meta; buffers are where the module computes
-        tensors = (*module.parameters(), *module.buffers(), *_tensors(arguments))
+        tensors = itertools.chain(module.parameters(), module.buffers(), _tensors(arguments))
         device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
         self.random = RandomState.now(device)
         kind = device.type

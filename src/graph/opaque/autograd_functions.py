@@ -100,6 +100,8 @@ def _drop_unread(call: fx.Node) -> None:
     output = forward.graph.output_node()
     returned: Any = output.args[0]
     results, saved = returned
+    if not isinstance(results, (tuple, list)) or not call.kwargs.keys() >= _NEEDED:
+        return
     kept = {-1, *call.kwargs.get("dirty_idx", ())}  # type: ignore[misc]
     for user in call.users:
         if user.target is not operator.getitem:

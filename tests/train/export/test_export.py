@@ -27,7 +27,9 @@ from transformers import (
 from fusewright.train import merge, train
 from fusewright.train.export import compressed, ollama
 from fusewright.train.export.certificate import CHECKS
+from fusewright.train.export.options import ExportOptions, choose
 from fusewright.train.export.reading import compared
+from fusewright.train.inference.run_folder import open_run
 from fusewright.train.model.rounding import misfit, roundtrip
 from fusewright.train.recipe.export_formats import FORMATS
 
@@ -375,6 +377,19 @@ def test_what_scores_texts_is_refused_before_programs_are_asked_for(
         (tmp_path / name).write_text("{}")
     said = refused("export", tmp_path, "--format", "gguf")
     assert "holds a model that scores texts (reward_model)" in said
+
+
+@needs_library
+def test_the_format_that_a_run_was_trained_for_is_what_is_checked(tmp_path: Path) -> None:
+    run = {"base_model": "some/base", "recipe": {"export_format": "int4-g32", "load_in_4bit": True}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    choice = choose(open_run(tmp_path), ExportOptions("compressed-tensors"))
+    assert choice.format is FORMATS["int4-g32"]
+    assert choice.output.name == "export-int4-g32"
+    other = choose(open_run(tmp_path), ExportOptions("compressed-tensors", "fp8"))
+    assert other.format is FORMATS["fp8"]
 
 
 @needs_library

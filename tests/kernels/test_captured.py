@@ -1,0 +1,60 @@
+"""Ops that a user's ``torch.compile`` captures keep their gradients, also with PyTorch 2.11."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusewright
+from fusewright.kernels import captured
+
+from ..capturing import capture
+
+KERNELS = Path(fusewright.__file__).parent / "kernels"
+
+
+def test_every_op_returns_nothing_under_two_names() -> None:
+    found = 0
+    for path in KERNELS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            if "torch.autograd.Function" in map(ast.unparse, node.bases):
+                decorators = map(ast.unparse, node.decorator_list)
+                assert "capturable" in decorators, f"{path}: {node.name}"
+                found += 1
+    assert found > 15
+
+
+def test_what_is_returned_is_a_value_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "KNOWS_MARK_DIRTY", False)
+
+    @captured.capturable
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sin().mul_(2)  # the sine under another name
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 3 * grad  # what no other code would give
+
+    def call(x: Tensor) -> Tensor:
+        made: Tensor = Doubled.apply(x)
+        return made
+
+    x = torch.randn(5, requires_grad=True)
+    plain = call(x)
+    module = capture(call, x)
+    result: Any = module.fwd_body_0.graph.output_node().args[0][0][0]
+    assert result.target == "clone"
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(compiled, plain)
+    for out in (plain, compiled):
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(gradient, torch.full_like(x, 3.0))
