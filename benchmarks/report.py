@@ -124,6 +124,56 @@ def preparation_table(name: str) -> str:
     return f"{markdown(titles, lines)}\n\n{same}{source(found)}"
 
 
+def curves_table(name: str) -> str:
+    """The points of ``curves.py``, an axis a line: our speed and growth, relative to eager's."""
+    found = results(name)
+    first = found[0]["engine"]
+    lines: dict[str, list[str]] = {}
+    for row in found:
+        if row["engine"] == first:
+            base = row
+            continue
+        share = f"{row['growth_mb'] / base['growth_mb']:.0%}"
+        point = f"{row['value']:,}: **{row['ratio']:.2f}x** ({share})"
+        lines.setdefault(row["axis"], []).append(point)
+    table = [[axis, ", ".join(points)] for axis, points in lines.items()]
+    return f"{markdown(('', 'speed (growth of memory)'), table)}\n\n{source(found[0])}"
+
+
+def preferences_table(name: str) -> str:
+    """Methods of ``preferences.py``: TRL's trainer on the plain model, and on ours."""
+    found = results(name)
+    lines = []
+    for plain, ours in zip(found[::2], found[1::2], strict=True):
+        shares = _times(plain["seconds"], ours["seconds"]), ours["growth_mb"] / plain["growth_mb"]
+        each = [f"{row['seconds']:.1f} s, {row['growth_mb']:,.0f} MiB" for row in (plain, ours)]
+        lines.append([plain["method"], *each, f"{shares[0]}, {shares[1]:.0%} of the memory"])
+        if plain["generation"]:
+            seconds = [row["generation"] for row in (plain, ours)]
+            spent = [f"{s:.1f} s" for s in seconds]
+            lines.append(["its completions alone", *spent, _times(seconds[0], seconds[1])])
+    titles = ("", "TRL, plain", "TRL, optimized", "")
+    return f"{markdown(titles, lines)}\n\n{source(found[0])}"
+
+
+def first_step_table(name: str) -> str:
+    """Starts of ``first_step.py``."""
+    found = results(name)
+    caches = {
+        "empty": "empty", "filled": "filled by an earlier process",
+        "loaded": "empty, the file of `--save-compiled` loaded",
+    }  # fmt: skip
+    lines = [
+        [
+            caches[row["cache"]], f"{row['first_step_s']:.1f} s", f"{row['cpu_s']:.1f} s",
+            f"{row['compilers_cpu_s']:.1f} s", row["sites_verified"],
+        ]
+        for row in found
+    ]  # fmt: skip
+    titles = ("cache", "by the clock", "process", "its compilers", "rewrites verified")
+    return f"{markdown(titles, lines)}\n\n{source(found[0])}"
+
+
 def soak_table() -> str:
     """Both runs of ``soak.py``."""
     rows = [results(f"soak-{method}-cpu")[0] for method in ("lora", "qlora")]
@@ -229,6 +279,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": lambda: training_table("training-peers-smollm2-bf16-cpu"),
     "soak": soak_table,
     "preparation": lambda: preparation_table("preparation-cpu"),
+    "step-bf16-amx": lambda: step_table("train_step-smollm2-bf16-amx-cpu"),
+    "step-fp32-amx": lambda: step_table("train_step-smollm2-fp32-amx-cpu"),
+    "step-8x512-amx": lambda: step_table(
+        "train_step-smollm2-bf16-8x512-memory-amx-cpu", "growth_mb"
+    ),
+    "qlora-4x256-amx": lambda: step_table(
+        "train_step-smollm2-qlora-bf16-4x256-amx-cpu", "growth_mb"
+    ),
+    "preparation-amx": lambda: preparation_table("preparation-amx-cpu"),
+    "curves": lambda: curves_table("curves-cpu"),
+    "preferences": lambda: preferences_table("preferences-smollm2-bf16-cpu"),
+    "first-step": lambda: first_step_table("first_step-smollm2-cpu"),
 }
 
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

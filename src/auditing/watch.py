@@ -139,9 +139,14 @@ class StepWatch:
             self._moved = True
             self._add(self._movement.findings(False, self.has_gradients, self.exempt))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether ``examine`` has something to do: the first step is done, and not examined."""
+        return self.steps == 1 and "seconds" not in self.audit.facts
+
     def examine(self) -> Audit | None:
         """After the first step, run ``audit`` on what it was given; None after later steps."""
-        if self.steps != 1 or "seconds" in self.audit.facts:
+        if not self.is_due:
             return None
         with self._timed():
             if self.batches is not None:

@@ -282,7 +282,10 @@ def train(
     allow_code: Code = False,
     allow_image_urls: Urls = False,
 ) -> None:
-    """Fine-tune a model as described in a recipe."""
+    """Fine-tune a model as described in a recipe.
+
+    Keys of the recipe can be set behind it: --max_steps 10 --verbose true.
+    """
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)

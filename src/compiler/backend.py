@@ -8,6 +8,7 @@ what later stages need.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import NodesBefore, copy_if_loss, defer_logits
 from .session import Session
 from .sharing import CaptureError, UnfrozenWeight, WholeMask
+
+_logger = logging.getLogger(__name__)
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
@@ -346,6 +349,10 @@ def generate_code(work: Compilation) -> None:
             inputs[i] = t.detach().clone().requires_grad_(inputs[i].requires_grad)
         held = [i for i, n in enumerate(placeholders) if not facts.is_argument(n)]
         graphs = session.choices.graphs.of_block(held, work.examples)
+        _logger.info(
+            "Inductor compiles a graph of %d operations; other sizes or settings may need another",
+            len(work.graph.graph.nodes),
+        )
         run = inductor(work.graph, inputs, session.state.preparation, work.absent, graphs)
         run = _of_frozen(with_changed_inputs(run, work.idle, Tensor.detach), work.examples)
     else:

@@ -181,13 +181,14 @@ class _Race:
 
     def question(self, key: tuple[Any, ...]) -> Question:
         """Which of both forms is faster in the bucket of ``key``?"""
-        make, trained, training, tokens, dtype, features, *_, device = key
+        make, trained, training, tokens, dtype, features, casts, to, device = key
         blocks = len(self.planner.blocks)
         about = make, trained, training, settings_around(), blocks, self.races.about
         digest = hashlib.sha256(repr(about).encode()).hexdigest()[:8]
+        precision = f"{dtype} under autocast to {to}" if casts else str(dtype)
         name = (
             f"{type(self.module).__name__} of {features:,} for {tokens:,} tokens in "
-            f"{str(dtype).removeprefix('torch.')} ({digest})"
+            f"{precision.replace('torch.', '')} ({digest})"
         )
         forms = [Contender(form, functools.partial(self.step, form)) for form in (OURS, EAGER)]
         return Question(name, tuple(forms), self._called, OURS, device, None, timing=TIMING)

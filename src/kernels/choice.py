@@ -156,7 +156,7 @@ class Choice:
         why = "; ".join(f"{name} refused: {reason}" for name, reason in self.refused.items())
         text = f"{self.question}: {self.candidate} ({self.source}"
         if timed and times[0][0] != self.candidate:
-            timed += f", where {times[0][0]} is not faster by enough"
+            timed += f", where {times[0][0]} is not faster by more than the margin and noise"
         return text + (f"; {timed}" if timed else "") + (f"; {why}" if why else "") + ")"
 
 

@@ -206,8 +206,9 @@ class TrainingRun:
         self, model: Any, processing: Processing, prepared: Any, interrupts: Interrupts
     ) -> Context:
         context = make_context(
-            self.task, model, processing, prepared, interrupts, self.console, self.result.carried
+            self.task, model, processing, prepared, interrupts, self.console, self.run_log.carried
         )
+        context.timed = self.run_log.timed
         for name, batches in context.validation.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)
         return context
@@ -262,9 +263,8 @@ class TrainingRun:
             trainer.load_checkpoint(resumed.folder)
             result.end(trainer.ended(), trainer.reason())
             return
-        first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
         remaining = result.steps_planned - done
-        self.run_log.say(f"training for {remaining} step{'s' * (remaining != 1)}{first}")
+        self.run_log.say(f"training for {remaining} step{'s' * (remaining != 1)}{_first(recipe)}")
         start = resumed.folder if resumed else None
         try:
             with resume.without_code(start):
@@ -308,6 +308,14 @@ class TrainingRun:
         result.measure(trainer.context.meter, trainer.state.log_history)
         result.ranks = self.world.gather(memory()) if self.world.several else []
         result.checkpoint = next(map(str, checkpoints(self.folder)[-1:]), None)
+
+
+def _first(recipe: Recipe) -> str:
+    """What the first step of a process takes longer for; empty: nothing."""
+    if not recipe.optimize:
+        return ""
+    audited = ", and is audited" if recipe.audit else ""
+    return f"; the first one compiles{audited}, which can take minutes"
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:

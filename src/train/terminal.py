@@ -84,10 +84,11 @@ def say(console: Console, text: str | Text) -> None:
 
 
 def announce(text: str) -> None:
-    """Announce on standard error what takes a while, if that is a terminal."""
-    console = Terminal(stderr=True)
-    if console.is_terminal:
-        say(console, text)
+    """Announce on standard error what takes a while.
+
+    In a log as well: after minutes without a word a command seems to hang.
+    """
+    say(Terminal(stderr=True), text)
 
 
 def _plain(segment: Segment) -> Segment:

@@ -213,7 +213,8 @@ def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
 def test_a_faster_candidate_that_was_not_chosen_is_accounted_for() -> None:
     times = {"plain": 100.0, "fast": 99.0}
     assert str(choice.Choice("doubling", "plain", microseconds=times)) == (
-        "doubling: plain (raced; fast 99 us, plain 100 us, where fast is not faster by enough)"
+        "doubling: plain (raced; fast 99 us, plain 100 us, where fast is not faster by more than "
+        "the margin and noise)"
     )
     assert str(choice.Choice("doubling", "fast", microseconds=times)).endswith("plain 100 us)")
 

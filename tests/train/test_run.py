@@ -25,7 +25,7 @@ from fusewright.train.data import Sample
 from fusewright.train.model.load import load_model
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.format import millions
-from fusewright.train.report.result import RunResult
+from fusewright.train.report.result import RunLog, RunResult
 from fusewright.train.report.run_facts import snippet
 from fusewright.train.trainer import ready
 
@@ -137,6 +137,23 @@ def test_a_checkpoint_carries_figures_and_nothing_else() -> None:
     later.resume(3, {**result.carried(), "started": "then", "output_dir": "elsewhere"})
     assert (later.resumed_from, later.val_loss_before, later.started) == (3, 2.0, "then")
     assert later.output_dir == Path()
+
+
+def test_a_checkpoint_knows_the_time_of_what_is_not_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each second counts once, for the innermost part."""
+    now = 0.0
+    monkeypatch.setattr("fusewright.train.report.result.time.perf_counter", lambda: now)
+    result = RunResult(Path(), {})
+    log = RunLog(result, QUIET)
+    with log.timed("training"):
+        now = 10.0
+        with log.timed("audit"):
+            now = 13.0
+            assert log.carried()["seconds"] == {"training": 10.0, "audit": 3.0}
+        now = 20.0
+        assert log.carried()["seconds"] == {"training": 17.0, "audit": 3.0}
+        now = 21.0
+    assert result.seconds == {"training": 18.0, "audit": 3.0}
 
 
 @pytest.mark.long

@@ -111,12 +111,12 @@ def folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="fusewright-"))
 
 
-def kept_folder() -> Path:
-    """The folder of libraries, made if need be.
+def kept_folder(cache: str | None = None) -> Path:
+    """The folder of libraries, made if need be; ``cache`` in place of PyTorch's variable.
 
     Raises OSError where it cannot be made or others may write to it, RuntimeError without a home.
     """
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "") if cache is None else cache
     if Path(cache).name.startswith("torchinductor_"):
         cache = ""  # PyTorch's default, which it sets by itself, and which others can guess
     cache = cache or os.environ.get("XDG_CACHE_HOME", "")

@@ -208,10 +208,29 @@ def require_same_run(path: Path, saved: Saved, recipe: Recipe, processes: int | 
     ]
     if differing:
         line, end = ("\n  ", "\nRestore them;") if differing[1:] else (" ", "; restore it,")
+        if any(text.startswith(_LENGTHS) for text in differing):
+            them = "them" if differing[1:] else "it"
+            end = f"\n{_no_shorter(path, saved)}\nRestore {them},"
         raise RecipeError(
             f"{path} was made by another recipe:{line}{line.join(differing)}{end} or start a new "
             "run from its weights, with lora_model_dir (or base_model)"
         )
+
+
+_LENGTHS = ("max_steps ", "num_epochs ")
+"""How the lines about the length of a run begin."""
+
+
+def _no_shorter(path: Path, saved: Saved) -> str:
+    """Why a run cannot be made shorter, and how to end it all the same."""
+    state = parse_json((path / "trainer_state.json").read_text(encoding="utf-8"))
+    number = state.get("max_steps") if isinstance(state, dict) else None
+    planned = f", which was {number:,}" if isinstance(number, int) else ""
+    longer = "" if saved.has_fixed_length else ", and can be made longer"
+    return (
+        f"Learning rates depend on the number of steps{planned}: a run is not planned anew for "
+        f"fewer. It can be stopped earlier (Ctrl-C saves it){longer}."
+    )
 
 
 def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:

@@ -315,7 +315,7 @@ def _write(
     trained: set[int] = set()
     before = writer.count
     path = source.dataset.path
-    rows = source.rows(progress.dataset(path))
+    rows = source.rows_and_faults(progress.dataset(path))
     for part in parts(work, rows, recipe.dataset_processes or 1, bad):
         counts, first = counts + part.counts, {**part.first, **first}
         ends |= part.ends

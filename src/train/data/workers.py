@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import DataError
-from .readers.bad_rows import BadRows, BadRowsError
+from .readers.bad_rows import BadRows, Unreadable
 from .readers.files import Row
 from .readers.limits import Limits, Part
 
@@ -55,9 +55,21 @@ class Work:
 
     def part(self, rows: list[Row]) -> Part:
         """Encode a batch and keep what can be trained on; raises a DataError for a wrong row."""
+        _require_readable(rows)
         part = self.encoder.part(rows, self.limits)
         part.counts["rows"] = len(rows)
         return part
+
+    def read(self, rows: list[Row]) -> None:
+        """Read the fields of rows; raises a DataError for a wrong one."""
+        _require_readable(rows)
+        self.encoder.read(rows)
+
+
+def _require_readable(rows: Sequence[Row]) -> None:
+    for _, row in rows:
+        if isinstance(row, Unreadable):
+            raise DataError(row.message)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -85,22 +97,19 @@ def parts(work: Work, rows: Iterable[Row], processes: int, bad: BadRows) -> Iter
     threads use all cores.
     """
     last = ""
-    try:
-        for where, result in _results(work, rows, processes, bad):
-            if bad.enough or bad.further > _READ:
-                bad.rest = f"none after {last} was looked at" if last else "no row was looked at"
-                break
-            if bad.further > _TOKENIZED and not bad.rest:
-                those = f"those after {last}" if last else "the rows"
-                bad.rest = f"{those} were read, but not tokenized"
-            if isinstance(result, BadRows):
-                bad.extend(result)
-            elif not bad.searching:
-                yield result
-            bad.further += bad.searching
-            last = where
-    except BadRowsError as error:  # lines that are no JSON
-        bad.extend(error.rows)
+    for where, result in _results(work, rows, processes, bad):
+        if bad.enough or bad.further > _READ:
+            bad.rest = f"none after {last} was looked at" if last else "no row was looked at"
+            break
+        if bad.further > _TOKENIZED and not bad.rest:
+            those = f"those after {last}" if last else "the rows"
+            bad.rest = f"{those} were read, but not tokenized"
+        if isinstance(result, BadRows):
+            bad.extend(result)
+        elif not bad.searching:
+            yield result
+        bad.further += bad.searching
+        last = where
 
 
 def _results(
@@ -152,17 +161,18 @@ def _part(batch: list[Row], reads: bool) -> Part | BadRows:
 def _part_of(work: Work, batch: list[Row], reads: bool) -> Part | BadRows:
     """The samples of a batch, or which of its rows are not right; ``reads``: only the latter."""
     if reads:
-        return _bad_rows(work.encoder.read, batch)
+        return bad_rows(work.read, batch)
     try:
         return work.part(batch)
     except DataError:
-        bad = _bad_rows(work.part, batch)
+        bad = bad_rows(work.part, batch)
         if not bad.count:  # it is not a row by itself
             raise
         return bad
 
 
-def _bad_rows(look: Callable[[list[Row]], Any], batch: list[Row]) -> BadRows:
+def bad_rows(look: Callable[[list[Row]], Any], batch: Sequence[Row]) -> BadRows:
+    """Those rows of a batch for which ``look`` raises a DataError."""
     bad = BadRows()
     for row in batch:
         try:

@@ -22,7 +22,7 @@ from typing import Any
 
 from .compiler import REINSTALL
 from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, reinstall, try_import
-from .result import RERUN, CheckResult, reason
+from .result import RERUN, USERS_CACHE, CheckResult, reason
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
@@ -132,6 +132,7 @@ def _environment(folder: str) -> dict[str, str]:
     """The variables of a child that leaves no files behind and does not use the network."""
     variables = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    variables[USERS_CACHE] = os.environ.get(caches[0], "")
     return {**os.environ, **variables, **dict.fromkeys(caches, folder)}
 
 

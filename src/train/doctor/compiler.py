@@ -9,7 +9,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from .result import RERUN, CheckResult, reason
+from .result import RERUN, USERS_CACHE, CheckResult, reason
 
 _PROGRAM = """
 #include <Python.h>
@@ -61,7 +61,7 @@ def _not_kept() -> str:
     except Exception:  # it imports a broken library, which another check reports
         return ""
     try:
-        kept_folder()
+        kept_folder(os.environ.get(USERS_CACHE))
     except (OSError, RuntimeError) as error:
         return f"; each process compiles the kernels for CPUs anew: {reason(error)}"
     return ""

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import first_line
 from ...memory.meter import Meter
 from ..report.format import memory
-from .result import CheckResult
+from .result import USERS_CACHE, CheckResult
 
 
 def machine() -> list[CheckResult]:
@@ -96,7 +96,7 @@ def _kept() -> list[CheckResult]:
     from ...kernels.native.build import kept_folder
 
     try:
-        folder = kept_folder()
+        folder = kept_folder(os.environ.get(USERS_CACHE))
         names = [path.name for path in folder.iterdir()]
     except (OSError, RuntimeError):  # the compiler's line says why
         return []

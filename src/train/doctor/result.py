@@ -10,6 +10,9 @@ State = Literal["ok", "missing", "broken", "unused", "unknown"]
 ``unknown``: the check did not finish in time.
 """
 
+USERS_CACHE = "FUSEWRIGHT_USERS_CACHE"
+"""The variable by which a child knows the user's TORCHINDUCTOR_CACHE_DIR; its own is temporary."""
+
 RERUN = "run fusewright doctor again: it is faster once the libraries are in the page cache"
 """What to do about a check that did not finish in time."""
 

@@ -183,10 +183,12 @@ def _work(plan: RunPlan) -> list[str]:
     if not plan.on_cpu and plan.parameters < _SMALL:
         lines.append("launching kernels is not counted: so small a model takes longer than that")
     if plan.hours is not None and plan.steps is not None:
-        by_size = " (by the size of the rows' files)" if plan.steps_are_estimated else ""
+        about, by_size = "", ""
+        if plan.steps_are_estimated:
+            about, by_size = "about ", " (by the size of the rows' files)"
         lines.append(
-            f"the run: {plan.steps:,} steps{by_size}, {_count(plan.steps * s.tokens)} tokens, "
-            f"about {_time(3600 * plan.hours)}"
+            f"the run: {about}{plan.steps:,} steps{by_size}, {_count(plan.steps * s.tokens)} "
+            f"tokens, about {_time(3600 * plan.hours)}, and what compiling in the first step takes"
         )
     else:
         lines.append(

@@ -190,7 +190,8 @@ def _steps(recipe: Recipe, tokens: int, layout: ProcessLayout) -> int | None:
     else:  # a step has so many rows, whatever their length
         epoch = count_rows(recipe)
         each = recipe.micro_batch_size * recipe.accumulation() * layout.data_ranks
-    return None if epoch is None else math.ceil(epoch * recipe.num_epochs / each)
+    # the last step of an epoch has what is left of it
+    return None if epoch is None else math.ceil(math.ceil(epoch / each) * recipe.num_epochs)
 
 
 def make_job(

@@ -174,7 +174,7 @@ class ProgressCallback(TrainerCallback):
     def _fields(self, state: Any) -> Fields:
         """The figures so far."""
         fields: Fields = []
-        if not self.meter.seconds:
+        if self.meter.compiles:
             fields.append((0, "the first step takes longer than the others"))
         if self.reward is not None:
             fields.append((0, f"reward {self.reward:z.3f}"))
@@ -197,8 +197,8 @@ class ProgressCallback(TrainerCallback):
         return fields
 
     def _is_timed(self) -> bool:
-        """Whether a typical step was timed: not the first one, which compiles."""
-        return len(self.meter.seconds) > 1 or self.step >= self.total
+        """Whether a typical step was timed: not the first one of a process, which compiles."""
+        return self.meter.tells or self.step >= self.total
 
     def _left(self, step: int) -> float:
         return self.meter.median_step(last=RECENT) * max(0, self.total - step)

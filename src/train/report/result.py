@@ -57,6 +57,7 @@ class RunResult:
         tokens_per_s: of training, without the first step, also that of a resumed run.
         trained_tokens_per_s: the same for tokens with a label.
         first_step_s: seconds of the first step, which compiles.
+        resumed_step_s: those of the first step after the run was resumed last, or None.
         median_step_s: seconds of the median step, the same left out.
         loss_first: training loss of the first logged step.
         loss_last: training loss of the last logged step.
@@ -84,7 +85,7 @@ class RunResult:
         optimize: the optimize report as data, or None when ``optimize: false``.
         audit: the findings about the training itself, as ``Audit.to_dict`` has them, or None when
             ``audit: false``.
-        seconds: of each part of the run.
+        seconds: of each part of the run, those before it was resumed included.
         history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
             ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
             of training until then), and the figures of a method; or ``eval_loss`` (and
@@ -114,6 +115,7 @@ class RunResult:
     tokens_per_s: float = 0.0
     trained_tokens_per_s: float = 0.0
     first_step_s: float = 0.0
+    resumed_step_s: float | None = None
     median_step_s: float = 0.0
     loss_first: float | None = None
     loss_last: float | None = None
@@ -159,7 +161,8 @@ class RunResult:
 
     def carried(self) -> dict[str, Any]:
         """The figures that a checkpoint keeps for a run that resumes from it."""
-        return {name: getattr(self, name) for name in _CARRIED}
+        figures = {name: getattr(self, name) for name in _CARRIED}
+        return {**figures, "seconds": dict(self.seconds)}
 
     def resume(self, step: int, carried: dict[str, Any]) -> None:
         """Begin at a checkpoint's step, with its ``carried`` figures; unknown ones are ignored."""
@@ -184,6 +187,7 @@ class RunResult:
         self.trained_tokens_per_s = meter.rate(meter.trained)
         if meter.seconds:
             self.first_step_s, self.median_step_s = meter.seconds[0], meter.median_step()
+            self.resumed_step_s = meter.resumed_step()
         validated = f"eval_{self.figure}"
         self.history = [entry for entry in log if "loss" in entry or validated in entry]
         losses = [entry["loss"] for entry in self.history if "loss" in entry]
@@ -230,22 +234,25 @@ class RunResult:
             if self.reason:
                 yield f"\nEnded at step {self.steps} of {self.steps_planned}: {self.reason}."
             return
-        yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._outcome(adapter)
+        whole = self.status == "interrupted" and 0 < self.steps_planned <= self.steps
+        where = f"Stopped at step {self.steps} of {self.steps_planned}"
+        if whole:
+            where = f"All {self.steps} steps are done"
+        yield f"\n{where}; {self._outcome(adapter)}"
+        names = {1: "SIGHUP", 2: "Ctrl-C", 15: "SIGTERM"}
+        by = names.get(self.signal or 0, f"signal {self.signal}")
         yield {
             "nan": f"NaN or infinite value: {self.reason}. No weight was changed by that step",
             "watchdog": "The loss stayed above loss_watchdog_threshold",
             "disk full": f"The last checkpoint could not be written: {self.reason}",
-            "interrupted": "Stopped by "
-            + {1: "SIGHUP", 2: "Ctrl-C", 15: "SIGTERM"}.get(
-                self.signal or 0, f"signal {self.signal}"
-            ),
+            "interrupted": f"Stopped by {by}" + whole * ", before all that follows training",
         }[self.status] + "."
         if self.checkpoint and self.recipe.get("save_only_model"):
             yield f"{self.checkpoint} cannot be resumed from: save_only_model: true"
         elif self.checkpoint:
+            does = "makes up for that" if whole else "resumes from it"
             yield (
-                f"{self.checkpoint} is complete: the same recipe resumes from it"
-                f"{resumption(self.recipe)}"
+                f"{self.checkpoint} is complete: the same recipe {does}{resumption(self.recipe)}"
             )
 
     def _outcome(self, adapter: bool) -> str:
@@ -293,12 +300,14 @@ class RunResult:
         if self.figure == "reward" and rewards:
             rows["training reward"] = f"{rewards[0]:z.3f} → {rewards[-1]:z.3f}"
         if self.loss_first is not None and self.loss_last is not None:
-            rows["training loss"] = f"{self.loss_first:z.3f} → {self.loss_last:z.3f}"
+            rows["training loss"] = self._training_loss()
         if self.tokens_per_s:  # of a run that resumed at its end there are no steps
             rows["speed"] = (
                 f"{rate(self.tokens_per_s)} tokens/s ({rate(self.trained_tokens_per_s)} trained), "
                 f"first step {self.first_step_s:.1f} s"
             )
+            if self.resumed_step_s is not None:
+                rows["speed"] += f", first after resuming {self.resumed_step_s:.1f} s"
         peaks = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
         if self.peak_cuda_mb is not None:
             peaks += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
@@ -313,9 +322,19 @@ class RunResult:
         if self.sample_image is not None:
             rows["image"] = self.sample_image["name"]
         rows |= self.sample or {}
-        rows["time"] = f"{sum(self.seconds.values()):.0f} s: " + self._times()
+        whole = "" if self.resumed_from is None else " before and after resuming"
+        rows["time"] = f"{sum(self.seconds.values()):.0f} s{whole}: " + self._times()
         rows["results"] = str(self.output_dir)
         return list(rows.items())
+
+    def _training_loss(self) -> str:
+        """The mean of the first tenth of the logged losses, and of the last: one alone is noise."""
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        losses = losses or [self.loss_first or 0.0, self.loss_last or 0.0]
+        count = max(1, len(losses) // 10)
+        first, last = (sum(some) / count for some in (losses[:count], losses[-count:]))
+        of = f"means of {count} logged ones" if count > 1 else "the first and the last logged one"
+        return f"{first:z.3f} → {last:z.3f} ({of})"
 
     def _times(self) -> str:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
@@ -329,6 +348,19 @@ class RunLog:
 
     def __init__(self, result: RunResult, console: Console) -> None:
         self.result, self.console = result, console
+        self._parts: list[str] = []  # those that have begun: time counts for the innermost
+        self._counted = 0.0  # until when it was counted
+
+    def carried(self) -> dict[str, Any]:
+        """The figures that a checkpoint keeps for a run that resumes from it."""
+        self._count()
+        return self.result.carried()
+
+    def _count(self) -> None:
+        before, self._counted = self._counted, time.perf_counter()
+        for part in self._parts[-1:]:
+            seconds = self.result.seconds.get(part, 0.0)
+            self.result.seconds[part] = seconds + self._counted - before
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -336,16 +368,17 @@ class RunLog:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds of the block to those of ``part``."""
-        begun = time.perf_counter()
+        """Add the seconds of the block to those of ``part``, without those of parts in it."""
+        self._count()
+        self._parts.append(part)
         try:
             yield
         except Exception as error:
             error.add_note(f"at {part}")  # for the last line, if nobody foresaw it
             raise
         finally:
-            before = self.result.seconds.get(part, 0.0)
-            self.result.seconds[part] = before + time.perf_counter() - begun
+            self._count()
+            self._parts.pop()
 
     @contextlib.contextmanager
     def guarded(self, part: str) -> Iterator[None]:

@@ -76,6 +76,21 @@ class ThroughputMeter:
         """Seconds of the median step of the ``last`` ones; without those that compile."""
         return statistics.median([self.seconds[i] for i in self._telling(last)] or [0.0])
 
+    def resumed_step(self) -> float | None:
+        """Seconds of the first step after the last resumption; None where there is none."""
+        last = self.compiling[-1]
+        return self.seconds[last] if 0 < last < len(self.seconds) else None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the next step is the first one of this process."""
+        return len(self.seconds) in self.compiling
+
+    @property
+    def tells(self) -> bool:
+        """Whether a step was timed that did not compile."""
+        return any(i not in self.compiling for i in range(len(self.seconds)))
+
     def _telling(self, last: int | None) -> list[int]:
         """The ``last`` complete steps; without those that compile, if any others are left."""
         steps = range(len(self.seconds))[-last if last else None :]

@@ -17,6 +17,7 @@ from ..data.formats.registry import Encoder, format_of
 from ..data.images.picture import NoImages
 from ..data.images.reading import reader_of
 from ..data.sample import Tokens
+from ..data.workers import bad_rows
 from ..processing import Processing
 from ..recipe.recipe import Recipe
 from .look import AllRows
@@ -88,7 +89,11 @@ def measure(recipe: Recipe, rows: AllRows, processing: Processing | None) -> Len
         with tempfile.TemporaryDirectory(prefix="fusewright-init-") as folder:
             images = reader_of(recipe, dataset, processing, Path(folder))
             encoder = Encoder(dataset, recipe, processing.tokenizer, _WHOLE, images=images)
-            encoded = encoder.encode(sample)
+            try:
+                encoded = encoder.encode(sample)
+            except DataError:
+                bad_rows(encoder.encode, sample).raise_any()
+                raise  # no row is wrong by itself
         spans = sum(end - begin for one in encoded for begin, end in one.spans)
         if not spans:
             raise DataError(f"{dataset.path}: no row has anything to train")

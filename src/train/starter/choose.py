@@ -222,6 +222,8 @@ class Chooser:
                 _free_folder(self._rows.each[0].dataset.path),
                 "a folder that does not exist yet",
             ),
+            ("saves_per_epoch", *_saves(adapter)),
+            ("save_total_limit", 2, "older checkpoints are removed"),
         ]
         before = [(key, value, why if key == "adapter" else "") for key, value in adapter.items()]
         if pairs:
@@ -265,6 +267,14 @@ class Chooser:
         if self.budget:
             return "all that the process may use (--memory); the run plans for it at its first step"
         return "plans for the memory that is free when the run starts"
+
+
+def _saves(adapter: Values) -> tuple[int, str]:
+    """Checkpoints per epoch, and why: those of all weights are large."""
+    kept = "Ctrl-C makes one, too; --resume_from_checkpoint true goes on from the last"
+    if adapter:
+        return 4, f"checkpoints: a run that is killed loses a quarter of an epoch at most. {kept}"
+    return 1, f"checkpoints: a run that is killed loses an epoch at most. {kept}"
 
 
 def _recipe(values: Values) -> Recipe:

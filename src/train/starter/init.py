@@ -82,7 +82,7 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     console = Terminal(highlight=False)
     kinds = " and ".join(dict.fromkeys(one.shape.kind for one in rows.each))
     say(console, f"{options.output}: {kinds}, {rows.count:,} rows; {draft.verdict.note}")
-    say(console, f"next: fusewright train {options.output} --dry-run")
+    say(console, f"next: fusewright train {options.output} (--dry-run says what each key does)")
 
 
 def _budget(text: str | None) -> tuple[str, int] | None:
@@ -233,7 +233,8 @@ def _head(options: InitOptions, rows: AllRows, lengths: Lengths, draft: Draft) -
         f"A starter recipe, written by: {' '.join(command)}",
         f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "
         f"Memory: {draft.verdict.note}.",
-        "Check it with: fusewright train RECIPE --dry-run. All keys: docs/recipes.md.",
+        "fusewright train RECIPE checks all rows before it loads the model; --dry-run checks this "
+        "file alone, and says what each key does. All keys: docs/recipes.md.",
         "",
     ]
 

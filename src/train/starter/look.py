@@ -1,4 +1,4 @@
-"""Reads the rows as a run would, and finds their format; stops at the first fault."""
+"""Reads the rows as a run would, and finds their format; names the first ones that do not fit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...errors import DataError
 from ..data.formats.conversation import ROLES
 from ..data.formats.fields import IMAGE_FIELDS
 from ..data.readers import sources
+from ..data.readers.bad_rows import BadRows, Unreadable
 from ..data.readers.files import Row
 from ..recipe.recipe import Dataset
 
@@ -60,6 +61,8 @@ def _mapping(keys: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 
 def shape_of(row: Any, where: str) -> Shape:
     """The shape of a row; raises a DataError if it has none of the fields that tell it."""
+    if isinstance(row, Unreadable):
+        raise DataError(row.message)
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: must be an object with named fields, such as messages or text")
     for test in (_preference, _tokenized, _chat, _segments, _prompt, _instruction, _text):
@@ -320,16 +323,19 @@ def look(dataset: Dataset) -> RowsRead:
     source = sources.find(dataset, "DATA", streaming=True)
     limit = _MOST if source.files or hasattr(source.table, "__len__") else _MOST_OF_HUB
     draw, sample, features = random.Random(0), list[Row](), ChatFeatures()
-    first: tuple[str, Shape] | None = None
-    count = 0
-    for where, row in replace(source, limit=limit + 1).rows():
-        shape = shape_of(row, where)
-        if first is None:
-            first = where, shape
-        elif shape != first[1]:
-            raise DataError(_mixed(where, shape, *first))
-        if count == limit:
+    first: tuple[str, Any, Shape] | None = None
+    count, bad = 0, BadRows()
+    for where, row in replace(source, limit=limit + 1).rows_and_faults():
+        if count == limit or bad.enough:
             break
+        try:
+            shape = shape_of(row, where)
+            if first is not None and shape != first[2]:
+                raise DataError(_mixed(where, row, shape, *first))
+        except DataError as error:
+            bad.add(where, str(error))
+            continue
+        first = first or (where, row, shape)
         if shape.kind in ("chat", "preference pairs"):
             features.add(row.get(_field(row, shape)), row)
         count += 1
@@ -339,9 +345,10 @@ def look(dataset: Dataset) -> RowsRead:
             sample[place] = where, row
     else:
         limit += 1
+    bad.raise_any()
     if first is None:
         raise DataError(f"{dataset.path}: the dataset is empty")
-    return RowsRead(dataset, first[1], count, count < limit, sample, features)
+    return RowsRead(dataset, first[2], count, count < limit, sample, features)
 
 
 def _field(row: Mapping[str, Any], shape: Shape) -> str:
@@ -350,14 +357,24 @@ def _field(row: Mapping[str, Any], shape: Shape) -> str:
     return next((name for name in fields if name and name in row), "messages")
 
 
-def _mixed(where: str, shape: Shape, place: str, first: Shape) -> str:
+def _mixed(where: str, row: Any, shape: Shape, place: str, before: Any, first: Shape) -> str:
+    """Why a row does not go with the first one, ``before``, at ``place``."""
+    has, had = _field_names(row, shape), _field_names(before, first)
     if shape.kind == first.kind:
-        ours, expected = (", ".join(f"{k}: {v}" for k, v in s.keys) for s in (shape, first))
         return (
-            f"{where}: the fields are named differently than in the first row ({place}): {ours}, "
-            f"not {expected}. Rename them, or put such rows into a file of their own"
+            f"{where}: this row has {has}, and the first one ({place}) has {had}, which means the "
+            "same by other names. Rename them, or put such rows into a file of their own"
         )
     return (
-        f"{where}: this row is {shape.kind}, and the first one ({place}) is {first.kind}. One "
-        "dataset has one format: put each into a file of its own, and list both under datasets"
+        f"{where}: this row is {shape.kind} (it has {has}), and the first one ({place}) is "
+        f"{first.kind} ({had}). One dataset has one format: put each into a file of its own, and "
+        "list both under datasets"
     )
+
+
+def _field_names(row: Mapping[str, Any], shape: Shape) -> str:
+    """The fields of a row; of a chat, those of its first message, too."""
+    names = ", ".join(map(str, row))
+    turns = row.get(_field(row, shape))
+    inner = turns[0] if isinstance(turns, list) and turns else None
+    return f"{names} (of {', '.join(map(str, inner))})" if isinstance(inner, Mapping) else names

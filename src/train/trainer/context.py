@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Context:
         validation: batches by the name of their dataset.
         data: the fingerprint of the prepared rows.
         carried: returns what else of the run a checkpoint keeps.
+        timed: adds the seconds of a block to those of the run's part of that name.
         on_ready: called with the trainer once its model is wrapped, before the first step.
     """
 
@@ -40,6 +42,7 @@ class Context:
     validation: Mapping[str, Batches] = field(default_factory=dict)
     data: str = ""
     carried: Callable[[], dict[str, Any]] = dict
+    timed: Callable[[str], AbstractContextManager[Any]] = nullcontext
     world: World = field(default_factory=World)
     on_ready: Callable[[Any], None] | None = None
     featurizer: Featurizer | None = None

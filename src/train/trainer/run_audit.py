@@ -29,6 +29,15 @@ class RunAudit(AuditCallback):
         if resumed is not None:  # its first log may be of steps that another run has made
             self._logged = resumed.last_logged
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Audit the model after the first step, which can take as long as that step."""
+        context = self.trainer.context
+        if self.watch is None or not self.watch.is_due:
+            return
+        context.say("auditing the first step")
+        with context.timed("audit"):
+            super().on_step_end(args, state, control, **kwargs)
+
     def make_watch(self, args: Any, state: Any, **kwargs: Any) -> StepWatch:
         """As of any trainer, with what the recipe asks for."""
         trainer, recipe = self.trainer, self.recipe

@@ -221,6 +221,19 @@ def test_one_key_that_is_another(recipe: dict[str, Any], made: Path) -> None:
     )
 
 
+def test_fewer_steps(recipe: dict[str, Any], made: Path) -> None:
+    (made / "trainer_state.json").write_text('{"max_steps": 1234}')
+    with pytest.raises(RecipeError) as error:
+        resume.load(made, load_recipe({**recipe, "max_steps": 1}))
+    said = (
+        f"{made} was made by another recipe: max_steps was {recipe['max_steps']} and is 1\n"
+        f"Learning rates depend on the number of steps, which was 1,234: a run is not planned anew "
+        "for fewer. It can be stopped earlier (Ctrl-C saves it), and can be made longer.\n"
+        "Restore it, or start a new run from its weights"
+    )
+    assert str(error.value).startswith(said)
+
+
 def test_several_keys_that_are_others(recipe: dict[str, Any], made: Path) -> None:
     with pytest.raises(RecipeError) as error:
         resume.load(made, load_recipe({**recipe, "learning_rate": 0.5, "lora_r": 8}))

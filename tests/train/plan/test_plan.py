@@ -23,7 +23,7 @@ from fusewright.train.plan import page
 from fusewright.train.plan.cards import CARDS
 from fusewright.train.plan.count.layout import ProcessLayout, layout_of
 from fusewright.train.plan.estimate import SPARE, Process, estimate
-from fusewright.train.plan.plan import count_rows, estimate_tokens
+from fusewright.train.plan.plan import _steps, count_rows, estimate_tokens
 from fusewright.train.plan.recommend import advise, faster
 from fusewright.train.plan.search import fits, limits
 from fusewright.train.plan.speed import head_flops
@@ -373,7 +373,10 @@ def test_rows_that_are_not_packed_are_counted(recipe: MakeRecipe, tmp_path: Path
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n' * 1000)
     given = [{"path": str(rows), "type": "completion"}]
-    assert count_rows(recipe(datasets=given, val_set_size=100)) == 900
+    made = recipe(datasets=given, val_set_size=100, num_epochs=3)
+    assert count_rows(made) == 900
+    layout = SimpleNamespace(data_ranks=7)  # 14 rows a step: 65 steps an epoch, the last with four
+    assert _steps(made.model_copy(update={"max_steps": None}), 0, layout) == 195
     assert count_rows(recipe()) is None
 
 

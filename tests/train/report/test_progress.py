@@ -282,6 +282,48 @@ def test_a_stopped_run_says_what_its_recipe_needs_to_resume() -> None:
     assert list(result.ending(False))[-1] == "c cannot be resumed from: save_only_model: true"
 
 
+def test_a_run_that_is_stopped_after_its_last_step_was_trained() -> None:
+    """What is left is an answer or a validation, not training."""
+    result = RunResult(
+        Path("out"), {"resume_from_checkpoint": True}, status="interrupted", signal=2, steps=4,
+        steps_planned=4, checkpoint="c",
+    )  # fmt: skip
+    assert list(result.ending(True)) == [
+        "\nAll 4 steps are done; the adapter of that step is in out",
+        "Stopped by Ctrl-C, before all that follows training.",
+        "c is complete: the same recipe makes up for that",
+    ]
+
+
+def test_one_batch_more_or_less_is_no_training_loss() -> None:
+    result = RunResult(Path("out"), {}, loss_first=9.0, loss_last=0.0)
+    result.history = [{"loss": loss} for loss in (9.0, 1.0, *[4.0] * 16, 2.0, 0.0)]
+    rows = dict(result._rows())
+    assert rows["training loss"] == "5.000 → 1.000 (means of 2 logged ones)"
+
+
+def test_a_resumed_run_says_how_long_each_process_compiled() -> None:
+    meter = ThroughputMeter([9.0, 1.0, 7.0, 1.0], [1] * 4, [1] * 4, [0, 2])
+    result = RunResult(Path("out"), {}, resumed_from=2, seconds={"data": 1.0, "training": 19.0})
+    result.measure(meter, [])
+    rows = dict(result._rows())
+    assert rows["speed"].endswith("first step 9.0 s, first after resuming 7.0 s")
+    assert rows["time"] == "20 s before and after resuming: data 1, training 19"
+
+
+def test_no_time_is_told_from_steps_that_compile() -> None:
+    """Of a run that resumes behind its first step, both steps have compiled."""
+    screen = Screen(200, terminal=False, total=10)
+    screen.meter.load_state_dict({"seconds": [90.0], "tokens": [120], "trained": [90]})
+    screen.state.global_step = 1
+    screen.tell("on_train_begin")
+    for number, told in ((2, False), (3, True)):
+        screen.step()
+        line = screen.out.getvalue().splitlines()[-1]
+        assert line.lstrip().startswith(f"step {number}/10")
+        assert ("ETA" in line, "trained tokens/s" in line) == (told, told)
+
+
 def test_a_result_fits_a_notebook() -> None:
     recipe = dict.fromkeys((f"key_{i}" for i in range(500)), None)
     result = RunResult(Path("out & more"), recipe, steps=3, steps_planned=4, loss_first=2.0)
@@ -290,7 +332,8 @@ def test_a_result_fits_a_notebook() -> None:
     table = ElementTree.fromstring(result._repr_html_())  # well formed
     rows = {row[0].text: row[1].text for row in table}
     assert rows["status"] == "finished"
-    assert (rows["training loss"], rows["results"]) == ("2.000 → 1.250", "out & more")
+    said = "2.000 → 1.250 (the first and the last logged one)"
+    assert (rows["training loss"], rows["results"]) == (said, "out & more")
     assert "key_1" not in result._repr_html_()
 
 

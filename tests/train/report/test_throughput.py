@@ -119,6 +119,7 @@ def test_the_first_step_after_a_resumption_is_left_out_too() -> None:
             taken.add(100, 50)
             taken.seconds.append(seconds)
     assert resumed.compiling == [0, 2]
+    assert (stopped.resumed_step(), resumed.resumed_step()) == (None, 30.0)
     for last in (None, 3, 10):
         assert resumed.rate(resumed.trained, last) == 25.0
         assert resumed.median_step(last) == 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,23 @@ def test_tokens_that_are_there_already(model: Path, tmp_path: Path) -> None:
 def test_a_fault_is_named(model: Path, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     assert said in refused("init", "rows.jsonl", "--model", model)
+
+
+def test_all_faults_are_named_at_once(model: Path, tmp_path: Path) -> None:
+    rows = ['{"text": "a"}', '{"text": ', '{"foo": 1}', '{"content": "b"}', '{"foo": 2}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    said = refused("init", "rows.jsonl", "--model", model)
+    for line, fault in (
+        ("line 2", "not valid JSON"), ("line 3", "no known format has these fields"),
+        ("line 4", "this row has content, and the first one"), ("likewise line 5", ""),
+        ("4 rows cannot be used", ""),
+    ):  # fmt: skip
+        assert re.search(f"{line}.*{fault}", said), said
+    chats = [{"messages": [{"role": "user", "content": "a"}]}] * 2
+    write_rows(tmp_path / "chats.jsonl", chats)
+    said = refused("init", "chats.jsonl", "--model", model)
+    assert "line 1: no message has the role" in said
+    assert said.rstrip().endswith("(likewise line 2); 2 rows cannot be used")
 
 
 def test_a_fault_far_behind_the_sample_is_found(model: Path, tmp_path: Path) -> None:

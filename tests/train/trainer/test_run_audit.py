@@ -39,6 +39,7 @@ def test_an_audited_run_is_the_same_and_goes_on(recipe: dict[str, Any], tmp_path
         assert_same(tmp_path / "plain", run.output_dir)
         assert curves(run) == curves(plain)
         assert run.audit is not None
+        assert run.seconds["audit"] > 0
         assert run.audit["passed"], run.audit
         verdicts = {f["check"]: f["verdict"] for f in run.audit["findings"]}
         for check in ("accumulation-scale", "loss-scale", "warmup", "weights-moved", "dropout",

@@ -10,12 +10,15 @@ from ....errors import DataError
 _SHOWN, _ENOUGH = 10, 1000
 
 
-class BadRowsError(DataError):
-    """Rows cannot be used; ``rows`` are those of the first dataset with such."""
+@dataclass(frozen=True)
+class Unreadable:
+    """What a reader yields in the place of a row that it cannot read, so that it can go on."""
 
-    def __init__(self, message: str, rows: BadRows) -> None:
-        super().__init__(message)
-        self.rows = rows
+    message: str
+
+
+class BadRowsError(DataError):
+    """Rows cannot be used."""
 
 
 @dataclass
@@ -67,7 +70,7 @@ class BadRows:
         lines = _lines(self.first)
         if self.count > 1 or self.rest:
             lines[-1] += f"; {self.total()}" if not lines[1:] else f"\n  {self.total()}"
-        raise BadRowsError("\n  ".join(lines), self)
+        raise BadRowsError("\n  ".join(lines))
 
     def total(self) -> str:
         """How many they are, and what was not seen."""
@@ -94,7 +97,7 @@ def raise_any(found: Sequence[BadRows], later: str = "") -> None:
     lines = [line for each in first for line in each]
     lines += [f"{bad.path}: {bad.total()}" for bad in told]
     lines += [later] if later else []
-    raise BadRowsError("\n  ".join(lines), told[0])
+    raise BadRowsError("\n  ".join(lines))
 
 
 def _shares(numbers: Sequence[int]) -> list[int]:

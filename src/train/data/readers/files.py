@@ -18,10 +18,10 @@ from typing import Any
 from ....errors import DataError, first_line
 from ...json_text import BadJsonError, parse_json, row_of
 from ...printable import odd_characters
-from .bad_rows import BadRows
+from .bad_rows import Unreadable
 
 Row = tuple[str, Any]
-"""File and line, and the row."""
+"""File and line, and the row, or what is ``Unreadable`` in its place."""
 
 Progress = Callable[[float], None]
 """Called with the share of a file that has been read."""
@@ -29,9 +29,6 @@ Progress = Callable[[float], None]
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BATCH = 1000
 """Rows that are taken from a table at a time."""
-
-_FURTHER = 1_000_000
-"""Lines that are looked at after a bad one: of a stream, there may be any number."""
 
 _BYTES = 1 << 26
 """Of a table that are read at a time."""
@@ -46,7 +43,8 @@ def read_file(
     now and then.
 
     Raises:
-        DataError: it cannot be read, is of no known kind, or is damaged.
+        DataError: it cannot be read, is of no known kind, or is damaged. A line that is no JSON is
+            ``Unreadable`` instead, and the next ones follow.
     """
     reader = _READERS.get(kind or kind_of(path) or "")
     if reader is None:
@@ -90,24 +88,15 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
-    bad, end = BadRows(), 0
     for number, line in _lines(path, progress):
-        if bad.enough or 0 < end < number:
-            bad.rest = f"no line after {number - 1:,} was looked at"
-            break
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = parse_json(line)
+            yield where, parse_json(line)
         except BadJsonError as error:
             column = f" (column {error.column})" if error.column else ""
-            bad.add(where, f"{where}: {error}{column}")
-            end = end or number + _FURTHER
-        else:
-            if not bad.count:  # else nothing but the other bad lines is of interest
-                yield where, row
-    bad.raise_any()
+            yield where, Unreadable(f"{where}: {error}{column}")
 
 
 def _json(path: Path, progress: Progress) -> Iterator[Row]:

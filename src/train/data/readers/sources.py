@@ -19,6 +19,7 @@ from ...consent import must_build, refused_builder
 from ...recipe.locate import meant_file
 from ...recipe.recipe import Dataset
 from ...user_functions import PackageRows, is_package_rows
+from .bad_rows import Unreadable
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
 _READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
@@ -44,7 +45,17 @@ class DataSource:
     unread: tuple[Path, ...] = ()
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
-        """Yield the rows that the recipe asks for; raises a DataError if a file cannot be read."""
+        """Yield the rows that the recipe asks for; raises a DataError if one cannot be read."""
+        for where, row in self.rows_and_faults(progress):
+            if isinstance(row, Unreadable):
+                raise DataError(row.message)
+            yield where, row
+
+    def rows_and_faults(self, progress: Progress | None = None) -> Iterator[Row]:
+        """As ``rows``, with what is ``Unreadable`` in the place of single rows.
+
+        Raises a DataError if a file cannot be read as a whole.
+        """
         rows_of_all = self._every(progress or (lambda share: None))
         rows = self._sliced(rows_of_all)
         if self.dataset.skip:
