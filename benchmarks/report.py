@@ -231,10 +231,11 @@ def readme_table() -> str:
     return markdown(("", "baseline", "fusewright"), lines)
 
 
-def headline() -> str:
-    """README's first claim, like with like."""
-    step = {row["engine"]: row for row in results("train_step-smollm2-bf16-8x512-memory-cpu")}
-    runs = {row["engine"]: row for row in results("training-smollm2-bf16-cpu")}
+def headline(machine: str = "") -> str:
+    """README's first claim, like with like; ``machine``: a part of the names of its files."""
+    measured = results(f"train_step-smollm2-bf16-8x512-memory{machine}-cpu")
+    step = {row["engine"]: row for row in measured}
+    runs = {row["engine"]: row for row in results(f"training-smollm2-bf16{machine}-cpu")}
     ours = step["fusewright"]
     speed = _times(ours["tokens_per_s"], step["hf"]["tokens_per_s"])
     memory = f"{ours['growth_mb'] / step['hf']['growth_mb']:.0%}"
@@ -269,6 +270,7 @@ def _peak(row: dict[str, Any], base: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "headline-amx": lambda: headline("-amx"),
     "readme": readme_table,
     "step-bf16": lambda: step_table("train_step-smollm2-bf16-cpu"),
     "step-fp32": lambda: step_table("train_step-smollm2-fp32-cpu"),
@@ -287,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qlora-4x256-amx": lambda: step_table(
         "train_step-smollm2-qlora-bf16-4x256-amx-cpu", "growth_mb"
     ),
+    "training-amx": lambda: training_table("training-smollm2-bf16-amx-cpu"),
     "preparation-amx": lambda: preparation_table("preparation-amx-cpu"),
     "curves": lambda: curves_table("curves-cpu"),
     "preferences": lambda: preferences_table("preferences-smollm2-bf16-cpu"),

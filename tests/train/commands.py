@@ -17,15 +17,22 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def complaint(result: Result) -> str:
+    """What a command says is wrong, behind what it has waited for."""
+    _, begin, text = result.stderr.partition("fusewright: ")
+    return begin + text
+
+
 def refused(*arguments: str | Path, stdin: str | None = None, in_a_line: bool = True) -> str:
     """What a command says that must not work, and nothing else."""
     result = fusewright(*arguments, stdin=stdin)
     assert result.exit_code == 2, result.output + repr(result.exception)
     assert result.stdout == "" or arguments[0] == "merge"  # which says what it does
-    assert result.stderr.startswith("fusewright: ")
-    assert result.stderr.count("\n") == 1 or not in_a_line
+    said = complaint(result)
+    assert said
+    assert said.count("\n") == 1 or not in_a_line
     assert "Traceback" not in result.output
-    return result.stderr.removeprefix("fusewright: ").strip()
+    return said.removeprefix("fusewright: ").strip()
 
 
 def refused_run(folder: Path, *arguments: str) -> str:

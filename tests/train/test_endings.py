@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import Result
 
-from .commands import fusewright
+from .commands import complaint, fusewright
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_an_error_that_nobody_foresaw(
 ) -> None:
     result = failing(KeyError("layers"), file, monkeypatch)
     assert result.exit_code == 1
-    (line,) = result.stderr.splitlines()
+    (line,) = complaint(result).splitlines()
     assert line.startswith("fusewright: train, at load: KeyError: 'layers'. This may be a bug")
     (kept,) = tmp_path.glob("fusewright-traceback-*.txt")
     assert line.endswith(f"the traceback in {kept}")
@@ -82,7 +82,7 @@ def test_not_enough_memory(
 ) -> None:
     result = failing(error, file, monkeypatch)
     assert result.exit_code == 1
-    (line,) = result.stderr.splitlines()
+    (line,) = complaint(result).splitlines()
     assert line.startswith("fusewright: train, at load: there is not enough memory (")
     assert "micro_batch_size" in line
     assert not list(tmp_path.glob("fusewright-traceback-*"))
@@ -92,7 +92,7 @@ def test_a_reader_that_went_away(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     dup2: list[Any] = []
     monkeypatch.setattr("os.dup2", lambda *fds: dup2.append(fds))
     result = failing(BrokenPipeError(errno.EPIPE, "gone"), file, monkeypatch)
-    assert (result.exit_code, result.stderr, len(dup2)) == (141, "", 1)
+    assert (result.exit_code, complaint(result), len(dup2)) == (141, "", 1)
 
 
 def test_a_variable_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ def _head(options: InitOptions, rows: AllRows, lengths: Lengths, draft: Draft) -
         f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "
         f"Memory: {draft.verdict.note}.",
         "fusewright train RECIPE checks all rows before it loads the model; --dry-run checks this "
-        "file alone, and says what each key does. All keys: docs/recipes.md.",
+        "file alone, and says what each key does. All keys: docs/recipes.md, or fusewright schema.",
         "",
     ]
 

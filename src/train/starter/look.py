@@ -326,6 +326,8 @@ def look(dataset: Dataset) -> RowsRead:
     first: tuple[str, Any, Shape] | None = None
     count, bad = 0, BadRows()
     for where, row in replace(source, limit=limit + 1).rows_and_faults():
+        if bad.enough:
+            bad.rest = "later ones were not looked at"
         if count == limit or bad.enough:
             break
         try:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from ..commands import fusewright, snapshot
+from ..commands import complaint, fusewright, snapshot
 from ..conftest import chat, small_recipe
 
 ROW = json.dumps(chat("q", "a"))
@@ -107,8 +107,7 @@ def check(bad: Bad, box: Box, monkeypatch: pytest.MonkeyPatch) -> str:
     result = fusewright(*words)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
-    message = result.stderr.removesuffix("\n")
-    assert message.startswith("fusewright: ")
+    message = complaint(result).removesuffix("\n")
     assert message.count("fusewright: ") == 1
     assert len(message.splitlines()) == 1
     assert "Error" not in message, "a class of Python's is no explanation"

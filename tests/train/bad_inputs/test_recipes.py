@@ -91,9 +91,10 @@ def test_a_recipe_is_refused(name: str, box: Box, monkeypatch: pytest.MonkeyPatc
 def test_all_problems_are_told_at_once_with_those_of_what_is_missing_here(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ..commands import fusewright
+    from ..commands import complaint, fusewright
 
-    said = fusewright(*text("memory: lots\nrl: ebft\nlora_rank: 3\n")(box)).stderr.splitlines()
+    result = fusewright(*text("memory: lots\nrl: ebft\nlora_rank: 3\n")(box))
+    said = complaint(result).splitlines()
     assert said[0].endswith("recipe.yaml has 3 problems:")
     assert [line.split(":")[1].strip() for line in said[1:]] == ["memory", "rl", "lora_rank"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ..commands import fusewright, snapshot
+from ..commands import complaint, fusewright, snapshot
 from ..conftest import CHATML, chat, make_tokenizer
 
 GOOD = json.dumps(chat("q", "a"))
@@ -274,9 +274,8 @@ def test_malformed(
     result = fusewright("preprocess", str(path), "--allow-builders")
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert result.stderr.startswith("fusewright: ")
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert said in complaint(result)
+    assert complaint(result).count("\n") == 1
     assert "Traceback" not in result.output
     after = snapshot(tmp_path)
     assert {k: v for k, v in after.items() if "__pycache__" not in k} == before

@@ -17,7 +17,7 @@ from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.status import entries, messages, refusals
 from fusewright.train.terminal import Terminal
 
-from ..commands import fusewright, snapshot
+from ..commands import complaint, fusewright, snapshot
 
 BASE: dict[str, Any] = {"base_model": "a/b", "datasets": [{"path": "a/b"}]}
 
@@ -220,8 +220,8 @@ def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> N
     assert any(line.startswith("liger_rope 7 subsumed true fusewright's rewrite") for line in table)
     assert any(line.startswith("rl 10 not yet available ebft it samples") for line in table)
     assert any(line.startswith("lora_r set not applicable 4 adapter is unset") for line in table)
-    assert result.stderr.endswith(
-        f"\nfusewright: train would refuse this: {file}, line 10: rl: ebft is not yet available: "
+    assert complaint(result) == (
+        f"fusewright: train would refuse this: {file}, line 10: rl: ebft is not yet available: "
         "it samples and embeds with Axolotl's own trainer; use rl: grpo with a reward function\n"
     )
 
@@ -288,7 +288,7 @@ def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(
     assert "s3cr3t" not in result.output
     assert "comet_api_key" in result.stdout.partition("# the recipe")[0]
     assert "comet_api_key" not in result.stdout.partition("# the recipe")[2]
-    refused = result.stderr.splitlines()
+    refused = complaint(result).splitlines()
     assert refused[0].startswith("fusewright: train would refuse this: ")
     assert "rl: ebft is not yet available" in refused[0]
     assert "load_in_4bit: true needs the package bitsandbytes" in refused[1]
