@@ -193,7 +193,7 @@ def test_a_fault_is_named(model: Path, tmp_path: Path, text: str, said: str) -> 
 def test_all_faults_are_named_at_once(model: Path, tmp_path: Path) -> None:
     rows = ['{"text": "a"}', '{"text": ', '{"foo": 1}', '{"content": "b"}', '{"foo": 2}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    said = refused("init", "rows.jsonl", "--model", model)
+    said = refused("init", "rows.jsonl", "--model", model, in_a_line=False)
     for line, fault in (
         ("line 2", "not valid JSON"), ("line 3", "no known format has these fields"),
         ("line 4", "this row has content, and the first one"), ("likewise line 5", ""),
