@@ -218,14 +218,15 @@ def _model(job: MethodJob) -> tuple[Any, Any]:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from workload import MODELS, _load_smollm2
+    from shapes import model_shape
+    from workload import _load_smollm2
 
     dtype = getattr(torch, job.dtype)
     if job.model == "smollm2":
         model, tokenizer = _load_smollm2(dtype)
     else:  # random weights of the size, and SmolLM2's tokenizer
         tokenizer = _load_smollm2(dtype)[1]
-        config = MODELS[job.model].llama_config()
+        config = model_shape(job.model).llama_config()
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     task = "CAUSAL_LM"
     torch.manual_seed(0)

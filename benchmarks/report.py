@@ -181,11 +181,12 @@ def soak_table() -> str:
         [
             row["method"], f"{row['steps']:,}", f"{row['resident_mb']:.0f} MiB",
             f"{row['resident_last_mb']:.0f} MiB", f"{row['drift']:.2%}", str(row["graphs"]),
-            str(row["last_new_graph"]),
+            str(row["last_new_graph"]), f"{row['slope']:.2f}x",
         ]
         for row in rows
     ]  # fmt: skip
-    titles = ("", "steps", "resident after 100", "at the end", "drift", "graphs", "last at step")
+    titles = ("", "steps", "resident after 100", "at the end", "drift", "graphs", "last at step",
+              "time of a step, at the end")  # fmt: skip
     return f"{markdown(titles, lines)}\n\n{source(rows[0])}"
 
 

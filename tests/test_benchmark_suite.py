@@ -22,12 +22,15 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("program", sorted(p.name for p in BENCHMARKS.glob("*.py")))
-def test_what_a_program_takes_from_the_package_is_there(program: str) -> None:
+def test_what_a_program_takes_from_the_package_and_from_others_is_there(program: str) -> None:
     tree = ast.parse((BENCHMARKS / program).read_text("utf-8"))
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fusewright"):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
-        module = importlib.import_module(node.module or "")
+        beside = (BENCHMARKS / f"{node.module}.py").exists()
+        if not beside and not node.module.startswith("fusewright"):
+            continue
+        module = importlib.import_module(node.module)
         for name in (alias.name for alias in node.names):
             if not hasattr(module, name):
                 importlib.import_module(f"{node.module}.{name}")
