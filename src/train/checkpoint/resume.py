@@ -225,11 +225,11 @@ def _no_shorter(path: Path, saved: Saved) -> str:
     """Why a run cannot be made shorter, and how to end it all the same."""
     state = parse_json((path / "trainer_state.json").read_text(encoding="utf-8"))
     number = state.get("max_steps") if isinstance(state, dict) else None
-    planned = f", which was {number:,}" if isinstance(number, int) else ""
-    longer = "" if saved.has_fixed_length else ", and can be made longer"
+    planned = f" for {number:,} steps" if isinstance(number, int) else ""
+    longer = "" if saved.has_fixed_length else ", and it can be made longer"
     return (
-        f"Learning rates depend on the number of steps{planned}: a run is not planned anew for "
-        f"fewer. It can be stopped earlier (Ctrl-C saves it){longer}."
+        f"The run was planned{planned}, and is not planned anew for fewer. It can be stopped "
+        f"earlier (Ctrl-C saves it){longer}."
     )
 
 

@@ -173,7 +173,7 @@ def test_a_finished_run_is_trained_further(
     )
     steps = first.steps + 3  # beyond an epoch, too
     start = load_recipe({**asked, "max_steps": 3})
-    with pytest.raises(RecipeError, match="max_steps was 4 and is 3; restore"):
+    with pytest.raises(RecipeError, match="max_steps was 4 and is 3\nThe run was planned for 4"):
         resume.load(Path(str(first.checkpoint)), start)
     for keys in (
         {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2"), "max_steps": steps},

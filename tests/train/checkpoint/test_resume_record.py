@@ -227,8 +227,8 @@ def test_fewer_steps(recipe: dict[str, Any], made: Path) -> None:
         resume.load(made, load_recipe({**recipe, "max_steps": 1}))
     said = (
         f"{made} was made by another recipe: max_steps was {recipe['max_steps']} and is 1\n"
-        f"Learning rates depend on the number of steps, which was 1,234: a run is not planned anew "
-        "for fewer. It can be stopped earlier (Ctrl-C saves it), and can be made longer.\n"
+        "The run was planned for 1,234 steps, and is not planned anew for fewer. It can be stopped "
+        "earlier (Ctrl-C saves it), and it can be made longer.\n"
         "Restore it, or start a new run from its weights"
     )
     assert str(error.value).startswith(said)
