@@ -84,6 +84,10 @@ class Bypass:
     reason: str
 
 
+FASTER = "it is faster so"
+"""How the reason begins of a module that has lost a race against its original code."""
+
+
 @dataclass(frozen=True)
 class Fallback:
     """An op whose kernel could not be compiled or launched in a call after its verification.
@@ -176,7 +180,9 @@ class Report:
         rewrites = _counted(sum(self.by_rule().values()), "rewrite")
         regions, graphs = _counted(self.regions, "region"), _counted(self.graphs, "graph")
         codegen = f", codegen {self.codegen}" if self.codegen else ""
-        return f"{rewrites} in {regions} ({graphs}){codegen}"
+        lost = len({b.module for b in self.bypasses if b.reason.startswith(FASTER)})
+        others = f"; {_counted(lost, 'module')} left as before, which is faster" if lost else ""
+        return f"{rewrites} in {regions} ({graphs}){codegen}{others}"
 
     def table(self) -> list[tuple[str, ...]]:
         """The rules with their counts and largest errors, as text, below a head; or nothing."""

@@ -42,6 +42,7 @@ from ..memory.apply_plan import inside_checkpoint
 from ..memory.budget import gigabytes
 from ..memory.planner import Planner
 from ..memory.random_state import BufferState
+from ..report import FASTER
 from ..rewrite.conditions import settings_around
 from ..sharding import collectives_of, gathers, is_sharded
 from .ranks.verdicts import environment, versions
@@ -384,6 +385,4 @@ def _as_reason(chosen: Choice, tokens: int) -> str:
         return ""
     times = chosen.microseconds
     said = [f"{form} {times[form]:,.0f} us" for form in (EAGER, OURS) if form in times]
-    return (
-        f"it is faster so: {', '.join([*said, 'forward and backward'])} for up to {tokens:,} tokens"
-    )
+    return f"{FASTER}: {', '.join([*said, 'forward and backward'])} for up to {tokens:,} tokens"

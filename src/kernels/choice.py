@@ -5,8 +5,9 @@ a candidate that cannot run here, fails, needs too much memory or is not as exac
 is left out with the reason; the others take turns under the clock, and the fastest is chosen, or
 the one that the project's own measurements name (``fixed``) unless another is faster by more than
 ``MARGIN``. A choice is made once for a machine: it is kept in the folder of compiled kernels, and
-the ranks of a job take the one that was published first. ``FUSEWRIGHT_CHOICES=fixed`` measures
-nothing, and when the races of a process have taken ``ALLOWANCE``, no more begin.
+the ranks of a job take the one that was published first. Where other programs take the CPU away
+from a race, processor time decides, and the choice is not kept. ``FUSEWRIGHT_CHOICES=fixed``
+measures nothing, and when the races of a process have taken ``ALLOWANCE``, no more begin.
 
 What is asked of a CPU is in ``candidates.py``, of the calls of ops in ``raced_op.py``, of whole
 blocks in ``compiler/block_races.py``. The rule by which candidates are found right is that of
@@ -39,6 +40,12 @@ from .native.build import kept_folder, sources, write_whole
 from .saved_tensors import without_saved_tensor_hooks
 from .tolerance import EXCEEDS, PEAK, exceeded
 
+resource: Any
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 VARIABLE = "FUSEWRIGHT_CHOICES"
 """``fixed``: nothing is measured; ``ops``: all but whole blocks; ``raced``, the default: all."""
 
@@ -60,6 +67,10 @@ BUDGET = 2.0
 ALLOWANCE = 60.0
 """Seconds that all races of a process may take; what the fixed candidate needs to compile, which a
 run pays anyway, is not counted."""
+
+FEW, DISTURBED = 3, 30.0
+"""So often, and so often in a second, the CPU may be taken from a race on a machine with nothing
+else to do; where other programs compete for it, it is some hundred times."""
 
 Clock = Callable[[], float]
 
@@ -138,8 +149,9 @@ class Choice:
     Attributes:
         question: its name.
         candidate: the name of the chosen one.
-        source: ``raced``, ``fixed``, ``kept`` (raced by an earlier process), ``shared`` (by another
-            rank), ``resumed`` (by the run that is continued) or ``LATE`` (no race began any more).
+        source: ``raced``, ``BUSY`` (raced while other programs had the CPU), ``fixed``, ``kept``
+            (raced by an earlier process), ``shared`` (by another rank), ``resumed`` (by the run
+            that is continued) or ``LATE`` (no race began any more).
         microseconds: of each candidate that was timed, its fastest.
         refused: why others were not, by name.
     """
@@ -174,6 +186,10 @@ NO_MEMORY = "out of memory"
 
 LATE = f"fixed: races have had their {ALLOWANCE:.0f} s"
 """The source of what was chosen after the races' time."""
+
+
+BUSY = "raced by processor time, as other programs took the CPU, and not kept"
+"""The source of what was chosen meanwhile."""
 
 
 class _Spent:
@@ -281,7 +297,7 @@ def _hash(text: str) -> str:
 
 def _is_lasting(choice: Choice) -> bool:
     """Whether all that could be raced was raced: another process would find the same."""
-    is_raced = choice.source not in ("fixed", LATE)
+    is_raced = choice.source not in ("fixed", LATE, BUSY)
     return is_raced and not any(NO_MEMORY in why for why in choice.refused.values())
 
 
@@ -338,10 +354,10 @@ def _race(question: Question, clock: Clock) -> Choice:
             if candidate.name == question.fixed:  # which is compiled for the run in any case
                 begun += clock() - start
         del eager, exact
-    times = _timed(question, running, inputs, refused, clock)
+    times, source = _timed(question, running, inputs, refused, clock)
     _spent.seconds += clock() - begun
     best = {name: min(taken) for name, taken in times.items()}
-    return Choice(question.name, _fastest(question, times), "raced", best, refused)
+    return Choice(question.name, _fastest(question, times), source, best, refused)
 
 
 def _is_right(
@@ -394,10 +410,11 @@ def _wrong_in_several(question: Question, candidate: Contender) -> str:
 def _timed(
     question: Question, running: Sequence[Contender], inputs: tuple[Any, ...],
     refused: dict[str, str], clock: Clock,
-) -> dict[str, list[float]]:  # fmt: skip
-    """The times of each candidate, in microseconds; they take turns."""
+) -> tuple[dict[str, list[float]], str]:  # fmt: skip
+    """The times of each candidate, in microseconds, and the source; they take turns."""
     times: dict[str, list[float]] = {}
-    begun, timing = clock(), question.timing
+    by_processor: dict[str, list[float]] = {}
+    begun, taken_away, timing = clock(), _switches(), question.timing
     on_gpu = question.device.type == "cuda"
     stopwatch = _Events(question.device, timing.with_host) if on_gpu else _Wall(clock)
     for number in range(timing.rounds):
@@ -407,11 +424,22 @@ def _timed(
             if candidate.name in refused:
                 continue
             stopwatch.start()
+            cpu = time.process_time()
             if _results(candidate, inputs, refused) is None:
                 times.pop(candidate.name, None)
+                by_processor.pop(candidate.name, None)
                 continue
             times.setdefault(candidate.name, []).append(1e6 * stopwatch.seconds())
-    return times
+            spent = 1e6 * (time.process_time() - cpu)
+            by_processor.setdefault(candidate.name, []).append(spent)
+    if not on_gpu and _switches() - taken_away > FEW + DISTURBED * (clock() - begun):
+        return by_processor, BUSY
+    return times, "raced"
+
+
+def _switches() -> int:
+    """How often the CPU was taken from a thread of this process, as far as the system says."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class _Wall:

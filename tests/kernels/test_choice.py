@@ -210,6 +210,28 @@ def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
     assert choice.earlier("a third") == []
 
 
+def test_where_others_have_the_cpu_processor_time_decides_and_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock, processor = Clock(), Clock()
+    switches = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(choice, "_switches", lambda: next(switches))
+    monkeypatch.setattr(choice.time, "process_time", processor)
+
+    def works(name: str, seconds: float, waits: float) -> Contender:
+        own = processor.candidate(name, seconds)
+        return clock.candidate(name, seconds + waits, own.run)
+
+    asked = question(works("fast", 1.0, 3.0), works("plain", 2.0, 0.0))
+    with own_choices(tmp_path):
+        found = race(asked, clock)
+        assert (found.candidate, found.source) == ("fast", choice.BUSY)
+        assert found.microseconds == {"fast": 1e6, "plain": 2e6}
+        assert choose(asked).source == choice.BUSY
+        assert choice.files() == {}
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_faster_candidate_that_was_not_chosen_is_accounted_for() -> None:
     times = {"plain": 100.0, "fast": 99.0}
     assert str(choice.Choice("doubling", "plain", microseconds=times)) == (
