@@ -54,6 +54,13 @@ def bypass_reason(
     return f"a hook is registered on its submodule {hooks.others}" if hooks.others else None
 
 
+def generates(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call without gradients passes a cache, and so bypasses its graph in any case."""
+    if torch.is_grad_enabled():
+        return False
+    return any(not isinstance(v, Tensor) and is_cache(v) for v in (*kwargs.values(), *args))
+
+
 def transform_reason(
     args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool = False
 ) -> str | None:

@@ -206,12 +206,12 @@ def test_what_differs_is_said(
     what: str, file: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = compiled_file._machine()
-    monkeypatch.setattr(compiled_file, "_machine", lambda: {**here, what: here[what] + " amx_tile"})
+    monkeypatch.setattr(compiled_file, "_machine", lambda: {**here, what: here[what] + " zz_new"})
     with pytest.raises(FusewrightError) as refusal:
         load_compiled(file)
     said = str(refusal.value)
     assert "was made for another machine: " in said
-    assert ("only here amx_tile" if what == "instructions" else f"{what} is {here[what]}") in said
+    assert ("only here zz_new" if what == "instructions" else f"{what} is {here[what]}") in said
     assert _placed(folders) == {}
 
 

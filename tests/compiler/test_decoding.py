@@ -262,3 +262,25 @@ def test_errors_and_threads_leave_nothing_behind(calls: list[tuple[int, ...]]) -
     assert calls
     assert found == [True]  # the other thread's call changed nothing
     assert "forward" not in vars(block.attention)
+
+
+@torch.no_grad()
+def test_where_the_op_is_of_no_use_no_token_pays_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    attention = Decoding._attention
+
+    def spy(self: Decoding, *args: Any, **kwargs: Any) -> Tensor:
+        asked.append(self._region)
+        return attention(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoding, "_attention", spy)
+    model = optimize(_llama(torch.float32), codegen="eager")
+    before = _step(restore(_llama(torch.float32)))
+    assert torch.equal(_step(model), before)
+    first = len(asked)  # the prompt, and the first token: PyTorch's kernel is as fast in float32
+    assert first > 0
+    assert torch.equal(_step(model), before)
+    assert len(asked) == first
+    model.half()  # another precision is asked about anew
+    _step(model)
+    assert len(asked) > first

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.attention.attention import attention_reference
-from ...kernels.attention.decode_attention import OP, decode_attention
+from ...kernels.attention.decode_attention import OP, decode_attention, why_useless
 from ...kernels.tolerance import errors, exceeded
 from ...report import Figures
 from ...rewrite.findings import Finding
@@ -48,6 +48,8 @@ class Decoding:
         self._modules: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = (
             weakref.WeakKeyDictionary()
         )
+        # where the op is of no use, in which precision
+        self._useless: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._verdicts: dict[Any, Finding] = {}
         self._region: nn.Module | None = None
         self._lock = threading.Lock()
@@ -57,6 +59,7 @@ class Decoding:
         """While the original forward of ``region`` runs with a cache."""
         # another thread that generates with the same model meanwhile runs it as it was
         plain = not self._enabled or torch.is_grad_enabled() or _is_watched()
+        plain = plain or self._useless.get(region) == _precision(region)
         if plain or not self._lock.acquire(blocking=False):
             yield
             return
@@ -92,6 +95,8 @@ class Decoding:
         """``scaled_dot_product_attention``, by the op where it can take the inputs."""
         inputs = _arguments(*args, **kwargs) if set(kwargs) <= _KEYWORDS else None
         if inputs is None or OP.unsupported(*inputs):
+            if inputs is not None and self._region is not None and why_useless(inputs[0]):
+                self._useless[self._region] = _precision(self._region)
             return _ORIGINAL(*args, **kwargs)
         q, k, v, scale, mask = inputs
         key = (
@@ -151,6 +156,12 @@ def _arguments(
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not query.dtype:
         return None
     return query, key, value, scale, attn_mask
+
+
+def _precision(region: nn.Module) -> tuple[Any, ...]:
+    """What says in which dtype a region computes."""
+    weight = next(region.parameters(), None)
+    return None if weight is None else weight.dtype, torch.is_autocast_enabled("cpu")
 
 
 def _is_watched() -> bool:

@@ -120,6 +120,18 @@ def _impossible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[st
     return reasons
 
 
+def why_useless(q: Tensor) -> str:
+    """Why PyTorch's kernel is as fast for queries like these on this machine, whatever their sizes.
+
+    Empty: it is not.
+    """
+    if q.device.type != "cpu":
+        return "the tensors are not on the CPU: PyTorch's kernel is kept"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"PyTorch's CPU kernel is as fast in {q.dtype}"
+    return why_not_bfloat16() if q.dtype is torch.bfloat16 and not through_fp32(q) else ""
+
+
 def _unsupported(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None
 ) -> list[str]:
@@ -129,9 +141,7 @@ def _unsupported(
         return reasons
     if q.shape[2] > MOST_POSITIONS:
         reasons.append(f"{q.shape[2]} positions are not few")
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
-    elif q.dtype is torch.bfloat16 and not through_fp32(q) and (why := why_not_bfloat16()):
+    if why := why_useless(q):
         reasons.append(why)
     elif q.dtype is torch.bfloat16 and q.shape[2] > 1 and through_fp32(q):
         reasons.append("PyTorch's kernel is as fast where rows share the keys")
