@@ -5,7 +5,8 @@ import sys
 
 from ..packages import install_extra
 
-_EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
+# what each command imports; what training needs besides, it says itself
+_EXTRA = ("psutil", "pydantic", "rich", "typer", "yaml")
 
 if missing := [name for name in _EXTRA if importlib.util.find_spec(name) is None]:
     print(f"fusewright: {', '.join(missing)} missing; {install_extra('train')}", file=sys.stderr)

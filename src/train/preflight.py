@@ -17,7 +17,12 @@ from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
 from .recipe.preferences import generation_sizes, rows_of
 from .recipe.recipe import Recipe
-from .requirements import OTHER_ATTENTIONS, attention, missing_packages
+from .requirements import (
+    OTHER_ATTENTIONS,
+    attention,
+    missing_for_training,
+    missing_packages,
+)
 
 
 def require_startable(recipe: Recipe, processes: int = 1) -> None:
@@ -31,7 +36,7 @@ def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
 
     ``processes`` train it; None: not known yet.
     """
-    problems = [*model_obstacles(recipe)]
+    problems = [*missing_for_training(), *model_obstacles(recipe)]
     problems += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
     return [*problems, *_output(recipe, processes)]
 

@@ -135,6 +135,12 @@ def require_known_names(recipe: Recipe) -> None:
             raise FusewrightError(f"nothing can be trained with this installation: {reason}")
 
 
+def missing_for_training() -> list[str]:
+    """What each run of training imports and is not there, in a sentence, if anything is."""
+    missing = [name for name in ("datasets", "jinja2", "matplotlib") if not _is_there(name)]
+    return [f"training needs {', '.join(missing)}: {install_extra('train')}"] if missing else []
+
+
 def missing_packages(recipe: Recipe) -> list[str]:
     """What the recipe names and cannot be imported: a sentence each; imports nothing."""
     missing = []

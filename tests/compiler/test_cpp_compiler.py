@@ -309,3 +309,35 @@ def test_no_mask_is_written_into_the_memory_of_another(monkeypatch: pytest.Monke
     compiled = torch.compile(_two_masks, backend=lambda *args: inductor.inductor(*args))
     with torch.no_grad(), config.patch(force_disable_caches=True):
         assert [int(t) for t in compiled(torch.tensor([[1.0, -9, -9], [2, 3, -9]]))] == [3, 1]
+
+
+@pytest.mark.long
+def test_ctrl_c_leaves_no_half_of_inductor_behind() -> None:
+    """Else no block would be compiled in the process any more."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "interrupted\ncompiled\n", done.stderr
+
+
+_INTERRUPTED = """
+import os, signal, sys, threading, time
+import torch
+from fusewright.compiler.codegen.cpp_compiler import prepare
+
+def interrupt():
+    while "torch._inductor.kernel.conv" not in sys.modules:  # its lowerings are being registered
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+model = torch.nn.Linear(2, 2)
+try:
+    prepare(model)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+prepare(model)
+compiled = torch.compile(lambda x: (x @ x).sin())
+assert torch.allclose(compiled(torch.ones(4, 4)), torch.full((4, 4), 4.0).sin())
+print("compiled")
+"""

@@ -29,6 +29,7 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     # seconds, which pass during the capture instead of after it.
     if any(p.device.type != "cpu" for p in module.parameters()):
         return None
+    _import_inductor()
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
     from torch._inductor import async_compile, codecache, compile_fx, cpu_vec_isa  # noqa: F401
 
@@ -36,6 +37,31 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     thread = threading.Thread(target=contextvars.copy_context().run, args=(_prepare,), daemon=True)
     thread.start()
     return thread
+
+
+_importing = threading.Lock()
+_imports: list[threading.Thread] = []
+
+
+def _import_inductor() -> None:
+    """Import Inductor, to its end also if Ctrl-C comes meanwhile.
+
+    Half of it could not be imported again in this process: its lowerings are registered in tables
+    of other modules, which refuse them the second time (torch 2.13).
+    """
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # it fails again in use, with its message
+            from torch._inductor import compile_fx  # noqa: F401
+
+    with _importing:
+        if "torch._inductor.compile_fx" not in sys.modules and not _imports:
+            _imports.append(
+                threading.Thread(target=load, daemon=True)
+            )  # signals go to the main one
+            _imports[0].start()
+    for thread in _imports:
+        thread.join()
 
 
 _preparing = ForkLock()
