@@ -43,7 +43,12 @@ from .model.precision import dtype_for_training
 from .model.quantize import dequantize_linears
 from .model.stored import is_stored
 from .model.tokenizer import ChatPrompt, set_padding
-from .output_files import require_file_size, require_new, write_generation_settings
+from .output_files import (
+    let_others_read,
+    require_file_size,
+    require_new,
+    write_generation_settings,
+)
 from .terminal import Terminal, announce, say
 
 _DTYPES = {
@@ -598,6 +603,7 @@ def write_shards(
     for file, names in split.filename_to_tensors.items():
         announce(f"writing {file}")
         _write(folder / file, {name: plan[name][1] for name in names}, tensor)
+    let_others_read(folder)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import stat
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,17 @@ def require_file_size(text: str) -> None:
         )
     except ValueError as error:
         raise RecipeError(f"--max-shard-size: {first_line(error)}; say 500MB or 5GB") from None
+
+
+def let_others_read(folder: Path) -> None:
+    """Give the weights in ``folder`` the mode of other new files: safetensors lets nobody read."""
+    with contextlib.suppress(OSError):  # of a file system without modes
+        other = folder / ".mode"
+        other.touch()
+        mode = stat.S_IMODE(other.stat().st_mode)
+        other.unlink()
+        for path in folder.glob("*.safetensors"):
+            path.chmod(mode)
 
 
 def write_atomically(path: Path, text: str, errors: str = "strict") -> None:

@@ -223,6 +223,8 @@ def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
                 else bool(saved.longer_keys(recipe))
             )
         )
+        if start is not None and saved is not None and saved.is_longer_than(recipe):
+            resume.require_same_run(start, saved, recipe, processes)
         check_output(folder, recipe.overwrite_output_dir, in_place, longer)
         if start is not None and saved is not None:
             resume.require_same_run(start, saved, recipe, processes)

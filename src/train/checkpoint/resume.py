@@ -97,6 +97,12 @@ class Saved:
             return set()
         return {key} if now > before else set()
 
+    def is_longer_than(self, recipe: Recipe) -> bool:
+        """Whether ``recipe`` asks for less training than the run did."""
+        key = "max_steps" if recipe.max_steps is not None else "num_epochs"  # which then decides
+        before, now = self.recipe.get(key), getattr(recipe, key)
+        return all(isinstance(n, int | float) for n in (before, now)) and now < before
+
     def is_more_patient(self, recipe: Recipe) -> bool:
         """Whether early stopping waits longer in ``recipe`` than it did in the run, or for ever."""
         before, now = self.recipe.get("early_stopping_patience"), recipe.early_stopping_patience

@@ -19,6 +19,7 @@ from ..model.base_files import BaseFiles, base_files, copy_processor, save_with_
 from ..model.merge_aware import stop_rounding
 from ..model.multimodal import is_multimodal, use_cache
 from ..model.relora import relora_of
+from ..output_files import let_others_read
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
@@ -87,6 +88,7 @@ def save(
         files = None if recipe is None else _base_files(recipe)
         with _with_cache(model):
             save_with_base(model, folder, files, state)
+    let_others_read(folder)
     tokenizer.save_pretrained(folder)
     if recipe is not None:  # of a whole model: an adapter's folder has no such settings
         write_stops(folder, tokenizer, recipe.chat_template_kwargs or {})

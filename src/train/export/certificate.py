@@ -75,7 +75,10 @@ class Writer(Protocol):
         """The tokenizer as it is read; ``ours`` is the run's."""
 
     def other_reader(self, folder: Path, length: int) -> Logits | None:
-        """What another engine computes from the file, for texts of so many tokens; None: none."""
+        """What another engine computes from the file, for texts of so many tokens; None: none does.
+
+        Raises ModuleNotFoundError where that engine is not installed.
+        """
 
 
 @dataclass
@@ -503,6 +506,9 @@ def _other_reader(
     length = max((len(s.input_ids) for s in some), default=0)
     try:
         logits = subject.writer.other_reader(subject.export, length) if some else None
+    except ModuleNotFoundError as error:
+        yield AuditFinding("llama-cpp", "skipped", str(error))
+        return
     except ValueError as error:
         yield _finding("llama-cpp", {"llama.cpp": first_line(error)}, "")
         return

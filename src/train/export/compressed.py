@@ -39,6 +39,7 @@ from ..model.rounding import (
     shares_scale,
     sharing,
 )
+from ..output_files import let_others_read
 from ..recipe.export_formats import FORMATS, Format
 from .reading import Compared, TokenizerRead, compared, folder_tokenizer, meta_model_of
 from .scores import Logits
@@ -171,6 +172,7 @@ def write_compressed(source: Path, folder: Path, format: Format, model: Any) -> 
             raise ModelError(f"{path.name} cannot be written: {first_line(error)}") from error
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(t.nbytes for t in tensors.values())
+    let_others_read(folder)
     _copy_others(source, folder)
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -175,6 +175,8 @@ def test_a_finished_run_is_trained_further(
     start = load_recipe({**asked, "max_steps": 3})
     with pytest.raises(RecipeError, match="max_steps was 4 and is 3\nThe run was planned for 4"):
         resume.load(Path(str(first.checkpoint)), start)
+    with pytest.raises(RecipeError, match="max_steps was 4 and is 3\nThe run was planned for 4"):
+        train(asked, console=QUIET, resume_from_checkpoint=True, max_steps=3)
     for keys in (
         {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2"), "max_steps": steps},
         {"resume_from_checkpoint": True, "num_epochs": 9},  # `max_steps` decides

@@ -71,7 +71,12 @@ class OutputKeys(Keys):
     """Optimizer steps between two checkpoints; below 1: as a fraction of all steps. Unset: none,
     only the result is saved."""
 
-    saves_per_epoch: Int | None = key(gt=0, excludes=["save_steps"])
+    saves_per_epoch: Int | None = key(
+        gt=0,
+        excludes={
+            "save_steps": "set this or save_steps, not both (--saves_per_epoch null unsets it)"
+        },
+    )
     """Checkpoints per epoch. Unset: see ``save_steps``."""
 
     save_total_limit: Int | None = key(gt=0)
