@@ -54,6 +54,8 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
     assert result.status == "finished"
     assert result.steps == result.steps_planned == 8
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+    assert len(modes) == 1  # weights are not their owner's alone to read
     run = json.loads((folder / "run.json").read_text())
     assert run["recipe"]["lora_r"] == 4
     assert run["recipe"]["weight_decay"] == 0.0  # defaults are in it too

@@ -75,10 +75,7 @@ class Writer(Protocol):
         """The tokenizer as it is read; ``ours`` is the run's."""
 
     def other_reader(self, folder: Path, length: int) -> Logits | None:
-        """What another engine computes from the file, for texts of so many tokens; None: none does.
-
-        Raises ModuleNotFoundError where that engine is not installed.
-        """
+        """What another engine computes from the file, for texts of so many tokens; None: none."""
 
 
 @dataclass
@@ -91,6 +88,7 @@ class Subject:
         scratch: a folder for what is needed on the way.
         files: datasets to judge on, in place of the run's rows.
         dequantize: whether the adapter was merged into the base's dequantized weights.
+        run_by_llama_cpp: whether that is what reads the format.
     """
 
     run: RunFolder
@@ -101,6 +99,7 @@ class Subject:
     files: Sequence[Path] = ()
     dequantize: bool = False
     unread: str = "the export could not be read"
+    run_by_llama_cpp: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -506,13 +505,13 @@ def _other_reader(
     length = max((len(s.input_ids) for s in some), default=0)
     try:
         logits = subject.writer.other_reader(subject.export, length) if some else None
-    except ModuleNotFoundError as error:
-        yield AuditFinding("llama-cpp", "skipped", str(error))
-        return
     except ValueError as error:
         yield _finding("llama-cpp", {"llama.cpp": first_line(error)}, "")
         return
     if logits is None:
+        if subject.run_by_llama_cpp:
+            reason = "llama-cpp-python is not installed" if some else "there are no rows"
+            yield AuditFinding("llama-cpp", "skipped", reason)
         return
     theirs = scores(logits, HeldOut(rows.what, some, []))
     count = len(theirs.losses)

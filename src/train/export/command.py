@@ -111,7 +111,10 @@ def _export(
         _modelfile(run, merged, folder / writer.name, console)
     audit = None
     if options.certify:
-        subject = Subject(run, merged, folder, writer, scratch, options.data, options.dequantize)
+        subject = Subject(
+            run, merged, folder, writer, scratch, options.data, options.dequantize,
+            run_by_llama_cpp=isinstance(writer, GgufWriter),
+        )  # fmt: skip
         audit = certify(subject)
         _record(audit, run, options, format, folder)
     return audit

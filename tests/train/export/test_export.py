@@ -129,6 +129,9 @@ def test_gguf(adapter: Path, name: str) -> None:
     kinds = {"F32": 5, "Q8_0": 16} if name == "q8_0" else {"BF16": 21}  # norms are ones
     assert found["exported-tensors"]["figures"]["tensors"] == kinds
     assert found["facts"]["greedy"]["prompts"] == 4
+    if importlib.util.find_spec("llama_cpp") is None:
+        assert found["llama-cpp"]["reason"] == "llama-cpp-python is not installed"
+        assert found["llama-cpp"]["verdict"] == "skipped"
     if kind == "ollama":
         lines = (adapter / "out/Modelfile").read_text().splitlines()
         assert lines[0] == "FROM ./model-q8_0.gguf"
@@ -142,6 +145,8 @@ def test_merged(adapter: Path) -> None:
     found = export(adapter, "--format", "merged")
     assert found["merged-tensors"]["verdict"] == "pass"
     assert found["facts"]["models"]["merged"]["kl"] < 1e-9
+    modes = {path.stat().st_mode for path in (adapter / "out").iterdir()}
+    assert len(modes) == 1  # weights are not their owner's alone to read
     assert found["facts"]["rows"] == {"what": "rows.jsonl", "samples": 4, "trained_tokens": 144}
 
 
