@@ -173,6 +173,10 @@ class Report:
         """The sites that were refused or missed."""
         return tuple(s for s in self.sites if s.status != "rewritten")
 
+    def lost(self) -> tuple[Bypass, ...]:
+        """The modules that run as they were in some calls because that is faster."""
+        return tuple(b for b in self.bypasses if b.reason.startswith(FASTER))
+
     def headline(self) -> str:
         """How much was rewritten, in a line."""
         if not self.sites and not self.codegen:
@@ -180,7 +184,7 @@ class Report:
         rewrites = _counted(sum(self.by_rule().values()), "rewrite")
         regions, graphs = _counted(self.regions, "region"), _counted(self.graphs, "graph")
         codegen = f", codegen {self.codegen}" if self.codegen else ""
-        lost = len({b.module for b in self.bypasses if b.reason.startswith(FASTER)})
+        lost = len({b.module for b in self.lost()})
         others = f"; {_counted(lost, 'module')} left as before, which is faster" if lost else ""
         return f"{rewrites} in {regions} ({graphs}){codegen}{others}"
 

@@ -227,7 +227,7 @@ def _validated_last(result: RunResult) -> dict[str, float] | None:
 
 def summary(report: Report) -> str:
     """The optimize report in a line."""
-    number = len(report.gaps()) + len(report.bypasses)
+    number = len(report.gaps()) + len(report.bypasses) - len(report.lost())
     left = f"; {number} left as before: report.html says why" if number else ""
     return f"optimized: {report.headline()}{left} (--verbose: the whole table)"
 
