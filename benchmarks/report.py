@@ -174,9 +174,18 @@ def first_step_table(name: str) -> str:
     return f"{markdown(titles, lines)}\n\n{source(found[0])}"
 
 
-def soak_table() -> str:
-    """Both runs of ``soak.py``."""
-    rows = [results(f"soak-{method}-cpu")[0] for method in ("lora", "qlora")]
+def moe_table(name: str) -> str:
+    """A model of ``moe.py``: milliseconds of its steps."""
+    (found,) = results(name)
+    spent = [found["median_ms"][engine] for engine in ("eager", "fusewright")]
+    line = [f"{found['model']}, {found['method']}", *(f"{ms:,.0f} ms" for ms in spent)]
+    titles = ("", "eager", "fusewright", "")
+    return f"{markdown(titles, [[*line, _times(*spent)]])}\n\n{source(found)}"
+
+
+def soak_table(machine: str = "") -> str:
+    """Both runs of ``soak.py``; ``machine``: as in ``headline``."""
+    rows = [results(f"soak-{method}{machine}-cpu")[0] for method in ("lora", "qlora")]
     lines = [
         [
             row["method"], f"{row['steps']:,}", f"{row['resident_mb']:.0f} MiB",
@@ -281,6 +290,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: training_table("training-smollm2-bf16-cpu"),
     "peers": lambda: training_table("training-peers-smollm2-bf16-cpu"),
     "soak": soak_table,
+    "soak-amx": lambda: soak_table("-amx"),
+    "moe-amx": lambda: moe_table("moe-qwen3-moe-lora-bf16-amx-cpu"),
     "preparation": lambda: preparation_table("preparation-cpu"),
     "step-bf16-amx": lambda: step_table("train_step-smollm2-bf16-amx-cpu"),
     "step-fp32-amx": lambda: step_table("train_step-smollm2-fp32-amx-cpu"),

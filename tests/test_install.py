@@ -102,19 +102,35 @@ def test_no_module_has_the_name_of_one_of_pythons() -> None:
 
 def test_without_the_extra_the_command_says_what_installs_it(place: Place) -> None:
     (place.site / "fusewright").symlink_to(ROOT / "src")
-    (place.site / "hidden.py").write_text(_HIDDEN)
+    (place.site / "hidden.py").write_text(_HIDDEN.format(names=("typer", "rich")))
     done = place.run("-c", "import hidden, runpy; runpy.run_module('fusewright')")
     assert done.stderr == 'fusewright: rich, typer missing; pip install "fusewright[train]"\n'
     assert done.returncode == 2
+
+
+def test_without_what_only_training_imports_the_command_starts(place: Place) -> None:
+    (place.site / "fusewright").symlink_to(ROOT / "src")
+    names = ("datasets", "gguf", "jinja2", "matplotlib")
+    (place.site / "hidden.py").write_text(_HIDDEN.format(names=names))
+    (place.site / "recipe.yaml").write_text("base_model: x\ndatasets: [{path: x.jsonl}]\n")
+    (place.site / "x.jsonl").write_text('{"text": "x"}\n')
+    start = "import hidden, runpy, sys; sys.argv[1:] = {}; runpy.run_module('fusewright')"
+    done = place.run("-c", start.format(["--version"]))
+    assert done.returncode == 0, done.stderr
+    recipe = str(place.site / "recipe.yaml")
+    done = place.run("-c", start.format(["train", recipe, "--dry-run"]))
+    assert done.returncode == 2
+    assert "not installed (datasets, jinja2, matplotlib)" in done.stderr
 
 
 _HIDDEN = """
 import importlib.util
 import sys
 
+names = {names}
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name: None if name in ("typer", "rich") else find(name)
-sys.modules.update(typer=None, rich=None)
+importlib.util.find_spec = lambda name: None if name in names else find(name)
+sys.modules.update(dict.fromkeys(names))
 """
 
 

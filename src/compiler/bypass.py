@@ -54,10 +54,8 @@ def bypass_reason(
     return f"a hook is registered on its submodule {hooks.others}" if hooks.others else None
 
 
-def generates(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call without gradients passes a cache, and so bypasses its graph in any case."""
-    if torch.is_grad_enabled():
-        return False
+def passes_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether one of the arguments is a cache."""
     return any(not isinstance(v, Tensor) and is_cache(v) for v in (*kwargs.values(), *args))
 
 

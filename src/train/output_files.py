@@ -48,7 +48,10 @@ def require_file_size(text: str) -> None:
 
 
 def let_others_read(folder: Path) -> None:
-    """Give the weights in ``folder`` the mode of other new files: safetensors lets nobody read."""
+    """Give the weights in ``folder`` the mode of other new files.
+
+    safetensors (0.8) makes them readable for their owner alone, whatever the umask is.
+    """
     with contextlib.suppress(OSError):  # of a file system without modes
         other = folder / ".mode"
         other.touch()

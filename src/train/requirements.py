@@ -138,7 +138,9 @@ def require_known_names(recipe: Recipe) -> None:
 def missing_for_training() -> list[str]:
     """What each run of training imports and is not there, in a sentence, if anything is."""
     missing = [name for name in ("datasets", "jinja2", "matplotlib") if not _is_there(name)]
-    return [f"training needs {', '.join(missing)}: {install_extra('train')}"] if missing else []
+    names = ", ".join(missing)
+    text = f"training needs packages that are not installed ({names}): {install_extra('train')}"
+    return [text] if missing else []
 
 
 def missing_packages(recipe: Recipe) -> list[str]:

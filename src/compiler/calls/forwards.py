@@ -19,7 +19,7 @@ from ...graph.opaque.quantized import restore_states
 from ...graph.segments import with_boundaries
 from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import in_backward, inside_checkpoint
-from ..bypass import A_CACHE, Hooks, bypass_reason, generates, hidden_hooks, is_cache
+from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache, passes_cache
 from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic, unmark
 from ..sample_masks import Masked, Places, with_first_keys, with_whole_masks
@@ -31,6 +31,7 @@ from .input_gradients import input_without_gradient, shown_with_gradient
 
 _NO_CONTEXT = contextlib.nullcontext()
 _NO_UNITS = Units(())
+_NO_HOOKS = Hooks()
 
 
 class Original:
@@ -94,8 +95,11 @@ def block_forward(
         failed = session.failure(self) or session.choices.by_rows.reason(self)
         if failed is not None:
             return _bypassed(session, failed, original, self, args, kwargs, packs)
-        if packs is None and generates(args, kwargs):  # a call for each token: nothing else counts
-            return _bypassed(session, A_CACHE, original, self, args, kwargs, None)
+        if packs is None and passes_cache(args, kwargs):
+            # a call for each token, which need not pay for what is watched below the module
+            reason = _why_not(kind, args, kwargs, _NO_HOOKS, session.choices.fake)
+            if reason is A_CACHE:
+                return _bypassed(session, reason, original, self, args, kwargs, packs)
         watch = session.state.watches.get(self)
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS

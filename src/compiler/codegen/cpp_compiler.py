@@ -27,9 +27,9 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     """
     # It finds the vector instructions, and compiles the headers that all kernels include: several
     # seconds, which pass during the capture instead of after it.
+    _import_inductor()
     if any(p.device.type != "cpu" for p in module.parameters()):
         return None
-    _import_inductor()
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
     from torch._inductor import async_compile, codecache, compile_fx, cpu_vec_isa  # noqa: F401
 
@@ -39,8 +39,9 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     return thread
 
 
-_importing = threading.Lock()
+_importing = ForkLock()
 _imports: list[threading.Thread] = []
+"""The thread that imports Inductor, once there is one: signals go to the main thread alone."""
 
 
 def _import_inductor() -> None:
@@ -56,9 +57,7 @@ def _import_inductor() -> None:
 
     with _importing:
         if "torch._inductor.compile_fx" not in sys.modules and not _imports:
-            _imports.append(
-                threading.Thread(target=load, daemon=True)
-            )  # signals go to the main one
+            _imports.append(threading.Thread(target=load, daemon=True))
             _imports[0].start()
     for thread in _imports:
         thread.join()

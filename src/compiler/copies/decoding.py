@@ -48,7 +48,7 @@ class Decoding:
         self._modules: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = (
             weakref.WeakKeyDictionary()
         )
-        # where the op is of no use, in which precision
+        # the regions where the op is of no use, each with the ``_precision`` that this was seen in
         self._useless: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._verdicts: dict[Any, Finding] = {}
         self._region: nn.Module | None = None
@@ -159,9 +159,10 @@ def _arguments(
 
 
 def _precision(region: nn.Module) -> tuple[Any, ...]:
-    """What says in which dtype a region computes."""
+    """What says where and in which dtype a region computes."""
     weight = next(region.parameters(), None)
-    return None if weight is None else weight.dtype, torch.is_autocast_enabled("cpu")
+    place = None if weight is None else (weight.device, weight.dtype)
+    return place, torch.is_autocast_enabled("cpu")
 
 
 def _is_watched() -> bool:

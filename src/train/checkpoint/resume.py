@@ -91,17 +91,24 @@ class Saved:
 
     def longer_keys(self, recipe: Recipe) -> set[str]:
         """The keys by which ``recipe`` trains longer than the run did, and may."""
-        key = "max_steps" if recipe.max_steps is not None else "num_epochs"  # which then decides
-        before, now = self.recipe.get(key), getattr(recipe, key)
-        if self.has_fixed_length or not all(isinstance(n, int | float) for n in (before, now)):
-            return set()
-        return {key} if now > before else set()
+        key, before, now = self._lengths(recipe)
+        return {key} if now > before and not self.has_fixed_length else set()
 
     def is_longer_than(self, recipe: Recipe) -> bool:
         """Whether ``recipe`` asks for less training than the run did."""
-        key = "max_steps" if recipe.max_steps is not None else "num_epochs"  # which then decides
+        _, before, now = self._lengths(recipe)
+        return now < before
+
+    def _lengths(self, recipe: Recipe) -> tuple[str, float, float]:
+        """The key that decides how long ``recipe`` trains, its value in the run, and in ``recipe``.
+
+        Both are 0 where one of them is no number.
+        """
+        key = "max_steps" if recipe.max_steps is not None else "num_epochs"
         before, now = self.recipe.get(key), getattr(recipe, key)
-        return all(isinstance(n, int | float) for n in (before, now)) and now < before
+        if isinstance(before, int | float) and isinstance(now, int | float):
+            return key, before, now
+        return key, 0, 0
 
     def is_more_patient(self, recipe: Recipe) -> bool:
         """Whether early stopping waits longer in ``recipe`` than it did in the run, or for ever."""
@@ -214,17 +221,13 @@ def require_same_run(path: Path, saved: Saved, recipe: Recipe, processes: int | 
     ]
     if differing:
         line, end = ("\n  ", "\nRestore them;") if differing[1:] else (" ", "; restore it,")
-        if any(text.startswith(_LENGTHS) for text in differing):
+        if saved.is_longer_than(recipe):
             them = "them" if differing[1:] else "it"
             end = f"\n{_no_shorter(path, saved)}\nRestore {them},"
         raise RecipeError(
             f"{path} was made by another recipe:{line}{line.join(differing)}{end} or start a new "
             "run from its weights, with lora_model_dir (or base_model)"
         )
-
-
-_LENGTHS = ("max_steps ", "num_epochs ")
-"""How the lines about the length of a run begin."""
 
 
 def _no_shorter(path: Path, saved: Saved) -> str:

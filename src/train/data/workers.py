@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import DataError
-from .readers.bad_rows import BadRows, Unreadable
+from .readers.bad_rows import BadRows, require_readable
 from .readers.files import Row
 from .readers.limits import Limits, Part
 
@@ -55,21 +55,17 @@ class Work:
 
     def part(self, rows: list[Row]) -> Part:
         """Encode a batch and keep what can be trained on; raises a DataError for a wrong row."""
-        _require_readable(rows)
+        for _, row in rows:
+            require_readable(row)
         part = self.encoder.part(rows, self.limits)
         part.counts["rows"] = len(rows)
         return part
 
     def read(self, rows: list[Row]) -> None:
         """Read the fields of rows; raises a DataError for a wrong one."""
-        _require_readable(rows)
+        for _, row in rows:
+            require_readable(row)
         self.encoder.read(rows)
-
-
-def _require_readable(rows: Sequence[Row]) -> None:
-    for _, row in rows:
-        if isinstance(row, Unreadable):
-            raise DataError(row.message)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

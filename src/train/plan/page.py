@@ -186,9 +186,10 @@ def _work(plan: RunPlan) -> list[str]:
         about, by_size = "", ""
         if plan.steps_are_estimated:
             about, by_size = "about ", " (by the size of the rows' files)"
+        compiling = " besides compiling in the first one" if plan.recipe.optimize else ""
         lines.append(
             f"the run: {about}{plan.steps:,} steps{by_size}, {_count(plan.steps * s.tokens)} "
-            f"tokens, about {_time(3600 * plan.hours)}, and what compiling in the first step takes"
+            f"tokens, about {_time(3600 * plan.hours)}{compiling}"
         )
     else:
         lines.append(

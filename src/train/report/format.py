@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -71,6 +71,17 @@ class Smooth:
     def value(self) -> float:
         """The mean; NaN before the first value."""
         return self.sum / self.weight if self.weight else math.nan
+
+
+def loss_ends(losses: Sequence[float]) -> tuple[float, float, str]:
+    """The first and the last of the logged losses, and what they are.
+
+    Each is the mean of a tenth of them, because that of one batch says little.
+    """
+    count = max(1, len(losses) // 10)
+    first, last = (sum(some) / count for some in (losses[:count], losses[-count:]))
+    of = f"means of {count} logged values" if count > 1 else "first and last logged value"
+    return first, last, of
 
 
 def resumption(recipe: Mapping[str, Any]) -> str:

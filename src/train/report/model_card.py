@@ -179,13 +179,12 @@ def _training(facts: Facts, picture: bool) -> Iterator[str]:
     rows = [(k, v) for k, v in model(facts) if k not in ("base model", "method")]
     sets, others = data(facts)
     figure = facts.figure
-    for name, first, last in (
-        (f"validation {figure}", f"val_{figure}_before", f"val_{figure}_after"),
-        ("training loss", "loss_first", "loss_last"),
-    ):
-        before, after = facts.number(first), facts.number(last)
-        if before is not None and after is not None:
-            rows.append((name, f"{before:.3f} before, {after:.3f} after"))
+    before, after = (facts.number(f"val_{figure}_{when}") for when in ("before", "after"))
+    if before is not None and after is not None:
+        rows.append((f"validation {figure}", f"{before:.3f} before, {after:.3f} after"))
+    if (trained := facts.training_loss()) is not None:
+        begin, end, of = trained
+        rows.append(("training loss", f"{begin:.3f} at first, {end:.3f} in the end ({of})"))
     for name, key, show in (
         ("optimizer steps", "steps", lambda v: f"{v:,.0f}"),
         ("tokens trained on", "trained_tokens", millions),

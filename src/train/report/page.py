@@ -452,14 +452,12 @@ def _loss(facts: Facts) -> Headline | None:
     if facts.number(f"{validated}_after") is None and len(checks) > 1:  # stopped between two
         (_, begun), (step, at) = checks[0], checks[-1]
         return _fall(validation, begun, at, f"at step {step:,.0f}")
-    for name, first, last in (
-        (validation, f"{validated}_before", f"{validated}_after"),
-        ("Training loss", "loss_first", "loss_last"),
-    ):
-        before, after = facts.number(first), facts.number(last)
-        if before is not None and after is not None:
-            return _fall(name, before, after, "over the run")
-    only = facts.number(f"{validated}_before")
+    only, after = (facts.number(f"{validated}_{when}") for when in ("before", "after"))
+    if only is not None and after is not None:
+        return _fall(validation, only, after, "over the run")
+    if (trained := facts.training_loss()) is not None:
+        first, last, of = trained
+        return _fall("Training loss", first, last, f"over the run ({of})")
     return None if only is None else Headline(f"{validation} before", f"{only:.3f}", "")
 
 

@@ -20,7 +20,7 @@ from ..output_files import write_atomically
 from ..recipe.secret_values import hide, scrub
 from ..terminal import say
 from .environment import memory, peak_rss_mb
-from .format import change, finite, rate, resumption
+from .format import change, finite, loss_ends, rate, resumption
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
@@ -245,12 +245,12 @@ class RunResult:
             "nan": f"NaN or infinite value: {self.reason}. No weight was changed by that step",
             "watchdog": "The loss stayed above loss_watchdog_threshold",
             "disk full": f"The last checkpoint could not be written: {self.reason}",
-            "interrupted": f"Stopped by {by}" + whole * ", before all that follows training",
+            "interrupted": f"Stopped by {by}" + whole * ", in what follows training",
         }[self.status] + "."
         if self.checkpoint and self.recipe.get("save_only_model"):
             yield f"{self.checkpoint} cannot be resumed from: save_only_model: true"
         elif self.checkpoint:
-            does = "makes up for that" if whole else "resumes from it"
+            does = "does the rest" if whole else "resumes from it"
             yield (
                 f"{self.checkpoint} is complete: the same recipe {does}{resumption(self.recipe)}"
             )
@@ -299,8 +299,9 @@ class RunResult:
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:
             rows["training reward"] = f"{rewards[0]:z.3f} → {rewards[-1]:z.3f}"
-        if self.loss_first is not None and self.loss_last is not None:
-            rows["training loss"] = self._training_loss()
+        if losses := [entry["loss"] for entry in self.history if "loss" in entry]:
+            first, last, of = loss_ends(losses)
+            rows["training loss"] = f"{first:z.3f} → {last:z.3f} ({of})"
         if self.tokens_per_s:  # of a run that resumed at its end there are no steps
             rows["speed"] = (
                 f"{rate(self.tokens_per_s)} tokens/s ({rate(self.trained_tokens_per_s)} trained), "
@@ -326,15 +327,6 @@ class RunResult:
         rows["time"] = f"{sum(self.seconds.values()):.0f} s{whole}: " + self._times()
         rows["results"] = str(self.output_dir)
         return list(rows.items())
-
-    def _training_loss(self) -> str:
-        """The mean of the first tenth of the logged losses, and of the last: one alone is noise."""
-        losses = [entry["loss"] for entry in self.history if "loss" in entry]
-        losses = losses or [self.loss_first or 0.0, self.loss_last or 0.0]
-        count = max(1, len(losses) // 10)
-        first, last = (sum(some) / count for some in (losses[:count], losses[-count:]))
-        of = f"means of {count} logged ones" if count > 1 else "the first and the last logged one"
-        return f"{first:z.3f} → {last:z.3f} ({of})"
 
     def _times(self) -> str:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)

@@ -18,6 +18,7 @@ from ..model.tokenizer import ChatPrompt
 from ..recipe import methods_table
 from ..recipe.locate import ModelSource, locate
 from ..recipe.preferences import HEADS, LANGUAGE_HEAD, Head
+from .format import loss_ends
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
 
@@ -105,6 +106,11 @@ class Facts:
                 value = number(entry[key])
                 by_step[step] = math.nan if value is None else value
         return sorted(by_step.items())
+
+    def training_loss(self) -> tuple[float, float, str] | None:
+        """The training loss at the beginning and at the end, and what these are; None: unknown."""
+        losses = [loss for _, loss in self.history("loss") if math.isfinite(loss)]
+        return loss_ends(losses) if losses else None
 
     def validations(self) -> Iterator[tuple[str, str]]:
         """``(key, name)`` of each validation's loss, or reward, in the history."""

@@ -13,7 +13,7 @@ from ...errors import DataError
 from ..data.formats.conversation import ROLES
 from ..data.formats.fields import IMAGE_FIELDS
 from ..data.readers import sources
-from ..data.readers.bad_rows import BadRows, Unreadable
+from ..data.readers.bad_rows import BadRows, require_readable
 from ..data.readers.files import Row
 from ..recipe.recipe import Dataset
 
@@ -61,8 +61,7 @@ def _mapping(keys: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 
 def shape_of(row: Any, where: str) -> Shape:
     """The shape of a row; raises a DataError if it has none of the fields that tell it."""
-    if isinstance(row, Unreadable):
-        raise DataError(row.message)
+    require_readable(row)
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: must be an object with named fields, such as messages or text")
     for test in (_preference, _tokenized, _chat, _segments, _prompt, _instruction, _text):

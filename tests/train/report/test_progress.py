@@ -290,16 +290,16 @@ def test_a_run_that_is_stopped_after_its_last_step_was_trained() -> None:
     )  # fmt: skip
     assert list(result.ending(True)) == [
         "\nAll 4 steps are done; the adapter of that step is in out",
-        "Stopped by Ctrl-C, before all that follows training.",
-        "c is complete: the same recipe makes up for that",
+        "Stopped by Ctrl-C, in what follows training.",
+        "c is complete: the same recipe does the rest",
     ]
 
 
 def test_one_batch_more_or_less_is_no_training_loss() -> None:
-    result = RunResult(Path("out"), {}, loss_first=9.0, loss_last=0.0)
+    result = RunResult(Path("out"), {})
     result.history = [{"loss": loss} for loss in (9.0, 1.0, *[4.0] * 16, 2.0, 0.0)]
     rows = dict(result._rows())
-    assert rows["training loss"] == "5.000 → 1.000 (means of 2 logged ones)"
+    assert rows["training loss"] == "5.000 → 1.000 (means of 2 logged values)"
 
 
 def test_a_resumed_run_says_how_long_each_process_compiled() -> None:
@@ -328,11 +328,12 @@ def test_a_result_fits_a_notebook() -> None:
     recipe = dict.fromkeys((f"key_{i}" for i in range(500)), None)
     result = RunResult(Path("out & more"), recipe, steps=3, steps_planned=4, loss_first=2.0)
     result.loss_last = 1.25
+    result.history = [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.25}]
     assert repr(result) == "<RunResult: finished, 3 of 4 steps, loss 1.250, out & more>"
     table = ElementTree.fromstring(result._repr_html_())  # well formed
     rows = {row[0].text: row[1].text for row in table}
     assert rows["status"] == "finished"
-    said = "2.000 → 1.250 (the first and the last logged one)"
+    said = "2.000 → 1.250 (first and last logged value)"
     assert (rows["training loss"], rows["results"]) == (said, "out & more")
     assert "key_1" not in result._repr_html_()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ....errors import DataError
 
@@ -15,6 +16,12 @@ class Unreadable:
     """What a reader yields in the place of a row that it cannot read, so that it can go on."""
 
     message: str
+
+
+def require_readable(row: Any) -> None:
+    """Raise a DataError if a reader has yielded that in the place of a row."""
+    if isinstance(row, Unreadable):
+        raise DataError(row.message)
 
 
 class BadRowsError(DataError):

@@ -19,7 +19,7 @@ from ...consent import must_build, refused_builder
 from ...recipe.locate import meant_file
 from ...recipe.recipe import Dataset
 from ...user_functions import PackageRows, is_package_rows
-from .bad_rows import Unreadable
+from .bad_rows import require_readable
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
 _READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
@@ -47,8 +47,7 @@ class DataSource:
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
         """Yield the rows that the recipe asks for; raises a DataError if one cannot be read."""
         for where, row in self.rows_and_faults(progress):
-            if isinstance(row, Unreadable):
-                raise DataError(row.message)
+            require_readable(row)
             yield where, row
 
     def rows_and_faults(self, progress: Progress | None = None) -> Iterator[Row]:
