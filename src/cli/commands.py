@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -228,8 +229,12 @@ def merge(
 
     options = command.MergeOptions(output, dtype, max_shard_size, dequantize)
     merged = command.merge(opened, options)
+    console = Terminal(highlight=False)
+    if opened.adapter:
+        check = shlex.join(["fusewright", "export", str(run), "--format", "merged"])
+        say(console, f"what rounding left of the training is not measured here, but by: {check}")
     if (line := vllm_line(merged, opened.consent)) is not None:
-        say(Terminal(highlight=False), line)
+        say(console, line)
 
 
 def serve(

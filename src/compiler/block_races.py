@@ -189,7 +189,7 @@ class _Race:
         precision = f"{dtype} under autocast to {to}" if casts else str(dtype)
         name = (
             f"{type(self.module).__name__} of {features:,} for {tokens:,} tokens in "
-            f"{precision.replace('torch.', '')} ({digest})"
+            f"{precision.replace('torch.', '')} (settings {digest})"
         )
         forms = [Contender(form, functools.partial(self.step, form)) for form in (OURS, EAGER)]
         return Question(name, tuple(forms), self._called, OURS, device, None, timing=TIMING)

@@ -90,6 +90,8 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
         assert run["optimize"] is None
         assert run["adapter_check"]["optimized_difference"] == 0.0
 
+    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)  # of a set, whose order is another one in each process
     adapter = load_file(folder / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2  # A and B of seven linears in two layers
     assert all(t.dtype is torch.float32 for t in adapter.values())

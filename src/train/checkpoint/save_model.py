@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,8 @@ def save(
             model.save_pretrained(
                 folder, save_embedding_layers=False, selected_adapters=adapters, **kwargs
             )
+        for name in adapters:
+            _sort_sets(model.peft_config[name], folder / ("" if name == "default" else name))
         if not has_card:  # PEFT's, which says nothing; a finished run writes its own
             (folder / card.NAME).unlink(missing_ok=True)
     else:
@@ -95,6 +98,16 @@ def save(
     whole = recipe is not None and not hasattr(model, "peft_config")
     if recipe is not None and whole and is_multimodal(model.config):
         copy_processor(recipe.base_model, recipe.revision_of_model, folder)
+
+
+def _sort_sets(config: Any, folder: Path) -> None:
+    """Let equal adapters have equal files: PEFT writes sets in the order of Python's hashes."""
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in vars(config).items():
+        if isinstance(value, set) and isinstance(content.get(key), list):
+            content[key] = sorted(content[key])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _base_files(recipe: Recipe) -> BaseFiles | None:

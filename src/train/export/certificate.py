@@ -484,8 +484,11 @@ def _cost(results: Mapping[str, Scores]) -> AuditFinding:
     figures = {"cost": paid, "on_the_base": own, "allowed": allowed, "kl": far.kl,
                "kl_on_the_base": base.kl, "largest_logit_error": far.largest,
                "same_next_token": far.same, "same_on_the_base": base.same}  # fmt: skip
-    found = f"it costs {paid:+.4f} nats a token, and the base {own:+.4f}"
-    wrong = {} if paid <= allowed else {"the export": f"{found}, so at most {allowed:.4f}"}
+    found = (
+        f"it costs {paid:+.4f} nats a token, and {allowed:.4f} is the most that may be expected "
+        f"where it costs the base {own:+.4f}"
+    )
+    wrong = {} if paid <= allowed else {"the export": found}
     return _finding("format-cost", wrong, found, figures)
 
 

@@ -177,8 +177,8 @@ def _work(plan: RunPlan) -> list[str]:
     work = f"{s.flops / 1e12:,.{max(2, _decimals(s.flops / 1e12))}f} TFLOP{sent}"
     lines = [
         f"each optimizer step: {s.tokens:,} tokens in all; {work} by each process",
-        f"about {_time(s.seconds)} for a step{parts if s.sent else ''}, "
-        f"{float(f'{s.tokens_per_second:.2g}'):,.0f} tokens/s in all",
+        f"about {_time(s.seconds)} for a step{parts if s.sent else ''} on a machine that does "
+        f"nothing else, {float(f'{s.tokens_per_second:.2g}'):,.0f} tokens/s in all",
     ]
     if not plan.on_cpu and plan.parameters < _SMALL:
         lines.append("launching kernels is not counted: so small a model takes longer than that")

@@ -144,7 +144,8 @@ def test_special_tokens_in_the_words_of_others_are_said(tmp_path: Path) -> None:
     dataset = Dataset(path=str(path), chat_template="chatml")
     prepared = prepare(Recipe(base_model="x", datasets=[dataset]), make_tokenizer())
     assert prepared.counts["special_tokens_in_text"] == 2
-    (line,) = warnings(prepared.counts)
+    (line,) = warnings(prepared.counts, prepared.first)
+    assert line.endswith(f"(the first is {path}, line 2)")
     assert line.startswith("warning: 2 rows have special tokens in user, tool or prompt text")
     prompts = [{"instruction": f"Say {end}", "output": "a"}, {"instruction": "b", "output": end}]
     path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -153,5 +154,32 @@ def test_special_tokens_in_the_words_of_others_are_said(tmp_path: Path) -> None:
     assert prepared.counts["special_tokens_in_text"] == 1
     path.write_text(json.dumps({"text": end}) + "\n")  # which brings its own
     dataset = Dataset(path=str(path), type="completion")
+    prepared = prepare(Recipe(base_model="x", datasets=[dataset]), make_tokenizer())
+    assert warnings(prepared.counts) == []
+
+
+@pytest.mark.parametrize("kind", [None, "alpaca", "prompt_completion"])
+def test_answers_without_text_are_said(kind: str | None, tmp_path: Path) -> None:
+    def row(answer: str) -> dict[str, Any]:
+        if kind is None:
+            return {"messages": [USER, {**ANSWER, "content": answer}]}
+        names = ("instruction", "output") if kind == "alpaca" else ("prompt", "completion")
+        return dict(zip(names, ("Why?", answer), strict=True))
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(a)) + "\n" for a in ("Because.", "", "No.", "")))
+    dataset = Dataset(path=str(path), **({} if kind is None else {"type": kind}))
+    prepared = prepare(Recipe(base_model="x", datasets=[dataset]), make_tokenizer())
+    assert (prepared.counts["only_ends"], prepared.counts["train_samples"]) == (2, 4)
+    (line,) = warnings(prepared.counts, prepared.first)
+    assert line.startswith("warning: 2 rows have only the token that ends an answer to train")
+    assert line.endswith(f"(the first is {path}, line 2)")
+
+
+def test_calls_without_text_are_answers(tmp_path: Path) -> None:
+    path, content = tmp_path / "rows.jsonl", "message['content']"
+    path.write_text(json.dumps({"messages": [USER, CALLS]}) + "\n")
+    template = CHATML.replace(content, f"{content} + (message.tool_calls | default('') | tojson)")
+    dataset = Dataset(path=str(path), chat_template_jinja=template)
     prepared = prepare(Recipe(base_model="x", datasets=[dataset]), make_tokenizer())
     assert warnings(prepared.counts) == []

@@ -355,7 +355,7 @@ def test_an_estimate_has_two_digits() -> None:
     plan = SimpleNamespace(speed=speed, on_cpu=True, hours=None, steps=None)
     assert page._work(plan)[:2] == [  # type: ignore[arg-type]
         "each optimizer step: 16 tokens in all; 0.000031 TFLOP by each process",
-        "about 0.000020 s for a step, 800,000 tokens/s in all",
+        "about 0.000020 s for a step on a machine that does nothing else, 800,000 tokens/s in all",
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Part:
         labels: their labels; int32 (T,).
         lengths: tokens of each; int32 (N,).
         counts: ``rows``, ``too_long`` (also those that were ``truncated``), ``too_short``,
-            ``nothing_to_train``, ``special_tokens_in_text``, ``images``.
+            ``nothing_to_train``, ``only_ends``, ``special_tokens_in_text``, ``images``.
         ends: tokens that end a trained turn of these rows.
         trained: those of ``ends`` and of the watched tokens that are trained at least once.
         first: file and line of the first row of some of the counts.
@@ -121,8 +121,13 @@ _SPECIAL = (
 )
 _EQUAL = "the same text as chosen and as rejected answer, from which nothing is learnt"
 _EMPTY = "an empty prompt or answer and"
+_ENDS = (
+    "only the token that ends an answer to train: the answers have no text, and the model learns "
+    "to say nothing"
+)
 _ODD = {
     "special_tokens_in_text": (f"1 row has {_SPECIAL}", f"rows have {_SPECIAL}"),
+    "only_ends": (f"1 row has {_ENDS}", f"rows have {_ENDS}"),
     "equal_answers": (f"1 row has {_EQUAL}", f"rows have {_EQUAL}"),
     "empty": (f"1 row has {_EMPTY} is left out", f"rows have {_EMPTY} are left out"),
 }
@@ -132,9 +137,10 @@ _ODD = {
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
     """Make samples of rows; raises a DataError if one is too long, and ``excess`` is ``raise``."""
     counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
     selected: list[tuple[Tokens, int]] = []
     for row in rows:
-        counts["special_tokens_in_text"] += row.specials
+        _count("special_tokens_in_text", row.specials, row, counts, first)
         length = len(row.ids)
         if length > limits.longest:
             counts["too_long"] += 1
@@ -150,10 +156,25 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
         elif any(max(a, 1) < min(b, length) for a, b in row.spans):  # the first is never trained
             counts["truncated"] += length < len(row.ids)
             counts["images"] += row.images
+            _count("only_ends", _has_only_ends(row, length), row, counts, first)
             selected.append((row, length))
         else:
             counts["nothing_to_train"] += 1
-    return _laid_out(selected, counts, limits.watched)
+    return replace(_laid_out(selected, counts, limits.watched), first=first)
+
+
+def _count(
+    key: str, applies: bool, row: Tokens, counts: Counter[str], first: dict[str, str]
+) -> None:
+    if applies:
+        counts[key] += 1
+        first.setdefault(key, row.where)
+
+
+def _has_only_ends(row: Tokens, length: int) -> bool:
+    """Whether all that is trained of a row's first ``length`` tokens ends a turn."""
+    trained = (i for a, b in row.spans for i in range(max(a, 1), min(b, length)))
+    return all(row.ids[i] in row.ends for i in trained)
 
 
 def _laid_out(
