@@ -281,7 +281,7 @@ def _why_not(
     """Why a call of a block, a norm or a projector is not captured, or None."""
     reason = global_hook_reason() or bypass_reason(args, kwargs, hooks, fake)
     if reason is None and kind != "block" and not torch.is_grad_enabled():
-        return f"evaluation: a lone {kind} is not worth a graph of its own"
+        return f"evaluation: a {kind} outside of the blocks costs less than calling a graph for it"
     return reason
 
 
