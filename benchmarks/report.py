@@ -55,9 +55,10 @@ def source(row: dict[str, Any]) -> str:
     count = row.get("threads")
     threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     place = row["card"] or f"{row['cpu']}{threads}"
-    return (
-        f"{place}; {software}; {row['date'][:10]}, commit {row['commit'][:8]}.\n`{row['command']}`"
-    )
+    commit, _, changes = row["commit"].partition("+")
+    changed = " with changes" if changes else ""
+    when = f"{row['date'][:10]}, commit {commit[:8]}{changed}"
+    return f"{place}; {software}; {when}.\n`{row['command']}`"
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -231,8 +231,10 @@ def merge(
     merged = command.merge(opened, options)
     console = Terminal(highlight=False)
     if opened.adapter:
-        check = shlex.join(["fusewright", "export", str(run), "--format", "merged"])
-        say(console, f"what rounding left of the training is not measured here, but by: {check}")
+        asked = ["fusewright", "export", str(run), "--format", "merged"]
+        asked += ["-q", dtype] if dtype else []
+        asked += ["--dequantize"] if dequantize else []
+        say(console, f"a certificate of what rounding left of the training: {shlex.join(asked)}")
     if (line := vllm_line(merged, opened.consent)) is not None:
         say(console, line)
 

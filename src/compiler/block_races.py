@@ -36,13 +36,21 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels import raced_op
-from ..kernels.choice import Choice, Contender, Question, Timing, are_blocks_raced, choices, choose
+from ..kernels.choice import (
+    BUSY,
+    Choice,
+    Contender,
+    Question,
+    Timing,
+    are_blocks_raced,
+    choices,
+    choose,
+)
 from ..kernels.saved_tensors import saved_by_hook
 from ..memory.apply_plan import inside_checkpoint
 from ..memory.budget import gigabytes
 from ..memory.planner import Planner
 from ..memory.random_state import BufferState
-from ..report import FASTER
 from ..rewrite.conditions import settings_around
 from ..sharding import collectives_of, gathers, is_sharded
 from .ranks.verdicts import environment, versions
@@ -383,6 +391,8 @@ def _as_reason(chosen: Choice, tokens: int) -> str:
     """Why calls run the original code; empty: they do not."""
     if chosen.candidate != EAGER or OURS in chosen.refused:
         return ""
-    times = chosen.microseconds
-    said = [f"{form} {times[form]:,.0f} us" for form in (EAGER, OURS) if form in times]
-    return f"{FASTER}: {', '.join([*said, 'forward and backward'])} for up to {tokens:,} tokens"
+    best = chosen.microseconds
+    said = [f"{form} {best[form]:,.0f} us" for form in (EAGER, OURS) if form in best]
+    said = ["in processor time", *said] if chosen.source == BUSY else said
+    times = ", ".join([*said, "forward and backward"])
+    return f"it is faster so: {times} for up to {tokens:,} tokens"

@@ -81,8 +81,8 @@ class GraphLog:
     graphs: weakref.WeakKeyDictionary[nn.Module, list[CapturedGraph]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    # module -> reasons why calls of it ran the original
-    notes: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = field(
+    # module -> reasons why calls of it ran the original, and whether that is faster
+    notes: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     # module -> why it could not be captured; it runs the original from then on
@@ -106,9 +106,9 @@ class GraphLog:
                 graphs.remove(graph)
             graphs.append(graph)
 
-    def note(self, module: nn.Module, reason: str) -> None:
-        """Remember why ``module`` ran the original."""
-        self.notes.setdefault(module, {})[reason] = None
+    def note(self, module: nn.Module, reason: str, faster: bool = False) -> None:
+        """Remember why ``module`` ran the original; ``faster``: because that was faster."""
+        self.notes.setdefault(module, {})[reason] = faster
 
     def fail(self, module: nn.Module, reason: str) -> None:
         """Remember why ``module`` is no longer captured; forget the graphs that it has run."""
@@ -120,7 +120,7 @@ class GraphLog:
         """Remember why a call of ``module`` was faster as it was; ``always``: all of them are."""
         if always:  # its graphs have run in a race, or to be explained
             self.graphs.pop(module, None)
-        self.note(module, reason)
+        self.note(module, reason, faster=True)
 
     def note_outer_compile(self) -> None:
         """Remember that somebody's torch.compile has traced the original model."""

@@ -301,8 +301,8 @@ def explain(model: nn.Module) -> Report:
             bypasses.append(Bypass(path, reason))
         reasons = log.notes.get(module, {})
         if (apart := session.choices.by_rows.reason(module)) is not None:
-            reasons = {apart: None, **reasons}
-        bypasses += [Bypass(path, reason) for reason in reasons]
+            reasons = {apart: False, **reasons}
+        bypasses += [Bypass(path, reason, faster) for reason, faster in reasons.items()]
         if record.kind == "head":
             bypasses += [Bypass(path, reason) for reason in log.reads.reasons()]
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}

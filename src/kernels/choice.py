@@ -6,7 +6,8 @@ is left out with the reason; the others take turns under the clock, and the fast
 the one that the project's own measurements name (``fixed``) unless another is faster by more than
 ``MARGIN``. A choice is made once for a machine: it is kept in the folder of compiled kernels, and
 the ranks of a job take the one that was published first. Where other programs take the CPU away
-from a race, processor time decides, and the choice is not kept. ``FUSEWRIGHT_CHOICES=fixed``
+from a race, another candidate than ``fixed`` must be faster by the clock and in processor time, and
+the choice is not kept. ``FUSEWRIGHT_CHOICES=fixed``
 measures nothing, and when the races of a process have taken ``ALLOWANCE``, no more begin.
 
 What is asked of a CPU is in ``candidates.py``, of the calls of ops in ``raced_op.py``, of whole
@@ -69,8 +70,8 @@ ALLOWANCE = 60.0
 run pays anyway, is not counted."""
 
 FEW, DISTURBED = 3, 30.0
-"""So often, and so often in a second, the CPU may be taken from a race on a machine with nothing
-else to do; where other programs compete for it, it is some hundred times."""
+"""So often, and so often in a second, the CPU may be taken from a thread of a race on a machine
+with nothing else to do; where other programs compete for it, it is some hundred times."""
 
 Clock = Callable[[], float]
 
@@ -150,9 +151,10 @@ class Choice:
         question: its name.
         candidate: the name of the chosen one.
         source: ``raced``, ``BUSY`` (raced while other programs had the CPU), ``fixed``, ``kept``
-            (raced by an earlier process), ``shared`` (by another rank), ``resumed`` (by the run
-            that is continued) or ``LATE`` (no race began any more).
-        microseconds: of each candidate that was timed, its fastest.
+            (raced by an earlier process), ``shared`` (by another rank, which will keep it),
+            ``resumed`` (by the run that is continued) or ``LATE`` (no race began any more).
+        microseconds: of each candidate that was timed, its fastest; of the processor where the
+            source is ``BUSY``.
         refused: why others were not, by name.
     """
 
@@ -188,8 +190,11 @@ LATE = f"fixed: races have had their {ALLOWANCE:.0f} s"
 """The source of what was chosen after the races' time."""
 
 
-BUSY = "raced by processor time, as other programs took the CPU, and not kept"
+BUSY = "raced by the clock and by processor time, as other programs took the CPU, and not kept"
 """The source of what was chosen meanwhile."""
+
+_PASSING = ("fixed", LATE, BUSY)
+"""Sources of what another process would choose by races of its own."""
 
 
 class _Spent:
@@ -297,8 +302,9 @@ def _hash(text: str) -> str:
 
 def _is_lasting(choice: Choice) -> bool:
     """Whether all that could be raced was raced: another process would find the same."""
-    is_raced = choice.source not in ("fixed", LATE, BUSY)
-    return is_raced and not any(NO_MEMORY in why for why in choice.refused.values())
+    return choice.source not in _PASSING and not any(
+        NO_MEMORY in why for why in choice.refused.values()
+    )
 
 
 @functools.cache
@@ -354,10 +360,15 @@ def _race(question: Question, clock: Clock) -> Choice:
             if candidate.name == question.fixed:  # which is compiled for the run in any case
                 begun += clock() - start
         del eager, exact
-    times, source = _timed(question, running, inputs, refused, clock)
+    times, busy = _timed(question, running, inputs, refused, clock)
     _spent.seconds += clock() - begun
+    fastest, source = _fastest(question, times), "raced"
+    if busy:
+        # the clock counts other programs, the processor's time all threads of a form together
+        by_both = fastest == _fastest(question, busy)
+        fastest, times, source = fastest if by_both else question.fixed, busy, BUSY
     best = {name: min(taken) for name, taken in times.items()}
-    return Choice(question.name, _fastest(question, times), source, best, refused)
+    return Choice(question.name, fastest, source, best, refused)
 
 
 def _is_right(
@@ -410,8 +421,11 @@ def _wrong_in_several(question: Question, candidate: Contender) -> str:
 def _timed(
     question: Question, running: Sequence[Contender], inputs: tuple[Any, ...],
     refused: dict[str, str], clock: Clock,
-) -> tuple[dict[str, list[float]], str]:  # fmt: skip
-    """The times of each candidate, in microseconds, and the source; they take turns."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:  # fmt: skip
+    """The times of each candidate, in microseconds, by the clock and of the processor.
+
+    They take turns. The latter are empty unless other programs have taken the CPU.
+    """
     times: dict[str, list[float]] = {}
     by_processor: dict[str, list[float]] = {}
     begun, taken_away, timing = clock(), _switches(), question.timing
@@ -432,9 +446,9 @@ def _timed(
             times.setdefault(candidate.name, []).append(1e6 * stopwatch.seconds())
             spent = 1e6 * (time.process_time() - cpu)
             by_processor.setdefault(candidate.name, []).append(spent)
-    if not on_gpu and _switches() - taken_away > FEW + DISTURBED * (clock() - begun):
-        return by_processor, BUSY
-    return times, "raced"
+    often = FEW + DISTURBED * torch.get_num_threads() * (clock() - begun)
+    busy = not on_gpu and _switches() - taken_away > often
+    return times, by_processor if busy else {}
 
 
 def _switches() -> int:
@@ -629,7 +643,9 @@ def _agreed(key: str, mine: Choice, question: Question) -> Choice:
     try:
         store = PrefixStore("fusewright-choices", _get_default_store())
         text = store.compare_set(key, "", json.dumps(asdict(mine))).decode()
-        first = _read(json.loads(text), "shared")
+        record = json.loads(text)
+        source = record.get("source")
+        first = _read(record, source if source in _PASSING else "shared")
     except Exception:  # a group without a store, as MPI's, or one whose owner has ended
         return mine
     if first is None or not _is_of(first, question):

@@ -20,6 +20,7 @@ def without_saved_tensor_hooks() -> contextlib.AbstractContextManager[object]:
     """Hide from hooks on saved tensors what is saved for another purpose than the call at hand."""
     # a region's first call may be counted: a checkpoint compares what it saves with the second
     hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
-    if not hooks._saved_tensors_hooks_is_enabled():
-        return contextlib.nullcontext()
+    is_hooked = hooks._top_saved_tensors_default_hooks(True) is not None
+    if not is_hooked or not hooks._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()  # a call of Python for each tensor would be timed, too
     return torch.autograd.graph.saved_tensors_hooks(saved_by_hook, lambda t: t)

@@ -321,16 +321,18 @@ def test_ctrl_c_leaves_no_half_of_inductor_behind() -> None:
 
 
 _INTERRUPTED = """
-import os, signal, sys, threading, time
+import os, signal, sys, time
 import torch
 from fusewright.compiler.codegen.cpp_compiler import prepare
 
-def interrupt():
-    while "torch._inductor.kernel.conv" not in sys.modules:  # its lowerings are being registered
-        time.sleep(0.0005)
-    os.kill(os.getpid(), signal.SIGINT)
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "torch._inductor.kernel.conv":  # Inductor's lowerings are being registered
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
 
-threading.Thread(target=interrupt, daemon=True).start()
+sys.meta_path.insert(0, Interrupt())
 model = torch.nn.Linear(2, 2)
 try:
     prepare(model)

@@ -42,6 +42,7 @@ def own_choices(folder: Path) -> Iterator[None]:
         patch.setattr(choice, "_KEPT", {})
         patch.setattr(choice, "_spent", choice._Spent())
         patch.setattr(choice, "kept_folder", lambda: folder)
+        patch.setattr(choice, "_switches", lambda: 0)  # tests run beside each other
         yield
 
 

@@ -210,26 +210,67 @@ def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
     assert choice.earlier("a third") == []
 
 
-def test_where_others_have_the_cpu_processor_time_decides_and_nothing_is_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("waits", "threads", "chosen"),
+    [
+        (0.5, 1, "fast"),
+        (3.0, 1, "plain"),  # by the clock, the other one is faster
+        (0.5, 4, "plain"),  # the processor counts the threads of a form together
+    ],
+)
+def test_where_others_have_the_cpu_both_times_decide_and_nothing_is_kept(
+    waits: float, threads: int, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clock, processor = Clock(), Clock()
     switches = iter(range(0, 10**6, 1000))
     monkeypatch.setattr(choice, "_switches", lambda: next(switches))
     monkeypatch.setattr(choice.time, "process_time", processor)
 
-    def works(name: str, seconds: float, waits: float) -> Contender:
-        own = processor.candidate(name, seconds)
+    def works(name: str, seconds: float, waits: float, threads: int = 1) -> Contender:
+        own = processor.candidate(name, seconds * threads)
         return clock.candidate(name, seconds + waits, own.run)
 
-    asked = question(works("fast", 1.0, 3.0), works("plain", 2.0, 0.0))
-    with own_choices(tmp_path):
-        found = race(asked, clock)
+    contenders = works("fast", 1.0, waits, threads), works("plain", 2.0, 0.0)
+    asked = question(*contenders)
+    found = race(asked, clock)
+    assert (found.candidate, found.source) == (chosen, choice.BUSY)
+    assert found.microseconds == {"fast": 1e6 * threads, "plain": 2e6}
+    assert choose(asked).source == choice.BUSY
+    assert choice.files() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_one_rank_would_race_again_no_other_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(choice, "has_peers", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    clock = Clock()
+    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
+    raced = iter((Choice("doubling", "fast", choice.BUSY), Choice("doubling", "plain")))
+    monkeypatch.setattr(choice, "race", lambda _: next(raced))
+    for _ in range(2):  # ranks
+        found = choose(asked)
         assert (found.candidate, found.source) == ("fast", choice.BUSY)
-        assert found.microseconds == {"fast": 1e6, "plain": 2e6}
-        assert choose(asked).source == choice.BUSY
         assert choice.files() == {}
-        assert list(tmp_path.iterdir()) == []
+        choice._CHOICES.clear()
+
+
+def test_a_race_is_without_hooks_on_saved_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a caller's, which count what is saved, nor ours, whose calls would be timed."""
+    seen, hidden = list[Tensor](), list[object]()
+    asked = question(Contender("fast", double := lambda x: 2 * x), Contender("plain", double))
+    pushed = torch.autograd.graph.saved_tensors_hooks
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lambda *a: hidden.append(a))
+        assert race(asked).microseconds
+    assert hidden == []
+
+    def saves(x: Tensor) -> Tensor:
+        return (x.requires_grad_() * torch.ones_like(x, requires_grad=True) * 2).detach()
+
+    with pushed(lambda t: seen.append(t) or t, lambda t: t):
+        assert race(question(Contender("fast", saves), Contender("plain", saves))).microseconds
+    assert seen == []
 
 
 def test_a_faster_candidate_that_was_not_chosen_is_accounted_for() -> None:

@@ -8,6 +8,13 @@ from typer.testing import CliRunner, Result
 
 from fusewright.cli.main import app
 
+WAITS = (
+    "checking this machine", "comparing the tensors", "compiling it", "computing with",
+    "counting a training step", "evaluating", "importing PyTorch", "loading", "planning a training",
+    "reading", "writing",
+)  # fmt: skip
+"""How the lines begin that announce what takes a while."""
+
 
 def fusewright(*arguments: str | Path, stdin: str | None = None) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
@@ -19,7 +26,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def complaint(result: Result) -> str:
     """What a command says is wrong, behind what it has waited for."""
-    _, begin, text = result.stderr.partition("fusewright: ")
+    waits, begin, text = result.stderr.partition("fusewright: ")
+    unexpected = [line for line in waits.splitlines() if not line.startswith(WAITS)]
+    assert unexpected == []
     return begin + text
 
 

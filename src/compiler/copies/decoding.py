@@ -162,7 +162,8 @@ def _precision(region: nn.Module) -> tuple[Any, ...]:
     """What says where and in which dtype a region computes."""
     weight = next(region.parameters(), None)
     place = None if weight is None else (weight.device, weight.dtype)
-    return place, torch.is_autocast_enabled("cpu")
+    casts = torch.is_autocast_enabled("cpu")
+    return place, torch.get_autocast_dtype("cpu") if casts else None
 
 
 def _is_watched() -> bool:

@@ -111,8 +111,10 @@ def folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="fusewright-"))
 
 
-def kept_folder(cache: str | None = None) -> Path:
+def kept_folder(cache: str | None = None, make: bool = True) -> Path:
     """The folder of libraries, made if need be; ``cache`` in place of PyTorch's variable.
+
+    Without ``make`` it is only looked whether it could be.
 
     Raises OSError where it cannot be made or others may write to it, RuntimeError without a home.
     """
@@ -121,12 +123,15 @@ def kept_folder(cache: str | None = None) -> Path:
         cache = ""  # PyTorch's default, which it sets by itself, and which others can guess
     cache = cache or os.environ.get("XDG_CACHE_HOME", "")
     place = Path(cache or Path.home() / ".cache", "fusewright", "kernels").absolute()
-    for part in (*reversed(place.parents), place):
+    for part in (*reversed(place.parents), place) if make else ():
         if not part.exists():
             part.mkdir(mode=0o700, exist_ok=True)
-    if not os.access(place, os.W_OK):
-        raise PermissionError(f"{place} cannot be written to")
-    for part in (place, *place.parents):
+    there = [part for part in (place, *place.parents) if part.exists()]
+    if not there[0].is_dir():
+        raise NotADirectoryError(f"{there[0]} is no folder")
+    if not os.access(there[0], os.W_OK):
+        raise PermissionError(f"{there[0]} cannot be written to")
+    for part in there:
         if not _is_private(part):
             raise PermissionError(f"others may write to {part}")
     return place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -41,6 +41,8 @@ class Saved:
         last_logged: the step at which it was logged last.
         carried: figures of the run from before it trained.
         choices: which forms of computations its machine chose (``kernels/choice.py``).
+        planned: how many steps the run was to have, as the Trainer's own file says; None: it
+            does not.
     """
 
     recipe: dict[str, Any]
@@ -52,10 +54,12 @@ class Saved:
     carried: dict[str, Any]
     processes: int = 1
     choices: list[dict[str, Any]] = field(default_factory=list)
+    planned: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint."""
         content = {**asdict(self), "recipe": hide(self.recipe)}
+        del content["planned"]  # which has an owner
         text = json.dumps({"format": _FORMAT, **content}, indent=1)
         (folder / _FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -82,7 +86,7 @@ class Saved:
             whole = False
         if not whole:
             raise RecipeError(another(folder, f"its {_FILE} is damaged"))
-        return saved
+        return replace(saved, planned=_planned(folder))
 
     @property
     def has_fixed_length(self) -> bool:
@@ -106,6 +110,8 @@ class Saved:
         """
         key = "max_steps" if recipe.max_steps is not None else "num_epochs"
         before, now = self.recipe.get(key), getattr(recipe, key)
+        if key == "max_steps" and before is None:  # the run was as long as its rows
+            before = self.planned
         if isinstance(before, int | float) and isinstance(now, int | float):
             return key, before, now
         return key, 0, 0
@@ -114,6 +120,14 @@ class Saved:
         """Whether early stopping waits longer in ``recipe`` than it did in the run, or for ever."""
         before, now = self.recipe.get("early_stopping_patience"), recipe.early_stopping_patience
         return isinstance(before, int) and (now is None or now > before)
+
+
+def _planned(folder: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        steps = state.get("max_steps") if isinstance(state, dict) else None
+        return steps if isinstance(steps, int) else None
+    return None
 
 
 def _require_files(folder: Path) -> None:
@@ -223,18 +237,16 @@ def require_same_run(path: Path, saved: Saved, recipe: Recipe, processes: int | 
         line, end = ("\n  ", "\nRestore them;") if differing[1:] else (" ", "; restore it,")
         if saved.is_longer_than(recipe):
             them = "them" if differing[1:] else "it"
-            end = f"\n{_no_shorter(path, saved)}\nRestore {them},"
+            end = f"\n{_no_shorter(saved)}\nRestore {them},"
         raise RecipeError(
             f"{path} was made by another recipe:{line}{line.join(differing)}{end} or start a new "
             "run from its weights, with lora_model_dir (or base_model)"
         )
 
 
-def _no_shorter(path: Path, saved: Saved) -> str:
+def _no_shorter(saved: Saved) -> str:
     """Why a run cannot be made shorter, and how to end it all the same."""
-    state = parse_json((path / "trainer_state.json").read_text(encoding="utf-8"))
-    number = state.get("max_steps") if isinstance(state, dict) else None
-    planned = f" for {number:,} steps" if isinstance(number, int) else ""
+    planned = "" if saved.planned is None else f" for {saved.planned:,} steps"
     longer = "" if saved.has_fixed_length else ", and it can be made longer"
     return (
         f"The run was planned{planned}, and is not planned anew for fewer. It can be stopped "

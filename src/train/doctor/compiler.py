@@ -61,7 +61,7 @@ def _not_kept() -> str:
     except Exception:  # it imports a broken library, which another check reports
         return ""
     try:
-        kept_folder(os.environ.get(USERS_CACHE))
+        kept_folder(os.environ.get(USERS_CACHE), make=False)
     except (OSError, RuntimeError) as error:
         return f"; each process compiles the kernels for CPUs anew: {reason(error)}"
     return ""

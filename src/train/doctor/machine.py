@@ -96,8 +96,8 @@ def _kept() -> list[CheckResult]:
     from ...kernels.native.build import kept_folder
 
     try:
-        folder = kept_folder(os.environ.get(USERS_CACHE))
-        names = [path.name for path in folder.iterdir()]
+        folder = kept_folder(os.environ.get(USERS_CACHE), make=False)
+        names = [path.name for path in folder.glob("*")]  # of none, if it is not there yet
     except (OSError, RuntimeError):  # the compiler's line says why
         return []
     counts = (

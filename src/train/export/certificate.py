@@ -485,8 +485,8 @@ def _cost(results: Mapping[str, Scores]) -> AuditFinding:
                "kl_on_the_base": base.kl, "largest_logit_error": far.largest,
                "same_next_token": far.same, "same_on_the_base": base.same}  # fmt: skip
     found = (
-        f"it costs {paid:+.4f} nats a token, and {allowed:.4f} is the most that may be expected "
-        f"where it costs the base {own:+.4f}"
+        f"it costs {paid:+.4f} nats a token; the limit is {allowed:.4f}, as it costs the base "
+        f"{own:+.4f}"
     )
     wrong = {} if paid <= allowed else {"the export": found}
     return _finding("format-cost", wrong, found, figures)
@@ -513,7 +513,10 @@ def _other_reader(
         return
     if logits is None:
         if subject.run_by_llama_cpp:
-            reason = "llama-cpp-python is not installed" if some else "there are no rows"
+            reason = "llama-cpp-python is not installed"
+            if not some:
+                long = f"the first row has more than {_LLAMA_TOKENS:,} tokens"
+                reason = long if rows.samples else "there are no rows"
             yield AuditFinding("llama-cpp", "skipped", reason)
         return
     theirs = scores(logits, HeldOut(rows.what, some, []))

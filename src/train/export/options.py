@@ -68,7 +68,7 @@ class ExportChoice:
 
 
 def choose(run: RunFolder, options: ExportOptions) -> ExportChoice:
-    """Check the options, and that everything is there that they need; imports no PyTorch.
+    """Check the options, and that everything is there that they need; loads no model.
 
     Raises:
         RecipeError: an option is wrong, the folder is there already, or a program is missing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -73,11 +73,14 @@ class Smooth:
         return self.sum / self.weight if self.weight else math.nan
 
 
-def loss_ends(losses: Sequence[float]) -> tuple[float, float, str]:
-    """The first and the last of the logged losses, and what they are.
+def loss_ends(losses: Iterable[float]) -> tuple[float, float, str] | None:
+    """The first and the last of the logged losses, and what they are; None if none is finite.
 
-    Each is the mean of a tenth of them, because that of one batch says little.
+    Each is the mean of a tenth of the finite ones, because that of one batch says little.
     """
+    losses = list(filter(math.isfinite, losses))
+    if not losses:
+        return None
     count = max(1, len(losses) // 10)
     first, last = (sum(some) / count for some in (losses[:count], losses[-count:]))
     of = f"means of {count} logged values" if count > 1 else "first and last logged value"

@@ -299,8 +299,9 @@ class RunResult:
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:
             rows["training reward"] = f"{rewards[0]:z.3f} → {rewards[-1]:z.3f}"
-        if losses := [entry["loss"] for entry in self.history if "loss" in entry]:
-            first, last, of = loss_ends(losses)
+        ends = loss_ends(entry["loss"] for entry in self.history if "loss" in entry)
+        if ends is not None:
+            first, last, of = ends
             rows["training loss"] = f"{first:z.3f} → {last:z.3f} ({of})"
         if self.tokens_per_s:  # of a run that resumed at its end there are no steps
             rows["speed"] = (

@@ -109,8 +109,7 @@ class Facts:
 
     def training_loss(self) -> tuple[float, float, str] | None:
         """The training loss at the beginning and at the end, and what these are; None: unknown."""
-        losses = [loss for _, loss in self.history("loss") if math.isfinite(loss)]
-        return loss_ends(losses) if losses else None
+        return loss_ends(loss for _, loss in self.history("loss"))
 
     def validations(self) -> Iterator[tuple[str, str]]:
         """``(key, name)`` of each validation's loss, or reward, in the history."""

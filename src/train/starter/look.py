@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..data.formats.conversation import ROLES
-from ..data.formats.fields import IMAGE_FIELDS
+from ..data.formats.fields import IMAGE_FIELDS, kind
 from ..data.readers import sources
 from ..data.readers.bad_rows import BadRows, require_readable
 from ..data.readers.files import Row
@@ -324,10 +324,10 @@ def look(dataset: Dataset) -> RowsRead:
     draw, sample, features = random.Random(0), list[Row](), ChatFeatures()
     first: tuple[str, Any, Shape] | None = None
     count, bad = 0, BadRows()
-    for where, row in replace(source, limit=limit + 1).rows_and_faults():
-        if bad.enough:
+    rows = replace(source, limit=limit + 1).rows_and_faults()
+    for number, (where, row) in enumerate(rows):
+        if number == limit or bad.enough:
             bad.rest = "later ones were not looked at"
-        if count == limit or bad.enough:
             break
         try:
             shape = shape_of(row, where)
@@ -362,9 +362,19 @@ def _mixed(where: str, row: Any, shape: Shape, place: str, before: Any, first: S
     """Why a row does not go with the first one, ``before``, at ``place``."""
     has, had = _field_names(row, shape), _field_names(before, first)
     if shape.kind == first.kind:
+        what, todo = "which means the same by other names", "Rename them"
+        if set(row) < set(before) or set(before) < set(row):
+            more = ", ".join(sorted(set(row) ^ set(before)))
+            what, todo = f"so one of them lacks {more}", "Give all rows the same fields"
+        elif others := [
+            f"{name} is {kind(row[name])} here and {kind(before[name])} there"
+            for name in row
+            if name in before and kind(row[name]) != kind(before[name])
+        ]:
+            what, todo = f"but {', '.join(others)}", "Write them alike"
         return (
-            f"{where}: this row has {has}, and the first one ({place}) has {had}, which means the "
-            "same by other names. Rename them, or put such rows into a file of their own"
+            f"{where}: this row has {has}, and the first one ({place}) has {had}, {what}. {todo}, "
+            "or put such rows into a file of their own"
         )
     return (
         f"{where}: this row is {shape.kind} (it has {has}), and the first one ({place}) is "

@@ -234,6 +234,16 @@ def test_fewer_steps(recipe: dict[str, Any], made: Path) -> None:
     assert str(error.value).startswith(said)
 
 
+def test_fewer_and_more_steps_than_epochs_had(recipe: dict[str, Any], made: Path) -> None:
+    by_rows = {**recipe, "max_steps": None, "num_epochs": 2}
+    resume.Saved(load_recipe(by_rows).recorded(), "rows", 2, {}, 0.25, 1, {}).write(made)
+    (made / "trainer_state.json").write_text('{"max_steps": 12}')
+    with pytest.raises(RecipeError, match=r"max_steps was \S+ and is 3\n.* planned for 12 steps"):
+        resume.load(made, load_recipe({**by_rows, "max_steps": 3}))
+    longer = load_recipe({**by_rows, "max_steps": 13})
+    assert resume.load(made, longer).longer_keys(longer) == {"max_steps"}
+
+
 def test_several_keys_that_are_others(recipe: dict[str, Any], made: Path) -> None:
     with pytest.raises(RecipeError) as error:
         resume.load(made, load_recipe({**recipe, "learning_rate": 0.5, "lora_r": 8}))

@@ -91,6 +91,8 @@ def test_a_compiler_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_folder_that_keeps_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     assert compiler._not_kept() == ""
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "fusewright" / "kernels").mkdir(parents=True)
     (tmp_path / "fusewright" / "kernels").chmod(0o777)
     assert re.search("kernels .* anew: PermissionError: others may write to", compiler._not_kept())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null")

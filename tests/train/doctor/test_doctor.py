@@ -74,7 +74,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert seconds < 30
     kept = own / "fusewright" / "kernels"  # where runs keep things, and not where doctor does
     assert of(found, "machine")["kept for later processes"]["note"] == str(kept)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.iterdir()) == []
     versions = of(found, "packages")
     assert versions["torch"]["value"] == version("torch")
     assert versions["torch"]["note"] == "wanted: >=2.11"
@@ -237,12 +237,12 @@ def test_what_triton_runs(tmp_path: Path) -> None:
 def test_what_is_kept_for_later_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("glu-1.so", "verdict-1.json", "verdict-2.json", "choice-1.json", "other"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(build, "kept_folder", lambda cache: tmp_path)
+    monkeypatch.setattr(build, "kept_folder", lambda cache, make: tmp_path)
     (result,) = _kept()
     assert result.value == "1 libraries, 2 verdicts, 1 choices"
     assert result.note == str(tmp_path)
 
-    def none_there(cache: str | None) -> Path:
+    def none_there(cache: str | None, make: bool) -> Path:
         raise PermissionError("others may write to it")
 
     monkeypatch.setattr(build, "kept_folder", none_there)

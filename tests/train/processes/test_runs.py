@@ -48,7 +48,7 @@ def assert_as_one(run: Run, one: Run, tolerance: float = 1e-5) -> None:
 def assert_said_once(run: Run) -> None:
     """What two processes print is what one would have printed."""
     announced = "importing PyTorch and transformers"
-    assert set(run.err.splitlines()) <= {announced}
+    assert run.err.splitlines() in ([announced], [announced] * 2)  # the launcher and rank 0
     # what DeepSpeed prints where there is no GPU
     lines = [line for line in run.out.splitlines() if line.strip() and "shm_comm_op" not in line]
     assert [line for line, times in Counter(lines).items() if times > 1] == []

@@ -16,6 +16,7 @@ from fusewright.memory.budget import Budget
 from fusewright.train import train
 from fusewright.train.data.readers.files import SUFFIXES
 from fusewright.train.recipe.recipe import Dataset, Recipe
+from fusewright.train.starter import look
 from fusewright.train.starter.choose import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
 from fusewright.train.starter.look import look_at
@@ -205,6 +206,37 @@ def test_all_faults_are_named_at_once(model: Path, tmp_path: Path) -> None:
     said = refused("init", "chats.jsonl", "--model", model)
     assert "line 1: no message has the role" in said
     assert said.rstrip().endswith("(likewise line 2); 2 rows cannot be used")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"content": "b"}, "which means the same by other names. Rename them"),
+        ({"instruction": "a", "output": "b", "system": "c"},
+         "so one of them lacks system. Give all rows the same fields"),
+        ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": []},
+         "but chosen is a list here and text there, rejected is a list here and text there. Write"),
+    ],
+)  # fmt: skip
+def test_rows_of_one_kind_that_do_not_go_together(
+    other: dict[str, Any], said: str, model: Path, tmp_path: Path
+) -> None:
+    first = {"content": {"text": "a"}, "system": {"instruction": "a", "output": "b"}}.get(
+        next(reversed(other)), {"prompt": "a", "chosen": "b", "rejected": "c"}
+    )
+    write_rows(tmp_path / "rows.jsonl", [first, other])
+    assert said in refused("init", "rows.jsonl", "--model", model)
+
+
+def test_bad_rows_of_a_file_that_is_not_read_to_its_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "_MOST", 20)
+    write_rows(tmp_path / "rows.jsonl", [{"foo": 1}, *[{"text": "a"}] * 40])
+    said = refused("init", "rows.jsonl", "--model", model)
+    assert "1 row or more cannot be used: later ones were not looked at" in said
+    write_rows(tmp_path / "rows.jsonl", [{"foo": 1}, *[{"text": "a"}] * 19])
+    assert "not looked at" not in refused("init", "rows.jsonl", "--model", model)
 
 
 def test_a_fault_far_behind_the_sample_is_found(model: Path, tmp_path: Path) -> None:
