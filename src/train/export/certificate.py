@@ -74,8 +74,11 @@ class Writer(Protocol):
     def tokenizer(self, folder: Path, ours: Any) -> TokenizerRead:
         """The tokenizer as it is read; ``ours`` is the run's."""
 
-    def other_reader(self, folder: Path, length: int) -> Logits | None:
-        """What another engine computes from the file, for texts of so many tokens; None: none."""
+    def other_reader(self, folder: Path, length: int) -> Logits | str:
+        """What another engine computes from the file, for texts of so many tokens.
+
+        Or why it does not; an empty text where no other engine is asked about the format.
+        """
 
 
 @dataclass
@@ -88,7 +91,6 @@ class Subject:
         scratch: a folder for what is needed on the way.
         files: datasets to judge on, in place of the run's rows.
         dequantize: whether the adapter was merged into the base's dequantized weights.
-        run_by_llama_cpp: whether that is what reads the format.
     """
 
     run: RunFolder
@@ -99,7 +101,6 @@ class Subject:
     files: Sequence[Path] = ()
     dequantize: bool = False
     unread: str = "the export could not be read"
-    run_by_llama_cpp: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -238,7 +239,7 @@ def _results(subject: Subject, base: _Base | None, rows: HeldOut) -> dict[str, S
                 raise
             subject.unread = first_line(error)
             logits = _otherwise(subject, base.export if base and "base" in name else None, rows)
-            if logits is not None:
+            if not isinstance(logits, str):
                 results[name] = scores(logits, rows)
             continue
         results[name] = scores(forward(model), rows)
@@ -248,12 +249,13 @@ def _results(subject: Subject, base: _Base | None, rows: HeldOut) -> dict[str, S
     return results
 
 
-def _otherwise(subject: Subject, folder: Path | None, rows: HeldOut) -> Logits | None:
-    """What another reader than transformers computes, by default from the export."""
+def _otherwise(subject: Subject, folder: Path | None, rows: HeldOut) -> Logits | str:
+    """What another reader than transformers computes, by default from the export, or why not."""
     length = max(len(ids) for ids in (*(s.input_ids for s in rows.samples), *rows.prompts))
-    with suppress(ValueError):  # it cannot read it, either
+    try:
         return subject.writer.other_reader(folder or subject.export, length)
-    return None
+    except ValueError as error:  # it cannot read it, either
+        return first_line(error)
 
 
 # --- the questions about tensors -----------------------------------------------------------------
@@ -507,17 +509,16 @@ def _other_reader(
         tokens += len(sample.input_ids)
     length = max((len(s.input_ids) for s in some), default=0)
     try:
-        logits = subject.writer.other_reader(subject.export, length) if some else None
+        logits = subject.writer.other_reader(subject.export, length)
     except ValueError as error:
         yield _finding("llama-cpp", {"llama.cpp": first_line(error)}, "")
         return
-    if logits is None:
-        if subject.run_by_llama_cpp:
-            reason = "llama-cpp-python is not installed"
-            if not some:
-                long = f"the first row has more than {_LLAMA_TOKENS:,} tokens"
-                reason = long if rows.samples else "there are no rows"
-            yield AuditFinding("llama-cpp", "skipped", reason)
+    if not isinstance(logits, str) and not some:
+        long = f"the first row has more than {_LLAMA_TOKENS:,} tokens"
+        logits = long if rows.samples else "there are no rows"
+    if isinstance(logits, str):
+        if logits:
+            yield AuditFinding("llama-cpp", "skipped", logits)
         return
     theirs = scores(logits, HeldOut(rows.what, some, []))
     count = len(theirs.losses)

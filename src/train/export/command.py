@@ -113,7 +113,6 @@ def _export(
     if options.certify:
         subject = Subject(
             run, merged, folder, writer, scratch, options.data, options.dequantize,
-            run_by_llama_cpp=isinstance(writer, GgufWriter),
         )  # fmt: skip
         audit = certify(subject)
         _record(audit, run, options, format, folder)

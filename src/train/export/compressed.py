@@ -269,9 +269,9 @@ class CompressedWriter:
         """The tokenizer that is in the folder."""
         return folder_tokenizer(folder, self.consent)
 
-    def other_reader(self, folder: Path, length: int) -> Logits | None:
-        """None: vLLM needs a GPU."""
-        return None
+    def other_reader(self, folder: Path, length: int) -> Logits | str:
+        """Nothing: vLLM needs a GPU."""
+        return ""
 
 
 class CompressedFiles:

@@ -204,10 +204,10 @@ class GgufWriter:
 
         return TokenizerRead(encode, template, None if end is None else int(end))
 
-    def other_reader(self, folder: Path, length: int) -> Logits | None:
+    def other_reader(self, folder: Path, length: int) -> Logits | str:
         """What llama.cpp computes from the file, for texts of up to ``length`` tokens."""
         if not has_llama_cpp_python():
-            return None
+            return "llama-cpp-python is not installed"
         import llama_cpp
 
         size = max(length, 64)

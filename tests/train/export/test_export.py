@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +26,12 @@ from transformers import (
 )
 
 from fusewright.train import merge, train
-from fusewright.train.export import compressed, ollama
+from fusewright.train.data.sample import Sample
+from fusewright.train.export import certificate, compressed, ollama
 from fusewright.train.export.certificate import CHECKS
 from fusewright.train.export.options import ExportOptions, choose
 from fusewright.train.export.reading import compared
+from fusewright.train.export.scores import HeldOut
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.model.rounding import misfit, roundtrip
 from fusewright.train.recipe.export_formats import FORMATS
@@ -450,3 +453,24 @@ def test_roundtrips() -> None:
         error = (rounded - weight).norm(dim=1) / weight.norm(dim=1)  # of each row, large or small
         assert float(error.max()) < 0.15, format.name
     assert set(CHECKS) >= {"merged-tensors", "exported-tensors", "format-cost"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ("", []),
+        ("llama-cpp-python is not installed", ["llama-cpp-python is not installed"]),
+        ([], ["there are no rows"]),
+        ([3000], ["the first row has more than 2,048 tokens"]),
+    ],
+)
+def test_why_no_other_engine_is_asked(tokens: str | list[int], said: list[str]) -> None:
+    why = tokens if isinstance(tokens, str) else None
+    rows = [] if why is not None else [Sample([1] * n, [1] * n) for n in tokens]
+    writer = SimpleNamespace(other_reader=lambda *_: torch.zeros if why is None else why)
+    subject: Any = SimpleNamespace(writer=writer, export=Path("export"))
+    results: Any = {"exported": SimpleNamespace(answers=["a"])}
+    found = certificate._other_reader(subject, results, HeldOut("rows", rows, []))
+    assert [(f.check, f.verdict, f.reason) for f in found] == [
+        ("llama-cpp", "skipped", reason) for reason in said
+    ]
