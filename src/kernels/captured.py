@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +23,19 @@ goes to that one, and is lost.
 """
 
 
+def mark_frozen(ctx: Any, results: Sequence[Tensor], frozen: Iterable[bool]) -> None:
+    """Mark those results that need no gradient; to be called in a function's forward."""
+    ctx.frozen = tuple(frozen)
+    pairs = zip(results, ctx.frozen, strict=True)
+    ctx.mark_non_differentiable(*(out for out, is_frozen in pairs if is_frozen))
+
+
 def capturable(function: Function) -> Function:
     """Decorate an autograd function: captured, it returns nothing that has another name, too."""
     if KNOWS_MARK_DIRTY:
         return function
     forward = function.forward
+    marks = mark_frozen.__name__ in forward.__code__.co_names
 
     @functools.wraps(forward)
     def run(ctx: Any, *args: Any) -> Any:
@@ -35,7 +44,10 @@ def capturable(function: Function) -> Function:
             return results
         if isinstance(results, Tensor):
             return results.clone()
-        return tuple([r.clone() if isinstance(r, Tensor) else r for r in results])
+        copies = tuple([r.clone() if isinstance(r, Tensor) else r for r in results])
+        if marks:
+            mark_frozen(ctx, copies, ctx.frozen)
+        return copies
 
     function.forward = staticmethod(run)  # type: ignore[method-assign]
     return function

@@ -31,6 +31,34 @@ def test_every_op_returns_nothing_under_two_names() -> None:
     assert found > 15
 
 
+@pytest.mark.parametrize("keeps_gradients", [True, False])
+def test_what_needs_no_gradient_is_returned_so(
+    keeps_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "KNOWS_MARK_DIRTY", keeps_gradients)
+
+    @captured.capturable
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            outs = x.sin(), y.sin()
+            captured.mark_frozen(ctx, outs, (not needed for needed in ctx.needs_input_grad))
+            return outs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return grads
+
+    def call(x: Tensor, y: Tensor) -> Any:
+        return Both.apply(x * 1, y * 1)
+
+    x, y = torch.randn(5, requires_grad=True), torch.randn(5)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for run in (call, compiled):
+        assert [out.requires_grad for out in run(x, y)] == [True, False]
+        assert [out.requires_grad for out in run(y, x)] == [False, True]
+
+
 def test_what_is_returned_is_a_value_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "KNOWS_MARK_DIRTY", False)
 

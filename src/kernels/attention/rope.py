@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..captured import capturable
+from ..captured import capturable, mark_frozen
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, on_several_devices
@@ -213,8 +213,7 @@ class _Rope(torch.autograd.Function):
         run = _launch_rotate if ctx.triton else rotate
         dtype = torch.promote_types(tensors[0].dtype, cos.dtype)
         outs = tuple(run(tensors, cos, sin, rotary_dim, layout, False, dtype))
-        needs = zip(outs, ctx.needs_input_grad[4:], strict=True)
-        ctx.mark_non_differentiable(*(out for out, needed in needs if not needed))
+        mark_frozen(ctx, outs, (not needed for needed in ctx.needs_input_grad[4:]))
         return outs
 
     @staticmethod

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..captured import capturable
+from ..captured import capturable, mark_frozen
 from ..matmul import through_fp32
 from ..op import Maker, Op, loses_precision, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_saved
@@ -165,9 +165,7 @@ class _Linears(torch.autograd.Function):
         ctx.constants, ctx.name, ctx.unsaved = constants, name, unsaved
         ctx.like, ctx.recompute = (x.shape, x.dtype, source.dtype), recompute
         outs = tuple([output(rows, layer, h) for layer, h in zip(layers, hs, strict=True)])
-        if not need_x and len(layers) > 1:
-            pairs = zip(outs, needs, strict=True)
-            ctx.mark_non_differentiable(*(out for out, need in pairs if not any(need)))
+        mark_frozen(ctx, outs, (not need_x and not any(need) for need in needs))
         return outs  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
