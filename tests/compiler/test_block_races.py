@@ -212,6 +212,24 @@ def test_a_race_leaves_nothing_behind(seconds: tuple[float, float]) -> None:
         torch.testing.assert_close(parameter.grad, eager.get_parameter(name).grad)
 
 
+def test_the_first_block_is_raced_as_later_ones_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input needs no gradient below frozen embeddings, and that of all others does."""
+    plain = model()
+    plain.embedding.requires_grad_(False)
+    found: dict[str, set[int]] = {OURS: set(), EAGER: set()}
+    real = block_races._Race.step
+
+    def step(self: Any, form: str) -> list[Tensor]:
+        gradients = real(self, form)
+        found[form].add(len(gradients))
+        return gradients
+
+    monkeypatch.setattr(block_races._Race, "step", step)
+    train(fused(plain))
+    number = len(list(plain.layers[0].parameters())) + 1
+    assert found == {OURS: {number}, EAGER: {number}}
+
+
 def test_a_block_that_counts_its_calls_is_not_raced() -> None:
     ours = fused(model())
     for layer in ours.layers:
