@@ -125,8 +125,7 @@ class BlockRaces:
         reason = self._reasons.get(key)
         # without gradients a block runs as it does with them
         if reason is None and torch.is_grad_enabled() and _may_race(module, args, kwargs, x):
-            is_repeated = any(module is block for block in planner.blocks)
-            copies = _Copies(args, kwargs, x, is_repeated)
+            copies = _Copies(args, kwargs, x, as_later=module in planner.blocks)
             race = _Race(self, planner, module, run, failure, copies)
             try:
                 chosen = choose(race.question(key), _machine(x.device, module))

@@ -97,7 +97,10 @@ def nothing_left(counts: Mapping[str, int], limits: Limits) -> str:
     """Why no row of a dataset is left, and what to do."""
     longer = "raise sequence_len, or set excess_length_strategy: truncate"
     if limits.excess == "truncate":  # which has cut all others
-        longer = "raise sequence_len, for rows with images are not cut, or lower image_max_pixels"
+        longer = (
+            "raise sequence_len: what is trained comes behind the cut (rows with images are not "
+            "cut: lower image_max_pixels)"
+        )
     reasons = [
         (f"{counts[key]:,} {words}", todo)
         for key, words, todo in (
