@@ -474,3 +474,21 @@ def test_why_no_other_engine_is_asked(tokens: str | list[int], said: list[str]) 
     assert [(f.check, f.verdict, f.reason) for f in found] == [
         ("llama-cpp", "skipped", reason) for reason in said
     ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base", "verdict"),
+    [("bfloat16", 5.0, "skipped"), ("float32", 5.0, "fail"), ("bfloat16", 6.0, "fail")],
+)
+def test_a_loss_that_was_recorded_in_16_bits(dtype: str, base: float, verdict: str) -> None:
+    facts = {"val_loss_before": 5.0, "val_loss_after": 4.0, "dtype": dtype}
+    subject: Any = SimpleNamespace(run=SimpleNamespace(recipe={}, facts=facts))
+    trained: Any = SimpleNamespace(loss=3.7, losses=torch.zeros(0))
+    results: Any = {"base": SimpleNamespace(loss=base, losses=torch.zeros(0)), "adapter": trained}
+    rows: Any = SimpleNamespace(spread=lambda losses: 0.0)
+    found = certificate._recorded(subject, results, trained, rows)
+    assert found.verdict == verdict
+    assert verdict == "fail" or found.reason == (
+        "the base agrees; trained: its loss is 3.7000, and the run recorded 4.0000 in bfloat16, in "
+        "which it rounds otherwise"
+    )
