@@ -38,13 +38,13 @@ def run(command: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "fusewright.cli", *command.split()[1:]]
         done = subprocess.run(
-            [*words, "--output_dir", folder],
+            [*words, "--output_dir", str(Path(folder, "quickstart"))],
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-        return done.stdout.replace(folder, "outputs/quickstart")
+        return done.stdout.replace(folder, "outputs")
 
 
 if __name__ == "__main__":
