@@ -232,7 +232,8 @@ def merge(
     console = Terminal(highlight=False)
     if opened.adapter:
         asked = ["fusewright", "export", str(run), "--format", "merged"]
-        asked += ["-q", dtype] if dtype else []
+        # an export has one name of each, and ``merge`` has checked this one
+        asked += ["-q", str(command.DTYPES[dtype]).removeprefix("torch.")] if dtype else []
         asked += ["--dequantize"] if dequantize else []
         say(console, f"a certificate of what rounding left of the training: {shlex.join(asked)}")
     if (line := vllm_line(merged, opened.consent)) is not None:

@@ -365,8 +365,9 @@ def _race(question: Question, clock: Clock) -> Choice:
     fastest, source = _fastest(question, times), "raced"
     if busy:
         # the clock counts other programs, the processor's time all threads of a form together
-        by_both = fastest == _fastest(question, busy)
-        fastest, times, source = fastest if by_both else question.fixed, busy, BUSY
+        if fastest != _fastest(question, busy) and question.fixed in times:
+            fastest = question.fixed
+        times, source = busy, BUSY
     best = {name: min(taken) for name, taken in times.items()}
     return Choice(question.name, fastest, source, best, refused)
 

@@ -51,10 +51,11 @@ from .output_files import (
 )
 from .terminal import Terminal, announce, say
 
-_DTYPES = {
+DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
+"""Names of dtypes that may be asked for."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,10 @@ def _dtype(run: RunFolder, name: str | None) -> torch.dtype | None:
             return None
         name = recipe_with(run, {}).precision()
         name = (run.facts.get("dtype") or name) if name == "auto" else name
-        return dtype_for_training("auto") if name == "auto" else _DTYPES[name]
-    if name not in _DTYPES:
+        return dtype_for_training("auto") if name == "auto" else DTYPES[name]
+    if name not in DTYPES:
         raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {name!r}")
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder: Path) -> None:

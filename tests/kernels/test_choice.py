@@ -240,6 +240,18 @@ def test_where_others_have_the_cpu_both_times_decide_and_nothing_is_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_refused_is_not_taken_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, processor = Clock(), Clock()
+    switches = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(choice, "_switches", lambda: next(switches))
+    monkeypatch.setattr(choice.time, "process_time", processor)
+    first = clock.candidate("first", 1.0, processor.candidate("first", 4.0).run)
+    plain = clock.candidate("plain", 2.0, processor.candidate("plain", 2.0).run)
+    broken = clock.candidate("own", 0.5, raise_error(RuntimeError("no kernel image")))
+    found = race(question(first, broken, plain, fixed="own"), clock)
+    assert (found.candidate, found.source) == ("first", choice.BUSY)
+
+
 def test_what_one_rank_would_race_again_no_other_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     monkeypatch.setattr(choice, "has_peers", lambda: True)

@@ -116,8 +116,8 @@ def test_the_line_for_vllm(settings: dict[str, object], why: str | None, tmp_pat
 
 def test_the_line_for_vllm_of_whole_models(tmp_path: Path) -> None:
     run = make_adapter(tmp_path, use_dora=True)
-    *_, check, said = fusewright("merge", run).stdout.splitlines()
-    assert check.endswith(f"training: fusewright export {run} --format merged")
+    *_, check, said = fusewright("merge", run, "--dtype", "bf16").stdout.splitlines()
+    assert check.endswith(f"training: fusewright export {run} --format merged -q bfloat16")
     assert said == f"for vLLM: vllm serve {run / 'merged'} --served-model-name merged"
     assert vllm_line(run / "merged") == said
     newer = (run / "merged").stat().st_mtime + 5

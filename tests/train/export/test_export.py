@@ -477,18 +477,25 @@ def test_why_no_other_engine_is_asked(tokens: str | list[int], said: list[str]) 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "base", "verdict"),
-    [("bfloat16", 5.0, "skipped"), ("float32", 5.0, "fail"), ("bfloat16", 6.0, "fail")],
+    ("dtype", "base", "in_its_own", "verdict"),
+    [
+        ("bfloat16", 5.0, 4.0, "pass"),
+        ("bfloat16", 5.0, 3.7, "fail"),  # other weights
+        ("bfloat16", 6.0, 4.0, "fail"),  # another base
+        ("float32", 5.0, 4.0, "fail"),
+    ],
 )
-def test_a_loss_that_was_recorded_in_16_bits(dtype: str, base: float, verdict: str) -> None:
+def test_a_loss_that_was_recorded_in_16_bits(
+    dtype: str, base: float, in_its_own: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(loss: float) -> Any:
+        return SimpleNamespace(loss=loss, losses=torch.zeros(0))
+
+    monkeypatch.setattr(certificate, "load_model_of", lambda run: "the run's")
+    monkeypatch.setattr(certificate, "forward", lambda model: model)
+    monkeypatch.setattr(certificate, "scores", lambda logits, rows: of(in_its_own))
     facts = {"val_loss_before": 5.0, "val_loss_after": 4.0, "dtype": dtype}
     subject: Any = SimpleNamespace(run=SimpleNamespace(recipe={}, facts=facts))
-    trained: Any = SimpleNamespace(loss=3.7, losses=torch.zeros(0))
-    results: Any = {"base": SimpleNamespace(loss=base, losses=torch.zeros(0)), "adapter": trained}
     rows: Any = SimpleNamespace(spread=lambda losses: 0.0)
-    found = certificate._recorded(subject, results, trained, rows)
+    found = certificate._recorded(subject, {"base": of(base), "adapter": of(3.7)}, of(3.7), rows)
     assert found.verdict == verdict
-    assert verdict == "fail" or found.reason == (
-        "the base agrees; trained: its loss is 3.7000, and the run recorded 4.0000 in bfloat16, in "
-        "which it rounds otherwise"
-    )
