@@ -125,6 +125,8 @@ class BlockRaces:
         reason = self._reasons.get(key)
         # without gradients a block runs as it does with them
         if reason is None and torch.is_grad_enabled() and _may_race(module, args, kwargs, x):
+            if module in planner.blocks:
+                planner.begin(module, prod(sizes))  # once: it costs as much as a fifth of a call
             copies = _Copies(args, kwargs, x, as_later=module in planner.blocks)
             race = _Race(self, planner, module, run, failure, copies)
             try:
@@ -144,6 +146,11 @@ class BlockRaces:
     def pending(self) -> str:
         """What a first training step may still change; empty where nothing will be raced."""
         return _PENDING if self._may_choose() and not self.has_trained else ""
+
+    @property
+    def is_racing(self) -> bool:
+        """Whether the calls at hand are a race's, which begin no step."""
+        return self._form is not None
 
     def has_lost(self, watch: Watch) -> bool:
         """Whether no call of a block, of which one runs as it was, has run its graph."""

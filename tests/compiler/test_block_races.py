@@ -230,6 +230,25 @@ def test_the_first_block_is_raced_as_later_ones_run(monkeypatch: pytest.MonkeyPa
     assert found == {OURS: {number}, EAGER: {number}}
 
 
+def test_calls_of_a_race_do_no_work_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each begin looks at all parameters of the model, at the expense of our form alone."""
+    begun, real = list[nn.Module](), Planner.begin
+
+    def begin(self: Planner, module: nn.Module, rows: int) -> None:
+        begun.append(module)
+        real(self, module, rows)
+
+    monkeypatch.setattr(Planner, "begin", begin)
+    m = fused(model(), memory="auto")
+    with taking(FAST, SLOW) as calls:
+        train(m)
+    assert calls.count(OURS) > 2
+    first, second = m.layers
+    assert begun == [first, first, second]  # before the race, and as the step calls them
+    assert m(IDS)[0].requires_grad
+    assert begun[3:] == [first, second]
+
+
 def test_a_block_that_counts_its_calls_is_not_raced() -> None:
     ours = fused(model())
     for layer in ours.layers:

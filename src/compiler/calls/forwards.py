@@ -294,7 +294,8 @@ def _level(
     if inside_checkpoint():  # somebody else's: it has another graph there
         return lambda: "outer"
     planner = session.choices.planner
-    planner.begin(module, prod(sizes or ()))
+    if not session.choices.races.is_racing:
+        planner.begin(module, prod(sizes or ()))
     return lambda: planner.level(module)
 
 
