@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..compiler.bypass import A_CACHE
 from ..report import Report
 from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
@@ -227,7 +228,9 @@ def _validated_last(result: RunResult) -> dict[str, float] | None:
 
 def summary(report: Report) -> str:
     """The optimize report in a line."""
-    number = len(report.gaps()) + len(report.bypasses) - len(report.lost())
+    # calls with a cache are those that answer a prompt: training itself makes none
+    others = [b for b in report.bypasses if not b.faster and b.reason != A_CACHE]
+    number = len(report.gaps()) + len(others)
     left = f"; {number} left as before: report.html says why" if number else ""
     return f"optimized: {report.headline()}{left} (--verbose: the whole table)"
 

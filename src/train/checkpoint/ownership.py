@@ -23,6 +23,10 @@ RESULTS = (
     "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 
+_PATTERNS = (
+    "model-*-of-*.safetensors", "nan-batch-*", "completions/completions_*.parquet", "eval-*.json",
+)  # fmt: skip
+
 _HARMLESS = frozenset({
     ".gitignore", ".gitkeep", ".DS_Store", "lost+found", "runs", LOCK, card.NAME,
 })  # fmt: skip
@@ -63,7 +67,7 @@ def results(folder: Path) -> Iterator[Path]:
     if (folder / card.NAME).exists() and card.is_generated(folder / card.NAME):
         yield folder / card.NAME
     yield from checkpoints(folder)
-    for pattern in ("model-*-of-*.safetensors", "nan-batch-*", "completions/completions_*.parquet"):
+    for pattern in _PATTERNS:
         yield from sorted(folder.glob(pattern))
 
 

@@ -39,7 +39,7 @@ from .preferences.encoder import PreferenceEncoder
 from .readers import sources
 from .readers.bad_rows import BadRows, BadRowsError, raise_any
 from .readers.files import Row
-from .readers.limits import Limits, Part, nothing_left
+from .readers.limits import Limits, Part, blank_tokens, nothing_left
 from .readers.sources import DataSource
 from .sample import Sample
 from .workers import Work, batches, parts
@@ -210,7 +210,9 @@ def _work(
     images = reader_of(recipe, dataset, processing, copies)
     encoder = encoder_for(dataset, recipe, tokenizer, longest, day, images)
     shortest = recipe.min_sample_len or (1 if rows_of(recipe) == "prompts" else 2)
-    limits = Limits(longest, shortest, recipe.excess_length_strategy, encoder.watched)
+    limits = Limits(
+        longest, shortest, recipe.excess_length_strategy, encoder.watched, blank_tokens(tokenizer)
+    )
     return Work(encoder, limits)
 
 

@@ -376,8 +376,9 @@ def _finding(
     more = f"; and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
     reason = f"{name}: {problem}{more}"
     return AuditFinding(
-        check, "fail", reason, tuple(wrong), figures={**(figures or {}), "wrong": wrong}
-    )
+        check, "fail", reason, tuple(wrong), CHECKS[check].advice,
+        {**(figures or {}), "wrong": wrong},
+    )  # fmt: skip
 
 
 # --- the questions about texts -------------------------------------------------------------------
@@ -459,7 +460,9 @@ def _recorded(
     # what was trained and validated in 16 bits can have quite another loss in float32
     if is_alone and agrees(scores(forward(load_model_of(subject.run)), rows), after):
         wrong = {}
-    return _finding("recorded-loss", wrong, f"{before:.4f} before and {after:.4f} after training")
+    within = allowed + 3 * rows.spread(trained.losses)
+    found = f"{before:.4f} before and {after:.4f} after training, within {within:.4f}"
+    return _finding("recorded-loss", wrong, found)
 
 
 def _gain(results: Mapping[str, Scores], rows: HeldOut) -> AuditFinding:
@@ -492,13 +495,15 @@ def _cost(results: Mapping[str, Scores]) -> AuditFinding:
     far = distance(results["merged"], results["exported"])
     base = distance(results["base"], results["base, exported"])
     # rounding may happen to help on some rows; the divergence is what it costs on average
-    allowed = FACTOR * max(abs(own), base.kl) + 2 * (error + own_error)
-    figures = {"cost": paid, "on_the_base": own, "allowed": allowed, "kl": far.kl,
+    expected, noise = max(abs(own), base.kl), 2 * (error + own_error)
+    allowed = FACTOR * expected + noise
+    figures = {"cost": paid, "on_the_base": own, "allowed": allowed, "noise": noise, "kl": far.kl,
                "kl_on_the_base": base.kl, "largest_logit_error": far.largest,
                "same_next_token": far.same, "same_on_the_base": base.same}  # fmt: skip
     found = (
-        f"it costs {paid:+.4f} nats a token; the limit is {allowed:.4f}, as it costs the base "
-        f"{own:+.4f}"
+        f"it costs {paid:+.4f} nats a token; the limit is {allowed:.4f}, which is {FACTOR:g} times "
+        f"what it costs the base ({'loss' if expected > base.kl else 'divergence'} "
+        f"{expected:.4f}) and two standard errors ({noise:.4f})"
     )
     wrong = {} if paid <= allowed else {"the export": found}
     return _finding("format-cost", wrong, found, figures)

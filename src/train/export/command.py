@@ -29,7 +29,7 @@ from ..report.environment import machine, versions
 from ..serve import vllm_line
 from ..terminal import Terminal, announce, say
 from . import ollama
-from .certificate import CHECKS, Subject, Writer, certify
+from .certificate import Subject, Writer, certify
 from .compressed import CompressedWriter
 from .gguf_file import GgufWriter
 from .merged import MergedWriter
@@ -233,7 +233,7 @@ def show(audit: Audit, console: Console) -> None:
         mark = {"pass": "✓", "fail": "✗", "skipped": "–"}[finding.verdict]
         say(console, f"{mark} {finding.check}: {finding.reason}")
         if finding.verdict == "fail":
-            say(console, f"    {finding.advice or CHECKS[finding.check].advice}")
+            say(console, f"    {finding.advice}")
     greedy = audit.facts["greedy"]
     if not greedy["prompts"]:
         return

@@ -67,12 +67,13 @@ def evaluate(
     as_json: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Compute the loss of ``run``, print it, and write it to ``eval.json``, whose path is returned.
+    """Compute the loss of ``run``, print it, and write it to a file, whose path is returned.
 
     Masks, the limit of length and packing are those of the run's recipe. A folder without
     ``run.json`` is taken for one that was trained on chats, with the defaults of a recipe.
     ``files`` are datasets, read as the first one of the recipe was, by default the rows that the
-    run held out for validation. With ``as_json`` only the content of ``eval.json`` is printed.
+    run held out for validation. The file is ``eval.json`` in the run's folder, that of datasets
+    ``eval-NAME.json`` with their names. With ``as_json`` only its content is printed.
 
     Raises:
         ModelError: the run cannot be loaded, or held out no rows.
@@ -101,7 +102,8 @@ def evaluate(
                 metrics |= _by_method(model, recipe, processing, prepared, console)
             else:
                 metrics |= _by_token(model, recipe, processing, prepared)
-    path = _write(run, metrics, recorded)
+    name = "-".join(["eval", *dict.fromkeys(f.stem for f in files)])[:100]
+    path = _write(run, f"{name}.json", metrics, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
     else:
@@ -267,13 +269,15 @@ def _figure(results: dict[str, EvalMetrics]) -> str:
     return "reward" if any(of.loss is None for of in results.values()) else "loss"
 
 
-def _write(run: RunFolder, results: dict[str, EvalMetrics], recorded: float | None) -> Path:
+def _write(
+    run: RunFolder, name: str, results: dict[str, EvalMetrics], recorded: float | None
+) -> Path:
     content = {
         _figure(results): _whole(results),
         "results": {name: asdict(figures) for name, figures in results.items()},
         f"recorded_val_{_figure(results)}": recorded,
     }
-    return write_results(run, "eval.json", content)
+    return write_results(run, name, content)
 
 
 def write_results(run: RunFolder, name: str, content: Mapping[str, Any]) -> Path:
@@ -287,7 +291,7 @@ def write_results(run: RunFolder, name: str, content: Mapping[str, Any]) -> Path
         "run": str(run.folder), "date": date, **content, "versions": versions(),
         "machine": machine(),
     }  # fmt: skip
-    link = link_in(run.folder)
+    link = path if path.is_symlink() else link_in(run.folder)
     if link is not None:
         raise ModelError(f"{link} is a symbolic link; {path.name} would be written elsewhere")
     try:

@@ -16,6 +16,7 @@ from ..data.chat.template import Chat
 from ..data.formats.registry import Encoder, format_of
 from ..data.images.picture import NoImages
 from ..data.images.reading import reader_of
+from ..data.readers.limits import blank_tokens, says_nothing
 from ..data.sample import Tokens
 from ..data.workers import bad_rows
 from ..processing import Processing
@@ -41,12 +42,14 @@ _WHOLE = 1 << 30
 class Lengths:
     """Tokens of each row in the sample; ``counted`` with a tokenizer, not estimated.
 
-    ``trained`` is the fraction of them that is trained; None: not known.
+    ``trained`` is the fraction of them that is trained; None: not known. ``silent`` is the number
+    of rows whose answers have no text.
     """
 
     tokens: np.ndarray[Any, Any]
     trained: float | None
     counted: bool
+    silent: int = 0
 
     def at(self, percent: float) -> int:
         """The length that so many percent of the rows do not exceed."""
@@ -73,7 +76,8 @@ def measure(recipe: Recipe, rows: AllRows, processing: Processing | None) -> Len
     Those that stand for images are counted, too.
 
     Raises:
-        DataError: a row is not right, or has what the chat template leaves out.
+        DataError: a row is not right, or has what the chat template leaves out, or no row of a
+            dataset has an answer with text.
         RecipeError: the tokenizer lacks something.
     """
     samples = list(zip(recipe.datasets, (one.sample for one in rows.each), strict=True))
@@ -84,7 +88,8 @@ def measure(recipe: Recipe, rows: AllRows, processing: Processing | None) -> Len
             sizes += [_size(read.read(row, where)) for where, row in sample]
         return Lengths(np.array(sizes), None, counted=False)
     lengths: list[int] = []
-    trained = 0
+    trained = silent = 0
+    blank = blank_tokens(processing.tokenizer)
     for dataset, sample in samples:
         with tempfile.TemporaryDirectory(prefix="fusewright-init-") as folder:
             images = reader_of(recipe, dataset, processing, Path(folder))
@@ -97,10 +102,17 @@ def measure(recipe: Recipe, rows: AllRows, processing: Processing | None) -> Len
         spans = sum(end - begin for one in encoded for begin, end in one.spans)
         if not spans:
             raise DataError(f"{dataset.path}: no row has anything to train")
+        without_text = sum(says_nothing(one, len(one.ids), blank) for one in encoded)
+        if without_text == len(encoded):
+            raise DataError(
+                f"{dataset.path}: no answer of the {len(encoded):,} rows that were looked at has "
+                "any text: a model would learn to say nothing"
+            )
+        silent += without_text
         lengths += [len(one.ids) for one in encoded]
         trained += spans
     tokens = np.array(lengths)
-    return Lengths(tokens, trained / max(1, int(tokens.sum())), counted=True)
+    return Lengths(tokens, trained / max(1, int(tokens.sum())), counted=True, silent=silent)
 
 
 def _size(read: Any) -> int:

@@ -82,6 +82,8 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     console = Terminal(highlight=False)
     kinds = " and ".join(dict.fromkeys(one.shape.kind for one in rows.each))
     say(console, f"{options.output}: {kinds}, {rows.count:,} rows; {draft.verdict.note}")
+    if lengths.silent:
+        say(console, f"warning: {_silent(lengths)}")
     say(console, f"next: fusewright train {options.output} (--dry-run says what each key does)")
 
 
@@ -227,16 +229,25 @@ def _head(options: InitOptions, rows: AllRows, lengths: Lengths, draft: Draft) -
     command += ["--memory", options.memory] if options.memory else []
     command += ["--images-dir", options.images_dir] if options.images_dir else []
     many = "all" if rows.complete else "the first"
+    silent = [f"Warning: {_silent(lengths)}."] if lengths.silent else []
     how = "counted" if lengths.counted else "estimated"
     looked = sum(len(one.sample) for one in rows.each)
     return [
         f"A starter recipe, written by: {' '.join(command)}",
         f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "
         f"Memory: {draft.verdict.note}.",
+        *silent,
         "fusewright train RECIPE checks all rows before it loads the model; --dry-run checks this "
         "file alone, and says what each key does. All keys: docs/recipes.md, or fusewright schema.",
         "",
     ]
+
+
+def _silent(lengths: Lengths) -> str:
+    return (
+        f"{lengths.silent:,} of the {len(lengths.tokens):,} rows that were looked at have answers "
+        "without text, from which a model learns to say nothing: mend them, or leave them out"
+    )
 
 
 # --- YAML ----------------------------------------------------------------------------------------

@@ -167,13 +167,28 @@ def test_answers_without_text_are_said(kind: str | None, tmp_path: Path) -> None
         return dict(zip(names, ("Why?", answer), strict=True))
 
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row(a)) + "\n" for a in ("Because.", "", "No.", "")))
+    path.write_text("".join(json.dumps(row(a)) + "\n" for a in ("Because.", "", "No.", " \n ")))
     dataset = Dataset(path=str(path), **({} if kind is None else {"type": kind}))
     prepared = prepare(Recipe(base_model="x", datasets=[dataset]), make_tokenizer())
     assert (prepared.counts["only_ends"], prepared.counts["train_samples"]) == (2, 4)
     (line,) = warnings(prepared.counts, prepared.first)
-    assert line.startswith("warning: 2 rows have only the token that ends an answer to train")
+    assert line.startswith("warning: 2 rows have only the token that ends an answer to train, or")
     assert line.endswith(f"(the first is {path}, line 2)")
+
+
+@pytest.mark.parametrize("excess", ["drop", "truncate"])
+def test_many_rows_that_are_too_long_are_said(excess: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ["short"] * 8 + ["a long text " * 40] * 2
+    path.write_text("".join(json.dumps({"messages": [USER, {**ANSWER, "content": t}]}) + "\n"
+                            for t in texts))  # fmt: skip
+    dataset = Dataset(path=str(path))
+    for length, said in ((128, excess == "drop"), (4096, False)):
+        recipe = Recipe(
+            base_model="x", datasets=[dataset], sequence_len=length, excess_length_strategy=excess
+        )
+        lines = warnings(prepare(recipe, make_tokenizer()).counts)
+        assert any("2 of 10 rows are longer than sequence_len" in line for line in lines) == said
 
 
 def test_calls_without_text_are_answers(tmp_path: Path) -> None:

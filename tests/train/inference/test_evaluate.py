@@ -52,8 +52,11 @@ def test_other_files_one_by_one(trained: Path, tmp_path: Path) -> None:
         lines = [chat(f"What is {i}?", "No idea.") for i in range(count)]
         write_rows(tmp_path / f"{name}.jsonl", lines)
     files = ("--data", tmp_path / "few.jsonl", "--data", tmp_path / "many.jsonl")
+    validated = trained / "eval.json"
+    before = validated.read_text() if validated.exists() else None
     done = fusewright("eval", trained, *files, "--json")
     found = json.loads(done.stdout)
+    assert (validated.read_text() if validated.exists() else None) == before
     assert list(found["results"]) == [str(tmp_path / "few.jsonl"), str(tmp_path / "many.jsonl")]
     assert [r["samples"] for r in found["results"].values()] == [2, 7]
     assert found["recorded_val_loss"] is None
@@ -61,7 +64,7 @@ def test_other_files_one_by_one(trained: Path, tmp_path: Path) -> None:
     tokens = [few["trained_tokens"], many["trained_tokens"]]
     mean = (few["loss"] * tokens[0] + many["loss"] * tokens[1]) / sum(tokens)
     assert found["loss"] == pytest.approx(mean)
-    assert json.loads((trained / "eval.json").read_text()) == found
+    assert json.loads((trained / "eval-few-many.json").read_text()) == found
 
 
 def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path)
             scores = model(ids).logits.log_softmax(-1)[0, skipped - 1 : -1]
         total -= float(scores.gather(1, ids[0, skipped:, None]).sum())
         count += ids.shape[1] - skipped
-    figures = json.loads((trained / "eval.json").read_text())["results"][str(file)]
+    figures = json.loads((trained / f"eval-{file.stem}.json").read_text())["results"][str(file)]
     assert figures["trained_tokens"] == count
     assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
 

@@ -191,6 +191,19 @@ def test_a_fault_is_named(model: Path, tmp_path: Path, text: str, said: str) -> 
     assert said in refused("init", "rows.jsonl", "--model", model)
 
 
+def test_answers_without_text(model: Path, tmp_path: Path) -> None:
+    rows = [chat(f"What is {i}?", " \n" if i % 2 else "") for i in range(8)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    said = refused("init", "rows.jsonl", "--model", model)
+    assert "no answer of the 8 rows that were looked at has any text" in said
+    write_rows(tmp_path / "rows.jsonl", [*rows, chat("What is 9?", "Nine.")])
+    result = fusewright("init", "rows.jsonl", "--model", str(model), "--output", "recipe.yaml")
+    assert result.exit_code == 0, result.output
+    said = "8 of the 9 rows that were looked at have answers without text"
+    assert said in " ".join(result.stdout.split())
+    assert said in " ".join((tmp_path / "recipe.yaml").read_text().replace("# ", "").split())
+
+
 def test_all_faults_are_named_at_once(model: Path, tmp_path: Path) -> None:
     rows = ['{"text": "a"}', '{"text": ', '{"foo": 1}', '{"content": "b"}', '{"foo": 2}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))

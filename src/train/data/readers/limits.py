@@ -22,12 +22,14 @@ class Limits:
     Attributes:
         excess: what happens to longer ones: ``drop``, ``truncate`` or ``raise``.
         watched: tokens to record in ``Part.trained``.
+        blank: tokens that are whitespace alone.
     """
 
     longest: int
     shortest: int = 2
     excess: str = "drop"
     watched: frozenset[int] = frozenset()
+    blank: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -63,6 +65,12 @@ def warnings(counts: Mapping[str, int], first: Mapping[str, str] | None = None) 
         if number:
             at = f" ({where if number == 1 else f'the first is {where}'})" if where else ""
             lines.append(f"warning: {one if number == 1 else f'{number:,} {several}'}{at}")
+    lost, rows = counts.get("too_long", 0) - counts.get("truncated", 0), counts.get("rows", 0)
+    if lost > rows * _MANY:
+        lines.append(
+            f"warning: {lost:,} of {rows:,} rows are longer than sequence_len and are left out: "
+            "raise it, or set excess_length_strategy: truncate"
+        )
     good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
     if bool(good) != bool(bad):
         kind = "desirable" if good else "undesirable"
@@ -118,6 +126,9 @@ def nothing_left(counts: Mapping[str, int], limits: Limits) -> str:
     return f"no row is left to train on: of {counts['rows']:,}, {why}; {todo}"
 
 
+_MANY = 0.1
+"""Of the rows: where more are too long, it is said apart, and not in the line of counts alone."""
+
 _SPECIAL = (
     "special tokens in user, tool or prompt text, where they can end or begin a turn; preprocess "
     "--debug shows them"
@@ -125,8 +136,8 @@ _SPECIAL = (
 _EQUAL = "the same text as chosen and as rejected answer, from which nothing is learnt"
 _EMPTY = "an empty prompt or answer and"
 _ENDS = (
-    "only the token that ends an answer to train: the answers have no text, and the model learns "
-    "to say nothing"
+    "only the token that ends an answer to train, or whitespace and that: the answers have no "
+    "text, and the model learns to say nothing"
 )
 _ODD = {
     "special_tokens_in_text": (f"1 row has {_SPECIAL}", f"rows have {_SPECIAL}"),
@@ -159,7 +170,7 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
         elif any(max(a, 1) < min(b, length) for a, b in row.spans):  # the first is never trained
             counts["truncated"] += length < len(row.ids)
             counts["images"] += row.images
-            _count("only_ends", _has_only_ends(row, length), row, counts, first)
+            _count("only_ends", says_nothing(row, length, limits.blank), row, counts, first)
             selected.append((row, length))
         else:
             counts["nothing_to_train"] += 1
@@ -174,10 +185,19 @@ def _count(
         first.setdefault(key, row.where)
 
 
-def _has_only_ends(row: Tokens, length: int) -> bool:
-    """Whether all that is trained of a row's first ``length`` tokens ends a turn."""
+def says_nothing(row: Tokens, length: int, blank: frozenset[int]) -> bool:
+    """Whether all that is trained of a row's first ``length`` tokens ends a turn or is blank."""
     trained = (i for a, b in row.spans for i in range(max(a, 1), min(b, length)))
-    return all(row.ids[i] in row.ends for i in trained)
+    return all(row.ids[i] in row.ends or row.ids[i] in blank for i in trained)
+
+
+def blank_tokens(tokenizer: Any) -> frozenset[int]:
+    """The tokens that are whitespace alone, in the spellings of vocabularies."""
+    return frozenset(i for token, i in tokenizer.get_vocab().items() if not token.strip(_BLANK))
+
+
+_BLANK = " \t\n\r\u2581\u0120\u010a\u0109\u010d"
+"""Whitespace, SentencePiece's mark of a space, and byte-level BPE's space, newline, tab, return."""
 
 
 def _laid_out(
