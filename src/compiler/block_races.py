@@ -97,11 +97,11 @@ class BlockRaces:
     _form: str | None = None  # which of both forms a race calls now
 
     def reason(
-        self, module: nn.Module, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any],
-        x: Tensor | None, sizes: tuple[int, int] | None, run: Callable[..., Any],
-        failure: Callable[[nn.Module], str | None],
+        self, module: nn.Module, is_block: bool, watch: Watch, args: tuple[Any, ...],
+        kwargs: dict[str, Any], x: Tensor | None, sizes: tuple[int, int] | None,
+        run: Callable[..., Any], failure: Callable[[nn.Module], str | None],
     ) -> str | None:  # fmt: skip
-        """Why this call of a block runs the original code; None if it does not.
+        """Why this call of a module, a block or one outside, runs the original code, or None.
 
         It is empty in a race, which calls ``run`` for either form. ``x`` is the first input, with
         ``sizes`` of batch and sequence; ``failure`` says of a module why it cannot be captured.
@@ -125,9 +125,10 @@ class BlockRaces:
         reason = self._reasons.get(key)
         # without gradients a block runs as it does with them
         if reason is None and torch.is_grad_enabled() and _may_race(module, args, kwargs, x):
-            if module in planner.blocks:
+            if is_block:
                 planner.begin(module, prod(sizes))  # once: it costs as much as a fifth of a call
-            copies = _Copies(args, kwargs, x, as_later=module in planner.blocks)
+            as_later = is_block and _answers_for_others(module, planner.blocks)
+            copies = _Copies(args, kwargs, x, as_later)
             race = _Race(self, planner, module, run, failure, copies)
             try:
                 chosen = choose(race.question(key), _machine(x.device, module))
@@ -273,8 +274,8 @@ class _Race:
 class _Copies:
     """The arguments of a call, for calls that change nothing of them.
 
-    ``as_later``: the first input ``x`` needs a gradient, as it does in all blocks but the first.
-    One block answers for all, and the first, whose input mostly needs none, costs eager code less.
+    ``as_later``: the first input ``x`` needs a gradient, as it does in all blocks but the first
+    that is trained. That one answers for all, and costs eager code less.
     """
 
     def __init__(
@@ -316,6 +317,16 @@ class _Copies:
         if not self._gradients:
             self._gradients = [torch.randn_like(t) for t in outputs]
         return self._gradients
+
+
+def _answers_for_others(module: nn.Module, blocks: Iterable[nn.Module]) -> bool:
+    """Whether what is said of one block is said of others, too: alike, and as much trained."""
+
+    def alike(block: nn.Module) -> list[tuple[str, torch.Size, bool]]:
+        return [(n, p.shape, p.requires_grad) for n, p in block.named_parameters()]
+
+    own = alike(module)
+    return any(type(b) is type(module) and alike(b) == own for b in blocks if b is not module)
 
 
 def _may_race(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> bool:

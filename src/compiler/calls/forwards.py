@@ -114,7 +114,9 @@ def block_forward(
         sizes = leading_sizes(args, kwargs)
         if not units and (packs is None or packs.segments is None):
             x = first_tensor(args, kwargs)
-            lost = races.reason(self, watch, args, kwargs, x, sizes, run, session.failure)
+            lost = races.reason(
+                self, kind == "block", watch, args, kwargs, x, sizes, run, session.failure
+            )
             if lost is not None:
                 if lost:
                     session.log.lose(self, lost, races.has_lost(watch))

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..report import model_card as card
 from .files import REMAINS, checkpoints
@@ -18,13 +19,9 @@ PART = ".results.part"
 """Where the results are written before they are moved to their places."""
 
 RESULTS = (
-    "run.json", "loss.png", "report.html", "eval.json",
+    "run.json", "loss.png", "report.html", "eval.json", "eval_tasks.json",
     "adapter_model.safetensors", "adapter_config.json",
     "model.safetensors", "model.safetensors.index.json",
-)  # fmt: skip
-
-_PATTERNS = (
-    "model-*-of-*.safetensors", "nan-batch-*", "completions/completions_*.parquet", "eval-*.json",
 )  # fmt: skip
 
 _HARMLESS = frozenset({
@@ -54,11 +51,16 @@ def is_run(folder: Path) -> bool:
         return True
     if any((path / _MARKER).is_file() for path in checkpoints(folder)):
         return True
-    try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    about = _json(folder / "run.json")
     return isinstance(about, dict) and {"recipe", "status", "output_dir"} <= about.keys()
+
+
+def _json(path: Path) -> Any:
+    """What a file has; None if it is not there, or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def results(folder: Path) -> Iterator[Path]:
@@ -67,15 +69,24 @@ def results(folder: Path) -> Iterator[Path]:
     if (folder / card.NAME).exists() and card.is_generated(folder / card.NAME):
         yield folder / card.NAME
     yield from checkpoints(folder)
-    for pattern in _PATTERNS:
+    for pattern in ("model-*-of-*.safetensors", "nan-batch-*", "completions/completions_*.parquet"):
         yield from sorted(folder.glob(pattern))
+    yield from (path for path in sorted(folder.glob("eval-*.json")) if _is_evaluation(path))
+
+
+def _is_evaluation(path: Path) -> bool:
+    """Whether ``fusewright eval`` wrote a file: rows of the user's may be named alike."""
+    about = _json(path)
+    return isinstance(about, dict) and {"run", "results", "versions", "machine"} <= about.keys()
 
 
 def link_in(folder: Path) -> Path | None:
     """A link under a name that a run writes to: it would write somewhere else."""
     names = [*RESULTS, card.NAME, PART, "completions", *(f"{name}.part" for name in RESULTS)]
     paths = [folder / name for name in names]
-    return next((p for p in [*paths, *folder.glob("nan-batch-*")] if p.is_symlink()), None)
+    for pattern in ("nan-batch-*", "eval-*.json", "eval-*.json.part"):
+        paths += folder.glob(pattern)
+    return next((p for p in paths if p.is_symlink()), None)
 
 
 def few(names: list[str]) -> str:

@@ -23,7 +23,7 @@ from .sample import IGNORED, Sample
 
 Array = np.ndarray[Any, Any]
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when the same rows would be prepared differently."""
 
 _LIST = pa.list_(pa.int32())

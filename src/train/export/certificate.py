@@ -129,7 +129,7 @@ def certify(subject: Subject) -> Audit:
     audit.add([_exported_tensors(subject)])
     audit.add(_texts(subject, ours, rows))
     results = _results(subject, base, rows)
-    audit.add(_judged(subject, results, rows, validated))
+    audit.add(_judged(subject, base, results, rows, validated))
     audit.facts = _facts(subject, results, rows)
     return audit
 
@@ -239,7 +239,7 @@ def _results(subject: Subject, base: _Base | None, rows: HeldOut) -> dict[str, S
                 raise
             subject.unread = first_line(error)
             logits = _otherwise(subject, base.export if base and "base" in name else None, rows)
-            if not isinstance(logits, str):
+            if logits is not None:
                 results[name] = scores(logits, rows)
             continue
         results[name] = scores(forward(model), rows)
@@ -249,13 +249,14 @@ def _results(subject: Subject, base: _Base | None, rows: HeldOut) -> dict[str, S
     return results
 
 
-def _otherwise(subject: Subject, folder: Path | None, rows: HeldOut) -> Logits | str:
-    """What another reader than transformers computes, by default from the export, or why not."""
+def _otherwise(subject: Subject, folder: Path | None, rows: HeldOut) -> Logits | None:
+    """What another reader than transformers computes, by default from the export, if one does."""
     length = max(len(ids) for ids in (*(s.input_ids for s in rows.samples), *rows.prompts))
     try:
-        return subject.writer.other_reader(folder or subject.export, length)
-    except ValueError as error:  # it cannot read it, either
-        return first_line(error)
+        logits = subject.writer.other_reader(folder or subject.export, length)
+    except ValueError:  # it cannot read it, either
+        return None
+    return None if isinstance(logits, str) else logits
 
 
 # --- the questions about tensors -----------------------------------------------------------------
@@ -408,11 +409,12 @@ def _texts(subject: Subject, ours: Any, rows: HeldOut) -> Iterator[AuditFinding]
 
 
 def _judged(
-    subject: Subject, results: dict[str, Scores], rows: HeldOut, validated: bool
-) -> Iterator[AuditFinding]:
+    subject: Subject, base: _Base | None, results: dict[str, Scores], rows: HeldOut,
+    validated: bool,
+) -> Iterator[AuditFinding]:  # fmt: skip
     trained = results.get("adapter") or results["merged"]
     if validated:
-        yield _recorded(subject, results, trained, rows)
+        yield _recorded(subject, base, results, trained, rows)
     else:
         yield AuditFinding(
             "recorded-loss", "skipped", "the rows are not those of the run's validation"
@@ -434,35 +436,41 @@ def _judged(
     yield from _other_reader(subject, results, rows)
 
 
-_16_BITS = ("bfloat16", "float16")
-
-
 def _recorded(
-    subject: Subject, results: Mapping[str, Scores], trained: Scores, rows: HeldOut
-) -> AuditFinding:
+    subject: Subject, base: _Base | None, results: Mapping[str, Scores], trained: Scores,
+    rows: HeldOut,
+) -> AuditFinding:  # fmt: skip
     """Compare with the losses that the run recorded: in its own dtype, in packs, on all rows."""
-    if key := next((k for k in ("export_format", "qat") if subject.run.recipe.get(k)), None):
+    run = subject.run
+    if key := next((k for k in ("export_format", "qat") if run.recipe.get(k)), None):
         reason = f"the run validated with weights that {key} rounds, and these are not rounded"
         return AuditFinding("recorded-loss", "skipped", reason)
-    before, after = (float(subject.run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
-    allowed = 0.1 * abs(before - after) + 0.01 * before
-
-    def agrees(one: Scores, recorded: float) -> bool:
-        return abs(one.loss - recorded) <= allowed + 3 * rows.spread(one.losses)  # nan does not
-
-    wrong = {
-        name: f"its loss is {one.loss:.4f}, and the run recorded {recorded:.4f}"
-        for name, recorded, one in (("base", before, results.get("base")),
-                                    ("trained model", after, trained))
-        if one is not None and not agrees(one, recorded)
-    }  # fmt: skip
-    is_alone = list(wrong) == ["trained model"] and subject.run.facts.get("dtype") in _16_BITS
-    # what was trained and validated in 16 bits can have quite another loss in float32
-    if is_alone and agrees(scores(forward(load_model_of(subject.run)), rows), after):
-        wrong = {}
-    within = allowed + 3 * rows.spread(trained.losses)
-    found = f"{before:.4f} before and {after:.4f} after training, within {within:.4f}"
-    return _finding("recorded-loss", wrong, found)
+    before, after = (float(run.facts[f"val_loss_{w}"]) for w in ("before", "after"))
+    asked = [("trained model", after, trained, run)]
+    if base is not None:
+        kept = open_run(base.folder, consent=run.consent)
+        asked.insert(0, ("base", before, results["base"], kept))
+    wrong, notes = {}, list[str]()
+    for name, recorded, one, folder in asked:
+        limit = 0.1 * abs(before - after) + 0.01 * before + 3 * rows.spread(one.losses)
+        if abs(one.loss - recorded) <= limit:  # nan is not
+            continue
+        model = load_model_of(folder)
+        dtype, loss = model.dtype, one.loss
+        # what was trained and validated in 16 bits can have quite another loss in float32
+        if dtype in (torch.bfloat16, torch.float16):
+            loss = scores(forward(model), rows).loss
+        del model
+        precision = str(dtype).removeprefix("torch.")
+        if abs(loss - recorded) <= limit:
+            notes.append(f"{name} only in {precision}: {loss:.4f}, and {one.loss:.4f} in float32")
+        else:
+            wrong[name] = (
+                f"its loss is {loss:.4f} (in {precision}), and the run recorded {recorded:.4f}; "
+                f"they may differ by {limit:.4f}"
+            )
+    found = f"{before:.4f} before and {after:.4f} after training"
+    return _finding("recorded-loss", wrong, "; the ".join([found, *notes]))
 
 
 def _gain(results: Mapping[str, Scores], rows: HeldOut) -> AuditFinding:
@@ -502,11 +510,14 @@ def _cost(results: Mapping[str, Scores]) -> AuditFinding:
                "same_next_token": far.same, "same_on_the_base": base.same}  # fmt: skip
     found = (
         f"it costs {paid:+.4f} nats a token; the limit is {allowed:.4f}, which is {FACTOR:g} times "
-        f"what it costs the base ({'loss' if expected > base.kl else 'divergence'} "
-        f"{expected:.4f}) and two standard errors ({noise:.4f})"
+        f"what it costs the base ({_of_base(own, base.kl)}) and two standard errors ({noise:.4f})"
     )
     wrong = {} if paid <= allowed else {"the export": found}
     return _finding("format-cost", wrong, found, figures)
+
+
+def _of_base(cost: float, divergence: float) -> str:
+    return f"loss {cost:+.4f}" if abs(cost) > divergence else f"divergence {divergence:.4f}"
 
 
 def _other_reader(
@@ -526,8 +537,10 @@ def _other_reader(
     try:
         logits = subject.writer.other_reader(subject.export, length)
     except ValueError as error:
-        yield _finding("llama-cpp", {"llama.cpp": first_line(error)}, "")
-        return
+        if some:
+            yield _finding("llama-cpp", {"llama.cpp": first_line(error)}, "")
+            return
+        logits = first_line(error)
     if not isinstance(logits, str) and not some:
         long = f"the first row has more than {_LLAMA_TOKENS:,} tokens"
         logits = long if rows.samples else "there are no rows"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -72,8 +74,9 @@ def evaluate(
     Masks, the limit of length and packing are those of the run's recipe. A folder without
     ``run.json`` is taken for one that was trained on chats, with the defaults of a recipe.
     ``files`` are datasets, read as the first one of the recipe was, by default the rows that the
-    run held out for validation. The file is ``eval.json`` in the run's folder, that of datasets
-    ``eval-NAME.json`` with their names. With ``as_json`` only its content is printed.
+    run held out for validation. The file is ``eval.json`` in the run's folder, and that of datasets
+    ``eval-NAME-HASH.json``, with the first one's name and a hash of their paths. With ``as_json``
+    only its content is printed.
 
     Raises:
         ModelError: the run cannot be loaded, or held out no rows.
@@ -102,8 +105,7 @@ def evaluate(
                 metrics |= _by_method(model, recipe, processing, prepared, console)
             else:
                 metrics |= _by_token(model, recipe, processing, prepared)
-    name = "-".join(["eval", *dict.fromkeys(f.stem for f in files)])[:100]
-    path = _write(run, f"{name}.json", metrics, recorded)
+    path = _write(run, _file_name(files), metrics, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
     else:
@@ -269,6 +271,15 @@ def _figure(results: dict[str, EvalMetrics]) -> str:
     return "reward" if any(of.loss is None for of in results.values()) else "loss"
 
 
+def _file_name(files: Sequence[Path]) -> str:
+    """Where the figures go: the same for the same datasets, and another one for others."""
+    if not files:
+        return "eval.json"
+    digest = hashlib.sha256("\n".join(str(f.resolve()) for f in files).encode(errors="replace"))
+    stem = re.sub(r"[^\w.-]", "_", files[0].stem, flags=re.ASCII)[:60]
+    return f"eval-{stem}-{digest.hexdigest()[:6]}.json"
+
+
 def _write(
     run: RunFolder, name: str, results: dict[str, EvalMetrics], recorded: float | None
 ) -> Path:
@@ -291,7 +302,7 @@ def write_results(run: RunFolder, name: str, content: Mapping[str, Any]) -> Path
         "run": str(run.folder), "date": date, **content, "versions": versions(),
         "machine": machine(),
     }  # fmt: skip
-    link = path if path.is_symlink() else link_in(run.folder)
+    link = link_in(run.folder)
     if link is not None:
         raise ModelError(f"{link} is a symbolic link; {path.name} would be written elsewhere")
     try:

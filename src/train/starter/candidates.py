@@ -102,7 +102,7 @@ def measure(recipe: Recipe, rows: AllRows, processing: Processing | None) -> Len
         spans = sum(end - begin for one in encoded for begin, end in one.spans)
         if not spans:
             raise DataError(f"{dataset.path}: no row has anything to train")
-        without_text = sum(says_nothing(one, len(one.ids), blank) for one in encoded)
+        without_text = sum(says_nothing(one, blank) for one in encoded)
         if without_text == len(encoded):
             raise DataError(
                 f"{dataset.path}: no answer of the {len(encoded):,} rows that were looked at has "

@@ -104,6 +104,20 @@ def test_an_empty_folder_and_its_like_are_taken(recipe: dict[str, Any], tmp_path
         output.require_run_folder(folder)
 
 
+def test_figures_go_with_their_run_and_rows_of_the_users_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    ours = {"run": "out", "results": {}, "versions": {}, "machine": {}}
+    (folder / "eval-rows-0a1b2c.json").write_text(json.dumps(ours))
+    (folder / "eval_tasks.json").write_text("{}")
+    rows = [{"messages": []}], {"run": "my own"}
+    for i, row in enumerate(rows):
+        (folder / f"eval-{i}.json").write_text(json.dumps(row))
+    output.clear_output(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["eval-0.json", "eval-1.json"]
+
+
 def test_the_log_of_this_process_may_be_there(recipe: dict[str, Any], tmp_path: Path) -> None:
     """``fusewright train recipe.yaml > out/log.txt``."""
     folder = tmp_path / "out"
@@ -124,7 +138,7 @@ def test_a_link_in_a_run_is_not_written_through(recipe: dict[str, Any], tmp_path
     train({**recipe, "save_steps": 2}, console=QUIET)
     folder, precious = Path(recipe["output_dir"]), tmp_path / "precious"
     precious.write_text("mine")
-    for name in ("loss.png", "eval.json.part", "run.json"):
+    for name in ("loss.png", "eval.json.part", "eval-rows-0a1b2c.json", "run.json"):
         kept = (folder / name).rename(tmp_path / name) if (folder / name).exists() else None
         (folder / name).symlink_to(precious)
         with pytest.raises(RecipeError, match=f"{name} is a link"):

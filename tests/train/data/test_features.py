@@ -176,21 +176,6 @@ def test_answers_without_text_are_said(kind: str | None, tmp_path: Path) -> None
     assert line.endswith(f"(the first is {path}, line 2)")
 
 
-@pytest.mark.parametrize("excess", ["drop", "truncate"])
-def test_many_rows_that_are_too_long_are_said(excess: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    texts = ["short"] * 8 + ["a long text " * 40] * 2
-    path.write_text("".join(json.dumps({"messages": [USER, {**ANSWER, "content": t}]}) + "\n"
-                            for t in texts))  # fmt: skip
-    dataset = Dataset(path=str(path))
-    for length, said in ((128, excess == "drop"), (4096, False)):
-        recipe = Recipe(
-            base_model="x", datasets=[dataset], sequence_len=length, excess_length_strategy=excess
-        )
-        lines = warnings(prepare(recipe, make_tokenizer()).counts)
-        assert any("2 of 10 rows are longer than sequence_len" in line for line in lines) == said
-
-
 def test_calls_without_text_are_answers(tmp_path: Path) -> None:
     path, content = tmp_path / "rows.jsonl", "message['content']"
     path.write_text(json.dumps({"messages": [USER, CALLS]}) + "\n")

@@ -68,8 +68,8 @@ def warnings(counts: Mapping[str, int], first: Mapping[str, str] | None = None) 
     lost, rows = counts.get("too_long", 0) - counts.get("truncated", 0), counts.get("rows", 0)
     if lost > rows * _MANY:
         lines.append(
-            f"warning: {lost:,} of {rows:,} rows are longer than sequence_len and are left out: "
-            "raise it, or set excess_length_strategy: truncate"
+            f"warning: {lost:,} of {rows:,} rows are left out for their length (sequence_len, "
+            "excess_length_strategy; of preferences, max_prompt_len)"
         )
     good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
     if bool(good) != bool(bad):
@@ -170,7 +170,8 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
         elif any(max(a, 1) < min(b, length) for a, b in row.spans):  # the first is never trained
             counts["truncated"] += length < len(row.ids)
             counts["images"] += row.images
-            _count("only_ends", says_nothing(row, length, limits.blank), row, counts, first)
+            silent = length == len(row.ids) and says_nothing(row, limits.blank)
+            _count("only_ends", silent, row, counts, first)
             selected.append((row, length))
         else:
             counts["nothing_to_train"] += 1
@@ -185,19 +186,25 @@ def _count(
         first.setdefault(key, row.where)
 
 
-def says_nothing(row: Tokens, length: int, blank: frozenset[int]) -> bool:
-    """Whether all that is trained of a row's first ``length`` tokens ends a turn or is blank."""
-    trained = (i for a, b in row.spans for i in range(max(a, 1), min(b, length)))
-    return all(row.ids[i] in row.ends or row.ids[i] in blank for i in trained)
+def says_nothing(row: Tokens, blank: frozenset[int]) -> bool:
+    """Whether the answers of a row have no text: what is trained ends a turn, or is blank."""
+    if not row.spans or not row.spans[0][0]:  # nothing is trained, or a text without a question
+        return False
+    trained = (row.ids[i] for a, b in row.spans for i in range(a, b))
+    return all(token in row.ends or token in blank for token in trained)
 
 
 def blank_tokens(tokenizer: Any) -> frozenset[int]:
     """The tokens that are whitespace alone, in the spellings of vocabularies."""
-    return frozenset(i for token, i in tokenizer.get_vocab().items() if not token.strip(_BLANK))
+    vocabulary = tokenizer.get_vocab().items()
+    return frozenset(i for token, i in vocabulary if token in _BYTES or not token.strip(_BLANK))
 
 
-_BLANK = " \t\n\r\u2581\u0120\u010a\u0109\u010d"
+_BLANK = " \t\n\r\u00a0\u2581\u0120\u010a\u0109\u010d"
 """Whitespace, SentencePiece's mark of a space, and byte-level BPE's space, newline, tab, return."""
+
+_BYTES = ("<0x09>", "<0x0A>", "<0x0D>", "<0x20>")
+"""The same as SentencePiece spells bytes that are in no token."""
 
 
 def _laid_out(
