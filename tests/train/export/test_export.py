@@ -477,7 +477,7 @@ def test_why_no_other_engine_is_asked(tokens: str | list[int], said: list[str]) 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "base", "in_its_own", "verdict"),
+    ("dtype", "base", "in_its_own", "said"),
     [
         ("bfloat16", 5.0, (5.0, 4.0), "the trained model only in bfloat16: 4.0000, and 3.7000"),
         ("bfloat16", 6.0, (5.0, 4.0), "the base only in bfloat16: 5.0000, and 6.0000 in float32"),
