@@ -109,7 +109,7 @@ def outlook(job: Job, budgets: Sequence[int], step: int, most: int) -> list[Long
     planner = planner_of(model)
     assert planner is not None
     ways: dict[str, Callable[[Any, PlanInputs], Any]] = {
-        "speed": lambda usages, s: [s.allowed[0]] * len(usages),
+        "speed": lambda usages, _: [planner.fastest()] * len(usages),
         "min": lambda usages, s: ["input"] * len(usages),
         "budget": choose,
     }

@@ -306,13 +306,14 @@ def explain(model: nn.Module) -> Report:
         if record.kind == "head":
             bypasses += [Bypass(path, reason) for reason in log.reads.reasons()]
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}
-    regions_run = sum(bool(log.graphs.get(m)) for _, m, _ in places)
+    run = [record.kind for _, m, record in places if log.graphs.get(m)]
     choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
     planner, races = session.choices.planner, session.choices.races
     ops = [] if session.choices.fake else raced_ops(planner.meter.device)
     return Report(
-        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, planner.describe(),
-        reads, tuple(starmap(Fallback, FAILED.items())), tuple(map(str, races.choices.values())),
+        tuple(sites), tuple(bypasses), len(run), len(captured), choice,
+        planner.describe() if "block" in run else "", reads,
+        tuple(starmap(Fallback, FAILED.items())), tuple(map(str, races.choices.values())),
         tuple(session.choices.graphs.describe()), tuple(map(str, ops)),
         races.pending() if sites else "",
     )  # fmt: skip

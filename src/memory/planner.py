@@ -70,7 +70,7 @@ class Planner:
         if self.budget.mode == "min":
             return "input"
         if self.budget.mode == "speed":
-            return self._fastest()
+            return self.fastest()
         planned = self.levels.get(module)
         if planned is not None or not self.levels:
             return planned
@@ -78,9 +78,10 @@ class Planner:
 
     def is_fastest(self, module: nn.Module) -> bool:
         """Whether ``module`` keeps what makes the step fastest, and no less for lack of memory."""
-        return self.level(module) in (None, self._fastest())
+        return self.level(module) in (None, self.fastest())
 
-    def _fastest(self) -> Level:
+    def fastest(self) -> Level:
+        """What a block keeps that takes no account of memory."""
         return next(v for v in self.allowed if v != "weights" or self.unpacks)
 
     def trainable(self) -> list[nn.Parameter]:

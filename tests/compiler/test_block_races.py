@@ -152,6 +152,7 @@ def test_a_block_that_loses_runs_as_it_was_and_says_why() -> None:
         "up to 32 tokens"
     ]
     assert "raced: Block of 32 for 32 tokens in float32" in str(explain(ours))
+    assert explain(ours).memory == ""  # no block keeps what was planned
     ours.zero_grad()
     assert torch.equal(train(ours), train(plain))
     require_equal_gradients(ours, plain)
@@ -317,6 +318,8 @@ def test_what_is_not_raced(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         train(ours)
     assert calls == []
     assert is_fused(ours)
+    said = "inside the caller's checkpoints, blocks keep their input" in explain(ours).memory
+    assert said == (how in ("checkpoint", "reentrant"))
 
 
 def test_rows_of_several_samples_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,12 +293,16 @@ def _level(
     """What tells how much a block keeps for backward; None where nothing is planned."""
     if kind != "block" or not torch.is_grad_enabled():
         return lambda: None
-    if inside_checkpoint():  # somebody else's: it has another graph there
-        return lambda: "outer"
     planner = session.choices.planner
+    if inside_checkpoint():  # somebody else's: it has another graph there
+        planner.note(_CHECKPOINTED)
+        return lambda: "outer"
     if not session.choices.races.is_racing:
         planner.begin(module, prod(sizes or ()))
     return lambda: planner.level(module)
+
+
+_CHECKPOINTED = "inside the caller's checkpoints, blocks keep their input"
 
 
 def inactive_check(session: Session) -> Callable[[nn.Module], bool]:
