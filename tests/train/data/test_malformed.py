@@ -113,6 +113,7 @@ def _broken(tokenizer: Any) -> None:
 CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     # --- files ---
     "not JSON": (text(f"{GOOD}\n{{oops\n"), "rows.jsonl, line 2: not valid JSON: Expecting prop"),
+    "a list that is cut": (text(f"[{GOOD},"), "that is one JSON array is to be named .json"),
     "not JSON, as one list": (text("[{]", "rows.json"), "rows.json, line 1: not valid JSON"),
     "JSON that is no list": (text('{"a": 1}', "rows.json"), "rows.json: must be a list of rows"),
     "no rows": (text(""), "rows.jsonl: the dataset is empty"),

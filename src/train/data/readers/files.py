@@ -96,7 +96,9 @@ def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
             yield where, parse_json(line)
         except BadJsonError as error:
             column = f" (column {error.column})" if error.column else ""
-            yield where, Unreadable(f"{where}: {error}{column}")
+            is_array = number == 1 and line.lstrip().startswith("[")
+            hint = "; a file that is one JSON array is to be named .json" if is_array else ""
+            yield where, Unreadable(f"{where}: {error}{column}{hint}")
 
 
 def _json(path: Path, progress: Progress) -> Iterator[Row]:
