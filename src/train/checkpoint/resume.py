@@ -234,10 +234,10 @@ def require_same_run(path: Path, saved: Saved, recipe: Recipe, processes: int | 
         for line in _differences(then.get(key), now.get(key), key)
     ]
     if differing:
-        line, end = ("\n  ", "\nRestore them;") if differing[1:] else (" ", "; restore it,")
+        line, end = ("\n  ", "\nSet them back;") if differing[1:] else (" ", "; set it back,")
         if saved.is_longer_than(recipe):
             them = "them" if differing[1:] else "it"
-            end = f"\n{_no_shorter(saved)}\nRestore {them},"
+            end = f"\n{_no_shorter(saved)}\nSet {them} back,"
         raise RecipeError(
             f"{path} was made by another recipe:{line}{line.join(differing)}{end} or start a new "
             "run from its weights, with lora_model_dir (or base_model)"

@@ -189,6 +189,13 @@ def _card(audit: Audit) -> str:
     return "\n".join(["## Certificate\n", f"{line(audit)}\n", *rows, ""])
 
 
+_LITTLE = 0.5
+"""An export that keeps less than this of the gain is said to have lost most of it. No check fails:
+the base loses as much, and then it is the format that does not suit the model."""
+
+_LOST = "most of it is lost, so take a format with more bits"
+
+
 def line(audit: Audit) -> str:
     """The certificate in a sentence."""
     facts, failed = audit.facts, [f.check for f in audit.failed]
@@ -196,6 +203,8 @@ def line(audit: Audit) -> str:
     gain = f"{kept:.1%} of what training gained survives" if kept is not None else "gain unknown"
     if kept is not None and kept <= 0:
         gain += ": the export is no better than the base"
+    elif kept is not None and kept < _LITTLE:
+        gain += f": {_LOST}"
     verdict = f"FAILED: {', '.join(failed)}" if failed else "every check passed"
     skipped = [f.check for f in audit.findings if f.verdict == "skipped"]
     verdict += f" (not asked: {', '.join(skipped)})" if skipped else ""
@@ -234,6 +243,9 @@ def show(audit: Audit, console: Console) -> None:
         say(console, f"{mark} {finding.check}: {finding.reason}")
         if finding.verdict == "fail":
             say(console, f"    {finding.advice}")
+    kept = audit.facts["gain_kept"]
+    if kept is not None and kept < _LITTLE:
+        say(console, f"warning: {kept:.1%} of what training gained survives: {_LOST}")
     greedy = audit.facts["greedy"]
     if not greedy["prompts"]:
         return

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import FusewrightError, ModelError, first_line
-from ..output_files import GENERATION_SETTINGS, write_generation_settings
+from ..output_files import GENERATION_SETTINGS, let_others_read, write_generation_settings
 from ..recipe.locate import locate
 from .multimodal import is_in, untrained, untrained_towers
 
@@ -172,6 +172,7 @@ def save_with_base(
         model.save_pretrained(folder, **options)
     if files is not None and keys:
         _add(folder, keys, files, dtype, options.get("max_shard_size", "50GB"))
+    let_others_read(folder)
 
 
 @contextlib.contextmanager

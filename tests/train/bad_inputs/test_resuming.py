@@ -121,11 +121,11 @@ CASES = {
     ),
     "another recipe": Bad(
         resumed(nothing, learning_rate=1e-3),
-        "was made by another recipe: learning_rate was 0.01 and is 0.001", "restore it, or start",
+        "was made by another recipe: learning_rate was 0.01 and is 0.001", "set it back, or start",
     ),
     "a key inside another": Bad(
         resumed(nothing, datasets=[{"path": "rows.jsonl", "train_on_eos": "last"}]),
-        'datasets.0.train_on_eos was "turn" and is "last"', "restore it, or start",
+        'datasets.0.train_on_eos was "turn" and is "last"', "set it back, or start",
     ),
     "other rows": Bad(
         resumed(other_rows), "was trained on other rows", "restore them, or start a new run"

@@ -216,7 +216,7 @@ def test_one_key_that_is_another(recipe: dict[str, Any], made: Path) -> None:
     with pytest.raises(RecipeError) as error:
         resume.load(made, load_recipe({**recipe, "learning_rate": 0.5}))
     assert str(error.value) == (
-        f"{made} was made by another recipe: learning_rate was 0.01 and is 0.5; restore it, or "
+        f"{made} was made by another recipe: learning_rate was 0.01 and is 0.5; set it back, or "
         "start a new run from its weights, with lora_model_dir (or base_model)"
     )
 
@@ -229,7 +229,7 @@ def test_fewer_steps(recipe: dict[str, Any], made: Path) -> None:
         f"{made} was made by another recipe: max_steps was {recipe['max_steps']} and is 1\n"
         "The run was planned for 1,234 steps, and is not planned anew for fewer. It can be stopped "
         "earlier (Ctrl-C saves it), and it can be made longer.\n"
-        "Restore it, or start a new run from its weights"
+        "Set it back, or start a new run from its weights"
     )
     assert str(error.value).startswith(said)
 
@@ -250,7 +250,7 @@ def test_several_keys_that_are_others(recipe: dict[str, Any], made: Path) -> Non
     lines = str(error.value).splitlines()
     assert lines[0] == f"{made} was made by another recipe:"
     assert lines[1:3] == ["  learning_rate was 0.01 and is 0.5", "  lora_r was 4 and is 8"]
-    assert lines[3].startswith("Restore them; or start a new run")
+    assert lines[3].startswith("Set them back; or start a new run")
 
 
 @pytest.mark.parametrize(

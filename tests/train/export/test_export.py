@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from transformers import (
 
 from fusewright.train import merge, train
 from fusewright.train.data.sample import Sample
-from fusewright.train.export import certificate, compressed, ollama
+from fusewright.train.export import certificate, command, compressed, ollama
 from fusewright.train.export.certificate import CHECKS
 from fusewright.train.export.options import ExportOptions, choose
 from fusewright.train.export.reading import compared
@@ -513,3 +514,14 @@ def test_a_loss_that_was_recorded_in_16_bits(
     assert said in found.reason
     assert found.verdict == ("pass" if "only in" in said else "fail")
     assert found.verdict == "pass" or "they may differ by 0.1500" in found.reason
+
+
+@pytest.mark.parametrize(("kept", "said"), [(0.36, True), (0.72, False), (None, False)])
+def test_an_export_that_loses_most_of_the_gain_is_warned_of(kept: float | None, said: bool) -> None:
+    facts = {"gain_kept": kept, "models": {}, "greedy": {"prompts": 0}, "format": "gguf",
+             "quantization": "q2", "date": "2026-12-02", "rows": {"what": "rows"}}  # fmt: skip
+    audit: Any = SimpleNamespace(facts=facts, findings=[], failed=[])
+    text = io.StringIO()
+    command.show(audit, Console(file=text, width=300))
+    for found in (text.getvalue(), command.line(audit)):
+        assert ("most of it is lost, so take a format with more bits" in found) == said

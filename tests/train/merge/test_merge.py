@@ -240,6 +240,7 @@ def test_adapters_that_are_not_lora_are_merged_by_peft(tmp_path: Path) -> None:
     folder = merged(tmp_path / "adapter", "--dtype", "float32", how="in memory: the adapter is")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.allclose(logits(model), logits(adapted), atol=1e-5)
+    assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
 
 
 def test_prompts_that_were_learnt_cannot_be_merged(tmp_path: Path) -> None:
