@@ -210,9 +210,9 @@ def _work(
     images = reader_of(recipe, dataset, processing, copies)
     encoder = encoder_for(dataset, recipe, tokenizer, longest, day, images)
     shortest = recipe.min_sample_len or (1 if rows_of(recipe) == "prompts" else 2)
-    limits = Limits(
-        longest, shortest, recipe.excess_length_strategy, encoder.watched, blank_tokens(tokenizer)
-    )
+    # of preferences, empty answers are known by their text
+    blank = blank_tokens(tokenizer) if rows_of(recipe) is None else frozenset[int]()
+    limits = Limits(longest, shortest, recipe.excess_length_strategy, encoder.watched, blank)
     return Work(encoder, limits)
 
 

@@ -463,7 +463,9 @@ def _recorded(
         del model
         precision = str(dtype).removeprefix("torch.")
         if abs(loss - recorded) <= limit:
-            notes.append(f"{name} only in {precision}: {loss:.4f}, and {one.loss:.4f} in float32")
+            notes.append(
+                f"{name} has its loss in {precision} only: {loss:.4f}, in float32 {one.loss:.4f}"
+            )
         else:
             wrong[name] = (
                 f"its loss is {loss:.4f} (in {precision}), and the run recorded {recorded:.4f}; "
