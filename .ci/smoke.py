@@ -82,7 +82,7 @@ def _try(artifact: Path, folder: Path, shared: bool) -> None:
         installer = [sys.executable, "-m", "pip", f"--python={python}"]
         options += ["--no-deps"]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment["FUSEWRIGHT_CHOICES"] = "ops"  # blocks so small may be faster as they were
+    environment["FUSEWRIGHT_SMALL"] = "optimize"  # else blocks so small keep their own code
     _run([*installer, "install", "--quiet", *options], folder, environment)
     empty = folder / "empty"
     (empty / "fusewright").mkdir(parents=True)

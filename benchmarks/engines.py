@@ -3,8 +3,7 @@
 An engine is a function from the model, as Transformers and PEFT built it, and the job to what is
 called in the training loop: ``trained(input_ids=ids, labels=ids).loss``. Its imports and its own
 preparation count towards the first step. ``fusewright:MEMORY`` is ``fusewright`` with a memory
-setting of its own, so that several can run side by side; ``fusewright@QUESTION=CANDIDATE`` takes
-that candidate, whatever a race would say.
+setting of its own, so that several can run side by side.
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ def fusewright(model: Any, job: Job) -> Any:
 
 
 def fusewright_graphs(model: Any, job: Job) -> Any:
-    """The same with CUDA graphs, where they are faster."""
+    """The same with Inductor's CUDA graphs."""
     from fusewright import optimize
 
-    return optimize(model, memory=job.memory, cuda_graphs="auto")
+    return optimize(model, memory=job.memory, cuda_graphs=True)
 
 
 def trl(model: Any, job: Job) -> Any:
@@ -116,31 +115,17 @@ ENGINES: dict[str, Callable[[Any, Job], Any]] = {
 
 
 def known(name: str) -> bool:
-    """Whether ``name`` is an engine, or one of ours with a memory setting or a candidate."""
-    plain, forces, choice = name.partition("@")
-    base, colon, memory = plain.partition(":")
-    is_whole = (not colon or bool(memory)) and (not forces or "=" in choice)
-    return base in ENGINES and (not (colon or forces) or (base == "fusewright" and is_whole))
+    """Return True if ``name`` is an engine, or ours with a memory setting."""
+    base, colon, memory = name.partition(":")
+    return base in ENGINES and (not colon or (base == "fusewright" and bool(memory)))
 
 
 def is_ours(name: str) -> bool:
     """Whether ``name`` is one of fusewright's own."""
-    return name.partition(":")[0].partition("@")[0] in ("fusewright", "fusewright-graphs")
-
-
-def forcing(question: str, candidate: str) -> str:
-    """The name of our engine that answers a question of ``kernels/choice.py`` by ``candidate``."""
-    return f"fusewright@{question}={candidate}"
+    return name.partition(":")[0] in ("fusewright", "fusewright-graphs")
 
 
 def prepare(model: Any, job: Job) -> Any:
     """Make ``model`` train the way of the job's engine."""
-    name, _, forced = job.engine.partition("@")
-    if forced:
-        from fusewright.kernels import choice
-
-        question, _, candidate = forced.partition("=")
-        record = {"question": question, "candidate": candidate, "machine": choice.ANY}
-        choice.adopt([record | {"microseconds": {}, "refused": {}}])
-    base, _, memory = name.partition(":")
+    base, _, memory = job.engine.partition(":")
     return ENGINES[base](model, dataclasses.replace(job, memory=memory or job.memory))

@@ -4,9 +4,8 @@
     python benchmarks/first_step.py --ranks 1,4 --codegen inductor --model smollm2
     python benchmarks/first_step.py --ranks 1 --codegen inductor --model smollm2 --again
 
-Every count of ranks starts with an empty cache. With ``--again``, it starts twice more: with the
-cache that it has filled, and with an empty one into which the file of ``save_compiled`` is loaded
-(the headers of Inductor, which PyTorch keeps elsewhere, are there from the first time).
+Every count of ranks starts with an empty cache. With ``--again``, it starts once more with the
+cache that it has filled.
 
 The ranks have one thread each and wait for each other before and after the step. The seconds of the
 processor are those of all ranks, and of the compilers that they have started, and say most where
@@ -58,8 +57,6 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="with a filled cache, too")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--rank-of", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--save", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--load", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank_of:
         _rank(given)
@@ -71,14 +68,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for count in map(int, given.ranks.split(",")):
-        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as other:
-            file = str(Path(first, "first_step.compiled"))
-            starts = [("empty", first, ["--save", file])]
-            if given.again:
-                starts += [("filled", first, []), ("loaded", other, ["--load", file])]
-            for name, cache, options in starts:
-                found = _start(given, count, cache, options)
-                rows.append(_row(count, name, found))
+        with tempfile.TemporaryDirectory() as cache:
+            names = ("empty", "filled") if given.again else ("empty",)
+            rows += [_row(count, name, _start(given, count, cache)) for name in names]
     if given.json:
         about = describe() | {"model": given.model, "codegen": given.codegen}
         given.json.write_text(json.dumps([about | row for row in rows], indent=2) + "\n")
@@ -101,15 +93,13 @@ def _row(count: int, cache: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _start(
-    given: argparse.Namespace, count: int, cache: str, options: list[str]
-) -> list[dict[str, Any]]:
+def _start(given: argparse.Namespace, count: int, cache: str) -> list[dict[str, Any]]:
     """Run ``count`` ranks; what each of them has printed."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = [sys.executable, str(Path(__file__).resolve()), "--model", given.model]
-    words += ["--codegen", given.codegen, "--rank-of", str(count), *options]
+    words += ["--codegen", given.codegen, "--rank-of", str(count)]
     environ = {
         **os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
@@ -133,8 +123,8 @@ def _rank(given: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fusewright import load_compiled, optimize, save_compiled
-    from fusewright.compiler import backend
+    from fusewright import optimize
+    from fusewright.compiler.codegen import inductor
     from fusewright.rewrite import verify
 
     warnings.simplefilter("ignore")
@@ -147,9 +137,7 @@ def _rank(given: argparse.Namespace) -> None:
     spent: dict[str, float] = {}
     verified = _timed(verify, "_judge", {})
     _timed(verify.Verifier, "__call__", spent, "verification")
-    _timed(backend, "inductor", spent, "inductor")
-    if given.load:
-        load_compiled(given.load)
+    _timed(inductor, "inductor", spent, "inductor")
     before = _children()
     optimize(model, codegen=codegen)
     call = torch.nn.parallel.DistributedDataParallel(model) if count > 1 else model
@@ -164,8 +152,6 @@ def _rank(given: argparse.Namespace) -> None:
         "verified": len(verified), "verification": 0.0, "inductor": 0.0, **spent,
     }  # fmt: skip
     print(json.dumps(found), flush=True)
-    if given.save and dist.get_rank() == 0:
-        save_compiled(given.save)
     dist.destroy_process_group()
 
 

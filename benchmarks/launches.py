@@ -132,7 +132,7 @@ def as_on_a_gpu(gpu: launch.Gpu) -> Iterator[list[Launch]]:
     own = JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE
     JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE = run, True, gpu
     try:
-        # nothing is widened for this machine's processor, whatever was raced on it
+        # nothing is widened for this machine's processor, whatever it is
         with warnings.catch_warnings(), assume(KINDS["amx"]), _Launchers():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield found

@@ -7,7 +7,7 @@ Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.comp
 compiled block) and ``rivals`` (what libraries have for the call: ``competitors.py``). Samples of
 the providers alternate. On a GPU its own time and the host's are
 measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form.
-On a GPU an op's candidates are raced first: ``fusewright`` is the fastest, ``raced`` has all times.
+On a GPU an op's candidates are measured first: ``fusewright`` is the fastest, ``choices`` has all.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             op, case = ops[op_of(name)], maker.make(name)
             about = {"op": name, "shape": label, "dtype": options.dtype}
-            about["raced"] = _raced(op, case) if "fusewright" in options.providers else ""
+            about["choices"] = (
+                _chosen(op, case, options.device) if "fusewright" in options.providers else ""
+            )
             with no_fallback():
                 for row in measure_op(op, name, case, options):
                     rows.append(about | row)
@@ -82,16 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(row["error"] and not row["note"] for row in ours) else 0
 
 
-def _raced(op: Op, case: Case) -> str:
-    """Let the op choose among its candidates; each race, with microseconds or reasons."""
-    before = set(map(str, choices()))
+def _chosen(op: Op, case: Case, device: str) -> str:
+    """Let the op choose among its candidates; each choice, with microseconds or reasons."""
+    place = torch.empty(0, device=device).device
+    before = set(map(str, choices(place)))
     with contextlib.suppress(Exception):  # the rows say what fails
         outputs = _flat(op.call(*case.args))
         if case.leaves():
             torch.autograd.grad(outputs, case.leaves(), [torch.randn_like(t) for t in outputs])
-    new = [text for text in map(str, choices()) if text not in before]
+    new = [text for text in map(str, choices(place)) if text not in before]
     for text in new:
-        print(f"  raced: {text}", flush=True)
+        print(f"  chosen: {text}", flush=True)
     return " | ".join(new)
 
 

@@ -1,16 +1,11 @@
-"""Bytes of a training step of packs, by the tokens of a row, with their mask and without it.
+"""Bytes of a training step of packs, by the tokens of a row, in eager code and optimized.
 
     python benchmarks/pack_memory.py [--models tiny,smollm2] [--tokens 2048,4096,8192,16384]
 
 A row is packed from samples of at most 1,024 tokens. A step is forward and backward of two layers
 in bf16 with gradients of all weights; what it holds at its highest, above what was there before, is
-added up from PyTorch's profiler: ``eager`` is transformers as it is, ``masks`` the optimized model
-whose masks are made, ``fusewright`` the optimized model. What C++ kernels hold by themselves is not
-in it: packed keys and values, linear in tokens, and equal for the last two. ``largest`` is the
-largest piece of memory.
-
-On the device ``meta``, the operators of attention on a GPU pass on shapes alone: their inputs and
-all that they return, in one layer, with the mask and with first keys.
+added up from PyTorch's profiler. What C++ kernels hold by themselves is not in it: packed keys and
+values, linear in tokens. ``largest`` is the largest piece of memory.
 """
 
 from __future__ import annotations
@@ -19,9 +14,7 @@ import argparse
 import gc
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -29,9 +22,7 @@ from torch import Tensor
 
 from environment import describe
 from fusewright import optimize
-from fusewright.compiler.sample_masks import SampleMaskKinds
 from fusewright.kernels.attention import attention as _attention  # noqa: F401  # defines the ops
-from fusewright.kernels.attention.first_keys import first_keys
 
 MODELS = {
     "tiny": {
@@ -43,7 +34,7 @@ MODELS = {
         "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-ENGINES = ("eager", "masks", "fusewright")
+ENGINES = ("eager", "fusewright")
 
 
 def main() -> None:
@@ -61,11 +52,6 @@ def main() -> None:
                 print(
                     f"{name} {engine} {tokens:,}: {peak:,} bytes, largest {largest:,}", flush=True
                 )
-    for dense in (True, False):
-        for tokens in options.tokens:
-            print(
-                f"meta {'mask' if dense else 'first keys'} {tokens:,}: {on_meta(tokens, dense):,}"
-            )
 
 
 def measured(name: str, engine: str, lengths: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -74,17 +60,13 @@ def measured(name: str, engine: str, lengths: list[int]) -> Iterator[tuple[int, 
     sizes = {**MODELS[name], "num_hidden_layers": 2, "max_position_embeddings": 1024}
     config = transformers.LlamaConfig(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().train()
-    with ExitStack() as stack:
-        if engine != "eager":
-            optimize(model, codegen="eager")
-        if engine == "masks":
-            unknown = mock.patch.object(SampleMaskKinds, "mask", return_value=None)
-            stack.enter_context(unknown)
-        batches = [(tokens, batch(tokens, config.vocab_size)) for tokens in lengths]
-        step(model, batches[0][1])  # captures and compiles; gradients are there from now on
-        for tokens, each in batches:
-            gc.collect()
-            yield tokens, *allocated(lambda: step(model, each))  # noqa: B023
+    if engine != "eager":
+        optimize(model, codegen="eager")
+    batches = [(tokens, batch(tokens, config.vocab_size)) for tokens in lengths]
+    step(model, batches[0][1])  # captures and compiles; gradients are there from now on
+    for tokens, each in batches:
+        gc.collect()
+        yield tokens, *allocated(lambda: step(model, each))  # noqa: B023
 
 
 def batch(tokens: int, vocabulary: int) -> dict[str, Tensor]:
@@ -114,21 +96,6 @@ def allocated(run: Callable[[], Any]) -> tuple[int, int]:
         total += size
         highest = max(highest, total)
     return highest, max(size for _, size in pieces)
-
-
-def on_meta(tokens: int, dense: bool) -> int:
-    """Bytes of what one layer's attention on a GPU reads and makes, forward and backward."""
-    kind = {"device": "meta", "dtype": torch.bfloat16}
-    q, k, v = (torch.empty(1, n, tokens, 64, **kind) for n in (9, 3, 3))  # type: ignore[arg-type]
-    first = first_keys(torch.empty(1, tokens, dtype=torch.int32, device="meta"))
-    mask = first if not dense else torch.empty(1, 1, tokens, tokens, dtype=bool, device="meta")
-    ops = torch.ops.fusewright
-    table = ops.attention_mask_table(mask)
-    options = 0.125, False, mask, table, None, None, None
-    out, stats = ops.attention_triton_forward(q, k, v, *options)
-    needs = [True, True, True, False]
-    grads = ops.attention_triton_backward(out, q, k, v, out, stats, *options, needs)
-    return sum(t.untyped_storage().nbytes() for t in (q, k, v, mask, table, out, stats, *grads))
 
 
 if __name__ == "__main__":

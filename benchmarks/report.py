@@ -160,10 +160,7 @@ def preferences_table(name: str) -> str:
 def first_step_table(name: str) -> str:
     """Starts of ``first_step.py``."""
     found = results(name)
-    caches = {
-        "empty": "empty", "filled": "filled by an earlier process",
-        "loaded": "empty, the file of `--save-compiled` loaded",
-    }  # fmt: skip
+    caches = {"empty": "empty", "filled": "filled by an earlier process"}
     lines = [
         [
             caches[row["cache"]], f"{row['first_step_s']:.1f} s", f"{row['cpu_s']:.1f} s",

@@ -62,7 +62,7 @@ def measure(workload: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     from fusewright import explain, optimize
     from fusewright.passes import PIPELINE
 
-    os.environ.setdefault("FUSEWRIGHT_CHOICES", "ops")  # a block that loses would have no rules
+    os.environ.setdefault("FUSEWRIGHT_SMALL", "optimize")  # a small block would have no rules
     method, dtype = workload.split("-")
     name = options.model
     if options.layers:

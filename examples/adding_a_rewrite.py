@@ -1,6 +1,6 @@
 """A spelling, a rule and an op of one's own: the code of docs/adding-a-rewrite.md, which tests run.
 
-python examples/adding_a_rewrite.py
+FUSEWRIGHT_SMALL=optimize python examples/adding_a_rewrite.py
 """
 
 # [imports]
@@ -141,10 +141,16 @@ def main() -> None:
     """Show what each of the three does."""
     gated, quick = models()
     # [use]
-    print(explain(optimize(gated)))
-    print(explain(optimize(gated, passes=with_my_glu)))
-    print(explain(optimize(quick, passes=with_quick_gelu)))
-    print(explain(optimize(quick, passes=[*PIPELINE, QuickGELUOp()])))
+    ids = torch.arange(22).view(2, 11)
+    for model, rules in (
+        (gated, PIPELINE),
+        (gated, with_my_glu),
+        (quick, with_quick_gelu),
+        (quick, [*PIPELINE, QuickGELUOp()]),
+    ):
+        optimize(model, passes=rules)
+        model(input_ids=ids, labels=ids).loss.backward()
+        print(explain(model))
     # [end]
 
 

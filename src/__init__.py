@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .auditing.callback import AuditCallback
     from .auditing.findings import Audit, AuditFinding
     from .auditing.watch import watch
-    from .compiler.compiled_file import load_compiled, save_compiled
     from .compiler.pipeline import explain, optimize, restore
     from .errors import FusewrightError, OptimizeError
     from .optim.flat import FlatOptimizer, flatten_optimizer
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Audit", "AuditCallback", "AuditFinding", "FlatOptimizer", "FusewrightError", "OptimizeError",
-    "Report", "Site", "audit", "explain", "flatten_optimizer", "load_compiled", "optimize",
-    "restore", "save_compiled", "watch",
+    "Report", "Site", "audit", "explain", "flatten_optimizer", "optimize", "restore", "watch",
 ]  # fmt: skip
 
 _HOMES = {
@@ -38,8 +36,6 @@ _HOMES = {
     "optimize": "compiler.pipeline",
     "explain": "compiler.pipeline",
     "restore": "compiler.pipeline",
-    "load_compiled": "compiler.compiled_file",
-    "save_compiled": "compiler.compiled_file",
     "Report": "report",
     "Site": "report",
     "FusewrightError": "errors",

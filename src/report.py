@@ -80,7 +80,7 @@ class Site(Figures):
 class Bypass:
     """A module, by its path, that runs as it was, at least for some calls, and the reason.
 
-    ``faster``: the reason is that these calls are faster so, by a race.
+    ``faster``: the reason is that these calls are too small to gain from a captured graph.
     """
 
     module: str
@@ -113,10 +113,7 @@ class Report:
         memory: what the blocks keep for backward, and the predicted and measured peak.
         logits: what was computed of the logits in tiles, without making them, and how often.
         fallbacks: ops of this process that run in plain PyTorch, because their kernel failed.
-        choices: how this model's blocks were raced with its own code, with the winner and times.
-        cuda_graphs: which calls of blocks run by CUDA graphs, and why others do not.
-        op_choices: how ops were raced in this process, for all of its models on such a device.
-        pending: why the report may change with the first training step; empty if it will not.
+        choices: how kernels were chosen in this process, for all of its models on such a device.
     """
 
     sites: tuple[Site, ...]
@@ -128,9 +125,6 @@ class Report:
     logits: str = ""
     fallbacks: tuple[Fallback, ...] = ()
     choices: tuple[str, ...] = ()
-    cuda_graphs: tuple[str, ...] = ()
-    op_choices: tuple[str, ...] = ()
-    pending: str = ""
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -158,10 +152,7 @@ class Report:
             Fallback(str(f.get("op", "")), str(f.get("reason", "")))
             for f in data.get("fallbacks") or ()
         )
-        texts = {
-            name: tuple(map(str, data.get(name) or ()))
-            for name in ("choices", "cuda_graphs", "op_choices")
-        }
+        texts = {"choices": tuple(map(str, data.get("choices") or ()))}
         lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks, **texts}
         return cls(**{**_known(cls, data), **lists})
 
@@ -173,8 +164,8 @@ class Report:
         """The sites that were refused or missed."""
         return tuple(s for s in self.sites if s.status != "rewritten")
 
-    def lost(self) -> tuple[Bypass, ...]:
-        """The modules that run as they were in some calls because that is faster."""
+    def small(self) -> tuple[Bypass, ...]:
+        """The modules that keep their original code in calls that are too small to gain."""
         return tuple(b for b in self.bypasses if b.faster)
 
     def headline(self) -> str:
@@ -184,8 +175,8 @@ class Report:
         rewrites = _counted(sum(self.by_rule().values()), "rewrite")
         regions, graphs = _counted(self.regions, "region"), _counted(self.graphs, "graph")
         codegen = f", codegen {self.codegen}" if self.codegen else ""
-        lost = len({b.module for b in self.lost()})
-        others = f"; {_counted(lost, 'module')} left as before where that is faster" if lost else ""
+        small = len({b.module for b in self.small()})
+        others = f"; {_counted(small, 'module')} too small to gain in some calls" if small else ""
         return f"{rewrites} in {regions} ({graphs}){codegen}{others}"
 
     def table(self) -> list[tuple[str, ...]]:
@@ -238,13 +229,11 @@ class Report:
 
     def _notes(self) -> list[tuple[str, str]]:
         """What is said below the table, with a name of each kind."""
-        notes = [("not final:", self.pending)] if self.pending else []
-        notes += [("", line) for line in self.gains()]
+        notes = [("", line) for line in self.gains()]
         about = (("memory", self.memory), ("logits", self.logits))
         notes += [(name, text) for name, text in about if text]
-        notes += [("raced:", choice) for choice in self.choices]
-        notes += [("raced for all models:", choice) for choice in self.op_choices]
-        return notes + [("", line) for line in self.cuda_graphs]
+        notes += [("kernel:", choice) for choice in self.choices]
+        return notes
 
     def gains(self) -> list[str]:
         """What the rewrites spare in memory and traffic, a line each."""

@@ -1,7 +1,7 @@
 """The names of other libraries that are used and not public, so that any release may change them.
 
 A part of fusewright whose names are gone is left out, with a reason: the model runs as it was, in
-eager code, or without CUDA graphs; a training run, which needs its names, says so and does not
+eager code; a training run, which needs its names, says so and does not
 start. Nothing else asks whether such a name is there.
 """
 
@@ -24,21 +24,20 @@ from .report import Bypass, Report
 PARTS: dict[str, dict[str, str]] = {
     "the compiler": {
         "torch": "_foreach_copy_ _grouped_mm",
-        "torch.Tensor": "_is_zerotensor _make_wrapper_subclass _post_accumulate_grad_hooks",
+        "torch.Tensor": "_is_zerotensor _make_wrapper_subclass",
         "torch._C": (
-            "DisableTorchFunctionSubclass _DisableFuncTorch _are_functorch_transforms_active "
+            "DisableTorchFunctionSubclass _are_functorch_transforms_active "
             "_current_graph_task_id _disabled_torch_function_impl _get_dispatch_mode "
             "_get_tracing_state _is_any_autocast_enabled _is_fwd_grad_enabled "
             "_len_torch_dispatch_stack _len_torch_function_stack _set_grad_enabled"
         ),
         "torch._C._TorchDispatchModeKey": "FAKE FUNCTIONAL PROXY",
         "torch._C._autograd": (
-            "_profiler_enabled _saved_tensors_hooks_get_disabled_error_message "
+            "_get_current_graph_task_keep_graph _profiler_enabled "
+            "_saved_tensors_hooks_get_disabled_error_message "
             "_saved_tensors_hooks_is_enabled _top_saved_tensors_default_hooks"
         ),
-        "torch._C._functorch": (
-            "get_unwrapped is_batchedtensor is_gradtrackingtensor is_legacy_batchedtensor"
-        ),
+        "torch._C._functorch": "is_legacy_batchedtensor",
         "torch._C._nn": "gelu linear",
         "torch._dynamo": (
             "allow_in_graph assume_constant_result disable maybe_mark_dynamic optimize"
@@ -48,7 +47,7 @@ PARTS: dict[str, dict[str, str]] = {
             "recompile_limit specialize_float"
         ),
         "torch._dynamo.eval_frame._TorchDynamoContext": "callback",
-        "torch._dynamo.exc": "FailOnRecompileLimitHit TorchDynamoException Unsupported",
+        "torch._dynamo.exc": "FailOnRecompileLimitHit TorchDynamoException",
         "torch._dynamo.variables.builder.GraphArg": "erase",
         "torch._functorch.pyfunctorch": "temporarily_clear_interpreter_stack",
         "torch._guards": "tracing",
@@ -58,7 +57,6 @@ PARTS: dict[str, dict[str, str]] = {
         "torch._subclasses.fake_tensor": "FakeTensor FakeTensorMode",
         "torch.autograd.forward_ad": "_current_level",
         "torch.compiler": "_is_compiling_flag",
-        "torch.compiler._cache": "CacheArtifactManager",
         "torch.cpu": "_is_amx_tile_supported _is_avx512_bf16_supported",
         "torch.fx.Node": "_erased",
         "torch.fx._lazy_graph_module": "_LazyGraphModule",
@@ -82,8 +80,7 @@ PARTS: dict[str, dict[str, str]] = {
         "torch.utils._python_dispatch": (
             "TorchDispatchMode _disable_current_modes is_traceable_wrapper_subclass"
         ),
-        "torch.utils._pytree": "tree_iter tree_leaves tree_map tree_map_only",
-        "torch.utils._sympy.functions": "FloorDiv",
+        "torch.utils._pytree": "tree_iter tree_map tree_map_only",
     },
     "Inductor": {
         "torch._functorch": "config",
@@ -98,16 +95,6 @@ PARTS: dict[str, dict[str, str]] = {
         "torch._inductor.dependencies": "WeakDep",
         "torch._inductor.ir": "FallbackKernel",
         "torch._inductor.runtime.cache_dir_utils": "cache_dir",
-    },
-    "CUDA graphs": {
-        "torch._C": (
-            "_AutoDispatchBelowAutograd _construct_storage_from_data_pointer "
-            "_cuda_endAllocateToPool"
-        ),
-        "torch._C._dynamo.guards": "_reinterpret_tensor",
-        "torch._inductor.config.triton": "cudagraphs",
-        "torch._inductor.cudagraph_trees": "clear_cublas_manager",
-        "torch.cuda": "_sleep",
     },
     "FSDP2": {
         "torch.distributed.fsdp.FSDPModule": "_get_fsdp_state",

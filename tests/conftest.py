@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator, Iterator
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FUSEWRIGHT_VERDICTS"] = "fresh"  # faults are planted here; also in other processes
-# most models here are so small that their blocks would run as they were
-os.environ.setdefault("FUSEWRIGHT_CHOICES", "ops")
+# most models here are so small that their blocks would keep their original code
+os.environ.setdefault("FUSEWRIGHT_SMALL", "optimize")
 
 import pytest
 import torch
@@ -75,20 +75,12 @@ def _kernels_must_launch(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("gpu") is None:
         yield
         return
+    from fusewright.kernels import choice
     from fusewright.kernels.fallback import no_fallback
-    from fusewright.kernels.raced_op import our_kernels
 
-    with no_fallback(), our_kernels():
+    with no_fallback(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "DEVICES", ())
         yield
-
-
-@pytest.fixture(autouse=True)
-def _chooses_as_a_new_process() -> None:
-    """What a test has raced decides no form in the next one; the times are kept."""
-    from fusewright.kernels.processor import is_of_this_machine, measured, this_machine
-
-    if is_of_this_machine():
-        measured(this_machine())
 
 
 @pytest.fixture

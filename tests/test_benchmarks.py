@@ -106,22 +106,6 @@ def test_an_engine_that_cannot_run_does_not_stop_the_others(
     assert rows["liger"]["tokens_per_s"] is None
 
 
-@pytest.mark.slow
-def test_time_of_the_host_is_split(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    file = tmp_path / "host.json"
-    done = run("host_time.py", "--only", "rms_norm,block", "--rounds", "1", "--json", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = json.loads(file.read_text())["us"]
-    assert set(found) == {"rms_norm", "block"}
-    for times in found.values():
-        assert times["operators"] + times["ours"] == pytest.approx(
-            times["forward"] + times["backward"]
-        )
-        assert min(times.values()) > 0
-    assert "| rms_norm | " in done.stdout
-
-
 def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import torch
@@ -130,26 +114,6 @@ def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(EngineUnavailableError, match=r"unsloth .* need a GPU"):
         unsloth(torch.nn.Linear(2, 2), None)  # type: ignore[arg-type]
-
-
-def test_an_engine_takes_the_candidate_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import engines
-    from fusewright.kernels import candidates, choice
-    from workload import Job
-
-    monkeypatch.setattr(choice, "_CHOICES", {})
-    monkeypatch.setitem(
-        engines.ENGINES, "fusewright", lambda _, job: choice.choose(candidates.thin_products(True))
-    )
-    for candidate in ("wide first", "thin first"):
-        name = engines.forcing("thin products in float32", candidate)
-        assert engines.known(name)
-        assert engines.is_ours(name)
-        job = Job(name, "tiny-llama", "float32", 1, 8, "lora", "auto", False, "cpu", 1)
-        assert engines.prepare(None, job).candidate == candidate
-    assert not engines.known("eager@a=b")
-    assert not engines.known("fusewright@a")
 
 
 @pytest.mark.long

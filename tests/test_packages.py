@@ -55,8 +55,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
         ("torch", "2.13.2", True),
         ("torch", "2.14.0", False),
         ("torch", "2.15.0.dev20261201", False),
-        ("transformers", "5.24.3", True),
-        ("transformers", "5.25.0", False),
+        ("transformers", "5.25.3", True),
+        ("transformers", "5.26.0", False),
         ("trl", "1.17.0", False),
     ],
 )

@@ -18,16 +18,16 @@ import torch
 import typer
 from torch import nn
 
-from fusewright import FusewrightError, OptimizeError, explain, optimize, upstream
+from fusewright import FusewrightError, OptimizeError, optimize, upstream
 from fusewright.cli.main import _ended
 from fusewright.compiler.bypass import find_hooks
-from fusewright.compiler.codegen import cuda_graphs
 from fusewright.sharding import gathering_of, gathers
 from fusewright.train.model import merge_aware
 from fusewright.train.recipe.export_formats import FORMATS
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.requirements import require_known_names
 from fusewright.upstream import PARTS, changed, names_of
+from tests.explained import explain
 from tests.models.zoo import FAMILIES, build
 
 SRC = Path(upstream.__file__).parent
@@ -184,15 +184,6 @@ def test_without_inductors_names_blocks_run_in_eager_code(monkeypatch: pytest.Mo
     assert report.by_rule()["rms_norm"]
     assert "blocks are not compiled: torch" in str(report)
     assert "torch._inductor.compile_fx.compile_fx_inner" in str(report)
-
-
-def test_without_their_names_there_are_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
-    monkeypatch.delattr("torch._inductor.cudagraph_trees.clear_cublas_manager")
-    graphs = cuda_graphs.CudaGraphs("on")
-    assert not graphs.may_serve(torch.device("cpu"), "inductor")
-    (line,) = graphs.describe()
-    assert "clear_cublas_manager" in line
 
 
 def _sharded_by(module: str) -> nn.Module:

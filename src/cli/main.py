@@ -11,7 +11,6 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -261,22 +260,6 @@ def train(
             "Several machines: start it with torchrun."
         ),
     ] = None,
-    save_compiled: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write what the run has compiled, verified and raced to this file, for "
-            "--load-compiled.",
-        ),
-    ] = None,
-    load_compiled: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Begin with what another run has compiled, on this or a like machine. Such a file "
-            "is code, which the run executes: load only your own.",
-        ),
-    ] = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
     allow_code: Code = False,
@@ -289,8 +272,7 @@ def train(
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, allow_builders, allow_code, allow_image_urls)
-    files = load_compiled, save_compiled
-    raise typer.Exit(_train(recipe, overwrite, dry_run, nproc, context.args, consent, files))
+    raise typer.Exit(_train(recipe, overwrite, dry_run, nproc, context.args, consent))
 
 
 @app.command()
@@ -376,7 +358,6 @@ def _train(
     nproc: str | None,
     arguments: list[str],
     consent: Consent,
-    compiled: tuple[str | None, str | None],
 ) -> int:
     if recipe.startswith("--"):
         raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
@@ -403,25 +384,12 @@ def _train(
         announce("importing PyTorch and transformers")
     from ..train.processes.launch import launch, number_of_processes
 
-    load, save = compiled
-    if save is not None and not Path(save).absolute().parent.is_dir():
-        raise RecipeError(f"--save-compiled: {save}: there is no such folder")
-    if load is not None:
-        from ..compiler.compiled_file import load_compiled
-
-        say(Terminal(stderr=True), f"read {load_compiled(load)} from {load}")
     strategy = loaded.strategy()
     number = number_of_processes(nproc, alone=strategy.world() == 1)
     if number > 1:
         strategy.require_world(number)
         switches = ["--overwrite"] * overwrite + consent.switches()
-        switches += [] if save is None else ["--save-compiled", save]
         return launch(number, ["train", recipe, *switches, *arguments])
     from ..train.run import run  # slow to import: only for a recipe that is right
 
-    result = run(loaded)
-    if save is not None and placement(os.environ).rank == 0:
-        from ..compiler.compiled_file import save_compiled
-
-        say(Terminal(stderr=True), f"wrote {save_compiled(save)} to {save}")
-    return result.exit_code
+    return run(loaded).exit_code

@@ -22,8 +22,6 @@ A_CACHE = (
     "a cache was passed, or made by default in model.eval() (in training call model.train(), "
     "elsewhere pass use_cache=False)"
 )
-"""The reason that ``copies/decoding.py`` acts on."""
-
 
 CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params")
 """What transformers' forwards call the cache that they are given."""

@@ -116,12 +116,6 @@ class GraphLog:
         self.graphs.pop(module, None)
         self.note(module, reason)
 
-    def lose(self, module: nn.Module, reason: str, always: bool) -> None:
-        """Remember why a call of ``module`` was faster as it was; ``always``: all of them are."""
-        if always:  # its graphs have run in a race, or to be explained
-            self.graphs.pop(module, None)
-        self.note(module, reason, faster=True)
-
     def note_outer_compile(self) -> None:
         """Remember that somebody's torch.compile has traced the original model."""
         self.outer_compile = True

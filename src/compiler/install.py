@@ -12,17 +12,18 @@ import copy
 import functools
 import itertools
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .backend import captured
+from ..graph.opaque.hub_kernels import is_replaced
 from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, is_training_watch, replaced_forward, watch_training
+from .capture import captured
 from .copies.forward_copies import cell_contents, clone_function
 from .regions import Region, undivided_parts
 from .sample_masks import Masked, making_masks
@@ -125,8 +126,7 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
     """Make regions of the parts of a block that could not be captured; returns what undoes it."""
     record = installed(module, wrapped=True)
     is_whole = record is not None and record.kind in ("block", "projector")
-    apart = {m for _, m in session.choices.by_rows.in_block(module)}
-    parts = list(_parts_without(apart, module)) if is_whole else []
+    parts = undivided_parts(module) if is_whole else []
     install(parts, session)
 
     def undo() -> None:
@@ -135,15 +135,6 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
                 uninstall(inner)
 
     return undo
-
-
-def _parts_without(modules: set[nn.Module], block: nn.Module) -> Iterator[Region]:
-    """The parts of a block, and of such parts as hold one of ``modules``, that do not."""
-    for part in undivided_parts(block) if block not in modules else ():
-        if modules.isdisjoint(part.module.modules()):
-            yield part
-        else:
-            yield from _parts_without(modules, part.module)
 
 
 def uninstall(module: nn.Module) -> bool:
@@ -213,7 +204,10 @@ def _install_forward(
         masks = code.places if isinstance(code, Masked) else ()
         is_segmented = isinstance(code.code if isinstance(code, Masked) else code, Segmented)
         copies = watches.segmented if is_segmented else watches.opaque
-        source = (copies.of(function) or function) if original.is_method else original
+        source: Any = original
+        if original.is_method:
+            has_kernels = not is_segmented and is_replaced(self)
+            source = (None if has_kernels else copies.of(function)) or function
 
         def build() -> Callable[..., Any]:
             whole = making_masks(source, masks) if masks else source

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 from ..memory.budget import Budget
 
 Codegen = Literal["auto", "eager", "inductor"]
-CudaGraphs = Literal["auto", "on", "off"]
 Logits = Literal["lazy", "always"]
 Verify = Literal["first", "always", "off"]
 
@@ -27,8 +26,7 @@ class Options:
         strict: raise when a site is refused or missed.
         compile_no_grad: whether ``codegen`` also runs blocks that are called without gradients.
         packs: whether rows are several samples wherever their positions say so.
-        cuda_graphs: ``"auto"`` runs blocks by CUDA graphs where that is faster, ``"on"`` wherever
-            they can be captured.
+        cuda_graphs: whether Inductor launches compiled blocks as CUDA graphs.
     """
 
     passes: tuple[Any, ...]
@@ -39,18 +37,19 @@ class Options:
     strict: bool = False
     compile_no_grad: bool = False
     packs: bool = False
-    cuda_graphs: CudaGraphs = "off"
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("codegen", Codegen), ("logits", Logits), ("verify", Verify),
-            ("cuda_graphs", CudaGraphs),
-        ):  # fmt: skip
+            ("codegen", Codegen),
+            ("logits", Logits),
+            ("verify", Verify),
+        ):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 choices = ", ".join(repr(c) for c in get_args(allowed))
                 raise ValueError(f"{name}={value!r} is not one of {choices}")
-        for name in ("strict", "compile_no_grad", "packs"):
+        for name in ("strict", "compile_no_grad", "packs", "cuda_graphs"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} is not one of False, True")
         Budget.parse(self.memory)
@@ -67,6 +66,8 @@ class Environment:
         traceback: ``FUSEWRIGHT_TRACEBACK``: commands print the traceback of every error.
         keeps_verdicts: ``FUSEWRIGHT_VERDICTS``: ``fresh``: each process verifies rewrites itself;
             ``kept``, the default: not those that an earlier one has found right.
+        optimizes_small: ``FUSEWRIGHT_SMALL``: ``optimize``: also blocks that are too small to gain
+            run their graphs; ``keep``, the default: these keep their original code.
     """
 
     dump: str | None
@@ -74,6 +75,7 @@ class Environment:
     disable: frozenset[str]
     traceback: bool = False
     keeps_verdicts: bool = True
+    optimizes_small: bool = False
 
     @classmethod
     def read(cls) -> Environment:
@@ -84,6 +86,9 @@ class Environment:
         verdicts = os.environ.get("FUSEWRIGHT_VERDICTS") or "kept"
         if verdicts not in ("kept", "fresh"):
             raise ValueError(f"FUSEWRIGHT_VERDICTS={verdicts!r} is neither kept nor fresh")
+        small = os.environ.get("FUSEWRIGHT_SMALL") or "keep"
+        if small not in ("keep", "optimize"):
+            raise ValueError(f"FUSEWRIGHT_SMALL={small!r} is neither keep nor optimize")
         names = os.environ.get("FUSEWRIGHT_DISABLE", "").split(",")
         return cls(
             dump=os.environ.get("FUSEWRIGHT_DUMP") or None,
@@ -91,4 +96,5 @@ class Environment:
             disable=frozenset(n.strip() for n in names if n.strip()),
             traceback=os.environ.get("FUSEWRIGHT_TRACEBACK", "0") not in ("", "0"),
             keeps_verdicts=verdicts == "kept",
+            optimizes_small=small == "optimize",
         )

@@ -1,359 +1,178 @@
-"""What lets samples that share a row see each other, on the model at hand.
+"""Which models may be given packed rows, decided by their structure: nothing is called.
 
-``leaks`` names it. ``ByRowsOnTrial`` finds modules that let samples see each other, and that do so
-no more when they run over each of them apart, as rows of a batch: a shift of tokens, a recurrence
-that is written out in a forward. Both look at what modules do with two packs that differ in their
-first sample alone, and at no name and no code.
+In a packed row each sample must see its own tokens alone. Three kinds of code keep samples apart:
+attention whose mask is made from ``position_ids``, and the scans and short convolutions that take
+segments (``segments.py``). Every other mixer of positions is refused. A mixer is found by what
+transformers needs for generation: what mixes positions takes a cache.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import inspect
+import types
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..graph.opaque.segments import Unread
-from ..memory.random_state import BufferState
-from .bypass import is_container
-from .regions import Region, input_embeddings
-from .segments import ByRows, Slot, is_below
+from ..graph.opaque.functions import CONVOLUTION, segmented_convention
+from ..graph.opaque.hub_kernels import behind
+from ..graph.signatures import names_in
+from . import regions
+from .bypass import CACHE_ARGUMENTS, is_container
+from .copies.opaque_calls import takes_segments
+from .sample_masks import makes_masks
 
-SHORT, LONG = (9, 7), (67, 9)
-"""Tokens of the two samples of a pack that is tried: more than a convolution is wide, and more than
-a chunk of a scan has."""
+_CACHES = {*CACHE_ARGUMENTS, "past_key_value", "layer_past", "state", "use_cache"}
+_ATTENTION = {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention", "softmax"}
 
 
-def leaks(model: Any, vocab_size: int, device: torch.device, sizes: tuple[int, int] = SHORT) -> str:
-    """What lets a sample in a pack see another, by its name; empty where nothing does.
+def unpackable(model: nn.Module, optimized: bool = True) -> str:
+    """Return why samples in packed rows of ``model`` would see each other; empty if they do not.
 
-    Two packs differ only in their first sample; the logits of the second must be the same but for
-    roundings (how many rows a product has decides how its sums are made, and experts get other
-    rows), and the gradient of each sample's logits with respect to the embeddings of the other one
-    must be zero: masked scores contribute exact zeros. What is named is the innermost module whose
-    inputs agree and whose outputs do not. Where the model looks no token up in its table, the
-    gradients cannot be tried.
+    Args:
+        model: the model, not optimized.
+        optimized: whether it will be optimized with ``packs=True``.
     """
-    batch, first = _two_packs(vocab_size, device, sizes), sizes[0]
-    with _trying(model):
-        if leak := _value_leak(model, batch, first)[0]:
-            return leak
-        one = {name: t[:1] for name, t in batch.items()}
-        return "its backward pass" if _gradient_leaks(model, one, first) else ""
+    blocks = [r.module for r in regions.find(model) if r.kind == "block"]
+    cached = [b for b in blocks if any(map(_takes_cache, b.modules()))]
+    paths = {m: f"{path} ({type(m).__name__})" for path, m in model.named_modules()}
+    attends = False
+    for mixer in _mixers(cached or blocks):
+        called = [f for f in _called(mixer) if takes_segments(f)]
+        kinds = {convention.name for f in called if (convention := segmented_convention(f))}
+        if _has_convolution(mixer) and CONVOLUTION.name not in kinds:
+            return f"{paths[mixer]} has a convolution that does not take segments"
+        if kinds and not optimized:
+            return f"{paths[mixer]} keeps samples apart in an optimized model only"
+        if not kinds and not _attends(mixer):
+            return f"{paths[mixer]} mixes positions, and does not take segments"
+        attends |= not kinds
+    holders = _around(model, cached or blocks)
+    if any(inner not in set(outer.modules()) for outer, inner in pairwise(holders)):
+        return f"{type(model).__name__} has several stacks of layers"
+    if attends and holders and not _masks_samples(holders, optimized):
+        when = "" if optimized else ", except in an optimized model"
+        return f"{type(model).__name__} makes its attention mask without position_ids{when}"
+    return ""
 
 
-def leaks_between(model: Any, batch: dict[str, Tensor], alone: dict[str, Tensor]) -> str:
-    """The same of two given packs, of two samples each, whose second one is ``alone``.
-
-    They are as a model is called with, and may have features of images. The second sample must also
-    have the logits that it has by itself, but for roundings. Gradients are not tried.
-    """
-    first = batch["input_ids"].shape[1] - alone["input_ids"].shape[1]
-    with _trying(model):
-        leak, packed = _value_leak(model, batch, first)
-        if leak:
-            return leak
-        with torch.no_grad():
-            same = _are_near(packed, model(**alone).logits[0])
-    return "" if same else type(model).__name__
-
-
-@torch.no_grad()
-def _value_leak(model: Any, batch: dict[str, Tensor], first: int) -> tuple[str, Tensor]:
-    """What lets the second sample see the first one, or ''; and the second one's logits."""
-    mine, other = model(**batch).logits[:, first:]
-    if torch.equal(mine, other):
-        return "", mine
-    length = batch["input_ids"].shape[1]
-    modules = _leaking_modules(lambda: model(**batch), model, length, first)
-    if modules:
-        return _name(model, modules[0]), mine
-    return "" if _are_near(mine, other) else type(model).__name__, mine
-
-
-def _two_packs(vocab_size: int, device: torch.device, sizes: tuple[int, int]) -> dict[str, Tensor]:
-    """Two packs of two samples each, of which the second is the same."""
-    generator, first = torch.Generator().manual_seed(0), sizes[0]
-    ids = torch.randint(vocab_size, (2, sum(sizes)), generator=generator)
-    ids[1, first:] = ids[0, first:]
-    ids[1, :first] = (ids[0, :first] + 1) % vocab_size
-    positions = torch.cat([torch.arange(n) for n in sizes]).expand(2, -1)
-    return {"input_ids": ids.to(device), "position_ids": positions.to(device)}
-
-
-@contextmanager
-def _trying(model: nn.Module) -> Iterator[None]:
-    """As in training, but for dropout, which draws other numbers for each row; then as it was.
-
-    Evaluation is another thing: layers merge adapters for it, scale their weights, or pack them in
-    a way that has no gradients (4-bit ones on some CPUs).
-    """
-    flags, buffers = [(m, m.training) for m in model.modules()], BufferState(model)
-    states = random.getstate(), np.random.get_state()
-    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(gpus):
-        try:
-            for m, _ in flags:  # not by ``train``, which may do more
-                m.training = not _drops(m)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            for m, flag in flags:
-                m.training = flag
-            buffers.restore()
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether a module has a rate of dropout, or a child that may tell it one."""
-    modules = (module, *module.children())
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules):
-        return True
-    rates = (v for n, v in vars(module).items() if "drop" in n and isinstance(v, float))
-    return any(rate > 0 for rate in rates)
-
-
-def _name(model: nn.Module, module: nn.Module) -> str:
-    path = next(path for path, m in model.named_modules() if m is module)
-    return f"{path} ({type(module).__name__})"
-
-
-def _gradient_leaks(model: Any, batch: dict[str, Tensor], length: int) -> bool:
-    """Whether the logits of a sample have a gradient in the embeddings of the other one."""
-    table = input_embeddings(model)
-    if table is None:
+def _masks_samples(holders: list[nn.Module], optimized: bool) -> bool:
+    """True if masks are made from ``position_ids``, in the model's code or in our copy of it."""
+    makers = {f: m for m in holders for f in _functions(m) if _makes_masks(f)}
+    has_bias = any("alibi" in name for name in _names(holders))  # in place of positions
+    if not has_bias and any("position_ids" not in _parameters(m) for m in makers.values()):
         return False
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        first, second = slice(0, length), slice(length, None)
-        grads = [_gradients(model, batch, table, own) for own in (second, first)]
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-    others = zip(grads, (first, second), strict=True)
-    return any(bool((g[:, other] != 0).any()) for each, other in others for g in each)
+    is_copied = optimized and any(f is _forward(m) for f, m in makers.items())
+    return is_copied or any(map(_passes_positions, makers))
 
 
-def _gradients(model: Any, batch: dict[str, Tensor], table: Any, own: slice) -> list[Tensor]:
-    """The gradients of one sample's logits with respect to what ``table`` returns at each call."""
-    embedded = []
-
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = table.register_forward_hook(hook)
-    try:
-        with torch.enable_grad():
-            logits = model(**batch).logits
-    finally:
-        handle.remove()
-    if not logits.requires_grad:
-        return []
-    upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).to(logits.dtype)
-    # by ``backward``: reentrant checkpoints do not go with ``autograd.grad``
-    (logits[:, own] * upstream).sum().backward()
-    # of whole rows: a model may look up single tokens, too
-    rows = batch["input_ids"].shape
-    return [t.grad for t in embedded if t.grad is not None and t.shape[:2] == rows]
+def unpackable_images(model: nn.Module) -> str:
+    """Return why images in packed rows of ``model`` would see other samples, or an empty text."""
+    blocks = [r.module for r in regions.find(model) if r.kind == "block"]
+    cached = [b for b in blocks if any(map(_takes_cache, b.modules()))]
+    for m in _around(model, cached)[:-1]:
+        if any(map(_makes_masks, _functions(m))):
+            return f"{type(m).__name__} makes a mask of its images for rows of one sample"
+    return ""
 
 
-# --- which modules ------------------------------------------------------------------------------
+def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """The modules that hold blocks, the innermost last."""
+    inner = set(blocks)
+    holders = (m for m in model.modules() if m not in inner and not is_container(m))
+    return [m for m in holders if not inner.isdisjoint(m.modules())]
 
 
-def _leaking_modules(
-    call: Callable[[], Any], model: nn.Module, length: int, first: int
-) -> list[nn.Module]:
-    """The modules whose inputs agree in the second sample, and whose outputs differ, by their end.
-
-    ``call`` calls the model with two packs. Outputs must differ by more than roundings.
-    """
-    modules: list[nn.Module] = []
-
-    def second_samples(values: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        if type(values) is Unread:
-            return
-        if isinstance(values, dict):
-            values = tuple(values.values())
-        if isinstance(values, (tuple, list)):
-            for value in values:
-                yield from second_samples(value)
-        elif isinstance(values, Tensor) and values.is_floating_point() and values.dim() > 1:
-            time = next((d for d in range(1, values.dim()) if values.shape[d] == length), None)
-            if time is not None and values.shape[0] == 2:
-                rows = values.narrow(time, first, length - first)
-                yield rows[0], rows[1]
-
-    def differ(values: Any) -> bool:
-        return not all(torch.equal(a, b) for a, b in second_samples(values))
-
-    def agreeing(values: Any) -> Any:
-        """A copy, as far as it is known how to make one, in which the second samples agree."""
-        if type(values) in (tuple, list):
-            return type(values)(map(agreeing, values))
-        if not isinstance(values, Tensor):
-            return values
-        copy = values.clone()
-        for a, b in second_samples(copy):
-            b.copy_(a)
-        return copy
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if differ((args, kwargs)) or not differ(output):
-            return None
-        if any(_differ_much(a, b) for a, b in second_samples(output)):
-            modules.append(module)
-        return agreeing(output)  # so that what comes after is looked at in the same call
-
-    with _hooked(model, hook), torch.no_grad():
-        call()
-    return modules
+def _takes_cache(module: nn.Module) -> bool:
+    return not _CACHES.isdisjoint(_parameters(module))
 
 
-@contextmanager
-def _hooked(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """With a hook on all modules inside; blocks of an optimized model then run as they were."""
-    handles: list[Any] = []
-    try:
-        handles += (
-            m.register_forward_hook(hook, with_kwargs=True)
-            for m in model.modules()
-            if m is not model
-        )
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _parameters(module: nn.Module) -> set[str]:
+    function = None if is_container(module) else _forward(module)
+    return set(inspect.signature(function).parameters) if callable(function) else set()
 
 
-def _differ_much(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by more than the roundings of one module, in another order."""
-    limit = max(64 * torch.finfo(torch.float32).eps, 4 * torch.finfo(a.dtype).eps)
-    return bool((a - b).abs().max() > limit * a.abs().max())
+def _mixers(blocks: list[nn.Module]) -> Iterator[nn.Module]:
+    """The innermost modules that take a cache, or else the blocks."""
+    takers = [[m for m in block.modules() if _takes_cache(m)] for block in blocks]
+    passing = {type(block) for block, found in zip(blocks, takers, strict=True) if found[1:]}
+    for block, found in zip(blocks, takers, strict=True):
+        if found == [block] and type(block) in passing:
+            continue  # its mixer is an MLP, which takes no cache
+        for m in found or [block]:
+            if set(list(m.modules())[1:]).isdisjoint(found):
+                yield m
 
 
-# --- modules that run over samples as rows ------------------------------------------------------
-
-_TRIED = 11, 8
-"""Tokens of two samples, of which the shorter one gets some rest of a row; 19 is hardly a size."""
-
-
-class ByRowsOnTrial(ByRows):
-    """Finds modules that are to be run by rows, in a model that is installed with it.
-
-    One that cannot be, or still lets samples see each other, gives way to the module around it.
-    ``problem`` says why samples may see each other all the same.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._failed: set[tuple[str, type[nn.Module]]] = set()
-
-    def run(
-        self, place: str, module: nn.Module, slot: Slot, function: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """As it is run later; a module that is called otherwise, or raises, has failed."""
-        try:
-            return super().run(place, module, slot, function, args, kwargs)
-        except Exception:  # whatever it does not like
-            self._failed.add((place, type(module)))
-            return function(*args, **kwargs)
-
-    def find(self, model: nn.Module, regions: Iterable[Region]) -> None:
-        """Set ``places``: none where the model cannot be called with tokens alone."""
-        table = input_embeddings(model)
-        weight = None if table is None else next(table.parameters(), None)
-        if weight is None:
-            return
-        batch = _two_packs(len(weight), weight.device, _TRIED)
-        blocks = [r.path for r in regions if r.kind == "block"]
-        with _trying(model):
-            try:
-                leaking = self._find(model, blocks, batch)
-                # where some still see each other, no sample is as by itself, and it is said why
-                if leaking:
-                    self.problem = f"samples that share a row see each other in {leaking}"
-                elif self.places and not _are_right(model, batch):
-                    places = ", ".join(sorted(place for place, _ in self.places))
-                    self.places.clear()
-                    self.problem = (
-                        f"run over samples apart, {places} would give other values than for each "
-                        "sample by itself: samples that share a row see each other there"
-                    )
-            except Exception as error:  # it wants other inputs: what is trained decides (``leaks``)
-                self.places.clear()
-                self.problem = (
-                    "whether samples that share a row see each other could not be tried: "
-                    f"{type(error).__name__}: {error}"
-                )
-
-    def _find(self, model: nn.Module, blocks: list[str], batch: dict[str, Tensor]) -> str:
-        """Find what helps; returns what lets samples see each other all the same, or ''."""
-        modules = dict(model.named_modules())
-        paths = {m: path for path, m in modules.items()}
-        while True:
-            leaking = _leaking_modules(lambda: _call(model, batch), model, sum(_TRIED), _TRIED[0])
-            chains = [list(_places(modules, blocks, paths[m])) for m in leaking]
-            # a module around one that still lets samples see each other has not helped, either
-            self._failed |= {place for chain in chains for place in chain} & self.places
-            self.places -= self._failed
-            candidates = {next((p for p in c if p not in self._failed), None) for c in chains}
-            new = candidates - self.places - {None}
-            if not new:
-                return _name(model, leaking[0]) if leaking else ""
-            self.places |= {p for p in new if p is not None}
+def _attends(mixer: nn.Module) -> bool:
+    """True for attention that is given a mask, and selects no keys by itself."""
+    names = _names([mixer])
+    return (
+        "attention_mask" in _parameters(mixer)
+        and not _ATTENTION.isdisjoint(names)
+        and "topk" not in names
+    )
 
 
-def _places(
-    modules: dict[str, nn.Module], blocks: list[str], path: str
-) -> Iterator[tuple[str, type[nn.Module]]]:
-    """Place and class of the module at ``path`` in its block, and of those around it there."""
-    outer = max((b for b in blocks if b == path or is_below(path, b)), key=len, default=None)
-    while outer is not None:
-        if not is_container(modules[path]):
-            yield path[len(outer) + 1 :], type(modules[path])
-        if path == outer:
-            return
-        path = path.rpartition(".")[0]
+def _has_convolution(mixer: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv1d) and max(m.kernel_size) > 1 for m in mixer.modules())
 
 
-def _are_near(values: Tensor, others: Tensor) -> bool:
-    """Whether two outputs of a model are the same but for what it makes of roundings."""
-    error = (values - others).norm(dim=-1) / others.norm(dim=-1)
-    # the median: a rounding may send a single token to another expert
-    return bool(error.median() <= torch.finfo(others.dtype).eps ** 0.5)
+# --- the code of a module -------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _are_right(model: nn.Module, batch: dict[str, Tensor]) -> bool:
-    """Whether two samples in a row are as each by itself, but for roundings."""
-    packed, begin = _first_output(model, {n: t[:1] for n, t in batch.items()}), 0
-    for size in _TRIED:
-        own = slice(begin, begin + size)
-        alone = _first_output(model, {n: t[:1, own] for n, t in batch.items()})
-        if not _are_near(packed[:, own], alone):
-            return False
-        begin += size
-    return True
+def _forward(module: nn.Module) -> Any:
+    forward = module.__dict__.get("forward", type(module).forward)
+    return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
-def _first_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The logits, or the hidden states of a model without."""
-    with _hooked(model, lambda *_: None):
-        outputs = _call(model, batch)
-    first: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
-    return first
+def _called(module: nn.Module) -> list[Any]:
+    """The globals that the forward of ``module`` names."""
+    # also where kernels of the Hub may be in the place of a function: those that this one names
+    found: list[Any] = []
+    seen, left = set(), [_forward(module)]
+    while left:
+        function = left.pop()
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        for value in map(function.__globals__.get, names_in(function.__code__)):
+            found.append(behind(value))
+            left += [] if found[-1] is value else [inspect.unwrap(found[-1])]
+    return [value for value in found if value is not None]
 
 
-def _call(model: Any, batch: dict[str, Tensor]) -> Any:
-    torch.manual_seed(0)  # in a fork: what is drawn in training is the same in each call
-    try:
-        return model(**batch, use_cache=False)
-    except TypeError:  # a model without a cache has no such argument
-        return model(**batch)
+def _functions(module: nn.Module) -> list[types.FunctionType]:
+    """The forward of ``module``, and the methods and functions of its file that it may call."""
+    found: dict[types.FunctionType, None] = {}
+    left = [_forward(module)]
+    while left:
+        function = left.pop()
+        if not isinstance(function, types.FunctionType) or function in found:
+            continue
+        found[function] = None
+        for name in names_in(function.__code__):
+            method = inspect.getattr_static(type(module), name, None)
+            if isinstance(method, types.FunctionType) and not hasattr(nn.Module, name):
+                left.append(inspect.unwrap(method))
+            value = behind(function.__globals__.get(name))
+            if getattr(value, "__module__", None) == function.__module__:
+                left.append(inspect.unwrap(value) if callable(value) else None)
+    return list(found)
+
+
+def _names(modules: list[nn.Module]) -> set[str]:
+    return set().union(*(names_in(f.__code__) for m in modules for f in _functions(m)))
+
+
+def _makes_masks(function: types.FunctionType) -> bool:
+    found = map(function.__globals__.get, names_in(function.__code__))
+    return any(isinstance(f, types.FunctionType) and makes_masks(f) for f in found)
+
+
+def _passes_positions(function: types.FunctionType) -> bool:
+    """True if the arguments of a mask, in the code of ``function``, include the positions."""
+    groups = (set(c) for c in function.__code__.co_consts if isinstance(c, tuple))
+    return any({"config", "inputs_embeds", "position_ids"} <= group for group in groups)

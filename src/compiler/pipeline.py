@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import starmap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
+from ..kernels.choice import choices
 from ..kernels.fallback import FAILED
 from ..kernels.native.library import start_for
 from ..memory.budget import Budget
@@ -28,26 +29,23 @@ from ..memory.meter import Meter
 from ..memory.planner import Planner
 from ..packages import untested_once
 from ..passes import PIPELINE
-from ..report import THE_MODEL, Bypass, Fallback, Report, Site
+from ..report import Bypass, Fallback, Report, Site
 from ..rewrite.engine import Fuel
 from ..rewrite.rule import Rule
-from ..rewrite.verify import Verifier, quiet_randomness
-from ..sharding import collectives_of
+from ..rewrite.verify import Verifier
 from ..upstream import changed
-from . import regions
-from .block_races import BlockRaces, raced_ops
+from . import hub_kernels, regions
 from .calls.forwards import OUTER_COMPILE
+from .choices import Choices
 from .codegen.choice import choose
-from .codegen.cuda_graphs import CudaGraphs
-from .copies.decoding import Decoding
-from .graph_log import GraphLog, representative
-from .install import active, install, replaced_by, split, uninstall
+from .graph_log import representative
+from .install import active, install, installed, replaced_by, split, uninstall
 from .logits.reads import Reads
 from .options import Codegen, Environment, Logits, Options, Verify
-from .options import CudaGraphs as CudaGraphsMode
-from .packs import ByRowsOnTrial
+from .packs import unpackable
 from .ranks.verdicts import SharedVerdicts
-from .session import Choices, Session
+from .session import Session
+from .small_blocks import SmallBlocks
 
 
 def optimize(
@@ -61,12 +59,12 @@ def optimize(
     strict: bool = False,
     compile_no_grad: bool = False,
     packs: bool = False,
-    cuda_graphs: CudaGraphsMode = "off",
+    cuda_graphs: bool = False,
 ) -> Any:
     """Make a model's training step faster and leaner, in place, without changing its results.
 
-    Graphs are captured at the first call, so this returns at once (unless ``strict``). Calling it
-    again replaces the earlier choices, and captures anew.
+    Graphs are captured at the first call, so this returns at once. Calling it again replaces the
+    earlier choices, and captures anew.
 
     Args:
         model: a decoder model of transformers, plain or wrapped by PEFT (before or after).
@@ -81,20 +79,17 @@ def optimize(
             losses need of it in tiles; ``"always"``: it is computed at once.
         verify: ``"first"`` runs each distinct rewrite against what it replaces before it is
             installed, ``"always"`` every one, ``"off"`` none.
-        strict: capture now, and raise when a formula was refused or missed.
+        strict: raise ``OptimizeError`` from the first call whose graph cannot be captured, or has a
+            formula that was refused or missed.
         compile_no_grad: let ``codegen`` also run blocks that are called without gradients, which
             otherwise run in eager code. Then both round alike: a loss that compares a model with
             a reference in bfloat16 sees their difference alone. It costs a second compilation.
         packs: a row holds several samples wherever its ``position_ids`` start again, also in models
-            whose attention does not look for that (GPT-OSS, Qwen2.5-VL, OPT): their masks keep the
-            samples apart; and in those with layers of another kind that let samples see each other
-            (RWKV, MiniMax, RecurrentGemma): what these are is found by a few calls with some
-            tokens, and they run over the samples as rows of a batch. Without it only models with
-            recurrent layers that are known by how these are called do so.
-        cuda_graphs: on an NVIDIA GPU, compiled blocks (``codegen``) can be launched as CUDA graphs,
-            one call in place of one for each kernel: ``"auto"`` where that is faster, which is
-            measured, ``"on"`` wherever they can be captured, ``"off"`` nowhere; off until they have
-            run on a card.
+            whose attention ignores that (GPT-OSS, Qwen2.5-VL, OPT): their masks are made from the
+            positions. A model with layers that mix positions and take no segments is refused.
+            Without it, only models with scans or short convolutions keep their samples apart.
+        cuda_graphs: on an NVIDIA GPU, let Inductor launch compiled blocks as CUDA graphs (its
+            option ``triton.cudagraphs``). What a block returns is then valid until the next step.
 
     Returns:
         The same object.
@@ -103,7 +98,8 @@ def optimize(
         TypeError: ``model`` is no module, or one of ``passes`` is no rule.
         AttributeError: a rule's pattern asks for an operation that there is none of.
         ValueError: an option has no such value.
-        OptimizeError: ``strict`` found a gap; the message lists all of them.
+        OptimizeError: ``strict``, and ``model`` has no repeated blocks, or PyTorch has changed; or
+            ``packs``, and samples that share a row would see each other.
     """
     _require_module(model, "optimize")
     _require_rules(passes)
@@ -121,49 +117,27 @@ def optimize(
         warnings.warn(message, stacklevel=2)
     captured = regions.find(model)
     if not captured:
-        warnings.warn(
-            f"optimize: {_NOTHING_FOUND} in {type(model).__name__}: nothing will be rewritten",
-            stacklevel=2,
+        nothing = f"{_NOTHING_FOUND} in {type(model).__name__}: nothing will be rewritten"
+        if strict:
+            raise OptimizeError(nothing)
+        warnings.warn(f"optimize: {nothing}", stacklevel=2)
+    if packs and (reason := unpackable(model)):
+        raise OptimizeError(
+            f"packs=True: samples that share a row would see each other: {reason}; do not pack "
+            "rows for this model, and leave packs=True out"
         )
     start_for(model.parameters())
+    hub_kernels.switch_off(model)
     choices = _choices(model, captured, options, environment)
-    if packs:
-        _find_by_rows(model, captured, choices)
-    session = Session(choices)
+    session = Session(choices, split=split)
     install(captured, session)
-    for region in captured:
-        if choices.by_rows.reason(region.module) is not None:
-            choices.by_rows.hold(region.module)
-            split(region.module, session)
-    if strict and choices.by_rows.problem:
-        raise OptimizeError(choices.by_rows.problem)
-    if strict:
-        _require_no_gaps(explain(model), session)
     return model
 
 
+NOT_CALLED = "nothing was captured yet: call the model once, as in training, then explain it"
+"""The reason in the report of a model that was not called since ``optimize``."""
+
 _NOTHING_FOUND = "no repeated decoder blocks were found"
-
-
-def _find_by_rows(model: nn.Module, captured: Sequence[regions.Region], choices: Choices) -> None:
-    """Find which modules are to be run over the samples of a row, by calls with a few tokens."""
-    # other processes would have to call it, too; and meta and fake tensors have no values
-    if choices.fake or collectives_of(model) or any(p.is_meta for p in model.parameters()):
-        choices.by_rows.problem = (
-            "whether samples that share a row see each other was not tried: the model is sharded, "
-            "or its weights have no values"
-        )
-        return
-    trial = ByRowsOnTrial()
-    install(captured, Session(replace(choices, by_rows=trial)))
-    try:
-        trial.find(model, captured)
-    finally:
-        restore(model)
-    choices.by_rows.places.update(trial.places)
-    choices.by_rows.problem = trial.problem
-    if trial.problem:
-        warnings.warn(f"optimize(packs=True): {trial.problem}", stacklevel=3)
 
 
 def _choices(
@@ -172,11 +146,7 @@ def _choices(
     blocks = [r.module for r in found if r.kind == "block"]
     codegen = choose(options.codegen, blocks)
     planner = _planner(model, blocks, options.memory, codegen[0])
-    graphs = CudaGraphs(options.cuda_graphs, lambda: len(planner.blocks))
-    planner.pooled = graphs.may_serve(planner.meter.device, codegen[0])
     fake = any(isinstance(p, FakeTensor) for p in model.parameters())
-    rules = [r.name for r in options.passes if r.name not in environment.disable]
-    about = codegen[0], rules, options.memory, options.verify, options.cuda_graphs, environment.fuel
     return Choices(
         options,
         environment,
@@ -188,18 +158,11 @@ def _choices(
         ),
         Fuel(environment.fuel),
         planner,
-        split=split,
         fake=fake,
-        decoding=_decoding(options, environment),
-        graphs=graphs,
-        races=BlockRaces(None if fake else planner, about),
+        small_blocks=SmallBlocks(
+            not (fake or environment.optimizes_small) and planner.budget.mode in ("speed", "auto")
+        ),
     )
-
-
-def _decoding(options: Options, environment: Environment) -> Decoding:
-    """Where the rule ``attention`` is on, generation has the op, too."""
-    rules = {r.name for r in options.passes} - set(environment.disable)
-    return Decoding("attention" in rules, options.verify)
 
 
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
@@ -245,20 +208,21 @@ def restore(model: nn.Module) -> Any:
     A model that was not optimized is left as it is; a TypeError is raised for what is no module.
     """
     _require_module(model, "restore")
+    records = [record for m in model.modules() if (record := installed(m, wrapped=True))]
     for module in model.modules():
-        record = active(module)
-        if record is not None:
-            record.session.choices.graphs.release()
         uninstall(module)
+    for session in {r.session for r in records if r.session.choices.planner.model() is model}:
+        # a function in the place of a forward may call that of a module that the model had
+        session.log.restored.update(session.log.graphs)
+    hub_kernels.switch_on(model)
     return model
 
 
 def explain(model: nn.Module) -> Report:
-    """Say what was rewritten in ``model``, what was not, and why.
+    """Report what was rewritten in ``model``, what was not, and why.
 
-    If nothing has been captured yet, one tiny forward and backward runs first. Gradients and the
-    random state are left untouched. It does not run where it would wait for other processes, in a
-    model that is sharded or wrapped for several: that is explained after its first step.
+    Graphs are captured when the model is called, which this function never does: call the model
+    once, as in training, and then explain it.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -276,12 +240,9 @@ def explain(model: nn.Module) -> Report:
     bypasses: list[Bypass] = []
 
     if not log.outer_compile and not any(log.has_run(m) for _, m, _ in places):
-        with session.choices.races.suspended():
-            bypasses += _captured(model, lambda: _heads_wait(places, log))
+        bypasses.append(Bypass("", NOT_CALLED))
     if log.outer_compile:
         bypasses.append(Bypass("", OUTER_COMPILE))
-    if session.choices.by_rows.problem:
-        bypasses.append(Bypass("", session.choices.by_rows.problem))
     reads = log.reads.describe()  # of a loss outside of the model, such as TRL's
     for path, module, record in places:
         graph = representative(log.graphs.get(module, []))
@@ -294,54 +255,23 @@ def explain(model: nn.Module) -> Report:
             ]
         elif record.kind == "head" and not (log.has_run(module) or log.outer_compile or reads):
             bypasses.append(Bypass(path, "no call with labels has been captured"))
-        if (decoded := session.choices.decoding.findings.get(module)) is not None:
-            sites.append(_site(path, decoded))
         if (other := replaced_by(module)) is not None:
             reason = f"{other} was put in the place of its forward, and may or may not call it"
             bypasses.append(Bypass(path, reason))
         reasons = log.notes.get(module, {})
-        if (apart := session.choices.by_rows.reason(module)) is not None:
-            reasons = {apart: False, **reasons}
         bypasses += [Bypass(path, reason, faster) for reason, faster in reasons.items()]
         if record.kind == "head":
             bypasses += [Bypass(path, reason) for reason in log.reads.reasons()]
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}
     run = [record.kind for _, m, record in places if log.graphs.get(m)]
     choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
-    planner, races = session.choices.planner, session.choices.races
-    ops = [] if session.choices.fake else raced_ops(planner.meter.device)
+    planner = session.choices.planner
+    kernels = [] if session.choices.fake else choices(planner.meter.device)
     return Report(
         tuple(sites), tuple(bypasses), len(run), len(captured), choice,
         planner.describe() if "block" in run else "", reads,
-        tuple(starmap(Fallback, FAILED.items())), tuple(map(str, races.choices.values())),
-        tuple(session.choices.graphs.describe()), tuple(map(str, ops)),
-        races.pending() if sites else "",
+        tuple(starmap(Fallback, FAILED.items())), tuple(map(str, kernels)),
     )  # fmt: skip
-
-
-def _captured(model: nn.Module, heads_wait: Callable[[], bool]) -> list[Bypass]:
-    """Capture by tiny steps what has not run; returns why that was not possible, if it was not."""
-    waits = collectives_of(model)
-    if waits is not None:
-        return [
-            Bypass(
-                "",
-                f"it is explained after its first step: {waits}, so that a call by explain would "
-                "wait for the other ranks. Train a step on all of them, then explain the model",
-            )
-        ]
-    try:
-        _tiny_step(model)
-        if heads_wait():
-            _tiny_step(model)  # a head that calls the blocks itself is captured the second time
-    except Exception as error:  # a model may want other inputs; explaining must not crash
-        reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
-        return [Bypass("", f"{reason}call the model once yourself, then explain it")]
-    return []
-
-
-def _heads_wait(places: Sequence[tuple[str, nn.Module, Any]], log: GraphLog) -> bool:
-    return any(r.kind == "head" and not log.has_run(m) for _, m, r in places)
 
 
 def _join(path: str, home: str) -> str:
@@ -352,46 +282,3 @@ def _site(path: str, f: Any) -> Site:
     return Site(
         _join(path, f.home), f.rule, f.op, f.status, f.reason, f.formulas, **asdict(f.figures)
     )
-
-
-def _tiny_step(model: nn.Module) -> None:
-    """One small forward and backward, so that there is something to report on."""
-    embedding = regions.input_embeddings(model)
-    if embedding is None:
-        return
-    weight = next(embedding.parameters())
-    with quiet_randomness(), torch.enable_grad():
-        ids = torch.arange(22, device=weight.device).reshape(2, 11) % weight.shape[0]
-        inputs = {"input_ids": ids, **_tiny_labels(model, ids)}
-        try:
-            outputs = model(**inputs, use_cache=False)
-        except TypeError:  # a model without a cache has no such argument
-            outputs = model(**inputs)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        # an output class has the loss by name, a tuple has it first; without one, scores or states
-        # are first
-        loss = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
-        loss = loss if "labels" in inputs and loss is not None else outputs[0].sum()
-        if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0 and parameters:
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def _tiny_labels(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Labels for a tiny step, by the kind of loss that transformers notes in a model."""
-    kind = next(filter(None, (getattr(m, "loss_type", None) for m in model.modules())), None)
-    if kind == "ForSequenceClassification":  # which would note the kind of labels for all calls
-        return {}
-    return {"labels": torch.zeros_like(ids) if kind == "ForTokenClassification" else ids}
-
-
-def _require_no_gaps(report: Report, session: Session) -> None:
-    gaps = [f"{s.module or THE_MODEL}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
-    gaps += [f"{type(m).__name__}: {reason}" for m, reason in session.log.failed.items()]
-    if not report.sites:
-        gaps += [f"{b.module or THE_MODEL}: {b.reason}" for b in report.bypasses]
-    if gaps:
-        raise OptimizeError(
-            "strict=True, and these places run as they were:\n  "
-            + "\n  ".join(dict.fromkeys(gaps))
-            + "\nPass strict=False to accept them; explain(model) lists them."
-        )

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.segments import Boundaries
 from ..sharding import divided_by
 from .bypass import is_container
 
@@ -282,6 +281,14 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     return max(tables, key=lambda m: m.num_embeddings, default=None)
 
 
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first input of a call, if it is a tensor, or else the first tensor given by its name."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor):
+        return x
+    return next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+
+
 def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
     """(batch, sequence) of the first 3-dimensional floating-point argument.
 
@@ -302,8 +309,8 @@ def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
     for value in values:
         if isinstance(value, (tuple, list)):
             mark_dynamic(value, sizes)
-        elif isinstance(value, Boundaries):
-            torch._dynamo.maybe_mark_dynamic(value.values, 0)
+        elif isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point():
+            torch._dynamo.maybe_mark_dynamic(value, 0)  # boundaries of segments, as of images
         elif isinstance(value, Tensor):
             has_features = value.dim() == 3 or (value.dim() == 2 and value.is_floating_point())
             for d, size in enumerate(value.shape):

@@ -8,19 +8,16 @@ graph makes the mask; where rules have left nothing that reads that node, the ma
 All else (other blocks, hooks, a model's own code) finds the values that transformers would have
 made, made once.
 
-What transformers' functions make is not assumed: each is called for two small rows, with all whole
-numbers of the configuration so small that any bound in them shows, and what it returns is compared
-(``SampleMaskKinds``). Where it says anything else, as masks in chunks do, it is left to make its
-mask; so are functions of others, which may have numbers of their own.
+Only transformers' causal masks, with and without a sliding window, are replaced; all other
+functions make their masks.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +25,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..kernels.attention.first_keys import first_keys, sample_mask
-from ..kernels.op import sample_starts
 
 
 @dataclass
@@ -179,7 +175,7 @@ def making_masks(function: Callable[..., Any], places: Places) -> Callable[..., 
     return forward
 
 
-# --- what functions make --------------------------------------------------------------------------
+# --- the functions that make masks ----------------------------------------------------------------
 
 SHORT = 512
 """Positions of a row below which masks are made.
@@ -189,75 +185,36 @@ fast: ours took 1.7 times its time at 128 positions, 0.8 at 512, 0.3 to 0.6 at 1
 backward of 9 heads of 64 features on one thread (AMD, 2026-12-01).
 """
 
-_TIME, _WINDOW = 11, 3
-"""Positions of the rows that are tried, and their window, where there is one."""
-
-
-@dataclass(frozen=True)
-class _Kind:
-    dtype: torch.dtype
-    slides: bool
-
-
-@dataclass
-class SampleMaskKinds:
-    """What functions that make masks have made of samples."""
-
-    _kinds: dict[Hashable, _Kind | None] = field(default_factory=dict)
-
-    def mask(
-        self, function: Callable[..., Any], kwargs: Mapping[str, Any], starts: Tensor
-    ) -> SampleMask | None:
-        """What a call returns whose samples begin at ``starts`` (B, T), int32; None if unknown."""
-        config, inputs = kwargs["config"], kwargs["inputs_embeds"]
-        if any(value is not None for name, value in kwargs.items() if name not in _READ):
-            return None
-        if starts.shape[1] < SHORT or function.__module__ != _LIBRARY:
-            return None
-        settings = {k: v for k, v in vars(config).items() if isinstance(v, (bool, int, str))}
-        window = getattr(config, _SLIDES, None)
-        key = function, type(config), inputs.dtype, *settings.items()
-        if key not in self._kinds:
-            self._kinds[key] = _kind(function, config, inputs.dtype, window)
-        kind = self._kinds[key]
-        if kind is None:
-            return None
-        return SampleMask(first_keys(starts, window if kind.slides else None), kind.dtype)
-
-
-_LIBRARY = "transformers.masking_utils"
-_READ, _SLIDES = ("config", "inputs_embeds", "position_ids"), "sliding_window"
+_READ = ("config", "inputs_embeds", "position_ids")
+_SLIDES = {"create_causal_mask": False, "create_sliding_window_causal_mask": True}
 
 
 @functools.lru_cache(maxsize=256)
 def makes_masks(function: Callable[..., Any]) -> bool:
-    """Whether a function makes masks that may be told of positions."""
+    """Return True for functions that make masks, and may be given positions."""
     parameters = inspect.signature(function).parameters
     return {"config", "inputs_embeds", "attention_mask", "position_ids"} <= set(parameters)
 
 
-def _kind(
-    function: Callable[..., Any], config: Any, dtype: torch.dtype, window: int | None
-) -> _Kind | None:
-    """What ``function`` makes of two rows of samples, in windows of three where it has any."""
-    order = torch.arange(_TIME)
-    positions = torch.stack([order % 7, (order + 5) % 9 % 6])  # the second begins midway
-    starts, config = sample_starts(positions), copy.copy(config)
-    numbers = [n for n, value in vars(config).items() if type(value) is int and value > _WINDOW]
-    vars(config).update(dict.fromkeys(numbers, _WINDOW))
-    parameters = inspect.signature(function).parameters
-    others = {n: None for n in ("attention_mask", "cache", "past_key_values") if n in parameters}
-    try:
-        with torch.no_grad():
-            inputs = torch.zeros(2, _TIME, 1, dtype=dtype)
-            mask = function(config=config, inputs_embeds=inputs, position_ids=positions, **others)
-    except Exception:  # whatever it wants: it is left to make its masks
+def lazy_mask(
+    function: Callable[..., Any], kwargs: Mapping[str, Any], starts: Tensor
+) -> SampleMask | None:
+    """Return the mask that ``function``, called with ``kwargs``, would make; None if unknown.
+
+    ``starts`` (B, T), int32, contains where the sample of each position begins.
+    """
+    if starts.shape[1] < SHORT or any(kwargs[n] is not None for n in kwargs if n not in _READ):
         return None
-    if not isinstance(mask, Tensor):
+    is_known = function.__module__ == "transformers.masking_utils" and _is_of_library(function)
+    slides = _SLIDES.get(function.__name__) if is_known else None
+    config, inputs = kwargs["config"], kwargs["inputs_embeds"]
+    dtypes = {"sdpa": torch.bool, "eager": inputs.dtype}
+    dtype = dtypes.get(getattr(config, "_attn_implementation", ""))
+    if slides is None or dtype is None or not getattr(config, "is_causal", True):
         return None
-    may_slide = window is not None and getattr(config, _SLIDES, None) == _WINDOW
-    for slides in (False, True) if may_slide else (False,):
-        expected = sample_mask(first_keys(starts, _WINDOW if slides else None), mask.dtype)
-        if mask.shape == expected.shape and torch.equal(mask, expected):
-            return _Kind(mask.dtype, slides)
-    return None
+    return SampleMask(first_keys(starts, config.sliding_window if slides else None), dtype)
+
+
+def _is_of_library(function: Any) -> bool:
+    # a wrapper of another package, around a function of transformers, has its name as well
+    return str(function.__globals__.get("__name__")).startswith("transformers.")

@@ -1,15 +1,15 @@
-"""Where the samples of a row begin: one value of each step, which blocks are called with.
+"""Segments: the positions at which the samples of a row begin, one value for each call.
 
 Transformers takes a row for several samples where ``position_ids`` do not count on, and no mask and
 no cache say otherwise (``masking_utils.find_packed_sequence_indices``). Its attention keeps such
 samples apart; what is recurrent goes on from one to the next. Here a call of a head or a backbone
-with such positions is a *step* that has segments, and the blocks whose code calls a scan or a short
+with such positions has segments, and the blocks whose code calls a scan or a short
 convolution are captured with copies of it that give them the segments (``segmented_copies``).
-Blocks that hold another layer that lets samples see each other (``ByRows``) are captured in parts.
-All other blocks, and all calls of rows with one sample, are not concerned.
+Other blocks, and calls of rows with one sample, are not concerned. Models with layers that mix
+positions in another way are not packed (``packs.py``).
 
-A block that runs once more in backward, in somebody's checkpoint, is called without the head. It
-knows its step by its input, which a checkpoint keeps.
+A block that a checkpoint runs once more in backward is called without the head. Its call is found
+by its input, which a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,65 +28,60 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import OptimizeError
-from ..graph.opaque.segments import run_rows
 from ..kernels.direct import is_traced_here
 from ..kernels.op import sample_starts
-from ..memory.apply_plan import in_backward, inside_checkpoint
+from ..memory.apply_plan import in_backward
 from .bypass import CACHE_ARGUMENTS
 from .copies.forward_copies import FunctionCopies
-from .sample_masks import SampleMaskKinds, makes_masks
+from .sample_masks import lazy_mask, makes_masks
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, in modules that call it
 _OTHERWISE = ("attention_mask", *CACHE_ARGUMENTS)
 """With one of these transformers takes a row for one sample."""
 
 
-class ModelStep:
-    """One call of a model: which samples its rows hold, worked out when a block first asks."""
+class RowSegments:
+    """The segments of one call of a model, computed when first needed."""
 
     def __init__(self, kwargs: Mapping[str, Any]) -> None:
-        """Note what a call of a head or a backbone says of its rows."""
+        """Take the positions among the arguments of a head, a backbone or a block."""
         given = kwargs.get("position_ids")
         others = (kwargs.get(name) is not None for name in _OTHERWISE)
         known = isinstance(given, Tensor) and not isinstance(given, FakeTensor) and not any(others)
         self.given = given if known else None
         self.positions = None if self.given is None else _of_text(self.given)
-        self.has_positions = self.positions is not None
-        self._version = _version(self.given)
+        self.in_all_masks = False  # whether masks that are made without positions get them, too
         # by the number of rows and the device
-        self._segments: dict[tuple[int, torch.device], Tensor | None] = {}
-
-    def is_of(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether another call says the same, by a tensor that nobody has written to since."""
-        version = self._version
-        given = ModelStep(kwargs).given
-        return version is not None and given is self.given and _version(given) == version
+        self._starts: dict[tuple[int, torch.device], Tensor | None] = {}
 
     def of(self, x: Tensor | None) -> Tensor | None:
-        """The segments (B, L) of hidden states (B, L, D); None where no row has several."""
-        if self.positions is None or x is None or x.dim() != 3:
+        """Return the segments (B, L) of hidden states (B, L, D); None if no row has several."""
+        positions = self.positions
+        # of a tower, for one, or of rows that are repeated
+        if positions is None or x is None or x.dim() != 3 or positions.shape[1] != x.shape[1]:
             return None
-        batch, length = x.shape[:2]
-        if self.positions.shape[-1] != length:  # of a tower, say
-            return None
-        return self._of_rows(self.positions, batch, x.device)
+        return self._of_rows(positions, x.shape[0], x.device)
 
     def has_several(self) -> bool:
-        """Whether a row has several samples."""
-        positions = self.positions
-        if positions is None:
-            return False
-        return self._of_rows(positions, positions.shape[0], positions.device) is not None
+        """Return True if a row has several samples."""
+        p = self.positions
+        return p is not None and self._of_rows(p, p.shape[0], p.device) is not None
 
+    @torch.no_grad()
     def _of_rows(self, positions: Tensor, batch: int, device: torch.device) -> Tensor | None:
+        if positions.shape[0] not in (1, batch):
+            return None
         key = batch, device
-        if key not in self._segments:
-            self._segments[key] = _segments(positions, batch, device)
-        return self._segments[key]
+        if key not in self._starts:
+            starts = sample_starts(positions)
+            several = bool(starts.any())  # synchronizes with the device
+            rows = starts.expand(batch, -1).contiguous().to(device)
+            self._starts[key] = rows if several else None
+        return self._starts[key]
 
 
 def _is_same(one: Any, other: Tensor) -> bool:
-    """Whether two tensors are the same elements."""
+    """Return True if two tensors are the same elements."""
     # models take the positions in the text from those of several axes
     is_plain = isinstance(one, Tensor) and not torch._C._are_functorch_transforms_active()
     return is_plain and (
@@ -97,135 +91,25 @@ def _is_same(one: Any, other: Tensor) -> bool:
     )
 
 
-def _version(t: Tensor | None) -> int | None:
-    return None if t is None or t.is_inference() else t._version
+def _without_padding(mask: Any) -> Any:
+    """Return None for a mask of ones, with which transformers looks for no samples."""
+    # the caller has given none: the model has made it (BioGPT, BART)
+    is_padding = isinstance(mask, Tensor) and mask.dim() == 2
+    return None if is_padding and bool(mask.all()) else mask
 
 
 def _of_text(positions: Tensor) -> Tensor | None:
-    """The positions (B, L) in the text, or None where they say nothing of samples."""
+    """Return the positions (B, L) in the text, or None if they are of another form."""
     if positions.dim() == 3 and positions.shape[0] == 4:
         return positions[0]  # the others are time, height and width
     return positions if positions.dim() == 2 else None
 
 
-@torch.no_grad()
-def _segments(positions: Tensor, batch: int, device: torch.device) -> Tensor | None:
-    """Where segments begin, by position; one host synchronisation."""
-    if positions.shape[0] not in (1, batch):
-        return None
-    # their values are read, which those of what a transform of torch.func has made are not
-    while torch._C._functorch.is_gradtrackingtensor(positions):
-        positions = torch._C._functorch.get_unwrapped(positions)
-    is_batched = torch._C._functorch.is_batchedtensor(positions)
-    with nullcontext() if is_batched else torch._C._DisableFuncTorch():
-        first = sample_starts(positions)
-        several = bool(first.any())
-        return first.expand(batch, -1).contiguous().to(device) if several else None
-
-
-_APART = "runs over each of them apart"
-
-
-class ByRows:
-    """The modules of blocks that are run over samples as rows of their own (``packs.py``).
-
-    Attributes:
-        places: where they are in their block, and their class: it is so in each block that has one
-            of that class there, also in one of a copy of the model.
-        problem: why samples may see each other all the same, or empty.
-    """
-
-    def __init__(self) -> None:
-        self.places: set[tuple[str, type[nn.Module]]] = set()
-        self.problem = ""
-        self._found: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, nn.Module]]] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def in_block(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Those of ``block``, outermost ones alone, with their places; it may be one itself."""
-        if not self.places:
-            return []
-        modules: dict[str, nn.Module] = {}
-        for place, kind in sorted(self.places, key=lambda p: p[0]):
-            m = _at(block, place)
-            if isinstance(m, kind) and not any(is_below(place, outer) for outer in modules):
-                modules[place] = m
-        return list(modules.items())
-
-    def hold(self, block: nn.Module) -> None:
-        """Remember which modules of ``block`` run by rows, to see when others take their place."""
-        self._found[block] = self.in_block(block)
-
-    def concern(self, block: nn.Module) -> bool:
-        """Whether modules of ``block`` are run by rows, or were found to need it."""
-        return bool(self.in_block(block) or self._found.get(block))
-
-    def require_the_same(self, block: nn.Module) -> None:
-        """Raise where a module to be run by rows has been wrapped or replaced since."""
-        for place, m in self._found.get(block, []):
-            if _at(block, place) is not m:
-                raise OptimizeError(
-                    f"samples share rows (position_ids), and {place} ({type(m).__name__}), which "
-                    f"{_APART}, has been wrapped or replaced since: call optimize(model, "
-                    "packs=True) again"
-                )
-
-    def reason(self, block: nn.Module) -> str | None:
-        """Why ``block`` is captured in parts, in all calls, or None."""
-        # a checkpoint may run it again when rows of another kind have been given
-        places = [place or "itself" for place, _ in self.in_block(block)]
-        return (
-            f"samples may share its rows, and {' and '.join(places)} {_APART}" if places else None
-        )
-
-    def forward_of(
-        self, place: str, module: nn.Module, slot: Slot, function: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """What runs ``function``, the forward of ``module``, over the segments in ``slot``."""
-
-        def forward(_: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            return self.run(place, module, slot, function, args, kwargs)
-
-        return forward
-
-    def run(
-        self, place: str, module: nn.Module, slot: Slot, function: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """``function`` of each segment, if there are any; it has one sample in each row itself."""
-        segments, slot.value = slot.value, None
-        if segments is not None and slot.mode != _mode():
-            slot.value = segments
-            raise OptimizeError(
-                f"samples share rows (position_ids), and a checkpoint inside its block surrounds "
-                f"{place} ({type(module).__name__}), which {_APART}: let it surround the whole "
-                "block; or do not pack"
-            )
-        try:
-            if segments is None:
-                return function(*args, **kwargs)
-            return run_rows(function, segments, args, kwargs)
-        finally:
-            slot.value = segments
-
-
-def is_below(path: str, outer: str) -> bool:
-    """Whether the module at ``path`` is inside of that at ``outer``."""
-    return outer == "" or path.startswith(f"{outer}.")
-
-
-def _at(module: nn.Module, path: str) -> nn.Module | None:
-    m: nn.Module | None = module
-    for name in path.split(".") if path else ():
-        m = None if m is None else m._modules.get(name)
-    return m
-
-
 @dataclass(frozen=True)
 class BlockSegments:
-    """What a block that mixes positions is called with: its step, and where segments begin."""
+    """The segments of a model's call, and those of the rows of one block in it."""
 
-    step: ModelStep
+    call: RowSegments
     segments: Tensor | None
 
 
@@ -237,145 +121,117 @@ class Segmented:
 
 
 class Slot:
-    """The segments of the block at hand, where its captured code reads them.
-
-    ``mode`` tells whether what runs is inside of a checkpoint that the block is not.
-    """
+    """The segments of the block at hand, where its captured code reads them."""
 
     value: Tensor | None = None
-    mode: tuple[bool, bool] = True, False
-
-
-def _mode() -> tuple[bool, bool]:
-    # a reentrant checkpoint runs without gradients; the other kind has hooks on what is saved
-    return torch.is_grad_enabled(), inside_checkpoint()
 
 
 class StepSegments:
-    """The step that the models of one session are in, and what its blocks are to be given."""
+    """The segments of the call that the models of one session are in."""
 
     def __init__(self) -> None:
         self.slot = Slot()
-        self._step: ModelStep | None = None
-        self._any = False  # whether a step has had segments
-        self._last = ModelStep({})  # of a block that was called by itself
+        self._call: RowSegments | None = None
+        self._any = False  # whether a call has had segments
         # by the input of a block, for when a checkpoint runs it again
-        self._steps: MutableMapping[Tensor, ModelStep] = WeakTensorKeyDictionary()
+        self._calls: MutableMapping[Tensor, RowSegments] = WeakTensorKeyDictionary()
         self._masks = FunctionCopies(self._mask_of, live=True)
-        self._kinds = SampleMaskKinds()
-        self._tells = False
 
     def entering(self, forward: Callable[..., Any], original: Callable[..., Any]) -> Any:
-        """``forward`` of a head or a backbone, whose calls are steps."""
+        """Return ``forward`` of a head or a backbone, with its segments set while it runs."""
         names = _positional(original)
 
         def entered(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if is_traced_here():
                 return forward(module, *args, **kwargs)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
-            outer, positions = self._step, named.get("position_ids")
+            outer, positions = self._call, named.get("position_ids")
             if outer is None or (positions is not None and positions is not outer.given):
-                self._step = ModelStep(named)
+                self._call = RowSegments(named)
             try:
                 return forward(module, *args, **kwargs)
             finally:
-                self._step = outer
+                self._call = outer
 
         return entered
 
     def has_several(self) -> bool:
-        """Whether the rows of the step at hand hold several samples."""
-        return self._step is not None and self._step.has_several()
+        """Return True if the rows of the call at hand hold several samples."""
+        return self._call is not None and self._call.has_several()
 
     def run_backbone(
         self, original: Callable[..., Any], function: Any, module: nn.Module, args: Any,
-        kwargs: Any, tells: bool,
+        kwargs: Any, in_all_masks: bool,
     ) -> Any:  # fmt: skip
         """Call a backbone, whose masks of samples are made when they are read.
 
-        With ``tells`` they are told of the positions of the step.
+        With ``in_all_masks``, masks that its code makes without positions get them, too.
         """
-        if self._step is not None and self._step.has_positions:
-            copy = self._masks.of(function)
-            if copy is not None:
-                outer, self._tells = self._tells, tells
-                try:
-                    return copy(module, *args, **kwargs)
-                finally:
-                    self._tells = outer
-        return original(module, *args, **kwargs)
+        call, copy = self._call, None
+        if call is not None and call.positions is not None:
+            call.in_all_masks, copy = in_all_masks, self._masks.of(function)
+        return (original if copy is None else copy)(module, *args, **kwargs)
 
     def _mask_of(self, value: Any, names: set[str]) -> Any:
-        """In place of a function that makes a mask, and may be told of positions, one that is."""
+        """Return what is called in place of a function that makes masks; None for others."""
         if not isinstance(value, types.FunctionType) or not makes_masks(value):
             return None
 
         @functools.wraps(value)
         def mask(*args: Any, **kwargs: Any) -> Any:
-            step = self._step
-            if step is None or step.positions is None or args:
+            call, inputs = self._call, kwargs.get("inputs_embeds")
+            if call is None or call.positions is None or args or inputs is None:
                 return value(*args, **kwargs)
-            (batch, length), sizes = kwargs["inputs_embeds"].shape[:2], step.positions.shape
-            if sizes[1] != length or sizes[0] not in (1, batch):
+            rows, length = call.positions.shape
+            if length != inputs.shape[1] or rows not in (1, inputs.shape[0]):
                 return value(**kwargs)
             # transformers' Granite 4 makes them without (5.24): samples in a row would be one
-            if kwargs.get("position_ids") is None and self._tells:
-                kwargs["position_ids"] = step.positions
-            lazy = None
-            if _is_same(kwargs.get("position_ids"), step.positions):
-                starts = step.of(kwargs["inputs_embeds"])
-                lazy = None if starts is None else self._kinds.mask(value, kwargs, starts)
+            if kwargs.get("position_ids") is None and call.in_all_masks:
+                kwargs["position_ids"] = call.positions
+                kwargs["attention_mask"] = _without_padding(kwargs["attention_mask"])
+            starts = (
+                call.of(inputs) if _is_same(kwargs.get("position_ids"), call.positions) else None
+            )
+            lazy = None if starts is None else lazy_mask(value, kwargs, starts)
             return value(**kwargs) if lazy is None else lazy
 
         return mask
 
-    def concern(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call of a block may have segments, or may run again after one that had."""
-        if self._any or inside_checkpoint():
-            return True
-        if self._step is not None:
-            return self._step.has_positions
-        return kwargs.get("position_ids") is not None
-
     def of_block(self, x: Tensor | None, kwargs: Mapping[str, Any]) -> BlockSegments:
-        """What a call of a block that mixes positions belongs to, and the segments of ``x``.
+        """Return the segments of the call that a block which mixes positions belongs to.
 
         Raises:
-            OptimizeError: a block runs once more in backward, and nothing tells of which step.
+            OptimizeError: a block runs once more in backward, of an unknown call.
         """
-        step = self._step
-        if step is not None:
+        call = self._call
+        if call is not None:
             if x is not None:
-                self._steps[x] = step
+                self._calls[x] = call
         elif in_backward():
-            step = None if x is None else self._steps.get(x)
-            if step is None and self._any:
+            call = None if x is None else self._calls.get(x)
+            if call is None and self._any:
                 raise OptimizeError(_UNKNOWN)
-        if step is None:
-            if not self._last.is_of(kwargs):
-                self._last = ModelStep(kwargs)
-            step = self._last
-        segments = step.of(x)
+        call = call or RowSegments(kwargs)
+        segments = call.of(x)
         self._any = self._any or segments is not None
-        return BlockSegments(step, segments)
+        return BlockSegments(call, segments)
 
     @contextmanager
-    def given(self, call: BlockSegments) -> Iterator[None]:
-        """While a block runs."""
-        slot = self.slot
-        outer = self._step, slot.value, slot.mode
-        self._step, slot.value, slot.mode = call.step, call.segments, _mode()
+    def given(self, block: BlockSegments) -> Iterator[None]:
+        """Set the segments while a block runs."""
+        outer = self._call, self.slot.value
+        self._call, self.slot.value = block.call, block.segments
         try:
             yield
         finally:
-            self._step, slot.value, slot.mode = outer
+            self._call, self.slot.value = outer
 
 
 @contextmanager
 def binding_checkpoints(
     block: nn.Module, around: Callable[[], AbstractContextManager[Any]], all_of_them: bool
 ) -> Iterator[None]:
-    """For one call of a block's original code, surround what its checkpoints run, now and again.
+    """For one call of a block's original code, surround the functions that its checkpoints run.
 
     With ``all_of_them`` those that cannot be surrounded are refused.
 
@@ -396,26 +252,24 @@ def binding_checkpoints(
                 )
     try:
         for attributes, checkpoint in bound:
-            attributes[_CHECKPOINT] = _surrounding(checkpoint, around)
+            attributes[_CHECKPOINT] = functools.partial(_surrounded, checkpoint, around)
         yield
     finally:
         for attributes, checkpoint in bound:
             attributes[_CHECKPOINT] = checkpoint
 
 
-def _surrounding(
-    checkpoint: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]
-) -> Callable[..., Any]:
-    """``checkpoint``, whose function runs in ``around()`` each time."""
+def _surrounded(
+    checkpoint: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]],
+    function: Callable[..., Any], *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Call ``checkpoint`` with a function that runs in ``around()`` each time."""
 
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with around():
-                return function(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return function(*args, **kwargs)
 
-        return checkpoint(run, *args, **kwargs)
-
-    return call
+    return checkpoint(run, *args, **kwargs)
 
 
 _UNKNOWN = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -17,31 +16,22 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import OptimizeError
-from ..graph.opaque.parts import PartChanged
 from ..memory.oom_retry import is_out_of_memory
-from ..memory.planner import Planner
 from ..memory.random_state import RandomState
-from ..rewrite.engine import Fuel
-from ..rewrite.verify import Verifier
-from .block_races import BlockRaces
+from .choices import Choices
 from .codegen.cpp_compiler import prepare
-from .codegen.cuda_graphs import CudaGraphs
-from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
-from .options import Environment, Options
-from .segments import ByRows, StepSegments
+from .regions import first_tensor
+from .segments import StepSegments
 from .sharing import (
     CaptureError,
     InputGradient,
     SharedFunction,
     Stage,
-    WholeMask,
-    require_no_hooks,
     structure,
 )
 from .units import Units
 from .watch import Watches
-from .withheld import WithheldCache
 
 _logger = logging.getLogger(__name__)
 
@@ -82,34 +72,6 @@ class Replay:
         return (results,)
 
 
-@dataclass(frozen=True, eq=False)
-class Choices:
-    """What one ``optimize`` call has decided, and what acts on it.
-
-    ``codegen`` is ``(choice, reason)`` for the blocks. ``split``, called with a module that could
-    not be captured, makes regions of its parts, and returns what undoes that. ``fake``: the model's
-    weights are fake tensors: its steps are counted, not computed.
-    """
-
-    options: Options
-    environment: Environment
-    codegen: tuple[str, str]
-    verifier: Verifier
-    fuel: Fuel
-    planner: Planner
-    split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
-    fake: bool = False
-    decoding: Decoding = field(default_factory=Decoding)
-    by_rows: ByRows = field(default_factory=ByRows)
-    graphs: CudaGraphs = field(default_factory=CudaGraphs)
-    races: BlockRaces = field(default_factory=BlockRaces)
-
-    @property
-    def rules(self) -> list[Any]:
-        """The rules that are not disabled by the environment."""
-        return [r for r in self.options.passes if r.name not in self.environment.disable]
-
-
 @dataclass(eq=False)
 class CallState:
     """The state of the call at hand, and what a call leaves for the next one."""
@@ -122,8 +84,7 @@ class CallState:
     in_head: bool = False  # whether the call came through a captured head
     units: Units | None = None  # those of its modules whose parameters are sharded
     replay: Replay | None = None  # what the head at hand has run
-    withheld: WithheldCache | None = None  # the default cache that blocks do not get now
-    # makes the caches that the head at hand returns fill themselves when they are read
+    # makes the caches that the head at hand returns raise an error when they are used
     on_return: list[Callable[[], None]] = field(default_factory=list)
     segments: StepSegments = field(default_factory=StepSegments)
     watches: Watches = field(init=False)
@@ -131,8 +92,6 @@ class CallState:
     no_gradient: Tensor | None = None
     first_input: Tensor | None = None  # of the call at hand
     without_leaf: set[type] = field(default_factory=set)  # the blocks that do something else then
-    # those that are given boundaries and masks as they are
-    as_given: set[type] = field(default_factory=set)
     has_run: bool = False  # whether a graph of the region at hand has begun to run
     started: bool = False
     # what Inductor needs first, found in the background since the first call
@@ -173,11 +132,16 @@ class Capture:
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What one ``optimize`` call holds, and how its regions are called."""
+    """The state of one ``optimize`` call; calls regions through their graphs.
+
+    ``split``, called with a module that could not be captured, makes regions of its parts, and
+    returns what undoes that.
+    """
 
     choices: Choices
     log: GraphLog = field(default_factory=GraphLog)
     state: CallState = field(default_factory=CallState)
+    split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
 
     def compiled(
         self, module: nn.Module, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
@@ -190,20 +154,11 @@ class Session:
             level = None
         shared = self.log.functions.find(module, (*source, level, kind))
         self.state.function = shared
-        if shared.sums_gradients:
-            require_no_hooks(module)
         if shared.stage is Stage.OWN and shared.is_full:
             raise TooManyGraphs("each call needs a graph of its own")
         if shared.compiled is None:
             shared.compiled = make()
         return shared.compiled
-
-    def note_two_accumulations(self) -> None:
-        """Note that hooks on parameters would see a sum of gradients in a graph of the function."""
-        if self.state.function is not None:
-            self.state.function.sums_gradients = True
-        if self.state.region is not None:
-            require_no_hooks(self.state.region)
 
     def call(
         self,
@@ -212,7 +167,6 @@ class Session:
         original: Callable[[], Any],
         context: Callable[[Any], AbstractContextManager[None]] = nullcontext,
         no_gradient: Tensor | None = None,
-        plain: Callable[[], Capture] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
@@ -221,8 +175,7 @@ class Session:
 
         ``original`` is the same call of the original forward. ``context`` makes what surrounds the
         captured call, and only that, of ``no_gradient``, an input in whose place a leaf is tried
-        first. ``plain`` makes the same call with its own arguments, where some of those of
-        ``capture`` are shown as something else.
+        first.
         """
         args, kwargs = capture.args, capture.kwargs
         state = self.state
@@ -234,17 +187,10 @@ class Session:
         )  # fmt: skip
         state.region, state.mark, state.no_gradient = module, capture.mark, no_gradient
         state.first_input = first_tensor(args, kwargs)
-        # where a graph is left midway, the original code draws the same numbers, and counts once
-        before = _Before(module, state.watches) if state.watches.parts else None
         try:
             run = capture.compiled()
             with context(no_gradient):
                 return run(module, *args, **kwargs)
-        except PartChanged as error:
-            if before is not None:
-                before.restore()
-            state.watches.change(error)
-            return original()
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
@@ -255,32 +201,23 @@ class Session:
             text = summary(error.error if isinstance(error, CaptureError) else error)
             reason = f"could not be captured: {text}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
-            goes_around = state.watches.goes_around(module, error)
-            reads_mask = isinstance(cause or error, WholeMask)
         finally:
             (
                 state.region, state.function, state.mark, state.no_gradient, state.first_input,
                 state.has_run,
             ) = outer  # fmt: skip
-        if goes_around:
-            self.log.note(module, f"a part of it runs as it was: {text}")
-            return self.call(module, capture, original, context, no_gradient, plain)
-        if plain is not None and reads_mask:
-            self.log.note(module, _READS_MASK)
-            state.as_given.add(type(module))
-            return self.call(module, plain(), original, context, no_gradient)
         if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return self.call(module, capture, original, context, plain=plain)
-        if plain is not None:
-            state.as_given.add(type(module))
-            return self.call(module, plain(), original, context)
-        undo_split = self.choices.split(module, self)
+            return self.call(module, capture, original, context)
+        undo_split = self.split(module, self)
         try:
             result = original()
         except BaseException:  # the model's own, of a wrong argument: nothing is said about capture
             undo_split()
             raise
+        if self.choices.options.strict:
+            undo_split()
+            raise OptimizeError(f"strict=True, and {type(module).__name__} {reason}")
         if not one_off:
             self.log.failed_structures[structure(module)] = f"a block that is made alike {reason}"
         self.log.fail(module, reason)
@@ -296,7 +233,7 @@ class Session:
 
     def leave(self, module: nn.Module, reason: str) -> None:
         """Leave ``module`` to its original code from now on, and capture the parts of it."""
-        self.choices.split(module, self)
+        self.split(module, self)
         self.log.fail(module, reason)
 
     def failure(self, module: nn.Module) -> str | None:
@@ -306,7 +243,7 @@ class Session:
         if reason is None and log.failed_structures and module not in log.graphs:
             reason = log.failed_structures.get(structure(module))
             if reason is not None:
-                self.choices.split(module, self)
+                self.split(module, self)
                 log.fail(module, reason)
         return reason
 
@@ -320,37 +257,13 @@ class Session:
         """Before the first call: announce it; let Inductor prepare during the capture."""
         codegen, reason = self.choices.codegen
         _logger.info(
-            "the first call captures the model's graphs, in training verifies rewrites and races "
-            "candidates%s, and takes longer than later ones (codegen %s: %s)",
+            "the first call captures the model's graphs, in training verifies rewrites%s, and "
+            "takes longer than later ones (codegen %s: %s)",
             " and compiles" if codegen == "inductor" else "", codegen, reason,
         )  # fmt: skip
         if self.choices.codegen[0] == "inductor" and not self.choices.fake:
             self.state.preparation = prepare(module)
         self.state.started = True
-
-
-class _Before:
-    """What a call of a region with unknown parts may change: random numbers, and their buffers."""
-
-    def __init__(self, module: nn.Module, watches: Watches) -> None:
-        first = next(itertools.chain(module.parameters(), module.buffers()), None)
-        self._random = RandomState.now(torch.device("cpu") if first is None else first.device)
-        self._buffers = [(b, b.clone()) for b in watches.buffers_of_parts(module)]
-
-    def restore(self) -> None:
-        """Take it back."""
-        self._random.restore()
-        with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first input of a call, if it is a tensor, or else the first tensor given by its name."""
-    x = args[0] if args else None
-    if isinstance(x, Tensor):
-        return x
-    return next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
 
 
 class TooManyGraphs(TorchDynamoException):
@@ -369,8 +282,13 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
     varying = shared is not None and shared.stage is Stage.VARYING
     # Without its cache of fake tensors: where sizes are symbolic, making the entries takes about a
     # third of a capture of small models, and one call in seven finds one (2026-11-26, torch 2.13).
-    before = _config.specialize_float, _config.recompile_limit, _config.fake_tensor_cache_enabled
+    before = (
+        _config.specialize_float, _config.recompile_limit, _config.fake_tensor_cache_enabled,
+        _config.use_numpy_random_stream,
+    )  # fmt: skip
     _config.specialize_float, _config.fake_tensor_cache_enabled = not varying, False
+    # else NumPy's random numbers would be drawn from PyTorch's generator
+    _config.use_numpy_random_stream = True
     _config.recompile_limit = max(_LIMIT, before[1])
     integers = _config.allow_unspec_int_on_nn_module
     if varying:
@@ -386,12 +304,10 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
         if keeps is None:
             setattr(_config, _WEAK, None)
         _config.specialize_float, _config.recompile_limit = before[:2]
-        _config.fake_tensor_cache_enabled = before[2]
+        _config.fake_tensor_cache_enabled, _config.use_numpy_random_stream = before[2:]
         if varying:
             _config.allow_unspec_int_on_nn_module = integers
 
-
-_READS_MASK = "its mask of samples that share a row is made: not only fused attention reads it"
 
 _WEAK = "invalidate_compile_context_weakrefs"
 

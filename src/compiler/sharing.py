@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -36,14 +35,12 @@ _MAX_GRAPHS = {Stage.CONSTANT: 8, Stage.VARYING: 24, Stage.OWN: 16}
 class SharedFunction:
     """One function, or where each module has its own, the function of one module.
 
-    ``graphs`` counts captures. ``sums_gradients``: one of its graphs adds gradients up that eager
-    mode accumulates one by one, as reentrant checkpoints do.
+    ``graphs`` counts captures.
     """
 
     stage: Stage = Stage.CONSTANT
     graphs: int = 0
     compiled: Callable[..., Any] | None = None
-    sums_gradients: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -95,25 +92,3 @@ class InputGradient(TorchDynamoException):
 
 class UnfrozenWeight(TorchDynamoException):
     """A weight needs a gradient that needed none when its block was compiled."""
-
-
-class WholeMask(TorchDynamoException):
-    """A block that was given first keys reads the mask that is made of them."""
-
-
-class HooksOnParameters(TorchDynamoException):
-    """Hooks on parameters would be called fewer times than in eager mode."""
-
-
-def require_no_hooks(region: nn.Module) -> None:
-    """Refuse hooks on parameters of a region that uses one in a reentrant checkpoint and apart."""
-    # in eager mode the checkpoint accumulates its gradients by itself, and the hooks see them one
-    # by one; in a captured graph they are added up first
-    if torch.is_grad_enabled() and any(
-        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-        for p in region.parameters()
-    ):
-        raise HooksOnParameters(
-            "a hook on a parameter sees the gradients of a reentrant checkpoint one by one "
-            "(use_reentrant=False adds them up)"
-        )

@@ -17,13 +17,12 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
-from ..graph.opaque.parts import PartChanged
+from ..graph.opaque.hub_kernels import replaceable
 from ..graph.opaque.quantized import is_packed
-from ..graph.segments import splits_by_lengths
 from .bypass import (
     Hooks,
     captured_submodules,
@@ -35,7 +34,6 @@ from .bypass import (
 )
 from .copies.forward_copies import ForwardCopies
 from .copies.opaque_calls import callers_of_mixers, opaque_copies, segmented_copies
-from .copies.parts import UnknownParts
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -76,9 +74,8 @@ class Watches:
 
     def __init__(self, slot: Any = None) -> None:
         """Make none yet; ``slot`` holds the segments of the block that is called."""
-        self.parts = UnknownParts()
-        self.opaque = opaque_copies(self.parts.finish)
-        self.segmented = segmented_copies(slot, self.parts.finish)
+        self.opaque = opaque_copies()
+        self.segmented = segmented_copies(slot)
         self._mixers = callers_of_mixers()
         self._mixes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
@@ -109,31 +106,6 @@ class Watches:
             watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
 
-    def buffers_of_parts(self, module: nn.Module) -> list[Tensor]:
-        """What the parts of a region that are nodes may write into."""
-        watch = self._watches.get(module)
-        return [b for part in watch.parts for b in part.buffers()] if watch is not None else []
-
-    def goes_around(self, module: nn.Module, error: Exception) -> bool:
-        """Whether the capture of a region that ``error`` ended can be made around its cause."""
-        watch = self._watches.get(module)
-        if watch is None:
-            return False
-        can = self.parts.stopped(error, (m for m in module.modules() if m is not module))
-        if can:
-            self._renew_copies()
-        return can
-
-    def change(self, error: PartChanged) -> None:
-        """Note that a part did something else than what was captured."""
-        self.parts.changed(error.forward)
-        self._renew_copies()
-
-    def _renew_copies(self) -> None:
-        for module, watch in self._watches.items():
-            watch.copies = self.opaque.below(module)
-            watch.parts = [m for m in module.modules() if self.parts.has(m)]
-
     def has_mixers(self, module: nn.Module, forward: Any) -> bool:
         """Whether ``forward`` of a region, or code below it, calls what takes segments."""
         mixes = self._mixes.get(module)
@@ -161,9 +133,7 @@ class Watches:
 
     def _watch(self, module: nn.Module, outside: Sequence[tuple[str, ...]]) -> Watch:
         inlined = self._inlined.get(module, _NOTHING)
-        watch = Watch(module, outside, self.opaque.below(module), inlined)
-        watch.parts = [m for m in module.modules() if self.parts.has(m)] if self.parts else []
-        return watch
+        return Watch(module, outside, self.opaque.below(module), inlined)
 
     def _find_code(self, module: nn.Module, watch: Watch) -> Hashable:
         methods = self._methods.get(watch.classes)
@@ -216,14 +186,13 @@ class Watch:
         outside: the paths, name by name, to submodules that are not captured with it.
         inlined: those of them that are below the one that is not captured, with their paths.
         classes: those of the region and of all these modules, each once.
-        own_code: the code of forwards that these modules have as instances.
+        own_code: the code of forwards that these modules have as instances, and of kernels that are
+            in the place of functions.
         blocks: those of these modules that run their own graphs.
         packed: those of these modules that are 4-bit layers.
         sizes: those of all parameters. Modules that differ in them have graphs of their own in any
             case. Sharing a function, they would have their numbers (sizes of heads) for inputs.
-        splits: whether code of the region or these modules may split by lengths from a tensor.
         copies: of their forwards, for those that call what is captured whole.
-        parts: those of these modules that are single nodes of its graph.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
         is_unsettled: whether its classes have the names of those of earlier calls, but are new.
@@ -251,16 +220,16 @@ class Watch:
         self._forwards = [d.get("forward") for d in self._dicts]
         self.blocks = [m for m in captured if is_block(m)]
         self._called = [m.__dict__ for m in captured if not is_container(m)]
+        self._replaceable = [f.__dict__ for m in (module, *self._below) for f in replaceable(m)]
+        self._kernels = [d.get("forward") for d in self._replaceable]
         self.packed = [m for m in captured if is_packed(m)]
         every = (p for m in (module, *captured) for p in m._parameters.values() if p is not None)
         self.sizes = tuple(p.shape for p in every)
-        self.splits = any(splits_by_lengths(_function_of(m)) for m in (module, *captured))
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
-        forwards = enumerate(self._forwards)
+        forwards = enumerate((*self._forwards, *self._kernels))
         self.own_code = tuple((i, _code(f)) for i, f in forwards if f is not None)
         self.copies = copies
-        self.parts: list[nn.Module] = []
         self.round = -1
         self.code: Hashable = None
         self.is_unsettled = False
@@ -277,6 +246,7 @@ class Watch:
             and all(map(is_, present, self._children))
             and all(map(is_, map(type, self._below), self._kinds))
             and all(map(is_, map(dict.get, self._dicts, repeat("forward")), self._forwards))
+            and all(map(is_, map(dict.get, self._replaceable, repeat("forward")), self._kernels))
             and [c.forward for c in self.classes] == self._class_forwards
             and type(module) is self.classes[0]
         )

@@ -325,7 +325,8 @@ _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon |
     ),
     **dict.fromkeys(("expand", "expand_as"), _expand),
     F.softmax: _softmax,
-    **dict.fromkeys(("t", torch.t), _t),
+    # attributes of a tensor, as PyTorch 2.15 captures them: ``w.T``, ``w.mT``
+    **dict.fromkeys(("t", torch.t, torch.ops.aten.numpy_T, torch.ops.aten.mT), _t),
     operator.getitem: _getitem,
     getattr: _attribute,
 }

@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from . import facts
 from .canon import canonical
 from .opaque.functions import is_leaf
-from .opaque.parts import is_unknown_part
 from .signatures import (
     Parameter,
     bound,
@@ -64,8 +63,6 @@ def is_opaque(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or "fusewright_rule" in node.meta or is_leaf(node.target):
         return False
-    if is_unknown_part(node.target):
-        return True
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return not _bodies(node)
     ours = module_of(node.target).partition(".")[0] == __name__.partition(".")[0]

@@ -1,8 +1,8 @@
 """Masks of samples that share a row, as nodes that make them of first keys (``first_keys.py``).
 
 A block is captured with the first keys in place of the mask, which a node makes of them. Rules take
-both for attention that needs no mask of all pairs. Where something else reads the mask, it would be
-made in each block, and kept: such blocks are given the mask itself, which is made once for all.
+both for attention that needs no mask of all pairs. Where other code reads the mask, the block runs
+its original code: transformers makes one mask for all blocks, and not one in each.
 """
 
 from __future__ import annotations

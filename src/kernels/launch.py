@@ -1,4 +1,4 @@
-"""Where Triton is chosen, and how its launchers become opaque ops.
+"""Launch Triton kernels: where they run, how they become opaque ops, and how they are called.
 
 Nothing here imports Triton before a tensor asks for it.
 """
@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
-from .choice import Contender
+from .choice import CandidateOp, Implementation, drawn
 from .fallback import with_plain_form
-from .raced_op import Contest, RacedOp
 
 _LIBRARY = torch.library.Library("fusewright", "DEF")
 
@@ -36,9 +35,6 @@ RUNS: dict[Any, Callable[..., Any]] = {}
 
 LAUNCHES: dict[Any, Callable[..., bool]] = {}
 """Library op -> whether a call launches a Triton kernel, of ops that launch them themselves."""
-
-READ_ONCE: set[Any] = set()
-"""Library ops that know again what a ``mask`` says, until PyTorch notes that it is written to."""
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,16 +87,6 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least ``n``, which is positive."""
     return 1 << (n - 1).bit_length()
-
-
-def wide_dot_precision(*tensors: Tensor) -> str:
-    """How tiles that were widened to fp32 are multiplied, by the tensors that they came from."""
-    # With fp32 tensors among them, as PyTorch multiplies fp32, which tensor cores do not. From 16
-    # bits, by three products of tf32 (on AMD six of bf16), which they do: what these drop is 2^-22
-    # of a product, less than fp32 sums lose (Ootomo & Yokota 2022).
-    if any(t.dtype.itemsize > 2 for t in tensors):
-        return dot_precision(torch.float32)
-    return "bf16x6" if gpu_of(tensors[0]).hip else "tf32x3"
 
 
 FP_FUSION = True
@@ -178,7 +164,8 @@ def library_op(
     temporary: Callable[..., int] | None = None,
     launches: Callable[..., bool] | None = None,
     plain: Callable[..., Any] | None = None,
-    contest: Contest | None = None,
+    libraries: Sequence[Implementation] = (),
+    inputs: Callable[..., tuple[Any, ...]] = drawn,
 ) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule.
 
@@ -197,7 +184,8 @@ def library_op(
         launches: same signature; whether a function that is given as ``implementation`` launches
             Triton kernels itself, not by way of other library ops.
         plain: same signature and results; computes calls whose kernel fails (``fallback.py``).
-        contest: with whom a kernel that has a plain form is raced (``raced_op.py``).
+        libraries: other implementations of a kernel that has a plain form (``choice.py``).
+        inputs: makes arguments on which they are measured, from those of a call and a generator.
 
     Returns:
         The callable op (``torch.ops.fusewright.NAME.default``).
@@ -212,11 +200,12 @@ def library_op(
         run = implementation if launches is None else on_device(implementation)
     if plain is not None:
         plain = _like_launched(plain, fake)
-        if contest is None:
-            run = with_plain_form(name, run, plain)
+        if libraries:
+            others = tuple(map(_as_a_kernel, libraries))
+            declared = functools.partial(_declared, fake)
+            run = CandidateOp(name, run, plain, others, inputs, declared).__call__
         else:
-            contest = replace(contest, contenders=tuple(map(_as_a_kernel, contest.contenders)))
-            run = RacedOp(name, run, plain, contest, functools.partial(_declared, fake)).__call__
+            run = with_plain_form(name, run, plain)
     # 2026-11-24: torch.library is not typed
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -285,15 +274,15 @@ def _fresh(result: Any) -> Any:
     return type(result)([without_base(t) for t in result])
 
 
-def _as_a_kernel(contender: Contender) -> Contender:
+def _as_a_kernel(candidate: Implementation) -> Implementation:
     def run(*args: Any) -> Any:
         device = next(_tensors(args)).device.type
         if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
             with _without_modes(device):
-                return _fresh(contender.run(*args))
-        return _fresh(contender.run(*args))
+                return _fresh(candidate.run(*args))
+        return _fresh(candidate.run(*args))
 
-    return replace(contender, run=run)
+    return replace(candidate, run=run)
 
 
 @contextlib.contextmanager

@@ -40,8 +40,7 @@ def widens(dtype: torch.dtype) -> bool:
     Measured (Xeon with AVX-512 without products of bf16, one thread, 104 x 2048 x 1536, GFLOP/s,
     2026-11-30): bf16, as oneDNN imitates it, 23, through fp32 176.
     """
-    it = processor()
-    return dtype in it.slow_products or (dtype is torch.bfloat16 and not it.bfloat16)
+    return dtype in processor().slow_products
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

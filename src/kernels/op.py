@@ -216,6 +216,12 @@ def on_several_devices(
     return [message] if len({t.device for t in operands if isinstance(t, Tensor)}) > 1 else []
 
 
+def kept_on_gpu(t: Tensor) -> list[str]:
+    """The reason why scans are not rewritten on a GPU."""
+    # fla, mamba-ssm and causal-conv1d, where they are installed
+    return ["on a GPU, the kernels that transformers calls run"] if t.is_cuda else []
+
+
 def loses_precision(dtype: torch.dtype | None, product: torch.dtype, name: str) -> list[str]:
     """Where a result in ``dtype`` would be rounded more than that of ``name``."""
     if dtype is None or torch.promote_types(dtype, product) is dtype:

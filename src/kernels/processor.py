@@ -1,9 +1,6 @@
-"""What the CPU of this machine is fast at: every choice by processor is made from this record.
+"""Describe the CPU of this machine: ops choose their forms by this record.
 
-It begins as what PyTorch and oneDNN say of themselves; ``candidates.measure`` races what they do
-not know, on this machine.
-
-A record says what is *chosen*, never what is executed: PyTorch and oneDNN look at the CPU
+A record decides what is *chosen*, never what is executed: PyTorch and oneDNN look at the CPU
 themselves, and the C++ kernels are compiled for the one that is there. So any record is safe on any
 CPU, and gives the same results in another form. Tests assume other processors than theirs.
 """
@@ -24,12 +21,12 @@ from ..errors import FusewrightError
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What decides which form of a computation is the fastest.
+    """The properties that decide which form of a computation is the fastest.
 
     ``vectors`` are the widest of PyTorch's own kernels, as it names them: ``"AVX512"``, ``"AVX2"``,
     ``"DEFAULT"``, or a name of another architecture's. ``slow_products`` are the 16-bit dtypes
-    whose matrices PyTorch multiplies in plain loops; oneDNN imitates the instructions that are
-    missing on a CPU with AVX-512.
+    without instructions: PyTorch multiplies their matrices in plain loops, or oneDNN imitates the
+    instructions on a CPU with AVX-512, at a fifth to an eighth of fp32's speed.
     """
 
     vectors: str
@@ -37,9 +34,6 @@ class Processor:
     avx512_bf16: bool  # whether those of AVX-512 do
     amx: bool  # whether there are tiles of bfloat16
     slow_products: tuple[torch.dtype, ...]
-    raced: tuple[torch.dtype, ...] = ()  # of which ``slow_products`` was measured here
-    own_attention: bool | None = None  # whether ours was faster in bfloat16; None: not measured
-    thin_first: bool | None = None  # whether thin times wide was faster in float32; None: as above
 
     def thin_factors_first(self) -> bool:
         """Whether thin times wide is faster than wide times thin; not so on all processors."""
@@ -47,8 +41,6 @@ class Processor:
         # (rank 8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round.
         # On Intel with AVX-512 alone (which AMD has with products of bf16 only), fp32, rank 8 and
         # 16, 256 to 2,048 rows of 256 to 2,048 features: wide first takes 1.2 to 3.2 times as long.
-        if self.thin_first is not None:
-            return self.thin_first
         return self.amx or (self.vectors == "AVX512" and not self.avx512_bf16)
 
     def instructions(self) -> list[str]:
@@ -66,7 +58,7 @@ _BF16, _FP16 = torch.bfloat16, torch.float16
 
 KINDS = {
     "avx2": Processor("AVX2", False, False, False, (_BF16, _FP16)),
-    "avx512": Processor("AVX512", False, False, False, (_FP16,)),
+    "avx512": Processor("AVX512", False, False, False, (_BF16, _FP16)),
     "avx512_bf16": Processor("AVX512", True, True, False, (_FP16,)),
     "amx": Processor("AVX512", True, True, True, ()),
 }
@@ -100,8 +92,9 @@ def this_machine() -> Processor:
     limit = _onednn_limit()
     avx512_bf16 = torch.cpu._is_avx512_bf16_supported() and limit not in _WITHOUT_BF16
     amx = torch.cpu._is_amx_tile_supported() and limit not in _WITHOUT_AMX
-    slow = tuple(t for t in (_BF16, _FP16) if not _onednn_multiplies(t))
-    bfloat16 = avx512_bf16 or amx if _is_x86() else _BF16 not in slow
+    bfloat16 = avx512_bf16 or amx if _is_x86() else _onednn_multiplies(_BF16)
+    fast = {_BF16: bfloat16, _FP16: _onednn_multiplies(_FP16)}
+    slow = tuple(dtype for dtype, is_fast in fast.items() if not is_fast)
     vectors = torch.backends.cpu.get_cpu_capability()
     return Processor(vectors, bfloat16, avx512_bf16, amx, slow)
 
@@ -140,24 +133,12 @@ def _named(name: str) -> Processor:
 
 # made at import: a compiler that traces an op cannot call PyTorch's checks
 _name = os.environ.get("FUSEWRIGHT_PROCESSOR")
-_of_this_machine: Processor | None = None if _name else this_machine()
-_current = _of_this_machine or _named(_name or "")
+_current = _named(_name) if _name else this_machine()
 
 
 def processor() -> Processor:
     """The processor that this process chooses for."""
     return _current
-
-
-def is_of_this_machine() -> bool:
-    """Whether choices are made for the processor that is there, and for no other."""
-    return _current is _of_this_machine
-
-
-def measured(record: Processor) -> None:
-    """Choose by ``record`` from now on: what races on this machine have found."""
-    global _current, _of_this_machine
-    _current = _of_this_machine = record
 
 
 @contextlib.contextmanager

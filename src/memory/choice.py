@@ -33,7 +33,6 @@ class PlanInputs:
     logits: int = 0  # bytes of all logits
     slack: float = 0.0  # bytes that the allocator holds besides, for each byte that blocks keep
     tiles: int = most_logits(on_cpu=True)  # bytes of logits that exist at one time, at most
-    pooled: bool = False  # CUDA graphs have a pool of memory for what one block needs, for good
 
     def scaled(self, factor: float) -> PlanInputs:
         """The same for a batch of ``factor`` times the tokens."""
@@ -70,9 +69,7 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs)
     passing = max((_passing(u) - u.saved for u in current), default=0)
     saved_bytes = int(sum(u.saved for u in current) * (1 + setting.slack))
     head = setting.head + min(setting.logits, setting.tiles)
-    # what they save is copied out of it, and into it again for backward
-    pool = max((_passing(u) + u.saved for u in current), default=0) if setting.pooled else 0
-    return setting.base + setting.training + saved_bytes + max(passing, head) + pool
+    return setting.base + setting.training + saved_bytes + max(passing, head)
 
 
 def on_host(levels: Sequence[Level], usages: Sequence[Usages]) -> int:

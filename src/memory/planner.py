@@ -49,7 +49,6 @@ class Planner:
     # runs the blocks whose input the plan keeps there
     offload: Offload = field(default_factory=Offload)
     first: Level | None = None  # the level of the block that the plan was made at
-    pooled: bool = False  # the blocks may run by CUDA graphs, which have memory of their own
     notes: list[str] = field(default_factory=list)  # what was decided, and why, for the report
     has_stepped: bool = False  # an optimizer step has been made; no plan is too large from then on
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
@@ -75,10 +74,6 @@ class Planner:
         if planned is not None or not self.levels:
             return planned
         return Counter(self.levels.values()).most_common(1)[0][0]
-
-    def is_fastest(self, module: nn.Module) -> bool:
-        """Whether ``module`` keeps what makes the step fastest, and no less for lack of memory."""
-        return self.level(module) in (None, self.fastest())
 
     def fastest(self) -> Level:
         """What a block keeps that takes no account of memory."""

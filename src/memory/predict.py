@@ -148,9 +148,7 @@ def setting(
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
     slack = _SLACK if on_cpu else 0.0
     tiles = most_logits(on_cpu)
-    return PlanInputs(
-        base, training, head, limit, levels, host, logits, slack, tiles, planner.pooled
-    )
+    return PlanInputs(base, training, head, limit, levels, host, logits, slack, tiles)
 
 
 def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:

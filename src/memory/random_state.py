@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,3 @@ class RandomState:
         torch.set_rng_state(self.host)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, self.device)
-
-
-class BufferState:
-    """The buffers of a module: which they are, and their values."""
-
-    def __init__(self, module: nn.Module) -> None:
-        """Copy those that may be written to."""
-        self._buffers = [
-            (m._buffers, name, b, b._version, b.clone())
-            for m in module.modules()
-            for name, b in m._buffers.items()
-            if b is not None and not b.is_inference()
-        ]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back, and their values where they have been written to since."""
-        for buffers, name, b, version, value in self._buffers:
-            buffers[name] = b
-            if b._version != version:
-                b.copy_(value)

@@ -136,7 +136,7 @@ class WrittenOutAttention(Rule):
 
 
 class SegmentAttention(Rule):
-    """A call for each segment of a row, captured whole (``graph/segments.py``)."""
+    """A call for each segment of a row, captured whole (``attend_apart``)."""
 
     name, op = "attention", "segment_attention"
     optional = True

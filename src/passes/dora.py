@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph import facts
-from ..graph.canon import is_cast_of
 from ..kernels.linear.projections import Linear
 from ..rewrite.pattern import Builder, Pattern
-from ..rewrite.rule import Emit, Match, Rule
-from .quant_linear import sample_weight
+from ..rewrite.rule import Emit, Match
+from .quant_linear import OfLinears
 
 
-class DoRALinear(Rule):
+class DoRALinear(OfLinears):
     """``factor * (W x + scale * B(A(x))) + b``, ``factor = magnitude / norm(W + scale * B A)``.
 
     PEFT writes it as ``y + (factor - 1) * (y - b) + factor * B(A(x)) * scale`` with the output y of
@@ -61,9 +60,7 @@ class DoRALinear(Rule):
 
     def check(self, m: Match) -> None:
         """A constant scale, matrices, a result in the product's dtype, nothing used outside."""
-        for node in m.nodes:
-            alone = node is m.root or set(node.users) <= set(m.nodes) or is_cast_of(node, m.x)
-            m.require(alone, f"{node.name} inside the formula is also used outside it", node)
+        self.require_alone(m)
         m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
         x, result, magnitude = (facts.tensor(n) for n in (m.x, m.root, m.magnitude))
         m.pass_over(m.spelling == "plain" and m.bias is not None)
@@ -80,13 +77,6 @@ class DoRALinear(Rule):
         m.require(wide, f"a norm in {norm} for a product in {product}", m.norm)
         m.require(x.dim() > 1 and magnitude.dim() == 1, "the magnitude is no vector", m.root)
         m.require(tuple(facts.value(m.norm).shape) == tuple(magnitude.shape), "another norm")
-
-    def sample(
-        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
-    ) -> Tensor | None:
-        """Bytes and scales of a packed weight."""
-        weight = m.get("w")
-        return sample_weight(weight, node, generator, shape) if isinstance(weight, tuple) else None
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """A LoRA linear without bias and a rescaling; after dropout, a rescaling of its parts."""

@@ -9,32 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
 from ..kernels.linear.projections import MIXED, Linear
 from ..rewrite.matcher import Trace
 from ..rewrite.pattern import Builder, Pattern
-from ..rewrite.rule import Emit, Match, Rule
-from .quant_linear import sample_weight
+from ..rewrite.rule import Emit, Match
+from .quant_linear import OfLinears
 
 _OTHER_INPUT = "an adapter has an input of its own, after dropout"
 _NARROW_INPUT = "what an adapter's B reads is made by other operations than its A"
 
 
-class _OfLinears(Rule):
-    def sample(
-        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
-    ) -> Tensor | None:
-        everything = [m.captures, *m.users]
-        weights = [v for c in everything for v in c.values() if isinstance(v, tuple)]
-        samples = (sample_weight(w, node, generator, shape) for w in weights)
-        return next((t for t in samples if t is not None), None)
-
-
-class MLPBlock(_OfLinears):
+class MLPBlock(OfLinears):
     """``down(act(gate(x)) * up(x))``, each linear with an adapter or without."""
 
     name = op = "mlp_block"
@@ -71,7 +60,7 @@ class MLPBlock(_OfLinears):
         return ops.mlp_block(m.x, linears, m.activation, layout, keep="gate_up")
 
 
-class QKVBlock(_OfLinears):
+class QKVBlock(OfLinears):
     """Several linears on one input, at least one of them with an adapter."""
 
     name = op = "qkv_block"

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph import facts
-from ..graph.canon import canonical, is_cast_of
+from ..graph.canon import canonical
 from ..kernels.linear.projections import Linear
 from ..rewrite.pattern import Builder, Pattern
-from ..rewrite.rule import Emit, Match, Rule
-from .quant_linear import sample_weight
+from ..rewrite.rule import Emit, Match
+from .quant_linear import OfLinears
 
 
-class LoRALinear(Rule):
+class LoRALinear(OfLinears):
     """``W x + b`` and what adapters add to it: ``scale * B(A(x))``, or an update like it.
 
     - Several active adapters that read x are joined into one.
@@ -38,8 +38,8 @@ class LoRALinear(Rule):
     inner_may_stay = True  # the cast of x that the adapters of one input share
 
     def patterns(
-        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
-        lora_bias: Pattern, x_lora: Pattern, delta: Pattern,
+        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, delta: Pattern,
+        other_bias: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
         """A dropped-out input stays a separate node: random numbers are used as before."""
         columns = p.var("columns", lambda v: isinstance(v, fx.Node))
@@ -54,20 +54,14 @@ class LoRALinear(Rule):
             p.clone(p.maybe_cast(packed), p.anything),
             p.maybe_cast(packed),
         )
-        both = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
-        dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
-        between = p.linear(_scaled(p, p.linear(p.maybe_cast(x), a), "between"), b, lora_bias)
-        for spelling, update in (("plain", both), ("dropout", dropped), ("plain", between)):
-            total = base + p.maybe_cast(_scaled(p, update, "scale"))
-            yield spelling, p.maybe_cast(total)
-            if spelling == "plain":
-                for more in range(1, MOST):
-                    yield spelling, p.maybe_cast(_with_more(p, total, x, more))
-        other = p.linear(p.maybe_cast(x), delta, lora_bias)
+        for count in range(1, MOST + 1):
+            yield "plain", _with_adapters(p, base, [_adapter(p, i, x) for i in range(1, count + 1)])
+        yield "dropout", _with_adapters(p, base, [_adapter(p, 1, None)])
+        other = p.linear(p.maybe_cast(x), delta, other_bias)
         yield "replaced", p.maybe_cast((plain + other) - plain * 1)
         yield "matrix", p.maybe_cast(plain + p.linear(p.maybe_cast(x), delta))
         for count in range(1, MOST + 1):
-            yield "narrow", p.maybe_cast(_with_narrow(p, base, count))
+            yield "narrow", _with_adapters(p, base, [_narrow(p, i) for i in range(1, count + 1)])
         vector = p.var("vector", _is_trained_vector)
         yield "shifted", p.maybe_cast(plain) + vector
         yield "scaled", p.maybe_cast(plain) * vector
@@ -75,15 +69,7 @@ class LoRALinear(Rule):
 
     def check(self, m: Match) -> None:
         """A result in the product's dtype or a wider one, and updates of low rank."""
-        for node in m.nodes:
-            external_users = [u for u in node.users if u not in m.nodes]
-            may_share = node is m.root or not external_users or is_cast_of(node, m.x)
-            m.require(
-                may_share,
-                f"{node.name} inside the formula is also used by "
-                f"{external_users[0].name if external_users else ''}",
-                node,
-            )
+        self.require_alone(m)
         weight = m.get("columns", m.get("w"))
         packed = isinstance(weight, tuple)
         m.require(packed or facts.ndim(weight) == 2, "the weight is not a matrix", m.root)
@@ -110,18 +96,16 @@ class LoRALinear(Rule):
         check_adapters(m, adapters(m))
         wide = torch.promote_types(result.dtype, product) is result.dtype
         m.require(wide, f"returns {result.dtype} from a product in {product}", m.root)
-        x_lora = facts.tensor(m.get("x_lora"))
         if m.spelling == "dropout":
-            m.require(
-                x_lora is not None and x_lora.shape == x.shape, "the adapter reads another input"
-            )
+            own = facts.tensor(m.x_1)
+            m.require(own is not None and own.shape == x.shape, "the adapter reads another input")
         m.require(not _more_adapters(m.root), _SEVERAL, m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
         weight: Any = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
         if m.spelling == "replaced":
-            return ops.call(F.linear, m.x, m.delta, m.lora_bias)
+            return ops.call(F.linear, m.x, m.delta, m.other_bias)
         if m.spelling == "matrix":
             return ops.call(F.linear, m.x, ops.computed(operator.add, weight, m.delta), m.bias)
         one = joined(adapters(m), ops)
@@ -133,13 +117,6 @@ class LoRALinear(Rule):
             m.compute if packed else None, dtype,
         )  # fmt: skip
         return ops.lora_linear(m.x, linear)
-
-    def sample(
-        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
-    ) -> Tensor | None:
-        """Bytes and scales of a packed weight."""
-        weight = m.get("w")
-        return sample_weight(weight, node, generator, shape) if isinstance(weight, tuple) else None
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """Low-rank updates, and what else trained parameters do around a frozen projection."""
@@ -311,36 +288,34 @@ def _scaled(p: Builder, update: Pattern, name: str) -> Pattern:
     return p.either(scaled / p.var(name.replace("scale", "divisor")), scaled, update)
 
 
-def _with_more(p: Builder, total: Pattern, x: Pattern, count: int) -> Pattern:
-    # ``total`` and ``count`` further adapters on x, added one after the other.
-    for i in range(2, count + 2):
-        narrow = _scaled(p, p.linear(p.maybe_cast(x), p.var(f"a_{i}")), f"between_{i}")
-        update = p.linear(narrow, p.var(f"b_{i}"), p.var(f"bias_{i}"))
-        total = p.maybe_cast(_scaled(p, update, f"scale_{i}")) + total
-    return total
+def _adapter(p: Builder, i: int, x: Pattern | None) -> Pattern:
+    # The i-th adapter, on ``x``, or after dropout on an input that it does not share.
+    a, b, bias = (p.var(f"{part}_{i}") for part in ("a", "b", "bias"))
+    narrow: Pattern = p.linear(p.var(f"x_{i}") if x is None else p.maybe_cast(x), a)
+    if x is not None:
+        narrow = _scaled(p, narrow, f"between_{i}")
+    return _scaled(p, p.linear(narrow, b, bias), f"scale_{i}")
 
 
-def _with_narrow(p: Builder, total: Pattern, count: int) -> Pattern:
-    # ``total`` and ``count`` products of narrow values.
-    for i in range(1, count + 1):
-        h, b, bias, columns = (p.var(f"{part}_{i}") for part in ("x", "b", "bias", "columns"))
-        update = p.either(p.linear(h, b, bias), p.matmul(h, columns))
-        total = p.maybe_cast(_scaled(p, update, f"scale_{i}")) + total
-    return total
+def _narrow(p: Builder, i: int) -> Pattern:
+    # The i-th product of a narrow value.
+    h, b, bias, columns = (p.var(f"{part}_{i}") for part in ("x", "b", "bias", "columns"))
+    return _scaled(p, p.either(p.linear(h, b, bias), p.matmul(h, columns)), f"scale_{i}")
+
+
+def _with_adapters(p: Builder, total: Pattern, updates: Sequence[Pattern]) -> Pattern:
+    for update in updates:
+        total = p.maybe_cast(update) + total
+    return p.maybe_cast(total)
 
 
 def adapters(m: Match) -> list[Adapter]:
     """The adapters of a match, in the order in which the model adds them."""
-    first = Adapter(
-        m.get("a"), m.get("b"), m.get("scale"), m.get("lora_bias"), m.get("x_lora"),
-        m.get("between"), m.get("divisor"),
-    )  # fmt: skip
-    further = [
+    return [
         Adapter(*(m.get(f"{part}_{i}") for part in Adapter._fields))
         for i in range(1, MOST + 1)
         if m.get(f"b_{i}", m.get(f"columns_{i}")) is not None
     ]
-    return further if m.spelling == "narrow" else [first, *further]
 
 
 def check_adapters(m: Match, given: Sequence[Adapter]) -> None:

@@ -16,12 +16,34 @@ from ..graph.canon import is_cast_of
 from ..graph.opaque.autograd_functions import is_wrapped
 from ..graph.opaque.quantized import PARAMS, real_input, unknown_formula
 from ..graph.subclasses import multiplies_by_itself
-from ..kernels.linear.quantized import VALUES, FourBits, Quantized
+from ..kernels.linear.quantized import VALUES, FourBits, Quantized, is_record
 from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 
-class QuantLinear(Rule):
+class OfLinears(Rule):
+    """Rules over linears, whose weights may be stored: a captured tuple of the format's fields."""
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Any bytes as values, positive scales."""
+        captured = [v for c in (m.captures, *m.users) for v in c.values()]
+        weights = [Quantized(*v) for v in captured if is_record(v)]
+        weights += [_weight(m.captures)] if "blocksize" in m.captures else []
+        samples = (_sample(w, node, generator, shape) for w in weights)
+        return next((t for t in samples if t is not None), None)
+
+    def require_alone(self, m: Match) -> None:
+        """Decline where inner values are used elsewhere, but for a cast of x that linears share."""
+        for node in m.nodes:
+            others = [u for u in node.users if u not in m.nodes]
+            if others and node is not m.root and not is_cast_of(node, m.x):
+                reason = f"{node.name} inside the formula is also used by {others[0].name}"
+                m.require(False, reason, node)
+
+
+class QuantLinear(OfLinears):
     """The product of an input with a weight in few bits."""
 
     name = op = "quant_linear"
@@ -39,9 +61,7 @@ class QuantLinear(Rule):
 
     def check(self, m: Match) -> None:
         """Constant sizes, a frozen weight."""
-        for node in m.nodes:
-            alone = node is m.root or set(node.users) <= set(m.nodes) or is_cast_of(node, m.x)
-            m.require(alone, f"{node.name} inside the formula is also used outside it", node)
+        self.require_alone(m)
         constants = (*m.shape, m.blocksize)
         m.require(all(type(n) is int for n in constants), "a size is not a constant", m.root)
         x = facts.tensor(m.x)
@@ -65,12 +85,6 @@ class QuantLinear(Rule):
         if kinds == (facts.dtype(m.x),) * 2:
             kinds = ()
         return ops.quant_linear(m.x, tuple(_weight(m.captures)), m.bias, *kinds)
-
-    def sample(
-        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
-    ) -> Tensor | None:
-        """Any bytes as values, positive scales."""
-        return sample_weight(_weight(m.captures), node, generator, shape)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A call of bitsandbytes, or of an autograd function that calls it; an unknown formula."""
@@ -110,11 +124,10 @@ def _weight(captures: Any) -> Quantized:
     return Quantized(*(captures[n] for n in PARAMS[2:]))
 
 
-def sample_weight(
-    weight: Iterable[Any], node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+def _sample(
+    w: Any, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
 ) -> Tensor | None:
-    """A random value of ``node`` if it is in ``weight``, the fields of a ``Quantized``."""
-    w: Any = Quantized(*weight)
+    # A random value of ``node`` if it is in ``w``.
     if node not in w.tensors:
         return None
     dtype = facts.dtype(node) or torch.uint8

@@ -9,10 +9,10 @@ from typing import Any
 
 from .. import kernels
 from ..graph.canon import register
+from ..graph.opaque.segments import attend_apart
 from ..graph.opaque.stacks import updated_stack
 from ..graph.operations import Spec
 from ..kernels.attention.first_keys import sample_mask
-from ..kernels.attention.segment_attention import segment_attention_reference
 from ..kernels.moe.moe_experts import inverse_permutation
 from ..kernels.op import Op
 
@@ -41,5 +41,5 @@ for _op in OPS:
     register(_op.call, _op.name, Spec.of(_op.call))
 register(inverse_permutation, "inverse_permutation", Spec.of(inverse_permutation))
 register(updated_stack, "updated_stack", Spec.of(updated_stack))
-register(segment_attention_reference, "split_attention", Spec.of(segment_attention_reference))
+register(attend_apart, "split_attention", Spec.of(attend_apart))
 register(sample_mask, "sample_mask", Spec.of(sample_mask))

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..compiler.listing import Listing, find_listing, keep_code, listings
 from ..compiler.pipeline import explain, optimize
+from ..compiler.tiny_step import tiny_step
 from ..errors import ModelError, RecipeError, did_you_mean
 from ..memory.budget import gigabytes
 from ..report import Report
@@ -81,6 +82,8 @@ def run(
         optimize(model, codegen="eager")
         if graph or module is not None:
             keep_code(model)
+        tiny_step(model)
+        tiny_step(model)  # a head that calls the blocks itself is captured in the second one
         report = explain(model)
     shown = _chosen(model, module)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import DataError, RewardError
-from ..kernels import candidates
+from ..kernels import choice
 from ..optim.flat import FlatOptimizer
 from . import finish
 from .checkpoint import output_folder, resume
@@ -161,7 +161,7 @@ class TrainingRun:
         start = Path(checkpoint) if checkpoint else None
         if start is not None:
             saved = resume.load(start, recipe, world.batch_ranks)
-            candidates.resume(saved.choices)
+            choice.adopt(saved.choices)
             self.resumed = resume.Resumed(start, saved)
             self.result.resume(saved.step, saved.carried)
             self.run_log.say(f"resuming from {start}")

@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fusewright import AuditCallback, explain, optimize, watch
+from fusewright import AuditCallback, optimize, watch
 from fusewright.auditing import watch as watching
 from fusewright.auditing.findings import Audit
 from fusewright.auditing.in_force import Rates
@@ -32,6 +32,7 @@ from fusewright.auditing.micro_batches import StepShape, judge, judge_logged
 from fusewright.auditing.movement import Movement
 from fusewright.auditing.reference import step_bytes
 from fusewright.memory.budget import Budget
+from tests.explained import explain
 
 from ..train.conftest import make_model, make_tokenizer
 

@@ -150,7 +150,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Audit what is asked for."""
-    os.environ.setdefault("FUSEWRIGHT_CHOICES", "ops")  # else tiny blocks would run as they were
+    os.environ.setdefault("FUSEWRIGHT_SMALL", "optimize")  # else tiny blocks keep their own code
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--rows", type=Path, default=Path("audit-rows.jsonl"))

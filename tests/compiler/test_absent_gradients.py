@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusewright import explain, optimize
+from fusewright import optimize
+from tests.explained import explain
 
 from ..kernels.util import Stop
 from .test_switched_gradients import _two
@@ -27,14 +28,6 @@ class _Block(nn.Module):
         return x + self.linear(self.norm(x)) * self.other
 
 
-class _Checkpointed(_Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.part, x, self.other, use_reentrant=True)  # type: ignore[no-any-return]
-
-    def part(self, x: Tensor, other: Tensor) -> Tensor:
-        return x + self.linear(self.norm(x)) * other.detach()
-
-
 @pytest.mark.long("inductor")
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_block_behind_which_gradients_end_gives_none(codegen: Any) -> None:
@@ -43,24 +36,6 @@ def test_a_block_behind_which_gradients_end_gives_none(codegen: Any) -> None:
     Stop.apply(out).sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is not None]
     assert not explain(model).bypasses
-
-
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
-def test_a_reentrant_checkpoint_of_a_parameter_without_a_gradient_is_captured(
-    codegen: Any,
-) -> None:
-    """No other checkpoint comes before a parameter, to take None for zeros."""
-    torch.manual_seed(0)
-    eager = _two(_Checkpointed)
-    ours = optimize(copy.deepcopy(eager), codegen=codegen)
-    x = torch.randn(2, 5, 16, requires_grad=True)
-    for model in (eager, ours):
-        model(x * 1).square().sum().backward()
-    assert not explain(ours).bypasses
-    for (name, p), own in zip(eager.named_parameters(), ours.parameters(), strict=True):
-        assert (own.grad is None) == (p.grad is None) == ("other" in name), name
-        if p.grad is not None:
-            torch.testing.assert_close(own.grad, p.grad)
 
 
 def _assert_same_gradients(ours: nn.Module, eager: nn.Module) -> None:
@@ -222,23 +197,6 @@ def test_an_output_that_is_an_input_changes_no_other_gradient(
         outputs = model(x)
         sum(outputs[i].square().sum() for i in used).backward()
     _assert_same_gradients(ours, eager)
-
-
-def test_a_reentrant_checkpoint_gives_zeros_as_in_eager_mode() -> None:
-    class Reentrant(_TwoOutputs):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return checkpoint(self.part, x, use_reentrant=True)  # type: ignore[no-any-return]
-
-    torch.manual_seed(0)
-    eager = _TwoStreams(False)
-    eager.layers = nn.ModuleList(Reentrant(False) for _ in range(2))
-    ours = optimize(copy.deepcopy(eager), codegen="inductor")
-    x = torch.randn(2, 5, 16, requires_grad=True)
-    for model in (eager, ours):
-        model(x * 1)[0].sum().backward()
-    absent = [[p.grad is None for p in m.parameters()] for m in (eager, ours)]
-    assert absent[0] == absent[1]
-    assert not any(absent[0])
 
 
 def test_hooks_on_tensors_are_not_called_with_none() -> None:

@@ -12,8 +12,9 @@ from accelerate.hooks import attach_align_device_hook
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.logits.lazy_logits import LazyLogits
+from tests.explained import explain
 
 from .test_processes import _model as tiny
 from .test_processes import _rows
@@ -127,7 +128,7 @@ def test_before_and_after_a_wrapper(name: str, order: str) -> None:
     else:
         assert report.by_rule().items() >= RULES.items()
         assert isinstance(logits, LazyLogits)
-        assert logits._source.is_pending
+        assert logits.is_pending
         assert not [b for b in report.bypasses if "captured" in b.reason]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.detach(), plain.logits.detach())

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.kernels.tolerance import exceeded
+from tests.explained import explain
 
 
 class Block(nn.Module):

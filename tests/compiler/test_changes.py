@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.overrides import TorchFunctionMode
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.compiler.install import installed
+from tests.explained import explain
 
 from ..models.tiny import Stack, assert_equal_steps
 

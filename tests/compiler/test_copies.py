@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.install import installed
+from tests.explained import explain
 
 from ..models.zoo import FAMILIES, build
 

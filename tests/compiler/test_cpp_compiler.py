@@ -13,13 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._inductor import codecache, config, cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusewright.compiler.codegen import cpp_compiler, inductor
-from fusewright.kernels import launch
+from fusewright.compiler.codegen import cpp_compiler
 
 
 class _Kind:
@@ -258,57 +255,6 @@ def test_nothing_is_awaited_after_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         fail()
     assert awaited == []
     assert AsyncCompile.wait is original
-
-
-# --- memory that Inductor uses again --------------------------------------------------------------
-
-
-_READ = torch.library.Library("test_read_once", "DEF")
-_READ.define("count(Tensor mask) -> Tensor")
-torch.library.register_fake(
-    "test_read_once::count", lambda mask: mask.new_empty((), dtype=torch.int64), lib=_READ
-)
-
-
-def _count(mask: Tensor) -> Tensor:
-    # as a mask's table is: kept with the memory, and by PyTorch's count of writes
-    counts = mask.untyped_storage().__dict__.setdefault("counts", {})
-    return torch.tensor(counts.setdefault(mask._version, int(mask.sum())))
-
-
-_READ.impl("count", _count, "CompositeExplicitAutograd")
-count = torch.ops.test_read_once.count.default
-
-
-def _two_masks(x: Tensor) -> tuple[Tensor, Tensor]:
-    first = count(x > 0)
-    return first, count(x + first > 5)
-
-
-def test_graphs_that_make_masks_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "READ_ONCE", {count})
-    x = torch.ones(2, 3)
-    for function, makes in (
-        (_two_masks, True),
-        (lambda mask: count(mask[:, :2].t()), False),
-        (lambda mask: count((mask + 1)[:, :2]), True),
-        (lambda x: x + 1, False),
-    ):
-        assert inductor._makes_masks(make_fx(function, tracing_mode="fake")(x)) is makes
-    names = {str(op) for op in launch.READ_ONCE}
-    assert {n.partition(".")[2] for n in names} == {
-        "attention_mask_table.default", "attention_triton_forward.default",
-        "attention_triton_backward.default",
-    }  # fmt: skip
-
-
-@pytest.mark.long
-def test_no_mask_is_written_into_the_memory_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "READ_ONCE", {count})
-    torch._dynamo.reset()
-    compiled = torch.compile(_two_masks, backend=lambda *args: inductor.inductor(*args))
-    with torch.no_grad(), config.patch(force_disable_caches=True):
-        assert [int(t) for t in compiled(torch.tensor([[1.0, -9, -9], [2, 3, -9]]))] == [3, 1]
 
 
 @pytest.mark.long

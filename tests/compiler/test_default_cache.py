@@ -1,9 +1,10 @@
-"""The cache that models fill by default: left out in training with labels, and nowhere else."""
+"""Training calls that say nothing about the cache that models make by default run without it."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from dataclasses import fields
 from typing import Any
 
@@ -18,10 +19,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.compiler.bypass import CACHE_ARGUMENTS
 from fusewright.compiler.regions import find
-from fusewright.compiler.withheld import CacheRefused, WithheldCache
+from tests.explained import explain
 
 from ..models.architectures import shrink
 from ..models.tiny import Stack, assert_equal_losses, pair
@@ -48,17 +49,61 @@ def _kinds(outputs: Any) -> list[str]:
 
 @pytest.mark.parametrize("labels", [None, IDS])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_outputs_are_those_of_eager_but_in_training_with_labels(
+def test_the_outputs_have_the_structure_of_eager_mode(
     labels: Tensor | None, training: bool
 ) -> None:
     ours, eager = (m.train(training) for m in _pair())
     for return_dict in (True, False, True):
-        inputs = {"input_ids": IDS, "labels": labels, "return_dict": return_dict}
-        mine, theirs = _kinds(ours(**inputs)), _kinds(eager(**inputs))
-        assert theirs[-1] == "DynamicCache"
-        if training and labels is not None:
-            theirs.pop()
-        assert mine == theirs
+        inputs = {
+            "input_ids": IDS, "labels": labels, "return_dict": return_dict,
+            "output_hidden_states": True,
+        }  # fmt: skip
+        mine, theirs = ours(**inputs), eager(**inputs)
+        assert _kinds(mine) == _kinds(theirs)
+        assert "DynamicCache" in _kinds(theirs)
+        if return_dict:
+            assert list(mine) == list(theirs)
+
+
+USES: dict[str, Any] = {
+    "length": lambda c: c.get_seq_length(),
+    "len": len,
+    "keys": lambda c: c.layers[1].keys.sum().item(),
+    "copy": lambda c: copy.deepcopy(c).layers[0].values.tolist(),
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)).layers[0].values.tolist(),
+    "write": lambda c: setattr(c, "name", 3),
+    "crop": lambda c: c.crop(-3) or c.layers[0].keys.shape,
+}
+
+
+def test_a_cache_that_was_not_made_raises_an_error_when_it_is_used() -> None:
+    ours, eager = _pair()
+    for inputs in ({}, {"labels": IDS}):
+        outputs = ours(IDS, **inputs)
+        cache = outputs[CACHE]
+        assert outputs.to_tuple()[-1] is getattr(outputs, CACHE) is cache
+        assert isinstance(cache, tf.DynamicCache)
+        assert cache
+        assert not hasattr(cache, "dtype")  # which wrappers for mixed precision ask
+        for use in USES.values():
+            with pytest.raises(RuntimeError, match="pass use_cache=True"):
+                use(cache)
+        with pytest.raises(RuntimeError, match="pass use_cache=True"):
+            ours(IDS, **{CACHE: cache})
+    mine, theirs = (m(IDS, use_cache=True)[CACHE] for m in (ours, eager))
+    for a, b in zip(mine.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys)
+
+
+def test_each_module_is_called_once() -> None:
+    ours, _ = _pair()
+    calls: Counter[str] = Counter()
+    for name, module in ours.named_modules():
+        if name in ("", "model.layers.1"):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    ours(IDS, labels=IDS).loss.backward()
+    ours(IDS).logits.sum().backward()
+    assert set(calls.values()) == {2}
 
 
 def test_the_switch_in_the_configuration_may_be_thrown_at_any_time() -> None:
@@ -66,14 +111,16 @@ def test_the_switch_in_the_configuration_may_be_thrown_at_any_time() -> None:
     for on in (False, True, False):
         ours.config.use_cache = eager.config.use_cache = on
         mine = _kinds(ours(input_ids=IDS, labels=IDS))
-        assert mine == ["Tensor", "Tensor"]
+        assert mine == ["Tensor", "Tensor", *["DynamicCache"] * on]
         assert _kinds(ours(input_ids=IDS)) == _kinds(eager(input_ids=IDS))
     assert _kinds(ours(input_ids=IDS, labels=IDS, use_cache=True))[-1] == "DynamicCache"
 
 
 @pytest.mark.long("one attention twice-True", "one index twice-True", "one module twice-True")
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("how", ["one module twice", "one attention twice", "one index twice"])
+@pytest.mark.parametrize(
+    "how", ["one module twice", "one attention twice", "one index twice", "one index below"]
+)
 def test_layers_that_share_a_place_in_the_cache_keep_it(how: str, late: bool) -> None:
     models = _pair()
     if late:  # after a step in which none did
@@ -86,6 +133,9 @@ def test_layers_that_share_a_place_in_the_cache_keep_it(how: str, late: bool) ->
             layers[1].self_attn = layers[0].self_attn
         else:
             layers[1].self_attn.layer_idx = 0
+        if how == "one index below":
+            for layer in layers:
+                layer.self_attn = Below(layer.self_attn)
     ours = optimize(models[0], passes=())
     eager = models[1]
     plain = eager(input_ids=IDS, labels=IDS, use_cache=False).loss
@@ -94,6 +144,17 @@ def test_layers_that_share_a_place_in_the_cache_keep_it(how: str, late: bool) ->
         torch.testing.assert_close(mine, theirs)
     assert not torch.isclose(plain, theirs)  # the second layer reads what the first one wrote
     assert any("cache" in b.reason for b in explain(ours).bypasses)
+
+
+class Below(nn.Module):
+    """Another level of modules."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
 
 
 class Custom(nn.Module):
@@ -155,7 +216,8 @@ def test_a_model_that_returns_tuples_keeps_all_of_them(kind: type[Custom], label
 
 def test_a_model_that_says_what_it_returns_makes_no_cache() -> None:
     ours = optimize(Recording(with_config=True), codegen="eager")
-    assert ours(IDS, IDS).past_key_values is None
+    with pytest.raises(RuntimeError, match="pass use_cache=True"):
+        ours(IDS, IDS).past_key_values.get_seq_length()
     ours.config.use_cache = False
     assert ours(IDS, IDS).past_key_values is None
     ours.config.use_cache = True
@@ -324,195 +386,8 @@ def test_explain_takes_a_step_of_its_own(kind: str) -> None:
     assert not [b for b in report.bypasses if "tiny step" in b.reason]
 
 
-def _with_cache(read: Any) -> Any:
-    def step(model: nn.Module) -> Tensor:
-        outputs = model(IDS)
-        cache = read(outputs)
-        states = sum(t.float().exp().mean() for x in cache.layers for t in (x.keys, x.values))
-        # the dropout of what comes next is that of eager mode, too
-        second = model(IDS[:, :5], past_key_values=cache).logits.float().exp().mean()
-        return outputs.logits.float().exp().mean() + states + second
-
-    return step
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        pytest.param(lambda o: o.past_key_values, id="attribute"),
-        pytest.param(lambda o: o["past_key_values"], id="key", marks=pytest.mark.long),
-        pytest.param(lambda o: o.to_tuple()[1], id="tuple", marks=pytest.mark.long),
-    ],
-)
-def test_a_default_cache_that_is_read_is_the_one_of_eager_mode(read: Any) -> None:
-    models = pair(lambda: _llama(attention_dropout=0.2), passes=())
-    for _ in range(2):  # the first time it is filled late, then at once
-        assert_equal_losses(*models, _with_cache(read))
-    assert any("an earlier one was read" in b.reason for b in explain(models[0]).bypasses)
-
-
-USES: dict[str, Any] = {
-    "length": lambda c: c.get_seq_length(),
-    "len": len,
-    "keys": lambda c: c.layers[1].keys.sum().item(),
-    "copy": lambda c: copy.deepcopy(c).layers[0].values.tolist(),
-    "pickle": lambda c: pickle.loads(pickle.dumps(c)).layers[0].values.tolist(),
-    "write": lambda c: setattr(c, "name", 3) or (c.name, c.get_seq_length()),
-    "crop": lambda c: c.crop(-3) or c.layers[0].keys.shape,
-    "state": lambda c: sorted(vars(c)),
-}
-
-
-def _filled() -> tf.DynamicCache:
-    cache = tf.DynamicCache()
-    for i in range(2):
-        cache.update(torch.arange(40.0).view(1, 2, 5, 4), torch.ones(1, 2, 5, 4), i)
-    return cache
-
-
-@pytest.mark.parametrize("use", USES)
-def test_each_use_of_a_deferred_cache_fills_it(use: str) -> None:
-    withheld, fills = WithheldCache(), []
-    withheld.cache = cache = tf.DynamicCache()
-    withheld.defer(lambda: fills.append(1) or _filled())
-    assert isinstance(cache, tf.DynamicCache)
-    assert type(cache).__name__ == "DynamicCache"
-    assert not hasattr(cache, "dtype")  # which wrappers for mixed precision ask
-    assert not fills
-    assert USES[use](cache) == USES[use](_filled())
-    assert fills == [1]
-    assert type(cache) is tf.DynamicCache
-    assert vars(cache).keys() - {"name"} == vars(_filled()).keys()
-
-
-def test_a_deferred_cache_is_printed_and_asked_for_its_truth_as_it_is() -> None:
-    def too_late() -> Any:
-        raise RuntimeError("too late")
-
-    withheld = WithheldCache()
-    withheld.cache = cache = tf.DynamicCache()
-    withheld.defer(too_late)
-    assert repr(cache) == "DynamicCache(not computed)"
-    assert cache
-    with pytest.raises(RuntimeError, match="too late"):
-        cache.get_seq_length()
-
-
-def test_an_error_of_a_hook_ends_the_call_at_once() -> None:
-    ours, eager = pair(_llama, passes=(), verify="off")
-    for model in (ours, eager):
-        calls: list[nn.Module] = []
-
-        def stop(module: nn.Module, args: Any, calls: list[nn.Module] = calls) -> None:
-            calls.append(module)
-            raise ValueError("enough")
-
-        model.model.layers[1].register_forward_pre_hook(stop)
-        with pytest.raises(ValueError, match="enough"):
-            model(IDS)
-        assert calls == [model.model.layers[1]]
-
-
-class Counting(tf.LlamaModel):
-    """A model with a running statistic, whose code uses the cache."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
-        cache = tf.DynamicCache(config=self.config)
-        x = self.embed_tokens(input_ids)
-        rotary = self.rotary_emb(x, position_ids=torch.arange(input_ids.shape[1])[None])
-        self.calls.add_(1)
-        for layer in self.layers:
-            x = layer(x, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
-        return CausalLMOutputWithPast(logits=x * cache.get_seq_length(), **{CACHE: cache})
-
-
-def test_a_call_that_is_made_again_writes_to_buffers_once() -> None:
-    ours = optimize(Counting(_llama().config).train(), codegen="eager", passes=(), verify="off")
-    for calls in (1, 2):
-        assert ours(IDS)[CACHE].get_seq_length() == 13
-        assert ours.calls == calls
-
-
-def test_a_cache_that_blocks_do_not_get_refuses_to_be_used_meanwhile() -> None:
-    withheld, cache = WithheldCache(), tf.DynamicCache()
-    args, kwargs = withheld.withhold(nn.Linear(1, 1), (1, cache), {"cache": cache, "x": 2})
-    assert (args, kwargs) == ((1, None), {"cache": None, "x": 2})
-    with pytest.raises(CacheRefused):
-        cache.get_seq_length()
-    assert withheld.is_used
-    withheld.release()
-    assert cache.get_seq_length() == 0
-
-
-LATE: dict[str, Any] = {
-    "backward": lambda m, o: o.logits.sum().backward(),
-    "a gradient": lambda m, o: torch.autograd.grad(o.logits.sum(), m.model.embed_tokens.weight),
-    "a write": lambda m, o: m.model.norm.weight.detach().mul_(2.0),
-    "evaluation": lambda m, o: m.eval(),
-}
-
-
-def test_a_default_cache_that_can_no_longer_be_computed_is_an_error() -> None:
-    ours, _ = pair(_llama, passes=(), verify="off")
-    ours(IDS)
-    for change in LATE.values():
-        model = copy.deepcopy(ours)
-        outputs = model(IDS)
-        change(model, outputs)
-        with pytest.raises(RuntimeError, match="pass use_cache=True"):
-            outputs[CACHE].get_seq_length()
-    outputs = ours(IDS, use_cache=True)
-    outputs.logits.sum().backward()
-    assert outputs[CACHE].get_seq_length() == 13
-
-
-class Reading(tf.LlamaModel):
-    """A model whose code uses the cache between its blocks, or after them."""
-
-    late = True
-
-    def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
-        cache = tf.DynamicCache(config=self.config)
-        x = self.embed_tokens(input_ids)
-        position = torch.arange(input_ids.shape[1])[None]
-        rotary = self.rotary_emb(x, position_ids=position)
-        for layer in self.layers:
-            x = layer(x, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
-            if not self.late:
-                x = x * (1.0 + cache.get_seq_length(0))
-        if self.late:
-            x = x + cache.layers[0].keys.mean()
-        return CausalLMOutputWithPast(logits=x, **{CACHE: cache})
-
-
-class Hiding(Reading):
-    """One that keeps the cache to itself."""
-
-    def forward(self, input_ids: Tensor, use_cache: Any = None, **more: Any) -> Any:
-        outputs = super().forward(input_ids)
-        self.kept = outputs[CACHE]
-        return CausalLMOutputWithPast(logits=outputs.logits)
-
-
-@pytest.mark.parametrize("kind", ["between", "after", "hidden"])
-def test_a_model_that_uses_its_cache_itself_gets_it(kind: str) -> None:
-    ours, eager = pair(
-        lambda: (Hiding if kind == "hidden" else Reading)(tf.LlamaConfig(**T)), passes=()
-    )
-    ours.late = eager.late = kind != "between"
-    for _ in range(2):
-        assert_equal_losses(ours, eager, lambda m: m(IDS).logits.exp().mean())
-        assert ours(IDS).logits.requires_grad
-    assert any("filled at once" in b.reason for b in explain(ours).bypasses)
-    if kind == "hidden":
-        assert ours.kept.get_seq_length() == eager.kept.get_seq_length() == 13
-
-
-def test_a_hook_on_a_block_gets_the_cache() -> None:
+@pytest.mark.parametrize("path", ["layers.0", "layers.1.self_attn"])
+def test_a_hook_on_a_block_or_in_it_gets_the_cache(path: str) -> None:
     lengths: list[list[int]] = []
     for model in pair(lambda: tf.LlamaModel(tf.LlamaConfig(**T)), passes=()):
         lengths.append([])
@@ -520,9 +395,36 @@ def test_a_hook_on_a_block_gets_the_cache() -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             lengths[-1].append(kwargs[CACHE].get_seq_length(0))
 
-        model.layers[0].register_forward_hook(hook, with_kwargs=True)
+        model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
         model(IDS)
     assert set(lengths[0]) == set(lengths[1]) == {13}
+
+
+def test_a_hook_on_the_backbone_gets_the_cache() -> None:
+    lengths = []
+    for model in _pair():
+        model.model.register_forward_hook(lambda m, args, out: lengths.append(len(out[CACHE])))
+        model(input_ids=IDS, labels=IDS)
+    assert lengths[0] == lengths[1] > 0
+
+
+@pytest.mark.parametrize("labels", [None, IDS])
+def test_samples_that_share_a_row_see_each_other_as_in_eager_mode(labels: Any) -> None:
+    """With a cache, masks ignore the positions."""
+    positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(2, -1)
+    ours, eager = pair(_llama, passes=())
+    inputs = {"input_ids": IDS, "labels": labels, "position_ids": positions}
+    for _ in range(2):
+        assert_equal_losses(ours, eager, lambda m: m(**inputs).logits.exp().mean())
+    assert any("a cache was passed" in b.reason for b in explain(ours).bypasses)
+
+
+def test_checkpointed_blocks_drop_the_cache_themselves() -> None:
+    ours, eager = pair(_llama)
+    for model in (ours, eager):
+        model.gradient_checkpointing_enable()
+    assert _kinds(ours(IDS, labels=IDS)) == _kinds(eager(IDS, labels=IDS)) == ["Tensor", "Tensor"]
+    assert explain(ours).by_rule()["rms_norm"] >= 4
 
 
 @pytest.mark.long("True")

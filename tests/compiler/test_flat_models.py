@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
+from tests.explained import explain
 
 from ..models.tiny import assert_equal_steps
 

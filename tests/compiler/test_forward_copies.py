@@ -2,94 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import inspect
-import pickle
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fusewright import optimize, restore
-from fusewright.compiler.copies import decoding
-from fusewright.compiler.copies.decoding import Decoding
-from fusewright.compiler.copies.forward_copies import clone_function
-from fusewright.kernels.attention import decode_attention as op
+from fusewright.compiler.copies.forward_copies import FunctionCopies, clone_function, using_copies
 
 from ..models.zoo import FAMILIES, build
-from .test_decoding import _Block
 
 SCALE = 1.0
 
 
-@pytest.fixture(autouse=True)
-def _few_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "LEAST", 0)
+def _double(x: Tensor) -> Tensor:
+    return x * 2
 
 
-@pytest.fixture
-def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry for each call of the op."""
-    found: list[int] = []
-
-    def spy(*args: Any) -> Tensor:
-        found.append(len(args))
-        return op.decode_attention(*args)
-
-    monkeypatch.setattr(decoding, "decode_attention", spy)
-    return found
+def _triple(x: Tensor) -> Tensor:
+    return x * 3
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def _qkv() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = (2, 4, 1, 16), (2, 2, 30, 16), (2, 2, 30, 16)
-    return [torch.randn(s, generator=generator).half() for s in sizes]
-
-
-class _Attention(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def _decoded(block: nn.Module, *qkv: Tensor) -> Any:
-    with Decoding()(block):
-        return block(*(qkv or _qkv()))
-
-
-def test_another_attention_that_was_put_in_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SageAttention's documentation puts itself in the place of PyTorch's function."""
-    monkeypatch.setattr(
-        functional, "scaled_dot_product_attention", lambda q, k, v, **options: q * 0
-    )
-    assert not _decoded(_Block(_Attention())).any()
-
-
-def test_a_mode_sees_the_call(uses: list[int]) -> None:
-    seen: list[str] = []
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            seen.append(getattr(func, "__name__", ""))
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        _decoded(_Block(_Attention()))
-    assert "scaled_dot_product_attention" in seen
-    assert not uses
+def _with_triple(live: bool = False) -> FunctionCopies:
+    """Copies that call ``_triple`` where the function calls ``_double``."""
+    return FunctionCopies(lambda value, names: _triple if value is _double else None, live=live)
 
 
 def _set_scale(value: float) -> None:
@@ -98,103 +41,86 @@ def _set_scale(value: float) -> None:
 
 
 class _Scaled(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, str]:
-        _set_scale(3.0)
-        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return out * SCALE, __name__
+    def forward(self, x: Tensor) -> Tensor:
+        return _double(x) * SCALE
 
 
-def test_globals_are_those_of_the_moment(uses: list[int]) -> None:
-    _set_scale(1.0)
-    found, name = _decoded(_Block(_Scaled()))
-    plain = functional.scaled_dot_product_attention(*_qkv(), enable_gqa=True)
-    torch.testing.assert_close(found, plain * 3, rtol=2e-3, atol=2e-3)
-    assert (name, len(uses)) == (__name__, 2)
+class _ScalesLate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        _set_scale(5.0)
+        return _double(x) * SCALE
 
 
-class _Sets(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        functional.a_flag = 1  # type: ignore[attr-defined]
-        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def test_attributes_are_set_in_the_real_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "a_flag", 0, raising=False)
-    _decoded(_Block(_Sets()))
-    assert functional.a_flag == 1
-
-
-class _Helper:
-    scale = 0.1
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=self.scale)
+class _SetsGlobal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        global SCALE
+        SCALE = 1.0
+        return _double(x)
 
 
 class _Static(nn.Module):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    def forward(x: Tensor) -> Tensor:
+        return _double(x)
 
 
-def test_forwards_that_are_no_methods_of_their_module_run_as_they_are(uses: list[int]) -> None:
-    borrowed = _Block(nn.Identity())
-    borrowed.attention.forward = _Helper().forward
-    for block in (borrowed, _Block(_Static())):
-        assert torch.equal(_decoded(block), block(*_qkv()))
-    assert not uses
+class _Helper:
+    def forward(self, x: Tensor) -> Tensor:
+        return _double(x)
 
 
-def test_inside_a_transform_it_runs_as_it_was(uses: list[int]) -> None:
-    class Vmaps(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def _decorated(function: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
-            return torch.vmap(attend)(q[None], k[None], v[None])
-
-    block = _Block(Vmaps())
-    assert torch.equal(_decoded(block), block(*_qkv()))
-    assert not uses
+    return wrapper
 
 
-def test_the_signature_of_a_decorated_forward_stays() -> None:
-    def decorated(function: Any) -> Any:
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    class Asks(nn.Module):
-        @decorated
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-            """Its text."""
-            functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-            assert self.forward.__func__.__doc__ == "Its text."
-            return list(inspect.signature(self.forward).parameters)
-
-    assert _decoded(_Block(Asks())) == ["q", "k", "v"]
+class _Decorated(nn.Module):
+    @_decorated
+    def forward(self, x: Tensor) -> tuple[Tensor, list[str], str | None]:
+        """Its text."""
+        forward = self.forward.__func__
+        return _double(x), list(inspect.signature(self.forward).parameters), forward.__doc__
 
 
-_MADE: list[Any] = []
+def _run(module: nn.Module, copies: FunctionCopies) -> Any:
+    """The result of one call in which the module runs a copy of its forward, if there is one."""
+    block = nn.Sequential(module)
+    with using_copies(copies.below(block)):
+        result = block(torch.ones(()))
+    assert "forward" not in vars(module) or vars(module)["forward"].__self__ is not module
+    return result
 
 
-def _copy_it(module: nn.Module, *_: Any) -> None:
-    _MADE[:] = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+def test_a_copy_calls_the_replacement_for_one_call_only() -> None:
+    _set_scale(1.0)
+    module = _Scaled()
+    assert _run(module, _with_triple()) == 3
+    assert module(torch.ones(())) == 2
 
 
-def test_copies_and_pickles_that_are_made_during_a_call_are_plain(uses: list[int]) -> None:
-    block = _Block(_Attention())
-    block.attention.register_forward_hook(_copy_it)
-    _decoded(block)
-    uses.clear()
-    for made in _MADE:
-        made._forward_hooks.clear()
-        assert made.forward.__self__ is made
-        made(*_qkv())
-    assert not uses
-    assert "forward" not in vars(block.attention)
+def test_other_globals_are_those_of_the_moment() -> None:
+    _set_scale(1.0)
+    assert _run(_ScalesLate(), _with_triple(live=True)) == 15
+    frozen = _with_triple()
+    for scale in (2.0, 4.0):  # a copy with their values is made again when one has changed
+        _set_scale(scale)
+        assert _run(_Scaled(), frozen) == 3 * scale
+
+
+def test_forwards_that_have_no_copies_run_as_they_are() -> None:
+    """Functions that set globals, which a copy would lose, and those of other objects."""
+    borrowed = nn.Identity()
+    borrowed.forward = _Helper().forward
+    for module in (_SetsGlobal(), _Static(), borrowed):
+        assert _run(module, _with_triple()) == 2
+
+
+def test_a_decorated_forward_keeps_its_signature() -> None:
+    result, names, text = _run(_Decorated(), _with_triple(live=True))
+    assert (result, names, text) == (3, ["x"], "Its text.")
 
 
 def _weight_of_a_model_with_a_forward_of_its_own() -> weakref.ref[Tensor]:
@@ -208,8 +134,7 @@ def _weight_of_a_model_with_a_forward_of_its_own() -> weakref.ref[Tensor]:
     attention.forward = types.MethodType(forward, attention)
     optimize(model, codegen="eager")
     ids = torch.arange(3, 17).reshape(2, 7)
-    with torch.enable_grad():
-        model(input_ids=ids, labels=ids).loss.backward()
+    model(input_ids=ids, labels=ids).loss.backward()
     restore(model)
     return weakref.ref(attention.q_proj.weight)
 

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from fusewright import explain
+from tests.explained import explain
 
 from ..models.tiny import assert_equal_gradients, assert_equal_losses, pair
 from .test_default_cache import IDS, T, _llama, _llava

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -107,42 +108,23 @@ def _unbound(z: Tensor) -> Tensor:
     return z.logsumexp(-1).sum() + rows[2].tanh().sum() + rows[4].logsumexp(-1).sum()
 
 
-def _sums(z: Tensor) -> Tensor:
-    total = z.logsumexp(-1)
-    total.mul_(2)
-    return total.sum()
+@pytest.mark.parametrize("use", [_items, _chunks, _unbound])
+def test_writes_that_eager_mode_refuses(use: Callable[[Tensor], Tensor]) -> None:
+    for m in _pair(bias=True):
+        with pytest.raises(RuntimeError, match="returns multiple views"):
+            use(m(IDS))
 
 
-@pytest.mark.parametrize("use", [_items, _chunks, _unbound, _sums])
-def test_writes_that_eager_mode_refuses_are_seen(use: Callable[[Tensor], Tensor]) -> None:
-    """Eager mode cannot say what is the gradient of one of several views; here it is known."""
-    eager, ours = _pair(bias=True)
-    eager.zero_grad(), ours.zero_grad()
-    made = _in_eager_mode(use, eager(IDS))
-    made.backward()
-    mine = use(ours(IDS))
-    mine.backward()
-    torch.testing.assert_close(mine, made, rtol=2e-4, atol=1e-6)
-    for p, q in zip(eager.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=2e-4, atol=1e-6)
-
-
-def _in_eager_mode(use: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """The same without writes."""
-    if use is _items:
-        z = torch.stack([row * (i + 2) for i, row in enumerate(z)])
-        return z.logsumexp(-1).sum() + z.tanh().sum()
-    if use is _chunks:
-        first, second = z.chunk(2, 1)
-        first, second = first * 3, second / 2
-        whole = torch.cat([first, second], 1)
-        return whole.logsumexp(-1).sum() + first.logsumexp(-1).sum() + second.tanh().sum()
-    if use is _unbound:
-        rows = list(z.unbind(1))
-        rows[2], rows[4] = rows[2] + 1, rows[4] * 2
-        whole = torch.stack(rows, 1)
-        return whole.logsumexp(-1).sum() + rows[2].tanh().sum() + rows[4].logsumexp(-1).sum()
-    return (z.logsumexp(-1) * 2).sum()
+def test_results_that_are_written_to() -> None:
+    """Eager mode refuses it, as it has kept them; here backward does not need them."""
+    found = []
+    for m in _pair(bias=True):
+        m.zero_grad()
+        total = m(IDS).logsumexp(-1)
+        total = total * 2 if m is _pair(bias=True)[0] else total.mul_(2)
+        total.sum().backward()
+        found.append([total.detach(), *(p.grad for p in m.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=1e-6)
 
 
 def _loss(z: Tensor) -> Tensor:
@@ -217,3 +199,46 @@ def test_strides(view: str) -> None:
     assert ours.stride() == eager.stride()
     assert ours.is_contiguous() == eager.is_contiguous()
     assert (ours + 0).stride() == (eager + 0).stride()
+
+
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a log-softmax of a scale that is gone": lambda z: (
+        logp := (z / 2).log_softmax(-1), z.mul_(3), logp.sin().sum() + z.sum()
+    )[2],
+    "a cast of chosen rows that are gone": lambda z: (
+        part := z[TARGETS > 9].double(), z.zero_(), part.sin().sum() + z.sum()
+    )[2],
+    "another order of dimensions": lambda z: (z.transpose_(0, 2), z[3].sin().sum())[1],
+    "another shape": lambda z: (z.unsqueeze_(0), z[0].sin().sum())[1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_writes_after_pending_results(order: str) -> None:
+    eager, ours = _runs(ORDERS[order])
+    torch.testing.assert_close(ours, eager, rtol=2e-4, atol=1e-5)
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "double": Tensor.double,
+    "to": lambda z: z.to(torch.float64),
+    "reshape": lambda z: z[:, 1:].reshape(-1, V),
+    "flatten": lambda z: z.transpose(0, 1).flatten(),
+    "as other numbers": lambda z: z.view(torch.int32),
+    "an array": lambda z: torch.from_numpy(z.detach().numpy()),
+    "a list": lambda z: torch.tensor(z.detach().tolist()),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_made_without_gradients(cast: str, mode: Callable[[], Any]) -> None:
+    """In inference mode operators arrive whole that elsewhere are made of simpler ones."""
+    with mode():
+        eager, ours = (CASTS[cast](m(IDS, LABELS)[1]) + 0 for m in _pair(bias=True))
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_that_does_not_exist_is_not_read() -> None:
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch._C._to_dlpack(_pair(bias=True)[1](IDS).detach())  # type: ignore[attr-defined]

@@ -144,17 +144,16 @@ CHOICES: dict[str, Callable[[], tuple[Any, Callable[[], Any]]]] = {
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_what_chose_rows(choice: str) -> None:
-    found = []
-    eager, ours = _pair()
-    for m in (eager, ours):
+    found, errors = [], []
+    for m in _pair():
         m.zero_grad()
         item, write = CHOICES[choice]()
         rows = m(IDS)[item]
-        if m is ours:  # eager mode's backward pass needs some of these, and raises
-            write()
+        write()
         made = rows.sin()
-        made.square().sum().backward()
+        errors.append(_error(made.square().sum()))  # the backward pass needs some of these
         found.append([made.detach(), *_gradients(m)])
+    assert (errors[0] is None) == (errors[1] is None), errors
     _close(found[1], found[0])
 
 
@@ -217,12 +216,19 @@ def test_what_is_read_after_a_write_into_a_part(write: str, read: str) -> None:
         _close(*reversed(made))
 
 
-def test_hooks_of_parts_that_were_written_to_are_refused() -> None:
-    z = _pair()[1](IDS)
-    part = z[:, 1:4]
-    z.mul_(2)
-    with pytest.raises(RuntimeError, match="too late: they were written to since"):
-        part.register_hook(lambda grad: None)
+def test_hooks_of_parts_that_were_written_to() -> None:
+    made = []
+    for m in _pair():
+        m.zero_grad()
+        z, seen = m(IDS), list[Tensor]()
+        part = z[:, 1:4]
+        z.mul_(2)
+        if m is _pair()[0]:  # PyTorch 2.13 ends the process where it makes this with a hook
+            assert part.grad_fn is not None
+        part.register_hook(seen.append)
+        (part.sin().sum() + z.sum()).backward()
+        made.append([seen[0] + 0, *_gradients(m)])
+    _close(*reversed(made))
 
 
 PARTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -263,13 +269,15 @@ def test_a_gradient_that_was_kept_before_a_write() -> None:
 
 
 def test_a_gradient_to_be_kept_that_came_after_a_write() -> None:
-    z = _pair(cap=True)[1](IDS)
-    z.retain_grad()
-    part = z[:, 1:]
-    z[:, :-1].mul_(2)
-    part.exp().sum().backward()  # eager mode's is that of what was written
-    with pytest.raises(RuntimeError, match="call retain_grad after the write alone"):
-        _ = z.grad
+    made = []
+    for m in _pair(cap=True):
+        z = m(IDS)
+        z.retain_grad()
+        part = z[:, 1:]
+        z[:, :-1].mul_(2)
+        part.exp().sum().backward()
+        made.append(z.grad)
+    _close(*reversed(made))
 
 
 class _Exp(torch.autograd.Function):
@@ -296,6 +304,8 @@ SEEN: dict[str, Callable[[Tensor], Any]] = {
     "nothing": lambda z: None,
     "all": lambda z: z.mul_(0.5),
     "an item": WRITES["an item"],
+    "a slice": WRITES["a slice"],
+    "a slice, read before": lambda z: (z.exp(), WRITES["a slice"](z)),
     "a write that autograd does not see": lambda z: z.detach()[:, 1:].mul_(2),
 }
 
@@ -327,24 +337,14 @@ class _Doubled(torch.autograd.Function):
         return torch.cat((2 * grad[:, :-1], grad[:, -1:]), 1)
 
 
-@pytest.mark.parametrize("write", [*SEEN, "a slice", "a slice, read before"])
+@pytest.mark.parametrize("write", SEEN)
 @pytest.mark.parametrize("read", IN_CPP)
 def test_what_takes_the_history_in_cpp(read: str, write: str) -> None:
-    """It is right, or an error, and right with a copy."""
     made = []
     for m in _pair(cap=True):
         m.zero_grad()
         z = m(IDS)
-        if write in SEEN:
-            SEEN[write](z)
-        else:
-            if write.endswith("before"):
-                z.exp()  # from then on the part is an ordinary tensor, and nobody sees the write
-            z[:, :-1].mul_(1.5)
-            if m is _pair(cap=True)[1]:
-                with pytest.raises(RuntimeError, match=r"give it logits\.clone\(\)"):
-                    IN_CPP[read](z)
-            z = z.clone()
+        SEEN[write](z)
         value = IN_CPP[read](z)
         value.backward()
         made.append([value.detach(), *_gradients(m)])
@@ -432,6 +432,10 @@ RIGHT: dict[str, Callable[[Tensor], Any]] = {
         _half(z), z.exp().sum() + _silently(torch.vmap(lambda row: row.exp().sum()))(z).sum()
     )[1],
     "a part that is gone": lambda z: (z[:, 1:].exp().sum(), _half(z), z.exp().sum())[2],
+    "a part that was written to, and is gone": lambda z: (
+        F.relu(z[:, :3], inplace=True), z.exp().sum()
+    )[1],
+    "a function that writes into a part": lambda z: _Doubled.apply(z.view_as(z)).exp().sum(),  # type: ignore[no-untyped-call]
 }  # fmt: skip
 
 
@@ -449,14 +453,6 @@ def test_what_a_write_does_not_spoil(use: str) -> None:
         value.backward()
         made.append([value.detach(), *_gradients(m)])
     _close(*reversed(made))
-
-
-def test_a_part_that_is_gone_may_have_been_written_to() -> None:
-    """By a function that does not look like one that writes."""
-    z = _pair(cap=True)[1](IDS)
-    F.relu(z[:, :3], inplace=True)
-    with pytest.raises(RuntimeError, match="a part of them was written to in place"):
-        z.exp()
 
 
 SAVERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -496,15 +492,6 @@ def test_what_a_function_saved_is_not_read_after_a_write(use: str) -> None:
             value.backward()
 
 
-def test_a_function_that_writes_into_a_part() -> None:
-    for read_before in (False, True):
-        z = _pair(cap=True)[1](IDS)
-        if read_before:
-            z.exp()
-        with pytest.raises(RuntimeError, match="Function has written to a part of these logits"):
-            _Doubled.apply(z).exp()  # type: ignore[no-untyped-call]
-
-
 KEPT: dict[str, Callable[[Tensor], Any]] = {
     "before": lambda z: (z.exp().sum().backward(retain_graph=True), _half(z)),
     "set to None": lambda z: (
@@ -512,6 +499,9 @@ KEPT: dict[str, Callable[[Tensor], Any]] = {
         z.exp().sum().backward(),
     ),
     "after": lambda z: (_half(z), z.exp().sum().backward()),
+    "before and after": lambda z: (
+        z.exp().sum().backward(retain_graph=True), _half(z), z.exp().sum().backward()
+    ),
     "after a write without a gradient": lambda z: (
         v := z.log_softmax(-1)[..., 2].sum(), _silently(lambda z: z.detach()[:, 1:].mul_(1))(z),
         v.backward(),
@@ -528,16 +518,6 @@ def test_a_gradient_that_is_kept_around_a_write(use: str) -> None:
         KEPT[use](z)
         made.append(z.grad)
     _close(*reversed(made))
-
-
-def test_a_gradient_of_before_and_after_a_write() -> None:
-    z = _pair(cap=True)[1](IDS)
-    z.retain_grad()
-    z.exp().sum().backward(retain_graph=True)
-    _half(z)
-    z.exp().sum().backward()
-    with pytest.raises(RuntimeError, match="call retain_grad after the write alone"):
-        _ = z.grad
 
 
 def test_a_first_read_in_inference_mode_keeps_the_history() -> None:
@@ -567,17 +547,43 @@ def test_what_was_read_does_not_keep_the_logits(
     use: Callable[[Tensor], Tensor], trained: bool
 ) -> None:
     z = _pair()[1](IDS)
-    values, loss = weakref.ref(z._source), use(z)
+    values, loss = weakref.ref(z.memory), use(z)
     if trained:
         loss.backward()
     del z, loss
     assert values() is None
 
 
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross entropy": lambda z: F.cross_entropy(z.reshape(-1, V), TARGETS.reshape(-1)),
+    "single logits": lambda z: z.gather(-1, TARGETS[..., None]).sum(),
+    "log-sum-exp": lambda z: z.logsumexp(-1).sum(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_is_kept_frees_its_graph_in_backward(name: str) -> None:
+    eager, ours = _pair()
+    for m in (eager, ours):
+        m.zero_grad()
+        loss = LOSSES[name](m(IDS))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+    _close(_gradients(eager), _gradients(ours))
+    z = ours(IDS)
+    loss, memory = LOSSES[name](z), weakref.ref(z.memory)
+    loss.backward()
+    del z
+    assert memory() is None
+    assert loss.grad_fn is not None
+
+
 def test_a_graph_with_a_gradient_that_is_kept_does_not_keep_the_logits() -> None:
     z = _pair()[1](IDS)
     z.retain_grad()
-    loss, family = z.exp().sum(), weakref.ref(z._family)
+    loss, memory = z.exp().sum(), weakref.ref(z.memory)
     loss.backward()
     del z
-    assert family() is None
+    assert memory() is None

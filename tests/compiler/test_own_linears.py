@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusewright import explain, optimize
+from fusewright import optimize
+from tests.explained import explain
 
 from ..models.tiny import Body, CausalLM
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.compiler.logits.lazy_logits import LazyLogits
+from tests.explained import explain
 
 from ..train.processes.ranks import free_port, run_bare
 
@@ -138,7 +139,7 @@ def _try(wrap: Callable[[Any], Step], lora: bool, rank: int) -> dict[str, Any]:
         optimize(model, codegen="eager")
     losses, outputs = _losses(step, rank)
     logits = outputs.logits
-    lazy = isinstance(logits, LazyLogits) and logits._source.is_pending
+    lazy = isinstance(logits, LazyLogits) and logits.is_pending
     found = {"losses": losses, "rewrites": explain(model).by_rule(), "lazy": lazy}
     # a head that is trained has changed since; a frozen one is gathered once more
     return {**found, "logits": logits.detach().double().sum().item()} if lora else found

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.regions import find
+from tests.explained import explain
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

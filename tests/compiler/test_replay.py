@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-import fusewright.compiler.backend as backend
-from fusewright import explain, optimize
+import fusewright.compiler.capture as capture
+from fusewright import optimize
+from fusewright.compiler.unit import Unit
+from tests.explained import explain
 
 IDS = torch.arange(14).view(2, 7)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -83,14 +85,14 @@ def _assert_same(mine: list[Any], theirs: list[Any], rtol: float) -> None:
 
 
 def _refusing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., Any] = backend.compile_graph
+    real: Callable[..., Any] = capture.compile_graph
 
-    def refuse(graph: Any, examples: Any, session: Any, kind: str) -> Any:
-        if kind == "head":
+    def refuse(unit: Unit) -> Any:
+        if unit.kind == "head":
             raise TorchDynamoException("no head")
-        return real(graph, examples, session, kind)
+        return real(unit)
 
-    monkeypatch.setattr(backend, "compile_graph", refuse)
+    monkeypatch.setattr(capture, "compile_graph", refuse)
 
 
 def test_the_backbone_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fusewright import OptimizeError, explain, optimize, restore
-from fusewright.passes.linear_cross_entropy import LinearCrossEntropy
+from fusewright import optimize, restore
 from fusewright.report import Bypass, Figures, Report, Site
+from tests.explained import explain
 
 from ..models.zoo import FAMILIES, build
 
@@ -82,7 +82,7 @@ def test_a_report_fits_a_notebook() -> None:
     rows = [[[cell.text or "" for cell in row] for row in table] for table in tables]
     assert rows[0][0] == ["rule", "rewritten", "refused", "missed", "error", "gradient error"]
     assert rows[0][1] == ["glu", "400", "0", "0", "1.0e-07", "-"]
-    assert rows[1:] == [[["raced:", "x 1 us"]], [["refused", "rope", "head: a <b> & c"]]]
+    assert rows[1:] == [[["kernel:", "x 1 us"]], [["refused", "rope", "head: a <b> & c"]]]
     assert "this model is not optimized" in Report(())._repr_html_()
 
 
@@ -93,16 +93,6 @@ def test_one_of_a_kind_is_not_counted_in_the_plural() -> None:
     assert Report((), codegen="eager").headline().startswith("0 rewrites in 0 regions (0 graphs)")
 
 
-def test_strict_names_the_model_itself_and_why_its_loss_stays_in_float64() -> None:
-    model = build(FAMILIES[0], lora=False).double()
-    with pytest.raises(OptimizeError) as error:
-        optimize(model, passes=[LinearCrossEntropy()], strict=True)
-    assert str(error.value).splitlines()[1] == (
-        "  the model: linear_cross_entropy refused: the model computes the loss of its float64 "
-        "logits in float32, and the op in float64"
-    )
-
-
 def test_the_first_step_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     model = optimize(build(FAMILIES[0], lora=False), codegen="eager", passes=())
     with caplog.at_level(logging.INFO, "fusewright"):
@@ -110,7 +100,7 @@ def test_the_first_step_is_announced(caplog: pytest.LogCaptureFixture) -> None:
         explain(model)
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert "takes longer than later ones (codegen eager: as asked)" in record.getMessage()
+    assert "takes longer than later ones (codegen eager: as requested)" in record.getMessage()
 
 
 def test_fuel_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

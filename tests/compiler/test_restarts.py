@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 import fusewright
+from tests.explained import explain
 
 torch.set_num_threads(int(sys.argv[1]))
 config = LlamaConfig(
@@ -44,7 +45,7 @@ def step(model):
     return values.hexdigest()
 
 def rewritten(model):
-    return sum(fusewright.explain(model).by_rule().values())
+    return sum(explain(model).by_rule().values())
 """
 
 FORKED = """
@@ -91,7 +92,7 @@ print(json.dumps([step(model), rewritten(model)]), flush=True)
 def _begin(code: str, cache: Path, threads: int, codegen: str) -> subprocess.Popen[str]:
     environ = {
         **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "FUSEWRIGHT_VERDICTS": "kept",
-        "FUSEWRIGHT_CHOICES": "fixed", "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     words = [sys.executable, "-c", MODEL + code, str(threads), codegen]
     return subprocess.Popen(

@@ -1,58 +1,35 @@
-"""Towers that call attention for each picture: one graph, whatever the number of pictures."""
+"""Towers that call attention for each image: one graph, whatever the number of images."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.compiler.install import active
 from fusewright.passes import PIPELINE
+from tests.explained import explain
 
 from ..models import architectures
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+generic = pytest.importorskip("transformers.utils.generic")
+is_flash_attention_requested = getattr(generic, "is_flash_attention_requested", None)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.skipif(
+        is_flash_attention_requested is None, reason="an older transformers has no such branch"
+    ),
+]
 
 WIDTH, HEADS = 16, 2
-_Attend = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-
-
-def sdpa(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As transformers calls PyTorch's."""
-    length = q.shape[2]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, scale=0.3)
-    out = out.reshape(out.shape[0], -1, length, v.shape[-1])
-    return out.transpose(1, 2).contiguous()
-
-
-def causal(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def masked(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-
-
-def written_out(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.matmul(q, k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2)
-
-
-def of_the_mean(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q - q.mean(2, keepdim=True), k, v).transpose(1, 2)
-
-
-def centred(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return out - out.mean(1, keepdim=True)
 
 
 def _rotate(x: Tensor) -> Tensor:
@@ -60,37 +37,57 @@ def _rotate(x: Tensor) -> Tensor:
     return torch.cat((-second, first), -1)
 
 
+def written_out(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> Any:
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    return (scores.softmax(-1) @ v).transpose(1, 2), None
+
+
 class Attention(nn.Module):
-    def __init__(self, attend: _Attend) -> None:
+    """Attention of an image tower, as transformers writes it."""
+
+    dropout = 0.0
+
+    def __init__(self) -> None:
         super().__init__()
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.attend = attend
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
+        self.is_causal = False
 
     def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (t[:, None] for t in tables)
         q, k, v = self.qkv(x).reshape(len(x), 3, HEADS, -1).permute(1, 0, 2, 3).unbind(0)
         q, k = (t * cos + _rotate(t) * sin for t in (q, k))
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        lengths = bounds[1:] - bounds[:-1]
-        splits = [torch.split(t, lengths.tolist(), dim=2) for t in (q, k, v)]
-        outs = [self.attend(self, *piece) for piece in zip(*splits, strict=True)]
-        return self.proj(torch.cat(outs, dim=1).reshape(len(x), -1))
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, written_out
+        )
+        options = {"scaling": 0.3, "dropout": self.dropout, "is_causal": False}
+        if is_flash_attention_requested(self.config):
+            out, _ = interface(
+                self, q, k, v, None, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, **options
+            )
+        else:
+            lengths = bounds[1:] - bounds[:-1]
+            splits = [torch.split(t, lengths.tolist(), dim=2) for t in (q, k, v)]
+            outs = [interface(self, *each, None, **options)[0] for each in zip(*splits)]  # noqa: B905
+            out = torch.cat(outs, dim=1)
+        return self.proj(out.reshape(len(x), -1).contiguous())
 
 
 class Block(nn.Module):
-    def __init__(self, attend: _Attend) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attention = nn.LayerNorm(WIDTH), Attention(attend)
+        self.norm, self.attention = nn.LayerNorm(WIDTH), Attention()
 
     def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         return x + self.attention(self.norm(x), bounds=bounds, tables=tables)
 
 
 class Tower(nn.Module):
-    def __init__(self, attend: _Attend = sdpa, block: type[nn.Module] = Block) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(block(attend) for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.checkpoints = False
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
@@ -170,38 +167,22 @@ def test_in_bfloat16_as_autocast_casts_it() -> None:
     assert explain(ours).by_rule()["attention"] == 2
 
 
-@pytest.mark.long("masked", "of_the_mean", "written_out")
-@pytest.mark.parametrize("attend", [causal, masked, written_out, of_the_mean, centred])
-def test_what_is_no_attention_within_segments_runs_as_it_was(attend: _Attend) -> None:
-    """Other code for a piece knows its length, or mixes its positions."""
-    eager = Tower(attend)
+@pytest.mark.parametrize("kind", ["dropout", "eager", "registered"])
+def test_other_attention_runs_the_original_code(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = Tower()
+    pictures = PICTURES
+    if kind == "dropout":
+        monkeypatch.setattr(Attention, "dropout", 1.0)
+    elif kind == "eager":
+        for block in eager.blocks:
+            block.attention.config._attn_implementation = "eager"
+    else:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", written_out)
     ours = optimize(copy.deepcopy(eager), codegen="eager")
-    _assert_equal(ours, eager)
+    _assert_equal(ours, eager, pictures)
     report = explain(ours)
     assert "attention" not in report.by_rule()
     assert report.by_rule()["layer_norm"] == 2, "parts of the block are captured all the same"
-    if attend is not written_out:  # of which there is a graph for each number of pictures
-        assert any("could not be captured" in b.reason for b in report.bypasses)
-
-
-class OfLengths(Block):
-    """Reads the boundaries for something else besides."""
-
-    def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        return super().forward(x, bounds, tables) * bounds.shape[0]
-
-
-class OfTheLast(Block):
-    def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        return super().forward(x, bounds[:-1], tables)
-
-
-@pytest.mark.parametrize("block", [OfLengths, OfTheLast])
-def test_boundaries_that_are_read_otherwise(block: type[nn.Module]) -> None:
-    eager = Tower(causal, block)  # which has no trouble with a segment of no positions
-    ours = optimize(copy.deepcopy(eager), codegen="eager")
-    _assert_equal(ours, eager, PICTURES if block is OfLengths else ([6, 4, 0], [9, 0]))
-    assert explain(ours).by_rule()["layer_norm"] == 2
 
 
 def test_segments_that_do_not_add_up_are_eagers_error() -> None:
@@ -219,238 +200,6 @@ def test_evaluation_and_frozen_towers() -> None:
     torch.testing.assert_close(ours(x, [6, 4]), eager(x, [6, 4]))
     with torch.no_grad():
         torch.testing.assert_close(ours(x, [3, 7]), eager(x, [3, 7]))
-
-
-class Heads(Attention):
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).reshape(len(x), 3, HEADS, -1).permute(1, 2, 0, 3)[None].unbind(1)
-
-    def out(self, x: Tensor, out: Tensor) -> Tensor:
-        rows = out.transpose(1, 2).reshape(out.shape[2], -1)
-        return self.proj(F.pad(rows, (0, 0, 0, len(x) - len(rows))))
-
-
-def _attend(rows: Any) -> list[Tensor]:
-    return [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
-
-
-class InALoop(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs, others = [], []
-        for q, k, v in zip(*rows, strict=True):
-            out, other = F.scaled_dot_product_attention(q, k, v), None
-            outs.append(out)
-            others.append(other)
-        return self.out(x, torch.cat(outs, 2)), others
-
-
-class ByName(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        q, k, v = self.heads(x)
-        qs = torch.split(q, lengths, 2)
-        ks = torch.split(k, lengths, 2)
-        vs = torch.split(v, lengths, 2)
-        outs = [F.scaled_dot_product_attention(*each) for each in zip(qs, ks, vs, strict=True)]
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class Reversed(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
-        return self.out(x, torch.cat(outs[::-1], 2)), None
-
-
-class Crossed(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        q, k, v = (torch.split(t, lengths, dim=2) for t in self.heads(x))
-        each = zip(q, k[::-1], v[::-1], strict=True)
-        return self.out(x, torch.cat([F.scaled_dot_product_attention(*e) for e in each], 2)), None
-
-
-class FirstForAll(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        qs, ks, vs = (torch.split(t, lengths, dim=2) for t in self.heads(x))
-        outs = [F.scaled_dot_product_attention(q, ks[0], vs[0]) for q in qs]
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class LastOnly(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        q, k, v = (torch.split(t, lengths, dim=2)[-1] for t in self.heads(x))
-        return self.out(x, torch.cat([F.scaled_dot_product_attention(q, k, v)], 2)), None
-
-
-class FirstOnly(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
-        return self.out(x, torch.cat(outs[:1], 2)), None
-
-
-class FirstThree(Heads):
-    """As many as are traced."""
-
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
-        return self.out(x, torch.cat(outs[:3], 2)), None
-
-
-class OfTheCount(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [F.scaled_dot_product_attention(*each) for each in zip(*rows, strict=True)]
-        if len(outs) > 3:
-            outs = [out * 2 for out in outs]
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class Elsewhere(Heads):
-    """Another function may do anything with a list."""
-
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        outs = _attend([torch.split(t, lengths, dim=2) for t in self.heads(x)])
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class Numbered(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [
-            F.scaled_dot_product_attention(*each, scale=0.5 if i > 2 else 0.1)
-            for i, each in enumerate(zip(*rows, strict=True))
-        ]
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class NumberedInALoop(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = []
-        i = 0
-        for q, k, v in zip(*rows, strict=True):
-            i = i + 1
-            outs.append(F.scaled_dot_product_attention(q, k, v, scale=0.5 if i > 3 else 0.1))
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class OfTheOneBefore(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs, before = [], 0
-        for q, k, v in zip(*rows, strict=True):
-            out = F.scaled_dot_product_attention(q, k, v) + before
-            outs.append(out)
-            before = out.mean()
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class WithState(Heads):
-    """What only the graph shows."""
-
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        seen: list[Tensor] = []
-        outs = [self.keys_of_first(seen, *each) for each in zip(*rows, strict=True)]
-        return self.out(x, torch.cat(outs, 2)), None
-
-    def keys_of_first(self, seen: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen += [k, v]
-        return F.scaled_dot_product_attention(q, seen[0], seen[1])
-
-
-class OfTheLength(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [
-            F.scaled_dot_product_attention(q, k, v, scale=q.shape[2] ** -0.5)
-            for q, k, v in zip(*rows, strict=True)
-        ]
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class OfAShortOne(Heads):
-    def forward(self, x: Tensor, bounds: Tensor, **_: Any) -> Any:
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        rows = [torch.split(t, lengths, dim=2) for t in self.heads(x)]
-        outs = [
-            F.scaled_dot_product_attention(q, k, v, scale=0.1 if q.shape[2] > 4 else 0.7)
-            for q, k, v in zip(*rows, strict=True)
-        ]
-        return self.out(x, torch.cat(outs, 2)), None
-
-
-class First(nn.Module):
-    """A block of the first result of its attention."""
-
-    def __init__(self, attention: type[Heads]) -> None:
-        super().__init__()
-        self.norm, self.attention = nn.LayerNorm(WIDTH), attention(sdpa)
-
-    def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        out, _ = self.attention(self.norm(x), bounds=bounds)
-        return x + out
-
-
-class Both(First):
-    def forward(self, x: Tensor, bounds: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        out, others = self.attention(self.norm(x), bounds=bounds)
-        return x + out * len(others)
-
-
-def _towers(attention: Any, block: Any, pictures: Any) -> Tower:
-    eager = Tower(attention, block)
-    ours = optimize(copy.deepcopy(eager), codegen="eager")
-    _assert_equal(ours, eager, pictures)
-    return ours
-
-
-@pytest.mark.parametrize("attention", [InALoop, ByName])
-def test_pieces_that_are_joined_in_their_order(attention: type[Heads]) -> None:
-    ours = _towers(attention, First, ([6, 4, 5, 3], [9], [4, 0, 4, 4, 4, 3]))
-    assert explain(ours).by_rule() == {"layer_norm": 2, "attention": 2}
-    assert _graphs(ours) == 1
-
-
-@pytest.mark.long(
-    *["Crossed-First", "FirstForAll-First", "LastOnly-First", "FirstOnly-First"],
-    *["NumberedInALoop-First", "Elsewhere-First", "InALoop-Both", "OfTheLength-First"],
-)
-@pytest.mark.parametrize(
-    ("attention", "block"),
-    [
-        *[(InALoop, Both), (Reversed, First), (Crossed, First), (FirstForAll, First)],
-        *[(LastOnly, First), (FirstOnly, First), (FirstThree, First), (OfTheCount, First)],
-        *[(Elsewhere, First), (Numbered, First), (NumberedInALoop, First)],
-        *[(OfTheOneBefore, First), (WithState, First), (OfTheLength, First), (OfAShortOne, First)],
-    ],
-)
-def test_other_uses_of_pieces_are_as_they_were(attention: type[Heads], block: type[First]) -> None:
-    pictures = [[4, 4, 4, 4], [9]] if attention is Crossed else [[6, 4, 5, 3], [9]]
-    ours = _towers(attention, block, pictures)
-    assert "attention" not in explain(ours).by_rule()
-
-
-@pytest.mark.parametrize("pictures", [[[9], [4, 5]], [[3, 4], [5, 4]]])
-def test_one_that_is_longer_than_all_that_are_traced(pictures: list[list[int]]) -> None:
-    _ = _towers(OfAShortOne, First, pictures)
 
 
 @pytest.mark.long

@@ -26,9 +26,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.logits import sharded
 from fusewright.compiler.logits.lazy_logits import LazyLogits
+from tests.explained import explain
 
 from ..train.processes.ranks import free_port, run_bare
 from .test_processes import RANKS, _model, _rows
@@ -137,7 +138,7 @@ def _try(name: str, lora: bool, rank: int) -> dict[str, Any]:
         if order == "after":
             optimize(call, codegen="eager")
         mine, outputs = _steps(call, rank)
-        lazy = isinstance(outputs.logits, LazyLogits) and outputs.logits._source.is_pending
+        lazy = isinstance(outputs.logits, LazyLogits) and outputs.logits.is_pending
         read, report = _read(outputs.logits), explain(call)
         restore(call)
         again, plain = _steps(call, rank)

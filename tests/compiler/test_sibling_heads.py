@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from fusewright import explain
 from fusewright.compiler.regions import find
+from tests.explained import explain
 
 from ..models.architectures import shrink
 from ..models.tiny import Stack, assert_equal_losses, pair

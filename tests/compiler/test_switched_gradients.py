@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.checkpoint import checkpoint as renamed
 
-from fusewright import explain, optimize
+from fusewright import optimize
+from tests.explained import explain
 
 from ..models.tiny import Stack
 
@@ -52,21 +52,6 @@ class _Checkpointed(_Trained):
 
     def part(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))  # type: ignore[no-any-return]
-
-
-def _checkpointed(block: _Frozen, x: Tensor) -> Tensor:
-    inner = (lambda: checkpoint(lambda t: block.linear(block.norm(t)), x, use_reentrant=True))()
-    return x + inner  # type: ignore[no-any-return]
-
-
-class _CheckpointedInAFunction(_Trained):
-    def forward(self, x: Tensor) -> Tensor:
-        return _checkpointed(self, x)
-
-
-class _Renamed(_Trained):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + renamed(lambda t: self.linear(self.norm(t)), x, use_reentrant=True)
 
 
 class _AsksByName(_Trained):
@@ -122,7 +107,7 @@ def _two(kind: type[nn.Module]) -> Stack:
 @pytest.mark.parametrize(
     "kind",
     [
-        _Frozen, _FrozenInAMethod, _Checkpointed, _CheckpointedInAFunction, _Renamed, _Asks,
+        _Frozen, _FrozenInAMethod, _Checkpointed, _Asks,
         _AsksByName, _AsksByOneOfSomeNames, _Adds, _Trained, _Asked, _FrozenInACheckpoint,
     ],
 )  # fmt: skip
@@ -288,41 +273,6 @@ def test_a_graph_that_is_refused_draws_no_number_of_python() -> None:
             last = model(torch.ones(2, 5, 16, requires_grad=needs) * 1)
         made.append((last, torch.tensor(random.random())))
     torch.testing.assert_close(made[1], made[0])
-
-
-class _Ends(_Trained):
-    """Its checkpoint is the way that gradients go on, and it ends there: eager gives zeros then."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.norm(x)
-        return checkpoint(self.part, x, use_reentrant=True)  # type: ignore[no-any-return]
-
-    def part(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x).detach())  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
-@pytest.mark.parametrize("memory", ["speed", "min"])
-def test_a_checkpoint_whose_input_is_used_without_a_gradient_gives_zeros(
-    codegen: Any, memory: Any
-) -> None:
-    torch.manual_seed(0)
-    eager = nn.ModuleList([_Ends(), _Ends()])
-    model = nn.ModuleDict({"layers": copy.deepcopy(eager)})
-    optimize(model, codegen=codegen, memory=memory)
-    x = torch.randn(2, 5, 16)
-    for layers in (eager, model["layers"]):
-        y = x
-        for layer in layers:
-            y = layer(y)
-        y.sum().backward()
-    weights, ours = dict(eager.named_parameters()), dict(model["layers"].named_parameters())
-    assert weights["0.linear.weight"].grad is not None  # zeros
-    for name, p in weights.items():
-        grad = ours[name].grad
-        assert (grad is None) == (p.grad is None), name
-        assert grad is None or p.grad is None or torch.equal(grad, p.grad)
-    assert "used without a gradient alone" in str(explain(model))
 
 
 @pytest.mark.parametrize("kind", [_Unused, _Adds, _Checkpointed])

@@ -20,10 +20,11 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.memory.budget import Budget
 from fusewright.memory.meter import Meter
 from fusewright.memory.planner import Planner
+from tests.explained import explain
 
 from ..models.tiny import Body, CausalLM
 

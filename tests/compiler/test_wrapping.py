@@ -18,10 +18,11 @@ import transformers as tf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.install import installed
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.kernels.tolerance import exceeded
+from tests.explained import explain
 
 from ..models.zoo import FAMILIES, build
 
@@ -224,6 +225,30 @@ def test_what_accelerate_wrapped_is_explained_and_restored() -> None:
     assert not explain(model).sites
     _loss(optimize(model))
     assert explain(model).by_rule()["linear_cross_entropy"] == 1
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_forward_that_was_replaced_by_a_function_is_restored(copied: bool) -> None:
+    def nodes(loss: Tensor) -> list[str]:
+        found, left = [], [loss.grad_fn]
+        while left:
+            node: Any = left.pop()
+            found.append(node.name())
+            left += [n for n, _ in node.next_functions if n is not None]
+        return sorted(found)
+
+    model, plain = (Stack(lambda gate, up: F.silu(gate) * up) for _ in range(2))
+    optimize(model, codegen="eager")
+    x, block = torch.randn(2, 24), model.layers[0]
+    own = block.forward
+    block.forward = lambda x: own(x)  # which nothing can look into
+    if copied:
+        model.layers[0] = copy.copy(block)
+    model(x)
+    assert nodes(model.layers[0](x)) != nodes(plain.layers[0](x))
+    restore(model)
+    assert nodes(model.layers[0](x)) == nodes(plain.layers[0](x))
+    assert torch.equal(model(x), plain(x))
 
 
 def test_lazy_logits_are_those_of_the_forward_pass_under_autocast() -> None:

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.passes import PIPELINE
+from tests.explained import explain
 from tests.kernels.test_conformance import check_all
 
 from ..capturing import capture, rewrite, rewritten

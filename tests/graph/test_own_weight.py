@@ -1,4 +1,4 @@
-"""Functions that look up a module's weight: what stands for them gives what they give."""
+"""The function by which PEFT reads a module's weight: what stands in for it gives the same."""
 
 from __future__ import annotations
 
@@ -6,42 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import integrations
 from torch import Tensor, nn
 
 from fusewright.compiler.copies.opaque_calls import opaque_copies
-from fusewright.graph.opaque.functions import asks_for_place, stand_in
+from fusewright.graph.opaque.functions import reads_weight, stand_in
 
-
-def looked_up(module: Any) -> Any:
-    """As a library does that knows several kinds of quantized weights."""
-    if hasattr(module, "W_q"):
-        return module.dequantize()
-    if type(module.weight).__module__.startswith("elsewhere."):
-        return module.weight.dequantize()
-    return module.weight
-
-
-def doubled(module: Any) -> Any:
-    weight = module.weight
-    return weight if type(weight).__module__ == "elsewhere" else 2 * weight
-
-
-def by_class(module: Any) -> Any:
-    weight = module.weight
-    elsewhere = type(weight).__module__ == "elsewhere"
-    return -weight if isinstance(module, Negative) or elsewhere else weight
-
-
-def other_arguments(module: Any, factor: float) -> Any:
-    return module.weight * factor if type(module.weight).__module__ == "torch" else module.weight
-
-
-class Negative(nn.Linear):
-    """A class of which a function may know something."""
+read = integrations.dequantize_module_weight
 
 
 class Packed(nn.Linear):
-    """A module whose weight is not what it seems."""
+    """A module whose weight is not what it seems, as HQQ's layers are."""
 
     def __init__(self) -> None:
         super().__init__(3, 3)
@@ -51,10 +26,12 @@ class Packed(nn.Linear):
         return 3 * self.W_q
 
 
-@pytest.mark.parametrize("function", [looked_up, by_class])
-def test_the_weight_of_each_module_is_captured_in_one_graph(function: Any) -> None:
-    assert asks_for_place(function)
-    found = stand_in(function)
+class Other(nn.Parameter):
+    """A class of weights that TorchDynamo does not know."""
+
+
+def test_the_weight_of_each_module_is_captured_in_one_graph() -> None:
+    found = stand_in(read)
     compiled = torch.compile(lambda x, m: x @ found(m), backend="eager", fullgraph=True)
     x = torch.randn(2, 3)
     for module in (nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3).double().float()):
@@ -64,32 +41,41 @@ def test_the_weight_of_each_module_is_captured_in_one_graph(function: Any) -> No
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("function", "module"),
-    [(looked_up, Packed()), (doubled, nn.Linear(3, 3)), (by_class, Negative(3, 3))],
-    ids=["an attribute", "not the weight itself", "a class"],
-)
-def test_what_is_not_the_modules_own_weight_is_left_to_the_function(
-    function: Any, module: nn.Module
-) -> None:
-    torch.testing.assert_close(stand_in(function)(module), function(module), rtol=0, atol=0)
-    assert stand_in(function)(module) is not module.weight
+def test_other_weights_are_left_to_the_function() -> None:
+    module = nn.Linear(3, 3)
+    module.weight = Other(torch.randn(3, 3))
+    for each in (Packed(), module):
+        torch.testing.assert_close(stand_in(read)(each), read(each), rtol=0, atol=0)
+    with pytest.raises(AttributeError, match="weight"):
+        stand_in(read)(nn.ReLU())
 
 
-def test_only_functions_of_one_module_that_ask_for_a_place_are_replaced() -> None:
-    assert not asks_for_place(other_arguments)
-    assert not asks_for_place(lambda module: module.weight)
-    assert not asks_for_place(len)
+def test_four_bits_are_dequantized_as_by_the_function() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    layer.load_state_dict({"weight": torch.randn(64, 64)})
+    layer = layer.to("cpu")
+    stand_in.cache_clear()  # made before bitsandbytes was imported, it leaves 4 bits to PEFT
+    torch.testing.assert_close(stand_in(read)(layer), read(layer), rtol=0, atol=0)
 
 
-def test_a_forward_that_looks_up_a_weight_gets_a_copy() -> None:
+def test_no_other_function_is_replaced() -> None:
+    def dequantize_module_weight(module: Any) -> Any:
+        return module.weight
+
+    assert reads_weight(read)
+    assert not reads_weight(dequantize_module_weight)
+    assert not reads_weight(len)
+
+
+def test_a_forward_that_reads_a_weight_gets_a_copy() -> None:
     class Reads(nn.Module):
         def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-            return x @ looked_up(base)
+            return x @ read(base)
 
-    copy = opaque_copies(lambda module, copy: copy).of(Reads.forward)
+    copy = opaque_copies().of(Reads.forward)
     base, x = nn.Linear(3, 3), torch.randn(2, 3)
     compiled = torch.compile(lambda x, m: copy(None, x, m), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, base), x @ base.weight, rtol=0, atol=0)
-    assert Reads.forward.__globals__["looked_up"] is looked_up
+    assert Reads.forward.__globals__["read"] is read
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusewright.errors import OptimizeError
+from fusewright.graph.opaque import functions
 from fusewright.graph.opaque.functions import (
     CHUNKED,
     CONVOLUTION,
@@ -20,12 +20,17 @@ from fusewright.graph.opaque.functions import (
     segmented_convention,
     segmented_leaf,
 )
-from fusewright.graph.opaque.segments import SegmentRows, Unread, run_rows
 from fusewright.kernels.op import sample_starts, starts_of
 from fusewright.passes import PIPELINE
 
 from ..capturing import capture, rewrite, rewritten
 from ..passes.test_selective_scan import chunked, scan
+
+
+@pytest.fixture(autouse=True)
+def _functions_of_tests_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of libraries."""
+    monkeypatch.setattr(functions, "LIBRARIES", (*functions.LIBRARIES, "tests"))
 
 
 def conv(hidden: Any, weight: Any, bias: Any = None, activation: Any = None, **more: Any) -> Any:
@@ -124,14 +129,6 @@ def test_each_segment_is_as_by_itself(kind: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_rows_are_at_most_twice_as_long_as_their_segments() -> None:
-    segments = _segments(3, 4000, 10, 11, 75, 300, 301, 1300, 3000)
-    layout = SegmentRows.of(segments)
-    assert SegmentRows.of(segments) is layout
-    assert sum(places.numel() for places, _ in layout.groups) <= 2 * segments.numel() + 8 * 64
-    assert sorted(layout.back.tolist()) == sorted(set(layout.back.tolist()))
-
-
 def test_what_asks_for_a_state_is_refused() -> None:
     q, k, v, g, beta = _inputs(DELTA, 1, 9)
     with pytest.raises(NotImplementedError, match="output_final_state"):
@@ -142,6 +139,33 @@ def test_what_asks_for_a_state_is_refused() -> None:
 def test_only_causal_convolutions_of_channels_count(other: Any) -> None:
     assert segmented_convention(other) is None
     assert convention(conv) is None, "without segments it is traced"
+
+
+def test_functions_of_other_packages_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls = []
+
+    def convolution(x: Any, weight: Any, bias: Any = None, activation: Any = None) -> Any:
+        calls.append("convolution")
+        return conv(x, weight, bias, activation)
+
+    def rule(
+        query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
+        output_final_state: bool = False, **more: Any,
+    ) -> Any:  # fmt: skip
+        calls.append("rule")
+        return delta(query, key, value, g, beta, initial_state, output_final_state)
+
+    def selective(
+        u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None,
+        delta_bias: Any = None, delta_softplus: bool = False, **more: Any,
+    ) -> Any:  # fmt: skip
+        calls.append("scan")
+        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+    assert segmented_convention(convolution) is segmented_convention(rule) is None
+    assert not functions._is_overlooked(selective, "num_items_in_batch")
+    assert calls == []
 
 
 @pytest.mark.parametrize("kind", [SELECTIVE, CHUNKED, CONVOLUTION], ids=lambda k: k.name)
@@ -167,64 +191,3 @@ def test_samples_begin_where_positions_do_not_count_on() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [5, 6, 9, 10, 2, 3], [0, 1, 2, 3, 4, 5]])
     expected = [[0, 0, 0, 3, 4, 4], [0, 0, 2, 2, 4, 4], [0] * 6]
     assert sample_starts(positions).tolist() == expected
-
-
-def _layer(x: Any, tables: Any, *, scale: float, mask: Any = None, state: Any = None) -> Any:
-    """A recurrence in a forward, of what a layer may be given."""
-    sums = ((x * tables[0] + tables[1]) * scale).cumsum(1)
-    return sums, {"second": sums[:, :, 0] ** 2, "state": sums[:, -1]}, mask, None
-
-
-def test_a_layer_is_run_over_each_segment() -> None:
-    batch, length, places = 2, 150, (3, 4, 100)
-    torch.manual_seed(0)
-    x, one, two = (
-        torch.randn(n, length, 4, dtype=torch.float64, requires_grad=True) for n in (2, 1, 2)
-    )
-    segments, mask = _segments(batch, length, *places), torch.zeros(2, 1, length, length)
-    out, more, other, none = run_rows(
-        _layer, segments, (x, (one, two)), {"scale": 0.5, "mask": mask, "state": [mask]}
-    )
-    assert type(other) is type(more["state"]) is Unread
-    assert none is None
-    upstream = torch.randn_like(out)
-    inputs = [x, one, two]
-    loss = (out * upstream).sum() + more["second"].sum()
-    ours = torch.autograd.grad(loss, inputs)
-    total: Any = 0.0
-    spans = [(0, 0, length), *((1, a, b) for a, b in ((0, 3), (3, 4), (4, 100), (100, length)))]
-    for row, start, stop in spans:
-        own, rows = slice(start, stop), slice(row, row + 1)
-        part, others, *_ = _layer(x[rows, own], (one[:, own], two[rows, own]), scale=0.5)
-        torch.testing.assert_close(out[rows, own], part)
-        torch.testing.assert_close(more["second"][rows, own], others["second"])
-        total += (part * upstream[rows, own]).sum() + others["second"].sum()
-    torch.testing.assert_close(ours, torch.autograd.grad(total, inputs))
-
-
-@pytest.mark.parametrize(
-    "look",
-    [
-        lambda m: m + 1,
-        lambda m: torch.zeros(1) + m,
-        lambda m: m.shape,
-        lambda m: m[:, 0],
-        lambda m: isinstance(m, torch.Tensor),
-        lambda m: 1 if m else 0,
-        lambda m: F.scaled_dot_product_attention(*[torch.zeros(1, 1, 3, 2)] * 3, attn_mask=m),
-    ],
-)
-def test_what_tells_of_several_samples_is_not_looked_at(look: Any) -> None:
-    segments, x = _segments(2, 9, 3), torch.randn(2, 9, 4)
-
-    def layer(x: Any, mask: Any) -> Any:
-        if mask is not None:
-            look(mask)
-        return x
-
-    assert torch.equal(run_rows(layer, segments, (x, None), {}), x)
-    for mask in (torch.zeros(2, 1, 9, 9), torch.zeros(9), [torch.zeros(2, 4)][0], object()):
-        with pytest.raises((OptimizeError, TypeError)):
-            run_rows(layer, segments, (x, mask), {})
-    with pytest.raises(OptimizeError, match="no sequence"):
-        run_rows(layer, segments, (x.transpose(1, 2), None), {})

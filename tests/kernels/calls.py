@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fusewright.kernels.attention import attention
 from fusewright.kernels.op import Example, ExampleSizes, Maker, Op
 from fusewright.rewrite.op_table import OPS
 
-from .attention_masks import MASKS
 from .util import Watch
 
 ODD = ExampleSizes(2, 13, 123, 35, 4, 2, 14, 123, 3, 5, 4)
@@ -98,40 +96,19 @@ def sized(batch: int, seq: int, hidden: int) -> ExampleSizes:
     return ExampleSizes(batch, seq, hidden, 129, 6, 2, 48, 1231, 16, 16, 8)
 
 
-def _masked(form: str) -> Example:
-    def example(m: Maker) -> tuple[Any, ...]:
-        q, k, v = (m.heads(n) for n in (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads))
-        mask = MASKS[form](m.sizes.batch, m.sizes.heads, m.sizes.seq).to(m.device)
-        return q, k, v, None, False, mask if mask.dtype is torch.bool else mask.to(m.dtype)
-
-    return example
-
-
+_WITHOUT_KERNELS = (
+    "attention", "dora", "gated_delta_rule", "kda", "segment_attention",
+    "selective_scan", "short_conv", "ssd",
+)  # fmt: skip
 _WITHOUT = (
-    "attention",
-    "attention-window",
-    "decode_attention",
-    *(
-        f"{name}{form}"
-        for name in ("gated_delta_rule", "kda")
-        for form in ("", "-state", "-segments")
-    ),
-    "segment_attention",
-    "segment_attention-grouped",
-    "short_conv",
-    "short_conv-plain",
     # PyTorch's products of matrices
     "qkv_block-plain",
     "quant_linear-int8",
 )
-LAUNCHING = (
-    {n: case for n, case in CASES.items() if not n.startswith("dora")}
-    | {f"attention-{form}": Case(attention.OP, _masked(form)) for form in MASKS}
-    | {
-        f"{name}-fp32-adapter": replace(CASES[name], adapters=torch.float32)
-        for name in ("lora_linear", "lora_linear-quantized")
-    }
-)
-"""Calls that launch a Triton kernel on a GPU: with a mask in every form, and adapters in fp32."""
+LAUNCHING = {n: case for n, case in CASES.items() if not n.startswith(_WITHOUT_KERNELS)} | {
+    f"{name}-fp32-adapter": replace(CASES[name], adapters=torch.float32)
+    for name in ("lora_linear", "lora_linear-quantized")
+}
+"""Calls that launch a Triton kernel on a GPU: those of examples, and adapters in fp32."""
 for _name in _WITHOUT:
     del LAUNCHING[_name]

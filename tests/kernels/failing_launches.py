@@ -85,7 +85,7 @@ def as_on_a_gpu(make: Callable[[], Exception]) -> Iterator[mock.Mock]:
         for name, m in list(sys.modules.items())
         if name.startswith("fusewright.kernels.") and hasattr(m, "use_triton")
     ]
-    assert len(modules) > 10
+    assert len(modules) >= 10
     with clean(), mock.patch("triton.runtime.jit.JITFunction.run") as run:
         run.side_effect = lambda *args, **kwargs: _raise(make())
         patches = [mock.patch.object(m, "use_triton", use_triton) for m in modules]

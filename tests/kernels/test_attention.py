@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fusewright.kernels.attention import attention as attention_tiles
-from fusewright.kernels.attention.attention import OP, attention
+from fusewright.kernels.attention import flex
+from fusewright.kernels.attention.attention import OP, attention, attention_reference
 from fusewright.kernels.attention.first_keys import first_keys, sample_mask
+from fusewright.kernels.attention.flex import attention_by_flex
 from fusewright.kernels.op import starts_of
 
 from .util import Watch, assert_parity, assert_parity_of_draws, saved_tensors
@@ -258,6 +261,23 @@ def test_sinks_and_softcaps(
             assert_parity_of_draws(ours, reference, draw)
 
 
+@pytest.mark.parametrize("small", [0, 256])
+def test_rows_that_are_nearly_sure_of_a_key(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sinks, the gradient of a row adds up to zero, as where models subtract the maximum."""
+    monkeypatch.setattr(attention_tiles, "_SMALL", small)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        (4 * torch.randn(2, n, 65, 16, generator=generator) - 20).requires_grad_()
+        for n in (4, 2, 2)
+    )
+    with torch.no_grad():
+        k[..., 0] = 1.0  # so that the gradient of this feature of q is the sum of its row
+    sinks = torch.full((4,), -1e4)
+    out = attention(q, k, v, 0.3, True, None, None, sinks)
+    (ours,) = torch.autograd.grad(out, q, torch.randn(out.shape, generator=generator))
+    assert ours[..., 0].abs().max() < 1e-7 * ours.abs().max()
+
+
 def test_more_keys_than_positions() -> None:
     q, k, v = _qkv(2, 4, 2, 5, 140, 16, 8, B16)
     _check(
@@ -351,7 +371,7 @@ def test_refusals(choose_for: Callable[[str], None]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("avx2", ""), ("avx512", "no bfloat16"), ("avx512_bf16", ""), ("amx", "AMX")],
+    [("avx2", ""), ("avx512", ""), ("avx512_bf16", ""), ("amx", "AMX")],
 )
 def test_which_cpus_gain_in_bfloat16(
     kind: str, reason: str, choose_for: Callable[[str], None]
@@ -361,3 +381,53 @@ def test_which_cpus_gain_in_bfloat16(
     reasons = OP.unsupported(q, k, v, None, True)
     assert len(reasons) == bool(reason)
     assert all(reason in why for why in reasons)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 200])
+@pytest.mark.parametrize("length", [1, 128, 129, 600])
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_blocks_of_first_keys_are_those_of_the_mask(
+    samples: int, length: int, window: int | None
+) -> None:
+    """As PyTorch makes them from all pairs of positions."""
+    q, mask = torch.randn(max(samples, 1), 2, length, 8), None
+    if samples:
+        starts = torch.randint(0, length, (samples, 4)).sort(-1).values
+        rows = torch.arange(length)
+        begun = (starts[:, None] <= rows[:, None]).int() * starts[:, None]
+        mask = first_keys(begun.amax(-1).int())
+    ours = flex._blocks(q, mask is None, mask, window)
+    assert ours is not None
+    batch = samples if samples > 1 else None
+    theirs = create_block_mask(ours.mask_mod, batch, None, length, length, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)  # masked pair by pair
+    torch.testing.assert_close(
+        flex_attention(q, q, q, block_mask=ours), flex_attention(q, q, q, block_mask=theirs)
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "samples", "window", "boolean", "additive"])
+def test_the_form_for_gpus_agrees_on_a_cpu(
+    kind: str, has_sinks: bool, softcap: float | None
+) -> None:
+    """Forward: PyTorch has no backward of FlexAttention on a CPU."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 13, 16, dtype=torch.float64) for heads in (6, 2, 2))
+    causal, window, mask = kind in ("causal", "window"), 5 if kind == "window" else None, None
+    if kind == "samples":
+        starts = torch.tensor([[0] * 4 + [4] * 9, [0] * 13], dtype=torch.int32)
+        mask = first_keys(starts, 6)
+    elif kind in ("boolean", "additive"):
+        mask = torch.rand(2, 1, 13, 13) < 0.6
+        mask |= torch.eye(13, dtype=torch.bool)
+    if kind == "additive" and mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    sinks = torch.randn(6, dtype=q.dtype) if has_sinks else None
+    args = q, k, v, 0.3, causal, mask, window, sinks, softcap
+    torch.testing.assert_close(attention_by_flex(*args), attention_reference(*args))

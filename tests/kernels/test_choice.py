@@ -1,489 +1,472 @@
-"""Races: what is wrong, fails or is slow is not chosen; what was chosen stays, everywhere."""
+"""Candidates of an op: the fastest right one runs, and a choice is made once for a machine."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
-from collections.abc import Iterator
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from filelock import FileLock
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
-from fusewright.errors import FusewrightError
-from fusewright.kernels import candidates, choice, matmul
-from fusewright.kernels.choice import MARGIN, Choice, Contender, Question, choose, race
-from fusewright.kernels.processor import KINDS, assume, measured, processor, this_machine
-from fusewright.kernels.raced_op import Contest, RacedOp
+from fusewright.kernels import choice, fallback, launch
+from fusewright.kernels.choice import OWN, PLAIN, CandidateOp, Choice, Implementation, drawn
+from fusewright.kernels.fallback import LaunchError, no_fallback
 
-from .clocks import Clock, own_choices, raise_error
+from .failing_launches import clean
+from .own_choices import own_choices
+
+_NO_DRIVER = RuntimeError("0 active drivers ([]). There should only be one.")
+
+
+def failing(error: Exception) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        raise error
+
+    return run
+
+
+class Trial:
+    """An op that doubles; its candidates note their calls and take given microseconds."""
+
+    def __init__(
+        self, times: dict[str, float], results: dict[str, Callable[[Tensor], Any]] | None = None
+    ) -> None:
+        self.times, self.results, self.ran = times, results or {}, list[str]()
+        self.measured: list[str] = []
+        libraries = [Implementation(n, self.form(n)) for n in times if n not in (OWN, PLAIN)]
+        self.op = CandidateOp(
+            "doubling", self.form(OWN), self.form(PLAIN), libraries, drawn, torch.empty_like
+        )
+
+    def form(self, name: str) -> Callable[[Tensor], Any]:
+        def run(x: Tensor) -> Any:
+            self.ran.append(name)
+            return self.results.get(name, lambda x: 2 * x)(x)
+
+        return run
+
+    def timed(self, device: torch.device, run: Callable[[], Any]) -> float:
+        run()
+        self.measured.append(self.ran[-1])
+        return self.times[self.ran[-1]]
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> str:
+        """The name of the candidate that computes a call once the choice is made."""
+        x = torch.randn(*shape, dtype=dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choice, "timed", self.timed)
+            result = self.op(x)
+            self.ran.clear()
+            assert torch.equal(self.op(x), result)
+        assert torch.equal(result, 2 * x)
+        (name,) = self.ran
+        return name
+
+
+TWO = {"library": 1.0, OWN: 2.0, PLAIN: 3.0}
 
 
 @pytest.fixture(autouse=True)
-def _own_choices(tmp_path: Path) -> Iterator[None]:
-    """Choices of each test's own, in a folder of its own."""
-    before = processor()
-    with own_choices(tmp_path):
+def _alone(tmp_path: Path) -> Iterator[None]:
+    ops = dict(choice._OPS)
+    with own_choices(tmp_path), clean():
         yield
-    measured(before)
+    choice._OPS.clear()
+    choice._OPS.update(ops)
 
 
-def question(*candidates: Contender, fixed: str = "plain") -> Question:
-    return Question(
-        "doubling", candidates, lambda g: (torch.randn(8, generator=g).bfloat16(),), fixed
+def test_the_fastest_right_candidate_runs() -> None:
+    trial = Trial(
+        {"wrong": 0.1, "failing": 0.1, "large": 0.1, "strided": 0.1, "narrow": 0.1, "fast": 1}
+        | {OWN: 2, PLAIN: 3},
+        {
+            "wrong": lambda x: 2.1 * x,
+            "failing": failing(TypeError("an argument of another version")),
+            "large": failing(torch.OutOfMemoryError("out of memory")),
+            "strided": lambda x: (2 * x).t().contiguous().t(),
+            "narrow": lambda x: (2 * x).half(),
+        },
     )
-
-
-def test_the_fastest_right_candidate_is_chosen() -> None:
-    clock = Clock()
-    found = race(
-        question(
-            clock.candidate("wrong", 0.1, lambda x: 2.1 * x),
-            clock.candidate("other shape", 0.1, lambda x: (2 * x)[:4]),
-            clock.candidate("wider", 0.1, lambda x: 2 * x.float()),
-            clock.candidate("nan", 0.1, lambda x: x * torch.nan),
-            clock.candidate("failing", 0.1, raise_error(RuntimeError("no kernel image"))),
-            clock.candidate("large", 0.1, raise_error(torch.OutOfMemoryError("out of memory"))),
-            Contender("elsewhere", raise_error(AssertionError()), lambda x: "Triton is not here"),
-            clock.candidate("fast", 1.0),
-            clock.candidate("plain", 2.0),
-        ),
-        clock,
+    assert trial(6, 4) == "fast"
+    (said,) = map(str, choice.choices(torch.device("cpu")))
+    assert said.startswith(
+        "doubling(float32[8x4]): fast (measured; fast 1 us, own 2 us, plain 3 us"
     )
-    assert found.candidate == "fast"
-    assert found.microseconds == {"fast": pytest.approx(1e6), "plain": pytest.approx(2e6)}
-    assert found.refused.keys() == {
-        "wrong", "other shape", "wider", "nan", "failing", "large", "elsewhere"
-    }  # fmt: skip
-    assert found.refused["wrong"].startswith("not as exact as eager: rms error")
-    assert found.refused["large"] == "out of memory"
-    assert "fast 1,000,000 us, plain 2,000,000 us" in str(found)
+    for reason in (
+        "wrong refused: not as exact as eager: rms error",
+        "failing refused: an argument of another version",
+        "large refused: out of memory",
+        "strided refused: strides (1, 6) instead of (4, 1)",
+        "narrow refused: torch.float16 (6, 4), not torch.float32 (6, 4)",
+    ):
+        assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [((1.0, 1.02, 9.0), OWN), ((1.0, 1.04, 9.0), "library"), ((3.0, 2.0, 1.0), PLAIN)],
+)
+def test_ours_is_replaced_only_by_a_faster_one(times: tuple[float, ...], chosen: str) -> None:
+    trial = Trial(dict(zip(("library", OWN, PLAIN), times, strict=True)))
+    assert trial(4, 4) == chosen
+
+
+def test_a_kernel_of_ours_that_is_wrong_here_does_not_run() -> None:
+    assert Trial({OWN: 1, PLAIN: 3, "library": 5}, {OWN: lambda x: 3 * x})(4, 4) == PLAIN
 
 
 @pytest.mark.parametrize("always", [False, True])
 def test_one_large_error_is_judged_by_several_draws(always: bool) -> None:
-    clock, seen = Clock(), list[Tensor]()
+    calls = 0
 
-    def plain(x: Tensor) -> Tensor:
-        return 2 * x if x.dtype is torch.float64 else 2 * x * (1 + 1e-5)
+    def unlucky(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        out = 2 * x
+        if calls == 1 or always:
+            out[0, 0] += 1
+        return out
 
-    def lucky(x: Tensor) -> Tensor:
-        seen.append(x)
-        result = 2 * x
-        if always or torch.equal(x, seen[0]):
-            largest = result.abs().argmax()
-            result.view(-1)[largest] *= 1 + 2.2e-5
-        return result
-
-    found = race(
-        Question(
-            "doubling",
-            (clock.candidate("lucky", 0.1, lucky), clock.candidate("plain", 1.0, plain)),
-            lambda g: (torch.randn(4096, generator=g),),
-            "plain",
-        ),
-        clock,
-    )
-    assert found.candidate == ("plain" if always else "lucky")
-    assert ("peak error" in found.refused.get("lucky", "")) is always
+    assert Trial(TWO, {"library": unlucky})(4, 4) == (OWN if always else "library")
 
 
-def test_one_that_fails_later_is_not_chosen() -> None:
-    clock, calls = Clock(), iter(range(100))
+def test_calls_of_one_bucket_share_a_choice() -> None:
+    trial = Trial(TWO)
+    assert [trial(n, 4) for n in (5, 6, 8)] == ["library"] * 3
+    assert len(trial.measured) == 3  # once for each candidate
+    trial(9, 4)
+    trial(8, 4, dtype=torch.bfloat16)
+    trial.op(torch.randn(4, 8).t())  # in another order
+    assert len(choice.choices(torch.device("cpu"))) == 4
 
-    def sometimes(x: Tensor) -> Tensor:
-        if next(calls) > 2:
-            raise RuntimeError("too late")
+
+def test_a_choice_is_kept_for_later_processes(tmp_path: Path) -> None:
+    assert Trial(TWO)(4, 4) == "library"
+    (file,) = tmp_path.glob("choice-*.json")
+    choice._CHOICES.clear()
+    later = Trial(TWO)
+    assert later(4, 4) == "library"
+    assert not later.measured
+    assert [c.source for c in choice.choices(torch.device("cpu"))] == ["kept"]
+    for damaged in ("", "[]", json.dumps({"bucket": 1}), file.read_text()[:50]):
+        file.write_text(damaged)
+        choice._CHOICES.clear()
+        again = Trial(TWO)
+        assert again(4, 4) == "library"
+        assert again.measured
+
+
+def test_another_set_of_candidates_is_measured_anew() -> None:
+    assert Trial(TWO)(4, 4) == "library"
+    choice._CHOICES.clear()
+    assert Trial({"new": 0.5, **TWO})(4, 4) == "new"
+
+
+def test_a_lack_of_memory_is_not_kept(tmp_path: Path) -> None:
+    assert Trial(TWO, {"library": failing(MemoryError())})(4, 4) == OWN
+    assert not list(tmp_path.glob("choice-*.json"))
+
+
+@pytest.mark.parametrize("failing_name", [OWN, PLAIN])
+def test_ours_runs_where_it_cannot_be_compared(failing_name: str, tmp_path: Path) -> None:
+    trial, calls = Trial(TWO), 0
+
+    def once(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("out of memory")
         return 2 * x
 
-    found = race(
-        question(clock.candidate("flaky", 0.01, sometimes), clock.candidate("plain", 0.1)), clock
-    )
-    assert found.candidate == "plain"
-    assert found.refused == {"flaky": "too late"}
+    trial.results[failing_name] = once
+    assert trial(4, 4) == OWN
+    (made,) = choice.choices(torch.device("cpu"))
+    assert (made.source, made.refused.get(OWN)) == ("unmeasured", None)
+    assert not list(tmp_path.glob("choice-*.json"))
 
 
-def test_nothing_is_chosen_where_the_plain_form_fails() -> None:
-    clock = Clock()
-    found = race(
-        question(
-            clock.candidate("fast", 0.1),
-            clock.candidate("plain", 1.0, raise_error(RuntimeError("not implemented"))),
-        ),
-        clock,
-    )
-    assert (found.candidate, found.source) == ("plain", "fixed")
+@pytest.mark.parametrize("name", ["library", OWN, PLAIN])
+def test_an_error_of_the_device_ends_the_call(name: str, tmp_path: Path) -> None:
+    """It may come from an earlier kernel: no candidate is refused for it."""
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    with pytest.raises(torch.AcceleratorError):
+        Trial(TWO, {name: failing(error)}).op(torch.randn(4, 4))
+    assert choice.choices(torch.device("cpu")) == []
+    assert not list(tmp_path.glob("choice-*.json"))
 
 
-def test_nothing_is_chosen_where_the_plain_form_has_no_fp64() -> None:
-    clock = Clock()
-
-    def narrow(x: Tensor) -> Tensor:
-        if x.dtype is torch.float64:
-            raise NotImplementedError("not for double")
-        return 2 * x
-
-    found = race(
-        question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0, narrow)), clock
-    )
-    assert (found.candidate, found.source) == ("plain", "fixed")
+def test_a_choice_that_is_kept_is_read_without_the_lock(tmp_path: Path) -> None:
+    assert Trial(TWO)(4, 4) == "library"
+    choice._CHOICES.clear()
+    with FileLock(tmp_path / "choices.lock"):
+        later = Trial(TWO)
+        assert later(4, 4) == "library"
+    assert not later.measured
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    times=st.lists(st.floats(1e-4, 10), min_size=1, max_size=6),
-    fixed=st.integers(0, 5),
-)
-def test_the_choice_is_never_slower_than_another(times: list[float], fixed: int) -> None:
-    clock = Clock()
-    names = [f"c{i}" for i in range(len(times))]
-    fixed %= len(times)
-    runners = [clock.candidate(n, t) for n, t in zip(names, times, strict=True)]
-    asked = question(*runners, fixed=names[fixed])
-    found = race(asked, clock)
-    taken = times[names.index(found.candidate)]
-    assert taken <= min(times) * (1 + MARGIN) * (1 + 1e-9)
-    if times[fixed] <= min(times) * (1 + MARGIN) * (1 - 1e-9):
-        assert found.candidate == names[fixed]
-    assert race(asked, clock).candidate == found.candidate
-
-
-def test_a_race_ends_in_its_time() -> None:
-    clock, calls = Clock(), []
-
-    def count(x: Tensor) -> Tensor:
-        calls.append(clock.now)
-        return 2 * x
-
-    race(question(clock.candidate("slow", 5.0, count), clock.candidate("plain", 9.0)), clock)
-    assert len(calls) == 2  # it was checked, and timed once
-
-
-def test_a_choice_is_kept_for_later_processes(
+def test_another_process_that_measures_for_too_long_is_not_awaited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raced: list[str] = []
-    own = choice.race
-
-    def counting(asked: Question) -> Choice:
-        raced.append(asked.name)
-        return own(asked)
-
-    monkeypatch.setattr(choice, "race", counting)
-    clock = Clock()
-    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
-    first = choose(asked)
-    assert choose(asked) is first
-    monkeypatch.setattr(choice, "_CHOICES", {})
-    kept = choose(asked)
-    assert (kept.candidate, kept.source) == (first.candidate, "kept")
-    assert kept.microseconds == first.microseconds
-    assert raced == ["doubling"]
-    monkeypatch.setattr(choice, "_CHOICES", {})
-    assert choose(asked, "another machine").source == "raced"
-    for damaged in ("", "{", json.dumps({"question": "doubling"}), json.dumps([1])):
-        monkeypatch.setattr(choice, "_CHOICES", {})
-        for path in tmp_path.glob("choice-*.json"):
-            path.write_text(damaged)
-        assert choose(asked).source == "raced"
+    monkeypatch.setattr(choice, "PATIENCE", 0.1)
+    with FileLock(tmp_path / "choices.lock"):
+        assert Trial(TWO)(4, 4) == "library"
 
 
-def test_what_was_raced_on_a_machine_is_found_again(tmp_path: Path) -> None:
-    clock = Clock()
-    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
-    choose(asked, "one")
-    choice._CHOICES.clear()
-    choose(asked, "other")
-    (tmp_path / "choice-of-somebody.json").write_text("[]")
-    (tmp_path / "choice-cut-off.json").write_text("{")
-    (found,) = choice.earlier("one")
-    assert (found.question, found.source) == ("doubling", "kept")
-    assert found.microseconds.keys() == {"fast", "plain"}
-    assert choice.earlier("a third") == []
-
-
-@pytest.mark.parametrize(
-    ("waits", "threads", "chosen"),
-    [
-        (0.5, 1, "fast"),
-        (3.0, 1, "plain"),  # by the clock, the other one is faster
-        (0.5, 4, "plain"),  # the processor counts the threads of a form together
-    ],
-)
-def test_where_others_have_the_cpu_both_times_decide_and_nothing_is_kept(
-    waits: float, threads: int, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_ranks_measure_side_by_side_and_take_the_first_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, processor = Clock(), Clock()
-    switches = iter(range(0, 10**6, 1000))
-    monkeypatch.setattr(choice, "_switches", lambda: next(switches))
-    monkeypatch.setattr(choice.time, "process_time", processor)
+    monkeypatch.setattr(choice, "_has_peers", lambda: True)
+    assert Trial(TWO)(4, 4) == "library"
+    (file,) = tmp_path.glob("choice-*.json")
+    text = file.read_text()
+    file.unlink()
+    choice._CHOICES.clear()
+    second = Trial({"library": 3.0, OWN: 2.0, PLAIN: 9.0})
+    second_timed = second.timed
 
-    def works(name: str, seconds: float, waits: float, threads: int = 1) -> Contender:
-        own = processor.candidate(name, seconds * threads)
-        return clock.candidate(name, seconds + waits, own.run)
+    def timed(device: torch.device, run: Callable[[], Any]) -> float:
+        with FileLock(tmp_path / "choices.lock", timeout=1):  # the other rank is done meanwhile
+            file.write_text(text)
+        return second_timed(device, run)
 
-    contenders = works("fast", 1.0, waits, threads), works("plain", 2.0, 0.0)
-    asked = question(*contenders)
-    found = race(asked, clock)
-    assert (found.candidate, found.source) == (chosen, choice.BUSY)
-    assert found.microseconds == {"fast": 1e6 * threads, "plain": 2e6}
-    assert choose(asked).source == choice.BUSY
-    assert choice.files() == {}
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_refused_is_not_taken_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, processor = Clock(), Clock()
-    switches = iter(range(0, 10**6, 1000))
-    monkeypatch.setattr(choice, "_switches", lambda: next(switches))
-    monkeypatch.setattr(choice.time, "process_time", processor)
-    first = clock.candidate("first", 1.0, processor.candidate("first", 4.0).run)
-    plain = clock.candidate("plain", 2.0, processor.candidate("plain", 2.0).run)
-    broken = clock.candidate("own", 0.5, raise_error(RuntimeError("no kernel image")))
-    found = race(question(first, broken, plain, fixed="own"), clock)
-    assert (found.candidate, found.source) == ("first", choice.BUSY)
+    monkeypatch.setattr(second, "timed", timed)
+    assert second(4, 4) == "library"
+    assert second.measured
+    assert [c.source for c in choice.choices(torch.device("cpu"))] == ["kept"]
 
 
-def test_what_one_rank_would_race_again_no_other_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
-    monkeypatch.setattr(choice, "has_peers", lambda: True)
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    clock = Clock()
-    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
-    raced = iter((Choice("doubling", "fast", choice.BUSY), Choice("doubling", "plain")))
-    monkeypatch.setattr(choice, "race", lambda _: next(raced))
-    for _ in range(2):  # ranks
-        found = choose(asked)
-        assert (found.candidate, found.source) == ("fast", choice.BUSY)
-        assert choice.files() == {}
-        choice._CHOICES.clear()
+def test_choices_with_and_without_tf32_are_apart() -> None:
+    trial, matmul = Trial(TWO), torch.backends.cuda.matmul
+    assert trial(4, 4) == "library"
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        assert trial(4, 4) == "library"
+    finally:
+        matmul.fp32_precision = before
+    assert len(trial.measured) == 6
+    assert [c.bucket for c in choice.choices(torch.device("cpu"))] == [
+        "doubling(float32[4x4])", "doubling(float32[4x4]), tf32",
+    ]  # fmt: skip
 
 
-def test_a_race_is_without_hooks_on_saved_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a caller's, which count what is saved, nor ours, whose calls would be timed."""
-    seen, hidden = list[Tensor](), list[object]()
-    asked = question(Contender("fast", double := lambda x: 2 * x), Contender("plain", double))
-    pushed = torch.autograd.graph.saved_tensors_hooks
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lambda *a: hidden.append(a))
-        assert race(asked).microseconds
-    assert hidden == []
-
-    def saves(x: Tensor) -> Tensor:
-        return (x.requires_grad_() * torch.ones_like(x, requires_grad=True) * 2).detach()
-
-    with pushed(lambda t: seen.append(t) or t, lambda t: t):
-        assert race(question(Contender("fast", saves), Contender("plain", saves))).microseconds
-    assert seen == []
-
-
-def test_a_faster_candidate_that_was_not_chosen_is_accounted_for() -> None:
-    times = {"plain": 100.0, "fast": 99.0}
-    assert str(choice.Choice("doubling", "plain", microseconds=times)) == (
-        "doubling: plain (raced; fast 99 us, plain 100 us, where fast is not faster by more than "
-        "the margin and noise)"
-    )
-    assert str(choice.Choice("doubling", "fast", microseconds=times)).endswith("plain 100 us)")
-
-
-def test_two_machines_in_one_process_have_their_own_choices() -> None:
-    """As two GPUs of different kinds are."""
-    clock = Clock()
-    slow = question(clock.candidate("fast", 2.0), clock.candidate("plain", 1.0))
-    assert choose(question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0)), "one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice.race, "__defaults__", (clock,))
-        assert choose(slow, "other").candidate == "plain"
-    assert [each.source for each in choice.choices()] == ["raced", "raced"]
-    assert [each.candidate for each in choice.choices("other")] == ["plain"]
-    assert choice.choices("a third") == []
-
-
-def test_a_race_runs_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events are of the current one, whose tensors others may be."""
-    entered: list[Any] = []
-
-    @contextlib.contextmanager
-    def device(which: Any) -> Iterator[None]:
-        entered.append(which)
-        yield
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
-    second = torch.device("cuda", 1)
-    with choice._alone(second):
-        assert entered == [second]
-
-
-def test_without_a_folder_a_choice_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere() -> Path:
+def test_without_a_folder_a_choice_is_made_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
         raise PermissionError("others may write to it")
 
-    monkeypatch.setattr(choice, "kept_folder", nowhere)
-    clock = Clock()
-    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
-    assert choose(asked).source == "raced"
+    monkeypatch.setattr(choice, "kept_folder", none)
+    assert Trial(TWO)(4, 4) == "library"
 
 
-def test_a_run_that_is_continued_chooses_as_it_did() -> None:
-    clock = Clock()
-    asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
-    earlier: list[Any] = [
-        {"question": "doubling", "candidate": "plain", "source": "raced",
-         "microseconds": {"fast": 2.0, "plain": 1.0}, "refused": {}, "machine": choice._hash("A")},
-        {"question": 1}, "x",
-    ]  # fmt: skip
-    choice.adopt(earlier)
-    found = choose(asked, "A")
-    assert (found.candidate, found.source) == ("plain", "resumed")
-    assert choice.records()[0]["candidate"] == "plain"
-    choice.adopt([{**choice.records()[0], "candidate": "of another version"}])
-    assert choose(asked, "A").candidate in ("fast", "plain")
-
-
-def test_what_another_machine_chose_is_not_taken_over() -> None:
-    clock = Clock()
-    asked = question(clock.candidate("fast", 0.1), clock.candidate("plain", 1.0))
-    choose(asked, "A")
-    saved = [{**record, "candidate": "fast"} for record in choice.records()]
+def test_a_run_that_is_continued_chooses_as_it_did(tmp_path: Path) -> None:
+    trial = Trial(TWO)
+    assert trial(4, 4) == "library"
+    records = json.loads(json.dumps(choice.records()))
     choice._CHOICES.clear()
-    choice.adopt(saved)
-    found = choose(asked, "A")
-    assert (found.candidate, found.source) == ("fast", "resumed")
-    assert choose(asked, "B").source == "raced"
+    (file,) = tmp_path.glob("choice-*.json")
+    file.unlink()
+    other = Trial({"library": 3.0, OWN: 2.0, PLAIN: 1.0})
+    assert other(4, 4) == PLAIN
+    choice.adopt([*records, {"bucket": 3}, {}])
+    assert other(4, 4) == "library"
+    (adopted,) = choice.choices(torch.device("cpu"))
+    assert adopted == Choice(adopted.bucket, "library", "resumed", TWO, {})
 
 
-def test_nothing_is_measured_if_choices_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(choice.VARIABLE, "fixed")
-    asked = question(
-        Contender("fast", raise_error(AssertionError())),
-        Contender("plain", raise_error(AssertionError())),
-    )
-    assert choose(asked) == Choice("doubling", "plain", "fixed")
-    candidates.measure(candidates.RACED)
-    assert processor().raced == ()
-    monkeypatch.setenv(choice.VARIABLE, "fastest")
-    with pytest.raises(FusewrightError, match="FUSEWRIGHT_CHOICES='fastest' is neither"):
-        choose(asked)
+def test_threads_share_a_choice() -> None:
+    trial, found = Trial(TWO), list[Tensor]()
+    x = torch.randn(4, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "timed", trial.timed)
+        threads = [threading.Thread(target=lambda: found.append(trial.op(x))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 4
+    assert len(trial.measured) == 3
 
 
-def test_a_race_while_somebody_traces_draws_or_casts() -> None:
-    clock = Clock()
-    asked = question(clock.candidate("fast", 1.0), clock.candidate("plain", 2.0))
-    state = torch.random.get_rng_state()
-    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert race(asked, clock).candidate == "fast"
-    assert torch.equal(torch.random.get_rng_state(), state)
+def _process(folder: str, number: int, results: Any) -> None:
+    with own_choices(Path(folder)):
+        # each would choose another one
+        trial = Trial({"library": 1.0 + number, OWN: 2.0 - number, PLAIN: 9.0})
+        results.put((trial(4, 4), bool(trial.measured)))
 
 
-def test_a_race_inside_of_a_checkpoint_saves_nothing_in_it() -> None:
-    """A choice is made once: the second run of what the checkpoint holds would save less."""
-
-    def doubled(x: Tensor) -> Tensor:
-        t = x.clone().requires_grad_()
-        (t * t).sum().backward()
-        return 2 * x
-
-    clock, asked = Clock(), list[Choice]()
-
-    def layer(x: Tensor) -> Tensor:
-        if not asked:
-            asked.append(race(question(clock.candidate("only", 1.0, doubled)), clock))
-        return x.tanh()
-
-    x = torch.randn(8, requires_grad=True)
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert asked[0].candidate == "only"
-    torch.testing.assert_close(x.grad, 1 - x.detach().tanh() ** 2)
-
-
-def _rank(rank: int, folder: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    own = Path(folder, str(rank))
-    own.mkdir()
-    choice.kept_folder = lambda: own  # type: ignore[assignment]
-    clock = Clock()
-    # each would choose another one
-    asked = question(
-        clock.candidate("first", 1.0 + rank), clock.candidate("second", 2.0 - rank),
-        clock.candidate("plain", 9.0),
-    )  # fmt: skip
-    choice.race.__defaults__ = (clock,)  # type: ignore[assignment]
-    choose(asked)
-    first, second, plain = asked.candidates
-    contest = Contest((second,), lambda x: (len(x), x.shape[1:]), devices=("cpu",))
-    op = RacedOp("doubling", first.run, plain.run, contest, torch.empty_like)
-    for tokens in (3, 4, 17 + rank):  # of two buckets
-        op(torch.randn(tokens, 2))
-    results.put((rank, [each.candidate for each in choice.choices()]))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
-def test_ranks_agree(tmp_path: Path) -> None:
+def test_processes_of_a_machine_agree(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, str(tmp_path), results)) for r in range(2)]
-    for process in ranks:
+    processes = [
+        context.Process(target=_process, args=(str(tmp_path), n, results)) for n in range(2)
+    ]
+    for process in processes:
         process.start()
-    found = dict(results.get(timeout=120) for _ in ranks)
-    for process in ranks:
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
         process.join()
-    assert found[0] == found[1]
-    assert len(found[0]) == 3
+    assert found[0][0] == found[1][0]
+    assert sorted(measured for _, measured in found) == [False, True]
 
 
-# --- what is raced on a CPU -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_both_forms_of_products_are_right(dtype: torch.dtype) -> None:
-    found = race(candidates.products(dtype, False))
-    assert not found.refused
-    assert found.microseconds.keys() == {"through fp32", "direct"}
-    fastest = min(found.microseconds.values())
-    assert found.microseconds[found.candidate] <= fastest * (1 + MARGIN)
+def test_the_next_candidate_computes_what_the_chosen_one_fails_with() -> None:
+    trial = Trial(TWO)
+    assert trial(4, 4) == "library"
+    trial.results["library"] = failing(RuntimeError("no kernel for 5 tokens"))
+    x = torch.randn(4, 4)
+    with pytest.warns(
+        UserWarning, match=r"doubling by library .*: no kernel for 5 tokens.* another"
+    ):
+        assert torch.equal(trial.op(x), 2 * x)
+    assert set(fallback.FAILED) == {"doubling by library"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trial(4, 4) == OWN
+    trial.results[OWN] = failing(_NO_DRIVER)
+    with pytest.warns(UserWarning, match="doubling could not be compiled"):
+        assert torch.equal(trial.op(x), 2 * x)
+    assert trial(4, 4) == PLAIN
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [candidates.thin_products(True), candidates.attention_of(processor(), torch.bfloat16)],
-    ids=lambda asked: asked.name,
+    "error",
+    [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("CUDA error: device-side")],
 )
-def test_what_is_raced_is_right_in_each_form(asked: Question) -> None:
-    found = race(asked)
-    assert not found.refused
-    assert found.microseconds.keys() == {c.name for c in asked.candidates}
+def test_memory_and_broken_gpus_are_no_fault_of_a_candidate(error: Exception) -> None:
+    trial = Trial(TWO)
+    assert trial(4, 4) == "library"
+    trial.results["library"] = failing(error)
+    with pytest.raises(type(error)):
+        trial.op(torch.randn(4, 4))
+    assert fallback.FAILED == {}
 
 
-def test_the_processors_record_is_what_was_raced(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured(this_machine())
-    answers = {
-        "products in bfloat16": "through fp32", "attention in bfloat16": "PyTorch's",
-        "products in float16": "direct", "thin products in float32": "wide first",
-    }  # fmt: skip
-    monkeypatch.setattr(
-        candidates, "choose", lambda asked, machine: Choice(asked.name, answers[asked.name])
-    )
-    candidates.measure({torch.float32, torch.bfloat16})
-    assert torch.bfloat16 in processor().slow_products
-    assert matmul.through_fp32(torch.zeros(1, dtype=torch.bfloat16))
-    assert processor().own_attention is False
-    assert processor().raced == (torch.float32, torch.bfloat16)
-    assert processor().thin_factors_first() is False
-    candidates.measure(candidates.RACED)
-    assert torch.float16 not in processor().slow_products
-    candidates.resume([])
-    assert processor().raced == ()
-    with assume(KINDS["amx"]):
-        candidates.measure(candidates.RACED)
-        assert processor() is KINDS["amx"]
+def test_checks_of_rewrites_measure_nothing_and_take_no_plain_form() -> None:
+    trial, x = Trial(TWO), torch.randn(4, 4)
+    with no_fallback():
+        trial.op(x)
+        assert trial.ran == [OWN]
+        trial.results[OWN] = failing(_NO_DRIVER)
+        trial.ran.clear()
+        trial.op(x)
+        assert trial.ran == [OWN, "library"]
+        trial.results["library"] = failing(RuntimeError("not here"))
+        with pytest.raises(LaunchError, match="no kernel of doubling"):
+            trial.op(x)
+    assert fallback.FAILED == {}
+    assert choice.choices(torch.device("cpu")) == []
+
+
+def test_on_other_devices_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "DEVICES", ("cuda",))
+    trial, x = Trial(TWO), torch.randn(4, 4)
+    trial.op(x)
+    assert trial.ran == [OWN]
+    trial.results[OWN] = failing(_NO_DRIVER)
+    with pytest.warns(UserWarning, match="plain PyTorch from now on"):
+        assert torch.equal(trial.op(x), 2 * x)
+    trial.ran.clear()
+    trial.op(x)
+    assert trial.ran == [PLAIN]
+
+
+@pytest.mark.parametrize("how", ["capturing", "compiling", "transform"])
+def test_nothing_is_measured_where_no_call_is_real(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "capturing":
+        monkeypatch.setattr(choice, "is_capturing", lambda: True)
+    elif how == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    else:
+        monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    trial = Trial(TWO)
+    trial.op(torch.randn(4, 4))
+    assert trial.ran == [OWN]
+
+
+def test_measuring_is_without_hooks_autocast_and_gradients() -> None:
+    seen = []
+
+    def library(x: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return 2 * x
+
+    def refuse(t: Tensor) -> Any:
+        raise AssertionError("nothing is saved")
+
+    trial, before = Trial(TWO, {"library": library}), torch.get_rng_state()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(refuse, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        trial.op(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    assert set(seen[:-1]) == {(False, False)}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+_number = iter(range(100))
+
+
+def _opaque() -> tuple[Any, Trial]:
+    """An op of the library, of which a library's form is the fastest."""
+    trial = Trial(TWO)
+    op = launch.library_op(
+        f"doubling_{os.getpid()}_{next(_number)}(Tensor x) -> Tensor", "norms.rms_norm:none",
+        torch.empty_like, plain=trial.form(PLAIN), libraries=trial.op.candidates[:1],
+    )  # fmt: skip
+    del launch.LAUNCHES[op]  # which lists the ops of the package
+    return op, trial
+
+
+def test_the_form_of_a_library_knows_neither_autograd_nor_autocast() -> None:
+    op, trial = _opaque()
+    trial.results["library"] = lambda x: torch.mm(x, 2 * torch.eye(4))
+    x = torch.ones(4, 4, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "timed", trial.timed)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                result = op(x)
+            assert trial.ran[-1] == "library"
+            assert result.dtype is torch.float32
+            assert launch.RUNS[op](x).grad_fn is None  # as ``direct`` calls it
+
+
+def test_a_view_that_a_library_returns_is_none_to_autograd() -> None:
+    op, trial = _opaque()
+    trial.results["library"] = lambda x: (2 * x).view(-1).view(4, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "timed", trial.timed)
+        for _ in range(2):
+            assert not op(torch.randn(4, 4))._is_view()
+    assert trial.ran[-1] == "library"
+
+
+def test_candidates_are_of_ops_that_have_a_plain_form() -> None:
+    names = {op._schema.name.partition("::")[2] for op in launch.RUNS}  # type: ignore[attr-defined]
+    ours = {n: c for n, c in choice._OPS.items() if not n.startswith("doubling")}
+    assert len(ours) >= 7
+    assert set(ours) <= names
+    for op in ours.values():
+        assert [c.name for c in op.candidates[-2:]] == [OWN, PLAIN]
+
+
+def test_draws_have_the_layout_and_the_integers_of_the_call() -> None:
+    index = torch.arange(6, dtype=torch.int32)
+    x = torch.zeros(8, 6).t()[:, ::2]
+    wide, whole, sizes = drawn((x[:, :1].expand(6, 5), index[None].expand(3, 6), [x, None, 2]),
+                               torch.Generator().manual_seed(0))  # fmt: skip
+    assert wide.stride() == (1, 0)
+    assert torch.equal(whole, index[None].expand(3, 6))
+    assert sizes[0].stride() == x.stride()
+    assert sizes[0].std() > 0.5
+    assert sizes[1:] == [None, 2]

@@ -110,7 +110,7 @@ ADAPTED = [
     name for name, case in CASES.items()
     if case.op.name in ("lora_linear", "qkv_block", "mlp_block", "dora")
     or name.endswith(("-lora", "-adapted"))
-    if name != "qkv_block-plain"
+    if name not in ("qkv_block-plain", "mlp_block-packed")  # which have no adapter
 ]  # fmt: skip
 
 

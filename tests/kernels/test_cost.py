@@ -86,7 +86,7 @@ def _counted_otherwise(name: str, flops: int) -> int | None:
             features, values = s.head_dim, s.rank
             of_step = ssd.CHUNK * (4 * features + 3 * values) + 6 * features * values
             return s.batch * s.seq * s.heads * of_step
-        case "attention" | "decode_attention" | "segment_attention" | "dora_row_norms":
+        case "attention" | "segment_attention" | "dora_row_norms":
             return None  # PyTorch's counter does not know its kernels for the CPU; tiles
     return flops
 
@@ -194,10 +194,11 @@ def test_operations_of_tiles(
         tensors += [torch.randn(out, into), None, *pair, None, None]
     x, grad, scales = torch.randn(ROWS, WIDE), torch.randn(ROWS, WIDE), [2.0] * 3
     needed = [from_above, *ins, *ins, *down]
-    tiled = (tensors, scales, [], [], "silu", "two")
+    tiled = (tensors, scales, [], [], None, None, "silu", "two")
+    backward = (grad, x, needed, x.dtype, *tiled)
     with FlopCounterMode(display=False) as counted:
         mlp_block._tiled_forward(x, *tiled)
     assert mlp_block._forward_flops(x, *tiled) == counted.get_total_flops()
     with FlopCounterMode(display=False) as counted:
-        mlp_block._tiled_backward(grad, x, *tiled, needed)
-    assert mlp_block._backward_flops(grad, x, *tiled, needed) == counted.get_total_flops()
+        mlp_block._tiled_backward(*backward)
+    assert mlp_block._backward_flops(*backward) == counted.get_total_flops()

@@ -1,6 +1,6 @@
 """On a real GPU: every op's Triton path against its reference, and its library ops' contracts.
 
-Nothing is raced but in the test that says so: it is our kernels that are tested.
+Our kernels are tested: candidates are measured in one test only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusewright.kernels import choice, raced_op
+from fusewright.kernels import choice
 from fusewright.kernels.op import Op
 from fusewright.rewrite.op_table import OPS
 
@@ -57,14 +57,14 @@ def test_library_ops_keep_their_contracts(name: str, train: bool) -> None:
 @each_call
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_whatever_takes_a_call_is_right(name: str, dtype: torch.dtype) -> None:
-    """Our kernels and libraries', as raced; what is not fit for a call has another reason."""
+    """Our kernels and libraries'; one that is not fit for a call is refused for another reason."""
     for op, args in library_calls(make(name, (2, 256, 1024), dtype, train=True)):
-        contest = raced_op.CONTESTS.get(op._schema.name.partition("::")[2])
-        if contest is None:
+        candidates = choice._OPS.get(op._schema.name.partition("::")[2])
+        if candidates is None:
             continue
-        found = choice.race(contest.question(*args))
+        found = candidates.measure(args)
         print(found)
-        assert raced_op.OWN in found.microseconds, str(found)
+        assert choice.OWN in found.microseconds, str(found)
         assert not [why for why in found.refused.values() if "exact" in why], str(found)
 
 

@@ -97,7 +97,7 @@ def _tf32() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name",
     ["lora_linear", "lora_linear-quantized", "mlp_block", "moe_experts", "linear_cross_entropy",
-     "linear_logprob-all", "rms_norm_linear", "ssd"],
+     "linear_logprob-all", "rms_norm_linear"],
 )  # fmt: skip
 @pytest.mark.usefixtures("_tf32")
 def test_parity_in_tf32(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What PyTorch and bitsandbytes have for ops of ours passes the check of a race, and is the op."""
+"""Implementations by PyTorch and bitsandbytes are verified as candidates, and compute the op."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.kernels import choice, raced_op
-from fusewright.kernels.choice import Choice
+from fusewright.kernels import choice
+from fusewright.kernels.choice import OWN, CandidateOp, Choice
 from fusewright.kernels.linear import products, quantized
 from fusewright.kernels.linear.quantized import FourBits, example_of_quantized
 from fusewright.kernels.moe import moe_experts
 from fusewright.kernels.norms.rms_norm import reference, rms_norm
 from fusewright.kernels.op import ExampleSizes, Maker
-from fusewright.kernels.raced_op import OWN
 
-from .clocks import own_choices
 from .failing_launches import ERRORS, as_on_a_gpu
+from .own_choices import own_choices
 from .stand_ins import norms
 from .util import assert_parity, bound, needs_triton
 
@@ -34,20 +33,17 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for op in raced_op.CONTESTS.values():
-        monkeypatch.setattr(op, "contest", replace(op.contest, devices=("cpu",)))
-        monkeypatch.setattr(op, "_orders", {})
     monkeypatch.setattr(products, "_mm_in_fp32", lambda a, b: torch.mm(a.float(), b.float()))
     with own_choices(tmp_path), as_on_a_gpu(ERRORS["driver"]), norms():
         yield
 
 
-def _raced(name: str, *args: Any) -> Choice:
-    return choice.race(raced_op.CONTESTS[name].question(*args))
+def _measured(name: str, *args: Any) -> Choice:
+    return choice._OPS[name].measure(args)
 
 
 def _is_taken(name: str, candidate: str, *args: Any) -> None:
-    found = _raced(name, *args)
+    found = _measured(name, *args)
     assert candidate in found.microseconds, str(found)
     assert OWN in found.refused  # nothing can be launched here
 
@@ -56,11 +52,11 @@ def _choosing(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     """Let the candidate of this name be the fastest; returns what was asked."""
     asked: list[str] = []
 
-    def choose(question: Any, machine: str) -> Choice:
-        asked.append(question.name)
-        return Choice(question.name, name, refused={OWN: "no driver"})
+    def measure(op: CandidateOp, args: Any) -> Choice:
+        asked.append(op.name)
+        return Choice(op.bucket(args), name, refused={OWN: "no driver"})
 
-    monkeypatch.setattr(raced_op, "choose", choose)
+    monkeypatch.setattr(CandidateOp, "measure", measure)
     return asked
 
 
@@ -81,7 +77,7 @@ def test_rms_norm(dtype: torch.dtype, rounding: str, monkeypatch: pytest.MonkeyP
     inputs = [t.requires_grad_() for t in (x, weight)]
     options = 1e-6, 0.0, rounding
     assert_parity(bound(rms_norm, inputs, *options), bound(reference, inputs, *options), *inputs)
-    assert [name.split(" of ")[0] for name in asked] == ["rms_norm_forward", "rms_norm_backward"]
+    assert asked == ["rms_norm_forward", "rms_norm_backward"]
 
 
 def test_rms_norm_as_pytorch_has_none() -> None:
@@ -91,9 +87,11 @@ def test_rms_norm_as_pytorch_has_none() -> None:
         (x, weight.to(BF16), 1e-6, 1.0, False),
         (x, None, 1e-6, 0.0, False),
     ):
-        assert "in the dtype of x" in _raced("rms_norm_forward", *args).refused["F.rms_norm"]
+        assert "in the dtype of x" in _measured("rms_norm_forward", *args).refused["F.rms_norm"]
     extra = x, x, weight.to(BF16), torch.rand(4, 1), x, 0.0, False, True, True
-    assert _raced("rms_norm_backward", *extra).refused["F.rms_norm"] == "it adds no other gradient"
+    assert (
+        _measured("rms_norm_backward", *extra).refused["F.rms_norm"] == "it adds no other gradient"
+    )
 
 
 def test_derivatives_by_finite_differences_through_a_chosen_form(
@@ -133,7 +131,7 @@ def test_wide_product(transposed: bool, tokens_first: bool) -> None:
     one_part = (wide.float() @ narrow.to(BF16).float()) * 0.5
     one_part = one_part.t() if transposed else one_part
     assert (one_part - exact).norm() > 100 * (ours - exact).norm()
-    found = _raced("lora_wide_product", wide.half(), narrow, 0.5, transposed)
+    found = _measured("lora_wide_product", wide.half(), narrow, 0.5, transposed)
     assert found.refused["in three parts"] == "parts are numbers of bfloat16"
 
 
@@ -141,7 +139,7 @@ def test_rank_update() -> None:
     left, right = torch.randn(48, 8, dtype=BF16), torch.randn(8, 64, dtype=BF16)
     base = torch.randn(48, 64, dtype=BF16)
     _is_taken("lora_rank_update", "torch.addmm", base, left, right)
-    found = _raced("lora_rank_update", base, left.float(), right.float())
+    found = _measured("lora_rank_update", base, left.float(), right.float())
     assert found.refused["torch.addmm"] == "it multiplies and adds in one dtype"
 
 
@@ -155,7 +153,7 @@ def test_two_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(products, "in_parts", two)
     args = torch.randn(96, 320).to(BF16), torch.randn(320, 16), 1.0, False
-    assert "not as exact" in _raced("lora_wide_product", *args).refused["in three parts"]
+    assert "not as exact" in _measured("lora_wide_product", *args).refused["in three parts"]
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -190,18 +188,18 @@ def test_grouped_products(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_grouped_products_as_pytorch_has_none() -> None:
     a, rows, weight, offsets = _experts()
     name, form = "moe_grouped_mm_triton", "F.grouped_mm"
-    biased = _raced(name, a, rows, weight, offsets, torch.zeros(4, 24, dtype=BF16))
+    biased = _measured(name, a, rows, weight, offsets, torch.zeros(4, 24, dtype=BF16))
     assert biased.refused[form] == "it adds no bias"
-    wide = _raced(name, a.float(), rows, weight.float(), offsets, None)
+    wide = _measured(name, a.float(), rows, weight.float(), offsets, None)
     assert wide.refused[form] == "it takes bfloat16 alone"
-    odd = _raced(name, a[:, :15].contiguous(), rows, weight[:, :15].contiguous(), offsets, None)
+    odd = _measured(name, a[:, :15].contiguous(), rows, weight[:, :15].contiguous(), offsets, None)
     assert odd.refused[form] == "rows are not 16 bytes apart"
 
 
 def test_a_form_that_leaves_nobody_s_places_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The race has experts without a place, and places without an expert, whatever a call has."""
-    contest = raced_op.CONTESTS["moe_grouped_mm_triton"]
-    (form, *rest) = contest._checked
+    """Experts without a place, and places without an expert, are drawn, whatever a call has."""
+    op = choice._OPS["moe_grouped_mm_triton"]
+    (form, *rest) = op.candidates
     before = form.run
 
     def leaving(a: Tensor, rows: Any, weight: Tensor, offsets: Tensor, bias: Any) -> Tensor:
@@ -209,8 +207,8 @@ def test_a_form_that_leaves_nobody_s_places_is_refused(monkeypatch: pytest.Monke
         out[int(offsets[-1]) :] = 3.0
         return out
 
-    monkeypatch.setattr(contest, "_checked", (replace(form, run=leaving), *rest))
-    found = _raced("moe_grouped_mm_triton", *_experts(), None)
+    monkeypatch.setattr(op, "candidates", (replace(form, run=leaving), *rest))
+    found = _measured("moe_grouped_mm_triton", *_experts(), None)
     assert "not as exact as eager" in found.refused["F.grouped_mm"]
 
 

@@ -20,8 +20,7 @@ from fusewright.kernels.tolerance import unit
 
 from . import (
     test_attention,
-    test_linear_cross_entropy,
-    test_linear_logprob,
+    test_head,
     test_lora_linear,
     test_mlp_block,
     test_moe_experts,
@@ -36,8 +35,8 @@ from .util import Watch
 HALF = st.sampled_from([torch.bfloat16, torch.float16])
 OPS = [
     test_attention.test_parity,
-    test_linear_cross_entropy.test_parity,
-    test_linear_logprob.test_parity,
+    test_head.test_parity_of_losses,
+    test_head.test_parity_of_outputs,
     test_lora_linear.test_parity,
     test_mlp_block.test_parity,
     test_moe_experts.test_parity,

@@ -237,12 +237,12 @@ def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
         t.requires_grad_(False)
     tensors, _ = projections.flat(records(*lists[:4], [1.0] * 3, lists[4]), torch.empty(0))
     x, grad = torch.randn(rows, 8), torch.randn(rows, 8)
-    options = (tensors, [1.0] * 3, [], [], "silu", "two")
+    options = (tensors, [1.0] * 3, [], [], None, None, "silu", "two")
     sizes: list[int] = []
     with torch.no_grad(), Watch(lambda op, args, outs: sizes.extend(t.numel() for t in outs)):
         module._tiled_forward(x, *options)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
-        module._tiled_backward(grad, x, *options, needed)
+        module._tiled_backward(grad, x, needed, F32, *options)
     assert max(sizes) < rows * wide // 4
 
 
@@ -275,13 +275,13 @@ def test_the_tiled_ops_keep_the_rules_of_the_library(layout, kind, choose_for):
     tensors, _ = projections.flat(records(*lists[:4], scales, lists[4]), x)
     tensors = [None if t is None else t.detach() for t in tensors]
     ops = torch.ops.fusewright
-    arguments = (x, tensors, scales, [], [], "silu", layout)
+    options = (tensors, scales, [], [], None, None, "silu", layout)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.mlp_block_forward.default, arguments, test_utils=utils)
+    torch.library.opcheck(ops.mlp_block_forward.default, (x, *options), test_utils=utils)
     needed = [True, *(t is not None for t in tensors)]
     torch.library.opcheck(
         ops.mlp_block_backward.default,
-        (torch.randn(7, 6), *arguments, needed),
+        (torch.randn(7, 6), x, needed, F32, *options),
         test_utils=utils,
     )
 

@@ -176,12 +176,12 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     tensors, constants = projections.flat(records(*lists[:4], SCALES, lists[4]), leaves[0])
-    options = (*map(list, constants[:3]), "gelu", "two")
+    options = (tensors, *map(list, constants[:3]), F64, None, "gelu", "two")
     sizes: list[int] = []
     with torch.no_grad(), Watch(lambda op, args, outs: sizes.extend(t.numel() for t in outs)):
-        mlp_block._tiled_forward(leaves[0], tensors, *options, F64)
+        mlp_block._tiled_forward(leaves[0], *options)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
-        mlp_block._tiled_backward(upstream, leaves[0], tensors, *options, needed, F64)
+        mlp_block._tiled_backward(upstream, leaves[0], needed, F64, *options)
     assert max(sizes) < rows * wide // 4
 
 
@@ -227,14 +227,13 @@ def test_the_ops_keep_the_rules_of_the_library(kind, compute):
     lists = _linears(_mlp_sizes(8, 6, "two"), F32, F32, kind, bias=True)
     tensors, constants = projections.flat(records(*lists[:4], SCALES, lists[4]), torch.empty(0))
     tensors = [None if t is None else t.detach() for t in tensors]
-    x, options = torch.randn(7, 8), (*map(list, constants[:3]), "silu", "two")
-    kinds = (compute, F32)
-    given = (x, tensors, *options, *kinds)
-    torch.library.opcheck(ops.mlp_block_forward.default, given, test_utils=utils)
+    x, constants = torch.randn(7, 8), map(list, constants[:3])
+    given = (tensors, *constants, compute, F32, "silu", "two")
+    torch.library.opcheck(ops.mlp_block_forward.default, (x, *given), test_utils=utils)
     needed = [True, *(t is not None and i < 18 and i % 6 > 0 for i, t in enumerate(tensors))]
     torch.library.opcheck(
         ops.mlp_block_backward.default,
-        (torch.randn(7, 8), x, tensors, *options, needed, *kinds),
+        (torch.randn(7, 8), x, needed, F32, *given),
         test_utils=utils,
     )
     weights = lists[0][:2]

@@ -13,10 +13,7 @@ from fusewright.kernels.launch import has_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
-LONG = (
-    "attention", "attention_random", "linear_cross_entropy", "linear_logprob", "mlp_block",
-    "old_gpu", "rope", "selective_scan", "ssd",
-)  # fmt: skip
+LONG = ("head", "mlp_block", "old_gpu", "rope")
 """The longest in the interpreter: twenty seconds to minutes each."""
 OPS = [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
@@ -26,12 +23,11 @@ OPS = [
 
 @pytest.mark.long(
     "add_rms_norm",
-    "capped_logits",
     "corrected",
     "fallback",
     "glu",
     "layer_norm",
-    "linear_cross_entropy_known",
+    "head_bounds",
     "lora_linear",
     "moe_experts",
     "quant_linear",

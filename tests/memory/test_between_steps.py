@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusewright import optimize
-from fusewright.compiler.logits.changes import fingerprint
+from fusewright.compiler.logits.fingerprints import fingerprint
 
 from ..models.zoo import FAMILIES, build
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.install import installed
 from fusewright.memory.offload import Copies, Offload, SavedTensor, Transfer, carried
 from fusewright.memory.planner import Planner
+from tests.explained import explain
 from tests.models.zoo import FAMILIES, build
 
 LLAMA, GEMMA = FAMILIES[0], next(f for f in FAMILIES if f.name == "gemma2")

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.compiler.pipeline import planner_of
 from fusewright.memory.offload import Offload, Streams
+from tests.explained import explain
 
 pytestmark = pytest.mark.gpu
 

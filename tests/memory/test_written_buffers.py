@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fusewright import explain
+from tests.explained import explain
 
 from ..compiler.test_effects import _norm, _pair, _step, _x
 

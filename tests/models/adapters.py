@@ -21,8 +21,9 @@ import peft
 import torch
 from torch import Tensor
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.report import Report
+from tests.explained import explain
 
 from .quantized import quantize
 

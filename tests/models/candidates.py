@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusewright.graph.opaque.functions import convention
+from fusewright.graph.opaque.hub_kernels import behind
 
 KINDS: dict[str, tuple[str, ...]] = {
     "norm": ("rms_norm", "layer_norm"),
@@ -79,7 +80,7 @@ def _is_in_a_leaf() -> bool:
     """Whether what runs is inside of a function that is captured whole: its norms are its own."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name != "forward":
-        function = frame.f_globals.get(frame.f_code.co_name)
+        function = behind(frame.f_globals.get(frame.f_code.co_name))
         if isinstance(function, FunctionType) and convention(function) is not None:
             return True
         frame = frame.f_back

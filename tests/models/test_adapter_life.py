@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
+from tests.explained import explain
 
 from .tiny import assert_equal_training_steps, token_ids, training_step
 from .zoo import FAMILIES, build

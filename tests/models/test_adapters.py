@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fusewright import explain, optimize
+from fusewright import optimize
+from tests.explained import explain
 
 from .adapters import PAGE, TABLE, Adapter, build, line, optimized, step
 from .setups import in_double

@@ -16,7 +16,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fusewright import explain, optimize
+from fusewright import optimize
+from tests.explained import explain
 
 STEPS = 20
 TOLERANCE = 1e-4

@@ -14,8 +14,9 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.kernels.tolerance import FACTOR, errors, unit
+from tests.explained import explain
 
 from .test_models import _InDouble, _rms
 

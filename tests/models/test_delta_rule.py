@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.graph.opaque import functions as whole
+from fusewright.graph.opaque.hub_kernels import behind
+from tests.explained import explain
 
 from ..versions import transformers_before
 from .architectures import build
@@ -20,6 +22,12 @@ from .tiny import assert_equal_training_steps, token_ids
 
 NAMES = ("qwen3_next", "kimi_linear", "bailing_hybrid", "olmo_hybrid")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.fixture(autouse=True)
+def _functions_of_tests_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of libraries."""
+    monkeypatch.setattr(whole, "LIBRARIES", (*whole.LIBRARIES, "tests"))
 
 
 def _built(name: str) -> nn.Module:
@@ -31,7 +39,7 @@ def _built(name: str) -> nn.Module:
 def _functions(model: nn.Module) -> list[Any]:
     """What follows the convention in the module that the model is from."""
     return [
-        f for f in vars(sys.modules[type(model).__module__]).values()
+        f for f in map(behind, vars(sys.modules[type(model).__module__]).values())
         if callable(f) and not isinstance(f, type) and whole.convention(f) is whole.DELTA
     ]  # fmt: skip
 

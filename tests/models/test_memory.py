@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.install import installed
 from fusewright.errors import OptimizeError
 from fusewright.memory.planner import Planner
+from tests.explained import explain
 
 from ..versions import transformers_before
 from .zoo import FAMILIES, Family, build

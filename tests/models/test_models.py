@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.kernels.tolerance import FACTOR, errors, unit
+from tests.explained import explain
 
 from .tiny import token_ids
 from .zoo import FAMILIES, Family, build

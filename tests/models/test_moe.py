@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
+from tests.explained import explain
 
 from .architectures import build
 from .test_models import Pair, _assert_equal_steps, _batches

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from fusewright import OptimizeError, explain, optimize, restore
-from fusewright.compiler import segments
+from fusewright import OptimizeError, optimize, restore
 from fusewright.compiler.copies import opaque_calls
-from fusewright.compiler.packs import LONG as LONGEST
-from fusewright.compiler.packs import leaks
+from fusewright.compiler.packs import unpackable
 from fusewright.graph.opaque import functions
+from tests.explained import explain
 
 from ..versions import transformers_before
 from .architectures import LAST_ID, build, shrink
@@ -173,11 +171,9 @@ def test_gradients_of_packed_samples(name: str) -> None:
     assert TEXT.get(name, set()) <= sites, str(report)
     # and rows with one sample run the graphs that know nothing of it
     assert _differing(_single(model), expected) == []
-    assert leaks(model, LAST_ID, model.device, LONGEST) == ""
     restore(model)
-    leak = leaks(model, LAST_ID, model.device)
-    assert bool(leak) == leaky
-    assert leak.count("layers") == leaky  # it is named, and no block
+    assert unpackable(model) == ""
+    assert ("layers.0" in unpackable(model, optimized=False)) == leaky
 
 
 KINDS = {c.name: c for c in (*functions.CONVENTIONS, functions.CONVOLUTION)}
@@ -218,7 +214,6 @@ def test_an_op_that_ignores_segments_is_found(fault: str) -> None:
     with _ignoring(kind):
         optimize(model, codegen="eager")
         assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected)
-        assert "layers" in leaks(model, LAST_ID, model.device, LONGEST)
 
 
 @pytest.mark.long("mamba2-inductor", "mamba-eager", "lfm2-eager", "qwen3_next-eager")
@@ -348,7 +343,7 @@ def test_what_else_tells_of_samples_says_no_more(name: str) -> None:
         "seq_idx": (batch["position_ids"] == 0).cumsum(1).int() - 1,
         "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 71, "max_length_k": 71,
     }  # fmt: skip
-    if name == "mamba2":  # whose mixers are given no keywords
+    if name == "mamba2" and transformers_before("5.25"):  # whose mixers are given no keywords
         assert _differing(_step(model, [{**batch, **more}]), expected)
     elif not transformers_before("5.24"):  # which take them without a word
         with pytest.raises(ValueError, match="can't keep packed sequences apart"):
@@ -417,56 +412,53 @@ def test_a_block_that_is_called_by_itself_goes_by_its_own_positions(tmp_path: An
     assert len(torch.load(tmp_path / "states.pt")) == len(states)
 
 
-BY_ROWS = {
-    "rwkv": ["attention", "feed_forward.time_shift"],
-    "minimax": ["self_attn"],
-    "recurrent_gemma": ["temporal_block"],
+UNPACKABLE = {
+    "rwkv": "rwkv.blocks.0.attention (RwkvSelfAttention) mixes positions",
+    "minimax": "model.layers.1.self_attn (MiniMaxLightningAttention) mixes positions",
+    "recurrent_gemma": "temporal_block (RecurrentGemmaRecurrentBlock) has a convolution",
+    "zaya": "qkv_proj (ZayaCCAProjection) has a convolution",
+    "bart": "BartForCausalLM makes its attention mask without position_ids",
+    "deepseek_v32": "self_attn.indexer (DeepseekV32Indexer) mixes positions",
+    "blt": "BltForCausalLM has several stacks of layers",
 }
-"""What is known by no convention, and runs over samples as rows."""
+"""Mixers that take no segments, and the words of their refusals."""
+
+if transformers_before("5.25"):
+    UNPACKABLE["bert"] = "BertLMHeadModel makes its attention mask without position_ids"
 
 
-@pytest.mark.long(*BY_ROWS)
-@pytest.mark.parametrize("name", BY_ROWS)
-def test_what_is_unknown_runs_over_samples_as_rows(name: str) -> None:
-    model = build(name)
-    model.config.use_cache = False
-    expected, packed = _single(model), [_batch(_samples())]
-    assert _differing(_step(model, packed), expected), "eager mode leaks"
-    if name == "minimax":  # the others unroll their loops over time
-        optimize(model, codegen="eager")
-        assert _differing(_step(model, packed), expected), "it was not asked for packs"
-    optimize(model, codegen="eager", packs=True)
-    reasons = " ".join(b.reason for b in explain(model).bypasses)
-    for place in BY_ROWS[name]:
-        assert place in reasons
-    assert _differing(_step(model, packed), expected) == []
-    assert _differing(_single(model), expected) == []
-    assert explain(model).by_rule(), "rows with one sample run graphs"
-    assert leaks(model, LAST_ID, model.device, LONGEST) == ""
-    restore(model)
-    assert all("forward" not in m.__dict__ for m in model.modules())
-    assert leaks(model, LAST_ID, model.device).count("layers" if name != "rwkv" else "blocks") == 1
-
-
-@pytest.mark.long(*BY_ROWS)
-@pytest.mark.parametrize("name", BY_ROWS)
-def test_rows_that_are_not_taken_apart_are_found(name: str, monkeypatch: Any) -> None:
-    model = build(name)
-    model.config.use_cache = False
-    expected = _single(model, (9, 71))
-    optimize(model, codegen="eager", packs=True)
-    monkeypatch.setattr(segments, "run_rows", lambda f, _, args, kwargs: f(*args, **kwargs))
-    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected)
-    named = leaks(model, LAST_ID, model.device)
-    assert any(place in named for place in BY_ROWS[name])
-    # and what does not help is taken back
-    with pytest.warns(
-        UserWarning, match="samples that share a row see each other in .*layers|bloc"
-    ):
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_mixers_that_take_no_segments_are_refused_and_named(name: str) -> None:
+    model: Any = build(name)
+    with _uncalled(model), pytest.raises(OptimizeError) as caught:
         optimize(model, codegen="eager", packs=True)
-    assert not any("runs over each of them apart" in b.reason for b in explain(model).bypasses)
-    with pytest.raises(OptimizeError, match="see each other in"):
-        optimize(model, codegen="eager", packs=True, strict=True)
+    message = str(caught.value)
+    assert "samples that share a row would see each other" in message
+    assert UNPACKABLE[name] in message
+    assert "leave packs=True out" in message
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+@contextmanager
+def _uncalled(model: nn.Module) -> Iterator[None]:
+    """Fail if a module is called."""
+
+    def called(module: nn.Module, args: Any) -> None:
+        pytest.fail(f"{type(module).__name__} was called")
+
+    handles = [m.register_forward_pre_hook(called) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "opt", "mamba2", "qwen3_next", "nemotron_h"])
+def test_models_that_pack_are_not_called_to_find_out(name: str) -> None:
+    model: Any = build(name)
+    with _uncalled(model):
+        optimize(model, codegen="eager", packs=True)
 
 
 class _Guarded(nn.Module):
@@ -492,69 +484,6 @@ def test_a_block_in_parts_takes_segments_under_its_own_checkpoint() -> None:
         assert _differing(_step(model, batch), expected) == []
 
 
-def _rwkv() -> tuple[Any, dict[str, Tensor]]:
-    model = build("rwkv")
-    model.config.use_cache = False
-    expected = _single(model, (9, 71))
-    return model, expected
-
-
-class _Calls(nn.Module):
-    """Calls what it holds, in a checkpoint if it is told of a kind."""
-
-    def __init__(self, inner: nn.Module, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.inner, self.reentrant = inner, reentrant
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.reentrant is None:
-            return self.inner(*args, **kwargs)
-        call = functools.partial(self.inner, **kwargs)
-        return checkpoint(call, *args, use_reentrant=self.reentrant)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_inside_around_a_layer_by_rows_is_refused(reentrant: bool) -> None:
-    model, _ = _rwkv()
-    for block in model.rwkv.blocks:
-        block.attention = _Calls(block.attention, reentrant)
-    optimize(model, codegen="eager", packs=True)
-    with pytest.raises(OptimizeError, match="a checkpoint inside its block"):
-        _step(model, [_batch(_samples((9, 71)))])
-
-
-@pytest.mark.long
-def test_a_layer_by_rows_that_is_replaced_later_is_refused() -> None:
-    model, expected = _rwkv()
-    optimize(model, codegen="eager", packs=True)
-    batch = [_batch(_samples((9, 71)))]
-    assert _differing(_step(model, batch), expected) == []
-    for block in model.rwkv.blocks:
-        block.attention = _Calls(block.attention)
-    with pytest.raises(OptimizeError, match="has been wrapped or replaced since"):
-        _step(model, batch)
-    optimize(model, codegen="eager", packs=True)
-    found = {k.replace("inner.", ""): v for k, v in _step(model, batch).items()}
-    assert _differing(found, expected) == []
-
-
-@pytest.mark.long
-def test_the_search_leaves_the_model_as_it_was() -> None:
-    model, _ = _rwkv()
-    model.eval()
-    model.rwkv.register_buffer("calls", torch.zeros(()))
-    model.rwkv.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    state = torch.get_rng_state(), random.getstate()
-    optimize(model, codegen="eager", packs=True)
-    assert (torch.get_rng_state() == state[0]).all()
-    assert random.getstate() == state[1]
-    assert not any(m.training for m in model.modules())
-    after = model.state_dict()
-    assert [n for n, t in before.items() if not torch.equal(t, after[n])] == []
-
-
 def test_packs_without_a_word_about_the_cache() -> None:
     """With a cache, transformers' masks take no notice of positions."""
     model = build("llama")
@@ -568,67 +497,6 @@ def test_packs_without_a_word_about_the_cache() -> None:
     torch.testing.assert_close(loss.detach(), expected["loss"])
 
 
-def test_dropout_is_no_leak(recwarn: pytest.WarningsRecorder) -> None:
-    model = build("gpt2")
-    for m in model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.1
-    model.config.use_cache = False
-    assert leaks(model, LAST_ID, model.device) == ""
-    optimize(model, codegen="eager", packs=True)
-    assert not [w for w in recwarn if "see each other" in str(w.message)]
-
-
-def test_what_cannot_be_tried_is_said() -> None:
-    class Picky(type(build("llama"))):  # type: ignore[misc]
-        def forward(self, *args: Any, domain: str, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
-
-    model = build("llama")
-    model.__class__ = Picky
-    with pytest.warns(UserWarning, match="could not be tried: TypeError"):
-        optimize(model, codegen="eager", packs=True)
-    assert any("could not be tried" in b.reason for b in explain(model).bypasses)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", BY_ROWS)
-def test_rows_under_checkpoints_with_adapters(name: str, reentrant: bool) -> None:
-    """A block runs once more in backward, when rows of another step have been given."""
-    peft = pytest.importorskip("peft")
-    base = build(name)
-    base.config.use_cache = False
-    torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(base, config)
-    expected = _single(model, (9, 71, 30))
-    assert len(expected) > 4
-    assert all("lora" in n for n in expected if n != "loss")
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    optimize(model, codegen="eager", packs=True)
-    batches = _two_batches()
-    if reentrant and FORGETS:
-        with pytest.raises(OptimizeError, match="use_reentrant=False"):
-            _steps_in_one(model, batches)
-        return
-    assert _differing(_steps_in_one(model, batches), expected) == []
-
-
-def test_a_checkpoint_around_a_block_with_rows_knows_its_step() -> None:
-    model = build("rwkv")
-    model.config.use_cache = False
-    expected = _single(model, (9, 71, 30))
-    model.config.rescale_every = 1  # in evaluation, in place
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimize(model, codegen="eager", packs=True)
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    model = copy.deepcopy(model)
-    _checkpointed(model.rwkv.blocks, use_reentrant=False)
-    assert _differing(_steps_in_one(model, _two_batches()), expected) == []
-
-
 def _with_forwards_of_its_own(model: Any) -> Any:
     """No copy is made of a forward that an instance has, which says nothing of its code."""
     for block in model.backbone.layers:
@@ -636,14 +504,11 @@ def _with_forwards_of_its_own(model: Any) -> Any:
     return model
 
 
-@pytest.mark.long
-def test_a_mixer_whose_instance_has_a_forward_is_named_and_runs_over_rows() -> None:
+def test_a_mixer_whose_instance_has_a_forward_is_refused() -> None:
     model = _with_forwards_of_its_own(_made("mamba2"))
-    expected = _single(model, (9, 71))
-    optimize(model, codegen="eager")
-    assert "layers.0.mixer (Mamba2Mixer)" in leaks(model, LAST_ID, model.device)
-    optimize(model, codegen="eager", packs=True)
-    assert _differing(_step(model, [_batch(_samples((9, 71)))]), expected) == []
+    named = r"backbone\.layers\.0\.mixer \(Mamba2Mixer\)"
+    with pytest.raises(OptimizeError, match=named):
+        optimize(model, codegen="eager", packs=True)
 
 
 def test_forward_mode_differentiation_is_as_of_samples_by_themselves() -> None:

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.kernels.attention.unsupported import attention_unsupported
 from fusewright.kernels.tolerance import FACTOR, errors, unit
+from tests.explained import explain
 
 from .test_models import Pair, _exact_step, _rms, _step
 from .tiny import token_ids
@@ -46,7 +47,7 @@ def test_bfloat16_with_fp32_adapters(name: str) -> None:
         assert _rms(mine[key]) <= limit, key
     counts = explain(pair.ours).by_rule()
     q = torch.zeros(2, 4, 13, 8, dtype=torch.bfloat16)
-    # on this processor, which was raced when the first block was captured
+    # on this processor
     is_ours = not attention_unsupported(q, q, q, None, True)
     expected = {"attention": 2, **family.lora} if is_ours else family.lora
     assert counts == expected

@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.compiler.pipeline import planner_of
+from tests.explained import explain
 
 from ..kernels.util import saved_tensors
 from .quantized import quantize

@@ -20,7 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
+from tests.explained import explain
 
 from .tiny import token_ids
 from .zoo import FAMILIES

@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.compiler.copies.opaque_calls import opaque_copies
 from fusewright.graph.opaque import functions as whole
+from tests.explained import explain
 
 from .architectures import build, targets
 from .tiny import assert_equal_training_steps, token_ids, training_step
@@ -87,7 +88,7 @@ def _state(model: nn.Module) -> list[dict[str, Any]]:
 def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
     model = build(name)
     before = _state(model)
-    copies = opaque_copies(lambda module, copy: copy)
+    copies = opaque_copies()
     modules = [m for m in model.modules() if copies.below(m)]
     assert modules
     scans = {m for block in modules for m, _ in copies.below(block)}
@@ -195,7 +196,7 @@ class _LooksAtValues(nn.Module):
 def test_a_global_that_changes_is_seen() -> None:
     scope: dict[str, Any] = {"scan": _loop, "SCALE": 1.0}
     exec("def forward(self, x):\n    return scan(x, x, None, None, None) * SCALE", scope)
-    copies = opaque_copies(lambda module, copy: copy)
+    copies = opaque_copies()
     first = copies.of(scope["forward"])
     assert copies.of(scope["forward"]) is first
     scope["SCALE"] = 2.0

@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusewright.graph.opaque import functions
 from fusewright.graph.opaque.functions import leaf
 from fusewright.kernels.scan.gated_delta_rule import OP
 
 from ..capturing import capture, rewrite, rewritten
+
+
+@pytest.fixture(autouse=True)
+def _functions_of_tests_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of libraries."""
+    monkeypatch.setattr(functions, "LIBRARIES", (*functions.LIBRARIES, "tests"))
 
 
 def rule(

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright import explain, optimize, restore
+from fusewright import optimize, restore
 from fusewright.passes import PIPELINE
 from fusewright.passes.quant_linear import QuantLinear
 from fusewright.rewrite.findings import Finding
+from tests.explained import explain
 
 from ..capturing import capture, rewrite, rewritten
 from ..models.quantized import quantize

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewright.graph.effects import Effects
+from fusewright.graph.opaque import functions
 from fusewright.graph.opaque.functions import leaf
 from fusewright.kernels.scan.ssd import OP as SSD
 
@@ -153,7 +154,10 @@ def test_a_keyword_that_a_scan_looks_at_is_refused(way: str) -> None:
 
 
 @pytest.mark.parametrize(("made", "inputs"), [(scan, "_inputs"), (chunked, "_chunked_inputs")])
-def test_a_keyword_that_nobody_looks_at_says_nothing(made: Any, inputs: str) -> None:
+def test_a_keyword_that_nobody_looks_at_says_nothing(
+    made: Any, inputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functions, "LIBRARIES", ("tests",))  # only theirs are tried
     call, given = leaf(made), globals()[inputs]()
     size, softplus = ((4,), "dt_softplus") if made is chunked else ((), "delta_softplus")
 

@@ -148,11 +148,10 @@ stand-ins of their checkpoints: [axolotl.md](axolotl.md). Start with `--dry-run`
   `sample_packing` and on CPUs, keys and values that are gathered for each layer
   ([scale.md](scale.md)).
 - With `sample_packing`, a sample starts anew in recurrent layers, too (Mamba, Mamba-2, gated delta
-  rule, short convolutions; MiniMax, RWKV and others run over the samples as rows of a batch): that
-  is what `optimize` does ([optimize.md](optimize.md)). Before
-  training, the model at hand is tried on packs that differ in one sample, forward and in gradients;
-  where samples see each other, the run ends with the name of the layer. The plain model cannot pack
-  such layers: the plain ways of `fusewright verify` train the samples of the packs one by one.
+  rule, short convolutions): that is what `optimize` does ([optimize.md](optimize.md)). A model with
+  layers that cannot do so (RWKV, MiniMax, RecurrentGemma) is refused when it is loaded, by the name
+  of the layer. The plain model cannot pack recurrent layers: the plain ways of `fusewright verify`
+  train the samples of the packs one by one.
 - `expert_parallel_size` shards experts with FSDP2. Plugins are not loaded. Those that a
   key or the compiler replaces are subsumed, and the others are refused. For preference methods
   (`rl`), see [preferences.md](preferences.md).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -34,32 +33,15 @@ def file(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> None:
-    compiled = tmp_path / "run.compiled"
-    save = ("--save-compiled", str(compiled))
-    done = fusewright("train", str(file), "--max_steps", "2", "--lora-r=2", *save)
+    done = fusewright("train", str(file), "--max_steps", "2", "--lora-r=2")
     assert done.exit_code == 0, done.output
-    wrote = re.search(r"^wrote (.*raced choices) to (.*)$", done.stderr, re.M)
-    assert wrote is not None
-    assert wrote[2] == str(compiled)
     run = tmp_path / "out" / "run.json"
     assert json.loads(run.read_text())["recipe"]["lora_r"] == 2
     assert "already holds a run (run.json)" in refused_run(tmp_path, str(file))
-    load = ("--load-compiled", str(compiled))
-    again = fusewright("train", str(file), "--overwrite", "--max_steps=1", *load)
+    again = fusewright("train", str(file), "--overwrite", "--max_steps=1")
     assert again.exit_code == 0, again.output
-    assert f"read {wrote[1]} from {compiled}\n" in again.stderr
     assert "training for 1 step\n" in again.stdout + again.stderr
     assert json.loads(run.read_text())["steps"] == 1
-
-
-def test_a_file_of_compiled_code_that_cannot_be_used(file: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "run.compiled"
-    damaged.write_bytes(b"PK")
-    said = refused_run(tmp_path, str(file), "--load-compiled", str(damaged))
-    assert said == f"{damaged} is damaged: File is not a zip file"
-    nowhere = str(tmp_path / "no" / "run.compiled")
-    said = refused_run(tmp_path, str(file), "--save-compiled", nowhere)
-    assert said == f"--save-compiled: {nowhere}: there is no such folder"
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_line_sums_up_what_was_rewritten_and_what_was_not() -> None:
     answered = [Bypass(f"layers.{i}", A_CACHE) for i in range(2)]  # a prompt
     others = (*lost, *answered, Bypass("head", "a hook"))
     text = finish.summary(Report(sites=(done,), bypasses=others))
-    assert "; 2 modules left as before where that is faster; 1 left as before" in text
+    assert "; 2 modules too small to gain in some calls; 1 left as before" in text
 
 
 def test_a_signal_does_not_hide_why_training_ended() -> None:
@@ -362,10 +362,11 @@ def test_a_signal_between_training_and_saving_costs_nothing(
 def test_a_model_that_leaks_is_refused(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: "model.x (Mixer)")
+    reason = "model.x (Mixer) mixes positions"
+    monkeypatch.setattr("fusewright.compiler.packs.unpackable", lambda *_, **__: reason)
     with pytest.raises(
         RecipeError,
-        match=r"LlamaForCausalLM lets the samples of a pack see each other, in model\.x \(Mixer\)",
+        match=r"samples of a pack would see each other: model\.x \(Mixer\) mixes positions",
     ):
         train(recipe, console=QUIET)
 

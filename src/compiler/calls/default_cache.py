@@ -1,277 +1,135 @@
-"""The cache that models fill by default, which hardly anybody reads in training.
+"""Training calls that say nothing about a cache run without the one that models make by default.
 
-Transformers' models fill one unless ``use_cache=False`` is passed or configured, and blocks that
-fill a cache run as they were. So in training calls that say nothing about a cache, the one that the
-model makes is returned empty, and fills itself when somebody uses it: the model's original code
-runs once more, with the same random numbers. That shows that caches are read here: from then on
-this model's are filled as in eager mode.
-
-A cache that is used once backward has begun, or once weights have changed, raises an error.
+Blocks that fill a cache run their original code. ``transformers.Trainer`` and TRL switch the cache
+off; in other training loops (``model(ids, labels=ids)``) it is made, and hardly ever read. Such
+calls get ``use_cache=False``. Their outputs hold an object that raises an error when it is used:
+it names ``use_cache=True``, which runs the original code and fills the cache.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...kernels.direct import is_traced_here
-from ...memory.random_state import BufferState, RandomState
-from ...sharding import has_shards
-from ..bypass import CACHE_ARGUMENTS, is_cache, transform_reason
+from ...sharding import gathers
+from ..bypass import CACHE_ARGUMENTS, transform_reason
 from ..session import Session
 from ..watch import global_hook_reason
-from ..withheld import CacheRefused, WithheldCache
 from .forwards import Original
 
-_SWITCH = "use_cache"
-_INDEX = "layer_idx"
-"""Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
-
-_NO_CACHE = (CacheRefused, AttributeError, TypeError, LookupError, ValueError, AssertionError)
-"""What code may raise that gets None where it expects what a block has written to its cache."""
+_SWITCH, _INDEX = "use_cache", "layer_idx"
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class DefaultCache:
-    """The forward of a module that makes a cache by default; called as ``Original`` is."""
+    """The default cache of a causal LM, or of a backbone, with the forward ``original``.
 
-    def __init__(self, session: Session, original: Original, run: Callable[..., Any]) -> None:
-        # ``run`` calls the original
-        self._session, self._original, self._run = session, original, run
-        self._indices = SharedCacheIndices()
-        self._signature: tuple[Any, inspect.Signature | None] = (None, None)
-        # why the cache is filled at once, by module: a copy of one has the same forward
-        self._reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self._deferring: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # have done so once
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call the original; its blocks do not get a cache that nobody has asked for."""
-        state = self._session.state
-        if self._keeps_samples_apart(module, args, kwargs):
-            return self._run(module, *args, **{**kwargs, _SWITCH: False})
-        if not self._is_default(module, args, kwargs):
-            return self._run(module, *args, **kwargs)
-        before = _Before(module, (args, kwargs), module not in self._deferring)
-        withheld = state.withheld = WithheldCache()
-        try:
-            outputs = self._run(module, *args, **kwargs)
-            if withheld.cache is None:
-                return outputs
-            if withheld.is_used or not any(v is withheld.cache for v in _values(outputs)):
-                raise CacheRefused("the model uses the cache itself, or does not return it")
-        except _NO_CACHE as error:
-            # an error of anything but the cache is nobody's reason to call twice
-            if not (isinstance(error, CacheRefused) or withheld.is_used or withheld.is_missed):
-                raise
-            state.withheld = None
-            before.restore()
-            outputs = self._run(module, *args, **kwargs)
-            self._stop(module, str(error))
-            return outputs
-        finally:
-            state.withheld = None
-        self._deferring.add(module)
-        before.watch(outputs)
-        refill = functools.partial(self._refill, module, args, kwargs, before)
-        if state.replay is None:
-            withheld.defer(refill)
-        else:  # it goes through a graph
-            withheld.release()
-            state.on_return.append(functools.partial(withheld.defer, refill))
-        return outputs
-
-    def _stop(self, module: nn.Module, reason: str) -> None:
-        reason = f"its cache is filled at once in training, unless use_cache=False: {reason}"
-        self._reasons[module] = reason
-        self._session.log.note(module, reason)
-
-    def _is_default(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is a part of training, and says nothing about a cache."""
-        session = self._session
-        if not (module.training and torch.is_grad_enabled()) or session.state.withheld is not None:
-            return False
-        return module not in self._reasons and self._is_silent(module, args, kwargs)
-
-    def _keeps_samples_apart(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        """Whether a call that says nothing about a cache has packs: with one, masks ignore them."""
-        if not self._session.choices.options.packs or not self._is_silent(module, args, kwargs):
-            return False
-        signature = self._signature[1]
-        before = list(signature.parameters).index(_SWITCH) if signature is not None else 0
-        is_by_position = len(args) + self._original.is_method > before
-        return not is_by_position and self._session.state.segments.has_several()
-
-    def _is_silent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call says nothing about a cache, and its module would make one."""
-        session = self._session
-        if module in session.log.restored or is_traced_here():
-            return False
-        if getattr(getattr(module, "config", None), _SWITCH, True) is False:
-            return False
-        arguments = self._by_name(module, args, kwargs)
-        if arguments is None or any(
-            arguments.get(n) is not None for n in (_SWITCH, *CACHE_ARGUMENTS)
-        ):
-            return False
-        if any(is_cache(v) for v in arguments.values() if not isinstance(v, (Tensor, nn.Module))):
-            return False
-        if global_hook_reason() or transform_reason(args, kwargs, session.choices.fake):
-            return False
-        return not self._indices.any_in(module)
-
-    def _by_name(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """The arguments by name; None where there is no switch, or the call is a wrong one."""
-        function = self._original.function(module)
-        if self._signature[0] is not function:
-            signature = inspect.signature(function)
-            switch = signature.parameters.get(_SWITCH)
-            is_switch = switch is not None and switch.default is None
-            self._signature = function, signature if is_switch else None
-        if self._signature[1] is None:
-            return None
-        if not args:
-            return kwargs
-        signature = self._signature[1]
-        try:
-            bound = signature.bind(
-                *((module,) if self._original.is_method else ()), *args, **kwargs
-            )
-        except TypeError:
-            return None
-        values = dict(bound.arguments)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                values |= values.pop(name, {})
-        return values
-
-    def _refill(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: _Before
-    ) -> Any:
-        """The filled cache, of a call that is made once more."""
-        self._stop(module, "an earlier one was read")
-        before.require_unchanged(module, (args, kwargs))
-        now = RandomState.now(before.random.device)
-        before.random.restore()
-        enabled, dtype = before.autocast
-        device = before.random.device.type
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast(device, dtype, enabled),
-            ):
-                outputs = self._run(module, *args, **kwargs)
-        finally:
-            now.restore()
-        return next(v for v in _values(outputs) if is_cache(v))
-
-
-def _values(outputs: Any) -> Iterable[Any]:
-    if isinstance(outputs, Mapping):
-        return outputs.values()
-    return outputs if isinstance(outputs, (tuple, list)) else ()
-
-
-class _Before:
-    """What a call of a module depends on besides its arguments."""
-
-    def __init__(self, module: nn.Module, arguments: Any, with_buffers: bool) -> None:
-        self._state = _state(module, arguments)
-        self._buffers = BufferState(module) if with_buffers else None
-        # weights that are kept elsewhere are on meta; buffers are where the module computes
-        tensors = itertools.chain(module.parameters(), module.buffers(), _tensors(arguments))
-        device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
-        self.random = RandomState.now(device)
-        kind = device.type
-        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self._has_begun: list[bool] = []
-
-    def restore(self) -> None:
-        """Undo what a call has drawn, and written to buffers, before it is made once more."""
-        self.random.restore()
-        if self._buffers is not None:
-            self._buffers.restore()
-
-    def watch(self, outputs: Any) -> None:
-        """Note when a backward pass of the call begins."""
-        begun = self._has_begun
-        for t in _tensors(outputs):
-            if t.grad_fn is not None:
-                t.grad_fn.register_prehook(lambda grads: begun.append(True))
-
-    def require_unchanged(self, module: nn.Module, arguments: Any) -> None:
-        """Raise where the call could not be made once more."""
-        now = _state(module, arguments)
-        is_same = len(now) == len(self._state) and all(
-            a[0] is b[0] and a[1] == b[1] for a, b in zip(now, self._state, strict=True)
-        )
-        if self._has_begun or not is_same or has_shards(module):
-            raise RuntimeError(
-                "the cache of this training call was not computed, and can no longer be: read it "
-                "before backward and before weights change, and not of a sharded model; or pass "
-                "use_cache=True, which fills it at once"
-            )
-
-
-def _state(module: nn.Module, arguments: Any) -> list[tuple[Any, Any]]:
-    """The modules, parameters, buffers and given tensors of a call, and what changes in them."""
-    modules = list(module.modules())
-    state: list[tuple[Any, Any]] = [(m, m.training) for m in modules]
-    for m in modules:
-        state += [(t, _version(t)) for t in (*m._parameters.values(), *m._buffers.values())]
-    return state + [(t, _version(t)) for t in _tensors(arguments)]
-
-
-def _version(t: Tensor | None) -> int | None:
-    return None if t is None or t.is_inference() else t._version
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-
-
-# ------------------------------------------------------------------- layers that share their place
-
-
-class SharedCacheIndices:
-    """Whether two layers write to one place of the cache: the second reads what the first wrote.
-
-    Asked at each step; the layers are searched only when they, or their parts, have changed.
+    ``backbones`` gives the modules that a causal LM passes its other arguments on to.
     """
 
-    def __init__(self) -> None:
-        self._known: tuple[list[Any], bool] = ([], False)
+    def __init__(
+        self,
+        session: Session,
+        original: Original,
+        backbones: Callable[[nn.Module], Sequence[nn.Module]] = lambda module: (),
+    ) -> None:
+        self._session, self._original, self._backbones = session, original, backbones
+        self._known: tuple[Any, list[str] | None] = (None, None)
 
-    def any_in(self, backbone: nn.Module) -> bool:
-        """Whether there are such layers in ``backbone``."""
-        layers = [
-            layer
-            for stack in _stacks(backbone)
-            for layer in stack._modules.values()
-            if layer is not None
-        ]
-        parts = [p for layer in layers for p in (layer, *layer._modules.values()) if p is not None]
-        # references, and not their ids: another module may get the id of one that is gone
-        now = [(weakref.ref(p), p.__dict__.get(_INDEX)) for p in parts]
-        if now != self._known[0]:
-            self._known = now, any(map(_share_an_index, _stacks(backbone)))
+    def is_unwanted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True for a training call that says nothing about the cache it would make."""
+        names = self._positional(module) if _is_configured(module) else None
+        if names is None or _SWITCH in names[: len(args)]:
+            return False
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(given.get(n) is not None for n in (_SWITCH, *CACHE_ARGUMENTS)):
+            return False
+        choices, several = self._session.choices, False
+        hooked = [*self._backbones(module), *[module] * (self._session.state.replay is not None)]
+        if any(m._forward_hooks and not gathers(m) for m in hooked):  # which get the cache
+            return False
+        if given.get("attention_mask") is None or choices.options.packs:
+            # with a cache, masks ignore the positions: samples that share a row see each other
+            several = self._session.state.segments.has_several()
+        if several and not choices.options.packs:
+            return False
+        return (
+            (several or (module.training and torch.is_grad_enabled()))
+            and given.get("return_dict", getattr(module.config, "return_dict", True)) is not False
+            and global_hook_reason() is None
+            and transform_reason(args, kwargs, choices.fake) is None
+            and all(map(_is_ordinary, _stacks(module)))
+        )
+
+    def replaced(self, outputs: Any) -> Any:
+        """The outputs of such a call, with an object in the place of the cache."""
+        if not (isinstance(outputs, Mapping) and is_dataclass(outputs)):
+            return outputs
+        names = [f.name for f in fields(outputs)]
+        name = next((n for n in CACHE_ARGUMENTS if n in names and outputs.get(n) is None), None)
+        if name is None:
+            return outputs
+        from transformers import DynamicCache
+
+        outputs[name] = cache = DynamicCache()
+        for later in names[names.index(name) + 1 :]:  # the order of eager outputs
+            if later in outputs:
+                outputs.move_to_end(later)
+        if self._session.state.replay is None:
+            _close(cache)
+        else:  # it goes through a graph
+            self._session.state.on_return.append(functools.partial(_close, cache))
+        return outputs
+
+    def _positional(self, module: nn.Module) -> list[str] | None:
+        """The positional parameters; None where a forward has no switch that may be left out."""
+        function = self._original.function(module)
+        if self._known[0] is not function:
+            own = inspect.signature(function).parameters
+            names = [n for n, p in own.items() if p.kind in _POSITIONAL]
+            every = dict(own)
+            if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
+                for backbone in self._backbones(module):
+                    every = {**inspect.signature(backbone.forward).parameters, **every}
+            switch = every.get(_SWITCH)
+            # a tuple would lose one of its places
+            is_record = "return_dict" in every or any(map(_is_record, _returned(function)))
+            is_switch = switch is not None and switch.default is None and is_record
+            names = names[1:] if self._original.is_method else names
+            self._known = function, names if is_switch else None
         return self._known[1]
+
+
+def _is_configured(module: nn.Module) -> bool:
+    """Return True if the configuration asks for a cache; an encoder makes none."""
+    config = getattr(module, "config", None)
+    if getattr(config, "is_decoder", True) is False and not getattr(
+        config, "is_encoder_decoder", False
+    ):
+        return False
+    inner = getattr(config, "get_text_config", lambda: None)()
+    return any(getattr(c, _SWITCH, None) is True for c in (config, inner))
+
+
+def _returned(forward: Callable[..., Any]) -> tuple[Any, ...]:
+    """The types that a function says it returns."""
+    try:
+        returned = typing.get_type_hints(inspect.unwrap(forward)).get("return")
+    except Exception:  # a name that is imported for type checkers alone
+        returned = inspect.signature(forward).return_annotation
+    return typing.get_args(returned) or (returned,)
+
+
+def _is_record(kind: Any) -> bool:
+    """Return True for an output class: a dataclass that is a mapping of its fields."""
+    return isinstance(kind, type) and issubclass(kind, Mapping) and is_dataclass(kind)
 
 
 def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -283,16 +141,70 @@ def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _stacks(child)
 
 
-def _share_an_index(stack: nn.ModuleList) -> bool:
-    """Whether two layers are one module, or have one index."""
-    seen: set[tuple[str, int]] = set()
-    layers = [m for m in stack._modules.values() if m is not None]
-    for layer in layers:
-        for path, module in layer.named_modules():
-            index = module.__dict__.get(_INDEX)
-            if type(index) is int and index >= 0:
-                if (path, index) in seen:
-                    return True
-                seen.add((path, index))
-    composite = all(any(True for _ in m.children()) for m in layers)
-    return composite and len(set(map(id, layers))) < len(layers)
+def _is_ordinary(stack: nn.ModuleList) -> bool:
+    """Return True if the layers read nothing from the cache that their model makes for them."""
+    seen: set[Any] = set()
+    for layer in filter(None, stack._modules.values()):
+        # a checkpoint drops the cache
+        if getattr(layer, "gradient_checkpointing", False):
+            return False
+        if layer._modules and layer in seen:
+            return False
+        seen.add(layer)
+        for path, part in _parts(layer, ""):
+            hooked = part._forward_hooks_with_kwargs or part._forward_pre_hooks_with_kwargs
+            if hooked and not gathers(part):  # it sees the cache
+                return False
+            index = part.__dict__.get(_INDEX)
+            if type(index) is not int or index < 0:  # -1: its caller says which place it has
+                continue
+            if (path, index) in seen:  # it reads what another one wrote
+                return False
+            seen.add((path, index))
+    return True
+
+
+def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module and all below it, with their paths."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _parts(child, f"{path}.{name}")
+
+
+def _close(cache: Any) -> None:
+    cache.__dict__.clear()
+    cache.__class__ = _unmade()
+
+
+@functools.cache
+def _unmade() -> type:
+    """A class of caches that raise an error when they are used."""
+    from transformers import DynamicCache
+
+    attributes = {*dir(DynamicCache), *vars(DynamicCache())}
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(NOT_MADE)
+
+    def getattribute(self: Any, name: str) -> Any:
+        if name in attributes and not name.startswith("__"):
+            refuse()
+        return object.__getattribute__(self, name)
+
+    kept = ("__init__", "__repr__", "__class__", "__bool__")
+    operators = {n for n in dir(DynamicCache) if inspect.isfunction(getattr(DynamicCache, n))}
+    methods: dict[str, Any] = {
+        n: refuse
+        for n in (*operators, "__deepcopy__", "__reduce_ex__", "__setattr__")
+        if n.startswith("__") and n not in kept
+    }
+    methods |= {"__getattribute__": getattribute, "__bool__": lambda self: True}
+    methods["__repr__"] = lambda self: "DynamicCache(not made)"
+    return type(DynamicCache.__name__, (DynamicCache,), methods)
+
+
+NOT_MADE = (
+    "this training call made no cache, since it did not ask for one: pass use_cache=True, which "
+    "runs the original code of the blocks"
+)

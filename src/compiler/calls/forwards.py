@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...graph.opaque.parts import register
 from ...graph.opaque.quantized import restore_states
-from ...graph.segments import with_boundaries
 from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import in_backward, inside_checkpoint
-from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, is_cache, passes_cache
+from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks, passes_cache
 from ..copies.forward_copies import using_copies
-from ..regions import leading_sizes, mark_dynamic, unmark
+from ..regions import first_tensor, leading_sizes, mark_dynamic, unmark
 from ..sample_masks import Masked, Places, with_first_keys, with_whole_masks
 from ..segments import BlockSegments, Segmented, binding_checkpoints
-from ..session import Capture, Session, first_tensor
+from ..session import Capture, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
 from .input_gradients import input_without_gradient, shown_with_gradient
@@ -75,24 +73,22 @@ def block_forward(
     """The forward of a block, or of a module outside (``kind``); a ``compiled`` form per level."""
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     is_inactive, segments = inactive_check(session), session.state.segments
-    races = session.choices.races
+    small_blocks = session.choices.small_blocks
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
-        withheld = session.state.withheld
-        results = run(self, *args, **kwargs)
-        if withheld is not None:
-            withheld.note(results)
-        return results
+        return run(self, *args, **kwargs)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        packs = None
-        if kind == "block" and segments.concern(kwargs):
-            packs = _given(session, original, self, args, kwargs)
-        if session.state.withheld is not None:
-            args, kwargs = session.state.withheld.withhold(self, args, kwargs)
-        failed = session.failure(self) or session.choices.by_rows.reason(self)
+        packs = _given(session, original, self, args, kwargs) if kind == "block" else None
+        if packs is None or packs.segments is None:  # first: a small call is to cost little
+            sizes = leading_sizes(args, kwargs)
+            small = small_blocks.reason(first_tensor(args, kwargs), sizes)
+            if small is not None:
+                session.log.note(self, small, faster=True)
+                return _run_original(session, original, self, args, kwargs, packs)
+        failed = session.failure(self)
         if failed is not None:
             return _bypassed(session, failed, original, self, args, kwargs, packs)
         if packs is None and passes_cache(args, kwargs):
@@ -112,15 +108,6 @@ def block_forward(
                 session.leave(self, reason)
             return _bypassed(session, reason, original, self, args, kwargs, packs)
         sizes = leading_sizes(args, kwargs)
-        if not units and (packs is None or packs.segments is None):
-            x = first_tensor(args, kwargs)
-            lost = races.reason(
-                self, kind == "block", watch, args, kwargs, x, sizes, run, session.failure
-            )
-            if lost is not None:
-                if lost:
-                    session.log.lose(self, lost, races.has_lost(watch))
-                return _run_original(session, original, self, args, kwargs, packs)
         if units:
             args, kwargs = gathered(units, args, kwargs)
         if watch.packed:
@@ -132,50 +119,29 @@ def block_forward(
         run_original = functools.partial(
             _run_original, session, original, self, args, kwargs, packs
         )
-        code = watch.code
+        code: Hashable = watch.code
         if packs is not None and packs.segments is not None:
             code = Segmented(code)
 
-        def prepared(args: Any, kwargs: Any, code: Hashable) -> Capture:
-            """What a call is captured by, and with."""
-            mark = functools.partial(
-                _mark, args, kwargs, sizes if kind != "projector" else None, packs
-            )
-            return Capture(lambda: compiled(self, level(), code), args, kwargs, mark)
-
-        def plain() -> Capture:
-            return prepared(*with_whole_masks(args, kwargs), code)
-
-        shown = None
-        if type(self) not in session.state.as_given:
-            shown = _shown(original, watch, args, kwargs, code)
-        capture = plain() if shown is None else prepared(*shown)
+        given, named = args, kwargs
+        masks: Places = ()
+        if original.is_method:
+            given, named, masks = with_first_keys(args, kwargs)
+        given, named = with_whole_masks(given, named)
+        if masks:
+            code = Masked(code, masks)
+        mark = functools.partial(_mark, given, named, sizes if kind != "projector" else None, packs)
+        capture = Capture(lambda: compiled(self, level(), code), given, named, mark)
         context = functools.partial(_around, session, self, watch, packs)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
             segments.given(packs) if packs is not None else _NO_CONTEXT,
         ):
-            results = session.call(
-                self, capture, run_original, context, x, None if shown is None else plain
-            )
+            results = session.call(self, capture, run_original, context, x)
         return units.after(results) if units.is_open else results
 
     return forward
-
-
-def _shown(
-    original: Original, watch: Watch, args: Any, kwargs: Any, code: Hashable
-) -> tuple[Any, Any, Hashable] | None:
-    """Arguments, some of which are shown as something else, and the code; None where none is."""
-    if watch.splits:
-        args, kwargs = with_boundaries(args, kwargs)
-    masks: Places = ()
-    if original.is_method:
-        args, kwargs, masks = with_first_keys(args, kwargs)
-    if not watch.splits and not masks:
-        return None
-    return *with_whole_masks(args, kwargs), Masked(code, masks) if masks else code
 
 
 def _given(
@@ -183,20 +149,11 @@ def _given(
 ) -> BlockSegments | None:
     """The segments that a call of a block is given; None where it mixes no positions."""
     mixes = session.state.watches.has_mixers(module, original.function(module))
-    by_rows = session.choices.by_rows
-    if not mixes and not by_rows.concern(module):
+    if not mixes:
         return None
-    withheld = session.state.withheld
-    if any(
-        # one that fills itself at its first use is not asked
-        v is not None and ((withheld is not None and v is withheld.cache) or is_cache(v))
-        for v in (*args, *kwargs.values())
-    ):
+    if passes_cache(args, kwargs):
         return None
-    packs = session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
-    if packs.segments is not None:
-        by_rows.require_the_same(module)
-    return packs
+    return session.state.segments.of_block(first_tensor(args, kwargs), kwargs)
 
 
 def _run_original(
@@ -215,16 +172,6 @@ def _run_original(
     copy = copies.of(original.function(module)) if copies and original.is_method else None
     below = copies.below(module) if copies else []
     run = functools.partial(original if copy is None else copy, module)
-    by_rows, slot = session.choices.by_rows, session.state.segments.slot
-    for place, m in by_rows.in_block(module) if copies else ():
-        inside = set(m.modules())  # where each row is of one sample
-        below = [(other, c) for other, c in below if other not in inside]
-        function = functools.partial(original, m) if m is module else m.forward
-        forward = by_rows.forward_of(place, m, slot, function)
-        if m is module:
-            run = functools.partial(forward, m)
-        else:
-            below.append((m, forward))
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
@@ -244,8 +191,6 @@ def _around(
         copies = watches.segmented.below(module)
     elif watch.copies:
         copies = watches.opaque.below(module)
-    for part in watch.parts:
-        register(part)
     around: Any = using_copies(copies) if copies else _NO_CONTEXT
     return around if x is None else shown_with_gradient(x, around)
 
@@ -273,8 +218,7 @@ def _bypassed(
     packs: BlockSegments | None,
 ) -> Any:
     session.log.note(module, reason)
-    with session.choices.decoding(module) if reason is A_CACHE else _NO_CONTEXT:
-        return _run_original(session, original, module, args, kwargs, packs)
+    return _run_original(session, original, module, args, kwargs, packs)
 
 
 def _why_not(
@@ -297,8 +241,7 @@ def _level(
     if inside_checkpoint():  # somebody else's: it has another graph there
         planner.note(_CHECKPOINTED)
         return lambda: "outer"
-    if not session.choices.races.is_racing:
-        planner.begin(module, prod(sizes or ()))
+    planner.begin(module, prod(sizes or ()))
     return lambda: planner.level(module)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import typing
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -17,29 +15,26 @@ from torch import Tensor, nn
 from ...kernels import label_counts
 from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
-from ...sharding import in_zero3
 from ..bypass import CACHE_ARGUMENTS, Hooks, hidden_hooks, transform_reason
-from ..logits.deferred import another_awaits
 from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
 from ..session import CallState, Capture, Replay, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
-from .default_cache import DefaultCache, SharedCacheIndices
+from .default_cache import DefaultCache
 from .forwards import Original, inactive_check
 from .opaque_blocks import Results
 from .trainer_heads import ASKED, TrainerHead
 
 
 class _Signature:
-    """What a causal LM's forward takes, and whether it can fill a cache by default."""
+    """The parameters of a causal LM's forward."""
 
-    def __init__(self, forward: Any, is_method: bool, backbones: Sequence[nn.Module]) -> None:
+    def __init__(self, forward: Any, is_method: bool) -> None:
         self.forward = forward
         parameters = inspect.signature(forward).parameters
         positional = [n for n, p in parameters.items() if p.kind in _POSITIONAL]
         self._positional = positional[1:] if is_method else positional
-        self.has_cache = has_cache_switch(forward, parameters_of(forward, backbones))
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """All arguments by name; None where the call is a wrong one."""
@@ -47,29 +42,18 @@ class _Signature:
         wrong = len(arguments) < len(args) or arguments.keys() & kwargs.keys()
         return None if wrong else {**arguments, **kwargs}
 
-    def fills_unused_cache(
-        self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices, fake: bool
-    ) -> bool:
-        """Whether a call with labels fills a cache that nobody reads."""
-        # Without labels its caller makes the loss, and may make something of the cache as well.
-        # Without a cache, models read values (are the positions packed?): tensors must have them.
-        fills = kwargs.get("labels") is not None and self.has_cache and uses_cache(head)
-        fills = fills and cache_is_unused(kwargs) and not indices.any_in(head)
-        return fills and transform_reason((), kwargs, fake) is None
-
 
 class _Signatures:
     """The signature of a module's original forward, read again where somebody has replaced it."""
 
-    def __init__(self, original: Original, backbones: Sequence[tuple[str, ...]]) -> None:
-        self._original, self._backbones = original, backbones
+    def __init__(self, original: Original) -> None:
+        self._original = original
         self._last: _Signature | None = None
 
     def of(self, head: nn.Module) -> _Signature:
         function = self._original.function(head)
         if self._last is None or self._last.forward is not function:
-            backbones = _submodules(head, self._backbones)
-            self._last = _Signature(function, self._original.is_method, backbones)
+            self._last = _Signature(function, self._original.is_method)
         return self._last
 
 
@@ -89,9 +73,10 @@ def head_forward(
     another session where a second model that has the same backbone was optimized later. There is
     one ``compiled`` form for each set of arguments.
     """
-    cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
-    signatures = _Signatures(original, outside if results is None else ())
-    lazy, fake = session.choices.options.logits == "lazy" and results is None, session.choices.fake
+    is_inactive, signatures = inactive_check(session), _Signatures(original)
+    passed_on = outside if results is None else ()
+    cache = DefaultCache(session, original, lambda head: _submodules(head, passed_on))
+    lazy = session.choices.options.logits == "lazy" and results is None
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
@@ -100,14 +85,20 @@ def head_forward(
         arguments = parameters.by_name(args, kwargs)
         if arguments is None:
             return original(self, *args, **kwargs)  # raises the TypeError that it always raised
-        args, kwargs = (), arguments
-        if kwargs.get(ASKED):
-            return fused.function(original, self)(self, *args, **kwargs)
+        if arguments.get(ASKED):
+            return fused.function(original, self)(self, **arguments)
+        if not _is_captured(session, self, outside, arguments, lazy):
+            return original(self, **arguments)
+        if cache.is_unwanted(self, (), arguments):
+            return cache.replaced(call(self, {**arguments, "use_cache": False}))
+        return call(self, arguments)
+
+    def call(self: nn.Module, kwargs: dict[str, Any]) -> Any:
         training = self.training and torch.is_grad_enabled()
-        if not _is_captured(session, self, outside, kwargs, lazy):
-            return original(self, *args, **kwargs)
-        if training and parameters.fills_unused_cache(self, kwargs, cache_indices, fake):
-            kwargs["use_cache"] = False
+        small = session.choices.small_blocks.reason_of_head(self, kwargs)
+        if small is not None:
+            session.log.note(self, small, faster=True)
+            return original(self, **kwargs)
         watch = session.state.watches.get(self, outside)
         hooks = watch.find_hooks(self)
         if results is not None and hooks.units:  # nothing says where its own part begins
@@ -127,7 +118,7 @@ def head_forward(
             reason = results.unsupported_reason(watch.blocks)
         if reason is not None:
             session.log.note(self, reason)
-            return original(self, *args, **kwargs)
+            return original(self, **kwargs)
         _mark_sizes(kwargs)
 
         def find_compiled() -> Any:
@@ -166,7 +157,7 @@ def _is_captured(
         session.log.note(head, failed)
         return False
     labelled = kwargs.get("labels") is not None
-    return labelled or (lazy and is_step(session, head, outside, kwargs))
+    return labelled or (lazy and is_step(head, kwargs))
 
 
 def _why_not(
@@ -290,7 +281,12 @@ def backbone_forward(
         packs = session.choices.options.packs or session.state.watches.has_mixers(self, function)
         return session.state.segments.run_backbone(original, function, self, args, kwargs, packs)
 
-    run = DefaultCache(session, original, run_in_step)
+    cache = DefaultCache(session, original)
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not cache.is_unwanted(self, args, kwargs):
+            return run_in_step(self, *args, **kwargs)
+        return cache.replaced(run_in_step(self, *args, **{**kwargs, "use_cache": False}))
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def run_uncaptured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -328,89 +324,9 @@ def backbone_forward(
 # --- calls without labels that are a part of training ---------------------------------------------
 
 
-def is_step(
-    session: Session, head: nn.Module, outside: Sequence[tuple[str, ...]], kwargs: dict[str, Any]
-) -> bool:
+def is_step(head: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether a call without labels is a part of training: its caller makes the loss."""
     # One without gradients (a reference) says that it wants no cache: else it may be generation.
-    # In evaluation mode it is one (of a teacher) where the loss of another model is to come.
     if any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
         return False
-    if not head.training:
-        return not kwargs.get("use_cache") and _is_teacher(session, head, outside)
-    return torch.is_grad_enabled() or kwargs.get("use_cache") is False
-
-
-def _is_teacher(session: Session, head: nn.Module, outside: Sequence[tuple[str, ...]]) -> bool:
-    """Whether a call in evaluation mode is compared with another model's logits."""
-    # Logits of a training call of that one wait for their loss. Parameters that are sharded would
-    # be gathered once more when they are read, by all processes: such a teacher's logits are made.
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
-    if not another_awaits(session.log.reads):
-        return False
-    weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
-    if not isinstance(weight, nn.Parameter) or in_zero3(weight) or weight._is_view():
-        return False
-    return not session.state.watches.get(head, outside).find_hooks(head).units
-
-
-# --- the cache that a model fills by default, and nobody reads in training ------------------------
-#
-# Transformers' models fill it unless ``use_cache=False`` is passed. Without it the outputs lack it
-# too, so that happens only where the model itself says what the argument means, and where the
-# values stay what they are.
-
-
-def parameters_of(forward: Any, backbones: Sequence[nn.Module]) -> dict[str, inspect.Parameter]:
-    """The parameters of a head, and of backbones where the head passes on what it is given."""
-    parameters = dict(inspect.signature(forward).parameters)
-    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for backbone in backbones if passes_on else ():
-        parameters = {**inspect.signature(backbone.forward).parameters, **parameters}
-    return parameters
-
-
-def has_cache_switch(
-    forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
-) -> bool:
-    """Whether a causal LM's signature says what ``use_cache`` means, and allows to leave it out."""
-    # a call that does not say it means the configuration, and the outputs are a record with named
-    # fields: a plain tuple would lose one of its places
-    switch = parameters.get("use_cache")
-    if switch is None or switch.default is not None:
-        return False
-    return "return_dict" in parameters or any(map(_is_record, _returned(forward)))
-
-
-def uses_cache(module: nn.Module) -> bool:
-    """Whether the configuration of a causal LM asks for a cache now."""
-    config = getattr(module, "config", None)
-    if getattr(config, "use_cache", None) is True:
-        return True
-    inner = getattr(config, "get_text_config", lambda: None)()
-    return getattr(inner, "use_cache", None) is True
-
-
-def _returned(forward: Callable[..., Any]) -> tuple[Any, ...]:
-    """The types that a function says it returns."""
-    try:
-        returned = typing.get_type_hints(inspect.unwrap(forward)).get("return")
-    except Exception:  # a name that is imported for type checkers alone
-        returned = inspect.signature(forward).return_annotation
-    return typing.get_args(returned) or (returned,)
-
-
-def _is_record(kind: Any) -> bool:
-    """Whether a type is an output class: a mapping of its own fields."""
-    return isinstance(kind, type) and issubclass(kind, Mapping) and is_dataclass(kind)
-
-
-def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
-    """Whether nobody reads, in this call, the cache that is filled by default."""
-    # transformers finds packed samples in ``position_ids`` only without a cache
-    return (
-        kwargs.get("use_cache") is None
-        and all(kwargs.get(n) is None for n in CACHE_ARGUMENTS)
-        and (kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None)
-    )
+    return head.training and (torch.is_grad_enabled() or kwargs.get("use_cache") is False)

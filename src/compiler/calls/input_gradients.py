@@ -8,7 +8,7 @@ compiling a second graph for one block.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from ...graph import facts
-from ...graph.effects import CHECKPOINT, Effects, is_reentrant, needs_gradient
-from ..session import first_tensor
+from ...graph.effects import Effects, needs_gradient
+from ..regions import first_tensor
 
 
 def input_without_gradient(
@@ -78,8 +78,6 @@ def input_gradient_reason(effects: Effects) -> str | None:
         questions = _QUESTIONS.intersection((*code.co_names, *_texts(code.co_consts)))
         if questions:
             return f"{code.co_name} asks for {min(questions)}"
-    if any(map(is_reentrant, effects.checkpoints)):
-        return "a reentrant checkpoint looks at its inputs"
     graph = effects.module.graph
     placeholders = graph.find_nodes(op="placeholder")
     memories = {m for n in placeholders for m in facts.memories(n)}
@@ -115,78 +113,3 @@ def _is_input(node: fx.Node) -> bool:
     t = facts.tensor(node)
     is_given = node.op == "placeholder" and t is not None and not isinstance(t, nn.Parameter)
     return is_given and t is not None and _is_hidden(t)
-
-
-def accumulates_twice(
-    effects: Effects, model: Callable[[], nn.Module | None], region: nn.Module | None
-) -> bool:
-    """Whether a reentrant checkpoint uses a parameter of ``region`` that is used elsewhere, too."""
-    for node in filter(is_reentrant, effects.checkpoints):
-        inputs = (n for n in node.args[1:] if isinstance(n, fx.Node))
-        parameters = [n for n in inputs if isinstance(facts.tensor(n), nn.Parameter)]
-        if any(len(n.users) > 1 or node.args.count(n) > 1 for n in parameters):
-            return True
-        if _is_shared(model(), region):
-            return True
-    return False
-
-
-def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
-    """Whether a parameter of ``region`` has several names in ``model``."""
-    if model is None or region is None:
-        return False
-    parameters = set(region.parameters())
-    names = [p for _, p in model.named_parameters(remove_duplicate=False) if p in parameters]
-    return len(names) > len(parameters)
-
-
-def require_gradients(effects: Effects) -> None:
-    """Refuse, with NotImplementedError, a graph whose reentrant checkpoint would differ or writes.
-
-    Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
-    not tell arguments from what its function closes over, and always gives the gradients. Where an
-    argument has one, too, both are the same.
-
-    An argument that its function uses without a gradient gets none from a captured one. In eager
-    mode the checkpoint is what its history goes on from, and is told that there is none: another
-    such checkpoint before it takes that for zeros.
-
-    Inside another checkpoint it runs once more than a captured one does, and counts once more.
-    """
-    if not torch.is_grad_enabled():
-        return
-    writes = effects.writes
-    for inner in effects.graphs:
-        written: set[int] = set()  # after the node at hand
-        for node in reversed(inner.graph.nodes):
-            if node.target is CHECKPOINT and is_reentrant(node):
-                if node in writes:
-                    raise NotImplementedError(
-                        "a reentrant checkpoint of code that writes: inside another checkpoint it "
-                        "runs once more than a captured one (use_reentrant=False does not)"
-                    )
-                body = facts.body(node.args[0])
-                idle = Effects(body).inputs_without_gradient if body is not None else []
-                # nothing comes before a parameter
-                if any(not isinstance(facts.tensor(node.args[1 + i]), nn.Parameter) for i in idle):
-                    raise NotImplementedError(
-                        "a reentrant checkpoint of an input that is used without a gradient alone: "
-                        "what comes before may get zeros for its gradient, and not none "
-                        "(use_reentrant=False gives none)"
-                    )
-                needs = [n for n in node.args[1:] if isinstance(n, fx.Node) and needs_gradient(n)]
-                if needs and all(_may_have_none(n, written) for n in needs):
-                    raise NotImplementedError(
-                        "a reentrant checkpoint of inputs without a gradient: it gives its "
-                        "parameters none (use_reentrant=False does)"
-                    )
-            written |= {m for n in writes.get(node, ()) for m in facts.memories(n)}
-
-
-def _may_have_none(node: Any, written: set[int]) -> bool:
-    """Whether an argument that needs a gradient in the end may have needed none in its place."""
-    # a write takes the need for a gradient along, into the example value of what it writes to, too
-    if isinstance(facts.tensor(node), nn.Parameter):
-        return True
-    real = facts.real(node)
-    return bool(facts.memories(node) & written) if real is None else not real.requires_grad

@@ -8,6 +8,7 @@ from torch import nn
 
 from ...kernels.launch import has_triton
 from ...kernels.native.build import missing_compiler
+from ...upstream import changed
 
 _MIN_PARAMETERS = 10_000_000
 """Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
@@ -22,7 +23,9 @@ def choose(
     this machine, or a GPU of another one, which is taken to have Triton.
     """
     if codegen == "eager":
-        return codegen, "as asked"
+        return codegen, "as requested"
+    if (reason := changed("Inductor")) is not None:
+        return "eager", f"blocks are not compiled: {reason}"
     if codegen == "auto" and not blocks:
         return "eager", "the model has no repeated blocks"
     size = sum(p.numel() for b in blocks for p in b.parameters())
@@ -33,8 +36,8 @@ def choose(
     if codegen == "auto":
         return ("eager", missing) if missing else ("inductor", "one compilation serves all blocks")
     if missing and place != "meta":
-        return "eager", f"inductor was asked for, but {missing}"
-    return codegen, "as asked"
+        return "eager", f"inductor was requested, but {missing}"
+    return codegen, "as requested"
 
 
 def _missing_compiler(device: str) -> str:

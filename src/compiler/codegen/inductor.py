@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,15 +17,18 @@ import torch._functorch.config as _functorch
 from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 
+from ...graph import facts
 from ...graph.effects import Effects
 from ...graph.run import without_advice
-from ...kernels.launch import READ_ONCE
 from ...kernels.processor import processor
 from ...rewrite.conditions import settings_around
 from ..ranks.compile_lock import first_one_compiles
 from ..ranks.verdicts import called, environment, has_native_kernels, versions
+from ..sharing import UnfrozenWeight
+from ..unit import Run, Unit
 from .cpp_compiler import headers_for_new_kernels, is_proven, kernels_awaited_last
-from .cuda_graphs import BlockGraphs, why_unfit
+
+_logger = logging.getLogger(__name__)
 
 
 def _disable_donation() -> None:
@@ -96,32 +101,55 @@ def _as_in_every_process(module: fx.GraphModule) -> Iterator[None]:
             vars(m).update(fields)
 
 
-def _makes_masks(graph: fx.GraphModule) -> bool:
-    """Whether a mask that an op reads once is made in the graph."""
-    for node in graph.graph.nodes:
-        if node.target not in READ_ONCE:
-            continue
-        names = [argument.name for argument in node.target._schema.arguments]
-        mask = node.args[names.index("mask")]
-        while isinstance(mask, fx.Node) and _is_view(mask):
-            mask = mask.args[0]
-        if isinstance(mask, fx.Node) and mask.op != "placeholder":
-            return True
-    return False
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
-def _masks_in_own_memory() -> Any:
-    # Inductor writes other masks into the memory of those that are no longer needed, and PyTorch
-    # does not note it
-    return torch._inductor.config.patch(allow_buffer_reuse=False, inplace_buffers=False)
-
-
 _OF_ONE_PROCESS = ("meta", "compile_subgraph_reason", "_param_name_to_source", "_backend_id")
+
+
+def compiled_block(unit: Unit) -> Run:
+    """Compile the graph of a block with Inductor; ``unit.notes`` says what its inputs need."""
+    notes = unit.notes
+    inputs = [t.detach() if i in notes.detached else t for i, t in enumerate(unit.examples)]
+    placeholders = unit.graph.graph.find_nodes(op="placeholder")
+    for i in notes.copied:  # whose copies have other strides, if they are no dense memory
+        t: Any = facts.tensor(placeholders[i])
+        inputs[i] = t.detach().clone().requires_grad_(inputs[i].requires_grad)
+    _logger.info(
+        "Inductor compiles a graph of %d operations; other sizes or settings may need another",
+        len(unit.graph.graph.nodes),
+    )
+    absent = AbsentGradients(notes.inputs_of_outputs)
+    settings = {"triton.cudagraphs": True} if unit.choices.options.cuda_graphs else {}
+    run = inductor(unit.graph, inputs, unit.call.preparation, absent, settings)
+    return _of_frozen(_with_detached(run, notes.detached), unit.examples)
+
+
+def _with_detached(run: Run, places: Sequence[int]) -> Run:
+    """``run`` with its arguments at ``places`` detached."""
+    if not places:
+        return run
+
+    def call(*args: Any) -> Any:
+        inputs = list(args)
+        for i in places:
+            inputs[i] = args[i].detach()
+        return run(*inputs)
+
+    return call
+
+
+def _of_frozen(run: Run, examples: Sequence[Any]) -> Run:
+    """``run``, a compiled graph, which refuses inputs that need a gradient and needed none."""
+    # it would give them none, and TorchDynamo 2.11 does not ask whether a weight needs one now
+    frozen = [i for i, t in enumerate(examples) if isinstance(t, Tensor) and not t.requires_grad]
+
+    def call(*args: Any) -> Any:
+        if any([args[i].requires_grad for i in frozen]) and torch.is_grad_enabled():
+            raise UnfrozenWeight(
+                "a weight needs a gradient and needed none when the block was compiled: call "
+                "restore and optimize after weights are unfrozen, or use a newer PyTorch"
+            )
+        return run(*args)
+
+    return call
 
 
 def inductor(
@@ -129,12 +157,12 @@ def inductor(
     examples: Sequence[Any],
     preparation: threading.Thread | None = None,
     absent: AbsentGradients | None = None,
-    graphs: BlockGraphs | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
     """Compile the graph with Inductor; our ops are traced through or called as they are.
 
     ``preparation``, from ``cpp_compiler.prepare``, is waited for as late as possible; ``absent``
-    finds the gradients that eager mode does not have; ``graphs`` run what is compiled.
+    finds the gradients that eager mode does not have; ``settings`` are Inductor's.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -142,22 +170,14 @@ def inductor(
         if preparation is not None:
             preparation.join()
         _disable_donation()
-        # Inductor's passes change it
-        reason = "" if graphs is None else why_unfit(args[0])
-        masks = _masks_in_own_memory() if _makes_masks(args[0]) else nullcontext()
-        with masks, first_one_compiles(*args[:2]):
-            code = compile_fx_inner(*args, **kwargs)
-        if graphs is not None:
-            graphs.around_code(code, reason, bool(kwargs.get("is_backward")))
-        return code
+        with first_one_compiles(*args[:2]):
+            return compile_fx_inner(*args, **kwargs)
 
     if preparation is not None and is_proven():
         preparation.join()  # soon; what it finds loads kernels that are there
     # Donated buffers would forbid a second backward over a retained graph, which eager allows.
-    # AOTAutograd's cache would give code without asking for it; Inductor's remains.
-    cache = _functorch.enable_autograd_cache and graphs is None
     with (
-        _functorch.patch(donated_buffer=False, enable_autograd_cache=cache),
+        _functorch.patch(donated_buffer=False),
         _as_in_every_process(module),
         without_advice(),
         headers_for_new_kernels(),
@@ -167,11 +187,9 @@ def inductor(
             module,
             list(examples),
             inner_compile=compile_prepared,
-            config_patches=_patches(module),
+            config_patches={**_patches(module), **settings},
         )
     run = cast("Callable[..., Any]", compiled)
-    if graphs is not None:
-        run = graphs.around_block(run)
     return _with_checked_backward(run, absent or AbsentGradients(None))
 
 

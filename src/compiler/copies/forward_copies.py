@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from ...graph.opaque.hub_kernels import behind
 from ...graph.signatures import names_in
 
 ForwardCopies = list[tuple[nn.Module, Callable[..., Any]]]
@@ -30,13 +31,11 @@ Replacement = Callable[[Any, set[str]], Any]
 
 
 @contextmanager
-def using_copies(
-    copies: ForwardCopies, bind: Callable[[Any, nn.Module], Any] = types.MethodType
-) -> Iterator[None]:
-    """For one call, let modules run copies of their forwards, bound to them by ``bind``."""
+def using_copies(copies: ForwardCopies) -> Iterator[None]:
+    """For one call, let modules run copies of their forwards."""
     bound = []
     for m, copy in copies:
-        bound.append((m, m.__dict__.get("forward"), bind(copy, m)))
+        bound.append((m, m.__dict__.get("forward"), types.MethodType(copy, m)))
         m.__dict__["forward"] = bound[-1][2]
     try:
         yield
@@ -62,6 +61,7 @@ class FunctionCopies:
         replacement: Replacement,
         live: bool = False,
         finish: Callable[[nn.Module, Any], Any] = lambda module, copy: copy,
+        unwrap: bool = False,
     ) -> None:
         """Make none yet.
 
@@ -71,8 +71,11 @@ class FunctionCopies:
         With ``live``, copies read the other globals where the function does, at each call. Else
         they have them from the time when they were made, which a tracer can follow: when one that
         the code reads is another now, a new copy is made.
+
+        With ``unwrap``, they call the functions that kernels of the Hub may be in the place of.
         """
         self._replacement, self._live, self._finish = replacement, live, finish
+        self._unwrap = unwrap
         self._copied = functools.lru_cache(maxsize=4096)(self._make)
 
     def below(self, module: nn.Module) -> ForwardCopies:
@@ -107,10 +110,12 @@ class FunctionCopies:
         if not isinstance(function, types.FunctionType) or function in outer:
             return None
         outer |= {function}
+        if (plain := behind(function)) is not function:
+            return self._copy(plain, outer, read) or (plain if self._unwrap else None)
         cells = function.__closure__ or ()
         wrapped = [self._copy(cell_contents(cell), outer, read) for cell in cells]
         names, scope = names_in(function.__code__), function.__globals__
-        replaced = ((n, self._replacement(scope.get(n), names)) for n in names)
+        replaced = ((n, self._replaced(scope.get(n), names, outer, read)) for n in names)
         replacements = {n: value for n, value in replaced if value is not None}
         if not replacements and not any(wrapped):
             return None
@@ -125,6 +130,14 @@ class FunctionCopies:
             result.__dict__.pop("__wrapped__", None)
             result.__module__ = scope.get("__name__")  # type: ignore[assignment]
         return result
+
+    def _replaced(self, value: Any, names: set[str], outer: frozenset[Any], read: list[Any]) -> Any:
+        """What a copy calls in place of a global, or None."""
+        function = behind(value)
+        found = self._replacement(function, names)
+        if found is not None or function is value:
+            return found
+        return self._copy(function, outer, read) or (function if self._unwrap else None)
 
 
 def clone_function(

@@ -15,32 +15,29 @@ from typing import Any
 from torch import nn
 
 from ...graph.opaque.functions import (
-    asks_for_place,
     convention,
     leaf,
+    reads_weight,
     segmented_convention,
     segmented_leaf,
     stand_in,
 )
+from ...graph.opaque.hub_kernels import is_replaced
 from .forward_copies import FunctionCopies
 from .parameter_adapters import functional
-
-Finish = Callable[[nn.Module, Any], Any]
-
-
-def opaque_copies(finish: Finish) -> FunctionCopies:
-    """Makes copies of forwards that call what is captured whole by way of leaves.
-
-    ``finish`` changes them further: a submodule and its copy, or None -> what it runs, or None.
-    """
-    return FunctionCopies(_replacement, finish=_and_functional(finish))
+from .towers import with_boundaries
 
 
-def _and_functional(finish: Finish) -> Finish:
-    return lambda module, copy: finish(module, functional(module, copy))
+def opaque_copies() -> FunctionCopies:
+    """Makes copies of forwards that call what is captured whole by way of leaves."""
+    return FunctionCopies(_replacement, finish=_with_kernels, unwrap=True)
 
 
-def segmented_copies(slot: Any, finish: Finish) -> FunctionCopies:
+def _with_kernels(module: nn.Module, copy: Any) -> Any:
+    return functional(module, None if is_replaced(module) else copy)
+
+
+def segmented_copies(slot: Any) -> FunctionCopies:
     """Makes copies of forwards that give the segments in ``slot.value`` to what takes them."""
 
     @functools.cache
@@ -58,7 +55,7 @@ def segmented_copies(slot: Any, finish: Finish) -> FunctionCopies:
             return segmented(value)
         return _gives_none if _has(_does_all, value) else _replacement(value, names)
 
-    return FunctionCopies(replacement, finish=_and_functional(finish))
+    return FunctionCopies(replacement, finish=functional, unwrap=True)
 
 
 def _gives_none(*args: Any, **kwargs: Any) -> None:
@@ -87,18 +84,15 @@ def callers_of_mixers() -> FunctionCopies:
     return FunctionCopies(lambda value, names: takes_segments(value) or None)
 
 
-def mixes_samples(model: nn.Module) -> bool:
-    """Whether samples that share a row see each other while the model is not optimized."""
-    return any(map(callers_of_mixers().of_forward, model.modules()))
-
-
 def _replacement(value: Any, names: set[str]) -> Any:
     """What is called in place of a global function while a block is captured, or None."""
+    if (replaced := with_boundaries(value, names)) is not None:
+        return replaced
     if not callable(value) or isinstance(value, type):
         return None
     if _has(convention, value):
         return leaf(value)
-    return stand_in(value) if asks_for_place(value) else None
+    return stand_in(value) if reads_weight(value) else None
 
 
 def _has(find: Callable[[Any], Any], value: Any) -> bool:

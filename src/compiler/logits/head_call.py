@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,7 @@ from ...graph import facts
 from ...passes.linear_cross_entropy import HEAD, is_bias
 from ...rewrite.matcher import Trace
 from ...sharding import in_zero3, is_released
-from .calls import may_keep_history
-from .changes import Fingerprint, WeightsChanged, is_unchanged, remembered, unchanged
+from .fingerprints import Fingerprint, WeightsChanged, is_unchanged, remembered, unchanged
 from .reads import Reads
 from .sharded import gathered
 
@@ -63,6 +63,12 @@ class HeadParts:
         bias = None if self.bias is None else inputs[self.bias].reshape(-1)
         scale = self.scale if self.factor is None else inputs[self.factor].reshape(())
         return Operands(x, inputs[self.weight], bias, scale, self.softcap, 1.0 / factor)
+
+    def with_rows(self, inputs: Sequence[Any], index: Tensor) -> tuple[Any, ...]:
+        """The inputs with the rows ``index`` alone."""
+        rows = inputs[self.x]
+        rows = rows.reshape(-1, rows.shape[-1]).index_select(0, index)
+        return tuple(rows if i == self.x else t for i, t in enumerate(inputs))
 
     def is_plain(self, inputs: Sequence[Any]) -> bool:
         """Whether rows and head are ordinary tensors that are whole on this process."""
@@ -129,17 +135,6 @@ class Plan:
     reads: Reads
 
 
-@dataclass(frozen=True, eq=False)
-class Picks:
-    """Some columns of some rows of one call, as they were given out."""
-
-    key: tuple[Any, ...]  # of the operations that they are of
-    index: Tensor | None  # (N,), which rows of the call; None for all of them
-    columns: Tensor  # (N, K)
-    values: Tensor | None  # (N, K); None where only the classes were given out
-    is_top: bool  # whether no other column of the row is higher
-
-
 @dataclass(eq=False)
 class HeadCall:
     """One call: its two formulas, and what they are computed in."""
@@ -153,16 +148,19 @@ class HeadCall:
     before: Fingerprint
     # of the inputs, which tell them from what a checkpoint computes in their place
     storages: list[int | None]
-    is_trained: bool  # whether an optimizer may change what the rows are multiplied with
     # gives the model that was called, or None once that is gone
     model: Callable[[], nn.Module | None]
     call: str  # names it on every process
     reads: int = 0  # how often the logits were computed; it tells the reads of one call apart
     # the inputs of the logits and the history that leads to them, if they were computed
     made: tuple[list[Any], Any] | None = None
-    # single ones that were given out before they were
-    picked: list[Picks] = field(default_factory=list)
-    is_done: bool = False  # whether something was computed of them in tiles
+    # aliases without a history, which may be kept across an optimizer's step
+    detached: list[weakref.ref[Any]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return prod(self.shape[:-1])
 
     @contextmanager
     def mode(self, grad: bool) -> Iterator[None]:
@@ -182,23 +180,26 @@ class HeadCall:
         ):
             yield
 
-    def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
-        """The values of the logits, without a history."""
+    def compute(self, inputs: tuple[Any, ...], keep: bool, index: Tensor | None = None) -> Tensor:
+        """The values of the logits, or of the rows ``index``, without a history.
+
+        With ``keep``, the history that leads to the inputs is kept for backward where it is small.
+        """
         self.reads += 1
         with gathered(self.model(), inputs, f"{self.call}-{self.reads}"):
-            return self._compute(inputs, keep)
-
-    def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
-        if not is_unchanged(inputs, self.before):
-            raise WeightsChanged
-        if not (keep and self.plan.keeps and may_keep_history()):
-            with self.mode(False):
-                return self.logits(*inputs)
-        leaves = [as_leaf(t) for t in inputs]
-        with self.mode(True):
-            logits = self.logits(*leaves)
-        self.made = leaves, get_gradient_edge(logits)
-        return logits.detach()
+            if not is_unchanged(inputs, self.before):
+                raise WeightsChanged
+            if index is not None:
+                assert self.plan.head is not None
+                inputs = self.plan.head.with_rows(inputs, index)
+            if not (keep and self.plan.keeps and _may_keep_history()):
+                with self.mode(False):
+                    return self.logits(*inputs)
+            leaves = [as_leaf(t) for t in inputs]
+            with self.mode(True):
+                logits = self.logits(*leaves)
+            self.made = leaves, get_gradient_edge(logits)
+            return logits.detach()
 
     def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:
         """Whether the head's operands are known, whole, and what they were in the forward pass."""
@@ -237,6 +238,12 @@ def aliases(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         else t
         for t in inputs
     )
+
+
+def _may_keep_history() -> bool:
+    """False where a transform forbids hooks on saved tensors."""
+    refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return refused is None
 
 
 def storage(t: Any) -> int | None:

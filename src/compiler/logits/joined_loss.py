@@ -12,24 +12,22 @@ added to another gradient, its values are computed, and sent back through the pr
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...kernels.loss import linear_cross_entropy_parts as op
+from ...kernels.loss import head_op as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
 from ...sharding import in_zero3
-from .changes import KeptLogits, fingerprint
-from .deferred import Deferred, stop_waiting
+from .endings import ENDINGS
+from .fingerprints import WeightsChanged, fingerprint
 from .head_call import HeadCall, Plan, aliases, called_model, storage
 from .lazy_gradient import LazyGradient
-from .lazy_logits import LazyLogits
-from .recorded.endings import HANDLERS
-from .recorded.rows import HeadRows
+from .lazy_logits import Buffer, LazyLogits
 from .sharded import call_name
 
 
@@ -44,8 +42,8 @@ def _logits_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
             logits: Tensor = ctx.join.logits(*own)
         return logits
 
-    if isinstance(grad, LazyLogits):
-        grad = grad.materialize()
+    if isinstance(grad, LazyGradient):
+        grad = grad.values()
     return (None,) * _FIRST + gradients(formula, inputs, ctx.needs_input_grad[_FIRST:], (grad,))
 
 
@@ -70,15 +68,15 @@ class _Logits(torch.autograd.Function):
     @differentiable(_logits_double_backward, always=True)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        model = ctx.join.model()
-        if model is not None:
-            KeptLogits.of(model).compute()  # an optimizer's step comes next
-        stop_waiting(ctx.join.plan.reads)
+        for reference in ctx.join.detached:  # an optimizer's step comes next
+            if (kept := reference()) is not None and not kept.requires_grad:
+                with contextlib.suppress(WeightsChanged):  # its reader gets it
+                    kept.fill()
         if grad is None:
             return (None,) * len(needs)
-        if isinstance(grad, LazyGradient) and not grad.is_written:
-            return None, *grad.direct(len(needs) - 1)
-        if isinstance(grad, LazyLogits):
+        if isinstance(grad, LazyGradient):
+            if grad.is_direct:
+                return None, *grad.direct(len(needs) - 1)
             grad = grad.values()
         if ctx.join.made is None:
             return _logits_double_backward(ctx, grad)
@@ -161,10 +159,9 @@ def _make_join(
     plan: Plan = logits.meta["plan"]
     model = called_model(plan)
     call = call_name(model())
-    trained = any(isinstance(t, Tensor) and t.requires_grad and t is not rows for t in inputs)
     return HeadCall(
         plan, logits, loss, shape, device, autocast, fingerprint(inputs),
-        [storage(t) for t in inputs], trained, model, call,
+        [storage(t) for t in inputs], model, call,
     )  # fmt: skip
 
 
@@ -179,15 +176,11 @@ def _needs_history(tensors: Iterable[Any]) -> bool:
 
 
 def _without_history(join: HeadCall, rows: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-    """The logits of a call that needs no gradient: nothing that can be foreseen spoils them."""
-    model = join.model()
+    """The logits of a call that needs no gradient."""
     if not join.plan.lazy:
         return join.compute(inputs, False)
-    late_inputs = aliases(tuple(t.clone() if t is rows else t for t in inputs))
-    logits = _lazy(join, late_inputs)
-    if model is not None and KeptLogits.of(model).watch(model, inputs):
-        logits.keep(KeptLogits.of(model), lambda: join.is_done)
-    return logits
+    # the caller may write to rows that no backward pass needs
+    return _lazy(join, aliases(tuple(t.clone() if t is rows else t for t in inputs)))
 
 
 def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: Any) -> Tensor:
@@ -197,8 +190,6 @@ def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: An
         return _without_history(join, rows, inputs)
     nothing = (None,) * op.OPERANDS
     result: Tensor = _Logits.apply(join, *nothing, *inputs)  # type: ignore[no-untyped-call]
-    if isinstance(result, LazyLogits):
-        result.wait_for_loss(join.plan.reads)
     return result
 
 
@@ -232,14 +223,4 @@ def loss_and_logits(
 
 def _lazy(call: HeadCall, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
     """The logits, computed when they are read; with a history to ``keep`` if possible."""
-    rows = HeadRows(call, inputs, HANDLERS)
-
-    def values(keep: bool) -> Tensor:
-        result = call.compute(inputs, keep)
-        rows.finish(result)
-        return result
-
-    source = Deferred(functools.partial(values, keep), functools.partial(values, False))
-    logits = LazyLogits(source, call.shape, call.plan.dtype, call.device)
-    logits.recorded = rows
-    return logits
+    return LazyLogits.of(Buffer(call, inputs, call.shape, call.plan.dtype, ENDINGS, keep))

@@ -1,174 +1,188 @@
-"""Gradients of lazy logits, and recorded operations in autograd's graph."""
+"""Gradients of logits whose values are computed only where something looks at them."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ...kernels.second_order import differentiable, gradients
-from .deferred import Change
-from .lazy_logits import LazyLogits
+aten = torch.ops.aten
+
+_HISTORY = {
+    "grad_fn", "grad", "is_leaf", "output_nr", "retains_grad", "_base", "_backward_hooks",
+    "_version", "register_hook", "retain_grad", "requires_grad_",
+}  # fmt: skip
+_ATTRIBUTES = {
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
+    "is_sparse", "is_quantized", "is_meta", "is_nested", *_HISTORY,
+}  # fmt: skip
+_METHODS = {
+    "size", "dim", "numel", "is_floating_point", "is_complex", "nelement", "ndimension", "__len__",
+    "element_size", "get_device", "is_contiguous", "stride", "storage_offset", "is_inference",
+    "_is_view", *_HISTORY,
+}  # fmt: skip
+
+
+def describes(func: Any, name: str) -> bool:
+    """True for functions that read or change what is known of a tensor without its values."""
+    if name in ("__get__", "__set__", "__delete__"):
+        return getattr(func.__self__, "__name__", "") in _ATTRIBUTES
+    return name in _METHODS
+
 
 Part = Callable[[], list[Any]]
-"""A part of the gradients of operands and inputs; None in it where there is nothing to add."""
+"""Computes a part of the gradients of operands and inputs; None where there is nothing to add."""
 
 
-class LazyGradient(LazyLogits):
-    """The gradient of logits; what it makes of the gradients before it is known without values.
+class LazyGradient(Tensor):
+    """The gradient of logits, as a loss sends it back.
+
+    It passes through the backward nodes of views, casts and scales as it is: the gradients of
+    rows and head are those that the losses found. Any function that is called on it, by a hook for
+    example, computes the values, and these go on in its place.
 
     Attributes:
-        parts: give these, as long as nobody has written to the values: for each operand of the
-            fused loss, then for each input of the logits. They are to be added up.
-        addends: the gradients that this is the sum of, if it is one.
+        parts: compute the gradients of the fused loss's operands, then of the inputs of the logits;
+            they are to be added up.
     """
 
     parts: list[Part]
-    addends: list[LazyGradient]
+    _compute: Callable[[], Tensor]
+    _found: Tensor | None = None
+    _is_read = False
 
     @staticmethod
-    def of(like: Tensor, compute: Callable[[], Tensor], parts: list[Part]) -> LazyGradient:
-        """The gradient of ``like``; ``compute`` gives its values."""
-        gradient = LazyGradient(compute, tuple(like.shape), like.dtype, like.device)
-        assert isinstance(gradient, LazyGradient)
-        gradient.parts, gradient.addends = parts, []
+    def of(
+        like: Tensor, compute: Callable[[], Tensor], parts: list[Part], device: Any = None
+    ) -> LazyGradient:
+        """A gradient of the form of ``like``; ``compute`` returns its values."""
+        gradient: LazyGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyGradient, like.size(), strides=like.stride(), dtype=like.dtype,
+            device=like.device if device is None else device,
+        )  # fmt: skip
+        torch._C._set_throw_on_mutable_data_ptr(gradient)
+        gradient._compute, gradient.parts = compute, parts
         return gradient
 
-    def plus(self, other: Any) -> Any:
-        """The sum, if it is lazy as well; else NotImplemented."""
-        if not isinstance(other, LazyGradient) or self.is_written or other.is_written:
-            return NotImplemented
-        if self.shape != other.shape or self.dtype != other.dtype:
-            return NotImplemented
-        addends = [*(self.addends or [self]), *(other.addends or [other])]
+    def values(self) -> Tensor:
+        """The values, which are this gradient from now on: they may be written to."""
+        if self._found is None:
+            self._found = self._compute()
+        self._is_read = True
+        return self._found
 
-        def compute() -> Tensor:
-            total = addends[0].values().clone()
-            for addend in addends[1:]:
-                total += addend.values()
-            return total
+    def peek(self) -> Tensor:
+        """The values, for another gradient that is made of them."""
+        return self._compute().clone() if self._found is None else self._found
 
-        total = LazyGradient.of(self, compute, [*self.parts, *other.parts])
-        total.addends = addends
-        return total
+    @property
+    def is_direct(self) -> bool:
+        """True while ``parts`` are the whole gradient: its values were not given out."""
+        return not self._is_read
 
     def direct(self, count: int) -> list[Any]:
         """The gradients of ``count`` operands and inputs, added up in fp32."""
-        parts = _joined(self.parts)
-        if len(parts) == 1:
-            return parts[0]()
+        if len(self.parts) == 1:
+            return self.parts[0]()
         totals: list[Any] = [None] * count
         dtypes: list[Any] = [None] * count
-        for part in parts:
+        for part in self.parts:
             for i, grad in enumerate(part()):
                 if grad is None:
                     continue
                 if totals[i] is None:
-                    totals[i], dtypes[i] = _wide_copy(grad), grad.dtype
+                    wide = grad.dtype in (torch.float32, torch.float64)
+                    totals[i], dtypes[i] = grad.clone() if wide else grad.float(), grad.dtype
                 else:
                     totals[i] += grad
         return [t if t is None else t.to(d) for t, d in zip(totals, dtypes, strict=True)]
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if describes(func, getattr(func, "__name__", "")):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
+        args, kwargs = tree_map(_real, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
-def _joined(parts: list[Part]) -> list[Part]:
-    """The parts, where those that have a ``key`` in common are made ``together``."""
-    groups: dict[Any, list[Any]] = {}
-    for part in parts:
-        groups.setdefault(getattr(part, "key", id(part)), []).append(part)
-    return [g[0] if len(g) == 1 else functools.partial(g[0].together, g) for g in groups.values()]
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # 2026-11-24: torch types it as a method
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with enable_reentrant_dispatch():
+            if _passes(func, args):
+                return _passed(func, args, kwargs)
+            args, kwargs = tree_map(_real, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def __repr__(  # type: ignore[override]  # 2026-11-24: torch calls the argument otherwise
+        self, *, tensor_contents: Any = None
+    ) -> str:
+        return repr(self.values())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.values().clone()
 
 
-def _wide_copy(t: Tensor) -> Tensor:
-    return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
+_INTO = {aten.index_put.default, aten.index_add.default}
+_PASSED = {
+    aten.slice_backward.default, aten.select_backward.default, aten.cat.default, aten.stack.default,
+    aten.clone.default, aten._to_copy.default, aten.neg.default, aten._unsafe_view.default,
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.sum.dim_IntList,
+    aten._log_softmax_backward_data.default, aten.new_zeros.default, aten.add.Tensor, *_INTO,
+}  # fmt: skip
+"""Operators of the backward nodes between a loss and the logits, besides views, and sums of them.
+
+Python code cannot call them on a ``LazyGradient``: its ``__torch_function__`` gives them values.
+"""
 
 
-def apply_change(change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
-    """What an operation makes of ``z`` and ``others``: lazy as well, with a history."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *others)):
-        result: LazyLogits = _Changed.apply(change, z, *others)  # type: ignore[no-untyped-call]
-    else:
-        result = z.changed(change, *others)
-    if change.is_view:
-        z.share(result, change.function)
-    return result
+def _real(x: Any) -> Any:
+    return x.values() if isinstance(x, LazyGradient) else x
 
 
-def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad
-    if grad is None:
-        return (None,) * len(needs)
-    require_unwritten(ctx.inputs, ctx.writes)
-    real = [z.materialize() if isinstance(z, LazyLogits) else z for z in (grad, *ctx.inputs)]
-    return None, *gradients(ctx.change.function, real[1:], needs[1:], real[:1])
+def _passes(func: Any, args: Any) -> bool:
+    """True where the result of ``func`` is a gradient of logits that has the same parts."""
+    if not (func.is_view or func in _PASSED):
+        return False
+    summed = args[:2] if func is aten.add.Tensor else args[:1]
+    summed = [*summed, args[2]] if func is aten.index_put.default else summed
+    summed = [*summed, args[3]] if func is aten.index_add.default else summed
+    return all(isinstance(x, LazyGradient) and x.is_direct for x in tree_leaves(summed))
 
 
-class _Changed(torch.autograd.Function):
-    """A recorded operation. A lazy gradient passes through it as it is."""
+def _passed(func: Any, args: Any, kwargs: Any) -> Any:
+    sources = [x for x in tree_leaves(args) if isinstance(x, LazyGradient)]
+    given = {k: v for k, v in kwargs.items() if k != "device"}
+    like = sources[0] if func in _INTO else func(*tree_map(without_values, args), **given)
+    if func is aten.new_zeros.default:
+        size, dtype, device = like.size(), like.dtype, sources[0].device
+        return LazyGradient.of(
+            like, lambda: torch.zeros(size, dtype=dtype, device=device), [], device
+        )
 
-    @staticmethod
-    def forward(ctx: Any, change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
-        result = z.changed(change, *others)
-        ctx.change, ctx.inputs, ctx.made = change, (z, *others), result.snapshot()
-        ctx.likes = [like(t) for t in ctx.inputs]
-        ctx.values = [t.snapshot() for t in ctx.inputs]
-        ctx.writes = [t.writes for t in ctx.inputs]
-        ctx.set_materialize_grads(False)
+    def compute() -> Tensor:
+        values = tree_map(lambda x: x.peek() if isinstance(x, LazyGradient) else x, args)
+        with torch.no_grad():
+            result: Tensor = func(*values, **kwargs)
         return result
 
-    @staticmethod
-    @differentiable(_double_backward)
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad
-        if grad is None:
-            return (None,) * len(needs)
-        indices = [i for i, need in enumerate(needs[1:]) if need]
-        grads: list[Any] = [None] * len(needs)
-        for i in indices:
-            function = functools.partial(_gradient, ctx, i)
-            if isinstance(grad, LazyGradient) and not grad.is_written:
-                # one of them has the whole: so it is there once, as long as both are lazy
-                parts = grad.parts if i == indices[0] else []
-                compute = functools.partial(_gradient_of, function, grad)
-                grads[i + 1] = LazyGradient.of(ctx.likes[i], compute, parts)
-            else:
-                grads[i + 1] = function(grad.values() if isinstance(grad, LazyLogits) else grad)
-        return tuple(grads)
+    parts = [part for source in sources for part in source.parts]
+    return LazyGradient.of(like, compute, parts, sources[0].device)
 
 
-def _gradient_of(function: Callable[[Tensor], Tensor], grad: LazyGradient) -> Tensor:
-    return function(grad.values())
-
-
-def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
-    """The gradient of the input ``i`` of a recorded operation, computed."""
-    change: Change = ctx.change
-    if change.backward is not None:
-        return change.backward(grad, ctx.made.values())
-    if change.is_linear:
-        inputs = [t.detach() for t in ctx.likes]
-    else:
-        inputs = [t.values().detach() for t in ctx.values]
-    needs = [j == i for j in range(len(inputs))]
-    with torch.no_grad():
-        grads = gradients(change.function, [t.requires_grad_() for t in inputs], needs, (grad,))
-    result: Tensor = grads[i]
-    return result
-
-
-def like(z: Tensor) -> Tensor:
-    """Zeros of the shape of ``z``, which take no memory."""
-    return torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape)
-
-
-def require_unwritten(tensors: Sequence[Any], writes: Sequence[int]) -> None:
-    """Raise RuntimeError if logits under a second derivative were written to since ``writes``."""
-    for z, before in zip(tensors, writes, strict=True):
-        if not isinstance(z, LazyLogits) or z.writes != before:
-            raise RuntimeError(
-                "the gradient of a gradient of these logits cannot be computed: they were written "
-                "to since. "
-                "Write to logits.clone(), or use fusewright.optimize(model, logits='always')."
-            )
+def without_values(x: Any) -> Any:
+    """A tensor on the device ``meta``, to find the form of a result."""
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")

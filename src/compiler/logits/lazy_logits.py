@@ -1,439 +1,445 @@
-"""Values that are computed when somebody reads them: logits, and the gradients of logits.
+"""Logits whose memory is filled when their values are first read.
 
-``outputs.logits`` of a training step is read by metrics and by custom losses, and by nobody else;
-for a large vocabulary it is the largest tensor of the step. A ``LazyLogits`` takes its place. To
-autograd it is a tensor like any other, with a history, hooks and a gradient: only its values are
-missing.
+``outputs.logits`` of a training step is read by metrics and by custom losses, and by nothing else;
+for a large vocabulary it is the largest tensor of the step. A ``LazyLogits`` takes its place: a
+tensor with shape, dtype, history and version counter, whose memory does not exist yet.
+
+- Views of it are views in the same memory, made by PyTorch itself.
+- Casts, scales, choices of rows and log-softmaxes are pending tensors in other memory.
+- The functions of ``endings.py`` compute losses and log-probabilities in tiles, from the rows and
+  the head's weight.
+- Everything else fills the memory. From then on all of PyTorch (in-place writes, aliases, hooks,
+  versions) works on an ordinary tensor.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import enable_reentrant_dispatch
-from torch.utils import swap_tensors
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from . import calls
-from .changes import KeptLogits
-from .deferred import (
-    Arrival,
-    Change,
-    Deferred,
-    Family,
-    Given,
-    Lift,
-    Recorded,
-    Snapshot,
-    await_loss,
-)
-from .reads import Reads
+from .head_call import HeadCall, Operands
+from .lazy_gradient import LazyGradient, describes, without_values
 
-_add = torch.ops.aten.add.Tensor
-_cast = torch.ops.aten._to_copy.default
-_clone = torch.ops.aten.clone.default
-_detach = torch.ops.aten.detach.default
+aten = torch.ops.aten
+
+
+class NotInTiles(Exception):
+    """Raised where a function needs the values of logits."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """The memory of logits, or of what is made of them row by row.
+
+    Attributes:
+        index: (N,), the rows of the call; None for all of them.
+        kind: ``"logits"`` or ``"log_probs"``.
+        factor: multiplies the logits, before a log-softmax.
+        weight: multiplies everything, after it.
+        steps: compute the values (N, vocabulary) from the rows of the call's logits.
+        root: the memory of all logits of the call; None if it is this one.
+        endings: the functions that are computed in tiles, by name.
+        values: the values, once they are computed.
+        picked: single values that were returned before: (row, column, value), (N, K) each.
+    """
+
+    call: HeadCall
+    inputs: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    endings: Mapping[str, Answer]
+    keep_history: bool = False
+    index: Tensor | None = None
+    kind: str = "logits"
+    factor: float = 1.0
+    weight: float = 1.0
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    root: Buffer | None = None
+    values: Tensor | None = None
+    picked: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    derived: list[weakref.ref[Buffer]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return prod(self.shape[:-1])
+
+    def fill(self) -> Tensor:
+        """The values, without a history; computed at the first call."""
+        with _filling:
+            if self.values is None:
+                with outside_transforms(), torch.inference_mode(False):
+                    values = self._compute().reshape(self.shape)
+                    flat = values.view(-1, values.shape[-1])
+                    for rows, columns, picked in self.picked:
+                        flat[rows, columns] = picked  # a product of one row may round otherwise
+                    self.values, self.root = values, None
+                derived, self.derived = self.derived, []
+                for reference in derived:  # before anything is written to these values
+                    if (memory := reference()) is not None:
+                        memory.fill()
+            return self.values
+
+    def _compute(self) -> Tensor:
+        if self.root is None:
+            return self.call.compute(self.inputs, self.keep_history).contiguous()
+        count = self.call.rows
+        if self.root.values is None and self.index is not None and 2 * len(self.index) < count:
+            return self.compute_again()
+        values = self.root.fill().view(count, -1)
+        return self._run_steps(values if self.index is None else values[self.index])
+
+    def compute_again(self) -> Tensor:
+        """Compute the values (N, vocabulary) from rows and head, whatever was written to them."""
+        values = self.call.compute(self.inputs, False, self.index)
+        return self._run_steps(values.reshape(-1, values.shape[-1]))
+
+    @torch.no_grad()
+    def _run_steps(self, values: Tensor) -> Tensor:
+        source = values
+        for step in self.steps:
+            values = step(values)
+        return values.clone() if values is source else values
+
+    def operands(self, inputs: tuple[Any, ...]) -> Operands:
+        """The operands of the head's op, made of ``inputs``; raises NotInTiles."""
+        head = self.call.plan.head
+        if head is None or not _MOST_SCALE > self.factor > 1.0 / _MOST_SCALE:
+            raise NotInTiles
+        return head.of(inputs, self.index, self.factor)
+
+
+_MOST_SCALE = 1e30
+_filling = threading.RLock()
+Answer = Callable[["LazyLogits", tuple[Any, ...], dict[str, Any]], Any]
+"""A function of pending logits, its other arguments, and its keyword arguments."""
 
 
 class LazyLogits(Tensor):
-    """A tensor whose values are computed at the first use of them.
+    """A tensor in a ``Buffer`` that may be pending."""
 
-    Shape, dtype, device and history are known at once, and hooks can be registered. What is
-    ``recorded`` of them answers some calls without the values: rows are chosen, scales noted,
-    log-probabilities computed in tiles. Everything else (arithmetic, printing, ``numpy``) computes
-    the values, with their history, and keeps them. Casts to another dtype stay lazy, as
-    mixed-precision wrappers cast every output; so do the copies that wrappers for several
-    processes make.
-
-    ``is_written`` says whether somebody has written to the values.
-    """
-
-    is_written = False
-    recorded: Recorded | None = None
-    _source: Deferred
-    _lift: Lift | None = None
-    _family: Family
-    _view_of: tuple[Tensor, Callable[..., Tensor]] | None = None
-    _real_view: Tensor | None = None
-    _writes_seen = 0
-    _arrival: Arrival | None = None
-    _state_when_saved: int | None = None
+    memory: Buffer
+    _has_memory = False
 
     @staticmethod
-    def __new__(
-        cls,
-        compute: Callable[[], Tensor] | Deferred,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        strides: tuple[int, ...] | None = None,
-    ) -> LazyLogits:
-        """Make one; ``compute`` must return such a tensor, contiguous if there are no strides."""
-        result: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, strides=strides, dtype=dtype, device=device
-        )
-        result._source = compute if isinstance(compute, Deferred) else Deferred(compute)
-        result._family = Family()
-        return result
+    def of(memory: Buffer) -> LazyLogits:
+        """The tensor of a whole memory."""
+        z: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyLogits, memory.shape, strides=contiguous_strides(memory.shape), dtype=memory.dtype,
+            device=memory.call.device,
+        )  # fmt: skip
+        z.memory = memory
+        torch._C._set_throw_on_mutable_data_ptr(z)  # for code that reads memory without PyTorch
+        return z
 
     @property
     def is_pending(self) -> bool:
-        """Whether nobody has used its values yet, nor those that it is a view of."""
-        if not self._source.is_pending or self._view_of is None:
-            return self._source.is_pending
-        base = self._view_of[0]
-        return isinstance(base, LazyLogits) and base.is_pending
+        """True until its values are read."""
+        return self.memory.values is None
 
-    @property
-    def writes(self) -> int:
-        """How often somebody has written to its values, or to what shares memory with them."""
-        return self._family.writes
+    def fill(self) -> None:
+        """Compute the values now, and become an ordinary tensor."""
+        if self._has_memory:
+            return
+        storage = self.memory.fill().untyped_storage()
+        # below autograd: history, views and versions stay
+        below = torch._C._AutoDispatchBelowADInplaceOrView()
+        with outside_transforms(), torch._C._DisableTorchDispatch(), below:
+            aten.set_.source_Storage_storage_offset(
+                self, storage, self.storage_offset(), self.size(), self.stride()
+            )
+        self._has_memory = True
 
-    @property
-    def _is_behind(self) -> bool:
-        """Whether somebody has written to what shares memory with this since it was made."""
-        return self._family.is_written_since(self._writes_seen)
+    def places(self) -> Tensor:
+        """(N,): the rows of the memory in this tensor; raises NotInTiles for parts of rows."""
+        shape, strides, classes = self.size(), self.stride(), self.memory.shape[-1]
+        offset = self.storage_offset()
+        whole = bool(shape) and shape[-1] == classes and (strides[-1] == 1 or classes == 1)
+        if not whole or self.dtype is not self.memory.dtype:
+            raise NotInTiles
+        if any(s % classes for s in (offset, *strides[:-1])):
+            raise NotInTiles
+        count = self.memory.rows if self.numel() else 0
+        every = torch.arange(count, device=self.device)
+        if not self.numel():
+            return every
+        leading = [s // classes for s in strides[:-1]]
+        return every.as_strided(shape[:-1], leading, offset // classes).reshape(-1)
 
-    def values(self) -> Tensor:
-        """The values without a history: computed now, or at the first call."""
-        if torch.is_inference_mode_enabled() and self.requires_grad:
-            with torch.inference_mode(False), torch.no_grad():  # who reads them later may train
-                return self._source.values()
-        return self._source.values()
-
-    def changed(self, change: Change, *others: LazyLogits) -> LazyLogits:
-        """What an operation makes of this and of ``others``; without a history."""
-        sources = [z._source for z in others]
-        source = self._source.derive(change.run, *sources, is_view=change.is_view)
-        result = LazyLogits(source, change.shape, change.dtype, self.device, change.strides)
-        result.recorded = change.recorded
-        return result
-
-    def share(self, made: LazyLogits, function: Callable[..., Tensor]) -> None:
-        """Note that ``made`` is a view of this: what is written to one is in both."""
-        made._view_of, made._family = (self, function), self._family
-        made._writes_seen = self._family.writes
-
-    def alias(self) -> LazyLogits:
-        """One that shares the values, as ``detach`` does: what is written to one is in both."""
-        result = LazyLogits(self._source, tuple(self.shape), self.dtype, self.device, self.stride())
-        result.recorded, result._family = self.recorded, self._family
-        if self._view_of is not None:
-            result._view_of, result._writes_seen = (self, torch.detach), self._family.writes
-        return result
-
-    def snapshot(self) -> Snapshot:
-        """What the values are now; for a backward pass that needs them."""
-        return Snapshot(self._source, self._family)
-
-    def keep(self, kept: KeptLogits, is_done: Callable[[], bool]) -> None:
-        """Let the values be among those that are ``kept``."""
-        kept.add(self._source, is_done)
-
-    def wait_for_loss(self, reads: Reads) -> None:
-        """Note that they are a training call's, whose caller makes the loss."""
-        await_loss(self._source, reads)
-
-    def plus(self, other: Any) -> Any:
-        """The sum, if it is lazy as well; else NotImplemented."""
-        return NotImplemented
-
-    def _derive(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyLogits:
-        return self.changed(Change(function, tuple(self.shape), dtype, None))
-
-    def _as_view(self) -> Tensor:
-        """What it is now: a real view of what it is a view of, the same one each time."""
-        if self._view_of is None:
-            return self.materialize()
-        if self._real_view is not None:
-            return self._real_view
-        base, function = self._view_of
-        view: Tensor = function(base._as_view() if isinstance(base, LazyLogits) else base)
-        if view.requires_grad:
-            self._real_view = view
-        return view
-
-    def materialize(self) -> Tensor:
-        """The values as a tensor whose history leads to this one's.
-
-        Raises:
-            RuntimeError: another part of them was written to as a tensor of its own.
-        """
-        family = self._family
-        if self._writes_seen != family.writes and self._view_of is not None:
-            return self._as_view()
-        with calls.outside_transforms():
-            data = self.values()
-            self._source.settle()
-            family.watch(data)
-            if not (self.requires_grad and torch.is_grad_enabled()):
-                return data
-            lift = self._lift
-            if lift is not None and lift.trace.is_written and lift.tensor is not None:
-                # its own history has the write, unless there is one into another tensor as well
-                family.require_unwritten_parts(lift.trace)
-                if family.whole is None or not family.whole.is_written:
-                    return lift.tensor
-            family.require_unwritten_parts()
-            if self._view_of is not None and family.whole is not None and family.whole.is_written:
-                # the history of the whole has it, and that of a view of the whole, too
-                return self._as_view()
-            return self._lifted()
-
-    def _lifted(self) -> Tensor:
-        """The tensor that is given out, the same one each time."""
-        if self._lift is not None and self._lift.tensor is not None:
-            return self._lift.tensor
-        with torch._C.DisableTorchFunctionSubclass():
-            lifted: Tensor = Given.apply(self, self.values())  # type: ignore[no-untyped-call]
-        if self._view_of is not None:
-            self._lift = self._family.note_part(lifted)
+    def chosen(self) -> Buffer:
+        """The rows of this tensor as a memory of its own; raises NotInTiles for parts of rows."""
+        memory, shape = self.memory, tuple(self.size())
+        if shape == memory.shape and self.stride() == contiguous_strides(shape):
+            return memory
+        rows = self.places()
+        if len(rows) == memory.rows and self.is_contiguous():
+            index = memory.index
         else:
-            self._lift = Lift(lifted)
-            self._family.whole = self._lift.trace
-        return lifted
+            index = rows if memory.index is None else memory.index[rows]
+        root = memory if memory.root is None else memory.root
+        return replace(memory, shape=shape, index=index, root=root, picked=[], derived=[])
 
     @classmethod
-    # a compiler leaves out what is computed of these: it would trace what is recorded here
+    # a compiler leaves out what is computed of these
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # 2026-11-28: torch has no type
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if calls.depends_on_writes(func, name) and not calls.writes(name):
-            originals = args
-            args, kwargs = tree_map(functools.partial(_caught_up, name), (args, kwargs))
-            if calls.is_gradient(func, name) and args[0] is not originals[0]:
-                return originals[0]._gradient_of_written(args[0], func, *args[1:])
-        first = args[0] if args else None
-        is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
-        is_for_autograd = calls.is_for_autograd(func, name)
-        if not (is_for_wrapper or is_for_autograd or calls.writes(name)):
-            answer = _recorded_answer(func, args, kwargs)
-            if answer is not NotImplemented:
-                return answer
-        if is_for_autograd or is_for_wrapper or calls.only_casts(name, args, kwargs):
-            with torch._C.DisableTorchFunctionSubclass():
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = _answer(func, args, kwargs)
+            if result is NotImplemented:
+                name = getattr(func, "__name__", "")
+                if name in _PLAIN and not args[0].requires_grad:
+                    args = (args[0]._alias(), *args[1:])
+                elif name == "register_hook":
+                    _ = args[0].grad_fn  # of a view: 2.13 crashes if it makes this with a hook
                 result = func(*args, **kwargs)
-            if name == "retain_grad" and isinstance(first, LazyLogits):
-                first._arrival = Arrival(first._family, first._writes_seen)
-                register: Any = first.register_hook
-                with torch._C.DisableTorchFunctionSubclass():
-                    register(first._arrival.note)
-            # a gradient that is asked for is wanted now: later, the graph may be gone
-            return tree_map(_materialized, result) if func is torch.autograd.grad else result
-        _note_reads(func, (*args, *kwargs.values()))
-        if isinstance(first, LazyLogits) and calls.writes(name):
-            return first._run_write(func, args, kwargs)
-        args, kwargs = tree_map(_materialized, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _require_own_history(self) -> None:
-        """Raise where a function has written to a part of them and marked them as dirty."""
-        before = None if self._lift is None else self._lift.leads_to
-        with torch._C.DisableTorchFunctionSubclass():
-            now = self.grad_fn
-        if before is not None and now is not None and before is not now:
-            raise RuntimeError(
-                "an autograd.Function has written to a part of these logits in place: let it "
-                "write to logits.clone(), or use fusewright.optimize(model, logits='always')"
-            )
-
-    def _require_whole_history(self) -> None:
-        """Raise where its own history, all that C++ code sees of it, lacks a write into a part."""
-        if self._is_behind and self.requires_grad and self._lacks_write():
-            raise RuntimeError(
-                "a part of these logits was written to in place since they were made, and an "
-                "autograd.Function, a reentrant checkpoint or vmap that takes them, or reads them, "
-                "would miss the gradient of that: give it logits.clone(), or use "
-                "fusewright.optimize(model, logits='always')"
-            )
-
-    def _note_saved(self) -> None:
-        """Note that they may be saved now, for a backward pass, as what they are."""
-        if self._state_when_saved is None and torch._C._current_graph_task_id() == -1:
-            self._state_when_saved = self._family.state
-
-    def _require_unwritten_when_saved(self) -> None:
-        """Raise, as eager mode does, where a backward pass may read what it saved earlier."""
-        if self.requires_grad and self._state_when_saved not in (None, self._family.state):
-            raise RuntimeError(
-                "these logits are read in a backward pass, and were modified by an in-place "
-                "operation after its forward pass may have saved them: write to logits.clone(), or "
-                "use fusewright.optimize(model, logits='always')"
-            )
-
-    def _gradient_of_written(self, real: Tensor, access: Any, *value: Any) -> Tensor | None:
-        """Read, set or delete the gradient of logits that were written to; ``real``: what they are.
-
-        The own gradient is that of what they were before.
-        """
-        arrival = self._arrival
-        if access.__name__ != "__get__":
-            self._arrival = None if arrival is None else Arrival(self._family, self._writes_seen)
-            with torch._C.DisableTorchFunctionSubclass():
-                access(self, *value)
-            return access(real, *value)  # type: ignore[no-any-return]
-        with torch._C.DisableTorchFunctionSubclass():
-            keeps = self.retains_grad, real.retains_grad  # of the other, PyTorch would warn
-            before = self.grad if keeps[0] or not keeps[1] else None
-            after = real.grad if keeps[1] or not keeps[0] else None
-        if after is not None:
-            is_mixed = before is not None and (arrival is None or arrival.is_early)
-        else:
-            is_mixed = arrival is not None and arrival.is_late and self._lacks_write()
-        if is_mixed:
-            raise RuntimeError(
-                "what retain_grad keeps of these logits came, or began, before a part of them was "
-                "written to in place: call retain_grad after the write alone, write to "
-                "logits.clone(), or use fusewright.optimize(model, logits='always')"
-            )
-        return before if after is None else after
-
-    def _lacks_write(self) -> bool:
-        with torch.enable_grad():
-            real = self.materialize()
-        if self._lift is not None and real is self._lift.tensor:
-            return self._lift.trace.is_written
-        base = None if self._view_of is None else self._view_of[0]
-        return not isinstance(base, LazyLogits) or base._lacks_write()
-
-    def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write into the values: from then on this is an ordinary tensor, with its new history."""
-        # One of the views that ``chunk`` or ``unbind`` has made may be written to as well, which
-        # eager mode refuses: what it is a view of, and its gradient, are known here.
-        self._family.before_write()
-        with torch.enable_grad():
-            real = self._as_view()
-        if self._view_of is None and real is self.values():  # which aliases hold, too
-            real = real.detach()
-        rest, kwargs = tree_map(
-            lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
-        )
-        target, result = real, func(real, *rest, **kwargs)
-        self._family.writes += 1
-        whole = self._lift.tensor if self._view_of is None and self._lift is not None else None
-        self._lift = self._view_of = self._real_view = None
-        if real is whole:  # others may have it, or a view of it
-            with torch.enable_grad():
-                real = real.view_as(real)
-        try:
-            swap_tensors(self, real)
-        except RuntimeError as error:  # autograd holds it, too, as it does in a hook
-            if self.requires_grad:
-                raise RuntimeError(
-                    "these logits cannot be written to in place here: write to logits.clone(), or "
-                    "use fusewright.optimize(model, logits='always')"
-                ) from error
-            values = real.detach()
-            self._source, self.is_written = Deferred(lambda: values), True
-        return self if result is target else result
+        if isinstance(result, LazyLogits) and result.is_pending and not result.requires_grad:
+            result.memory.call.detached.append(weakref.ref(result))
+        # a gradient that is asked for is wanted now: later, the graph may be gone
+        return tree_map(_real_gradient, result) if func is torch.autograd.grad else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-24: torch types it as a method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        first = args[0] if args else None
-        if isinstance(first, LazyLogits):
-            if func is not _detach and torch.is_grad_enabled():
-                with enable_reentrant_dispatch():  # of vmap, most likely: the others are caught up
-                    first._require_whole_history()
-            if func is _add and not kwargs:
-                total = first.plus(args[1])
-                if total is not NotImplemented:
-                    return total
-            if first._source.is_pending:
-                if func is _cast and set(kwargs or ()) == {"dtype"}:
-                    dtype: torch.dtype = (kwargs or {})["dtype"]
-                    return first._derive(lambda values: values.to(dtype), dtype)
-                if func is _detach:
-                    return first.alias()
-                if func is _clone and not kwargs:
-                    return first._derive(torch.clone, first.dtype)
-        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs, first = kwargs or {}, args[0]
+        if isinstance(first, LazyLogits) and first.is_pending:
+            result = _pending_result(func, first, args[1:], kwargs)
+            if result is not None:
+                return result
+        originals = args
+        with enable_reentrant_dispatch():
+            _fill_all(func, (args, kwargs))
+            real = {z: z._alias() for z in tree_leaves((args, kwargs)) if isinstance(z, LazyLogits)}
+            args, kwargs = tree_map(lambda x: _real(x, real), (args, kwargs))
+            if torch.Tag.inplace_view in func.tags:  # it changes sizes or memory of the tensor
+                with torch._C._DisableTorchDispatch():
+                    return func(*originals, **kwargs)
+        result = func(*args, **kwargs)
+        given = {alias: z for z, alias in real.items()}  # what writes in place returns its argument
+        return tree_map(lambda x: given.get(x, x) if isinstance(x, Tensor) else x, result)
+
+    def _alias(self) -> Tensor:
+        with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowADInplaceOrView():
+            alias: Tensor = aten.alias(self)
+        return alias
 
     def __repr__(  # type: ignore[override]  # 2026-11-24: torch calls the argument otherwise
         self, *, tensor_contents: Any = None
     ) -> str:
-        return repr(self.materialize())
+        self.fill()
+        return repr(self.view(self.shape))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+        self.fill()
+        return self.detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.materialize().detach().clone()
+        self.fill()
+        return self.detach().clone()
 
 
-def _materialized(x: Any) -> Any:
-    return x.materialize() if isinstance(x, LazyLogits) else x
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
 
 
-def _caught_up(name: str, x: Any) -> Any:
-    """What logits are now, if somebody has written to what shares memory with them."""
-    if not isinstance(x, LazyLogits):
-        return x
-    if calls.may_save():
-        x._note_saved()
-    if not x._is_behind:
-        return x
-    if name != "__set__":  # which autograd does, and takes no error
-        x._require_own_history()
-    if calls.is_in_function():
-        x._require_whole_history()  # the function has the edges of its arguments already
-    elif calls.reads_what_was_saved():
-        x._require_unwritten_when_saved()
-    if x._view_of is not None and name == "register_hook":  # torch 2.13 would end the process
-        raise RuntimeError(
-            "register_hook of a part of these logits is too late: they were written to since. Call "
-            "it before, or use fusewright.optimize(model, logits='always')."
-        )
-    if name == "detach":  # which no history matters to
-        with torch.no_grad():
-            return x.materialize()
-    real = x.materialize()
-    with torch._C.DisableTorchFunctionSubclass():
-        keeps_gradient = x.retains_grad
-    if keeps_gradient and real.grad_fn is not None:
-        real.retain_grad()  # as in eager mode, where that of what was written is kept from then on
-    return real
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Compute outside the functorch transforms that are active."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
-def _as_tensor(x: Any) -> Any:
-    if not isinstance(x, LazyLogits):
-        return x
-    with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient
-        if torch._C._current_graph_task_id() != -1:
-            x._require_unwritten_when_saved()
-        else:
-            x._note_saved()
-        values = x.values()
-        x._family.watch(values)
-        return values
+def _real_gradient(x: Any) -> Any:
+    return x.values() if isinstance(x, LazyGradient) else x
 
 
-def _recorded_answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is known without values, from the first of the arguments that are lazy."""
-    for arg in (*args, *kwargs.values()):
-        each = arg if isinstance(arg, (tuple, list)) else (arg,)
-        z = next((z for z in each if isinstance(z, LazyLogits)), None)
-        if z is None:
-            continue
-        if z.recorded is None or not z.is_pending:
-            break
-        if torch._C._are_functorch_transforms_active():  # what a tile computes has no batches
-            break
-        return z.recorded.answer(func, args, kwargs)
+def _real(x: Any, aliases: dict[LazyLogits, Tensor]) -> Any:
+    return aliases[x] if isinstance(x, LazyLogits) else _real_gradient(x)
+
+
+def _fill_all(func: Any, values: Any) -> None:
+    for z in tree_leaves(values):
+        if isinstance(z, LazyLogits):
+            if z.is_pending:
+                z.memory.call.plan.reads.note_tensor(func, z.memory.kind)
+            z.fill()
+
+
+# ---------------------------------------------------------------------- functions, above autograd
+
+_PLAIN = {"numpy", "__array__", "__dlpack__", "tolist"}
+"""Functions that PyTorch refuses to subclasses of tensors."""
+_PENDING = {
+    "__getitem__", "__iter__", "split", "chunk", "unbind", "select", "narrow", "squeeze",
+    "unsqueeze", "view", "reshape", "flatten", "expand", "contiguous", "detach", "index_select",
+    "to", "float", "double", "half", "bfloat16", "type_as", "log_softmax",
+    "mul", "__mul__", "__rmul__", "div", "__truediv__", "neg", "__neg__",
+}  # fmt: skip
+"""Functions that ``_pending_result`` may answer."""
+
+
+def _needs_no_values(func: Any, name: str) -> bool:
+    if describes(func, name):
+        return True
+    if name == "clone":  # of a wrapper's function, as DDP's; any other copy is to be kept
+        return is_in_function()
+    return name in _PENDING or func in (torch.autograd.grad, torch.autograd.backward)
+
+
+def is_in_function() -> bool:
+    """True in the forward pass of an autograd.Function."""
+    # it disables forward-mode derivatives, as inference mode does; hardly anything else does
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+    """Compute ``func`` in tiles; else NotImplemented, with memory filled where it is needed."""
+    if isinstance(func, torch._ops.OpOverload):  # its dispatch decides
+        return NotImplemented
+    name = getattr(func, "__name__", "")
+    first = args[0] if args else kwargs.get("input")
+    if isinstance(first, LazyLogits) and first.is_pending and name in first.memory.endings:
+        others = {k: v for k, v in kwargs.items() if k != "input"}
+        answer = first.memory.endings[name](first, args[1:], others)
+        if answer is not NotImplemented:
+            return answer
+    if not _needs_no_values(func, name):
+        _fill_all(func, (args, kwargs))
     return NotImplemented
 
 
-def _note_reads(func: Any, values: Any) -> None:
-    for z in values:
-        if isinstance(z, (tuple, list)):
-            _note_reads(func, z)
-        elif isinstance(z, LazyLogits) and z.recorded is not None and z.is_pending:
-            z.recorded.note_read(func)
+# ---------------------------------------------------------------------- operators, below autograd
+
+
+def _pending_result(func: Any, z: LazyLogits, rest: Any, kwargs: Any) -> Any:
+    """The pending result of an operator on pending logits; None where it needs the values."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+        return func.decompose(z, *rest, **kwargs)  # in inference mode nothing else does it
+    if func.is_view or func is aten._unsafe_view.default:
+        like = without_values(z)
+        made, memory = func(like, *rest, **kwargs), like.untyped_storage()._cdata
+        parts = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
+        if any(t.dtype != z.dtype or t.untyped_storage()._cdata != memory for t in parts):
+            return None
+        return tree_map(lambda t: _view(z, t) if isinstance(t, Tensor) else t, made)
+    if func not in _DERIVED or z.memory.call.plan.head is None:
+        return None
+    try:
+        memory = z.chosen()
+        changes = _DERIVED[func](memory, *rest, **kwargs)
+    except NotInTiles:
+        return None
+    root = memory if memory.root is None else memory.root
+    given = {"root": root, "picked": [], "derived": [], "values": None, **changes}
+    derived = LazyLogits.of(replace(memory, **given))
+    for source in {id(m): m for m in (z.memory, root)}.values():  # each may be written to
+        source.derived.append(weakref.ref(derived.memory))
+    return derived
+
+
+def _view(z: LazyLogits, like: Tensor) -> LazyLogits:
+    """The view of ``z`` that ``like`` is of a tensor of the form of ``z``."""
+    with torch._C._DisableTorchDispatch():
+        offset = z.storage_offset() + like.storage_offset()
+        part = aten.as_strided.default(z, like.size(), like.stride(), offset)
+    view = Tensor._make_subclass(LazyLogits, part)
+    view.memory = z.memory
+    return view
+
+
+def _changed(memory: Buffer, step: Callable[[Tensor], Tensor], **changes: Any) -> dict[str, Any]:
+    return {"steps": (*memory.steps, step), **changes}
+
+
+def _cloned(memory: Buffer, *, memory_format: Any = None) -> dict[str, Any]:
+    if memory_format not in (None, torch.preserve_format, torch.contiguous_format):
+        raise NotInTiles
+    return {}
+
+
+def _cast(memory: Buffer, *, dtype: Any = None, **more: Any) -> dict[str, Any]:
+    same = (None, False, memory.call.device, torch.strided, torch.preserve_format)
+    if dtype is None or not dtype.is_floating_point or any(v not in same for v in more.values()):
+        raise NotInTiles
+    return _changed(memory, lambda t: t.to(dtype), dtype=dtype)
+
+
+def _scaled(memory: Buffer, by: Any, step: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    name = "factor" if memory.kind == "logits" else "weight"
+    by = getattr(memory, name) * by
+    if not 1.0 / _MOST_SCALE < abs(by) < _MOST_SCALE:
+        raise NotInTiles
+    return _changed(memory, step, **{name: by})
+
+
+def _number(x: Any) -> float:
+    if not isinstance(x, (int, float)) or isinstance(x, bool) or x == 0:
+        raise NotInTiles
+    return x
+
+
+def _multiplied(memory: Buffer, other: Any) -> dict[str, Any]:
+    return _scaled(memory, _number(other), lambda t: t * other)
+
+
+def _divided(memory: Buffer, other: Any) -> dict[str, Any]:
+    return _scaled(memory, 1.0 / _number(other), lambda t: t / other)
+
+
+def _negated(memory: Buffer) -> dict[str, Any]:
+    return _scaled(memory, -1.0, torch.neg)
+
+
+def _log_softmax(memory: Buffer, dim: int, half_to_float: bool) -> dict[str, Any]:
+    if memory.kind != "logits" or dim not in (-1, len(memory.shape) - 1) or half_to_float:
+        raise NotInTiles
+    return _changed(memory, lambda t: aten._log_softmax(t, -1, False), kind="log_probs")
+
+
+def _indexed(memory: Buffer, indices: Any) -> dict[str, Any]:
+    """Rows that tensors choose; ``indices`` are one for each dimension, or for the first ones."""
+    rows = torch.arange(memory.call.rows, device=memory.call.device)
+    rows = (rows if memory.index is None else memory.index).view(memory.shape[:-1])
+    used = sum(i.dim() if i.dtype is torch.bool else 1 for i in indices if i is not None)
+    used += sum(i is None for i in indices)
+    if used > rows.dim():
+        raise NotInTiles
+    chosen = aten.index(rows, indices)
+    return {"index": chosen.reshape(-1), "shape": (*chosen.shape, memory.shape[-1])}
+
+
+def _selected(memory: Buffer, dim: int, index: Tensor) -> dict[str, Any]:
+    dim = dim % len(memory.shape)
+    return _indexed(memory, [None] * dim + [index])
+
+
+_DERIVED: dict[Any, Callable[..., dict[str, Any]]] = {
+    aten.clone.default: _cloned, aten._to_copy.default: _cast,
+    aten.mul.Tensor: _multiplied, aten.mul.Scalar: _multiplied,
+    aten.div.Tensor: _divided, aten.div.Scalar: _divided, aten.neg.default: _negated,
+    aten._log_softmax.default: _log_softmax,
+    aten.index.Tensor: _indexed, aten.index_select.default: _selected,
+}  # fmt: skip
+"""Operators whose results are rows of logits too: the changes of the memory that each makes."""

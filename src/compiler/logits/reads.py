@@ -36,7 +36,7 @@ class Reads:
 
     def note_tensor(self, func: Any, kind: str) -> None:
         """Remember that ``func`` made a real tensor."""
-        name = getattr(func, "__name__", str(func))
+        name = getattr(func, "__name__", str(func)).split(".")[0]
         if name == "__get__":
             name = getattr(func.__self__, "__name__", name)
         if len(self.tensors) < _MOST:
@@ -74,12 +74,7 @@ class Reads:
 
 
 _MOST = 64
-_KINDS = {
-    "log_probs": "the log-probabilities of all tokens",
-    "probs": "the probabilities of all tokens",
-    "stack": "the log-probabilities of two models",
-    "program": "what is computed of the probabilities of all tokens",
-}
+_KINDS = {"log_probs": "the log-probabilities of all tokens"}
 
 
 def _caller() -> str:

@@ -178,14 +178,6 @@ def _parsed(text: str, key: str) -> Verdict | None:
 PREFIX = "verdict-"
 """Of the files of verdicts, in the folder of compiled kernels."""
 
-_used: dict[str, str] = {}
-"""By the name of its file: each verdict of this process that may be kept."""
-
-
-def used() -> dict[str, str]:
-    """The verdicts that this process has kept or read, as files: name and content."""
-    return dict(_used)
-
 
 def _kept(key: str, verify: Callable[[], Verdict]) -> Verdict:
     """The verdict under ``key`` of an earlier process; that of ``verify`` where there is none."""
@@ -194,13 +186,11 @@ def _kept(key: str, verify: Callable[[], Verdict]) -> Verdict:
         text = (kept_folder() / name).read_text()
         verdict = _parsed(text, key)
         if verdict is not None and verdict.reason is None:
-            _used[name] = text
             return verdict
     verdict = verify()
     if verdict.reason is None:
-        _used[name] = _text(verdict, key)
         with contextlib.suppress(OSError, RuntimeError):  # such as a folder that is read-only
-            write_whole(kept_folder() / name, _used[name].encode())
+            write_whole(kept_folder() / name, _text(verdict, key).encode())
     return verdict
 
 

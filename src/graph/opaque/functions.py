@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .segments import Unread, run_apart
+from .segments import Unread, attend_apart, run_apart
 
 MARK = "__fusewright_whole__"
 """The attribute of a leaf that says so: the function that it calls."""
@@ -161,6 +161,14 @@ CONVENTIONS = (SELECTIVE, CHUNKED, DELTA)
 """Those of what is captured whole in any call."""
 
 
+LIBRARIES = ("transformers", "fla", "mamba_ssm", "causal_conv1d")
+"""Packages whose scans and convolutions are tried on small tensors; no function of others is."""
+
+
+def _is_of_library(function: Callable[..., Any]) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] in LIBRARIES
+
+
 @functools.cache
 def convention(function: Callable[..., Any]) -> Convention | None:
     """The convention of those that are captured whole that ``function`` follows, or None."""
@@ -185,6 +193,8 @@ def _names(function: Callable[..., Any]) -> list[str]:
 
 def _is_convolution(function: Callable[..., Any]) -> bool:
     """Whether a function gives the causal convolution, and writes to no argument."""
+    if not _is_of_library(function):
+        return False
     # libraries' own take no tensors that are not on a GPU
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return any(_convolves(function, device) for device in devices)
@@ -213,9 +223,11 @@ def _convolves(function: Callable[..., Any], device: str) -> bool:
 
 def _keeps_to(function: Callable[..., Any], kind: Convention) -> bool:
     """Whether a function gives what the outline says, and writes to no argument."""
+    examples = kind.examples()
+    if examples and not _is_of_library(function):
+        return False
     # it need not take all examples: some have a decay for each feature, others one a head
     with _disable_current_modes():  # a plan asks on fake tensors, which have no values to compare
-        examples = kind.examples()
         verdicts = [_as_outlined(function, kind, kwargs) for kwargs in examples]
     return not examples or (any(verdicts) and None not in verdicts)
 
@@ -301,6 +313,9 @@ def segmented_leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
+setattr(attend_apart, MARK, attend_apart)
+
+
 def is_leaf(target: Any) -> bool:
     """Whether a node's target is a leaf."""
     return getattr(target, MARK, None) is not None
@@ -356,7 +371,7 @@ def _given(
 def _is_overlooked(function: Callable[..., Any], name: str) -> bool:
     """Whether a scan takes a keyword among any others, and never looks at its value."""
     kind, names = segmented_convention(function), list(_signature(function).parameters)
-    if kind is None or name in names:
+    if kind is None or name in names or not _is_of_library(function):
         return False
     if examples := kind.examples():  # of which it need not take all
         return any(overlooks(function, example, name) for example in examples)
@@ -414,63 +429,35 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-# --- functions that give a module's own weight, in a way that TorchDynamo cannot follow -----------
+# --- the function by which PEFT reads a module's weight -------------------------------------------
 #
-# A library that knows many kinds of quantized weights asks which one it has at hand by the place
-# where its class is defined: ``type(module.weight).__module__``. TorchDynamo does not know that
-# of a parameter's class. In a captured forward another function is called in place of such a one.
-# It gives back an ordinary parameter by itself, and dequantizes a 4-bit one as bitsandbytes does;
-# everything else it leaves to the original.
+# It asks which library a quantized weight is of by the place where its class is defined, which
+# TorchDynamo does not know of a parameter's class. In a captured forward another function is called
+# in its place: it returns an ordinary parameter itself, and dequantizes a 4-bit one as bitsandbytes
+# does. Everything else it leaves to the original.
 
 
-def asks_for_place(function: Any) -> bool:
-    """Whether ``function`` takes one module, reads its weight, and asks where a class is from."""
+def reads_weight(function: Any) -> bool:
+    """Return True for PEFT's ``dequantize_module_weight``."""
     if not isinstance(function, types.FunctionType):
         return False
-    code = function.__code__
-    takes_one = code.co_argcount == 1 and not code.co_kwonlyargcount and not code.co_flags & 0x0C
-    return takes_one and {"weight", "__module__"} <= set(code.co_names)
+    place = function.__module__, function.__name__
+    return place == ("peft.utils.integrations", "dequantize_module_weight")
 
 
 @functools.cache
 def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does what ``function`` does, and that TorchDynamo can follow further."""
-    # what ``function`` gives for an ordinary parameter is found out by asking it: with a module of
-    # the same class that has nothing but a weight
-    strings = (c for c in function.__code__.co_consts if isinstance(c, str) and c.isidentifier())
-    attributes = tuple(sorted(n for n in set(strings) - {"weight"} if not hasattr(nn.Module, n)))
-    """What the function may ask a module for, by ``hasattr`` and ``getattr``."""
-
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-26: no types
-    def gives_it_back(kind: type[nn.Module]) -> bool:
-        return _gives_it_back(function, kind)  # type: ignore[arg-type]  # 2026-11-26: a class
-
-    dequantizes = any("dequantize" in name for name in function.__code__.co_names)
-    # of 4-bit weights it asks the class's name, which TorchDynamo does not know of such a class
+    """A function that does what PEFT's does, and that TorchDynamo can follow."""
+    # of 4-bit weights PEFT asks the class's name, which TorchDynamo does not know either
     library = sys.modules.get("bitsandbytes.functional")
     dequantized: Any = getattr(library, "dequantize_4bit", None)
 
     def own_weight(module: Any) -> Any:
         weight: Any = getattr(module, "weight", None)
-        if type(weight) is nn.Parameter and gives_it_back(type(module)):
-            for name in attributes:
-                if hasattr(module, name):
-                    return function(module)
+        if type(weight) is nn.Parameter and not hasattr(module, "W_q"):  # which a layer of HQQ has
             return weight
-        if dequantizes and dequantized and getattr(weight, "quant_state", None) is not None:
+        if dequantized and getattr(weight, "quant_state", None) is not None:
             return dequantized(weight.data, weight.quant_state)
         return function(module)
 
     return own_weight
-
-
-@functools.cache
-def _gives_it_back(function: Callable[..., Any], kind: type[nn.Module]) -> bool:
-    """Whether it gives back the weight of a module of a class that has nothing else."""
-    bare = kind.__new__(kind)
-    nn.Module.__init__(bare)
-    bare.weight = nn.Parameter(torch.zeros(1, 1, device="cpu"))
-    try:
-        return function(bare) is bare.weight
-    except Exception:  # it asks for more
-        return False

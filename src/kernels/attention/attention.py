@@ -18,8 +18,7 @@ does all of it where there is a C++ compiler (``native/attention.cpp``).
 In low precision the scores are products in fp32 and are not rounded (for large scores that would
 cost more accuracy than all else together), the softmax is in fp32, and its result is rounded.
 
-On a GPU it is flash attention in Triton (``attention_triton.py``), which visits only the tiles that
-a mask leaves: for packed samples that is a small part, and PyTorch's kernels compute all.
+On a GPU, FlexAttention takes what PyTorch's attention has no kernel for (``flex.py``).
 """
 
 from __future__ import annotations
@@ -35,25 +34,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..captured import capturable
 from ..direct import is_traced_here
-from ..launch import READ_ONCE, library_op, use_triton_dot, without_base
+from ..launch import library_op, without_base
 from ..matmul import through_fp32
 from ..native import attention as native
 from ..native.library import are_real
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients
-from . import attention_libraries, attention_plain
 from .first_keys import first_keys, is_first_keys, sample_mask, seen_keys
-from .sizes import (
-    backward_flops,
-    fake_backward,
-    fake_forward,
-    fake_table,
-    fake_triton_forward,
-    forward_flops,
-    triton_backward_flops,
-    triton_forward_flops,
-    triton_temporary,
-)
+from .flex import attention_by_flex
+from .sizes import backward_flops, fake_backward, fake_forward, forward_flops
 from .unsupported import attention_unsupported, impossible
 
 _aten = torch.ops.aten
@@ -123,6 +112,9 @@ def _written_out(
     if sinks is not None:
         column = sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
+        # as models do: the gradient of the maximum takes what rounding leaves of a row's sum, which
+        # is zero. Where one probability is nearly one, that is most of the row.
+        scores = scores - scores.max(-1, keepdim=True).values
     p = scores.softmax(-1)
     return unfolded(folded((p if sinks is None else p[..., :-1]).to(v.dtype)) @ v)
 
@@ -237,6 +229,10 @@ def _backward(
         _aten._softmax_backward_data.out(
             grad_scores, exact, -1, exact.dtype, grad_input=grad_scores
         )
+        if sinks is not None:
+            # what the gradient of the maximum takes in the formula
+            rest = grad_scores.sum(-1, keepdim=True).neg_()
+            grad_scores.scatter_add_(-1, exact.argmax(-1, keepdim=True), rest)
         if need_sinks:
             column = grad_scores[..., -1].unflatten(1, (-1, scores.heads))
             dsinks[tile.pairs].add_(column.sum(1))
@@ -272,39 +268,6 @@ _backward_op = library_op(
     backward_flops,
 )
 
-# -- triton ----------------------------------------------------------------------------------------
-_table_op = library_op(
-    "attention_mask_table(Tensor mask) -> Tensor",
-    "attention.attention:mask_table",
-    fake_table,
-    plain=attention_plain.mask_table,
-)
-_SHARED = (
-    "float scale, bool causal, Tensor? mask, Tensor? table, int? window, Tensor? sinks, "
-    "float? softcap"
-)
-_triton_forward_op = library_op(
-    f"attention_triton_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
-    "attention.attention:forward",
-    fake_triton_forward,
-    triton_forward_flops,
-    plain=attention_plain.forward,
-    contest=attention_libraries.FORWARD,
-)
-_triton_backward_op = library_op(
-    "attention_triton_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor stats, {_SHARED}, bool[4] needs) -> Tensor[]",
-    "attention.attention:backward",
-    fake_backward,
-    triton_backward_flops,
-    triton_temporary,
-    plain=attention_plain.backward,
-    contest=attention_libraries.BACKWARD,
-)
-
-
-READ_ONCE.update((_table_op, _triton_forward_op, _triton_backward_op))
-
 
 # -- autograd --------------------------------------------------------------------------------------
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -327,32 +290,19 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.options = scale, causal, window, softcap
-        out: Tensor
-        if use_triton_dot(q, k, v):
-            table = None if mask is None else _table_op(mask)
-            out, stats = _triton_forward_op(
-                q, k, v, scale, causal, mask, table, window, sinks, softcap
-            )
-            ctx.save_for_backward(q, k, v, sinks, mask, out, stats, table)
-            return out
         ctx.save_for_backward(q, k, v, sinks, mask)
-        out = _forward_op(q, k, v, scale, causal, _every_row(mask, q), window, sinks, softcap)
+        every = _every_row(mask, q)
+        out: Tensor = _forward_op(q, k, v, scale, causal, every, window, sinks, softcap)
         return out
 
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, mask, *saved = ctx.saved_tensors
+        q, k, v, sinks, mask = ctx.saved_tensors
         scale, causal, window, softcap = ctx.options
         needs = list(ctx.needs_input_grad[:4])
         rest = window, sinks, softcap, needs
-        if saved:
-            out, stats, table = saved
-            input_grads = _triton_backward_op(
-                grad, q, k, v, out, stats, scale, causal, mask, table, *rest
-            )
-        else:
-            input_grads = _backward_op(grad, q, k, v, scale, causal, _every_row(mask, q), *rest)
+        input_grads = _backward_op(grad, q, k, v, scale, causal, _every_row(mask, q), *rest)
         remaining = iter(input_grads)
         return *(next(remaining) if needed else None for needed in needs), *(None,) * 5
 
@@ -402,12 +352,12 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """``softmax(scale * q kᵀ + mask) v`` without dropout; keys and values are not repeated.
 
-    Keeps ``q``, ``k`` and ``v`` for backward, on a GPU the output and two numbers a row as well;
-    memory grows with T, never with T² (but for a table with a byte for 1,024 entries of a mask, and
-    with sinks or a softcap up to 256 positions, where tiles are slower than eager mode).
+    Keeps ``q``, ``k`` and ``v`` for backward, on a GPU what FlexAttention keeps; memory grows with
+    T, never with T² (but with sinks or a softcap up to 256 positions, where tiles are slower than
+    eager mode).
 
     Args:
-        q: (B, H, T, D), any strides, on the CPU, or with Triton on a GPU.
+        q: (B, H, T, D), any strides, on the CPU, or on a GPU with Triton.
         k: (B, KV, S, D) with H a multiple of KV: query head h reads group ``h // (H / KV)``.
         v: (B, KV, S, E).
         scale: of the scores; None is ``1 / sqrt(D)``.
@@ -432,6 +382,8 @@ def attention(
         mask = mask.expand(-1, -1, -1, k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
+        if q.device.type != "cpu":
+            return attention_by_flex(q, k, v, factor, causal, mask, window, sinks, softcap)
         has_kernel = (sinks is None and softcap is None) or window is not None
         if not has_kernel and _is_small(q, k, v, mask, sinks):
             out = _written_out(q, k, v, factor, causal, mask, sinks, softcap)

@@ -27,14 +27,6 @@ def first_keys(starts: Tensor, window: int | None = None) -> Tensor:
     return starts[:, None, :, None]
 
 
-def last_positions(first: Tensor) -> Tensor:
-    """Of each key (B or 1, 1, T, 1) the last position that sees it, int32."""
-    order = torch.arange(first.shape[2], dtype=torch.int32, device=first.device)
-    rows = first.flatten(1)
-    after = torch.searchsorted(rows.contiguous(), order.expand_as(rows).contiguous(), right=True)
-    return (after - 1).to(torch.int32).view(first.shape)
-
-
 def seen_keys(first: Tensor, start: int, low: int, high: int) -> Tensor:
     """Whether positions (..., n, 1) from ``start`` on see the keys ``low:high``: (..., n, keys)."""
     keys = torch.arange(low, high, device=first.device)

@@ -7,16 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-
-from .first_keys import is_first_keys
-
-GRAIN = 32
-"""Positions and keys of a tile of a mask's table (``attention_tiles_triton.py``)."""
-
-HEADS = 8
-"""Query heads of a group that one Triton program goes through for dK and dV."""
 
 
 def fake_like(like: Tensor, dim: int) -> Tensor:
@@ -36,28 +27,6 @@ def fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> 
     every = zip((q, k, v), needs[:3], strict=True)
     grads = [fake_like(t, t.shape[-1]) for t, needed in every if needed]
     return [*grads, sinks.new_empty(sinks.shape)] if needs[3] else grads
-
-
-def fake_table(mask: Tensor) -> Tensor:
-    """The table of a mask."""
-    if is_first_keys(mask):
-        return mask.new_empty(mask.shape)
-    batch, heads, rows, keys = mask.shape
-    shape = batch, heads, -(-rows // GRAIN), -(-keys // GRAIN) + 1
-    return mask.new_empty(shape, dtype=torch.int8)
-
-
-def fake_triton_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """The outputs, and what is kept of each row."""
-    stats = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
-    return fake_like(q, v.shape[-1]), stats
-
-
-def triton_temporary(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
-    """The row sums, and in large groups the parts of dK and dV."""
-    splits = -(-q.shape[1] // k.shape[1] // HEADS)
-    parts = sum(t.numel() for t, n in zip((k, v), rest[-1][1:3], strict=True) if n)
-    return 4 * (q.shape[0] * q.shape[1] * q.shape[2] + (splits * parts if splits > 1 else 0))
 
 
 def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
@@ -82,25 +51,4 @@ def backward_flops(
     need_q, need_k, need_v, need_sinks = needs
     dim, value_dim = q.shape[3], v.shape[3]
     width = (1 + need_q + need_k) * dim + (need_v + (need_q or need_k or need_sinks)) * value_dim
-    return 2 * _visible(q, k, causal, window) * width
-
-
-def triton_forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, table: Any,
-    window: int | None, *_: Any,
-) -> int:  # fmt: skip
-    """``forward_flops``, with the kernel's arguments."""
-    return forward_flops(q, k, v, scale, causal, mask, window)
-
-
-def triton_backward_flops(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, stats: Any, scale: float,
-    causal: bool, mask: Any, table: Any, window: int | None, sinks: Any, softcap: Any,
-    needs: list[bool],
-) -> int:  # fmt: skip
-    """Two kernels compute the scores and their gradients: one for ``dQ``, one for the others."""
-    need_q, need_k, need_v, _ = needs
-    dim, value_dim = q.shape[3], v.shape[3]
-    width = need_q * (2 * dim + value_dim) + (need_k or need_v) * dim
-    width += need_k * (dim + value_dim) + need_v * value_dim
     return 2 * _visible(q, k, causal, window) * width

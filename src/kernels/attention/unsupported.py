@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..choice import is_fixed
-from ..launch import Gpu, gpu_of, use_triton
+from ..launch import use_triton
 from ..matmul import through_fp32
 from ..processor import processor
 from .first_keys import is_first_keys
-
-WIDEST = 256
-"""Features of a head that the Triton kernels take in 16 bits."""
-
-WIDEST_SINGLE = 64
-"""In fp32, whose products have their operands in registers: of wider heads these are too few."""
 
 
 def impossible(
@@ -24,8 +17,9 @@ def impossible(
 ) -> list[str]:  # fmt: skip
     """Why the op has no meaning, or no implementation, for these inputs."""
     reasons = []
-    if not q.device.type == k.device.type == v.device.type == "cpu":
-        reasons.extend(_impossible_on_a_gpu(q, k, v))
+    on_cpu = q.device.type == k.device.type == v.device.type == "cpu"
+    if not on_cpu and not (q.is_cuda and use_triton(q, k, v)):
+        reasons.append("the tensors are not all on the CPU or, with Triton, on one GPU")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -62,27 +56,6 @@ def impossible(
     return reasons
 
 
-def _impossible_on_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    if not (q.is_cuda and use_triton(q, k, v)):
-        return ["the tensors are not all on the CPU or, with Triton, on one GPU in 16 or 32 bits"]
-    return no_kernel(max(q.shape[-1], v.shape[-1]), q.dtype, gpu_of(q))
-
-
-def no_kernel(width: int, dtype: torch.dtype, gpu: Gpu) -> list[str]:
-    """Why there is no Triton kernel for heads of ``width`` features on a GPU."""
-    reasons = []
-    if not gpu.multiplies_tiles:
-        reasons.append(
-            f"Triton has no fast products on GPUs of compute capability {gpu.generation}"
-        )
-    widest = WIDEST_SINGLE if dtype is torch.float32 else WIDEST
-    if width > widest:
-        reasons.append(
-            f"heads of more than {widest} features do not fit into a GPU's registers in {dtype}"
-        )
-    return reasons
-
-
 def attention_unsupported(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
     mask: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
@@ -92,35 +65,19 @@ def attention_unsupported(
     reasons = impossible(q, k, v, causal, mask, window, sinks, softcap)
     if sinks is not None or softcap is not None or is_first_keys(mask):
         return reasons  # PyTorch has no kernel for these
-    if q.device.type != "cpu" or use_triton(q, k, v):
-        if mask is None and window is None and not _is_raced(q, v):
-            reasons.append("without a mask, PyTorch's own flash attention is as fast")
-        return reasons
-    if q.dtype is torch.bfloat16 and processor().own_attention is not None:
-        return reasons if processor().own_attention else [*reasons, why_not_bfloat16()]
+    if q.device.type != "cpu":
+        return [*reasons, "on a GPU, PyTorch's own attention is as fast"]
     if through_fp32(q) and torch.bfloat16 in processor().slow_products:
         return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
     if q.dtype in (torch.float32, torch.float16):
         reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
-    if q.dtype is torch.bfloat16 and (why := why_not_bfloat16()):
+    if q.dtype is torch.bfloat16 and (why := _why_not_bfloat16()):
         reasons.append(why)
     return reasons
 
 
-def _is_raced(q: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's own choice of a kernel may be the slower one of two that it has."""
-    # It takes FlashAttention 2 before cuDNN, whose kernels for Hopper and later cards are others.
-    if not q.is_cuda or not torch.cuda.is_available() or is_fixed():
-        return False
-    has_both = q.dtype.itemsize == 2 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
-    gpu = gpu_of(q)
-    return has_both and gpu.generation in (9, 10) and not gpu.hip
-
-
-def why_not_bfloat16() -> str:
+def _why_not_bfloat16() -> str:
     """Why PyTorch's kernel is as fast in bfloat16 on this CPU; empty where it is not."""
-    if (own := processor().own_attention) is not None:
-        return "" if own else "PyTorch's kernel was faster when both were timed on this CPU"
     # With AMX, PyTorch's kernel multiplies in tiles itself: measured on two cores over eleven
     # shapes (heads of 32 to 128, 128 to 2,048 positions), ours took 1.2 times its time in the
     # median, forward and backward together.

@@ -38,9 +38,9 @@ from .projections import (
     Grads,
     Linear,
     backward,
+    forward,
     linears,
     narrow_copy_for,
-    output,
     rows_of,
     through_a,
     unflattened,
@@ -76,12 +76,9 @@ def reference(x: Tensor, linear: Linear) -> Tensor:
 
 
 def quant_linear_reference(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None = None,
-    compute: torch.dtype | None = None,
+    x: Tensor, weight: Quantized, bias: Tensor | None = None, compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A quantized linear without an adapter."""
     return reference(x, Linear(weight, bias, compute=compute, dtype=dtype))
 
@@ -144,7 +141,7 @@ class _Linears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         source = x if copy is None else copy
         rows, layers = Rows(rows_of(source)), linears(tensors, constants)
-        hs = through_a(rows, layers)
+        outs, hs = forward(rows, layers)
         need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[5:], len(layers))
         recompute = keep == "input" and any([need.lora_b for need in needs])
         keeps_x, saved_hs, saved, unsaved = False, [], list(tensors), []
@@ -164,9 +161,9 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(source if keeps_x else None, *saved_hs, *saved)
         ctx.constants, ctx.name, ctx.unsaved = constants, name, unsaved
         ctx.like, ctx.recompute = (x.shape, x.dtype, source.dtype), recompute
-        outs = tuple([output(rows, layer, h) for layer, h in zip(layers, hs, strict=True)])
         mark_frozen(ctx, outs, (not need_x and not any(need) for need in needs))
-        return outs  # rows: a view made in here could not be written to in place by the model
+        # rows: a view made in here could not be written to in place by the model
+        return tuple(outs)
 
     @staticmethod
     @differentiable(_double_backward)
@@ -319,14 +316,10 @@ def _unfit_shapes(x: Tensor, linear: Linear) -> list[str]:
     return [f"the shapes do not chain: x {tuple(x.shape)}, {shapes}"]
 
 
-def quant_linear_unsupported(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None = None,
-    compute: torch.dtype | None = None,
+def _quant_linear_unsupported(
+    x: Tensor, weight: Quantized, bias: Tensor | None = None, compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
-) -> list[str]:
-    """Why ``quant_linear`` cannot take these arguments."""
+) -> list[str]:  # fmt: skip
     return unsupported(x, Linear(weight, bias, compute=compute, dtype=dtype))
 
 
@@ -399,7 +392,7 @@ QUANT_LINEAR = Op(
     "quant_linear",
     quant_linear_reference,
     quant_linear,
-    quant_linear_unsupported,
+    _quant_linear_unsupported,
     example=lambda m: _example_of_format(m, "nf4", bias=False),
     variants={
         kind: functools.partial(_example_of_format, kind=kind) for kind in FORMATS if kind != "nf4"

@@ -7,13 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..choice import Contender
+from ..choice import Implementation
 from ..direct import direct
 from ..launch import library_op, use_triton_dot, without_base
 from ..matmul import addmm, addmm_, mm
 from ..native import low_rank as native
 from ..processor import processor
-from ..raced_op import Contest
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -83,19 +82,16 @@ rank_update = direct(
         _rank_update_fake,
         lambda base, left, right: 2 * left.shape[0] * right.numel(),
         plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
-        contest=Contest(
-            (
-                Contender(
-                    "torch.addmm",
-                    torch.addmm,
-                    lambda base, left, right: (
-                        ""
-                        if base.dtype is left.dtype is right.dtype
-                        else "it multiplies and adds in one dtype"
-                    ),
+        libraries=(
+            Implementation(
+                "torch.addmm",
+                torch.addmm,
+                lambda base, left, right: (
+                    ""
+                    if base.dtype is left.dtype is right.dtype
+                    else "it multiplies and adds in one dtype"
                 ),
             ),
-            lambda base, left, right: (base.shape[0], (left.shape[1], right.shape[1])),
         ),
     )
 )
@@ -110,21 +106,6 @@ def sum_of_products(
     """
     result: Tensor = _sum_of_products_op(bias, lefts, rights, dtype or lefts[0].dtype)
     return result
-
-
-def adapted_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
-    dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice.
-
-    ``dtype`` is that of the sum: x's, unless it is to be wider.
-    """
-    if use_triton_dot(x, weight, left, right) and dtype in (None, x.dtype):
-        base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        updated: Tensor = rank_update(base, left, right)
-        return updated
-    return sum_of_products(bias, [x, left], [weight, right], dtype)
 
 
 def _wide_product_fake(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
@@ -160,15 +141,6 @@ def _mm_in_fp32(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def _sizes(
-    wide: Tensor, narrow: Tensor, scale: float, transposed: bool
-) -> tuple[int, tuple[int, ...]]:
-    # rows are tokens in a product with a factor, and features in a factor's gradient
-    rows, inner = wide.shape
-    tokens, other = (rows, inner) if wide.stride(1) == 1 else (inner, rows)
-    return tokens, (other, narrow.shape[1])
-
-
 _wide_product_op = direct(
     library_op(
         "lora_wide_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
@@ -176,17 +148,14 @@ _wide_product_op = direct(
         _wide_product_fake,
         lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
         plain=_wide_product_plain,
-        contest=Contest(
-            (
-                Contender(
-                    "in three parts",
-                    product_of_parts,
-                    lambda wide, *_: (
-                        "" if wide.dtype is torch.bfloat16 else "parts are numbers of bfloat16"
-                    ),
+        libraries=(
+            Implementation(
+                "in three parts",
+                product_of_parts,
+                lambda wide, *_: (
+                    "" if wide.dtype is torch.bfloat16 else "parts are numbers of bfloat16"
                 ),
             ),
-            _sizes,
         ),
     )
 )

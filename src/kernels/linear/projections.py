@@ -25,10 +25,9 @@ from torch import Tensor
 from ..captured import capturable
 from ..direct import direct
 from ..launch import library_op, use_triton_dot
-from ..matmul import linear, mm
+from ..matmul import addmm, linear, mm
 from .products import (
     Rows,
-    adapted_product,
     beside,
     gradient_of_a,
     gradient_of_b,
@@ -53,15 +52,16 @@ MIXED = "some of the weights are quantized, some are not"
 
 # -- records ---------------------------------------------------------------------------------------
 class Linear(NamedTuple):
-    """A linear layer as an argument of an op: ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``.
+    """A linear layer: ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``.
 
     Products with a quantized weight run in ``compute``, or in the input's dtype if that is None;
     others in the weight's. ``dtype`` is that of the result: the product's, or a wider one. The
-    adapter may have another dtype than the base.
+    adapter may have another dtype than the base. ``linears`` returns the form that the products
+    take: there a quantized weight is a ``Quantized``, and no dtype is None.
     """
 
     # (out, in), frozen or trainable; or a frozen ``Quantized``, or a tuple of its fields
-    weight: Tensor | tuple[Any, ...]
+    weight: Any
     bias: Tensor | None = None  # (out,)
     lora_a: Tensor | None = None  # (r, in), or None without an adapter, or without an A
     lora_b: Tensor | None = None  # (out, r), in the dtype of ``lora_a``
@@ -69,8 +69,8 @@ class Linear(NamedTuple):
     lora_bias: Tensor | None = None  # (out,), the bias of B
     # z, the adapter's input where it is not x: (..., in), or without an A (..., r), what B reads
     x_lora: Tensor | None = None
-    compute: torch.dtype | None = None
-    dtype: torch.dtype | None = None
+    compute: Any = None  # dtypes, or None
+    dtype: Any = None
 
     def is_quantized(self) -> bool:
         """Whether the weight is packed."""
@@ -88,30 +88,15 @@ class Linear(NamedTuple):
         bias = bias if self.bias is None else self.bias + bias
         return self._replace(bias=bias, lora_bias=None)
 
-
-class ResolvedLinear(NamedTuple):
-    """A ``Linear`` as the products see it: every dtype is known."""
-
-    weight: Tensor | Quantized
-    bias: Tensor | None  # of any floating dtype
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    lora_bias: Tensor | None
-    x_lora: Tensor | None
-    scale: float
-    compute: torch.dtype  # in which x·Wᵀ runs: that of a plain weight
-    dtype: torch.dtype  # of the result, at least as wide
-
-    def unpacked(self) -> ResolvedLinear:
+    def unpacked(self) -> Linear:
         """The same with a plain weight, unless that is never to be there as a whole."""
-        w, kind = self.weight, self.compute
-        if not isinstance(w, Quantized) or len(parts([w], 0)) > 1:
+        if not isinstance(self.weight, Quantized) or len(parts([self.weight], 0)) > 1:
             return self
-        return self._replace(weight=dequantize(w, kind))
+        return self._replace(weight=dequantize(self.weight, self.compute))
 
 
 class Grads(NamedTuple):
-    """The gradient of each tensor of a ``ResolvedLinear``, or None; or whether it is needed."""
+    """The gradient of each tensor of a ``Linear``, or None; or whether it is needed."""
 
     weight: Any = None
     bias: Any = None
@@ -177,7 +162,7 @@ def _outside_inference(t: Tensor | None) -> Tensor | None:
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(*there)  # type: ignore[call-overload,no-any-return]
 
 
-def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[ResolvedLinear]:
+def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[Linear]:
     """The linears of ``flat``'s list; ``constants`` are those, or a plain tuple of them."""
     scales, sizes, kinds, compute, dtype = constants
     end = WIDTH * len(scales)
@@ -193,20 +178,17 @@ def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[Resolved
         if kinds:
             weight = weights[i]
         low = compute or weight.dtype  # quantized weights come with ``compute``
-        adapter = (lora_a, lora_b, lora_bias, x_lora, scale)
-        resolved.append(ResolvedLinear(weight, bias, *adapter, low, dtype or low))
+        adapter = (lora_a, lora_b, scale, lora_bias, x_lora)
+        resolved.append(Linear(weight, bias, *adapter, low, dtype or low))
     return resolved
 
 
 def unflattened(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
-    """What ``flat`` was called with, for a reference: the biases in the products' dtype."""
+    """The linears of ``flat``'s list as arguments of a reference, biases in the products' dtype."""
     return [
-        Linear(
-            v.weight, None if v.bias is None else v.bias.to(v.compute), v.lora_a, v.lora_b,
-            v.scale, v.lora_bias, v.x_lora, constants.compute, constants.dtype,
-        )
+        v if v.bias is None else v._replace(bias=v.bias.to(v.compute))
         for v in linears(tensors, constants)
-    ]  # fmt: skip
+    ]
 
 
 _T = TypeVar("_T")
@@ -287,6 +269,36 @@ class _Cast(torch.autograd.Function):
         return None, *(None if g is None else next(wide) for g in grads)
 
 
+# -- products with stored weights ------------------------------------------------------------------
+def stored_products(
+    pairs: Sequence[tuple[Tensor, Any]], updates: Sequence[tuple[Tensor, Tensor]],
+    dtype: torch.dtype, *, transposed: bool = False, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``bias + Σ xᵢ·Wᵢ + Σ leftⱼ·rightⱼ`` in ``dtype``: all weights are plain, or all quantized.
+
+    The arguments are those of ``quantized_products``.
+    """
+    x, weight = pairs[0]
+    if isinstance(weight, Quantized):
+        return quantized_products(pairs, updates, dtype, transposed=transposed, bias=bias)
+    if len(pairs) == 1 and not updates:
+        return (linear(x, weight, bias) if transposed else mm(x, weight)).to(dtype)
+    matrices = [(x, weight.t())] if transposed else list(pairs)
+    every = [*matrices, *updates]
+    if not (updates and x.dtype is dtype and use_triton_dot(*chain.from_iterable(every))):
+        lefts, rights = map(list, zip(*every, strict=True))
+        return sum_of_products(bias, lefts, rights, dtype)
+    if len(pairs) == 1:
+        (pair,) = matrices
+        total = mm(*pair) if bias is None else addmm(bias, *pair)
+    else:
+        lefts, rights = map(list, zip(*matrices, strict=True))
+        total = sum_of_products(bias, lefts, rights, dtype)
+    for update in updates:
+        total = rank_update(total, *update)
+    return total
+
+
 # -- forward ---------------------------------------------------------------------------------------
 def _by_dtype(tensors: Sequence[Tensor | None]) -> list[list[int]]:
     groups: dict[torch.dtype, list[int]] = {}
@@ -313,7 +325,7 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def through_a(x: Rows | None, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
+def through_a(x: Rows | None, layers: Sequence[Linear]) -> list[Tensor | None]:
     """``scale·z·Aᵀ`` (N, r) of each adapter, in its dtype: those on x as one matmul.
 
     Without x, only those that have another input.
@@ -356,7 +368,7 @@ _SHORT = 256
 """Features below which fp32 products stay apart: MKL sums a few short rows more exactly."""
 
 
-def _together(layers: Sequence[ResolvedLinear]) -> list[list[int]]:
+def _together(layers: Sequence[Linear]) -> list[list[int]]:
     # The adapters whose A's run as one matmul.
     if len(layers) == 1:
         return [[0]] if layers[0].lora_b is not None else []
@@ -385,9 +397,9 @@ def narrow_copy_for(
     return narrow_copy(x, dtypes)
 
 
-def output(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
+def output(x: Rows, layer: Linear, h: Tensor | None) -> Tensor:
     """The output (N, out) of one linear; ``h`` is its part of ``through_a``."""
-    weight, bias, _, lora_b, lora_bias, _, scale, compute, dtype = layer
+    weight, bias, _, lora_b, scale, lora_bias, _, compute, dtype = layer
     low = x.to(compute)
     after = None
     if lora_bias is not None:
@@ -398,14 +410,15 @@ def output(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
         else:
             after = scaled
     bias = None if bias is None else bias.to(compute)
-    if isinstance(weight, Quantized):
-        updates = () if h is None or lora_b is None else ((h, lora_b.t()),)
-        y = quantized_products([(low, weight)], updates, dtype, transposed=True, bias=bias)
-    elif h is None or lora_b is None:
-        y = linear(low, weight, bias).to(dtype)
-    else:
-        y = adapted_product(low, weight.t(), bias, h, lora_b.t(), dtype)
+    updates = () if h is None or lora_b is None else ((h, lora_b.t()),)
+    y = stored_products([(low, weight)], updates, dtype, transposed=True, bias=bias)
     return y if after is None else y.add_(after)
+
+
+def forward(x: Rows, layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The outputs (N, outᵢ) of several linears on x, and their parts of ``through_a``."""
+    hs = through_a(x, layers)
+    return [output(x, layer, h) for layer, h in zip(layers, hs, strict=True)], hs
 
 
 # -- backward --------------------------------------------------------------------------------------
@@ -419,7 +432,7 @@ class Returned(NamedTuple):
 
 
 def returned(
-    layers: Sequence[ResolvedLinear],
+    layers: Sequence[Linear],
     hs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     need_x: bool,
@@ -450,7 +463,7 @@ def returned(
 
 
 def backward(
-    x: Rows | None, layers: Sequence[ResolvedLinear], hs: Sequence[Tensor | None],
+    x: Rows | None, layers: Sequence[Linear], hs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None], need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
     round_updates: bool = False,
 ) -> tuple[Tensor | None, list[Grads]]:  # fmt: skip
@@ -467,7 +480,7 @@ def backward(
 
 
 def gradient_of_input(
-    layers: Sequence[ResolvedLinear],
+    layers: Sequence[Linear],
     back: Returned,
     dtype: torch.dtype,
     round_updates: bool = False,
@@ -487,29 +500,14 @@ def gradient_of_input(
         (_joined([ts[i] for i in group], 1), _joined([layers[i].lora_a for i in group], 0))
         for group in _by_dtype(ts)
     ]
-    (dy, weight), *others = pairs
-    if isinstance(weight, Quantized):
-        if not round_updates:
-            updates = [(left.to(dtype), right) for left, right in updates]
-        return quantized_products(pairs, updates, dtype)
-    if not others and len(updates) < 2:
-        update = updates[0] if updates else None
-        return (
-            mm(dy, weight).to(dtype)
-            if update is None
-            else adapted_product(dy, weight, None, *update, dtype)
-        )
-    fast = dy.dtype is dtype and use_triton_dot(*chain.from_iterable((*pairs, *updates)))
-    lefts, rights = map(list, zip(*(pairs if fast else [*pairs, *updates]), strict=True))
-    dx = sum_of_products(None, lefts, rights, dtype)
-    for update in updates if fast else ():
-        dx = rank_update(dx, *update)
-    return dx
+    if isinstance(pairs[0][1], Quantized) and not round_updates:
+        updates = [(left.to(dtype), right) for left, right in updates]
+    return stored_products(pairs, updates, dtype)
 
 
 def gradients_of_parameters(
     x: Rows | None,
-    layers: Sequence[ResolvedLinear],
+    layers: Sequence[Linear],
     back: Returned,
     needs: Sequence[Grads],
 ) -> list[Grads]:
@@ -522,8 +520,8 @@ def gradients_of_parameters(
         if dy is not None:
             if need.weight and x is not None:
                 dweight = mm(dy.t(), x.to(dy.dtype))
-            if need.bias and layer.bias is not None:
-                dbias = dy.sum(0, dtype=layer.bias.dtype)
+            if need.bias:
+                dbias = dy.sum(0, dtype=dy.dtype if layer.bias is None else layer.bias.dtype)
             if need.x_lora and layer.x_lora is not None and t is not None:
                 kind, a = layer.x_lora.dtype, layer.lora_a
                 dz = t.to(kind) if a is None else mm(t.to(kind), a.to(kind))
@@ -535,7 +533,7 @@ def gradients_of_parameters(
 
 def _gradients_of_a(
     x: Rows | None,
-    layers: Sequence[ResolvedLinear],
+    layers: Sequence[Linear],
     ts: Sequence[Tensor | None],
     needs: Sequence[Grads],
 ) -> list[Tensor | None]:

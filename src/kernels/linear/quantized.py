@@ -19,12 +19,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..choice import Contender
+from ..choice import Implementation
 from ..direct import direct
 from ..launch import library_op, use_triton, use_triton_dot
 from ..matmul import addmm, mm
 from ..op import Maker
-from ..raced_op import Contest
 from .products import plus_products, rank_update
 
 NF4 = (
@@ -82,8 +81,6 @@ class WeightFormat:
     example: Callable[[Maker, int, int, str], Quantized]  # (out, in), of products about one
     # the matrix from a faster kernel; None where there is none for it
     kernel: Callable[[Quantized, torch.dtype], Tensor | None] = lambda w, dtype: None
-    # (x, w, bias) -> ``x·Wᵀ + bias`` for few rows of x without a copy of W; None for others
-    few: Callable[[Tensor, Quantized, Tensor | None], Tensor | None] = lambda x, w, bias: None
     # (w, dtype, dim, start, stop) -> rows (dim 0) or columns of the reference's matrix, bit for bit
     part: Callable[[Quantized, torch.dtype, int, int, int], Tensor] | None = None
     cuts: tuple[int, ...] = ()  # the dims along which ``part`` need not make more than the part
@@ -214,11 +211,7 @@ def _part_of_products(
             unpacked = part(w, kind, 0 if transposed else 1, *cut)
         return unpacked.t() if transposed else unpacked
 
-    x = xs[0]
-    is_whole = cut is None and transposed
-    total = FORMATS[weights[0].kind].few(x, weights[0], bias) if is_whole else None
-    if total is None:
-        total = mm(x, matrix(0)) if bias is None else addmm(bias, x, matrix(0))
+    total = mm(xs[0], matrix(0)) if bias is None else addmm(bias, xs[0], matrix(0))
     # one copy of full precision at a time
     others = ((xs[i], matrix(i)) for i in range(1, len(xs)))
     if not use_triton_dot(total, *(t for pair in updates for t in pair)):
@@ -400,68 +393,52 @@ def _pairs(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack((one.repeat_interleave(16), one.repeat(16)), 1)
 
 
-def _dequantize_fake(
-    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
-    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return torch.empty(out, into, dtype=dtype, device=packed.device)
+# The arguments of ``dequantize_4bit``: five tensors, (out, in), the block size, the kind, a dtype.
+def _dequantize_fake(packed: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(*rest[4:6], dtype=rest[-1], device=packed.device)
 
 
-def _dequantize_plain(
-    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
-    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    tensors = packed, absmax, absmax_8bit, absmax_code, absmax_offset
-    return _four_bits_reference(Quantized(tensors, (out, into), blocksize, kind), dtype)
+def _dequantize_plain(*args: Any) -> Tensor:
+    return _four_bits_reference(Quantized(args[:5], args[5:7], *args[7:9]), args[9])
 
 
-def _why_not_bitsandbytes(
-    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
-    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
-    dtype: torch.dtype,
-) -> str:  # fmt: skip
+def _why_not_bitsandbytes(packed: Tensor, *_: Any) -> str:
     if not hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
         return "it is not loaded"
     return "" if packed.is_contiguous() else "the codes are not contiguous"
 
 
-def _dequantize_by_bitsandbytes(
-    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
-    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    library, scale = torch.ops.bitsandbytes, absmax
+def _dequantize_by_bitsandbytes(*args: Any) -> Tensor:
+    packed, scale, absmax_8bit, code, offset, out, into, blocksize, kind, dtype = args
+    library = torch.ops.bitsandbytes
     if absmax_8bit is not None:
-        inner = absmax_8bit, absmax, absmax_code
-        scale = library.dequantize_blockwise.default(*inner, NESTED, torch.float32) + absmax_offset
+        inner = absmax_8bit, scale, code
+        scale = library.dequantize_blockwise.default(*inner, NESTED, torch.float32) + offset
     result: Tensor = library.dequantize_4bit.default(
         packed, scale, blocksize, kind, [out, into], dtype
     )
     return result
 
 
-_dequantize = library_op(
-    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? absmax_code,"
-    " Tensor? absmax_offset, int out, int into, int blocksize, str kind, ScalarType dtype)"
-    " -> Tensor",
-    "linear.quant_linear:dequantize",
-    _dequantize_fake,
-    plain=_dequantize_plain,
-    contest=Contest(
-        (Contender("bitsandbytes", _dequantize_by_bitsandbytes, _why_not_bitsandbytes),),
-        lambda *args: (1, tuple(args[5:8])),
-        lambda args, generator: args,  # the scales and codes of a weight, which are never zeros
-    ),
+_dequantize_op = direct(
+    library_op(
+        "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? absmax_code,"
+        " Tensor? absmax_offset, int out, int into, int blocksize, str kind, ScalarType dtype)"
+        " -> Tensor",
+        "linear.quant_linear:dequantize",
+        _dequantize_fake,
+        plain=_dequantize_plain,
+        libraries=(
+            Implementation("bitsandbytes", _dequantize_by_bitsandbytes, _why_not_bitsandbytes),
+        ),
+    )
 )
-_direct_dequantize = direct(_dequantize)
 
 
 def _four_bits_kernel(w: Quantized, dtype: torch.dtype) -> Tensor | None:
     tensors = FourBits(*w.tensors)  # type: ignore[arg-type]
     if dtype is not torch.float64 and use_triton(tensors.absmax):
-        result: Tensor = _direct_dequantize(*tensors, *w.shape, w.blocksize, w.kind, dtype)
+        result: Tensor = _dequantize_op(*tensors, *w.shape, w.blocksize, w.kind, dtype)
         return result
     # The compiled CPU kernel of bitsandbytes, where it is, is the fastest. It has none for odd rows
     # and for large blocks, and would start a compiler there.
@@ -474,50 +451,6 @@ def _four_bits_kernel(w: Quantized, dtype: torch.dtype) -> Tensor | None:
         tensors.packed, scales(w), w.blocksize, w.kind, list(w.shape), dtype
     )
     return unpacked
-
-
-_FEW = 16
-"""Rows of x up to which a GPU dequantizes inside the product: nothing is written."""
-
-
-def _few_product(x: Tensor, w: Quantized, bias: Tensor | None) -> Tensor | None:
-    is_for_few = x.shape[0] <= _FEW and w.shape[1] % w.blocksize == 0
-    tensors = FourBits(*w.tensors)  # type: ignore[arg-type]
-    if not is_for_few or not use_triton_dot(x, tensors.absmax):
-        return None
-    result: Tensor = _direct_few(x, *tensors, *w.shape, w.blocksize, w.kind, bias)
-    return result
-
-
-def _few_fake(
-    x: Tensor, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None,
-    absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
-    kind: str, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], out)
-
-
-def _few_plain(
-    x: Tensor, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None,
-    absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
-    kind: str, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    tensors = packed, absmax, absmax_8bit, absmax_code, absmax_offset
-    matrix = dequantize(Quantized(tensors, (out, into), blocksize, kind), x.dtype)
-    return mm(x, matrix.t()) if bias is None else addmm(bias, x, matrix.t())
-
-
-_direct_few = direct(
-    library_op(
-        "quant_linear_few(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax_8bit,"
-        " Tensor? absmax_code, Tensor? absmax_offset, int out, int into, int blocksize, str kind,"
-        " Tensor? bias) -> Tensor",
-        "linear.quant_linear:few",
-        _few_fake,
-        lambda x, *rest: 2 * x.shape[0] * rest[5] * rest[6],
-        plain=_few_plain,
-    )
-)
 
 
 def _four_bits_misfits(w: Quantized) -> list[str]:
@@ -542,7 +475,7 @@ def _four_bits_example(m: Maker, out: int, into: int, kind: str) -> Quantized:
 
 
 _FOUR_BITS = WeightFormat(
-    _four_bits_reference, _four_bits_misfits, _four_bits_example, _four_bits_kernel, _few_product
+    _four_bits_reference, _four_bits_misfits, _four_bits_example, _four_bits_kernel
 )
 FORMATS = {
     "nf4": _FOUR_BITS,

@@ -1,14 +1,15 @@
-"""Logits in tiles of rows, element-wise work in strips of tiles: what the ops over a head share.
+"""Logits in tiles of rows, and the products that make them and their gradients.
 
 A *tile* is some hundred rows of logits over the whole vocabulary: enough rows for an efficient
-matmul, in memory of a fixed size whatever the batch. A *strip* is the few rows of a tile whose fp32
-softmax fits the cores' caches: all element-wise work happens there.
+matmul, in memory of a fixed size for any batch. A *strip* is the few rows of a tile whose fp32
+softmax fits the cores' caches: all element-wise work happens there (``head_strips.py``).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,18 +17,16 @@ from torch.nn.functional import pad
 
 from ..linear.products import beside, gradient_of_b, scaled_mm
 from ..matmul import addmm, addmm_, mm
+from .head_strips import dtype_of, dtype_of_sums
 
 TILE_BYTES = 64 << 20
-"""What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
+"""Bytes of one tile of logits, or up to twice that if it has less than ``TILE_ROWS`` then."""
 
 GPU_TILE_BYTES = 256 << 20
-"""What a tile takes on a GPU at most, where the library multiplies; its gradient replaces it."""
+"""Bytes of a tile on a GPU at most, where the library multiplies; its gradient replaces it."""
 
 TILE_ROWS = 512
 """Fewer rows than this and the matmuls lose speed."""
-
-STRIP_ELEMENTS = 1 << 18
-"""fp32 elements of a strip per thread: with its softmax they fill a 2 MiB second-level cache."""
 
 FEW_ROWS = 16
 """With fewer rows than about 12, MKL's fp32 matmul sums in one long chain: ten times the error."""
@@ -40,11 +39,10 @@ CHUNK_CLASSES = 8192
 
 
 def row_tiles(rows: int, row_bytes: int, part: int = 1) -> list[tuple[int, int]]:
-    """(start, stop) of tiles of nearly equal height; ``row_bytes`` is what a row's logits take.
+    """Return (start, stop) of tiles of nearly equal height, for rows of ``row_bytes`` of logits.
 
-    ``part`` is how many times less memory a tile shall take. At 4, two matmuls per tile are as fast
-    (1,024 x 576 x 49,152 in bf16, one thread); the gradient of the head, added up over the tiles,
-    is not.
+    A tile takes ``part`` times less memory. At 4, two matmuls per tile are as fast (1,024 x 576 x
+    49,152 in bf16, one thread); the gradient of the head, added up over the tiles, is not.
     """
     size, least = TILE_BYTES // part, TILE_ROWS // part
     most = max(1, size // row_bytes, min(least, 2 * size // row_bytes))
@@ -58,20 +56,14 @@ def most_logits(on_cpu: bool) -> int:
     return 2 * TILE_BYTES if on_cpu else GPU_TILE_BYTES
 
 
-def row_strips(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Split a tile of ``rows`` into strips; the first is the highest."""
-    height = max(1, STRIP_ELEMENTS * torch.get_num_threads() // vocabulary)
-    return (slice(start, min(rows, start + height)) for start in range(0, rows, height))
-
-
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``x·Wᵀ + bias`` in the memory of ``out``."""
+    """Compute ``x·Wᵀ + bias`` in the memory of ``out``."""
     w = weight.t()
     return mm(x, w, out=out) if bias is None else addmm(bias, x, w, out=out)
 
 
 def project_back(dlogits: Tensor, weight: Tensor) -> Tensor:
-    """``dlogits · weight`` (R, hidden), a sum over the whole vocabulary."""
+    """Compute ``dlogits · weight`` (R, hidden), a sum over the whole vocabulary."""
     rows = dlogits.shape[0]
     if rows >= FEW_ROWS or dlogits.dtype is not torch.float32:
         return mm(dlogits, weight)
@@ -81,7 +73,7 @@ def project_back(dlogits: Tensor, weight: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
-    """``total (vocabulary, hidden) + dlogitsᵀ · x``; the sum over tiles is fp32 or wider."""
+    """Return ``total (vocabulary, hidden) + dlogitsᵀ · x``; sums over tiles are fp32 or wider."""
     if total is None:
         return mm(dlogits.t(), x)
     if total.dtype is not wide:
@@ -94,8 +86,8 @@ def accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dty
     return total
 
 
-# An adapter of the head adds ``narrow (N, r) · Bᵀ`` to the logits. What is as large as them is in
-# their dtype, and what is narrow in the adapter's, as in ``kernels/linear``.
+# An adapter of the head adds ``narrow (N, r) · Bᵀ`` to the logits. Tensors as large as the logits
+# are in their dtype, and narrow ones in the adapter's, as in ``kernels/linear``.
 
 
 def add_update(logits: Tensor, narrow: Tensor, lora_b: Tensor) -> None:
@@ -105,7 +97,7 @@ def add_update(logits: Tensor, narrow: Tensor, lora_b: Tensor) -> None:
 
 
 def project_update_back(dlogits: Tensor, lora_b: Tensor) -> Tensor:
-    """``dlogits · B`` (R, r), in the dtype of B."""
+    """Compute ``dlogits · B`` (R, r), in the dtype of B."""
     if dlogits.dtype is lora_b.dtype:
         return project_back(dlogits, lora_b)
     return scaled_mm(beside(dlogits, lora_b), lora_b, 1.0)
@@ -114,9 +106,12 @@ def project_update_back(dlogits: Tensor, lora_b: Tensor) -> Tensor:
 def empty_updates(
     x: Tensor, narrow: Tensor | None, lora_b: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Zeros for the gradients of ``narrow`` and ``lora_b``, the latter fp32 or wider."""
-    of_narrow = x.new_zeros(0) if narrow is None or not wanted[3] else torch.zeros_like(narrow)
-    shape = (0,) if lora_b is None or not wanted[4] else lora_b.shape
+    """Zeros for the gradients of ``narrow`` and ``lora_b``, the latter fp32 or wider.
+
+    ``wanted`` are flags of these two; without one, there are no elements.
+    """
+    of_narrow = x.new_zeros(0) if narrow is None or not wanted[0] else torch.zeros_like(narrow)
+    shape = (0,) if lora_b is None or not wanted[1] else lora_b.shape
     kind = torch.promote_types(x.dtype, torch.float32)
     return of_narrow, x.new_zeros(shape, dtype=kind)
 
@@ -128,47 +123,70 @@ def accumulate_update(total: Tensor, dlogits: Tensor, narrow: Tensor) -> None:
         total[part] += gradient_of_b(narrow, beside(dlogits[:, part], narrow))
 
 
-def scale_and_cap(
-    strip: Tensor, scale: Tensor | float, softcap: float, slope: Tensor | None = None
-) -> None:
-    """Scale and cap logits (R, V) in place, in their own dtype, rounding where the model rounds.
+# ----------------------------------------------------------------------------- sums over the tiles
 
-    ``slope`` (R, V), fp32 or fp64, takes the derivative of the capped logits.
+
+@dataclass
+class HeadTile:
+    """Some of the rows that count, and their logits."""
+
+    span: slice  # places among the rows that count
+    rows: Tensor | slice  # places in x
+    x: Tensor
+    narrow: Tensor | None
+    logits: Tensor  # (R, vocabulary); may have room for more columns
+
+
+class HeadGradients:
+    """Gradients of the operands, from the gradients of the logits tile by tile.
+
+    ``wanted``: flags of x, weight, bias, narrow, lora_b and the learnt scale of the logits.
     """
-    if isinstance(scale, Tensor) or scale != 1.0:
-        strip.mul_(scale)
-    if softcap:
-        strip.div_(softcap).tanh_()
-        if slope is not None:  # of tanh itself: where it is near 1, another rounding is too much
-            t = strip if strip.dtype is slope.dtype else slope.copy_(strip)
-            torch.addcmul(slope.new_ones(()), t, t, value=-1.0, out=slope)
-        strip.mul_(softcap)
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, narrow: Tensor | None, lora_b: Tensor | None,
+        wanted: Sequence[bool],
+    ) -> None:  # fmt: skip
+        self.x, self.weight, self.lora_b, self.wanted = x, weight, lora_b, wanted
+        self.wide = dtype_of("", x)
+        self.dx = x.new_zeros(x.shape if wanted[0] else (0, x.shape[1]))
+        self.dbias = x.new_zeros(len(weight) if wanted[2] else 0, dtype=self.wide)
+        self.dweight: Tensor | None = None
+        self.dnarrow, self.dlora_b = empty_updates(x, narrow, lora_b, wanted[3:])
+        self.dfactor = x.new_zeros((), dtype=self.wide)
+
+    def add(self, tile: HeadTile, dlogits: Tensor) -> None:
+        """Add the gradients of a tile but those of bias and scale, from those of its logits."""
+        if self.wanted[0]:
+            _put(self.dx, tile.rows, self.of_rows(tile, dlogits))
+        if self.wanted[1]:
+            self.add_to_weight(tile, dlogits)
+        if tile.narrow is not None and self.lora_b is not None:
+            dlogits = dlogits[:, : len(self.weight)]
+            if self.dnarrow.numel():
+                _put(self.dnarrow, tile.rows, project_update_back(dlogits, self.lora_b))
+            if self.dlora_b.numel():
+                accumulate_update(self.dlora_b, dlogits, tile.narrow)
+
+    def of_rows(self, tile: HeadTile, dlogits: Tensor) -> Tensor:
+        """Compute the gradient of a tile's rows."""
+        return project_back(dlogits, self.weight)
+
+    def add_to_weight(self, tile: HeadTile, dlogits: Tensor) -> None:
+        """Add the gradient of the head from a tile."""
+        self.dweight = accumulate(self.dweight, dlogits, tile.x, self.wide)
+
+    def sums(self) -> list[Tensor]:
+        """The gradients of weight, bias, narrow, lora_b and scale."""
+        dweight = self.dweight
+        if dweight is None:
+            dweight = self.x.new_zeros(len(self.weight) if self.wanted[1] else 0, self.x.shape[1])
+        kept = dweight.to(dtype_of_sums(self.x))
+        return [kept, self.dbias, self.dnarrow, self.dlora_b, self.dfactor]
 
 
-def softmax_into(f: Tensor, out: Tensor, exact: bool) -> Tensor:
-    """The softmax of each row of ``f`` (R, V), fp32 or fp64, in the memory of ``out``.
-
-    ``exact`` says that the logits have not been rounded to fewer bits before.
-    """
-    p = torch.softmax(f, 1, out=out)
-    if exact:  # its running sum over a large vocabulary is 1e-6 off: divide by a better one
-        p.div_(p.sum(1, keepdim=True))
-    return p
-
-
-def target_logprobs(f: Tensor, p: Tensor, y: Tensor) -> Tensor:
-    """The log-probabilities (R,) of targets ``y`` (R, 1); ``p`` is the softmax of logits ``f``."""
-    target_p = p.gather(1, y).squeeze(1)
-    logprobs = target_p.log()  # l_y - lse, without another pass over f
-    underflow = target_p < 1e-30  # too near the end of fp32's range: read it from the logits
-    if bool(underflow.any()):
-        these = f[underflow]
-        logprobs[underflow] = these.gather(1, y[underflow]).squeeze(1) - these.logsumexp(1)
-    return logprobs
-
-
-def require_classes(targets: Tensor, vocabulary: int) -> None:
-    """Raise what PyTorch's cross entropy raises for the first target that is no class."""
-    wrong = (targets < 0).logical_or_(targets >= vocabulary)
-    if bool(wrong.any()):
-        raise IndexError(f"Target {int(targets[wrong][0])} is out of bounds.")
+def _put(out: Tensor, rows: Tensor | slice, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        out[rows] = values
+    else:
+        out.index_copy_(0, rows, values)

@@ -1,5 +1,8 @@
 """Gated linear units: ``activation(gate) * up``, from two tensors or from one packed tensor.
 
+Both are one function of ``outs``, the outputs of the linears before: gate and up with the layout
+``"two"``, else one tensor (..., 2F) whose halves come ``"gate first"`` or ``"up first"``.
+
 Shazeer, "GLU variants improve transformer", 2020. Backward recomputes the activation from the
 saved gate, so nothing of the size of the activation is kept but ``gate`` and ``up``:
 
@@ -9,7 +12,7 @@ saved gate, so nothing of the size of the activation is kept but ``gate`` and ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,14 +47,23 @@ def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def glu_packed_reference(gate_up: Tensor, activation: str, gate_first: bool = True) -> Tensor:
     """``glu_reference`` of the two halves of the last dimension of ``gate_up``."""
-    gate, up = halves(gate_up, gate_first)
-    return ACTIVATIONS[activation](gate) * up
+    return glu_reference(*halves(gate_up, gate_first), activation)
 
 
 def halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
     """The gate and up views of a packed tensor (..., 2F)."""
     first, second = packed.chunk(2, -1)
     return (first, second) if gate_first else (second, first)
+
+
+def gate_and_up(outs: Sequence[Any], layout: str) -> tuple[Tensor, Tensor]:
+    """Return gate and up as views of ``outs``."""
+    return (outs[0], outs[1]) if layout == "two" else halves(outs[0], layout == "gate first")
+
+
+def reference(first: Tensor, second: Tensor | None, activation: str, layout: str) -> Tensor:
+    """``glu_reference`` of ``outs``, one or two."""
+    return glu_reference(*gate_and_up((first, second), layout), activation)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -85,27 +97,24 @@ def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
 
 
 def _backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
+    grad: Tensor, outs: list[Tensor], activation: str, layout: str, needed: list[bool]
 ) -> list[Tensor]:
+    gate, up = gate_and_up(outs, layout)
+    if layout != "two" and _plain(grad):
+        packed = torch.empty_like(outs[0])
+        grad_gate, grad_up = gate_and_up([packed], layout)
+        torch.mul(grad, up, out=grad_gate)
+        _gate_gradient_(grad_gate, gate, activation)
+        torch.mul(grad, ACTIVATIONS[activation](gate), out=grad_up)
+        return [packed]
     grads = []
-    if need_gate:
+    if needed[0]:
         grads.append(_gate_gradient_(grad * up, gate, activation))
-    if need_up:
+    if needed[-1]:
         grads.append(ACTIVATIONS[activation](gate).mul_(grad))
-    return grads
-
-
-def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
-    gate, up = halves(gate_up, gate_first)
-    if not _plain(grad):
-        parts = _backward(grad, gate, up, activation, True, True)
-        return torch.cat(parts if gate_first else parts[::-1], -1)
-    packed = torch.empty_like(gate_up)
-    grad_gate, grad_up = halves(packed, gate_first)
-    torch.mul(grad, up, out=grad_gate)
-    _gate_gradient_(grad_gate, gate, activation)
-    torch.mul(grad, ACTIVATIONS[activation](gate), out=grad_up)
-    return packed
+    if layout == "two":
+        return grads
+    return [torch.cat(grads if layout == "gate first" else grads[::-1], -1)]
 
 
 # -- triton ----------------------------------------------------------------------------------------
@@ -114,112 +123,87 @@ def _fake_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _fake_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
+    grad: Tensor, outs: list[Tensor], activation: str, layout: str, needed: list[bool]
 ) -> list[Tensor]:
-    return [gate.new_empty(gate.shape) for needed in (need_gate, need_up) if needed]
+    return [t.new_empty(t.shape) for t, need in zip(outs, needed, strict=True) if need]
 
 
-def _fake_packed_backward(
-    grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool
-) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
-
-
-_triton_forward = library_op(
-    "glu_forward(Tensor gate, Tensor up, str activation) -> Tensor",
-    "mlp.glu:forward",
-    _fake_forward,
-    plain=_forward,
+_launch_forward = direct(
+    library_op(
+        "glu_forward(Tensor gate, Tensor up, str activation) -> Tensor",
+        "mlp.glu:forward",
+        _fake_forward,
+        plain=_forward,
+    )
 )
-_triton_backward = library_op(
-    "glu_backward(Tensor grad, Tensor gate, Tensor up, str activation, bool need_gate, "
-    "bool need_up) -> Tensor[]",
-    "mlp.glu:backward",
-    _fake_backward,
-    plain=_backward,
+_launch_backward = direct(
+    library_op(
+        "glu_backward(Tensor grad, Tensor[] outs, str activation, str layout, bool[] needed)"
+        " -> Tensor[]",
+        "mlp.glu:backward",
+        _fake_backward,
+        plain=_backward,
+    )
 )
-_triton_packed_backward = library_op(
-    "glu_packed_backward(Tensor grad, Tensor gate_up, str activation, bool gate_first) -> Tensor",
-    "mlp.glu:packed_backward",
-    _fake_packed_backward,
-    plain=_packed_backward,
-)
-_launch_forward, _launch_backward = direct(_triton_forward), direct(_triton_backward)
 
 
 # -- autograd --------------------------------------------------------------------------------------
-def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def forward(outs: Sequence[Tensor], activation: str, layout: str) -> Tensor:
     """``activation(gate) * up`` by the implementation for these tensors, without a gradient."""
+    gate, up = gate_and_up(outs, layout)
     out: Tensor = (_launch_forward if use_triton(gate, up) else _forward)(gate, up, activation)
     return out
 
 
 def backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
+    grad: Tensor, outs: Sequence[Tensor], activation: str, layout: str, needed: Sequence[bool]
 ) -> list[Tensor]:
-    """The needed ones of (d gate, d up)."""
-    run = _launch_backward if use_triton(gate, up) else _backward
-    return list(run(grad, gate, up, activation, need_gate, need_up))
+    """The needed gradients of ``outs``."""
+    run = _launch_backward if use_triton(*outs) else _backward
+    return list(run(grad, list(outs), activation, layout, list(needed)))
 
 
-def recomputed(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+def recomputed(
+    outs: Sequence[Tensor], activation: str, layout: str
+) -> tuple[Tensor, Tensor | None]:
     """``forward`` in a backward pass: the output, and what ``recomputed_backward_`` can use."""
-    if use_triton(gate, up):
-        return forward(gate, up, activation), None
+    if use_triton(*outs):
+        return forward(outs, activation, layout), None
+    gate, up = gate_and_up(outs, layout)
     act = ACTIVATIONS[activation](gate)
     return act * up, act
 
 
 def recomputed_backward_(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str, act: Tensor | None
+    grad: Tensor, outs: Sequence[Tensor], activation: str, layout: str, act: Tensor | None
 ) -> list[Tensor]:
-    """(d gate, d up); ``grad`` and ``act`` must be the caller's own, and are written over."""
-    if act is None:
-        return backward(grad, gate, up, activation, True, True)
+    """The gradients of ``outs``; ``grad`` and ``act`` must be the caller's, and are used up."""
+    if act is None or layout != "two":
+        return backward(grad, outs, activation, layout, [True] * len(outs))
     d_up = act.mul_(grad)
-    return [_gate_gradient_(grad.mul_(up), gate, activation), d_up]
-
-
-def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
-    """The gradient (..., 2F) of the packed tensor."""
-    run = _triton_packed_backward if use_triton(gate_up) else _packed_backward
-    packed: Tensor = run(grad, gate_up, activation, gate_first)
-    return packed
+    return [_gate_gradient_(grad.mul_(outs[1]), outs[0], activation), d_up]
 
 
 @capturable
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor | None, activation: str, layout: str
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gate, up)
-        ctx.options = (activation,)
-        return forward(gate, up, activation)
+        ctx.save_for_backward(first, second)
+        ctx.options = activation, layout
+        return forward((first, second), activation, layout)  # type: ignore[arg-type]
 
     @staticmethod
-    @differentiable(double_backward(glu_reference, 2))
+    @differentiable(double_backward(reference, 2))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        need_gate, need_up, _ = ctx.needs_input_grad
-        grads = backward(grad, gate, up, ctx.options[0], need_gate, need_up)
-        grad_gate = grads.pop(0) if need_gate else None
-        return grad_gate, grads.pop(0) if need_up else None, None
-
-
-@capturable
-class _GluPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gate_up)
-        ctx.options = activation, gate_first
-        return forward(*halves(gate_up, gate_first), activation)
-
-    @staticmethod
-    @differentiable(double_backward(glu_packed_reference, 1))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gate_up,) = ctx.saved_tensors
-        return packed_backward(grad, gate_up, *ctx.options), None, None
+        outs = [t for t in ctx.saved_tensors if t is not None]
+        activation, layout = ctx.options
+        needed = ctx.needs_input_grad[: len(outs)]
+        grads = iter(backward(grad, outs, activation, layout, needed))
+        first, second = (next(grads) if need else None for need in ctx.needs_input_grad[:2])
+        return first, second, None, None
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -231,7 +215,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """
     if activation not in ACTIVATIONS or gate.shape != up.shape or gate.dtype is not up.dtype:
         raise ValueError("; ".join(glu_unsupported(gate, up, activation)))
-    return _Glu.apply(gate, up, activation)  # type: ignore[no-any-return, no-untyped-call]
+    return _Glu.apply(gate, up, activation, "two")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Tensor:
@@ -242,7 +226,8 @@ def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Ten
     """
     if activation not in ACTIVATIONS or gate_up.shape[-1] % 2:
         raise ValueError("; ".join(glu_packed_unsupported(gate_up, activation, gate_first)))
-    return _GluPacked.apply(gate_up, activation, gate_first)  # type: ignore[no-any-return, no-untyped-call]
+    layout = "gate first" if gate_first else "up first"
+    return _Glu.apply(gate_up, None, activation, layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # -- OP --------------------------------------------------------------------------------------------

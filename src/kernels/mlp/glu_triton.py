@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
-from ..launcher import launched
 
 BLOCK = 1024  # 8 elements per thread: one 16-byte access each in 16-bit dtypes
 
@@ -55,7 +53,6 @@ def _columns(columns, blocks_per_row, BLOCK: tl.constexpr):
     return row, column, column < columns
 
 
-@launched
 @triton.jit
 def _forward_kernel(
     gate, up, out, gate_stride, up_stride, columns, blocks_per_row,
@@ -69,7 +66,6 @@ def _forward_kernel(
     tl.store(out + row * columns + column, y, mask=mask)
 
 
-@launched
 @triton.jit
 def _backward_kernel(
     grad, gate, up, grad_gate, grad_up,
@@ -125,74 +121,28 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
-def _launch_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor | None,
-    d_up: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill the gradients that are given; both have the same row stride."""
-    grads = [d for d in (d_gate, d_up) if d is not None]
-    if not grads or grads[0].numel() == 0:
-        return
-    # fresh halves and fresh tensors always have such a view
-    views, strides, rows, columns = _rows(grad, gate, up, *grads)
-    outs = [v if d is not None else views[3] for d, v in ((d_gate, views[3]), (d_up, views[-1]))]
+def backward(
+    grad: Tensor, outs: list[Tensor], activation: str, layout: str, needed: list[bool]
+) -> list[Tensor]:
+    """The needed gradients of ``outs``, contiguous: see ``glu.backward``."""
+    grads = [t.new_empty(t.shape) if need else None for t, need in zip(outs, needed, strict=True)]
+    made = [d for d in grads if d is not None]
+    if not made or made[0].numel() == 0:
+        return made
+    if layout == "two":
+        (gate, up), (d_gate, d_up) = outs, grads
+    else:
+        pairs = [t.chunk(2, -1) for t in (outs[0], made[0])]
+        (gate, up), (d_gate, d_up) = (p if layout == "gate first" else p[::-1] for p in pairs)
+    # fresh halves and fresh tensors always have such a view; both have one stride between rows
+    views, strides, rows, columns = _rows(
+        grad, gate, up, *(d for d in (d_gate, d_up) if d is not None)
+    )
+    to = [v if d is not None else views[3] for d, v in ((d_gate, views[3]), (d_up, views[-1]))]
     blocks = cdiv(columns, BLOCK)
     _backward_kernel[(rows * blocks,)](
-        *views[:3], *outs, *strides[:4], columns, blocks, ACT=activation,
+        *views[:3], *to, *strides[:4], columns, blocks, ACT=activation,
         NEED_GATE=d_gate is not None, NEED_UP=d_up is not None, BLOCK=BLOCK,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
-
-
-def backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
-) -> list[Tensor]:
-    """The needed ones of (d gate, d up), contiguous."""
-    d_gate = gate.new_empty(gate.shape) if need_gate else None
-    d_up = up.new_empty(up.shape) if need_up else None
-    _launch_backward(grad, gate, up, activation, d_gate, d_up)
-    return [d for d in (d_gate, d_up) if d is not None]
-
-
-def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
-    """The gradient of the packed tensor (..., 2F), contiguous."""
-    packed = gate_up.new_empty(gate_up.shape)
-    (gate, up), (d_gate, d_up) = (
-        t.chunk(2, -1) if gate_first else t.chunk(2, -1)[::-1] for t in (gate_up, packed)
-    )
-    _launch_backward(grad, gate, up, activation, d_gate, d_up)
-    return packed
-
-
-def _cases() -> tuple[AotCase, ...]:
-    cases = []
-    strides = ("gate_stride", "up_stride", "columns", "blocks_per_row")
-    for dtype, act in (
-        *(("bf16", a) for a in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")),
-        ("fp16", "silu"),
-        ("fp32", "silu"),
-    ):
-        pointers = dict.fromkeys(("gate", "up", "out"), f"*{dtype}")
-        cases.append(
-            AotCase(
-                f"glu_forward_{act}_{dtype}",
-                _forward_kernel,
-                pointers | dict.fromkeys(strides, "i64"),
-                {"ACT": act, "BLOCK": BLOCK},
-            )
-        )
-        pointers = dict.fromkeys(("grad", "gate", "up", "grad_gate", "grad_up"), f"*{dtype}")
-        needs = [(True, True)] if act != "silu" else [(True, True), (True, False), (False, True)]
-        for need_gate, need_up in needs:
-            cases.append(
-                AotCase(
-                    f"glu_backward_{act}_{dtype}_{need_gate:d}{need_up:d}",
-                    _backward_kernel,
-                    pointers | dict.fromkeys((*strides, "grad_stride", "out_stride"), "i64"),
-                    {"ACT": act, "NEED_GATE": need_gate, "NEED_UP": need_up, "BLOCK": BLOCK},
-                )
-            )
-    return tuple(cases)
-
-
-AOT = _cases()
+    return made

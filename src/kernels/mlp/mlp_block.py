@@ -11,6 +11,7 @@ their adapters are accumulated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,16 +29,15 @@ from ..linear.projections import (
     Constants,
     Grads,
     Linear,
-    ResolvedLinear,
     linears,
     narrow_copy_for,
-    output,
+    rows_of,
     through_a,
     unflattened,
     wanted,
     with_operands,
 )
-from ..linear.quantized import elements_of, unpacked_elements
+from ..linear.quantized import unpacked_elements
 from ..op import Maker, Op
 from ..second_order import differentiable, gradients, require_saved
 from . import glu
@@ -60,10 +60,7 @@ def reference(
     """Define the op: the linears by themselves, the gated unit between them."""
     *ins, down = chain
     outs = [linear.reference(x, v) for v in ins]
-    if layout == "two":
-        h = glu.glu_reference(outs[0], outs[1], activation)
-    else:
-        h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
+    h = glu.glu_reference(*glu.gate_and_up(outs, layout), activation)
     return linear.reference(h, down)
 
 
@@ -73,8 +70,6 @@ def reference(
 # kernels of ``glu`` and ``lora_linear`` run, through their functions.
 
 
-Kind = torch.dtype | None
-
 TILE_BYTES = 6 << 20
 """How much of gate and up a tile has on a CPU: smaller ones make for slower matmuls (measured)."""
 
@@ -82,38 +77,30 @@ TILE_BYTES = 6 << 20
 class Mlp(NamedTuple):
     """The linears of an MLP, and how gate and up are combined."""
 
-    ins: list[ResolvedLinear]  # gate and up, or one for both
-    down: ResolvedLinear  # the last one
+    ins: list[Linear]  # gate and up, or one for both
+    down: Linear  # the last one
     activation: str  # of the gate
     layout: str  # one of ``LAYOUTS``
 
     @classmethod
-    def of(
-        cls, tensors: Sequence[Any], constants: tuple[Any, ...], activation: str, layout: str
-    ) -> Mlp:
-        """From ``linears.flat``'s list."""
-        *ins, down = linears(tensors, constants)
+    def of(cls, tensors: Sequence[Any], *spec: Any) -> Mlp:
+        """From ``projections.flat``'s tensors and constants, the activation and the layout."""
+        *constants, activation, layout = spec
+        *ins, down = linears(tensors, tuple(constants))
         return cls(ins, down, activation, layout)
 
     def unpacked(self) -> Mlp:
         """The same with plain weights, so that quantized ones are not unpacked for each tile."""
         return self._replace(ins=[v.unpacked() for v in self.ins], down=self.down.unpacked())
 
-    def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Both, as views of the first linears' outputs."""
-        if self.layout == "two":
-            return outs[0], outs[1]
-        return glu.halves(outs[0], self.layout == "gate first")
-
 
 # -- in one piece ----------------------------------------------------------------------------------
 def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The output (N, D) from x (N, D), the first linears' outputs, the narrow products of all."""
-    hs = through_a(x, mlp.ins)
-    outs = [output(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
-    inner = Rows(glu.forward(*mlp.gate_and_up(outs), mlp.activation))
-    last = through_a(inner, [mlp.down])
-    return output(inner, mlp.down, last[0]), outs, [*hs, *last]
+    outs, hs = projections.forward(x, mlp.ins)
+    inner = Rows(glu.forward(outs, mlp.activation, mlp.layout))
+    (y,), last = projections.forward(inner, [mlp.down])
+    return y, outs, [*hs, *last]
 
 
 def backward(
@@ -131,7 +118,7 @@ def backward(
     last, inner, act = hs[-1], None, None
     is_missing = down_need.lora_b and last is None
     if down_need.weight or down_need.lora_a or is_missing:
-        h, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
+        h, act = glu.recomputed(outs, mlp.activation, mlp.layout)
         inner = Rows(h)
         del h
         last = through_a(inner, [mlp.down])[0] if is_missing else last
@@ -140,21 +127,11 @@ def backward(
     del inner
     if not need_ins:
         return None, [*[None] * (WIDTH * len(mlp.ins)), *d_down[0]]
-    d_inner = projections.gradient_of_input([mlp.down], back, mlp.ins[0].dtype)
-    d_outs = _through_the_gate(d_inner, outs, mlp, act)
+    d_inner: Any = projections.gradient_of_input([mlp.down], back, mlp.ins[0].dtype)
+    d_outs = glu.recomputed_backward_(d_inner, outs, mlp.activation, mlp.layout, act)
+    del d_inner
     dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs, dtype)
     return dx, [g for d in (*d_ins, *d_down) for g in d]
-
-
-def _through_the_gate(
-    d_inner: Any, outs: Sequence[Tensor], mlp: Mlp, act: Tensor | None
-) -> list[Tensor]:
-    """The gradients of the first linears' outputs; ``d_inner`` and ``act`` are used up."""
-    if mlp.layout != "two":
-        first = mlp.layout == "gate first"
-        return [glu.packed_backward(d_inner, outs[0], mlp.activation, first)]
-    gate, up = mlp.gate_and_up(outs)
-    return glu.recomputed_backward_(d_inner, gate, up, mlp.activation, act)
 
 
 # -- in tiles --------------------------------------------------------------------------------------
@@ -167,38 +144,35 @@ def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
     return [slice(i, i + size) for i in range(0, max(1, x.shape[0]), size)]
 
 
-def _tiled_forward(
-    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
-) -> Tensor:  # fmt: skip
-    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
-    out = x.new_empty(x.shape[0], mlp.down.weight.shape[0], dtype=mlp.down.dtype)
+# ``spec`` are the elements of ``flat``'s constants, the activation and the layout.
+def _in_tiles(x: Tensor, tensors: Sequence[Tensor | None], spec: Any) -> tuple[Mlp, list[slice]]:
+    mlp = Mlp.of(tensors, *spec)
     tiles = _tiles(x, mlp)
-    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
+    return mlp.unpacked() if len(tiles) > 1 else mlp, tiles
+
+
+def _tiled_forward(x: Tensor, tensors: list[Tensor | None], *spec: Any) -> Tensor:
+    out = _forward_fake(x, tensors, *spec)
+    mlp, tiles = _in_tiles(x, tensors, spec)
     for tile in tiles:
         out[tile] = forward(Rows(x[tile]), mlp)[0]
     return out
 
 
 def _tiled_backward(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
-    dtype: Kind = None, wide: Kind = None,
+    grad: Tensor, x: Tensor, needed: list[bool], wide: torch.dtype, tensors: list[Tensor | None],
+    *spec: Any,
 ) -> list[Tensor]:  # fmt: skip
-    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
-    tiles = _tiles(x, mlp)
-    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
-    wide = wide or x.dtype
+    mlp, tiles = _in_tiles(x, tensors, spec)
+    needs = wanted(needed[1:], len(spec[0]))
     dx = x.new_empty(x.shape, dtype=wide) if needed[0] else None
     totals: list[Tensor | None] = [None] * len(tensors)
     for tile in tiles:
         rows = Rows(x[tile])
-        hs = through_a(rows, mlp.ins)
-        outs = [output(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+        outs, hs = projections.forward(rows, mlp.ins)
         d_rows, tile_grads = backward(
-            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
-            wide,
-        )  # fmt: skip
+            grad[tile], rows, outs, [*hs, None], mlp, needed[0], needs, wide
+        )
         if dx is not None and d_rows is not None:
             dx[tile] = d_rows
         for i, part in enumerate(tile_grads):
@@ -226,51 +200,39 @@ def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return total.add_(part)
 
 
-def _forward_fake(
-    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
-) -> Tensor:  # fmt: skip
-    *_, down = linears(tensors, _constants(scales, sizes, kinds, compute, dtype))
+def _forward_fake(x: Tensor, tensors: list[Tensor | None], *spec: Any) -> Tensor:
+    down = Mlp.of(tensors, *spec).down
     return x.new_empty(x.shape[0], down.weight.shape[0], dtype=down.dtype)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
-    dtype: Kind = None, wide: Kind = None,
+    grad: Tensor, x: Tensor, needed: list[bool], wide: torch.dtype, tensors: list[Tensor | None],
+    *_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    dx = [x.new_empty(x.shape, dtype=wide or x.dtype)] if needed[0] else []
+    dx = [x.new_empty(x.shape, dtype=wide)] if needed[0] else []
     pairs = zip(tensors, needed[1:], strict=True)
     return [*dx, *(t.new_empty(t.shape) for t, need in pairs if need and t is not None)]
 
 
-def _matrices(
-    tensors: Sequence[Tensor | None], sizes: Sequence[int], count: int
-) -> list[tuple[int, int, int]]:
+def _matrices(tensors: Sequence[Tensor | None], *spec: Any) -> list[tuple[int, int, int]]:
     """Elements of the weight, of A and of B of each linear; 0 of what is not there."""
-    packed = elements_of(sizes)
-    sizes_of_matrices = []
-    for i in range(count):
-        weight, _, a, b, *_ = tensors[WIDTH * i : WIDTH * (i + 1)]
-        whole = packed[i] if packed else 0 if weight is None else weight.numel()
-        sizes_of_matrices.append(
-            (whole, 0 if a is None else a.numel(), 0 if b is None else b.numel())
-        )
-    return sizes_of_matrices
+    mlp = Mlp.of(tensors, *spec)
+    return [
+        (math.prod(v.weight.shape), *(0 if t is None else t.numel() for t in (v.lora_a, v.lora_b)))
+        for v in (*mlp.ins, mlp.down)
+    ]  # type: ignore[misc]  # 2026-12-03: three numbers
 
 
-def _forward_flops(
-    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int], *_: Any
-) -> int:
-    return 2 * x.shape[0] * sum(map(sum, _matrices(tensors, sizes, len(scales))))
+def _forward_flops(x: Tensor, tensors: list[Tensor | None], *spec: Any) -> int:
+    return 2 * x.shape[0] * sum(map(sum, _matrices(tensors, *spec)))
 
 
 def _backward_flops(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, needed: list[bool], *_: Any,
+    grad: Tensor, x: Tensor, needed: list[bool], wide: torch.dtype, tensors: list[Tensor | None],
+    *spec: Any,
 ) -> int:  # fmt: skip
-    matrices = _matrices(tensors, sizes, len(scales))
-    needs = wanted(needed[1:], len(scales))
+    matrices = _matrices(tensors, *spec)
+    needs = wanted(needed[1:], len(matrices))
     to_gate = needed[0] or any(any(need) for need in needs[:-1])
     passed = [needed[0]] * (len(needs) - 1) + [to_gate]
     total = sum(map(sum, matrices[:-1]))
@@ -282,71 +244,49 @@ def _backward_flops(
     return 2 * x.shape[0] * total
 
 
-_SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
-_KINDS = "ScalarType? compute=None, ScalarType? dtype=None"
+def _temporary(x: Tensor, sizes: list[int], kinds: list[str]) -> int:
+    return x.element_size() * sum(unpacked_elements(sizes, kinds))
+
+
+_SPEC = (
+    "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, ScalarType? compute,"
+    " ScalarType? dtype, str activation, str layout"
+)
 _forward_op = library_op(
-    f"mlp_block_forward(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
+    f"mlp_block_forward(Tensor x, {_SPEC}) -> Tensor",
     _tiled_forward,
     _forward_fake,
     _forward_flops,
-    temporary=lambda x, tensors, scales, sizes, kinds, *_: (
-        x.element_size() * sum(unpacked_elements(sizes, kinds))
-    ),
+    temporary=lambda x, tensors, scales, sizes, kinds, *_: _temporary(x, sizes, kinds),
 )
 _backward_op = library_op(
-    f"mlp_block_backward(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, "
-    "ScalarType? wide=None) -> Tensor[]",
+    f"mlp_block_backward(Tensor grad, Tensor x, bool[] needed, ScalarType wide, {_SPEC})"
+    " -> Tensor[]",
     _tiled_backward,
     _backward_fake,
     _backward_flops,
-    temporary=lambda grad, x, tensors, scales, sizes, kinds, *_: (
-        x.element_size() * sum(unpacked_elements(sizes, kinds))
+    temporary=lambda grad, x, needed, wide, tensors, scales, sizes, kinds, *_: _temporary(
+        x, sizes, kinds
     ),
 )
-
-
-def _constants(
-    scales: list[float], sizes: list[int], kinds: list[str], compute: Kind, dtype: Kind
-) -> Constants:
-    return Constants(tuple(scales), tuple(sizes), tuple(kinds), compute, dtype)
-
-
-def tiled_forward(
-    x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str, layout: str
-) -> Tensor:
-    """The output (N, D) from x (N, D), a tile of tokens after the other."""
-    *lists, compute, dtype = constants
-    result: Tensor = _forward_op(x, tensors, *map(list, lists), activation, layout, compute, dtype)
-    return result
-
-
-def tiled_backward(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str,
-    layout: str, needed: list[bool], wide: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """The needed gradients of x, in ``wide``, and of ``tensors``; recomputes tile by tile."""
-    *lists, compute, dtype = constants
-    result: list[Tensor] = _backward_op(
-        grad, x, tensors, *map(list, lists), activation, layout, needed, compute, dtype, wide
-    )
-    return result
 
 
 # -- autograd --------------------------------------------------------------------------------------
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    _, dtype, constants, activation, layout, keep = ctx.options
+    _, dtype, spec, keep = ctx.options
+    *constants, activation, layout = spec
+    count = len(constants[0])
     x, *saved = ctx.saved_tensors
-    constants, count = Constants(*constants), len(constants[0])
     require_saved(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
 
     def formula(x: Tensor, *tensors: Any) -> Tensor:
-        y = reference(x, unflattened(tensors, constants), activation, layout, keep)
+        y = reference(x, unflattened(tensors, Constants(*constants)), activation, layout, keep)
         return y.reshape(grad.shape)
 
     inputs = x, *(saved if keep == "input" else saved[2 * count - 1 :])
-    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
     dx, *rest = gradients(formula, inputs, needed, (grad,))
-    return dx if dx is None else dx.to(dtype), None, None, None, None, None, *rest
+    return dx if dx is None else dx.to(dtype), None, None, None, *rest
 
 
 @capturable
@@ -355,21 +295,20 @@ class _MLPBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, copy: Tensor | None, constants: tuple[Any, ...], activation: str,
-        layout: str, keep: str, *tensors: Tensor | None,
+        ctx: Any, x: Tensor, copy: Tensor | None, spec: tuple[Any, ...], keep: str,
+        *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         # ``copy`` is x in another dtype, or None: ``products.narrow_copy``.
         ctx.set_materialize_grads(False)
         source = x if copy is None else copy
-        rows = source.reshape(-1, x.shape[-1])
-        ctx.options = x.shape, x.dtype, constants, activation, layout, keep
-        needed = ctx.needs_input_grad
-        needed = needed[0], *needed[6:]
+        rows = rows_of(source)
+        ctx.options = x.shape, x.dtype, spec, keep
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
         if keep == "input":
             ctx.save_for_backward(*((source, *tensors) if any(needed) else tensors))
-            return tiled_forward(rows, list(tensors), Constants(*constants), activation, layout)
-        mlp = Mlp.of(tensors, constants, activation, layout)
-        y, outs, hs = forward(Rows(rows), mlp)
+            result: Tensor = _forward_op(rows, list(tensors), *_lists(spec))
+            return result
+        y, outs, hs = forward(Rows(rows), Mlp.of(tensors, *spec))
         if any(needed):
             *ins, down = wanted(needed[1:], len(hs))
             for_x = any(need.weight or need.lora_a for need in ins)
@@ -383,25 +322,25 @@ class _MLPBlock(torch.autograd.Function):
     @staticmethod
     @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        shape, dtype, constants, activation, layout, keep = ctx.options
+        shape, dtype, spec, keep = ctx.options
         x, *saved = ctx.saved_tensors
-        rows = x if x is None else x.reshape(-1, x.shape[-1])
-        count, needed = len(constants[0]), ctx.needs_input_grad
-        needed = needed[0], *needed[6:]
+        rows = x if x is None else rows_of(x)
+        count, needed = len(spec[0]), [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         if keep == "input":
-            remaining = iter(tiled_backward(
-                grad, x.reshape(-1, x.shape[-1]), saved, Constants(*constants), activation, layout,
-                list(needed), dtype,
-            ))  # fmt: skip
-            dx, *grads = (next(remaining) if need else None for need in needed)
+            made = iter(_backward_op(grad, rows, needed, dtype, saved, *_lists(spec)))
+            dx, *grads = (next(made) if need else None for need in needed)
         else:
             outs, hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
-            mlp = Mlp.of(saved[2 * count - 1 :], constants, activation, layout)
+            mlp = Mlp.of(saved[2 * count - 1 :], *spec)
             needs = wanted(needed[1:], count)
             source = None if rows is None else Rows(rows)
             dx, grads = backward(grad, source, outs, hs, mlp, needed[0], needs, dtype)
             grads += [None] * (len(needed) - 1 - len(grads))  # of quantized weights
-        return dx if dx is None else dx.view(shape), None, None, None, None, None, *grads
+        return dx if dx is None else dx.view(shape), None, None, None, *grads
+
+
+def _lists(spec: Sequence[Any]) -> list[Any]:
+    return [list(v) if isinstance(v, tuple) else v for v in spec]
 
 
 def mlp_block(
@@ -441,8 +380,8 @@ def mlp_block(
 
     def run(tensors: list[Tensor | None], constants: Constants) -> Tensor:
         copy = narrow_copy_for(x, tensors, constants, len(chain) - 1)
-        options = tuple(constants), activation, layout, keep
-        rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
+        spec = (*constants, activation, layout)
+        rows: Tensor = _MLPBlock.apply(x, copy, spec, keep, *tensors)  # type: ignore[no-untyped-call]
         return shaped(rows, x)
 
     return with_operands(run, [v.with_one_bias() for v in chain], x)

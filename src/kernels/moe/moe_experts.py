@@ -40,12 +40,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..captured import capturable
-from ..choice import Contender
+from ..choice import Implementation, drawn
 from ..launch import library_op, use_triton, use_triton_dot
 from ..linear.products import beside, gradient_of_a, scaled_mm
 from ..matmul import addmm, addmm_, mm, widens
 from ..op import Maker, Op, not_16_bits, on_several_devices
-from ..raced_op import Contest, drawn, wide_enough
 from ..second_order import absent, differentiable, gradients, require_saved
 from .packed_experts import PackedExperts
 
@@ -66,18 +65,11 @@ def reference(
     down_update: Update | None = None,
 ) -> Tensor:  # fmt: skip
     """One expert at a time, on the rows of its tokens."""
-    tokens, active = index.shape
-    up, down = _updated(up, up_update), _updated(down, down_update)
-    ids = index.reshape(-1)
-    pairs = [(ids == expert).nonzero().view(-1) for expert in range(up.shape[0])]
-    parts = []
-    for e, mine in enumerate(pairs):
-        h = x[mine // active] @ up[e]
-        h = activation(h if up_bias is None else h + up_bias[e])
-        y = h @ down[e]
-        parts.append(y if down_bias is None else y + down_bias[e])
-    y = torch.cat(parts)[torch.cat(pairs).argsort()] * weights.reshape(-1, 1)
-    return y.view(tokens, active, -1).sum(1).to(x.dtype)
+    routing, active = moe_route(index.reshape(-1), up.shape[0]), index.shape[1]
+    h = activation(up_reference(x, up, up_bias, *routing, active, up_update))
+    return down_reference(
+        h, weights.reshape(-1), down, down_bias, *routing, active, down_update
+    ).to(x.dtype)
 
 
 def up_reference(
@@ -105,13 +97,13 @@ def _updated(weight: Tensor, update: Update | None) -> Tensor:
 
 
 def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    # Rows after the last expert's are zero.
     parts, start = [], 0
     for e, end in enumerate(offsets.tolist()):
         y = rows[start:end] @ weight[e]
         parts.append(y if bias is None else y + bias[e])
         start = end
-    nobodys = rows.new_zeros(len(rows) - start, weight.shape[2])
-    return torch.cat([*parts, nobodys])
+    return torch.cat([*parts, rows.new_zeros(len(rows) - start, weight.shape[2])])
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -145,26 +137,13 @@ def _counts(offsets: Tensor, places: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *offsets.tolist(), places])]
 
 
-def _grouped_mm_cpu(
-    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _products(a, rows, weight, offsets, bias, None)[0]
-
-
-def _grouped_lora_cpu(
+def _grouped_cpu(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
-    lora_a: Tensor, lora_b: Tensor, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _products(a, rows, weight, offsets, bias, Update(lora_a, lora_b, scale))
-
-
-def _products(
-    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
-    update: Update | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Measured: oneDNN's linear is a fifth faster on few rows in fp32, but its sums are outside
     # the error budget; batches of padded experts (bmm) gain nothing.
-    places = (a if rows is None else rows).shape[0]
+    places, update = _rows(a, rows), _update(lora_a, lora_b, scale)
     out = _in_huge_pages(a.new_empty(places, weight.shape[2]))
     low = a.new_empty(places, 0 if update is None else update.a.shape[2], dtype=_wide(a.dtype))
     work = _Work(a)
@@ -301,19 +280,23 @@ def _combine_cpu(y: Tensor, where: Tensor, weights: Tensor | None, active: int) 
     return F.embedding_bag(places, y.to(wide), mode="sum", per_sample_weights=scales).to(y.dtype)
 
 
-def _grouped_mm_fake(
+def _grouped_mm_cpu(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return a.new_empty((a if rows is None else rows).shape[0], weight.shape[2])
+    return _grouped_cpu(a, rows, weight, offsets, bias, None, None, 1.0)[0]
 
 
-def _grouped_lora_fake(
+def _grouped_fake(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
-    lora_a: Tensor, lora_b: Tensor, scale: float,
+    lora_a: Tensor | None, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    places = (a if rows is None else rows).shape[0]
-    low = a.new_empty(places, lora_a.shape[2], dtype=_wide(a.dtype))
-    return a.new_empty(places, weight.shape[2]), low
+    places, rank = _rows(a, rows), 0 if lora_a is None else lora_a.shape[2]
+    return a.new_empty(places, weight.shape[2]), a.new_empty(places, rank, dtype=_wide(a.dtype))
+
+
+def _grouped_flops(a: Tensor, rows: Tensor | None, weight: Tensor, *rest: Any) -> int:
+    elements: int = sum(t[0].numel() for t in (weight, *rest[2:4]) if t is not None)
+    return 2 * _rows(a, rows) * elements
 
 
 def _grouped_outer_fake(
@@ -326,40 +309,26 @@ def _combine_fake(y: Tensor, where: Tensor, weights: Tensor | None, active: int)
     return y.new_empty(where.shape[0] // active, y.shape[1])
 
 
-_SCHEMAS = {
-    "grouped_mm": "(Tensor a, Tensor? rows, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor",
-    "grouped_lora": (
-        "(Tensor a, Tensor? rows, Tensor weight, Tensor offsets, Tensor? bias, Tensor lora_a, "
-        "Tensor lora_b, float scale) -> (Tensor, Tensor)"
-    ),
-    "grouped_outer": "(Tensor a, Tensor? rows, Tensor b, Tensor offsets, Tensor like) -> Tensor",
-    "combine": "(Tensor y, Tensor where, Tensor? weights, int active) -> Tensor",
-}
-_FAKES: dict[str, Callable[..., Any]] = {
-    "grouped_mm": _grouped_mm_fake,
-    "grouped_lora": _grouped_lora_fake,
-    "grouped_outer": _grouped_outer_fake,
-    "combine": _combine_fake,
-}
-_CPU: dict[str, Callable[..., Any]] = {
-    "grouped_mm": _grouped_mm_cpu,
-    "grouped_lora": _grouped_lora_cpu,
-    "grouped_outer": _grouped_outer_cpu,
-    "combine": _combine_cpu,
-}
+def _rows(a: Tensor, rows: Tensor | None, *_: Any) -> int:
+    return (a if rows is None else rows).shape[0]
 
 
-_FLOPS: dict[str, Callable[..., int]] = {
-    "grouped_mm": lambda a, rows, weight, *_: (
-        2 * (a if rows is None else rows).shape[0] * weight[0].numel()
-    ),
-    "grouped_lora": lambda a, rows, weight, offsets, bias, lora_a, lora_b, scale: (
-        2
-        * (a if rows is None else rows).shape[0]
-        * (weight[0].numel() + lora_a[0].numel() + lora_b[0].numel())
-    ),
-    "grouped_outer": lambda a, rows, b, *_: 2 * b.numel() * a.shape[1],
-}
+def _outer_flops(a: Tensor, rows: Tensor | None, b: Tensor, *_: Any) -> int:
+    return 2 * b.numel() * a.shape[1]
+
+
+_MM = "(Tensor a, Tensor? rows, Tensor weight, Tensor offsets, Tensor? bias"
+_OUTER = "(Tensor a, Tensor? rows, Tensor b, Tensor offsets, Tensor like) -> Tensor"
+_COMBINE = "(Tensor y, Tensor where, Tensor? weights, int active) -> Tensor"
+
+_grouped_op = library_op(
+    f"moe_grouped{_MM}, Tensor? lora_a, Tensor? lora_b, float scale) -> (Tensor, Tensor)",
+    _grouped_cpu, _grouped_fake, _grouped_flops,
+)  # fmt: skip
+_outer_op = library_op(
+    f"moe_grouped_outer{_OUTER}", _grouped_outer_cpu, _grouped_outer_fake, _outer_flops
+)
+_combine_op = library_op(f"moe_combine{_COMBINE}", _combine_cpu, _combine_fake)
 
 
 # -- PyTorch's own products of groups --------------------------------------------------------------
@@ -393,7 +362,7 @@ def _torch_outer(
 
 
 def _with_idle_experts(args: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
-    """Of several experts the first has no place, and the last place is nobody's."""
+    """Draw inputs: of several experts, the first has no place, and the last place has no expert."""
     made = drawn(args, generator)
     offsets = made[3]
     if len(offsets) > 1:
@@ -402,70 +371,22 @@ def _with_idle_experts(args: tuple[Any, ...], generator: torch.Generator) -> tup
     return made
 
 
-def _rows(a: Tensor, rows: Tensor | None, *_: Any) -> int:
-    return a.shape[0] if rows is None else rows.shape[0]
-
-
-_CONTESTS = {
-    "grouped_mm": Contest(
-        (
-            Contender(
-                "F.grouped_mm",
-                _torch_mm,
-                lambda a, rows, weight, offsets, bias: (
-                    "it adds no bias" if bias is not None else _why_not_torch(a, weight)
-                ),
-            ),
-        ),
-        lambda *args: (_rows(*args), tuple(args[2].shape)),
-        _with_idle_experts,
-        exact=lambda a, *_: wide_enough(a.dtype),
-    ),
-    "grouped_outer": Contest(
-        (
-            Contender(
-                "F.grouped_mm",
-                _torch_outer,
-                lambda a, rows, b, offsets, like: _why_not_torch(a, b, like),
-            ),
-        ),
-        lambda *args: (_rows(*args), tuple(args[4].shape)),
-        _with_idle_experts,
-        exact=lambda a, *_: wide_enough(a.dtype),
-    ),
-}
-
-
-def _op(name: str, suffix: str, implementation: Callable[..., Any] | str) -> Callable[..., Any]:
-    schema, fake, flops = f"moe_{name}{suffix}{_SCHEMAS[name]}", _FAKES[name], _FLOPS.get(name)
-    if not isinstance(implementation, str):
-        return library_op(schema, implementation, fake, flops)
-    contest = _CONTESTS.get(name)
-    return library_op(schema, implementation, fake, flops, plain=_CPU[name], contest=contest)
-
-
-_plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
-
-
 # -- packed experts, on any device -----------------------------------------------------------------
 def _packed_products(
     a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
-    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, scale: float,
+    kind: str, transposed: bool, *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     constants = ((shape[0], shape[1]), blocksize, kind)
     weight = PackedExperts(constants, tuple(parts), a.dtype, transposed)
-    return _products(a, rows, weight, offsets, bias, _update(lora_a, lora_b, scale))
+    return _grouped_cpu(a, rows, weight, *rest)
 
 
 def _packed_products_fake(
     a: Tensor, rows: Tensor | None, parts: list[Tensor | None], shape: list[int], blocksize: int,
-    kind: str, transposed: bool, offsets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-    *rest: Any,
+    kind: str, transposed: bool, *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    places = (a if rows is None else rows).shape[0]
-    low = a.new_empty(places, 0 if lora_a is None else lora_a.shape[2], dtype=_wide(a.dtype))
-    return a.new_empty(places, shape[0 if transposed else 1]), low
+    weight = a.new_empty(0, *(shape if not transposed else shape[::-1]))
+    return _grouped_fake(a, rows, weight, *rest)
 
 
 # Opaque, as products with one quantized weight are: they dequantize one expert at a time.
@@ -475,25 +396,54 @@ _packed_op = library_op(
     " -> (Tensor, Tensor)",
     _packed_products,
     _packed_products_fake,
-    lambda a, rows, parts, shape, *_: 2 * (a if rows is None else rows).shape[0] * math.prod(shape),
+    lambda a, rows, parts, shape, *_: 2 * _rows(a, rows) * math.prod(shape),
     temporary=lambda a, rows, parts, shape, *_: a.element_size() * math.prod(shape),
 )
 
 
-def _packed(
-    a: Tensor, rows: Tensor | None, weight: PackedExperts, offsets: Tensor, bias: Tensor | None,
-    update: Update | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape, blocksize, kind = weight.constants
-    stored = list(weight.parts), list(shape), blocksize, kind, weight.transposed
-    result: tuple[Tensor, Tensor] = _packed_op(
-        a, rows, *stored, offsets, bias, *((None, None, 1.0) if update is None else update)
-    )
-    return result
-
-
 # -- triton ----------------------------------------------------------------------------------------
-_triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
+_triton_mm = library_op(
+    f"moe_grouped_mm_triton{_MM}) -> Tensor",
+    "moe.moe_experts:grouped_mm",
+    lambda a, rows, weight, *_: a.new_empty(_rows(a, rows), weight.shape[2]),
+    lambda *args: _grouped_flops(*args, None, None),
+    plain=_grouped_mm_cpu,
+    libraries=(
+        Implementation(
+            "F.grouped_mm",
+            _torch_mm,
+            lambda a, rows, weight, offsets, bias: (
+                "it adds no bias" if bias is not None else _why_not_torch(a, weight)
+            ),
+        ),
+    ),
+    inputs=_with_idle_experts,
+)
+_triton_lora = library_op(
+    f"moe_grouped_lora_triton{_MM}, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor, Tensor)",
+    "moe.moe_experts:grouped_lora",
+    _grouped_fake,
+    _grouped_flops,
+    plain=_grouped_cpu,
+)
+_triton_outer = library_op(
+    f"moe_grouped_outer_triton{_OUTER}",
+    "moe.moe_experts:grouped_outer",
+    _grouped_outer_fake,
+    _outer_flops,
+    plain=_grouped_outer_cpu,
+    libraries=(
+        Implementation(
+            "F.grouped_mm",
+            _torch_outer,
+            lambda a, rows, b, offsets, like: _why_not_torch(a, b, like),
+        ),
+    ),
+    inputs=_with_idle_experts,
+)
+_triton_combine = library_op(
+    f"moe_combine_triton{_COMBINE}", "moe.moe_experts:combine", _combine_fake, plain=_combine_cpu
+)
 
 
 # -- both ------------------------------------------------------------------------------------------
@@ -507,28 +457,30 @@ def grouped_mm(
     last end are zero. The result is contiguous, in a's dtype. Packed experts are dequantized one at
     a time, and only those that have a place.
     """
-    if isinstance(weight, PackedExperts):
-        return _packed(a, rows, weight, offsets, bias, None)[0]
-    run = (_triton if use_triton_dot(a, weight, bias) else _plain)["grouped_mm"]
-    result: Tensor = run(a, rows, weight, offsets, bias)
-    return result
+    return grouped_lora(a, rows, weight, offsets, bias, None)[0]
 
 
 def grouped_lora(
     a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None,
-    update: Update,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    update: Update | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``grouped_mm`` by the weight with its update, ``a[rows] · weight[e] + low · update.b[e]``.
 
     Also returns ``low = scale · a[rows] · update.a[e]`` (S, r), at least in fp32: of gradients near
     zero, fp16 would keep few digits.
     """
+    thin: tuple[Any, ...] = (None, None, 1.0) if update is None else tuple(update)
     if isinstance(weight, PackedExperts):
-        return _packed(a, rows, weight, offsets, bias, update)
-    fast = use_triton_dot(a, weight, bias, update.a, update.b)
-    run = (_triton if fast else _plain)["grouped_lora"]
-    result: tuple[Tensor, Tensor] = run(a, rows, weight, offsets, bias, *update)
-    return result
+        shape, *kind = weight.constants
+        stored = list(weight.parts), list(shape), *kind, weight.transposed
+        out, low = _packed_op(a, rows, *stored, offsets, bias, *thin)
+    elif not use_triton_dot(a, weight, bias, *thin[:2]):
+        out, low = _grouped_op(a, rows, weight, offsets, bias, *thin)
+    elif update is None:
+        out, low = _triton_mm(a, rows, weight, offsets, bias), None
+    else:
+        out, low = _triton_lora(a, rows, weight, offsets, bias, *thin)
+    return out, None if update is None else low
 
 
 def grouped_outer(
@@ -539,9 +491,9 @@ def grouped_outer(
     ``a`` (R, K), ``rows`` and ``offsets`` are as in ``grouped_mm``, ``b`` is (S, N); ``like`` (E,
     K, N) has the dtype and layout of the result. Beside rows of 16 bits, thin ones may be in fp32.
     """
-    run = _plain["grouped_outer"]
+    run = _outer_op
     if use_triton_dot(a, b, like):  # a kernel multiplies numbers of one dtype
-        run, a, b = _triton["grouped_outer"], a.to(like.dtype), b.to(like.dtype)
+        run, a, b = _triton_outer, a.to(like.dtype), b.to(like.dtype)
     result: Tensor = run(a, rows, b, offsets, like)
     return result
 
@@ -552,7 +504,7 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
     ``y`` is (S, N), ``where`` (S,), ``weights`` (S,) or None for ones, ``active`` is K; the result
     (T, N) has y's dtype.
     """
-    run = (_triton if use_triton(y, weights) else _plain)["combine"]
+    run = _triton_combine if use_triton(y, weights) else _combine_op
     result: Tensor = run(y, where, weights, active)
     return result
 
@@ -590,67 +542,31 @@ def inverse_permutation(order: Tensor) -> Tensor:
 
 
 # -- autograd --------------------------------------------------------------------------------------
-def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """``grouped_mm`` in plain PyTorch: rows of no expert are zero."""
-    ends = offsets.tolist()
-    parts = []
-    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        y = rows[start:end] @ weight[e]
-        parts.append(y if bias is None else y + bias[e])
-    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[2])])
-
-
-def _with_update(rows: Tensor, weight: Tensor, bias: Any, offsets: Tensor, update: Any) -> Tensor:
-    y = _grouped(rows, weight, bias, offsets)
-    a, b, scale = update
-    if a is None:
-        return y
-    low = _grouped(rows.to(a.dtype), a, None, offsets) * scale
-    return y + _grouped(low, b, None, offsets).to(y.dtype)
-
-
-def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, _, offsets, order, a, b, _ = ctx.saved_tensors
-    tokens = order // ctx.active
-    if x is None:
-        x = absent((order.shape[0] // ctx.active, weight.shape[1]), weight)
-    bias = None if ctx.bias is None else absent((weight.shape[0], weight.shape[2]), weight)
-
-    def formula(x: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Tensor:
-        rows = x.index_select(0, tokens)
-        return _with_update(rows, weight, bias, offsets, (*rest[-2:], ctx.scale))
-
-    inputs = (x, weight, bias, None, None, None, None, a, b)
-    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
-
-
-def _down_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    h, _, weights, weight, bias, order, offsets, _, a, b, _ = ctx.saved_tensors
-    tokens, is_saved = order // ctx.active, h is not None
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, _, weights, weight, bias, order, _, offsets, a, b, _ = ctx.saved_tensors
+    is_saved, pairs, gathers = x is not None, order.shape[0], weights is None
     why = "the experts are frozen and their weights in the sum are not"
     require_saved(is_saved or not ctx.needs_input_grad[1], "moe_experts", why)
-    h = h if is_saved else absent((order.shape[0], weight.shape[1]), weight)
+    if not is_saved:
+        x = absent((pairs // ctx.active if gathers else pairs, weight.shape[1]), weight)
+    if gathers and ctx.bias is not None:
+        bias = absent((weight.shape[0], weight.shape[2]), weight)
+    tokens = order // ctx.active
 
-    def formula(h: Tensor, weights: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Tensor:
-        y = _with_update(h, weight, bias, offsets, (*rest[-2:], ctx.scale))
+    def formula(x: Tensor, weights: Any, weight: Tensor, bias: Any, *rest: Any) -> Any:
+        weight = _updated(weight, _update(rest[-2], rest[-1], ctx.scale))
+        y = _by_expert(x.index_select(0, tokens) if gathers else x, weight, bias, offsets)
+        if gathers:
+            return y
         y = y * weights.index_select(0, order).unsqueeze(1)
-        total = y.new_zeros(order.shape[0] // ctx.active, y.shape[1])
-        return total.index_add(0, tokens, y).to(h.dtype)
+        total = y.new_zeros(pairs // ctx.active, y.shape[1])
+        return total.index_add(0, tokens, y).to(x.dtype)
 
-    inputs = (h, weights, weight, bias, None, None, None, None, a, b)
+    inputs = (x, weights, weight, bias, None, None, None, None, a, b)
     return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
 
 
-def _forward(
-    x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None, offsets: Tensor,
-    update: Update | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if update is None:
-        return grouped_mm(x, rows, weight, offsets, bias), None
-    return grouped_lora(x, rows, weight, offsets, bias, update)
-
-
-def _low(rows: Tensor, at: Tensor | None, factor: Tensor, offsets: Tensor, scale: float) -> Tensor:
+def _low(rows: Tensor, at: Tensor | None, factor: Tensor, offsets: Tensor, scale: float) -> Any:
     """``scale · rows[at] · factor[e]`` (S, r) alone, as ``grouped_lora`` returns it."""
     nothing = (
         rows.new_empty(*factor.shape[:2], 0),
@@ -673,90 +589,56 @@ def _update(a: Tensor | None, b: Tensor | None, scale: float) -> Update | None:
     return None if a is None or b is None else Update(a, b, scale)
 
 
-def _transposed(update: Update | None) -> Update | None:
-    return None if update is None else Update(update.b.mT, update.a.mT, update.scale)
-
-
 @capturable
-class _Up(torch.autograd.Function):
+class _Projection(torch.autograd.Function):
+    """Rows by their experts: gathered from their tokens, or (with ``weights``) added up for them.
+
+    The weight of a pair is a factor of its row. In backward it goes onto the narrower operand of
+    each product, and then the wide ones need not be gathered.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
-        offsets: Tensor, active: int, lora_a: Tensor | None, lora_b: Tensor | None, scale: float,
-    ) -> Tensor:  # fmt: skip
-        ctx.set_materialize_grads(False)
-        w_weight, w_a, w_b = (ctx.needs_input_grad[i] for i in (1, 7, 8))
-        update = _update(lora_a, lora_b, scale)
-        y, low = _forward(x, order // active, weight, bias, offsets, update)
-        ctx.save_for_backward(
-            x if w_weight or w_a else None, weight, where, offsets, order,
-            *((None, None) if update is None else update[:2]), low if w_b else None,
-        )  # fmt: skip
-        ctx.active, ctx.bias, ctx.scale = active, None if bias is None else bias.dtype, scale
-        return y
-
-    @staticmethod
-    @differentiable(_up_double_backward)
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, where, offsets, order, a, b, low = ctx.saved_tensors
-        w_x, w_weight, w_bias, *_, w_a, w_b, _ = ctx.needs_input_grad
-        dx = dweight = dbias = da = db = dlow = None
-        tokens = order // ctx.active
-        if w_x:
-            update = _transposed(_update(a, b, ctx.scale))
-            rows, dlow = _forward(grad, None, weight.mT, None, offsets, update)
-            dx = combine(rows, where, None, ctx.active)
-        elif w_a:
-            dlow = _low(grad, None, b.mT, offsets, ctx.scale)
-        if w_weight:
-            dweight = grouped_outer(x, tokens, grad, offsets, weight)
-        if w_bias:
-            dbias = segment_sum(grad, offsets).to(ctx.bias)
-        if w_a and dlow is not None:
-            da = grouped_outer(x, tokens, dlow, offsets, a)
-        if w_b:
-            db = grouped_outer(low, None, grad, offsets, b)
-        return dx, dweight, dbias, None, None, None, None, da, db, None
-
-
-@capturable
-class _Down(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor,
-        where: Tensor, offsets: Tensor, active: int, lora_a: Tensor | None, lora_b: Tensor | None,
-        scale: float,
+        ctx: Any, x: Tensor, weights: Tensor | None, weight: Tensor, bias: Tensor | None,
+        order: Tensor, where: Tensor, offsets: Tensor, active: int, lora_a: Tensor | None,
+        lora_b: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
         w_weights, w_weight, w_a, w_b = (ctx.needs_input_grad[i] for i in (1, 2, 8, 9))
-        update = _update(lora_a, lora_b, scale)
-        y, low = _forward(h, None, weight, bias, offsets, update)
-        keeps_h = w_weight or w_a
+        gathers, update = weights is None, _update(lora_a, lora_b, scale)
+        rows = order // active if gathers else None
+        y, low = grouped_lora(x, rows, weight, offsets, bias, update)
+        keeps_x = w_weight or w_a
         # of gradients near zero, fp16 would lose more digits before a large weight than after it
-        ctx.weighs_first = not keeps_h or h.dtype is torch.float16
+        ctx.weighs_first = not gathers and (not keeps_x or x.dtype is torch.float16)
         ctx.save_for_backward(
-            h if keeps_h else None, y if w_weights and ctx.weighs_first else None, weights, weight,
-            bias, order, offsets, where, *((None, None) if update is None else update[:2]),
-            low if w_b else None,
+            x if keeps_x else None, y if w_weights and ctx.weighs_first else None, weights, weight,
+            None if gathers else bias, order, where, offsets, lora_a, lora_b, low if w_b else None,
         )  # fmt: skip
         ctx.active, ctx.bias, ctx.scale = active, None if bias is None else bias.dtype, scale
-        return combine(y, where, weights, active)
+        return y if weights is None else combine(y, where, weights, active)
 
     @staticmethod
-    @differentiable(_down_double_backward)
+    @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, y, weights, weight, bias, order, offsets, where, a, b, low = ctx.saved_tensors
-        w_h, w_weights, w_weight, w_bias, *_, w_a, w_b, _ = ctx.needs_input_grad
-        dh = dweights = dweight = dbias = da = db = dlow = None
-        tokens, wide = order // ctx.active, _wide(grad.dtype)
-        by_place = weights.index_select(0, order).unsqueeze(1)
+        x, y, weights, weight, bias, order, where, offsets, a, b, low = ctx.saved_tensors
+        w_x, w_weights, w_weight, w_bias, *_, w_a, w_b, _ = ctx.needs_input_grad
+        dx = dweights = dweight = dbias = da = db = dlow = None
+        gathers, tokens, wide = weights is None, order // ctx.active, _wide(grad.dtype)
+        x_at = tokens if gathers else None
+        by_place = None if gathers else weights.index_select(0, order).unsqueeze(1)
 
         def weighted(rows: Any) -> Any:
-            return (rows * by_place).to(rows.dtype)
+            return rows if by_place is None else (rows * by_place).to(rows.dtype)
 
-        # The weight of a pair is a factor of its row. It goes onto the narrower operand of each
-        # product, and then the wide ones, dout, need not be gathered.
-        source, at, factor = grad, tokens, weighted
+        def outer(left: Any, left_at: Tensor | None, like: Tensor) -> Tensor:
+            """The sums of ``left[left_at]ᵀ source[at]``."""
+            if gathers:
+                return grouped_outer(left, left_at, source, offsets, like)
+            return grouped_outer(source, at, factor(left), offsets, like.mT).mT
+
+        # ``factor``: what the other operand of a product with ``source`` is multiplied by
+        source, at, factor = grad, None if gathers else tokens, weighted
         if ctx.weighs_first:
             source, at, factor = grad.index_select(0, tokens), None, lambda rows: rows
         if w_weights and y is not None:
@@ -764,29 +646,29 @@ class _Down(torch.autograd.Function):
         if ctx.weighs_first:
             source = weighted(source)
         rows: Any = None
-        if w_h or (w_weights and y is None):
-            update = _transposed(_update(a, b, ctx.scale))
-            rows, dlow = _forward(source, at, weight.mT, None, offsets, update)
+        if w_x or (w_weights and y is None):
+            update = None if a is None else Update(b.mT, a.mT, ctx.scale)
+            rows, dlow = grouped_lora(source, at, weight.mT, offsets, None, update)
         elif w_a:
             dlow = _low(source, at, b.mT, offsets, ctx.scale)
-        if w_weights and y is None:  # y · dout = h · (D · dout)
-            dweights = (rows.to(wide) * h).sum(1)
+        if w_weights and y is None:  # y · dout = x · (D · dout)
+            dweights = (rows.to(wide) * x).sum(1)
             if bias is not None:
                 dweights += grouped_mm(grad, tokens, bias.unsqueeze(2), offsets, None).squeeze(1)
         if dweights is not None:
             dweights = dweights.index_select(0, where).to(weights.dtype)
         if w_weight:
-            dweight = grouped_outer(source, at, factor(h), offsets, weight.mT).mT
+            dweight = outer(x, x_at, weight)
         if w_a and dlow is not None:
-            da = grouped_outer(h, None, factor(dlow), offsets, a)
+            da = grouped_outer(x, x_at, factor(dlow), offsets, a)
         if w_b:
-            db = grouped_outer(source, at, factor(low), offsets, b.mT).mT
+            db = outer(low, None, b)
         if w_bias:
             gathered = source if at is None else weighted(source.index_select(0, at))
             dbias = segment_sum(gathered, offsets).to(ctx.bias)
-        if w_h:
-            dh = factor(rows)
-        return dh, dweights, dweight, dbias, None, None, None, None, da, db, None
+        if w_x:
+            dx = combine(rows, where, None, ctx.active) if gathers else factor(rows)
+        return dx, dweights, dweight, dbias, None, None, None, None, da, db, None
 
 
 def moe_up(
@@ -801,7 +683,8 @@ def moe_up(
     (S, F), S = T·K, is in the order of ``order``.
     """
     factors = _factors(update, weight)
-    return _Up.apply(x, weight, bias, order, where, offsets, active, *factors)  # type: ignore[no-any-return, no-untyped-call]
+    routing = order, where, offsets, active
+    return _Projection.apply(x, None, weight, bias, *routing, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def moe_down(
@@ -815,7 +698,8 @@ def moe_down(
     (T, H) is summed in fp32, and in h's dtype.
     """
     factors = _factors(update, weight)
-    return _Down.apply(h, weights, weight, bias, order, where, offsets, active, *factors)  # type: ignore[no-any-return, no-untyped-call]
+    routing = order, where, offsets, active
+    return _Projection.apply(h, weights, weight, bias, *routing, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def moe_experts(

@@ -40,23 +40,14 @@ def built(name: str = "kernels") -> Path:
     """
     if sys.platform != "linux" or sys.byteorder != "little":
         raise RuntimeError("they are compiled on Linux only, for little-endian processors")
-    place = folder()
-    carried = place / carried_name(name)
-    if carried.exists():
-        return carried
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(missing_compiler())
     text = source(name)
-    path = place / f"{name}-{_hash(_identity(compiler), text, *FLAGS, *NATIVE)}.so"
+    path = folder() / f"{name}-{_hash(_identity(compiler), text, *FLAGS, *NATIVE)}.so"
     if not path.exists():
         compile_kernels(compiler, text, path, NATIVE)
     return path
-
-
-def carried_name(name: str = "kernels") -> str:
-    """The file name of a library that another machine of the kind has compiled, by any compiler."""
-    return f"{name}-{_hash(source(name), *FLAGS, *NATIVE)}.so"
 
 
 def compiler_name(*what: str) -> str:

@@ -97,15 +97,6 @@ def library(name: str = "kernels") -> ctypes.CDLL | None:
     return loading.library
 
 
-def kept_files() -> dict[str, bytes]:
-    """The files of the libraries that this process has needed, as far as they are still there."""
-    kept = {}
-    for name in list(_loading):
-        if library(name) is not None and (file := start(name).file) is not None and file.exists():
-            kept[name] = file.read_bytes()
-    return kept
-
-
 def problem() -> str | None:
     """Why there are no kernels, or None if there are; waits for the compiler."""
     library()

@@ -45,7 +45,7 @@ def _forward_fake(
 _forward_op = library_op(
     "add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, float eps, float offset,"
     " bool outer) -> (Tensor, Tensor, Tensor)",
-    "norms.add_rms_norm:forward",
+    "norms.rms_norm:forward_of_sum",
     _forward_fake,
     plain=_forward,
 )

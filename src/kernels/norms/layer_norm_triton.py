@@ -11,14 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
-from ..launcher import launched
-from .rms_norm_kernels_triton import COLUMNS, backward_tiles, sums_apart, tile_of
-from .rms_norm_triton import finish, output_like, rows_of
+from .rms_norm_triton import backward_tiles, finish, output_like, rows_of, sums_apart, tile_of
 
 
-@launched
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, dim, heads, x_stride, y_stride,
@@ -47,7 +43,6 @@ def forward_kernel(
     tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
 
 
-@launched
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, rows, dim, heads,
@@ -213,56 +208,3 @@ def backward(
         for p, t, need in ((partial[0], weight, need_weight), (partial[1], bias, need_bias))
     )
     return finish(dx, dx_rows), d_weight, d_bias
-
-
-def _forward_case(
-    name: str, dim: int, x: str, w: str, *, weight: bool = True, bias: bool = True
-) -> AotCase:
-    rows, block, warps = tile_of(dim)
-    signature = {f"{k}_ptr": f"*{x}" for k in ("x", "y")}
-    signature |= {f"{k}_ptr": f"*{w}" for k in ("weight", "bias")}
-    signature |= {f"{k}_ptr": "*fp32" for k in ("mean", "rstd")}
-    signature |= dict.fromkeys(("rows", "dim", "heads", "x_stride", "y_stride"), "i32")
-    constants = {"HAS_WEIGHT": weight, "HAS_BIAS": bias, "ROWS": rows, "BLOCK": block}
-    divisible = () if dim % 16 else ("dim", "x_stride", "y_stride")
-    return AotCase(
-        f"forward {name}", forward_kernel, signature | {"eps": "fp32"}, constants, warps,
-        divisible=divisible,
-    )  # fmt: skip
-
-
-def _backward_case(
-    name: str, dim: int, x: str, w: str, *, weight: bool = True, need_x: bool = True,
-    need_weight: bool = True, need_bias: bool = True,
-) -> AotCase:  # fmt: skip
-    rows, block, warps = tile_of(dim if need_x else min(dim, COLUMNS))
-    signature = {f"{k}_ptr": f"*{x}" for k in ("grad", "x", "dx")} | {"weight_ptr": f"*{w}"}
-    signature |= {f"{k}_ptr": "*fp32" for k in ("mean", "rstd", "dw", "db")}
-    strides = ("grad_stride", "x_stride", "dx_stride")
-    signature |= dict.fromkeys(("rows", "dim", "heads", "tiles", *strides), "i32")
-    constants = {"HAS_WEIGHT": weight, "NEED_X": need_x, "NEED_WEIGHT": need_weight}
-    constants |= {"NEED_BIAS": need_bias, "ROWS": rows, "BLOCK": block}
-    divisible = () if dim % 16 else ("dim", *strides)
-    return AotCase(
-        f"backward {name}", backward_kernel, signature, constants, warps, divisible=divisible
-    )
-
-
-AOT = (
-    _forward_case("D=128", 128, "bf16", "bf16", bias=False),
-    _forward_case("D=507 fp32 weight", 507, "bf16", "fp32"),
-    _forward_case("D=2048", 2048, "bf16", "bf16"),
-    _forward_case("D=4096 no weight", 4096, "bf16", "bf16", weight=False, bias=False),
-    _forward_case("D=8192 fp16", 8192, "fp16", "fp16"),
-    _forward_case("D=16384 fp32", 16384, "fp32", "fp32"),
-    _backward_case("D=128 no bias", 128, "bf16", "bf16", need_bias=False),
-    _backward_case("D=507 fp32 weight", 507, "bf16", "fp32"),
-    _backward_case("D=2048 frozen", 2048, "bf16", "bf16", need_weight=False, need_bias=False),
-    _backward_case("D=4096 only db", 4096, "bf16", "bf16", need_x=False, need_weight=False),
-    _backward_case("D=8192 fp16, only parameters", 8192, "fp16", "fp16", need_x=False),
-    _backward_case("D=16384, only parameters", 16384, "bf16", "bf16", need_x=False),
-    _backward_case(
-        "D=16384 no weight", 16384, "fp32", "fp32", weight=False, need_weight=False, need_bias=False
-    ),
-)
-"""Every tile shape, each with another mix of the branches; one odd size."""

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..captured import capturable
-from ..choice import Contender
+from ..choice import Implementation, drawn
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
-from ..raced_op import Contest, drawn
 from ..second_order import differentiable, double_backward
 
 MAX_DIM = 16384
@@ -161,30 +160,18 @@ def _with_rstd(args: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, 
     return grad, x, weight, rstd, *rest
 
 
-def _with_offset(offset: float) -> str:
-    return "offset" if offset else ""
-
-
-def _size(x: Tensor, *_: Any) -> tuple[int, tuple[int, ...]]:
-    return x.numel() // max(1, x.shape[-1]), (x.shape[-1],)
-
-
 _forward_op = library_op(
     "rms_norm_forward(Tensor x, Tensor? weight, float eps, float offset, bool outer)"
     " -> (Tensor, Tensor)",
     "norms.rms_norm:forward",
     _forward_fake,
     plain=_forward,
-    contest=Contest(
-        (
-            Contender(
-                "F.rms_norm",
-                _torch_forward,
-                lambda x, weight, eps, offset, outer: _why_not_torch(x, weight, offset),
-            ),
+    libraries=(
+        Implementation(
+            "F.rms_norm",
+            _torch_forward,
+            lambda x, weight, eps, offset, outer: _why_not_torch(x, weight, offset),
         ),
-        _size,
-        kind=lambda x, weight, eps, offset, outer: _with_offset(offset),
     ),
 )
 _backward_op = library_op(
@@ -193,20 +180,16 @@ _backward_op = library_op(
     "norms.rms_norm:backward",
     _backward_fake,
     plain=_backward,
-    contest=Contest(
-        (
-            Contender(
-                "F.rms_norm",
-                _torch_backward,
-                lambda grad, x, weight, rstd, extra, offset, *_: _why_not_torch(
-                    x, weight, offset, extra
-                ),
+    libraries=(
+        Implementation(
+            "F.rms_norm",
+            _torch_backward,
+            lambda grad, x, weight, rstd, extra, offset, *_: _why_not_torch(
+                x, weight, offset, extra
             ),
         ),
-        _size,
-        _with_rstd,
-        kind=lambda grad, x, weight, rstd, extra, offset, *_: _with_offset(offset),
     ),
+    inputs=_with_rstd,
 )
 _launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)
 

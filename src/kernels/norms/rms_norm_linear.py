@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..captured import capturable
 from ..launch import library_op, use_triton_dot
-from ..linear.products import shaped
-from ..matmul import addmm_, linear, mm
+from ..linear import projections
+from ..linear.products import Rows, shaped
+from ..linear.projections import Grads, Linear, rows_of
 from ..op import Maker, Op, away_from, not_floating
 from ..second_order import absent, differentiable, gradients
 from . import rms_norm as norm
@@ -35,58 +36,25 @@ def reference(
 
 
 # ------------------------------------------------------------------------------------------- cpu
+# The products are those of ``linear/projections.py``.
+def _layers(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Linear]:
+    pairs = zip(weights, biases, strict=True)
+    return [Linear(w, b, compute=w.dtype, dtype=w.dtype) for w, b in pairs]
+
+
 def _forward(
     x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], cast: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
 ) -> list[Tensor]:  # fmt: skip
     y, rstd = norm.forward(x, norm_weight, eps, offset, outer)
-    outs = [
-        _linear(y.to(w.dtype) if cast else y, w, b) for w, b in zip(weights, biases, strict=True)
-    ]
-    return [*outs, rstd]
-
-
-def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, whose result with a bias is a view: the model could not write into that."""
-    if bias is None or y.dim() == 2:
-        return linear(y, weight, bias)
-    rows = linear(y.reshape(-1, y.shape[-1]), weight, bias)
-    return shaped(rows, y)
-
-
-def _input_gradient(
-    grads: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype
-) -> Tensor | None:
-    # ``dtype`` is that of the normed rows: under autocast wider than the linears'. In low precision
-    # a matmul that adds to its result rounds once where two calls round twice. In fp32 the same
-    # would string all the sums into one, which loses more than adding short ones.
-    total: Tensor | None = None
-    for g, w in zip(grads, weights, strict=True):
-        if g is None:
-            continue
-        if total is None:
-            total = mm(g, w).to(dtype)
-        elif g.dtype is dtype and dtype.itemsize < 4:
-            total = addmm_(total, g, w)
-        else:
-            total = total.add_(mm(g, w))
-    return total
-
-
-def _weight_gradients(
-    grads: Sequence[Tensor | None], y: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    rows = y.reshape(-1, y.shape[-1])
-    return [
-        mm(g.t(), rows.to(g.dtype)) if need and g is not None else None
-        for g, need in zip(grads, needed, strict=True)
-    ]
+    outs, _ = projections.forward(Rows(rows_of(y)), _layers(weights, biases))
+    return [*(shaped(out, x) for out in outs), rstd]
 
 
 # ---------------------------------------------------------------------------------------- triton
 def _forward_fake(
     x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], cast: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
 ) -> list[Tensor]:  # fmt: skip
     rows = x.shape[:-1]
     outs = [x.new_empty((*rows, w.shape[0]), dtype=w.dtype) for w in weights]
@@ -95,7 +63,7 @@ def _forward_fake(
 
 _forward_op = library_op(
     "rms_norm_linear_forward(Tensor x, Tensor? norm_weight, float eps, float offset, bool outer,"
-    " Tensor[] weights, Tensor?[] biases, bool cast) -> Tensor[]",
+    " Tensor[] weights, Tensor?[] biases) -> Tensor[]",
     "norms.rms_norm_linear:forward",
     _forward_fake,
     lambda x, *rest: 2 * x.numel() // x.shape[-1] * sum(w.numel() for w in rest[4]),
@@ -116,11 +84,11 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
     biases = (
         absent(w.shape[:1], w) if need else None
-        for w, need in zip(weights, needed[6 + count :], strict=True)
+        for w, need in zip(weights, needed[5 + count :], strict=True)
     )
     inputs = x, norm_weight, *weights, *biases
-    d_x, d_norm, *rest = gradients(formula, inputs, (*needed[:2], *needed[6:]), grads)
-    return d_x, d_norm, None, None, None, None, *rest
+    d_x, d_norm, *rest = gradients(formula, inputs, (*needed[:2], *needed[5:]), grads)
+    return d_x, d_norm, None, None, None, *rest
 
 
 @capturable
@@ -128,14 +96,14 @@ class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
-        cast: bool, *tensors: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         count = len(tensors) // 2
         weights = [w for w in tensors[:count] if w is not None]
         biases = tensors[count:]
         fast = use_triton_dot(x, norm_weight, *tensors) and x.shape[-1] <= norm.MAX_DIM
         run = _forward_op if fast else _forward
-        *outs, rstd = run(x, norm_weight, eps, offset, outer, weights, biases, cast)
+        *outs, rstd = run(x, norm_weight, eps, offset, outer, weights, biases)
         ctx.save_for_backward(x, norm_weight, rstd, *weights)
         ctx.formula = eps, offset, outer
         ctx.set_materialize_grads(False)
@@ -146,27 +114,26 @@ class _RMSNormLinear(torch.autograd.Function):
     def backward(ctx: Any, *out_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, norm_weight, rstd, *weights = ctx.saved_tensors
         eps, offset, outer = ctx.formula
-        need_x, need_norm_weight = ctx.needs_input_grad[:2]
-        need_weights = ctx.needs_input_grad[6 : 6 + len(weights)]
-        need_biases = ctx.needs_input_grad[6 + len(weights) :]
-        grads = [g if g is None else g.reshape(-1, g.shape[-1]) for g in out_grads]
-        d_biases = [
-            g.sum(0) if need and g is not None else None
-            for g, need in zip(grads, need_biases, strict=True)
-        ]
-        d_weights: Sequence[Tensor | None] = [None] * len(weights)
-        if any(need_weights):
-            y, _ = norm.forward(x, norm_weight, eps, offset, outer)
-            d_weights = _weight_gradients(grads, y, need_weights)
+        need_x, need_norm_weight, *_ = ctx.needs_input_grad
+        needed, count = ctx.needs_input_grad[5:], len(weights)
+        needs = [Grads(w, b) for w, b in zip(needed[:count], needed[count:], strict=True)]
+        grads = [g if g is None else rows_of(g) for g in out_grads]
+        layers = _layers(weights, [None] * count)
+        y = None
+        if any(need.weight for need in needs):
+            y = Rows(rows_of(norm.forward(x, norm_weight, eps, offset, outer)[0]))
+        normed = norm.output_dtype(x, norm_weight, outer)
+        d_y, of_layers = projections.backward(
+            y, layers, [None] * count, grads, need_x or need_norm_weight, needs, normed
+        )
         d_x = d_norm_weight = None
-        if need_x or need_norm_weight:
-            d_y = _input_gradient(grads, weights, norm.output_dtype(x, norm_weight, outer))
-            if d_y is not None:
-                d_y = d_y.view(x.shape)
-                d_x, d_norm_weight = norm.backward(
-                    d_y, x, norm_weight, rstd, None, offset, outer, need_x, need_norm_weight
-                )
-        return d_x, d_norm_weight, None, None, None, None, *d_weights, *d_biases
+        if d_y is not None:
+            d_x, d_norm_weight = norm.backward(
+                d_y.view(x.shape), x, norm_weight, rstd, None, offset, outer, need_x,
+                need_norm_weight,
+            )  # fmt: skip
+        d_weights, d_biases = ([g[i] for g in of_layers] for i in range(2))
+        return d_x, d_norm_weight, None, None, None, *d_weights, *d_biases
 
 
 def rms_norm_linear(
@@ -188,7 +155,7 @@ def rms_norm_linear(
     if not torch.is_autocast_enabled(device):
         # 2026-11-24: torch does not type Function.apply
         outs = _RMSNormLinear.apply(  # type: ignore[no-untyped-call]
-            x, norm_weight, eps, offset, outer, False, *weights, *biases
+            x, norm_weight, eps, offset, outer, *weights, *biases
         )
         return outs
     lower = torch.get_autocast_dtype(device)
@@ -197,7 +164,7 @@ def rms_norm_linear(
             t if t is None or t.dtype is torch.float64 else t.to(lower) for t in (*weights, *biases)
         ]
         outs = _RMSNormLinear.apply(  # type: ignore[no-untyped-call]
-            x, norm_weight, eps, offset, outer, True, *tensors
+            x, norm_weight, eps, offset, outer, *tensors
         )
     return outs
 

@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
-from ..launcher import launched
 from .rms_norm_triton import forward as norm_forward
 from .rms_norm_triton import rows_of
 
@@ -31,7 +29,6 @@ TRITON_LAUNCH, LIBRARY_LAUNCH = 10e-6, 5e-6
 """Host time of one launch, seconds."""
 
 
-@launched
 @triton.jit
 def matmul_kernel(
     x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, out_ptr, rstd_ptr, rows, features, dim, x_stride,
@@ -176,7 +173,7 @@ def launch_fused(
 
 def forward(
     x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], cast: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
 ) -> list[Tensor]:  # fmt: skip
     """Norm and linears by the faster way; nothing here waits for the GPU.
 
@@ -188,7 +185,6 @@ def forward(
         outer: whether the norm weight is applied before rounding.
         weights: (F_i, D) each.
         biases: (F_i,) or None each.
-        cast: whether the normed rows are cast to the dtype of the weights (autocast).
 
     Returns:
         One (..., F_i) for each linear, then rstd (..., 1) in fp32.
@@ -203,32 +199,6 @@ def forward(
         return launch_fused(x, norm_weight, eps, offset, outer, weights, biases)
     y, rstd = norm_forward(x, norm_weight, eps, offset, outer)
     outs = [
-        F.linear(y.to(w.dtype) if cast else y, w, b).contiguous()
-        for w, b in zip(weights, biases, strict=True)
+        F.linear(y.to(w.dtype), w, b).contiguous() for w, b in zip(weights, biases, strict=True)
     ]
     return [*outs, rstd]
-
-
-def _case(
-    name: str, rows: int, *, weight: bool = True, offset: bool = False, bias: bool = False,
-    divisible: tuple[str, ...] = ("features", "dim", "x_stride", "weight_stride"),
-) -> AotCase:  # fmt: skip
-    block_rows, block_features, block_dim, warps, stages = tile_of(rows)
-    pointers = ("x_ptr", "norm_weight_ptr", "weight_ptr", "bias_ptr", "out_ptr")
-    signature = dict.fromkeys(pointers, "*bf16") | {"rstd_ptr": "*fp32"}
-    signature |= dict.fromkeys(("rows", "features", "dim", "x_stride", "weight_stride"), "i32")
-    signature |= {"eps": "fp32", "offset": "fp32"}
-    constants = {"HAS_NORM_WEIGHT": weight, "HAS_OFFSET": offset, "OUTER": offset}
-    constants |= {"HAS_BIAS": bias, "BLOCK_ROWS": block_rows, "BLOCK_FEATURES": block_features}
-    constants |= {"BLOCK_DIM": block_dim, "GROUP": 8}
-    return AotCase(name, matmul_kernel, signature, constants, warps, stages, divisible)
-
-
-AOT = (
-    _case("16 rows, no weight", 16, weight=False),
-    _case("16 rows, a factor", 16, weight=False, offset=True),
-    _case("64 rows, bias", 64, bias=True),
-    _case("128 rows, offset", 128, offset=True),
-    _case("128 rows, odd features", 128, divisible=("dim", "x_stride", "weight_stride")),
-)
-"""Every tile shape."""

@@ -1,20 +1,165 @@
-"""RMSNorm on the GPU: one read and one write per direction (twin of ``rms_norm.py``)."""
+"""RMSNorm on the GPU, of rows or of a sum: one read and one write per direction.
+
+Both kernels work on tiles of ``ROWS`` whole rows. Arithmetic is fp32, whatever is stored. The
+residual add of ``add_rms_norm`` is a branch of the same kernels.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..launch import FP_FUSION, cdiv
-from .rms_norm_kernels_triton import (
-    backward_case,
-    backward_kernel,
-    backward_tiles,
-    forward_case,
-    forward_kernel,
-    sums_apart,
-    tile_of,
-)
+from ..launch import FP_FUSION, cdiv, gpu_of, next_power_of_2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, dim, x_stride, residual_stride,
+    sum_stride, y_stride, eps, offset, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, OUTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store y = norm(x [+ residual]) · (offset + weight), and one rstd per row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    in_row, in_col = row < rows, col < dim
+    mask = in_row[:, None] & in_col[None, :]
+    x_raw = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
+    x = x_raw.to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(
+            residual_ptr + row[:, None] * residual_stride + col[None, :], mask=mask, other=0.0
+        )
+        total = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row[:, None] * sum_stride + col[None, :], total, mask=mask)
+        x = total.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / dim + eps)
+    tl.store(rstd_ptr + row, rstd, mask=in_row)
+    y = x * rstd[:, None]
+    if HAS_OFFSET and not HAS_WEIGHT:
+        y *= offset
+    if not OUTER:  # the norm is rounded to the dtype that was normed, before the weight
+        if HAS_RESIDUAL:
+            y = y.to(sum_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if HAS_WEIGHT:
+        w_raw = tl.load(weight_ptr + col, mask=in_col, other=0.0)
+        w = w_raw.to(tl.float32)
+        if HAS_OFFSET:
+            w += offset
+            if not OUTER:
+                w = w.to(weight_ptr.dtype.element_ty).to(tl.float32)
+        y *= w[None, :]
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row[:, None] * y_stride + col[None, :], y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, extra_ptr, dx_ptr, partial_ptr, rows, dim, tiles,
+    grad_stride, x_stride, extra_stride, dx_stride, offset, HAS_WEIGHT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, OUTER: tl.constexpr, HAS_EXTRA: tl.constexpr, NEED_X: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store dx = rstd · (g·w − n · mean(g·w·n)) [+ extra], and one partial dW per program.
+
+    Each program takes ``tiles`` neighbouring tiles, so that dW has as many partial sums as there
+    are programs and the result does not depend on the order in which they run. For dW alone, rows
+    may be cut into blocks of columns.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    if not NEED_X:
+        col += tl.program_id(1) * BLOCK
+    in_col = col < dim
+    if NEED_WEIGHT:
+        dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in range(tiles):
+        row = (program * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        in_row = row < rows
+        mask = in_row[:, None] & in_col[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
+        g = tl.load(grad_ptr + row[:, None] * grad_stride + col[None, :], mask=mask, other=0.0)
+        if NEED_X and HAS_EXTRA:
+            extra = tl.load(
+                extra_ptr + row[:, None] * extra_stride + col[None, :], mask=mask, other=0.0
+            )
+        rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
+        n = x.to(tl.float32) * rstd[:, None]
+        g = g.to(tl.float32)
+        if NEED_WEIGHT:
+            dw += g * n
+        if NEED_X:
+            if HAS_WEIGHT:
+                w = tl.load(weight_ptr + col, mask=in_col, other=0.0).to(tl.float32)
+                if HAS_OFFSET:
+                    w += offset
+                    if not OUTER:
+                        w = w.to(weight_ptr.dtype.element_ty).to(tl.float32)
+                g *= w[None, :]
+            elif HAS_OFFSET:
+                g *= offset
+            dx = rstd[:, None] * (g - n * (tl.sum(g * n, axis=1) / dim)[:, None])
+            if HAS_EXTRA:
+                dx += extra.to(tl.float32)
+            dx = dx.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + row[:, None] * dx_stride + col[None, :], dx, mask=mask)
+    if NEED_WEIGHT:
+        tl.store(partial_ptr + program * dim + col, tl.sum(dw, axis=0), mask=in_col)
+
+
+COLUMNS = 8192
+"""Of longer rows, a program has no registers for dx and the sums of dW."""
+
+
+@functools.cache
+def tile_of(dim: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK, num_warps) for rows of ``dim`` features: 8 elements per thread, more if long.
+
+    A program has at most 1024 threads; an AMD warp has 64 of them.
+    """
+    block = next_power_of_2(dim)
+    rows = max(1, min(16, 1024 // block))
+    warps = max(1, min(16, rows * block // 256))
+    return rows, block, 32 if block > 8192 and torch.version.hip is None else warps
+
+
+class BackwardTiles(NamedTuple):
+    """The division of rows in a launch of a norm's backward kernel (``backward_tiles``)."""
+
+    programs: int  # over the rows, of each head
+    blocks: int  # over the columns
+    tiles: int  # of a program, one after another
+    rows: int  # of a tile
+    block: int
+    warps: int
+
+
+def backward_tiles(
+    x: Tensor, rows: int, need_x: bool, need_sums: bool, heads: int = 1
+) -> BackwardTiles:
+    """The tiles of ``rows`` of x (..., D), or of every ``heads``-th of them.
+
+    With ``need_sums``, of dW or db, there are as many programs as keep the card busy: each stores
+    the sums of its tiles.
+    """
+    dim = x.shape[-1]
+    width = dim if need_x else min(dim, COLUMNS)
+    tile, block, warps = tile_of(width)
+    count = cdiv(rows // heads, tile)
+    most = max(1, 2 * gpu_of(x).multiprocessors // heads)
+    tiles = cdiv(count, most) if need_sums else 1
+    return BackwardTiles(cdiv(count, tiles), cdiv(dim, width), tiles, tile, block, warps)
+
+
+def sums_apart(dim: int, need_x: bool, need_sums: bool) -> bool:
+    """Return True if dx and the sums of a backward pass take a launch each."""
+    return need_x and need_sums and dim > COLUMNS
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -105,6 +250,15 @@ def forward(
     return y, rstd
 
 
+def forward_of_sum(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, outer: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add and norm rows (..., D): (sum, y, rstd)."""
+    total, y, rstd = launch_forward(x, residual, weight, eps, offset, outer)
+    assert total is not None
+    return total, y, rstd
+
+
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, extra: Tensor | None,
     offset: float, outer: bool, need_x: bool, need_weight: bool,
@@ -171,25 +325,3 @@ def backward(
     else:
         partial = launch(need_x, need_weight)
     return finish(dx, dx_rows), partial.sum(0).to(weight.dtype) if need_weight else x.new_empty(0)
-
-
-_BF16 = ("bf16", "bf16", "bf16")
-AOT = (
-    forward_case("D=128", 128, _BF16),
-    forward_case("D=507 fp32 weight", 507, ("bf16", "fp32", "fp32")),
-    forward_case("D=2048 offset", 2048, _BF16, offset=True, outer=True),
-    forward_case("D=4096 inner offset", 4096, _BF16, offset=True),
-    forward_case("D=8192 fp16", 8192, ("fp16", "fp16", "fp16")),
-    forward_case("D=16384 no weight", 16384, ("fp32", "fp32", "fp32"), weight=False),
-    forward_case("D=64 only a factor", 64, _BF16, weight=False, offset=True, outer=True),
-    backward_case("D=128", 128, _BF16[:2]),
-    backward_case("D=507 fp32 weight", 507, ("bf16", "fp32")),
-    backward_case("D=2048 offset", 2048, _BF16[:2], offset=True, outer=True),
-    backward_case("D=4096 frozen, inner offset", 4096, _BF16[:2], offset=True, need_weight=False),
-    backward_case("D=8192 fp16, only dW", 8192, ("fp16", "fp16"), need_x=False),
-    backward_case("D=16384, frozen", 16384, _BF16[:2], need_weight=False),
-    backward_case("D=16384, only dW", 16384, _BF16[:2], need_x=False),
-    backward_case("D=64 factor", 64, _BF16[:2], weight=False, offset=True, need_weight=False),
-    backward_case("D=16384 no weight", 16384, ("fp32", "fp32"), weight=False, need_weight=False),
-)
-"""Every tile shape, each with another mix of the branches; one odd size."""

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..captured import capturable
 from ..launch import cdiv, library_op
 from ..native import delta_rule as native
-from ..op import Maker, Op, misshapen, not_floating, on_several_devices
+from ..op import Maker, Op, kept_on_gpu, misshapen, not_floating, on_several_devices
 from ..second_order import differentiable, double_backward
 
 EPSILON = 1e-6
@@ -544,6 +544,8 @@ def delta_unsupported(
         return reasons
     if away := on_several_devices(*tensors, segments):
         return away
+    if kept := kept_on_gpu(query):
+        return kept
     if query.ndim != 4 or value.ndim != 4 or value.shape[2] % max(1, query.shape[2]):
         return ["query and value have not 4 dimensions, or heads are not a multiple of groups"]
     if segments is not None and initial_state is not None:

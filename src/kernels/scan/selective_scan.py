@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..captured import capturable
-from ..launch import library_op, use_triton, without_base
-from ..op import Maker, Op, misshapen, on_several_devices
+from ..launch import library_op, without_base
+from ..op import Maker, Op, kept_on_gpu, misshapen, on_several_devices
 from ..second_order import differentiable, double_backward
 
 
@@ -379,27 +379,6 @@ _backward_op = library_op(
     _backward_flops,
 )
 
-# -- triton ----------------------------------------------------------------------------------------
-MAX_STATES = 64
-"""States per channel that the Triton kernels hold in registers."""
-
-_triton_forward = library_op(
-    f"selective_scan_triton_forward({_INPUTS}bool softplus, Tensor? segments, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
-    "scan.selective_scan:forward",
-    lambda *args: _fake_forward(*args[:-1]),
-    _flops,
-    plain=lambda *args: _forward(*args[:-1]),
-)
-_triton_backward = library_op(
-    f"selective_scan_triton_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, "
-    "Tensor? segments, bool[8] needs) -> Tensor[]",
-    "scan.selective_scan:backward",
-    _fake_backward,
-    _backward_flops,
-    plain=_backward,
-)
-
 
 # -- autograd --------------------------------------------------------------------------------------
 @capturable
@@ -411,12 +390,8 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.set_materialize_grads(False)
         tensors = (u, delta, a, b, c, d, z, bias)
-        ctx.triton = use_triton(*tensors) and a.shape[1] <= MAX_STATES
         ctx.options = softplus, segments
-        if ctx.triton:
-            out, starts = _triton_forward(*tensors, *ctx.options, output_dtype(u, d, z))
-        else:
-            out, starts = _forward_op(*tensors, *ctx.options)
+        out, starts = _forward_op(*tensors, *ctx.options)
         ctx.save_for_backward(*tensors, starts)
         result: Tensor = out
         return result
@@ -426,8 +401,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, starts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])
-        run = _triton_backward if ctx.triton else _backward_op
-        remaining = iter(run(grad, *tensors, starts, *ctx.options, needs))
+        remaining = iter(_backward_op(grad, *tensors, starts, *ctx.options, needs))
         return *(next(remaining) if needed else None for needed in needs), None, None
 
 
@@ -479,6 +453,8 @@ def scan_unsupported(
     message = "the tensors are on different devices"
     if away := on_several_devices(*tensors, segments, message=message):
         return away
+    if kept := kept_on_gpu(u):
+        return kept
     if u.ndim != 3 or A.ndim != 2 or B.ndim != 3 or C.ndim != 3:
         return ["B and C are not one vector per position, or u has not 3 dimensions"]
     batch, channels, length = u.shape

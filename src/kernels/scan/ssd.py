@@ -9,7 +9,7 @@ product, like attention:
 Model code computes all chunks of all heads at once, with B and C repeated for every head. Here a
 few heads of a sample are computed at a time, and backward computes everything again from the
 inputs, which are all that is kept. In low precision the arithmetic is in fp32, and so is the
-result, as in model code. On a GPU, Triton kernels take all of that but fp64.
+result, as in model code.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..captured import capturable
-from ..launch import library_op, use_triton_dot
-from ..op import Maker, Op, misshapen
+from ..launch import library_op
+from ..op import Maker, Op, kept_on_gpu, misshapen
 from ..second_order import differentiable, double_backward
 from . import ssd_chunks
 from .ssd_chunks import work_dtype
@@ -196,22 +196,6 @@ _backward_op = library_op(
     _backward_flops,
 )
 
-# -- triton ----------------------------------------------------------------------------------------
-_triton_forward = library_op(
-    f"ssd_triton_forward({_INPUTS}) -> Tensor",
-    "scan.ssd:forward",
-    _fake_forward,
-    _flops,
-    plain=_forward,
-)
-_triton_backward = library_op(
-    f"ssd_triton_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]",
-    "scan.ssd:backward",
-    _fake_backward,
-    _backward_flops,
-    plain=_backward,
-)
-
 
 # -- autograd --------------------------------------------------------------------------------------
 def _of_options(*tensors: Any) -> Tensor:
@@ -229,17 +213,14 @@ class _SSD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, a, b, c, d, bias)
         ctx.options = softplus, low, high, segments
-        ctx.triton = use_triton_dot(x, dt, a, b, c, d, bias)
-        run = _triton_forward if ctx.triton else _forward_op
-        out: Tensor = run(x, dt, a, b, c, d, bias, *ctx.options)
+        out: Tensor = _forward_op(x, dt, a, b, c, d, bias, *ctx.options)
         return out
 
     @staticmethod
     @differentiable(double_backward(_of_options, 7))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
-        run = _triton_backward if ctx.triton else _backward_op
-        remaining = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
+        remaining = iter(_backward_op(grad, *ctx.saved_tensors, *ctx.options, needs))
         return *(next(remaining) if needed else None for needed in needs), None, None, None, None
 
 
@@ -287,6 +268,8 @@ def ssd_unsupported(
     devices = {t.device for t in (*tensors, segments) if t is not None}
     if any(not t.is_floating_point() for t in tensors) or len(devices) > 1:
         return ["an input is not floating-point, or is on another device"]
+    if kept := kept_on_gpu(x):
+        return kept
     if x.ndim != 4 or B.ndim != 4 or x.shape[2] % B.shape[2]:
         return ["x and B have not 4 dimensions, or heads are not a multiple of groups"]
     batch, length, heads, _ = x.shape

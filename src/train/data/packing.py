@@ -3,8 +3,7 @@
 In a pack every sample keeps its own positions, from 0. transformers builds the block-causal mask
 from them (when there is no ``attention_mask`` and no cache), so a sample attends only to itself.
 What is recurrent (scans, short convolutions) starts anew at each sample in optimized models only
-(``compiler/segments.py``). ``compiler/packs.py`` tests that on the model at hand, because not every
-architecture keeps samples apart.
+(``compiler/segments.py``). ``compiler/packs.py`` refuses models that do not keep samples apart.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...errors import first_line
 from ...memory.meter import Meter
 from ..report.format import memory
 from .result import USERS_CACHE, CheckResult
@@ -31,22 +30,7 @@ def _gpus(torch: Any) -> list[CheckResult]:
         results.append(
             CheckResult(f"GPU {i}", f"{about.name}, {sizes}", note=f"sm_{about.major}{about.minor}")
         )
-    return [*results, *_raced_on_gpus(torch)]
-
-
-def _raced_on_gpus(torch: Any) -> list[CheckResult]:
-    """What runs have raced on each kind of GPU: whose kernels are the fastest for which sizes."""
-    from ...kernels import choice, raced_op
-
-    if choice.is_fixed():
-        return []  # as the line for the CPU says
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    machines = dict.fromkeys(map(raced_op.machine, devices))
-    found = [each for machine in machines for each in choice.earlier(machine)]
-    if not found:
-        note = "each op's kernels are raced with libraries' in the first step that calls it"
-        return [CheckResult("fastest kernels", "none raced yet", note=note)]
-    return [CheckResult("fastest kernels", str(each)) for each in found]
+    return results
 
 
 def _no_gpu(torch: Any) -> CheckResult:
@@ -74,25 +58,11 @@ def _cpu(torch: Any) -> list[CheckResult]:
     has = ", ".join(processor().instructions()) or "none of AVX2, AVX-512, AMX"
     narrowed = f"as {' and '.join(limits())} has it" if limits() else ""
     result = CheckResult("instructions", has, note=narrowed)
-    return [CheckResult("CPU", model_name(), note=cores), result, *_raced(), *_kept()]
-
-
-def _raced() -> list[CheckResult]:
-    """What the machine chooses by measurement, and how long each candidate took."""
-    try:
-        from ...kernels import candidates, choice
-
-        if choice.is_fixed():
-            note = f"as {choice.VARIABLE}=fixed has it"
-            return [CheckResult("fastest forms", "fixed", note=note)]
-        candidates.measure(candidates.RACED)
-    except Exception as error:  # what PyTorch itself cannot import; another section says so
-        return [CheckResult("fastest forms", "not raced", "unused", first_line(error))]
-    return [CheckResult("fastest forms", str(each)) for each in choice.choices()]
+    return [CheckResult("CPU", model_name(), note=cores), result, *_kept()]
 
 
 def _kept() -> list[CheckResult]:
-    """What later processes need not compile, verify or race again; nothing where none is kept."""
+    """Report the libraries, verdicts and choices that later processes reuse; nothing if none."""
     from ...kernels.native.build import kept_folder
 
     try:

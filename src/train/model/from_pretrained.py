@@ -57,6 +57,7 @@ def pretrained(
     may_mismatch = bool(options.get("ignore_mismatched_sizes"))
     if kind == "model":
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        options |= {"use_kernels": False}  # those of the Hub, which would be fetched for a GPU
     if source.gguf_file:
         options |= _gguf(source, kind)
     silent = None if Path(source.name).exists() else hub_problem()
@@ -286,6 +287,7 @@ def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> N
         model, info = kind.from_pretrained(
             None, config=config, state_dict=meta_weights(folder),
             output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": "meta"},
+            use_kernels=False,
         )  # fmt: skip
     except UnpicklingError as error:
         why = _explained(error, recipe.base_model, folder, "model", kind)

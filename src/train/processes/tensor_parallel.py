@@ -126,9 +126,14 @@ def require_divisible(model: nn.Module, size: int) -> None:
 
 
 def left_whole(model: nn.Module) -> list[str]:
-    """The experts of a model, which the plan divides, and which are whole on each process here."""
-    plan = _plan(base_model(model))
-    return sorted(kind for kind, style in plan.items() if style == "moe_tp_experts")
+    """The experts of a model, whose weights are stacked, and which are whole on each process."""
+    stacked = {
+        path.replace(".base_layer", "")
+        for path, module in base_model(model).named_modules()
+        if not hasattr(module, "kernel_size")  # of a convolution
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    }
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in stacked})
 
 
 def base_model(model: Any) -> Any:

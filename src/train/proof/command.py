@@ -168,9 +168,9 @@ def _gpus() -> int | None:
 
 def _mixes_samples(recipe: Recipe) -> bool:
     """Whether the samples of a pack see each other in a model that is not optimized."""
-    from ...compiler.copies.opaque_calls import mixes_samples
+    from ...compiler.packs import unpackable
 
-    return mixes_samples(meta_model(recipe, load_config(recipe)))
+    return bool(unpackable(meta_model(recipe, load_config(recipe)), optimized=False))
 
 
 def _select(recipe: Recipe, steps: int, tell: Callable[[str], None]) -> Selection:

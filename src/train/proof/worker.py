@@ -28,7 +28,6 @@ from ..model.load import quiet
 from ..model.precision import computes_in
 from ..model.processor import load_processing
 from ..model.quantize import dequantize_linears
-from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
 from ..processes.ending import ending_as_rank
 from ..processes.mesh import is_sharded
@@ -144,7 +143,7 @@ def _train(
     samples = read_samples(folder.parent / SAMPLES)
     featurizer = featurizer_for(model, recipe, processing, any(s.extra for s in samples), world)
     if featurizer is not None:
-        require_packing_of_images(model, recipe, featurizer, pad_token(tokenizer))
+        require_packing_of_images(model, recipe)
     dtype = torch.float16 if computes_in(recipe.precision()) == "float16" else model.dtype
     masks = without_dropout(model)
     fill_zeros(model, recipe.seed)

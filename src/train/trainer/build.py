@@ -129,7 +129,7 @@ def make_context(
     featurizer = featurizer_for(model, recipe, processing, prepared.has_extra(), world)
     if featurizer is not None:
         _require_whole(recipe.strategy())
-        require_packing_of_images(model, recipe, featurizer, pad_token(tokenizer))
+        require_packing_of_images(model, recipe)
     sets = task.validation(prepared, tokenizer, world, featurizer)
     return Context(
         recipe, tokenizer, console, interrupts, meter,

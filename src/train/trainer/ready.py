@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from ...compiler.packs import LONG, SHORT, leaks, leaks_between
 from ...errors import PackingError, RecipeError
-from ..data import Sample, collate
-from ..data.images.features import Featurizer
 from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
 from ..model.merge_aware import exported_layers, round_in_training
@@ -53,64 +50,33 @@ def _packs(recipe: Recipe) -> bool:
 
 
 def require_packing(model: Any, recipe: Recipe) -> None:
-    """Check that samples in one sequence do not see each other.
+    """Check, by the structure of ``model``, that samples in one sequence do not see each other.
 
     Raises:
         PackingError: they do, and would not if the recipe optimized the model.
         RecipeError: they do in any case.
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    from ...compiler.packs import unpackable
 
-    def leaks_of(sizes: tuple[int, int]) -> str:
-        return leaks(model, vocabulary, model.device, sizes)
+    what = "sample_packing: the samples of a pack would see each other"
+    if reason := unpackable(model):
+        raise RecipeError(f"{what}: {reason}; set sample_packing: false")
+    if not recipe.optimize and (reason := unpackable(model, optimized=False)):
+        raise PackingError(f"{what}: {reason}; set optimize: true, or sample_packing: false")
 
-    _require_apart(model, recipe, "samples of a pack", leaks_of)
 
+def require_packing_of_images(model: Any, recipe: Recipe) -> None:
+    """Check the same of samples with images, where ``recipe`` packs.
 
-def require_packing_of_images(
-    model: Any, recipe: Recipe, featurizer: Featurizer, pad_id: int
-) -> None:
-    """Check the same of samples with images, where ``recipe`` packs; errors as ``require_packing``.
-
-    Some models compute positions or masks of images for a row as a whole.
+    Raises:
+        RecipeError: the model makes masks of images for rows of one sample.
     """
-    if not _packs(recipe):
-        return
-    token = featurizer.processor.image_token
-    sample = featurizer.sample(f"One {token} two.")
-    size = len(sample.input_ids)
-    text = Sample(sample.input_ids[:1] * size, sample.labels)
+    from ...compiler.packs import unpackable_images
 
-    def batch(packs: list[list[Sample]], packing: bool) -> dict[str, Any]:
-        made = collate(packs, pad_id, packing, sum(len(s.input_ids) for s in packs[0]))
-        del made["labels"]
-        made |= featurizer.features(packs, made)
-        return {name: value.to(model.device) for name, value in made.items()}
-
-    packs = batch([[sample, sample], [text, sample]], packing=True)
-    alone = batch([[sample]], packing=False)
-    _require_apart(model, recipe, "images of a pack", lambda _: leaks_between(model, packs, alone))
-
-
-def _require_apart(
-    model: Any, recipe: Recipe, what: str, leaks_of: Callable[[tuple[int, int]], str]
-) -> None:
-    from ...compiler.pipeline import optimize, restore
-
-    leak = leaks_of(SHORT)
-    if not leak:
-        return
-    # what is recurrent keeps samples apart when it is optimized, as it is once it has its adapter
-    optimize(model, codegen="eager", packs=True)
-    try:
-        rest = leaks_of(LONG)
-    finally:
-        restore(model)
-    if rest or not recipe.optimize:
-        remedy = "set it to false" if rest else "set optimize: true, or sample_packing: false"
-        raise (RecipeError if rest else PackingError)(
-            f"sample_packing: {type(model).__name__} lets the {what} see each other, in "
-            f"{rest or leak}, which cannot be told where samples begin; {remedy}"
+    if _packs(recipe) and (reason := unpackable_images(model)):
+        raise RecipeError(
+            f"sample_packing: the images of a pack would see each other: {reason}; "
+            "set sample_packing: false"
         )
 
 

@@ -1,4 +1,4 @@
-"""Ranks of one job: sites verified once, models explained without the others, ranks that die."""
+"""Ranks of one job: sites verified once, ranks that die, what runs a collective."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
-from fusewright import explain, optimize, sharding
+from fusewright import optimize, sharding
 from fusewright.compiler.ranks import verdicts
 from fusewright.compiler.ranks.verdicts import SharedVerdicts, job_store
 from fusewright.rewrite import verify
@@ -25,6 +23,7 @@ from fusewright.rewrite.engine import Candidate, Verdict
 from fusewright.sharding import collectives_of
 from fusewright.train.finish import differences, statuses
 from fusewright.train.processes.world import World
+from tests.explained import explain
 
 from ...train.processes.ranks import alone, run_ranks, values
 
@@ -86,7 +85,6 @@ def _all_parts(world: World) -> dict[str, Any]:
     return {
         "equal": _first_step(world, ["silu", "silu"]),
         "other": _first_step(world, ["silu", "relu"], 48),
-        **{kind: _explained_alone(world, kind) for kind in ("FSDP2", "DDP", "inside DDP")},
     }
 
 
@@ -152,56 +150,7 @@ def test_a_rank_that_dies_while_the_others_wait(one: dict[str, Any], tmp_path: P
     assert len(found[0]["verified"] + found[1]["verified"]) <= len(one["verified"]) + 1
 
 
-# ---------------------------------------------------------------------------------- explain
-
-
-def _explained_alone(world: World, kind: str) -> dict[str, Any]:
-    model = _model()
-    call: nn.Module = model
-    if kind == "FSDP2":
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    optimize(model, codegen="eager")
-    if kind == "DDP":
-        call = nn.parallel.DistributedDataParallel(model)
-    asked = call if kind != "inside DDP" else model
-    if kind == "inside DDP":
-        call = nn.parallel.DistributedDataParallel(model)
-    # of one rank alone: the others would be waited for in a collective
-    early = explain(asked) if world.rank == 0 else None
-    dist.barrier()
-    _step(call)
-    return {
-        "early": early and [(b.module, b.reason) for b in early.bypasses],
-        "early sites": early and len(early.sites),
-        "then": len(explain(asked).sites),
-        "left": [b.reason for b in explain(asked).bypasses],
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("FSDP2", "it is wrapped by torch.distributed.fsdp"),
-        ("DDP", "it is wrapped by torch.nn.parallel"),
-    ],
-)
-def test_explain_does_not_call_what_waits_for_other_ranks(
-    ranks: list[dict[str, Any]], kind: str, reason: str
-) -> None:
-    first, second = (r[kind] for r in ranks)
-    module, said = first["early"][0]
-    assert module == ""
-    assert said.startswith(f"it is explained after its first step: {reason}")
-    assert first["early sites"] == 0
-    assert first["then"] == second["then"] > 0
-    assert not any("explained after" in text for text in first["left"])
-
-
-def test_explain_calls_a_model_inside_ddp(ranks: list[dict[str, Any]]) -> None:
-    first, second = (r["inside DDP"] for r in ranks)
-    assert first["early sites"] == first["then"] == second["then"] > 0
+# ------------------------------------------------------------------------------ collectives
 
 
 def _hooked() -> nn.Module:

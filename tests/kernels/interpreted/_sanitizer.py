@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
+from tests.kernels.aot_cases import cases_of
+
 Access = tuple[int, np.ndarray, int]
 """A program, the addresses that it has read or written, each once, and the bytes at each."""
 
@@ -189,8 +191,9 @@ class Sanitizer:
 
 
 def entry_kernels(modules: Sequence[Any]) -> set[str]:
-    """The kernels that launchers launch, as those modules declare them for ahead-of-time code."""
-    kernels = (case.kernel for module in modules for case in getattr(module, "AOT", ()))
+    """The kernels that launchers launch, as their ahead-of-time cases name them."""
+    names = (module.__name__.partition(".kernels.")[2] for module in modules)
+    kernels = (case.kernel for name in names for case in cases_of(name))
     return {_name(kernel.fn) for kernel in kernels}
 
 

@@ -17,8 +17,8 @@ from tests.kernels.test_conformance import check_parity
 
 F16, F32 = torch.float16, torch.float32
 PRODUCTS = (
-    "attention-packed", "linear_cross_entropy", "linear_logprob", "lora_linear", "mlp_block",
-    "moe_experts", "qkv_block", "quant_linear", "rms_norm_linear", "ssd",
+    "linear_cross_entropy", "linear_logprob", "lora_linear", "mlp_block",
+    "moe_experts", "qkv_block", "quant_linear", "rms_norm_linear",
 )  # fmt: skip
 
 

@@ -7,9 +7,7 @@ import itertools
 import torch
 
 from fusewright.kernels.linear.linear import quant_linear, quant_linear_reference
-from fusewright.kernels.linear.quant_linear_triton import few
 from fusewright.kernels.linear.quantized import dequantize, dequantize_reference
-from fusewright.kernels.tolerance import exceeded
 from tests.kernels.by_parts import LORA, MLP, QKV
 from tests.kernels.quantized_weights import random_weight
 from tests.kernels.test_quantized_blocks import separate, separate_mlp
@@ -41,24 +39,6 @@ def check_dequantize() -> int:
     as_half = stored._replace(tensors=(packed.view(-1).view(F16).view(-1, 1), *rest))
     assert torch.equal(dequantize(as_half, F32), dequantize_reference(stored, F32))
     return checks + 1
-
-
-def check_few() -> int:
-    """The product for few rows: outputs and features beyond one tile, strides, biases."""
-    checks = 0
-    for (out, into), rows, dtype, nested in itertools.product(
-        ((9, 64), (70, 320)), (1, 5, 16), (F32, F16, BF16), (False, True)
-    ):
-        w, bias = random_weight((out, into), "nf4", 64, nested), torch.randn(out).to(dtype)
-        for x in (torch.randn(rows, into).to(dtype), torch.randn(into, rows).to(dtype).t()):
-            for b in (None, bias):
-                made = few(x, *w.tensors, *w.shape, w.blocksize, w.kind, b)
-                eager = quant_linear_reference(x, w, b)
-                exact = quant_linear_reference(x.double(), w, None if b is None else b.double())
-                problem = exceeded(made, eager, exact)
-                assert problem is None, (out, into, rows, dtype, problem)
-                checks += 1
-    return checks
 
 
 def check_ops() -> int:
@@ -130,7 +110,7 @@ def check_blocks() -> int:
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"{check_dequantize() + check_few() + check_ops() + check_blocks()} checks passed")
+    print(f"{check_dequantize() + check_ops() + check_blocks()} checks passed")
 
 
 if __name__ == "__main__":

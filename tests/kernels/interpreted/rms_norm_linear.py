@@ -65,9 +65,9 @@ def check_parity() -> None:
 
 def check_the_op_registers_well() -> None:
     x, g, w = torch.randn(2, 3, 24), torch.randn(24), torch.randn(8, 24)
-    opcheck(op._forward_op, (x, g, 1e-5, 0.0, False, [w, w.clone()], [torch.randn(8), None], False))
-    opcheck(op._forward_op, (x.transpose(0, 1), None, 1e-5, 0.0, True, [w], [None], False))
-    opcheck(op._forward_op, (x, g, 1e-5, 0.0, True, [w.bfloat16()], [None], True))
+    opcheck(op._forward_op, (x, g, 1e-5, 0.0, False, [w, w.clone()], [torch.randn(8), None]))
+    opcheck(op._forward_op, (x.transpose(0, 1), None, 1e-5, 0.0, True, [w], [None]))
+    opcheck(op._forward_op, (x, g, 1e-5, 0.0, True, [w.bfloat16()], [None]))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from fusewright.kernels import choice, raced_op
 from fusewright.kernels.launch import has_triton
 from fusewright.kernels.native import build
 from fusewright.packages import install
 from fusewright.passes import PIPELINE
 from fusewright.rewrite.op_table import OPS
-from fusewright.train.doctor.machine import _kept, _raced_on_gpus
+from fusewright.train.doctor.machine import _kept
 from fusewright.train.doctor.rules import ops_of_rules
 
 SOURCE = Path(sys.modules["fusewright"].__path__[0]).parent
@@ -214,12 +213,15 @@ def test_each_op_that_a_rule_may_call_is_asked() -> None:
 
 
 OF_TRITON = {op.name for op in OPS if op.rule is not None} - {
+    "attention",
     "dora",
     "dora_row_norms",
     "gated_delta_rule",
     "kda",
     "segment_attention",
+    "selective_scan",
     "short_conv",
+    "ssd",
 }
 """The ops that have kernels of Triton."""
 
@@ -247,22 +249,3 @@ def test_what_is_kept_for_later_processes(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(build, "kept_folder", none_there)
     assert _kept() == []
-
-
-def test_what_runs_have_raced_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setattr(choice, "kept_folder", lambda: tmp_path)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(raced_op, "machine", lambda device: "two of one kind")
-    (result,) = _raced_on_gpus(torch)
-    assert result.value == "none raced yet"
-    times = {"F.rms_norm": 11.0, "own": 13.0}
-    raced = choice.Choice("norm of 8", "F.rms_norm", "raced", times, {"x": "no kernel"})
-    choice._keep("0", raced, "two of one kind")
-    choice._keep("1", raced, "another")
-    (result,) = _raced_on_gpus(torch)
-    assert result.value == (
-        "norm of 8: F.rms_norm (kept; F.rms_norm 11 us, own 13 us; x refused: no kernel)"
-    )
-    monkeypatch.setenv(choice.VARIABLE, "fixed")
-    assert _raced_on_gpus(torch) == []

@@ -277,8 +277,6 @@ def test_bf16(family: str, written: Path, tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_bit_for_bit(
     keys: dict[str, Any], written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if keys.get("audit"):  # which hears the first step of each of both runs
-        monkeypatch.setenv("FUSEWRIGHT_CHOICES", "raced")
     asked = small(
         "qwen2_5_vl", written, tmp_path / "out", max_steps=6, lora_dropout=0.1, val_set_size=4,
         eval_steps=2, micro_batch_size=1, **keys,

@@ -154,14 +154,14 @@ def test_no_logits_of_tokens_by_vocabulary_are_made_in_training(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only those of the last token, of which the next one is drawn."""
-    from fusewright.compiler.logits.deferred import Deferred
+    from fusewright.compiler.logits.lazy_logits import Buffer
 
     shapes: list[tuple[int, ...]] = []
     heads: list[tuple[int, ...]] = []
-    was, linear = Deferred.values, torch.nn.functional.linear
+    was, linear = Buffer.fill, torch.nn.functional.linear
 
     def counted(self: Any) -> Any:
-        is_new, values = self.is_pending, was(self)
+        is_new, values = self.values is None, was(self)
         if is_new:
             shapes.append(tuple(values.shape))
         return values
@@ -171,7 +171,7 @@ def test_no_logits_of_tokens_by_vocabulary_are_made_in_training(
             heads.append(tuple(x.shape))
         return linear(x, weight, *args)
 
-    monkeypatch.setattr(Deferred, "values", counted)
+    monkeypatch.setattr(Buffer, "fill", counted)
     monkeypatch.setattr(torch.nn.functional, "linear", noted)
     keys = {"optimize": True, "rl_beta": 0.1, "trl": {"num_iterations": 2}}
     result = run(grpo_recipe(base, tmp_path, **keys))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.errors import RecipeError
 from fusewright.kernels.processor import KINDS
 from fusewright.train import preflight, train
@@ -27,6 +27,7 @@ from fusewright.train.model.quantize import quantization
 from fusewright.train.plan import plan
 from fusewright.train.plan.cards import parse_devices
 from fusewright.train.recipe.load import load_recipe
+from tests.explained import explain
 
 from ..conftest import checked, make_model
 

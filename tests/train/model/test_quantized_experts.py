@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, Qwen3MoeConfig
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.errors import RecipeError
 from fusewright.kernels.moe.packed_experts import PackedExperts
 from fusewright.train import train
 from fusewright.train.model.load import load_model
 from fusewright.train.model.quantize import quantize_experts
 from fusewright.train.recipe.load import load_recipe
+from tests.explained import explain
 
 from ..conftest import make_model, make_tokenizer, small_recipe
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5Config, Qwen3NextConfig
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.kernels.cost import Living
 from fusewright.kernels.processor import KINDS
 from fusewright.train.plan import plan
@@ -20,6 +20,7 @@ from fusewright.train.plan.count.layout import ProcessLayout
 from fusewright.train.plan.count.step import take
 from fusewright.train.plan.estimate import estimate
 from fusewright.train.plan.speed import step_flops
+from tests.explained import explain
 
 from .conftest import LORA, SIZES, MakeRecipe, make_job
 

@@ -24,11 +24,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fusewright import explain, optimize
+from fusewright import optimize
 from fusewright.errors import RecipeError
 from fusewright.train.processes.gather import whole_weights
 from fusewright.train.processes.tensor_parallel import divide, left_whole, require_divisible
 from fusewright.train.processes.world import World
+from tests.explained import explain
 
 from ..results import difference
 from .ranks import values

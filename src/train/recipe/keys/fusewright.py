@@ -35,9 +35,8 @@ class FusewrightKeys(Keys):
     everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``
     (1 GB is 2^30 bytes)."""
 
-    cuda_graphs: Literal["auto", "on", "off"] = "off"
-    """Launch compiled blocks as CUDA graphs: ``auto`` where that is faster, ``on`` wherever they
-    can be captured."""
+    cuda_graphs: bool = False
+    """Let Inductor launch compiled blocks as CUDA graphs."""
 
     strict: bool = False
     """Stop when a rewrite is refused or a known formula is missed. Unknown keys are always
