@@ -12,6 +12,7 @@ from .output_inputs import OutputInputs
 from .packed_samples import PackedSamples
 from .packed_stacks import PackedStacks
 from .saved_copies import SavedCopies
+from .strict import Strict
 from .subclasses import Subclasses
 from .writes import Writes
 
@@ -26,4 +27,5 @@ FEATURES = (
     PackedStacks,
     DeferredLogits,  # closed after the rules: logits are deferred where a loss was fused
     SavedCopies,  # closed when all ops are there, which say what they keep
+    Strict,  # after all that may leave a formula as it was
 )
