@@ -7,7 +7,9 @@ import gc
 import importlib.util
 import os
 import re
+import time
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,9 @@ import pytest
 import torch
 
 from fusewright.packages import untested_once
+
+from .load import stretched
+from .parts import LIMIT_OF_PARTS, PARTS, part_of
 
 untested_once()  # said now, so that no test is the first to hear of it
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
@@ -37,6 +42,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for (path, name), ids in missing.items():
             if ids:
                 raise pytest.UsageError(f"{path}::{name} is marked long for {ids}, which are none")
+    part = config.getoption("part")
+    if part is not None:
+        others = []
+        for item in items.copy():
+            if part_of(item.nodeid, {mark.name for mark in item.iter_markers()}) != part:
+                items.remove(item)
+                others.append(item)
+        config.hook.pytest_deselected(items=others)
     unmet = {}
     if not torch.cuda.is_available():
         unmet["gpu"] = "needs a CUDA GPU (torch.cuda.is_available() is False)"
@@ -106,11 +119,14 @@ def choose_for() -> Iterator[Callable[[str], None]]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Take what the last file left out of the garbage collector's sight.
+    """Skip what begins too late, and freeze the objects that the last file left.
 
-    Trainer and accelerate collect several times a run, and look at every object of every imported
-    module each time.
+    Trainer and accelerate collect garbage several times a run, and look at every object of every
+    imported module each time.
     """
+    within = item.config.getoption("begin_within")
+    if within is not None and time.monotonic() - _STARTED > within:
+        pytest.skip(f"not begun within {within:.0f} s")
     if item.path != _last_file.get("path"):
         _last_file["path"] = item.path
         gc.collect()
@@ -118,6 +134,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _last_file: dict[str, object] = {}
+_STARTED = time.monotonic()
 
 
 def pytest_sessionfinish() -> None:
@@ -126,3 +143,24 @@ def pytest_sessionfinish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write the golden graphs anew")
+    parser.addoption("--begin-within", type=float, help="seconds after which no test begins")
+    parser.addoption("--part", choices=PARTS, help="run a part of what the core leaves out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("part") is not None:
+        config.option.markexpr = ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
+    """Give tests beside the core their own limit, and all tests more time on a busy machine."""
+    import pytest_timeout
+
+    seconds = settings.timeout
+    markers = {mark.name for mark in item.iter_markers()}
+    if "timeout" not in markers and part_of(item.nodeid, markers) is not None:
+        seconds = LIMIT_OF_PARTS
+    settings = settings._replace(timeout=stretched(seconds))
+    timer: bool | None = pytest_timeout.pytest_timeout_set_timer(item, settings)
+    return timer

@@ -14,6 +14,8 @@ import pytest
 
 from fusewright.rewrite.op_table import OPS
 
+from .load import stretched
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ("--model", "tiny-llama", "--batch", "2", "--seq", "16", "--dtype", "float32")
 
@@ -24,7 +26,7 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=stretched(600),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from .load import Limit, stretched
+
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = (
     "annotated_types,bitsandbytes,compressed_tensors,datasets,deepspeed,gguf,gptqmodel,hqq,jinja2,"
@@ -73,7 +75,8 @@ def _rows(folder: Path) -> dict[str, str]:
 
 
 def _wait_for(folder: Path, count: int) -> None:
-    for _ in range(600):
+    end = Limit(60)
+    while end.left():
         if (folder / "out.jsonl").exists() and len(_rows(folder)) >= count:
             return
         time.sleep(0.1)
@@ -83,7 +86,12 @@ def _wait_for(folder: Path, count: int) -> None:
 def test_a_process_with_a_broken_context_is_replaced(tmp_path: Path) -> None:
     command = _command(tmp_path, BREAKS, "-n", "1", "--max-worker-restart", "9")
     done = subprocess.run(
-        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120
+        command,
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=stretched(120),
     )
     rows = _rows(tmp_path)
     assert rows.pop("test_breaks") == "failed", done.stdout
@@ -96,7 +104,7 @@ def test_a_process_with_a_broken_context_is_replaced(tmp_path: Path) -> None:
 def test_alone_it_stops_at_a_broken_context(tmp_path: Path) -> None:
     done = subprocess.run(
         _command(tmp_path, BREAKS), cwd=tmp_path, env=_environment(), capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=stretched(120),
     )  # fmt: skip
     assert done.returncode == 1
     assert _rows(tmp_path) == {"test_breaks": "failed"}
@@ -148,7 +156,7 @@ def _without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
     command += ["-p", "tests.tools.hidden_packages", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HIDDEN_PACKAGES": EXTRAS}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stretched(600)
     )
 
 
@@ -189,7 +197,12 @@ def test_contract(name): ...
 """
     command = [*_command(tmp_path, tests), "--collect-only"]
     done: Any = subprocess.run(
-        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=60
+        command,
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=stretched(60),
     )
     names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
     assert names == [

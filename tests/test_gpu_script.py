@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from .load import stretched
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -468,7 +470,7 @@ def _smoke(part: str, out: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=stretched(600),
         env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -492,7 +494,8 @@ def test_ops_go_on_in_another_process_when_one_breaks_the_context(tmp_path: Path
         f"sys.argv = {command!r}; ops.broken_context = lambda: 'CUDA error'; ops.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        timeout=stretched(300),
         env=os.environ | {"PYTHONPATH": str(Path(sys.modules["fusewright"].__path__[0]).parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

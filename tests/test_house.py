@@ -14,6 +14,8 @@ import tomllib
 
 import pytest
 
+from .load import stretched
+
 SRC = pathlib.Path(__file__).parent.parent / "src"
 
 ROOMS = sorted(p for p in [SRC, *SRC.rglob("*")] if p.is_dir() and p.name != "__pycache__")
@@ -74,7 +76,11 @@ def test_a_public_class_name_is_used_once() -> None:
 
 def _fresh(code: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=stretched(120),
     ).stdout
 
 

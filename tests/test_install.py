@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from .load import stretched
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,7 +46,8 @@ class Place:
         """What Python does in the folder above the clone."""
         return subprocess.run(
             [str(self.python), *arguments], capture_output=True, text=True, check=False,
-            timeout=300, cwd=folder or self.above, env={"PATH": "/usr/bin:/bin"}, **options,
+            timeout=stretched(300), cwd=folder or self.above, env={"PATH": "/usr/bin:/bin"},
+            **options,
         )  # fmt: skip
 
     def source(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -117,6 +118,46 @@ def test_the_recipe_needs_what_is_declared() -> None:
     assert script == "fusewright = " + PROJECT["scripts"]["fusewright"]
 
 
+_INSTRUCTIONS = ["README.md", "CONTRIBUTING.md", *(ROOT / ".ci/containers").glob("*.Dockerfile")]
+
+
+@pytest.mark.parametrize("file", _INSTRUCTIONS, ids=lambda file: Path(file).name)
+def test_instructions_install_tested_versions(file: str | Path) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    builds = re.findall(r"pip install (\S+) --index-url", text)
+    assert [build.strip('"') for build in builds] == [EXTRAS["tested"][0]]
+    command = r'(?m)^(?: {4}|RUN )pip install (?:-e )?"[/\w.]*\[([\w,]+)\]"'
+    extras = [found.split(",") for found in re.findall(command, text)]
+    assert len(extras) == (2 if file == "README.md" else 1)
+    assert all("tested" in names for names in extras)
+
+
+def test_the_gate_has_a_version_of_each_package_within_the_tested_range() -> None:
+    lines = (ROOT / ".ci/versions.txt").read_text(encoding="utf-8").splitlines()
+    versions = {}
+    for one in map(Requirement, lines):
+        (exact,) = one.specifier
+        assert exact.operator == "=="
+        assert "+" not in exact.version  # which only some indexes have
+        versions[canonicalize_name(one.name)] = exact.version
+    wanted = [*PROJECT["dependencies"]]
+    for extra in ("tested", "test", "train", "quant", "rl", "export", "images", "dev", "docs"):
+        wanted += EXTRAS[extra]
+    for one in map(Requirement, wanted):
+        if one.name != "fusewright" and one.name != "setuptools":
+            assert one.specifier.contains(versions[canonicalize_name(one.name)]), one
+
+
+def test_the_gate_runs_the_second_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((install, run),) = re.findall(r"(?m)^ +(pip install -e \S+) && (pytest)$", readme)
+    environment = (ROOT / ".ci/environment").read_text(encoding="utf-8")
+    assert install.replace("install", "install --quiet") in environment.splitlines()
+    gate = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"(?m)^{run}\b.*$", gate)
+    assert [word for word in line.split()[1:] if not word.startswith("--durations")] == []
+
+
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_a_container_is_made_of_what_is_there(name: str) -> None:
     text = (ROOT / ".ci" / "containers" / f"{name}.Dockerfile").read_text(encoding="utf-8")
@@ -126,7 +167,6 @@ def test_a_container_is_made_of_what_is_there(name: str) -> None:
     assert needed | {".ci/backend.py", ".ci/manifest.in"} <= set(copied)
     (extras,) = re.findall(r"/source\[(.*)\]", text)
     assert set(extras.split(",")) <= EXTRAS.keys()
-    assert re.findall(r'"(torch\S*)" --index-url', text) == [EXTRAS["tested"][0]]
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ from fusewright.upstream import PARTS, changed, names_of
 from tests.explained import explain
 from tests.models.zoo import FAMILIES, build
 
+from .load import stretched
+
 SRC = Path(upstream.__file__).parent
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -291,7 +293,11 @@ print(explain(model))
 
 def test_a_name_that_is_imported_may_be_gone() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", _WITHOUT],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=stretched(300),
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

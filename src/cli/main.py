@@ -231,8 +231,9 @@ def fusewright(
     ] = None,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
-    # warns at import about kernels that are not used
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # bitsandbytes warns at import about kernels that are not used, and so does the loader it asks
+    for name in ("bitsandbytes", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from ..load import stretched
+
 MODEL = """
 import hashlib, json, os, sys
 import torch
@@ -102,7 +104,7 @@ def _begin(code: str, cache: Path, threads: int, codegen: str) -> subprocess.Pop
 
 
 def _end(process: subprocess.Popen[str]) -> Any:
-    printed, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=stretched(300))
     assert process.returncode == 0, errors
     return json.loads(printed.splitlines()[-1])
 

@@ -20,6 +20,7 @@ from fusewright.kernels import choice, fallback, launch
 from fusewright.kernels.choice import OWN, PLAIN, CandidateOp, Choice, Implementation, drawn
 from fusewright.kernels.fallback import LaunchError, no_fallback
 
+from ..load import stretched
 from .failing_launches import clean
 from .own_choices import own_choices
 
@@ -233,7 +234,9 @@ def test_ranks_measure_side_by_side_and_take_the_first_choice(
     second_timed = second.timed
 
     def timed(device: torch.device, run: Callable[[], Any]) -> float:
-        with FileLock(tmp_path / "choices.lock", timeout=1):  # the other rank is done meanwhile
+        with FileLock(
+            tmp_path / "choices.lock", timeout=stretched(1)
+        ):  # the other rank is done meanwhile
             file.write_text(text)
         return second_timed(device, run)
 
@@ -310,7 +313,7 @@ def test_processes_of_a_machine_agree(tmp_path: Path) -> None:
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in processes]
+    found = [results.get(timeout=stretched(120)) for _ in processes]
     for process in processes:
         process.join()
     assert found[0][0] == found[1][0]

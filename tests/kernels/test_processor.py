@@ -17,6 +17,8 @@ from fusewright.kernels.linear import products
 from fusewright.kernels.matmul import through_fp32
 from fusewright.kernels.processor import KINDS, assume, processor, this_machine
 
+from ..load import stretched
+
 
 def _run(code: str, *arguments: str, **variables: str) -> str:
     """What a process says of its processor, and then by ``code``."""
@@ -24,7 +26,7 @@ def _run(code: str, *arguments: str, **variables: str) -> str:
     others = {k: v for k, v in os.environ.items() if k != "FUSEWRIGHT_PROCESSOR"}
     done = subprocess.run(
         [sys.executable, "-c", f"{ask}\n{code}", *arguments], env=others | variables,
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=stretched(300),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -11,6 +11,8 @@ import pytest
 
 from fusewright.kernels.launch import has_triton
 
+from ..load import stretched
+
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
 LONG = ("head", "mlp_block", "old_gpu", "rope")
@@ -55,7 +57,7 @@ def _run(module: str, *arguments: str, expected: str) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=stretched(1800),
     )
     output = f"{result.stdout}\n{result.stderr}"
     assert result.returncode == 0, output

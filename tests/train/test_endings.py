@@ -14,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import Result
 
+from ..load import stretched
 from .commands import complaint, fusewright
 
 
@@ -114,7 +115,7 @@ def run_in(encoding: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     return subprocess.run(
         [sys.executable, "-m", "fusewright.cli", *arguments],
-        capture_output=True, text=True, env=environment, timeout=300, check=False,
+        capture_output=True, text=True, env=environment, timeout=stretched(300), check=False,
         encoding=encoding,
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ _NOT_OURS = (
 
 
 _WARNING = (
-    "bitsandbytes", "accelerate", "peft",
+    "bitsandbytes", "kernels", "accelerate", "peft",
     "torch.distributed.tensor._redistribute",  # of shards of parts of layers, gathered in two steps
 )  # fmt: skip
 """Loggers with warnings about correct behaviour."""

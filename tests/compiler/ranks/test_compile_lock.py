@@ -19,6 +19,7 @@ from torch._inductor.runtime import cache_dir_utils  # noqa: F401  # before proc
 from fusewright.compiler.ranks import compile_lock
 from fusewright.compiler.ranks.compile_lock import first_one_compiles, lock_folder
 
+from ...load import stretched
 from ...train.processes.ranks import values
 
 _CONTEXT = multiprocessing.get_context("fork")
@@ -44,12 +45,12 @@ class _Other:
         self.begun, self.end = _CONTEXT.Event(), _CONTEXT.Event()
         self.process = _CONTEXT.Process(target=self._run, args=(graph,), daemon=True)
         self.process.start()
-        assert self.begun.wait(30)
+        assert self.begun.wait(stretched(30))
 
     def _run(self, graph: fx.GraphModule) -> None:
         with first_one_compiles(graph, EXAMPLES):
             self.begun.set()
-            self.end.wait(30)
+            self.end.wait(stretched(30))
 
 
 def _waits(graph: Any, examples: Any, limit: float = 0.3) -> bool:
@@ -71,12 +72,12 @@ def _waits(graph: Any, examples: Any, limit: float = 0.3) -> bool:
 def test_who_waits_for_whom() -> None:
     other = _Other(_graph())
     assert _waits(_graph(), EXAMPLES)
-    assert not _waits(_graph(torch.cos), EXAMPLES, 30)
-    assert not _waits(_graph(), [torch.zeros(3, dtype=torch.float64)], 30)
-    assert not _waits(_graph().forward, EXAMPLES, 30)  # what is no graph is not locked
+    assert not _waits(_graph(torch.cos), EXAMPLES, stretched(30))
+    assert not _waits(_graph(), [torch.zeros(3, dtype=torch.float64)], stretched(30))
+    assert not _waits(_graph().forward, EXAMPLES, stretched(30))  # what is no graph is not locked
     other.end.set()
     other.process.join()
-    assert not _waits(_graph(), EXAMPLES, 30)
+    assert not _waits(_graph(), EXAMPLES, stretched(30))
 
 
 def test_a_process_that_was_forked_meanwhile_keeps_no_lock() -> None:
@@ -84,7 +85,7 @@ def test_a_process_that_was_forked_meanwhile_keeps_no_lock() -> None:
     with first_one_compiles(_graph(), EXAMPLES):
         forked = _CONTEXT.Process(target=time.sleep, args=(60,), daemon=True)
         forked.start()
-    assert not _waits(_graph(), EXAMPLES, 30)
+    assert not _waits(_graph(), EXAMPLES, stretched(30))
     assert forked.is_alive()
     forked.kill()
 
@@ -93,7 +94,7 @@ def test_a_process_that_is_killed_leaves_no_lock() -> None:
     other = _Other(_graph())
     other.process.kill()
     other.process.join()
-    assert not _waits(_graph(), EXAMPLES, 30)
+    assert not _waits(_graph(), EXAMPLES, stretched(30))
 
 
 def test_a_process_that_hangs_is_waited_for_until_patience_ends(
@@ -115,7 +116,7 @@ def test_those_that_have_waited_go_on_side_by_side() -> None:
 
     def run() -> None:
         with first_one_compiles(_graph(), EXAMPLES):
-            barrier.wait(20)
+            barrier.wait(stretched(20))
 
     waiting = [_CONTEXT.Process(target=run, daemon=True) for _ in range(2)]
     for process in waiting:
@@ -123,7 +124,7 @@ def test_those_that_have_waited_go_on_side_by_side() -> None:
     time.sleep(0.5)
     other.end.set()
     for process in waiting:
-        process.join(30)
+        process.join(stretched(30))
         assert process.exitcode == 0
 
 

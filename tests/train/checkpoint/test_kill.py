@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 from fusewright.train.checkpoint.files import checkpoints, step_of
 
+from ...load import stretched
+
 BEGUN = "training for"
 
 
@@ -50,7 +52,7 @@ class Process:
     def end(self, kill: bool) -> int:
         if kill:
             self.popen.kill()
-        code = self.popen.wait(timeout=600)
+        code = self.popen.wait(timeout=stretched(600))
         self.reader.join()
         return code
 

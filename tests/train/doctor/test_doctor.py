@@ -27,6 +27,8 @@ from fusewright.rewrite.op_table import OPS
 from fusewright.train.doctor.machine import _kept
 from fusewright.train.doctor.rules import ops_of_rules
 
+from ...load import stretched
+
 SOURCE = Path(sys.modules["fusewright"].__path__[0]).parent
 COMMAND = [sys.executable, "-m", "fusewright.cli", "doctor"]
 
@@ -41,7 +43,8 @@ def diagnose(
     start = time.monotonic()
     done = subprocess.run(
         [*COMMAND, *["--json"] * json_],
-        capture_output=True, text=True, check=False, timeout=120, cwd=folder, env=environment,
+        capture_output=True, text=True, check=False,
+        timeout=stretched(120), cwd=folder, env=environment,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     found = json.loads(done.stdout) if json_ else done.stdout
@@ -144,7 +147,8 @@ def test_without_triton_and_bitsandbytes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(links)}
     done = subprocess.run(
         [sys.executable, "-S", "-c", runner, "doctor", "--json"],
-        capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+        timeout=stretched(120),
     )  # fmt: skip
     found = json.loads(done.stdout)
     assert of(found, "packages")["triton"]["value"] == "not installed"

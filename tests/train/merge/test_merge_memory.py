@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ...load import stretched
 from ..conftest import make_tokenizer
 
 MB = 2**20
@@ -66,7 +67,7 @@ def test_the_peak_is_about_one_file(large: Path, trained: Path, tmp_path: Path) 
     arguments = [trained, tmp_path / "warm", large, tmp_path / "merged", "64MB"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=stretched(300),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     growth = int(done.stdout.split()[-1])

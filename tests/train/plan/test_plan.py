@@ -28,6 +28,7 @@ from fusewright.train.plan.recommend import advise, faster
 from fusewright.train.plan.search import fits, limits
 from fusewright.train.plan.speed import head_flops
 
+from ...load import stretched
 from ..commands import fusewright, snapshot
 from .conftest import LORA, MakeRecipe, make_job
 
@@ -427,7 +428,11 @@ def test_a_large_model_takes_no_memory_to_plan(tmp_path: Path) -> None:
         "    print(peak_rss_mb(), file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=stretched(300),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...load import stretched
+
 NAMES = ("first", "second")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _TOOLS = ("unshare", "nsenter", "ip", "mount", "sh")
@@ -52,7 +54,11 @@ class Machine:
             CannotBeMade: it failed.
         """
         done = subprocess.run(
-            self.command(*command), capture_output=True, text=True, timeout=30, check=False
+            self.command(*command),
+            capture_output=True,
+            text=True,
+            timeout=stretched(30),
+            check=False,
         )
         if done.returncode:
             said = done.stderr.strip() or f"exit code {done.returncode}"

@@ -23,8 +23,10 @@ from torch.distributed import TCPStore
 from fusewright.train.processes import world as world_module
 from fusewright.train.processes.world import World, joined
 
+from ...load import Limit, stretched
+
 LIMIT = 60.0
-"""Seconds after which a test's processes are killed."""
+"""Seconds after which a test's processes are killed, on an idle machine."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -56,7 +58,7 @@ def run_ranks(
     local: int | None = None,
     dealt: bool = False,
     agent: bool = True,
-    timeout: float = 30.0,
+    timeout: float | None = None,
     patience: float = 0.3,
     until: Path | None = None,
     limit: float = LIMIT,
@@ -70,10 +72,10 @@ def run_ranks(
         local: how many of them are on each machine, as they are told; None: all.
         dealt: whether machines get their processes one by one, as under ``mpirun --map-by node``.
         agent: whether the store is the launcher's; if not, rank 0 has it.
-        timeout: of a collective.
+        timeout: seconds of a collective; None: 30 on an idle machine.
         patience: what a failing process waits for the words of another one.
         until: a file; once it is there, the launcher is gone, and with it the store.
-        limit: seconds after which they are killed.
+        limit: seconds after which they are killed, on an idle machine.
     """
     _wait_for_imports()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
@@ -83,19 +85,20 @@ def run_ranks(
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
         environ = {**options, **_place(rank, size, local or size, dealt)}
-        arguments = (theirs, environ, timeout, patience, work, given)
+        arguments = (theirs, environ, timeout or stretched(30.0), patience, work, given)
         process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
         process.start()
         theirs.close()
         started.append((process, ours))
-    end = time.monotonic() + limit
-    while until is not None and not until.exists() and time.monotonic() < end:
+    end = Limit(limit)
+    while until is not None and not until.exists() and end.left():
         time.sleep(0.02)
     if until is not None:
         del store
     found = []
     for process, pipe in started:
-        process.join(max(0.0, end - time.monotonic()))
+        while process.is_alive() and end.left():
+            process.join(min(1.0, end.left()))
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -21,12 +21,13 @@ from fusewright.train.processes.world import World
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.run import TrainingRun
 
+from ...load import stretched
 from ..conftest import numbers, small_recipe, write_rows
 from ..results import weights
 from .ranks import values
 
 LIMIT = 300.0
-"""Seconds after which a command and its processes are killed."""
+"""Seconds after which a command and its processes are killed, on an idle machine."""
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -127,7 +128,7 @@ class Runs:
     ) -> Run:
         """Wait for a command that was started; if it hangs, it fails."""
         try:
-            code = process.wait(limit)
+            code = process.wait(stretched(limit))
         except subprocess.TimeoutExpired:
             code = 124
         finally:
@@ -198,7 +199,7 @@ def launched_with(code: str, *arguments: str, processes: int = 2) -> tuple[int, 
         with output.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environ, text=True)
         try:
-            code_ = process.wait(LIMIT)
+            code_ = process.wait(stretched(LIMIT))
         except subprocess.TimeoutExpired:
             code_ = 124
         finally:

@@ -11,6 +11,8 @@ import pytest
 
 from fusewright.train.processes import ending
 
+from ...load import stretched
+
 CODE = """
 import atexit, sys, threading, time
 from fusewright.train.processes.ending import end_rank
@@ -45,7 +47,9 @@ def test_idle_threads_of_a_pool_end() -> None:
         "end_rank(0)\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=stretched(60)
+    )
     assert (done.returncode, done.stdout) == (0, "worked\n"), done.stderr
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from fusewright.train.checkpoint.files import checkpoints, step_of
 
+from ...load import Limit, stretched
 from ..results import difference, same
 from .runs import STRATEGIES, Run, Runs, launched_with
 
@@ -45,8 +46,8 @@ def moments() -> random.Random:
 
 def _until(process: subprocess.Popen[str], folder: Path, step: int) -> dict[int, psutil.Process]:
     """Wait for a checkpoint; returns the processes of the run by rank."""
-    end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None:
+    end = Limit(200)
+    while end.left() and process.poll() is None:
         there = checkpoints(folder) if folder.exists() else []
         if there and (step_of(there[-1]) or 0) >= step:
             break
@@ -59,7 +60,7 @@ def _until(process: subprocess.Popen[str], folder: Path, step: int) -> dict[int,
 
 def _gone(processes: list[psutil.Process], limit: float) -> list[psutil.Process]:
     """Those that are still there after some time, killed now."""
-    _, left = psutil.wait_procs(processes, timeout=limit)
+    _, left = psutil.wait_procs(processes, timeout=stretched(limit))
     for process in left:
         process.kill()
     return list(left)

@@ -19,6 +19,8 @@ from fusewright.errors import RecipeError
 from fusewright.train.processes import launch as launch_module
 from fusewright.train.processes.launch import launch, number_of_processes
 
+from ...load import stretched
+
 # --- how many ------------------------------------------------------------------------------------
 
 
@@ -351,4 +353,4 @@ def test_none_is_left_where_another_cannot_be_started(
     monkeypatch.setattr(launch_module.subprocess, "Popen", failing)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         start(WAIT)
-    assert started[0].wait(timeout=10) == -signal.SIGKILL
+    assert started[0].wait(timeout=stretched(10)) == -signal.SIGKILL

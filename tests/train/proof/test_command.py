@@ -29,6 +29,7 @@ from fusewright.train.proof.command import recipe_of, run_way
 from fusewright.train.proof.ways import BatchLayout, Way, select, ways_of
 from fusewright.train.recipe.load import load_recipe
 
+from ...load import stretched
 from ..commands import fusewright, snapshot
 from ..conftest import make_model
 
@@ -358,7 +359,7 @@ def test_a_signal_ends_all_and_cleans_up(
         process.kill()
         process.join()
     assert "verify was stopped" in errors.read_text()
-    _, left = psutil.wait_procs(children, timeout=30)
+    _, left = psutil.wait_procs(children, timeout=stretched(30))
     assert not left
     assert list(scratch.iterdir()) == []
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.status import entries, messages, refusals
 from fusewright.train.terminal import Terminal
 
+from ...load import stretched
 from ..commands import complaint, fusewright, snapshot
 
 BASE: dict[str, Any] = {"base_model": "a/b", "datasets": [{"path": "a/b"}]}
@@ -313,6 +314,10 @@ def test_looking_loads_nothing(file: Path, arguments: list[str]) -> None:
         "print('loaded', [m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=stretched(120),
     ).stdout
     assert out.splitlines()[-1] == "loaded []"

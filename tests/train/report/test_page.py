@@ -20,6 +20,8 @@ from fusewright.train.report.format import millions
 from fusewright.train.report.page_sections import numbers
 from fusewright.train.report.run_facts import Facts
 
+from ...load import stretched
+
 HOSTILE = (
     "</title></style><script>alert('1')</script><img src=x onerror=\"alert(2)\">&amp; ü 好 \x00"
 )
@@ -108,7 +110,11 @@ def test_a_page_can_be_made_without_torch() -> None:
     modules = "from fusewright.train.report import model_card, page"
     code = f"import sys; {modules}; print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=stretched(120),
     )
     assert done.stdout.strip() == "False"
 

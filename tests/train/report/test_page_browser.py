@@ -21,6 +21,8 @@ from PIL import Image
 
 from fusewright.train.report import page
 
+from ...load import stretched
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")
 
@@ -98,7 +100,7 @@ def browse(url: str, tmp_path: Path, *flags: str) -> tuple[str, list[str]]:
             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,4000",
             "--virtual-time-budget=10000", "--dump-dom", *flags, url,
         ],
-        capture_output=True, text=True, timeout=180, check=False,
+        capture_output=True, text=True, timeout=stretched(180), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -35,6 +35,7 @@ from fusewright.train.trainer.watchdog import (
     watchdogs,
 )
 
+from ...load import stretched
 from ..conftest import chat, make_model, make_tokenizer, write_rows
 
 QUIET = Console(quiet=True)
@@ -267,7 +268,8 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
         f"sys.argv = ['fusewright', 'train', {str(asked)!r}]; main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        timeout=stretched(300), check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
